@@ -1,0 +1,39 @@
+"""cfsp: structured pruning of large language models.
+
+>>> import cfsp
+>>> model, tokenizer = cfsp.load("path/to/model")
+>>> plan = cfsp.prune(model, input_ids, pruner="cfsp", ratio=0.5)
+>>> model = cfsp.apply(model, plan)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from cfsp.api import prune
+    from cfsp.models.load import load
+    from cfsp.prune.apply import apply
+    from cfsp.prune.plan import PruningPlan
+
+#: Public name -> module; imported on first use, so that `cfsp --help` needs neither torch nor transformers.
+_PUBLIC = {
+    "prune": "cfsp.api",
+    "apply": "cfsp.prune.apply",
+    "load": "cfsp.models.load",
+    "PruningPlan": "cfsp.prune.plan",
+}
+
+__all__ = ["PruningPlan", "__version__", "apply", "load", "prune"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'cfsp' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value

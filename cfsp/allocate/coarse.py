@@ -1,0 +1,42 @@
+"""CFSP's coarse allocation: a sigmoid of each block's distance sets its share (arXiv 2409.13199, released code)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from cfsp.allocate.base import Allocation
+from cfsp.allocate.budget import Sizes
+from cfsp.components import component
+from cfsp.importance.base import Scores
+
+#: The released code uses sums over 128 x 1024 tokens divided by 1e4; per token this is 13.1072, at any set size.
+SCALE = 128 * 1024 / 1e4
+
+
+@component
+class Coarse:
+    """keep_l = (1 - p) s_l / mean(s), s_l = sigmoid(13.1072 a (A_l - mean A)), shrunk where a block would exceed 1.
+
+    ``metric`` is the block distance A (``euclidean`` is another name of mse; ``none`` treats every block alike).
+    """
+
+    metric: Literal["angular", "cosine", "mse", "euclidean", "mae", "none"] = "angular"
+    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+
+    def importance(self, scores: Scores) -> Tensor:
+        """s_l [L], before any shrinking (IG-LoRA's ranks follow it)."""
+        if self.metric == "none":
+            return torch.full_like(scores.distances["angular"], 0.5)
+        distance = scores.distances["mse" if self.metric == "euclidean" else self.metric]
+        return (SCALE * self.temperature * (distance - distance.mean())).sigmoid()
+
+    def allocate(self, scores: Scores, sizes: Sizes, keep: float) -> Allocation:
+        share = self.importance(scores)
+        mean, highest = share.mean(), share.max()
+        if highest / mean * keep >= 1 and highest > mean:
+            share = mean + (share - mean) * (mean * (1 / keep - 1) / (highest - mean) / 1.05)
+        return Allocation(keep * share / share.mean())

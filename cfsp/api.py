@@ -1,0 +1,91 @@
+"""The Python API: plan the pruning of a model that is already in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from cfsp.allocate.budget import Budget, Scope
+from cfsp.calibrate.calibrate import calibrate
+from cfsp.compose import compose
+from cfsp.config import parse
+from cfsp.data.calibration import Limits, from_ids
+from cfsp.identity import method_of
+from cfsp.models.driver import BlockDriver
+from cfsp.models.views import resolve
+from cfsp.prune.base import PlanContext
+from cfsp.prune.plan import PruningPlan
+from cfsp.prune.probe import probe
+
+
+def prune(
+    model: nn.Module,
+    input_ids: Tensor,
+    pruner: str = "cfsp",
+    ratio: float = 0.5,
+    scope: Scope = "ffn",
+    round_to: int = 32,
+    *,
+    batch_size: int = 8,
+    overrides: Sequence[str] = (),
+) -> PruningPlan:
+    """Plan the pruning of ``model`` (a transformers causal language model, left untouched).
+
+    Args:
+        input_ids: calibration windows [n, T], run through the decoder once.
+        pruner: a name of ``conf/pruner``.
+        ratio: fraction of the parameters of ``scope`` (ffn, decoder or model) to remove.
+        round_to: kept widths are multiples of it.
+        overrides: more configuration, as on the command line: ``["allocator.temperature=2"]``.
+
+    Raises:
+        CfspError: wrong settings (ConfigError), ids (DataError), structure (UnsupportedModelError) or a ratio that
+            cannot be met (BudgetError).
+    """
+    settings = [f"pruner={pruner}", f"sparsity.ratio={ratio}", f"sparsity.scope={scope}", f"sparsity.round_to={round_to}"]
+    config = parse(compose([*settings, *overrides]))
+    view = resolve(model)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    calibration = from_ids(input_ids, Limits(vocabulary, positions))
+    driver = BlockDriver(view, batch_size)
+    with _evaluating(model):
+        probe(view)
+        statistics, _ = calibrate(driver, calibration)
+        context = PlanContext(
+            driver=driver,
+            calibration=calibration,
+            statistics=statistics,
+            budget=Budget(**config.sparsity.model_dump()),
+            importance=config.importance.instance,
+            allocator=config.allocator.instance,
+            method=method_of(config),
+            base_model=str(getattr(model, "name_or_path", "")) or type(model).__name__,
+            base_fingerprint=getattr(model, "_cfsp_fingerprint", None) or memory_fingerprint(model),
+        )
+        return config.pruner.instance.plan(context)
+
+
+def memory_fingerprint(model: nn.Module) -> str:
+    """sha256 of every parameter and buffer in memory, for models that did not come from a folder through cfsp."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return f"memory:{digest.hexdigest()}"
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off, and back as it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,1 @@
+"""One forward pass over the calibration set, kept as statistics on disk."""

@@ -1,0 +1,94 @@
+"""What one forward pass leaves behind: the core set of statistics, whatever is asked of it later.
+
+Accumulated per sequence in fp64 in a fixed order and reported per token, so that nothing depends on the number of
+tokens except through noise.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Block distances that are always collected, in the order in which they are stored.
+DISTANCES = ("angular", "cosine", "mse", "mae")
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Of the input channels of one linear, [N] fp64 each.
+
+    ``mean`` and ``mean_square`` are over all tokens; ``mean_norm`` is the mean over sequences of the channel's L2
+    norm over the sequence's tokens, divided by the square root of the sequence length.
+    """
+
+    mean: Tensor
+    mean_square: Tensor
+    mean_norm: Tensor
+
+    @property
+    def rms(self) -> Tensor:
+        """Root mean square activation [N]: the L2 norm X_i of a neuron, per token."""
+        return self.mean_square.sqrt()
+
+    @property
+    def variance(self) -> Tensor:
+        """Population variance [N]."""
+        return (self.mean_square - self.mean.square()).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class BlockStatistics:
+    """``ffn``: inputs of down_proj; ``attention``: inputs of o_proj (None where it was not recognised)."""
+
+    distances: dict[str, float]
+    ffn: InputStatistics
+    attention: InputStatistics | None
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of every block, from ``n_sequences`` sequences of ``seq_len`` tokens."""
+
+    blocks: tuple[BlockStatistics, ...]
+    n_sequences: int
+    seq_len: int
+
+    def distance(self, metric: str) -> Tensor:
+        """Mean distance between the hidden state entering and leaving each block, [L] fp64."""
+        return torch.tensor([block.distances[metric] for block in self.blocks], dtype=torch.float64)
+
+    def save(self, path: Path, metadata: dict[str, Any]) -> None:
+        """Write one safetensors file."""
+        from safetensors.torch import save_file
+
+        tensors = {"distances": torch.stack([self.distance(metric) for metric in DISTANCES], dim=1)}
+        for index, block in enumerate(self.blocks):
+            for part, inputs in (("ffn", block.ffn), ("attention", block.attention)):
+                if inputs is not None:
+                    tensors |= {f"{index}.{part}.{name}": value for name, value in vars(inputs).items()}
+        header = {"n_sequences": self.n_sequences, "seq_len": self.seq_len, **metadata}
+        save_file(tensors, path, metadata={"cfsp": json.dumps(header)})
+
+    @staticmethod
+    def load(path: Path) -> Statistics:
+        """Read what :meth:`save` wrote."""
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as stream:
+            header = json.loads(stream.metadata()["cfsp"])
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+        blocks = []
+        for index, row in enumerate(tensors["distances"].tolist()):
+            parts = {
+                part: InputStatistics(*(tensors[f"{index}.{part}.{name}"] for name in ("mean", "mean_square", "mean_norm")))
+                for part in ("ffn", "attention")
+                if f"{index}.{part}.mean" in tensors
+            }
+            distances = dict(zip(DISTANCES, row, strict=True))
+            blocks.append(BlockStatistics(distances, parts["ffn"], parts.get("attention")))
+        return Statistics(tuple(blocks), header["n_sequences"], header["seq_len"])

@@ -1,0 +1,242 @@
+"""The typed schema of a run's configuration: every value error together, before any heavy import.
+
+The group files under ``conf/`` are plain YAML; here they become frozen, typed sections. Components that plug in
+through ``_target_`` (importance, allocator, pruner, recovery, evaluators, logger) are typed by their own class
+signature: see :mod:`cfsp.components`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cfsp.components import Component, build, problems_of, suggest
+from cfsp.errors import ConfigError
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A group of keys; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    name: str
+    path: str | None = Field(description="a folder or a hub id, e.g. model=local model.path=FOLDER")
+    revision: str | None = None
+    dtype: DType = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+class HubFile(Section):
+    """One file of a dataset repository on the hub (parquet or json; never a loading script)."""
+
+    repo: str
+    file: str
+    revision: str | None = None
+
+
+class TextSection(Section):
+    """Where a text comes from and how its documents become one token stream."""
+
+    path: str | None = Field(default=None, description="a local .txt, .jsonl, .jsonl.gz, .json.gz or .parquet file")
+    hub: HubFile | None = None
+    split: str = "train"
+    text_field: str = "text"
+    join: str = "\n\n"
+    bos: Literal["none", "start", "window"] = "none"
+    max_documents: PositiveInt | None = None
+
+
+class TextCalibration(TextSection):
+    kind: Literal["text"]
+    name: str
+    sampling: Literal["random", "sequential"] = "random"
+    n_samples: PositiveInt
+    seq_len: int = Field(ge=2)
+    batch_size: PositiveInt = 8
+
+
+class TokensCalibration(Section):
+    kind: Literal["tokens"]
+    name: str
+    path: str | None = Field(description="a .npy file of token ids, shape [n, T]")
+    n_samples: PositiveInt | None = None
+    seq_len: Annotated[int, Field(ge=2)] | None = None
+    batch_size: PositiveInt = 8
+
+
+class SelfCalibration(Section):
+    kind: Literal["self"]
+    name: str
+    n_samples: PositiveInt
+    seq_len: int = Field(ge=2)
+    sampling_temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    batch_size: PositiveInt = 8
+
+
+CalibrationSection = TextCalibration | TokensCalibration | SelfCalibration
+_CALIBRATION_KINDS: dict[str, type[Section]] = {
+    "text": TextCalibration,
+    "tokens": TokensCalibration,
+    "self": SelfCalibration,
+}
+
+
+class SparsitySection(Section):
+    ratio: float = Field(
+        gt=0, lt=1, allow_inf_nan=False, description="the fraction to remove, e.g. sparsity.ratio=0.5"
+    )
+    scope: Literal["ffn", "decoder", "model"] = "ffn"
+    round_to: PositiveInt = Field(default=32, description="kept widths are multiples of it; 1 for no rounding")
+    rounding: Literal["exact", "nearest"] = "exact"
+    min_width: PositiveInt | None = None
+
+
+class SaveSection(Section):
+    model: bool = True
+    format: Literal["hf"] = "hf"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+class PluginsSection(Section):
+    allow: list[str] = []
+
+
+class PathsSection(Section):
+    output_dir: str
+    records_dir: str
+    cache_dir: str
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A checked configuration. Components are instances; ``raw`` is the resolved configuration as given."""
+
+    model: ModelSection
+    calibration: CalibrationSection
+    sparsity: SparsitySection
+    importance: Component
+    allocator: Component
+    pruner: Component
+    recovery: Component
+    evaluation: Mapping[str, Component]
+    evaluation_name: str
+    logger: Component
+    paths: PathsSection
+    save: SaveSection
+    seed: int
+    force: bool
+    debug: bool
+    raw: dict[str, Any]
+
+
+_SECTIONS: dict[str, type[Section]] = {
+    "model": ModelSection,
+    "sparsity": SparsitySection,
+    "save": SaveSection,
+    "plugins": PluginsSection,
+    "paths": PathsSection,
+}
+_COMPONENTS = ("importance", "allocator", "pruner", "recovery", "logger")
+_ROOT_KEYS = {*_SECTIONS, *_COMPONENTS, "calibration", "evaluation", "seed", "force", "debug"}
+
+
+def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
+    """Check a composed configuration and build its components.
+
+    Raises:
+        ConfigError: with every value error of every section, one line each.
+    """
+    try:
+        raw: Any = (
+            OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+            if isinstance(config, DictConfig)
+            else dict(config)
+        )
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from error
+    problems: list[str] = [
+        f"{key}={raw[key]!r}: unknown key{suggest(key, _ROOT_KEYS)}" for key in raw if key not in _ROOT_KEYS
+    ]
+    parts: dict[str, Any] = {}
+    for name, schema in _SECTIONS.items():
+        parts[name] = _section(name, schema, raw.get(name) or {}, problems)
+    parts["calibration"] = _calibration(raw.get("calibration") or {}, problems)
+    allowed = parts["plugins"].allow if parts["plugins"] is not None else []
+    for name in _COMPONENTS:
+        parts[name] = _component(name, raw.get(name), allowed, problems)
+    evaluation = dict(raw.get("evaluation") or {})
+    evaluation_name = str(evaluation.pop("name", "custom"))
+    parts["evaluation"] = {
+        name: _component(f"evaluation.{name}", value, allowed, problems)
+        for name, value in evaluation.items()
+        if value is not None
+    }
+    scalars = _section("", _Scalars, {key: raw[key] for key in ("seed", "force", "debug") if key in raw}, problems)
+    if isinstance(parts["model"], ModelSection) and not parts["model"].path:
+        problems.append(
+            f"model.path={parts['model'].path!r}: model={parts['model'].name} needs it: give a folder or a hub id, "
+            "e.g. model.path=meta-llama/Llama-3.1-8B"
+        )
+    if problems:
+        raise ConfigError(*problems)
+    parts.pop("plugins")
+    return RunConfig(
+        **parts,
+        evaluation_name=evaluation_name,
+        seed=scalars.seed,
+        force=scalars.force,
+        debug=scalars.debug,
+        raw=raw,
+    )
+
+
+class _Scalars(Section):
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    force: bool = False
+    debug: bool = False
+
+
+def _section(name: str, schema: type[Section], values: Any, problems: list[str]) -> Any:
+    if not isinstance(values, Mapping):
+        problems.append(f"{name}={values!r}: a group of keys is expected: {', '.join(schema.model_fields)}")
+        return None
+    try:
+        return schema(**{str(key): value for key, value in values.items()})
+    except ValidationError as error:
+        problems.extend(problems_of(error, name, schema))
+        return None
+
+
+def _calibration(values: Mapping[str, Any], problems: list[str]) -> Any:
+    kind = values.get("kind") if isinstance(values, Mapping) else None
+    if kind not in _CALIBRATION_KINDS:
+        problems.append(f"calibration.kind={kind!r}: allowed: {', '.join(_CALIBRATION_KINDS)}")
+        return None
+    section = _section("calibration", _CALIBRATION_KINDS[kind], values, problems)
+    if isinstance(section, TextCalibration) and section.path is None and section.hub is None:
+        problems.append(
+            f"calibration.path=None: calibration={section.name} has no copy on the hub: "
+            "give a local .txt, .jsonl or .parquet file, calibration.path=FILE"
+        )
+    if isinstance(section, TokensCalibration) and section.path is None:
+        problems.append("calibration.path=None: calibration=tokens needs a .npy file of ids, calibration.path=FILE.npy")
+    return section
+
+
+def _component(name: str, values: Any, allowed: list[str], problems: list[str]) -> Any:
+    try:
+        return build(name, values, allowed)
+    except ConfigError as error:
+        problems.extend(error.problems)
+        return None

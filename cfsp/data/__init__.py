@@ -1,0 +1,1 @@
+"""Token sources: calibration sets and evaluation texts, from the hub, a local file or the package."""

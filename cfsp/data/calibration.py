@@ -1,0 +1,169 @@
+"""Calibration sets: windows of token ids with a fingerprint of their content."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfsp.config import CalibrationSection, TextCalibration, TokensCalibration
+from cfsp.data.text import bos_of, cut_windows, locate_text, read_text, tokenise, with_bos
+from cfsp.errors import DataError
+from cfsp.models.source import file_digest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """``input_ids`` [n, T] int64 on CPU, and where they come from."""
+
+    input_ids: Tensor
+    name: str
+    split: str
+    seed: int
+    revision: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the shape and the ids."""
+        digest = hashlib.sha256(repr(tuple(self.input_ids.shape)).encode())
+        digest.update(self.input_ids.contiguous().numpy().tobytes())
+        return f"sha256:{digest.hexdigest()}"
+
+    def describe(self) -> dict[str, Any]:
+        """For the record."""
+        n, length = self.input_ids.shape
+        return {
+            "name": self.name,
+            "split": self.split,
+            "revision": self.revision,
+            "n_samples": n,
+            "seq_len": length,
+            "seed": self.seed,
+            "fingerprint": self.fingerprint,
+        }
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model can take: ids below ``vocab_size``, windows of at most ``positions`` tokens (None: unknown)."""
+
+    vocab_size: int
+    positions: int | None
+
+    def check_length(self, key: str, seq_len: int) -> None:
+        """Raises DataError where a window is longer than the model's positions."""
+        if self.positions is not None and seq_len > self.positions:
+            raise DataError(f"{key}={seq_len}: the model has {self.positions} positions; use {key}={self.positions} or less")
+
+
+def from_ids(input_ids: Tensor, limits: Limits, name: str = "input_ids", seed: int = 0) -> CalibrationSet:
+    """A calibration set from ids [n, T] that the caller already has.
+
+    Raises:
+        DataError: not a non-empty integer matrix, ids outside the vocabulary, or windows that are too long.
+    """
+    if input_ids.dim() != 2 or input_ids.dtype.is_floating_point or input_ids.numel() == 0:
+        raise DataError(
+            f"{name}: token ids of shape [n, T] are needed, found {input_ids.dtype} of shape {tuple(input_ids.shape)}"
+        )
+    ids = input_ids.detach().to("cpu", torch.int64)
+    _check_vocabulary(name, ids.numpy(), limits)
+    limits.check_length(f"{name} window length", ids.shape[1])
+    return CalibrationSet(ids, name, "given", seed)
+
+
+def from_text(section: TextCalibration, tokenizer: Any, limits: Limits, seed: int) -> CalibrationSet:
+    """Windows of a text, tokenised once: at random starts (Python's ``random``, as the authors do) or in order.
+
+    Raises:
+        DataError: the text is missing, unreadable or too short, or the windows are too long for the model.
+    """
+    limits.check_length("calibration.seq_len", section.seq_len)
+    text = locate_text(section, "calibration")
+    bos_id = bos_of(tokenizer, section.bos, "calibration")
+    ids = tokenise(read_text(text), tokenizer, section.bos)
+    length = section.seq_len if bos_id is None else section.seq_len - 1
+    needed = length if section.sampling == "random" else length * section.n_samples
+    if len(ids) < needed:
+        raise DataError(
+            f"calibration ({section.name}): the text has {len(ids)} tokens, {needed} are needed for "
+            f"calibration.n_samples={section.n_samples} calibration.seq_len={section.seq_len} "
+            f"({section.sampling}); use a longer text or smaller values"
+        )
+    if section.sampling == "sequential":
+        windows = cut_windows(ids, section.seq_len, bos_id=bos_id)[: section.n_samples]
+    else:
+        if len(ids) < length * section.n_samples:
+            log.warning(
+                "calibration (%s): %d random windows of %d tokens overlap in a text of %d tokens",
+                section.name, section.n_samples, section.seq_len, len(ids),
+            )  # fmt: skip
+        chooser = random.Random(seed)
+        starts = [chooser.randint(0, max(0, len(ids) - length - 1)) for _ in range(section.n_samples)]
+        windows = np.stack([ids[start : start + length] for start in starts])
+        windows = windows if bos_id is None else with_bos(windows, bos_id)
+    _check_vocabulary(f"calibration ({section.name})", windows, limits)
+    revision = section.hub.revision if section.hub is not None and section.path is None else None
+    return CalibrationSet(torch.from_numpy(windows.copy()), section.name, section.split, seed, revision)
+
+
+def from_tokens(section: TokensCalibration, limits: Limits, seed: int) -> CalibrationSet:
+    """Frozen ids of a .npy file, untouched but for ``n_samples`` and ``seq_len``.
+
+    Raises:
+        DataError: missing, empty, not integers, not [n, T], ids outside the vocabulary, or too few.
+    """
+    key = f"calibration.path={section.path}"
+    path = Path(str(section.path)).expanduser()
+    if not path.is_file():
+        raise DataError(f"{key}: no such file; give a .npy file of token ids, shape [n, T]")
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"{key}: not a .npy file of numbers ({error}); write it with numpy.save") from error
+    if not isinstance(ids, np.ndarray) or ids.ndim != 2 or ids.size == 0:
+        shape = getattr(ids, "shape", None)
+        raise DataError(f"{key}: token ids of shape [n, T] are needed, found shape {shape}")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise DataError(f"{key}: token ids must be integers, found {ids.dtype}")
+    n, length = section.n_samples or ids.shape[0], section.seq_len or ids.shape[1]
+    if ids.shape[0] < n or ids.shape[1] < length:
+        raise DataError(
+            f"{key}: it holds {ids.shape[0]} x {ids.shape[1]} ids; calibration.n_samples={n} "
+            f"calibration.seq_len={length} ask for more"
+        )
+    ids = ids[:n, :length].astype(np.int64)
+    limits.check_length("calibration.seq_len", length)
+    _check_vocabulary(key, ids, limits)
+    return CalibrationSet(torch.from_numpy(ids), section.name, "given", seed)
+
+
+def identity(section: CalibrationSection) -> dict[str, Any]:
+    """What decides the set, by content, before anything is tokenised: for the run's identity."""
+    settings = section.model_dump(exclude={"path", "hub"})
+    if isinstance(section, TextCalibration):
+        settings |= locate_text(section, "calibration").identity
+    elif isinstance(section, TokensCalibration):
+        path = Path(str(section.path)).expanduser()
+        if not path.is_file():
+            raise DataError(f"calibration.path={section.path}: no such file; give a .npy file of token ids")
+        settings["sha256"] = file_digest(path)
+    return settings
+
+
+def _check_vocabulary(what: str, ids: np.ndarray, limits: Limits) -> None:
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= limits.vocab_size:
+        raise DataError(
+            f"{what}: ids from {low} to {high} are outside the model's vocabulary of {limits.vocab_size}; "
+            "tokenise with this model's tokenizer"
+        )

@@ -1,0 +1,155 @@
+"""Text in, token ids out: reading documents, joining them as published, cutting windows."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cfsp.config import TextSection
+from cfsp.errors import DataError
+from cfsp.hub import hub_error
+from cfsp.models.source import file_digest
+from cfsp.package import package_path
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """A located text file. ``identity`` is its content and how it is prepared, not where it lies."""
+
+    key: str
+    path: Path
+    section: TextSection
+    identity: dict[str, Any]
+
+
+def locate_text(section: TextSection, key: str) -> TextFile:
+    """Find the file of a text section: a local path, or one file of a hub repository.
+
+    Args:
+        key: the configuration key of the section, for messages.
+
+    Raises:
+        DataError: no such file, an empty one, or the hub is out of reach.
+    """
+    if section.path is not None:
+        path = package_path(section.path)
+        if not path.is_file():
+            raise DataError(f"{key}.path={section.path}: no such file; give a .txt, .jsonl or .parquet file")
+    elif section.hub is not None:
+        path = _from_hub(section, key)
+    else:
+        raise DataError(f"{key}.path=None: give a local .txt, .jsonl or .parquet file, {key}.path=FILE")
+    if path.stat().st_size == 0:
+        raise DataError(f"{key}.path={path}: the file is empty")
+    prepared = section.model_dump(exclude={"path", "hub", "kind", "name", "n_samples", "seq_len", "batch_size", "sampling"})
+    return TextFile(key, path, section, {"sha256": file_digest(path), **prepared})
+
+
+def _from_hub(section: TextSection, key: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    hub = section.hub
+    assert hub is not None
+    try:
+        return Path(hf_hub_download(hub.repo, hub.file, repo_type="dataset", revision=hub.revision))
+    except Exception as error:
+        raise DataError(hub_error(f"{key} ({hub.repo})", error, f"a local copy with {key}.path=FILE")) from error
+
+
+def read_text(text: TextFile) -> str:
+    """The joined text of a file's documents (the first ``max_documents`` of them).
+
+    Raises:
+        DataError: a row without the text field, broken JSON or parquet, or no text at all.
+    """
+    try:
+        documents = islice(_documents(text), text.section.max_documents)
+        joined = text.section.join.join(documents)
+    except DataError:
+        raise
+    except (ValueError, KeyError, OSError) as error:
+        raise DataError(f"{text.key}.path={text.path}: cannot be read ({type(error).__name__}: {error})") from error
+    if not joined.strip():
+        raise DataError(f"{text.key}.path={text.path}: the file holds no text")
+    return joined
+
+
+def _documents(text: TextFile) -> Iterable[str]:
+    path, name = text.path, text.path.name
+    if name.endswith(".parquet"):
+        import pyarrow.parquet as parquet
+
+        columns = parquet.read_schema(path).names
+        if text.section.text_field not in columns:
+            raise DataError(
+                f"{text.key}.text_field={text.section.text_field}: {path} has no such column; it has {', '.join(columns)}"
+            )
+        yield from parquet.read_table(path, columns=[text.section.text_field]).column(0).to_pylist()
+    elif name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
+        opened = gzip.open(path, "rt", encoding="utf-8") if name.endswith(".gz") else path.open(encoding="utf-8")
+        with opened as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield _json_text(text, number, line)
+    else:
+        content = path.read_text(encoding="utf-8")
+        # A row-wise set (WikiText, PTB) as plain text: its lines are its rows, as in the hub's parquet copy.
+        row_wise = text.section.hub is not None or text.section.text_field == "sentence"
+        yield from content.splitlines(keepends=True) if row_wise else [content]
+
+
+def _json_text(text: TextFile, number: int, line: str) -> str:
+    field = text.section.text_field
+    row = json.loads(line)
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise DataError(
+            f"{text.key}.text_field={field}: line {number} of {text.path} has no such text; it has {found}"
+        )
+    return row[field]
+
+
+def tokenise(text: str, tokenizer: Any, bos: str) -> np.ndarray:
+    """Token ids [n] of the whole text, tokenised once.
+
+    ``bos="start"`` adds what the tokenizer adds by default (LLaMA: one BOS; Qwen: nothing), as the published
+    perplexities do; ``none`` and ``window`` add nothing here.
+    """
+    encoded = tokenizer(text, add_special_tokens=bos == "start", return_attention_mask=False, verbose=False)
+    return np.asarray(encoded["input_ids"], dtype=np.int64)
+
+
+def cut_windows(ids: np.ndarray, seq_len: int, *, bos_id: int | None = None) -> np.ndarray:
+    """Non-overlapping windows [n, seq_len] from the start; the incomplete tail is dropped, as published.
+
+    With ``bos_id`` each window starts with it and holds ``seq_len - 1`` tokens of the text.
+    """
+    step = seq_len if bos_id is None else seq_len - 1
+    count = len(ids) // step
+    windows = ids[: count * step].reshape(count, step)
+    return windows if bos_id is None else with_bos(windows, bos_id)
+
+
+def with_bos(windows: np.ndarray, bos_id: int) -> np.ndarray:
+    """Windows [n, T] with BOS before each: [n, T + 1]."""
+    return np.concatenate([np.full((len(windows), 1), bos_id, dtype=np.int64), windows], axis=1)
+
+
+def bos_of(tokenizer: Any, bos: str, key: str) -> int | None:
+    """The BOS id where ``bos="window"`` asks for it.
+
+    Raises:
+        DataError: the tokenizer has none.
+    """
+    if bos != "window":
+        return None
+    if tokenizer.bos_token_id is None:
+        raise DataError(f"{key}.bos=window: the tokenizer has no BOS token; use {key}.bos=none")
+    return int(tokenizer.bos_token_id)

@@ -1,0 +1,43 @@
+"""The errors a user can cause or meet; each carries one sentence that says what is wrong and the way out.
+
+``exit_code`` is what the command line returns: 2 where the configuration or an input is wrong, 1 where a run
+failed on its way.
+"""
+
+from __future__ import annotations
+
+
+class CfspError(Exception):
+    """Base of every error that cfsp raises on purpose."""
+
+    exit_code = 2
+
+
+class ConfigError(CfspError):
+    """A key, a value or a combination of values is wrong. ``problems`` holds one line per finding."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+class UnsupportedModelError(CfspError):
+    """The model's structure is not one that can be pruned here."""
+
+
+class BudgetError(CfspError):
+    """The requested sparsity cannot be met."""
+
+
+class DataError(CfspError):
+    """A calibration or evaluation input is missing, malformed or too small."""
+
+
+class CheckpointError(CfspError):
+    """A model folder, a plan or an output folder cannot be read or written."""
+
+
+class RunError(CfspError):
+    """A run failed for a reason that no input check can see beforehand."""
+
+    exit_code = 1

@@ -1,0 +1,52 @@
+"""What an evaluator is. Checks come first, before any weight is loaded; measuring comes later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from cfsp.data.calibration import Limits
+from cfsp.evaluate.measurement import Measurement
+
+
+class Evaluator(Protocol):
+    """One class and one YAML entry under ``evaluation``. ``side_by_side``: measured dense against pruned in turn."""
+
+    side_by_side: ClassVar[bool]
+
+    def check(self, tokenizer: Any, limits: Limits) -> dict[str, Any]:
+        """Find and check the inputs; returns what of them decides the figures, by content.
+
+        Raises:
+            DataError: an input is missing or does not fit the model.
+        """
+        ...
+
+    def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
+        """Figures of one model."""
+        ...
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a side-by-side measurement.
+
+    ``active`` puts its weights in place for as long as it is entered; ``storage_dtype`` is what a checkpoint of it holds.
+    """
+
+    name: str
+    active: Callable[[], AbstractContextManager[None]]
+    storage_dtype: torch.dtype
+
+
+class SideBySideEvaluator(Evaluator, Protocol):
+    """Measures several sides in alternation, so that a drifting machine does not favour one."""
+
+    def measure_sides(self, model: nn.Module, sides: list[Side]) -> dict[str, list[Measurement]]:
+        """Figures by side name."""
+        ...

@@ -1,0 +1,101 @@
+"""Cost: parameters, MACs, checkpoint bytes, prefill and decode speed; timed in alternation, reported as medians."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from statistics import median
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from cfsp.components import component
+from cfsp.data.calibration import Limits
+from cfsp.evaluate.base import Side
+from cfsp.evaluate.measurement import Measurement
+from cfsp.progress import progress
+
+
+@component
+class Cost:
+    """Batch 1: prefill of ``prompt_tokens``, then greedy decoding of ``new_tokens`` with the KV cache.
+
+    Each of the ``repeats`` times every side once, after one warm-up round.
+    """
+
+    prompt_tokens: Annotated[int, Field(ge=2)] = 256
+    new_tokens: Annotated[int, Field(ge=1)] = 32
+    repeats: Annotated[int, Field(ge=1)] = 5
+
+    side_by_side: ClassVar[bool] = True
+
+    def check(self, tokenizer: Any, limits: Limits) -> dict[str, Any]:
+        limits.check_length("evaluation.cost.prompt_tokens + evaluation.cost.new_tokens", self.prompt_tokens + self.new_tokens)
+        return {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens, "repeats": self.repeats}
+
+    def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
+        side = Side("model", contextlib.nullcontext, next(model.parameters()).dtype)
+        return self.measure_sides(model, [side])["model"]
+
+    def measure_sides(self, model: nn.Module, sides: list[Side]) -> dict[str, list[Measurement]]:
+        vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+        generator = torch.Generator().manual_seed(0)
+        prompt = torch.randint(vocabulary, (1, self.prompt_tokens), generator=generator).to(device)
+        times: dict[str, list[tuple[float, float]]] = {side.name: [] for side in sides}
+        for repeat in progress(range(self.repeats + 1), "time prefill and decode", unit="round"):
+            for side in sides:
+                with side.active():
+                    timed = time_generation(model, prompt, self.new_tokens)
+                if repeat:
+                    times[side.name].append(timed)
+        found = {}
+        for side in sides:
+            with side.active():
+                found[side.name] = [*size_of(model, side.storage_dtype), *self._speeds(times[side.name], device)]
+        return found
+
+    def _speeds(self, times: list[tuple[float, float]], device: torch.device) -> list[Measurement]:
+        detail = {"statistic": "median", "batch_size": 1, "device": device.type, "threads": torch.get_num_threads()}
+        figures = []
+        for task, tokens, seconds in (
+            ("prefill", self.prompt_tokens, [prefill for prefill, _ in times]),
+            ("decode", self.new_tokens, [decode for _, decode in times]),
+        ):
+            figures.append(
+                Measurement(
+                    "cost", task, "tokens_per_second", tokens / median(seconds), "tokens/s",
+                    n=len(seconds), seq_len=tokens, detail={**detail, "seconds": seconds},
+                )
+            )  # fmt: skip
+        return figures
+
+
+@torch.no_grad()
+def time_generation(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds for the prefill of ``prompt`` [1, T] and for ``new_tokens`` greedy steps after it."""
+    synchronise = torch.cuda.synchronize if prompt.is_cuda else (lambda: None)
+    synchronise()
+    start = time.perf_counter()
+    output = model(prompt, use_cache=True, logits_to_keep=1)
+    synchronise()
+    prefilled = time.perf_counter()
+    for _ in range(new_tokens):
+        token = output.logits[:, -1:].argmax(-1)
+        output = model(token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+    synchronise()
+    return prefilled - start, time.perf_counter() - prefilled
+
+
+def size_of(model: nn.Module, storage_dtype: torch.dtype) -> list[Measurement]:
+    """Parameters (tied ones once), bytes of their checkpoint in ``storage_dtype``, MACs of the linears per token."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = parameters * storage_dtype.itemsize
+    macs = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    return [
+        Measurement("cost", "parameters", "count", parameters, "parameters"),
+        Measurement("cost", "checkpoint", "bytes", size, "bytes", detail={"dtype": str(storage_dtype).removeprefix("torch.")}),
+        Measurement("cost", "linear_macs", "count", macs, "MACs per token"),
+    ]

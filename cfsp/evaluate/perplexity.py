@@ -1,0 +1,98 @@
+"""Perplexity on text: windows, joining and BOS as published, token-weighted mean NLL."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from cfsp.components import component
+from cfsp.config import TextSection
+from cfsp.data.calibration import Limits
+from cfsp.data.text import bos_of, cut_windows, locate_text, read_text, tokenise
+from cfsp.errors import DataError, RunError
+from cfsp.evaluate.measurement import Measurement
+from cfsp.progress import progress
+
+
+@component
+class Perplexity:
+    """exp of the mean NLL per predicted token over non-overlapping windows of ``seq_len``; the tail is dropped.
+
+    Each window is scored on its own and its first token is not predicted. ``windows`` = [first, end) evaluates only
+    those. ``texts`` defines the names that ``datasets`` may list.
+    """
+
+    datasets: list[str]
+    texts: dict[str, TextSection]
+    seq_len: Annotated[int, Field(ge=2)]
+    windows: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 8
+
+    side_by_side: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in self.datasets:
+            if name not in self.texts:
+                raise ValueError(
+                    f"evaluation.perplexity.datasets names {name!r}, which is not defined; defined: {', '.join(self.texts)}"
+                )
+        if self.windows is not None and self.windows[0] >= self.windows[1]:
+            raise ValueError(f"evaluation.perplexity.windows={list(self.windows)}: [first, end) with first < end is needed")
+
+    def check(self, tokenizer: Any, limits: Limits) -> dict[str, Any]:
+        limits.check_length("evaluation.perplexity.seq_len", self.seq_len)
+        return {
+            "seq_len": self.seq_len,
+            "windows": self.windows,
+            "batch_size": self.batch_size,
+            "texts": {name: locate_text(self.texts[name], self._key(name)).identity for name in self.datasets},
+        }
+
+    def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
+        return [self._measure(name, model, tokenizer) for name in self.datasets]
+
+    def _measure(self, name: str, model: nn.Module, tokenizer: Any) -> Measurement:
+        windows, first = self._windows(name, tokenizer)
+        total, count = negative_log_likelihood(model, torch.from_numpy(windows), self.batch_size, name)
+        if not math.isfinite(total):
+            raise RunError(f"perplexity on {name} is not finite; try model.dtype=float32")
+        section = self.texts[name]
+        return Measurement(
+            "perplexity", name, "perplexity", math.exp(total / count), "perplexity per token",
+            n=count, seq_len=self.seq_len, split=section.split,
+            detail={"windows": [first, first + len(windows)], "bos": section.bos, "nll": total / count},
+        )  # fmt: skip
+
+    def _windows(self, name: str, tokenizer: Any) -> tuple[np.ndarray, int]:
+        section, key = self.texts[name], self._key(name)
+        ids = tokenise(read_text(locate_text(section, key)), tokenizer, section.bos)
+        windows = cut_windows(ids, self.seq_len, bos_id=bos_of(tokenizer, section.bos, key))
+        first, end = self.windows or (0, len(windows))
+        if not len(windows) or end > len(windows):
+            raise DataError(
+                f"evaluation.perplexity ({name}): the text has {len(windows)} windows of {self.seq_len} tokens, "
+                f"{max(end, 1)} are needed; use a longer text or a smaller evaluation.perplexity.seq_len"
+            )
+        return windows[first:end], first
+
+    @staticmethod
+    def _key(name: str) -> str:
+        return f"evaluation.perplexity.texts.{name}"
+
+
+@torch.no_grad()
+def negative_log_likelihood(model: nn.Module, windows: Tensor, batch_size: int, label: str) -> tuple[float, int]:
+    """Summed NLL in nats of the tokens 1..T-1 of each window [n, T], and their number; log-softmax in fp32."""
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in progress(windows.split(batch_size), f"perplexity {label}", unit="batch"):
+        ids = batch.to(device)
+        logits = model(ids, use_cache=False).logits
+        for sequence, target in zip(logits, ids, strict=True):
+            total += nn.functional.cross_entropy(sequence[:-1].float(), target[1:], reduction="sum").double().cpu()
+    return float(total), windows.shape[0] * (windows.shape[1] - 1)

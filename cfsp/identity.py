@@ -1,0 +1,65 @@
+"""Run identity: a hash of what decides the result. Contents go in; locations, device, logger and paths stay out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from cfsp.config import RunConfig
+
+#: Raise it when the method's code changes a result, so that no old record stands for the new code.
+METHOD_VERSION = 1
+
+
+def method_of(config: RunConfig) -> dict[str, Any]:
+    """What really runs: the metric, the allocator and the structure, not only the preset's name."""
+    pruner = config.pruner
+    if not pruner.instance.prunes:
+        return {"name": pruner.instance.name}
+    return {
+        "name": pruner.instance.name,
+        "importance": config.importance.identity(),
+        "allocator": config.allocator.identity(),
+        "pruner": pruner.identity(),
+        "version": METHOD_VERSION,
+    }
+
+
+def identity_of(
+    config: RunConfig, *, model: str, dtype: str, calibration: dict[str, Any] | None, evaluation: dict[str, Any]
+) -> dict[str, Any]:
+    """Everything that decides the figures of a run.
+
+    Args:
+        model: the model's content fingerprint.
+        dtype: as resolved, never ``auto``.
+        calibration: by content; None where nothing is pruned.
+        evaluation: evaluator name -> what of its inputs and settings decides the figures.
+    """
+    pruning = None
+    if config.pruner.instance.prunes:
+        pruning = {"method": method_of(config), "sparsity": config.sparsity.model_dump(), "calibration": calibration}
+    return {
+        "version": METHOD_VERSION,
+        "model": model,
+        "dtype": dtype,
+        "seed": config.seed,
+        "pruning": pruning,
+        "recovery": config.recovery.identity(),
+        "evaluation": evaluation,
+    }
+
+
+def run_id_of(config: RunConfig, identity: dict[str, Any]) -> str:
+    """A readable slug and 12 hexadecimal digits of the identity's hash."""
+    name = config.pruner.instance.name
+    slug = [config.model.name, name if config.pruner.instance.prunes else "dense"]
+    if config.pruner.instance.prunes:
+        slug.append(f"{config.sparsity.ratio:g}")
+    return f"{'-'.join(slug)}-{digest(identity)[:12]}"
+
+
+def digest(value: Any) -> str:
+    """sha256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Neuron metrics (one file each) and block distances."""

@@ -1,0 +1,26 @@
+"""Block distances: how far a block moves the hidden state (CFSP's coarse importance).
+
+Between x entering and y leaving a block, per token, in fp32, no S x S matrix: angular = arccos(cos) / pi with the
+cosine clamped to [-1, 1]; cosine = 1 - cos; mse and mae are means over the hidden dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def block_distances(x: Tensor, y: Tensor) -> Tensor:
+    """Sums over the tokens of each sequence, [B, 4]: angular, cosine, mse, mae; x and y are [B, T, d].
+
+    A zero hidden state has no direction: its cosine counts as 0.
+    """
+    x, y = x.float(), y.float()
+    norms = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
+    dots = (x * y).sum(-1)
+    cosine = torch.where(norms > 0, dots / norms, torch.zeros_like(dots)).clamp(-1, 1)
+    difference = y - x
+    width = x.shape[-1]
+    mse = torch.linalg.vector_norm(difference, dim=-1).square() / width
+    mae = torch.linalg.vector_norm(difference, ord=1, dim=-1) / width
+    return torch.stack([cosine.arccos() / torch.pi, 1 - cosine, mse, mae], dim=-1).double().sum(1)

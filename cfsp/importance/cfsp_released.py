@@ -1,0 +1,34 @@
+"""The neuron metrics of CFSP's released code (its lib/prune.py), kept to reproduce the authors' numbers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from cfsp.components import component
+from cfsp.models.views import BlockView
+
+#: Exponent of X_i after the released normalisation, and how many matrices it sums over.
+_WEIGHT_FREE = {"three_w_one_wa": (1.0, 3), "three_w_one_a": (1.0, 3), "one_wa": (1.0, 1), "one_a": (0.5, 1)}
+
+
+@component
+class CfspReleased:
+    """The released code divides each |W| by its own neuron's sum and averages over the hidden dimension d.
+
+    A neuron's shares of itself sum to 1, so in the first four variants every weight cancels and what is left is
+    ``matrices / d * X_i ** exponent``; written so here, because that is what the code computes. ``wanda_base`` is
+    mean |Wd| X_i, ``mag_base`` the column norm of Wd.
+    """
+
+    variant: Literal["three_w_one_wa", "three_w_one_a", "one_wa", "one_a", "wanda_base", "mag_base"] = "three_w_one_wa"
+
+    def score(self, block: BlockView, activation: Tensor) -> Tensor:
+        down = block.ffn.down.weight.detach()
+        if self.variant in _WEIGHT_FREE:
+            exponent, matrices = _WEIGHT_FREE[self.variant]
+            return matrices / down.shape[0] * activation**exponent
+        if self.variant == "wanda_base":
+            return down.float().abs().mean(0) * activation
+        return down.float().norm(dim=0)

@@ -1,0 +1,20 @@
+"""Random scores: the control that every metric must beat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cfsp.components import component
+from cfsp.models.views import BlockView
+
+
+@component
+class RandomImportance:
+    """Uniform scores from ``seed`` and the block's index, drawn on CPU so that no device changes them."""
+
+    seed: int = 0
+
+    def score(self, block: BlockView, activation: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + block.index)
+        return torch.rand(block.ffn.width, generator=generator)

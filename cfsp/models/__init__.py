@@ -1,0 +1,1 @@
+"""Views of an architecture, the block driver, model folders in and out."""

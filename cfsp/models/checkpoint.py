@@ -1,0 +1,301 @@
+"""Writing a pruned model as a folder that stock tools load; checking a folder before its weights are read.
+
+Equal FFN widths give a plain folder of the stock model type, unequal ones a folder that carries its own code
+(``remote_code``). A stock model type with other shapes is never written.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cfsp.errors import CheckpointError
+from cfsp.models.remote_code import PRUNED_PREFIX, pruned_family, stock_type
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MARKER = "cfsp_checkpoint.json"
+MAX_SHARD_BYTES = 5_000_000_000
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template*",
+)
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """What was written: ``form`` is "plain" or "remote_code", ``bytes`` counts the safetensors files."""
+
+    folder: Path
+    form: str
+    bytes: int
+    dtype: str
+
+
+def save_checkpoint(
+    model: PreTrainedModel, folder: Path, *, dtype: torch.dtype | None = None, source: Path | None = None
+) -> SavedCheckpoint:
+    """Write ``model`` to ``folder``, all or nothing; a folder that cfsp wrote earlier is replaced.
+
+    Args:
+        dtype: cast floating-point tensors to it on the way out; the model itself is left as it is.
+        source: folder whose tokenizer files are copied.
+
+    Raises:
+        CheckpointError: the folder holds other things or cannot be written, or the model's class and
+            configuration do not describe its parameters (``remote_code.adopt`` makes them).
+    """
+    folder = Path(folder).resolve()
+    _refuse_foreign(folder)
+    _check_described(model)
+    pruned = model.config.model_type.startswith(PRUNED_PREFIX)
+    written = str(dtype or model.dtype).removeprefix("torch.")
+    scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        scratch.mkdir(parents=True)
+        size = _write_weights(model, scratch, dtype)
+        _write_json(scratch / "config.json", _config_dict(model, written))
+        if model.generation_config is not None:
+            # Not save_pretrained: it refuses settings that published models do have.
+            model.generation_config.to_json_file(scratch / "generation_config.json")
+        if pruned:
+            for name, text in pruned_family(stock_type(model.config.model_type)).files.items():
+                (scratch / name).write_text(text, encoding="utf-8")
+        if source is not None:
+            _copy_tokenizer(Path(source), scratch)
+        form = "remote_code" if pruned else "plain"
+        _write_json(scratch / MARKER, {"schema": 1, "form": form, "dtype": written})
+        _replace(scratch, folder)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: the model cannot be saved there ({error})") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return SavedCheckpoint(folder, form, size, written)
+
+
+def check_safetensors(folder: Path) -> None:
+    """See from headers and sizes alone that the weights transformers would read here are complete.
+
+    Raises:
+        CheckpointError: names the file that is missing, truncated or no safetensors file.
+    """
+    folder = Path(folder)
+    if (folder / _WEIGHTS).is_file() or not (folder / _INDEX).is_file():
+        files = [folder / _WEIGHTS] if (folder / _WEIGHTS).is_file() else sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{folder}: there is no safetensors file; fetch or save the model again")
+        for file in files:
+            _read_header(file)
+        return
+    try:
+        weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / _INDEX}: not a readable index ({error!r}); fetch the model again"
+        ) from error
+    for name in names:
+        header = _read_header(folder / name)
+        lost = [weight for weight, file in weight_map.items() if file == name and weight not in header]
+        if lost:
+            raise CheckpointError(
+                f"{folder / name}: lacks {lost[0]}, which {_INDEX} expects there; fetch the model again"
+            )
+
+
+def first_non_finite(model: nn.Module) -> str | None:
+    """The name of the first parameter that holds a NaN or an infinity, or None."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.numel():
+            # Extremes carry NaN along, need no temporary of the parameter's size and cannot overflow.
+            low, high = torch.aminmax(parameter.detach())
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                return name
+    return None
+
+
+def _refuse_foreign(folder: Path) -> None:
+    try:
+        foreign = folder.exists() and (
+            not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).is_file())
+        )
+    except OSError as error:
+        raise CheckpointError(f"{folder}: the model cannot be saved there ({error})") from error
+    if foreign:
+        raise CheckpointError(
+            f"{folder}: exists and was not written by cfsp (no {MARKER}); choose another folder or empty it"
+        )
+
+
+def _check_described(model: PreTrainedModel) -> None:
+    """Rebuild the model from class and configuration, without memory, and compare names and shapes."""
+    cls = type(model)
+    pruned = model.config.model_type.startswith(PRUNED_PREFIX)
+    if not pruned and not cls.__module__.startswith("transformers."):
+        raise CheckpointError(f"cannot save a {cls.__name__}: neither a transformers nor a pruned class")
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise CheckpointError(
+                f"cannot save this {cls.__name__}: {name} is {found.get(name, 'absent')}, its configuration "
+                f"says {expected.get(name, 'absent')}; the folder would not load"
+            )
+
+
+def _write_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> int:
+    """Only tensors that change on the way out (dtype, device, layout) are copied, one shard at a time."""
+    shards = list(_shards(_unique_tensors(model), dtype))
+    weight_map, total = {}, 0
+    for number, names in enumerate(shards, start=1):
+        file = _WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {name: _outgoing(tensor, dtype) for name, tensor in names.items()}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict with tied tensors kept once, under the name that transformers ties the others to."""
+    tied = set(model._tied_weights_keys or ())
+    state = model.state_dict()
+    unique: dict[str, Tensor] = {}
+    seen: set[tuple[torch.device, int]] = set()
+    for name in sorted(state, key=lambda name: name in tied):
+        tensor = state[name]
+        if tensor.is_meta:
+            raise CheckpointError(f"cannot save this model: {name} has no data (it is on the meta device)")
+        storage = (tensor.device, tensor.untyped_storage().data_ptr())
+        if storage not in seen:
+            unique[name] = tensor
+        elif name not in tied:
+            # Shared without transformers knowing: nothing would tie it again on loading.
+            unique[name] = tensor.clone()
+        seen.add(storage)
+    return unique
+
+
+def _shards(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        itemsize = dtype.itemsize if dtype is not None and tensor.is_floating_point() else tensor.itemsize
+        if shard and size + tensor.numel() * itemsize > MAX_SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.numel() * itemsize
+    yield shard
+
+
+def _outgoing(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to(device="cpu", dtype=target).contiguous()
+
+
+def _config_dict(model: PreTrainedModel, dtype: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(model.config.to_json_string())
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = dtype
+    config.pop("auto_map", None)
+    if model.config.model_type.startswith(PRUNED_PREFIX):
+        config["auto_map"] = pruned_family(stock_type(model.config.model_type)).auto_map
+    return config | _legacy_rope(config.get("rope_parameters"))
+
+
+def _legacy_rope(rope: dict[str, Any] | None) -> dict[str, Any]:
+    """The spelling of transformers 4, which ignores ``rope_parameters`` and silently takes its own theta."""
+    if not rope:
+        return {}
+    full = rope.get("full_attention", rope)
+    top_level = {"rope_theta", "partial_rotary_factor"}
+    scaling = {key: value for key, value in full.items() if key not in top_level}
+    legacy = {key: value for key, value in full.items() if key in top_level}
+    legacy["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
+    sliding = rope.get("sliding_attention") or {}
+    if sliding.get("rope_theta", full.get("rope_theta")) != full.get("rope_theta"):
+        legacy["rope_local_base_freq"] = sliding["rope_theta"]
+    return legacy
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    for pattern in _TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        # The name that transformers 5 gives this class is unknown to transformers 4; 5 knows both.
+        text = settings.read_text(encoding="utf-8")
+        settings.write_text(
+            text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8"
+        )
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _replace(scratch: Path, folder: Path) -> None:
+    if not folder.exists():
+        scratch.rename(folder)
+        return
+    retired = scratch.with_name(scratch.name + ".old")
+    folder.rename(retired)
+    try:
+        scratch.rename(folder)
+    except OSError:
+        retired.rename(folder)
+        raise
+    shutil.rmtree(retired)
+
+
+def _read_header(file: Path) -> dict[str, Any]:
+    """The header of a safetensors file: 8 bytes of length, JSON, and data up to the last ``data_offsets``."""
+    remedy = "fetch or save the model again"
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            if start == b"version ":
+                raise CheckpointError(f"{file}: is a Git LFS pointer, not the weights; run `git lfs pull`")
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > size - 8:
+                raise CheckpointError(f"{file}: truncated or no safetensors file ({size} bytes); {remedy}")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        claimed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: is missing; {remedy}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: its header cannot be read ({error!r}); {remedy}") from error
+    if claimed != size:
+        raise CheckpointError(f"{file}: {size} bytes where its header says {claimed}: truncated; {remedy}")
+    return header

@@ -1,0 +1,117 @@
+"""Where a model comes from: a packaged folder, a local folder or the hub; checked before any weight is loaded.
+
+Everything becomes a local folder with a fingerprint of its content, so that two different models never share a
+cache entry or a run and the same model is recognised wherever it lies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfsp.config import ModelSection
+from cfsp.errors import CheckpointError
+from cfsp.hub import hub_error
+from cfsp.package import package_path
+
+#: Files whose content decides what a model computes and how text becomes tokens.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+_HUB_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on disk. ``origin`` is the folder or ``hub id@commit``; ``fingerprint`` is of the content."""
+
+    name: str
+    origin: str
+    folder: Path
+    config: dict[str, Any]
+    fingerprint: str
+
+
+def locate(section: ModelSection) -> ModelSource:
+    """Find the model of a configuration, fetching it from the hub if it is a hub id.
+
+    Raises:
+        CheckpointError: no such folder, an incomplete or truncated one, no safetensors, or the hub is out of reach.
+    """
+    path = str(section.path)
+    if path.startswith("pkg://"):
+        return _from_folder(section.name, package_path(path), origin=path)
+    folder = Path(path).expanduser()
+    if folder.exists() or not _is_hub_id(path):
+        return _from_folder(section.name, folder, origin=str(folder))
+    patterns = [*_HUB_SMALL_FILES, "*.safetensors", *(["*.py"] if section.trust_remote_code else [])]
+    snapshot = _snapshot(path, section.revision, patterns)
+    commit = snapshot.name
+    return _from_folder(section.name, snapshot, origin=f"{path}@{commit}", fingerprint=f"hub:{path}@{commit}")
+
+
+def _is_hub_id(path: str) -> bool:
+    return not path.startswith((".", "/", "~")) and path.count("/") <= 1 and "\\" not in path
+
+
+def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*", "original/*"]
+            )
+        )
+    except Exception as error:
+        raise CheckpointError(
+            hub_error(f"model.path={repo}", error, "a local folder, e.g. model=local model.path=FOLDER")
+        ) from error
+
+
+def _from_folder(name: str, folder: Path, *, origin: str, fingerprint: str | None = None) -> ModelSource:
+    from cfsp.models.checkpoint import check_safetensors
+
+    where = f"model.path={origin}"
+    if not folder.is_dir():
+        raise CheckpointError(f"{where}: no such folder; give a model folder or a hub id (organisation/name)")
+    if not any(folder.iterdir()):
+        raise CheckpointError(f"{where}: the folder is empty; it must hold config.json, *.safetensors and a tokenizer")
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise CheckpointError(f"{where}: there is no config.json; give the folder that save_pretrained wrote")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{where}: config.json is not valid JSON ({error}); fetch the model again") from error
+    if not any(folder.glob("*.safetensors")):
+        pickles = ", ".join(sorted(path.name for path in folder.glob("*.bin"))[:2])
+        found = f"found {pickles}, which is never loaded" if pickles else "found none"
+        raise CheckpointError(f"{where}: *.safetensors weights are needed, {found}; save it with save_pretrained")
+    check_safetensors(folder)
+    return ModelSource(name, origin, folder, config, fingerprint or folder_fingerprint(folder))
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """sha256 over the content of weights, config and tokenizer; names of files count, the folder's place does not."""
+    digest = hashlib.sha256()
+    files = [*folder.glob("*.safetensors"), folder / "config.json"]
+    files += [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
+    for path in sorted(files):
+        digest.update(path.name.encode() + b"\0" + file_digest(path).encode() + b"\0")
+    return f"sha256:{digest.hexdigest()}"
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's content, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,20 @@
+"""Files that travel with the package: ``pkg://cfsp/assets/...`` and the configuration folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+
+
+def package_path(path: str) -> Path:
+    """The real path of ``pkg://cfsp/...``; other paths come back with ``~`` expanded."""
+    if path.startswith("pkg://cfsp/"):
+        return ROOT / path.removeprefix("pkg://cfsp/")
+    return Path(path).expanduser()
+
+
+def config_folder() -> Path:
+    """``conf``: inside the package in an installed wheel, beside it in a checkout."""
+    inside = ROOT / "conf"
+    return inside if inside.is_dir() else ROOT.parent / "conf"

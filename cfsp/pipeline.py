@@ -1,0 +1,333 @@
+"""The order of the stages, what is skipped because it is done, and what happens when one fails. No science."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import traceback
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cfsp.calibrate.calibrate import StatisticsCache, calibrate
+from cfsp.config import RunConfig, SelfCalibration
+from cfsp.data.calibration import CalibrationSet
+from cfsp.data.self_generated import sample_windows
+from cfsp.errors import CheckpointError, ConfigError, RunError
+from cfsp.evaluate.base import Side
+from cfsp.evaluate.measurement import Measurement
+from cfsp.identity import digest, method_of
+from cfsp.models.checkpoint import save_checkpoint
+from cfsp.models.driver import BlockDriver
+from cfsp.models.load import load_model
+from cfsp.models.views import DecoderView, resolve
+from cfsp.prepare import Prepared, prepare
+from cfsp.prune.apply import apply, dense_again
+from cfsp.prune.base import PlanContext
+from cfsp.prune.plan import PruningPlan
+from cfsp.prune.probe import probe
+from cfsp.prune.slicing import linears_of
+from cfsp.record import environment
+from cfsp.record.figure import draw_blocks
+from cfsp.record.run_record import RunRecord
+from cfsp.record.stages import Stages
+
+log = logging.getLogger(__name__)
+
+
+def run(config: RunConfig, *, multirun: bool = False) -> tuple[RunRecord, Path]:
+    """Run what ``config`` asks for, or find it finished; returns its record and its folder OUT.
+
+    Raises:
+        CfspError: an input is wrong (nothing was started), or a stage failed (the record says which).
+    """
+    prepared = prepare(config)
+    parent = Path(config.paths.output_dir)
+    out = parent / prepared.run_id if multirun else parent
+    earlier = _claim(out, prepared.run_id)
+    if earlier is not None and not config.force and _is_finished(earlier, out, prepared):
+        log.info("this run is finished (%s); force=true repeats it", out / "record.json")
+        return earlier, out
+    record = RunRecord(
+        prepared.run_id,
+        configuration=config.raw,
+        identity=prepared.identity,
+        method=method_of(config),
+        environment=environment.describe(),
+        model={
+            "name": config.model.name,
+            "origin": prepared.source.origin,
+            "fingerprint": prepared.source.fingerprint,
+            "dtype": str(prepared.dtype).removeprefix("torch."),
+            "device": str(prepared.device),
+        },
+        started=_now(),
+    )
+    logger = config.logger.instance
+    with _log_file(out), _recorded(record, out, config):
+        record.write(out / "record.json")
+        _write_config(config, out)
+        logger.start(prepared.run_id, out, config.raw)
+        success = False
+        try:
+            _execute(prepared, record, out)
+            _mirror(logger, record, out)
+            success = True
+        finally:
+            logger.finish(success=success)
+    return record, out
+
+
+def _execute(prepared: Prepared, record: RunRecord, out: Path) -> None:
+    config, stages = prepared.config, Stages()
+    record.stages = stages.entries
+    trust = config.model.trust_remote_code
+    with stages("load"):
+        model = load_model(prepared.source, dtype=prepared.dtype, device=prepared.device, trust_remote_code=trust)
+        view = resolve(model)
+        probe(view)
+    if not config.pruner.instance.prunes:
+        with stages("evaluate") as stage:
+            record.measurements["dense"], stage["cached"] = _evaluate_dense(prepared, model)
+            _add(record.measurements, _side_by_side(prepared, model, [_side("dense", prepared)]))
+        return
+    with stages("calibrate") as stage:
+        context, stage["cached"] = _context(prepared, view)
+        record.calibration = context.calibration.describe()
+    with stages("plan"):
+        plan: PruningPlan = config.pruner.instance.plan(context)
+        plan.save(out / "plan.json")
+        _record_plan(record, plan)
+    if prepared.evaluation:
+        with stages("evaluate dense") as stage:
+            record.measurements["dense"], stage["cached"] = _evaluate_dense(prepared, model)
+    originals = [linears_of(block.ffn) for block in view.blocks]
+    with stages("apply"):
+        apply(model, plan)
+    with stages("recover"):
+        model = config.recovery.instance.recover(model)
+    if config.save.model:
+        with stages("save"):
+            saved = save_checkpoint(model, out / "model", dtype=prepared.stored_dtype, source=prepared.source.folder)
+            _plan_in_folder(plan, prepared).save(out / "model" / "plan.json")
+            record.checkpoint = {"form": saved.form, "bytes": saved.bytes, "dtype": saved.dtype}
+    if prepared.evaluation:
+        with stages("evaluate pruned"):
+            record.measurements["pruned"] = _measured(prepared, model)
+        with stages("measure cost"):
+            dense = Side("dense", lambda: dense_again(view, originals), prepared.stored_dtype)
+            _add(record.measurements, _side_by_side(prepared, model, [dense, _side("pruned", prepared)]))
+    draw_blocks(plan, _distance_shown(config), out / "blocks.png")
+
+
+def _context(prepared: Prepared, view: DecoderView) -> tuple[PlanContext, bool]:
+    config = prepared.config
+    calibration = prepared.calibration or _sampled(prepared, view.model)
+    driver = BlockDriver(view, config.calibration.batch_size)
+    cache = StatisticsCache(Path(config.paths.cache_dir), prepared.source.fingerprint)
+    statistics, cached = calibrate(driver, calibration, cache)
+    context = PlanContext(
+        driver=driver,
+        calibration=calibration,
+        statistics=statistics,
+        budget=prepared.budget,
+        importance=config.importance.instance,
+        allocator=config.allocator.instance,
+        method=method_of(config),
+        base_model=prepared.source.origin,
+        base_fingerprint=prepared.source.fingerprint,
+        cache=cache,
+    )
+    return context, cached
+
+
+def _sampled(prepared: Prepared, model: nn.Module) -> CalibrationSet:
+    section = prepared.config.calibration
+    assert isinstance(section, SelfCalibration)
+    return sample_windows(model, prepared.tokenizer, section, prepared.limits, prepared.config.seed)
+
+
+def _evaluate_dense(prepared: Prepared, model: nn.Module) -> tuple[list[dict[str, Any]], bool]:
+    """Figures of the model as given, read back where this model and evaluation were measured before."""
+    rows: list[dict[str, Any]] = []
+    all_cached = True
+    for name, evaluator in prepared.config.evaluation.items():
+        if evaluator.instance.side_by_side:
+            continue
+        packages = {k: v for k, v in environment.versions().items() if k in ("cfsp", "torch", "transformers", "lm-eval")}
+        key = digest(
+            {
+                "model": prepared.source.fingerprint,
+                "dtype": str(prepared.dtype),
+                "device": prepared.device.type,
+                "evaluator": evaluator.target,
+                "inputs": prepared.evaluation[name],
+                "packages": packages,
+            }
+        )
+        path = Path(prepared.config.paths.cache_dir) / "dense" / f"{key[:32]}.json"
+        found = None if prepared.config.force else _read_json(path)
+        if found is None:
+            all_cached = False
+            found = [m.as_dict() for m in evaluator.instance.measure(model, prepared.tokenizer)]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(found), encoding="utf-8")
+            os.replace(partial, path)
+        rows += found
+    return rows, all_cached and bool(rows)
+
+
+def _measured(prepared: Prepared, model: nn.Module) -> list[dict[str, Any]]:
+    evaluators = [e.instance for e in prepared.config.evaluation.values() if not e.instance.side_by_side]
+    return [m.as_dict() for evaluator in evaluators for m in evaluator.measure(model, prepared.tokenizer)]
+
+
+def _side_by_side(prepared: Prepared, model: nn.Module, sides: list[Side]) -> dict[str, list[Measurement]]:
+    found: dict[str, list[Measurement]] = {}
+    for evaluator in prepared.config.evaluation.values():
+        if evaluator.instance.side_by_side:
+            for side, rows in evaluator.instance.measure_sides(model, sides).items():
+                found.setdefault(side, []).extend(rows)
+    return found
+
+
+def _side(name: str, prepared: Prepared) -> Side:
+    return Side(name, contextlib.nullcontext, prepared.stored_dtype)
+
+
+def _add(measurements: dict[str, list[dict[str, Any]]], found: dict[str, list[Measurement]]) -> None:
+    for side, rows in found.items():
+        measurements.setdefault(side, []).extend(row.as_dict() for row in rows)
+
+
+def _record_plan(record: RunRecord, plan: PruningPlan) -> None:
+    record.plan = {
+        "base_model": plan.base_model,
+        "base_fingerprint": plan.base_fingerprint,
+        "requested": plan.requested,
+        "achieved": plan.achieved,
+        "parameters": plan.parameters,
+    }
+    record.blocks = list(plan.details)
+    widths = " ".join(str(row["width"]) for row in plan.details)
+    log.info("kept widths: %s", widths)
+
+
+def _plan_in_folder(plan: PruningPlan, prepared: Prepared) -> PruningPlan:
+    """The folder's plan starts from the first dense model: pruning a pruned folder composes the two plans."""
+    earlier = prepared.source.folder / "plan.json"
+    return plan.compose(PruningPlan.load(earlier)) if earlier.is_file() else plan
+
+
+def _distance_shown(config: RunConfig) -> str:
+    metric = getattr(config.allocator.instance, "metric", "angular")
+    return {"none": "angular", "euclidean": "mse"}.get(metric, metric)
+
+
+def _claim(out: Path, run_id: str) -> RunRecord | None:
+    """Make OUT, or find it ours; another run's folder is refused."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe_file = out / f".write-test-{os.getpid()}"
+        probe_file.touch()
+        probe_file.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"paths.output_dir={out}: cannot be written ({error.strerror}); give another folder"
+        ) from error
+    earlier = RunRecord.read(out / "record.json")
+    if earlier is not None and earlier.run_id != run_id:
+        raise ConfigError(
+            f"paths.output_dir={out}: holds another run ({earlier.run_id}; this one is {run_id}); give another folder "
+            "or remove it"
+        )
+    return earlier
+
+
+def _is_finished(earlier: RunRecord, out: Path, prepared: Prepared) -> bool:
+    wants_model = prepared.config.save.model and prepared.config.pruner.instance.prunes
+    return earlier.status == "success" and (not wants_model or (out / "model" / "config.json").is_file())
+
+
+@contextlib.contextmanager
+def _recorded(record: RunRecord, out: Path, config: RunConfig) -> Iterator[None]:
+    """Whatever happens inside ends up in record.json; a finished run also in the records folder."""
+    try:
+        yield
+    except BaseException as error:
+        record.status = "failed"
+        record.error = {
+            "type": type(error).__name__,
+            "message": str(error),
+            "traceback": "".join(traceback.format_exception(error)),
+        }
+        log.debug("run failed", exc_info=error)
+        record.finished = _now()
+        record.write(out / "record.json")
+        if _out_of_memory(error):
+            raise RunError(
+                "out of memory: lower calibration.batch_size and the evaluation's batch_size (e.g. 1), or use "
+                "model.dtype=bfloat16"
+            ) from error
+        raise
+    record.status = "success"
+    record.finished = _now()
+    record.write(out / "record.json")
+    record.write(Path(config.paths.records_dir) / f"{record.run_id}.json")
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def _log_file(out: Path) -> Iterator[None]:
+    handler = logging.FileHandler(out / "run.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def _write_config(config: RunConfig, out: Path) -> None:
+    from omegaconf import OmegaConf
+
+    (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config.raw)), encoding="utf-8")
+
+
+def _mirror(logger: Any, record: RunRecord, out: Path) -> None:
+    figures = {
+        f"{side}/{row['suite']}/{row['task']}/{row['metric']}": row["value"]
+        for side, rows in record.measurements.items()
+        for row in rows
+    }
+    if record.plan is not None:
+        figures |= {f"achieved/{key}": value for key, value in record.plan["achieved"].items()}
+    figures |= {f"seconds/{stage['name']}": stage["seconds"] for stage in record.stages}
+    logger.log(figures)
+    if (out / "blocks.png").is_file():
+        logger.image("blocks", out / "blocks.png")
+
+
+def _read_json(path: Path) -> list[dict[str, Any]] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+

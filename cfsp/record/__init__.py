@@ -1,0 +1,1 @@
+"""The record of a run, its environment, and loggers that mirror it."""

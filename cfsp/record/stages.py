@@ -1,0 +1,59 @@
+"""Seconds and peak memory of each stage of a run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class Stages:
+    """``with stages("calibrate") as stage: ...``; entries are {name, seconds, peak_bytes, cached}."""
+
+    def __init__(self) -> None:
+        self.entries: list[dict[str, Any]] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[dict[str, Any]]:
+        entry: dict[str, Any] = {"name": name, "cached": False}
+        log.info("%s ...", name)
+        _reset_peak()
+        start = time.perf_counter()
+        try:
+            yield entry
+        finally:
+            entry["seconds"] = time.perf_counter() - start
+            entry |= _peak()
+            self.entries.append(entry)
+            log.info("%s: %.1f s%s", name, entry["seconds"], " (cached)" if entry["cached"] else "")
+
+
+def _reset_peak() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        with open("/proc/self/clear_refs", "w") as stream:  # Linux: resets the resident set's high-water mark
+            stream.write("5")
+    except OSError:
+        pass
+
+
+def _peak() -> dict[str, int | None]:
+    import torch
+
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    resident = None
+    try:
+        with open("/proc/self/status", encoding="utf-8") as stream:
+            resident = next(int(line.split()[1]) * 1024 for line in stream if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
+
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"peak_bytes": resident, "peak_gpu_bytes": gpu}

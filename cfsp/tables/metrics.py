@@ -1,0 +1,57 @@
+"""Names, units, order and direction of every figure, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a (suite, task, metric) is shown. ``better``: +1 higher, -1 lower."""
+
+    label: str
+    better: int
+    show: Callable[[float], str]
+
+
+def _count(value: float) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value:.0f}"
+
+
+def _bytes(value: float) -> str:
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= size:
+            return f"{value / size:.1f} {unit}"
+    return f"{value:.0f} B"
+
+
+_COST = {
+    "parameters": Metric("parameters", -1, _count),
+    "checkpoint": Metric("checkpoint size", -1, _bytes),
+    "linear_macs": Metric("MACs per token (linear layers)", -1, _count),
+    "prefill": Metric("prefill, tokens/s", 1, lambda value: f"{value:,.0f}"),
+    "decode": Metric("decode, tokens/s", 1, lambda value: f"{value:,.1f}"),
+}
+_SUITES = ("cost-size", "perplexity", "zero_shot", "cost-speed")
+
+
+def describe(suite: str, task: str, metric: str) -> Metric:
+    """How to show a figure; unknown ones are shown as they are, higher taken as better."""
+    if suite == "cost" and task in _COST:
+        return _COST[task]
+    if suite == "perplexity":
+        return Metric(f"perplexity, {task}", -1, lambda value: f"{value:,.2f}")
+    if suite == "zero_shot":
+        return Metric(f"{task}, {metric}", 1, lambda value: f"{value:.3f}")
+    return Metric(f"{task}, {metric}", 1, lambda value: f"{value:.4g}")
+
+
+def order(suite: str, task: str) -> int:
+    """Rows: size, perplexity, tasks, speed."""
+    if suite == "cost":
+        return _SUITES.index("cost-speed" if task in ("prefill", "decode") else "cost-size")
+    return _SUITES.index(suite) if suite in _SUITES else len(_SUITES)

@@ -1,0 +1,80 @@
+"""The table at the end of a run: dense beside pruned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from cfsp.record.run_record import RunRecord
+from cfsp.tables.metrics import describe, order
+
+_CHANGE_NOTE = "change: pruned relative to dense; tasks in points"
+
+
+def summary(record: RunRecord) -> Table | None:
+    """A rich table of every figure of the run; None where nothing was measured."""
+    sides = [side for side, rows in record.measurements.items() if rows]
+    if not sides:
+        return None
+    figures: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for side in sides:
+        for row in record.measurements[side]:
+            figures.setdefault((row["suite"], row["task"], row["metric"]), {})[side] = row
+    compared = len(sides) == 2
+    title = f"{record.model.get('name', '')}: {_what(record)}"
+    caption = _CHANGE_NOTE if compared else None
+    table = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left")
+    table.add_column("")
+    for side in sides:
+        table.add_column(side, justify="right")
+    if compared:
+        table.add_column("change", justify="right")
+    last = None
+    for key in sorted(figures, key=lambda key: order(key[0], key[1])):
+        suite, task, metric = key
+        shown = describe(suite, task, metric)
+        if last is not None and order(suite, task) != last:
+            table.add_section()
+        last = order(suite, task)
+        rows = figures[key]
+        cells = [_cell(rows[side], shown.show) if side in rows else "" for side in sides]
+        if compared:
+            cells.append(_change(suite, *(rows.get(side) for side in sides)))
+        table.add_row(_label(shown.label, next(iter(rows.values()))), *cells)
+    return table
+
+
+def _what(record: RunRecord) -> str:
+    method = record.method.get("name", "none")
+    if record.plan is None:
+        return "evaluated as it is (pruner=none)"
+    achieved, requested = record.plan["achieved"], record.plan["requested"]
+    return f"{method}, {achieved['ratio']:.1%} of the {requested['scope']} parameters removed"
+
+
+def _label(label: str, row: dict[str, Any]) -> str:
+    extra = []
+    if row["suite"] == "perplexity":
+        extra.append(f"windows of {row['seq_len']}")
+    if row["suite"] == "zero_shot" and row.get("n"):
+        extra.append(f"n={row['n']}")
+    if row.get("num_fewshot"):
+        extra.append(f"{row['num_fewshot']}-shot")
+    if row.get("limit"):
+        extra.append(f"limit {row['limit']}")
+    return f"{label} ({', '.join(extra)})" if extra else label
+
+
+def _cell(row: dict[str, Any], show: Any) -> str:
+    stderr = row.get("stderr")
+    return f"{show(row['value'])} ± {stderr:.3f}" if stderr is not None else show(row["value"])
+
+
+def _change(suite: str, before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
+    if before is None or after is None or not before["value"]:
+        return ""
+    if suite == "zero_shot":
+        return f"{100 * (after['value'] - before['value']):+.1f}"
+    ratio = after["value"] / before["value"]
+    return f"x{ratio:.2f}"

@@ -1,0 +1,23 @@
+"""What a person sees when a run ends: the table, and where things are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from cfsp.record.run_record import RunRecord
+from cfsp.tables.summary import summary
+
+_FILES = ("record.json", "plan.json", "model", "blocks.png", "config.yaml", "run.log", "wandb")
+
+
+def show(record: RunRecord, out: Path) -> None:
+    """Print the summary table of a finished run and the paths of what it wrote."""
+    console = Console(highlight=False)
+    table = summary(record)
+    console.print()
+    if table is not None:
+        console.print(table)
+    written = [name for name in _FILES if (out / name).exists()]
+    console.print(f"Written to {out}: {', '.join(written)}", soft_wrap=True)

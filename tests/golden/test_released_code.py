@@ -1,0 +1,110 @@
+"""Agreement with the authors' released code on real small models (../shared/golden).
+
+Tolerances: block distances 1e-6 and keep ratios 1e-6 because both sides accumulate fp32 activations of the same
+model in another order (observed 1e-8); the kept neurons must be identical.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from cfsp.allocate.budget import Budget, Sizes, to_widths
+from cfsp.allocate.coarse import Coarse
+from cfsp.allocate.global_rank import GlobalRank
+from cfsp.calibrate.calibrate import calibrate
+from cfsp.data.calibration import CalibrationSet
+from cfsp.importance.base import score
+from cfsp.importance.cfsp_released import CfspReleased
+from cfsp.importance.wanda import Wanda
+from cfsp.models.driver import BlockDriver
+from cfsp.models.load import load
+from cfsp.models.views import resolve
+from tests.conftest import SHARED, shared
+
+MODELS = {"stories260K": "stories260K", "babyllama361": "babyllama-1M"}
+
+
+def _cases() -> list:
+    return list(_each_case())
+
+
+def _each_case():
+    for name in MODELS:
+        path = SHARED / "golden" / f"golden_{name}.json"
+        if not path.exists():
+            yield pytest.param(name, None, id=f"{name}-absent")
+            continue
+        for case in json.loads(path.read_text())["cases"]:
+            label = "-".join(str(case[key]) for key in ("method", "ratio", "block_metric", "neuron_metric", "round_to"))
+            yield pytest.param(name, case, id=f"{name}-{label}")
+
+
+@cache
+def _calibrated(name: str, mode: str = "whole"):
+    model, _ = load(shared("models", MODELS[name]))
+    arrays = np.load(shared("golden", f"golden_{name}.npz"))
+    tokens = torch.from_numpy(arrays["tokens"].astype(np.int64))
+    view = resolve(model)
+    statistics, _ = calibrate(BlockDriver(view, 8, mode), CalibrationSet(tokens, "golden", "given", 0))
+    return view, statistics, arrays
+
+
+def _metric(case):
+    return Wanda() if case["method"] == "wanda_sp" else CfspReleased(case["neuron_metric"])
+
+
+@pytest.mark.parametrize(("name", "case"), _cases())
+def test_kept_neurons_are_the_released_codes(name, case):
+    shared("golden", f"golden_{name}.json")
+    view, statistics, arrays = _calibrated(name)
+    scores = score(view, statistics, _metric(case))
+    mask = arrays[f"mask_{case['case']}"]
+    for block, (values, golden) in enumerate(zip(scores.neurons, mask, strict=True)):
+        width = int(golden.sum())
+        kept = np.zeros_like(golden)
+        kept[values.argsort(descending=True, stable=True)[:width].numpy()] = True
+        assert (kept == golden).all(), f"block {block}: {(kept != golden).sum()} neurons differ"
+
+
+@pytest.mark.parametrize(("name", "case"), [c for c in _cases() if c.values[1] and c.values[1]["method"] == "cfsp"])
+def test_block_distances_keep_ratios_and_widths_are_the_released_codes(name, case):
+    view, statistics, _ = _calibrated(name)
+    scores = score(view, statistics, _metric(case))
+    ours = statistics.distance(case["block_metric"])
+    assert torch.allclose(ours, torch.tensor(case["block_distance_mean"], dtype=torch.float64), atol=1e-6, rtol=0)
+    sizes = Sizes.of(view)
+    keep = Coarse(case["block_metric"]).allocate(scores, sizes, 1 - case["ratio"]).keep
+    assert torch.allclose(keep, torch.tensor(case["keep_ratio"], dtype=torch.float64), atol=1e-6, rtol=0)
+    budget = Budget(case["ratio"], round_to=case["round_to"], rounding="nearest", min_width=1)
+    desired = [ratio * n for ratio, n in zip(keep.tolist(), sizes.widths, strict=True)]
+    widths = to_widths(desired, budget, sizes).per_block
+    for block, (width, golden) in enumerate(zip(widths, case["kept"], strict=True)):
+        if case["round_to"] > 1 and int((desired[block] + 64) / 128) == 0:
+            continue  # the released index becomes -1 there and the block keeps everything: a bug that is not copied
+        assert width == golden, f"block {block}"
+
+
+@pytest.mark.parametrize(("name", "case"), [c for c in _cases() if c.values[1] and c.values[1]["method"] == "wanda_sp"])
+def test_wanda_sp_widths_are_the_released_codes(name, case):
+    view, statistics, _ = _calibrated(name)
+    sizes = Sizes.of(view)
+    allocation = GlobalRank().allocate(score(view, statistics, Wanda()), sizes, 1 - case["ratio"])
+    desired = [ratio * n for ratio, n in zip(allocation.keep.tolist(), sizes.widths, strict=True)]
+    for rounding in ("exact", "nearest"):
+        budget = Budget(case["ratio"], round_to=1, rounding=rounding, min_width=1)
+        assert list(to_widths(desired, budget, sizes, counted=True).per_block) == case["kept"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_block_by_block_driver_collects_the_same(name):
+    _, whole, _ = _calibrated(name)
+    _, blocks, _ = _calibrated(name, "blocks")
+    for one, other in zip(whole.blocks, blocks.blocks, strict=True):
+        assert one.distances == other.distances
+        assert torch.equal(one.ffn.mean_square, other.ffn.mean_square)
+        assert torch.equal(one.attention.mean_norm, other.attention.mean_norm)
