@@ -1,7 +1,7 @@
 """The registry: a ``_target_`` and its keys become an instance of that class, typed by the class signature.
 
-A new metric, allocator, recovery, evaluator or logger is one class (a pydantic dataclass: :func:`component`) and
-one YAML file; nothing central is edited. Targets outside ``cfsp.`` run foreign code, so they need
+A new metric, allocator, recovery, evaluator or logger is one class (a pydantic dataclass: :func:`component`)
+and one YAML file; nothing central is edited. Targets outside ``cfsp.`` run foreign code, so they need
 ``plugins.allow=[package]``.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -17,6 +18,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from cfsp.errors import ConfigError
+from cfsp.package import config_folder
 
 #: Decorator of every pluggable class: frozen, typed, unknown keys are errors.
 component = pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -35,14 +37,21 @@ class Component:
         return {"class": self.target, **self.settings}
 
 
-def build(name: str, values: Any, allowed: Iterable[str] = ()) -> Component:
+def build(name: str, values: Any, allowed: Iterable[str] = (), needs: Iterable[str] = ()) -> Component:
     """Instantiate the component of configuration group ``name``.
 
+    Args:
+        allowed: packages outside cfsp that a ``_target_`` may name.
+        needs: attributes that an instance must have to stand in this group.
+
     Raises:
-        ConfigError: no ``_target_``, a target that is not allowed or does not exist, or wrong settings.
+        ConfigError: no ``_target_``, a target that is not allowed, does not exist or is of another kind, or
+            wrong settings.
     """
     if not isinstance(values, Mapping) or not values.get("_target_"):
-        raise ConfigError(f"{name}={values!r}: a group with a _target_ class is expected")
+        raise ConfigError(
+            f"{name}={shown(values)}: a group with a _target_ class is expected, e.g. {name}=OPTION"
+        )
     settings = {str(key): value for key, value in values.items() if key != "_target_"}
     target = str(values["_target_"])
     cls = _resolve(name, target, allowed)
@@ -54,6 +63,10 @@ def build(name: str, values: Any, allowed: Iterable[str] = ()) -> Component:
         raise ConfigError(f"{name}: {target} does not accept these keys: {error}") from error
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from error
+    lacking = [attribute for attribute in needs if not hasattr(instance, attribute)]
+    if lacking:
+        group = name.split(".", 1)[0]
+        raise ConfigError(f"{name}._target_={target}: no class for {group}, it has no {', '.join(lacking)}")
     known = asdict(instance) if hasattr(instance, "__dataclass_fields__") else settings
     return Component(instance, target, known)
 
@@ -63,12 +76,25 @@ def _resolve(name: str, target: str, allowed: Iterable[str]) -> type:
     package = target.split(".", 1)[0]
     if package != "cfsp" and package not in set(allowed):
         raise ConfigError(
-            f"{name}._target_={target}: classes outside cfsp run foreign code; allow it with plugins.allow=[{package}]"
+            f"{name}._target_={target}: classes outside cfsp run foreign code; allow it with "
+            f"plugins.allow=[{package}]"
         )
     try:
-        return getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{name}._target_={target}: there is no such class ({error})") from error
+        found = getattr(importlib.import_module(module_name), class_name)
+    except Exception as error:  # a module of the user's may fail in any way while it is imported
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"{name}._target_={target}: there is no such class ({reason}){suggest(target, _known_targets())}"
+        ) from error
+    if not isinstance(found, type):
+        raise ConfigError(f"{name}._target_={target}: a class is needed, this is a {type(found).__name__}")
+    return found
+
+
+def _known_targets() -> set[str]:
+    """The classes that the configuration files name."""
+    texts = (path.read_text(encoding="utf-8") for path in config_folder().rglob("*.yaml"))
+    return {target for text in texts for target in re.findall(r"^\s*_target_:\s*(\S+)", text, re.MULTILINE)}
 
 
 def problems_of(error: ValidationError, prefix: str, schema: type) -> list[str]:
@@ -77,20 +103,52 @@ def problems_of(error: ValidationError, prefix: str, schema: type) -> list[str]:
     described = getattr(schema, "model_fields", None) or {}
     names = list(described) or [field.name for field in fields(schema)]
     for finding in error.errors():
-        location = [str(part) for part in finding["loc"]]
-        key = ".".join([prefix, *location] if prefix else location)
-        if finding["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            lines.append(f"{key}: unknown key{suggest(location[-1], names)}; keys: {', '.join(names)}")
-            continue
-        if finding["type"].startswith("missing"):
-            lines.append(f"{key} is not set: give it a value, {key}=...")
-            continue
+        location = finding["loc"]
+        key = _key(prefix, location)
         message = finding["msg"].removeprefix("Value error, ")
         message = message[:1].lower() + message[1:]
-        field = described.get(location[0]) if location else None
-        hint = f" ({field.description})" if field is not None and field.description else ""
-        lines.append(f"{key}={finding['input']}: {message}{hint}")
+        if finding["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            known = names if len(location) == 1 else []
+            hint = f"; keys: {', '.join(known)}" if known else ""
+            lines.append(
+                f"{key}={shown(finding['input'])}: unknown key{suggest(str(location[-1]), known)}{hint}"
+            )
+        elif finding["type"].startswith("missing") and isinstance(location[-1], int):
+            lines.append(
+                f"{_key(prefix, location[:-1])}={shown(finding['input'])}: item {location[-1] + 1} is missing"
+            )
+        elif finding["type"].startswith("missing"):
+            lines.append(f"{key} is not set: give it a value, {key}=...")
+        elif not location:  # a check over several keys, which names them itself
+            lines.append(message)
+        else:
+            field = described.get(str(location[0]))
+            hint = f" ({field.description})" if field is not None and field.description else ""
+            near = suggest(
+                str(finding["input"]), re.findall(r"'([^']*)'", str(finding.get("ctx", {}).get("expected")))
+            )
+            lines.append(f"{key}={shown(finding['input'])}: {message}{hint}{near}")
     return lines
+
+
+def _key(prefix: str, location: tuple[int | str, ...]) -> str:
+    key = prefix
+    for part in location:
+        key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else part
+    return key
+
+
+def shown(value: Any) -> str:
+    """A value as it is written on the command line, on one line and cut where it is long."""
+    if value is None or isinstance(value, bool):
+        text = {None: "null", True: "true", False: "false"}[value]
+    elif isinstance(value, list | tuple):
+        text = f"[{','.join(shown(item) for item in value)}]"
+    elif isinstance(value, Mapping):
+        text = f"{{{','.join(f'{key}:{shown(item)}' for key, item in value.items())}}}"
+    else:
+        text = " ".join(str(value).split()) or "''"
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def suggest(word: str, choices: Iterable[str]) -> str:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from cfsp.components import suggest
+from cfsp.components import shown, suggest
 from cfsp.errors import ConfigError
 from cfsp.package import config_folder
 
@@ -21,64 +25,158 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     """The configuration that ``cfsp <overrides>`` would run, also from within a running Hydra application.
 
     Raises:
-        ConfigError: an unknown key, group or option.
+        ConfigError: malformed overrides, unknown keys, groups or options.
     """
+    try:
+        return _compose(overrides)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise explain(error, overrides) from error
+
+
+def explain(error: Exception, words: Sequence[str], folder: Path | None = None) -> ConfigError:
+    """What is wrong with the command line ``words`` that Hydra refused with ``error``: one line per finding.
+
+    Hydra stops at the first word that it cannot apply, and says so in many lines; here every word is checked.
+
+    Args:
+        folder: more groups and options, from ``--config-dir``.
+    """
+    folders = [config_folder(), *([folder] if folder is not None and folder.is_dir() else [])]
+    problems = list(_findings(words, folders))
+    return (
+        ConfigError(*problems)
+        if problems
+        else ConfigError(" ".join(str(error).split()) or type(error).__name__)
+    )
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
             return hydra_compose("config", overrides=list(overrides))
-    except HydraException as error:
-        raise explain(error) from error
     finally:
         GlobalHydra.instance().hydra = outer
 
 
-def explain(error: Exception) -> ConfigError:
-    """One line for what Hydra says in many: the key or option, what is allowed, the nearest match."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        return ConfigError(_unknown_option(error))
-    text = str(error)
-    if isinstance(error, OverrideParseException):
-        return ConfigError(f"{error.override}: not a valid override; write key=value (quote values with , = or spaces)")
-    if isinstance(error, ConfigCompositionException) or "override" in text:
-        found = re.search(r"Could not override '([^']*)'|Key '([^']*)' is not in struct|group '([^']*)'", text)
-        if found:
-            key = next(part for part in found.groups() if part)
-            full = re.search(r"full_key: (\S+)", text)
-            return ConfigError(_unknown_key(full.group(1) if full else key))
-    return ConfigError(" ".join(text.split()))
+def _findings(words: Sequence[str], folders: Sequence[Path]) -> Iterator[str]:
+    parser, malformed, choices, values = OverridesParser.create(), [], [], []
+    for word in words:
+        try:
+            override = parser.parse_override(word)
+        except (HydraException, ValueError):
+            malformed.append(word)
+            continue
+        key = override.key_or_group
+        if not key:
+            malformed.append(word)
+        elif _options(key, folders):
+            problem = _option_problem(override, sorted(_options(key, folders)))
+            if problem is None:
+                choices.append(word)
+            else:
+                yield problem
+        elif key.split(".", 1)[0].split("/", 1)[0] != "hydra":
+            values.append(override)
+    tree = _tree(choices, folders)
+    for word in malformed:
+        key = word.partition("=")[0]
+        meant = "" if _exists(tree, key) else _nearest(key, _keys(tree))
+        yield f"{word}: not a valid override{meant}; write key=value (quote values with , = or spaces)"
+    for override in values:
+        key = override.key_or_group
+        if not override.is_add() and not override.is_force_add() and not _exists(tree, key):
+            yield _unknown_key(key, tree, folders)
+        elif override.is_sweep_override():
+            value = str(override.input_line).partition("=")[2]
+            yield (
+                f"{override.input_line}: several values need a sweep: add -m (one run each); for one list "
+                f"write {key}=[{value}]"
+            )
 
 
-def _unknown_option(error: MissingConfigException) -> str:
-    group, _, option = str(error.missing_cfg_file).rpartition("/")
-    options = sorted(error.options or [])
-    return f"{group}={option}: there is no such option{suggest(option, options)}; options: {', '.join(options)}"
+def _option_problem(override: Override, options: Sequence[str]) -> str | None:
+    group = override.key_or_group
+    if override.is_delete() or (override.is_sweep_override() and not override.is_discrete_sweep()):
+        return None
+    chosen = (
+        [*override.sweep_string_iterator()] if override.is_sweep_override() else [shown(override.value())]
+    )
+    unknown = [option for option in chosen if option not in options]
+    if unknown:
+        near = suggest(unknown[0], options)
+        return f"{group}={unknown[0]}: there is no such option{near}; options: {', '.join(options)}"
+    if override.is_add():
+        return f"{override.input_line}: {group} is chosen already; write {group}={chosen[0]} without the +"
+    return None
 
 
-def _unknown_key(key: str) -> str:
-    known = set(_keys(_defaults())) | {path.name for path in config_folder().iterdir() if path.is_dir()}
-    near = suggest(key, known)
-    if not near:
-        leaf = key.rpartition(".")[2]
-        near = suggest(leaf, known)
+def _options(group: str, folders: Sequence[Path]) -> dict[str, Path]:
+    return {
+        path.stem: path
+        for folder in folders
+        for path in sorted((folder / group).glob("*.yaml"))
+        if group != "."
+    }
+
+
+def _tree(choices: Sequence[str], folders: Sequence[Path]) -> Any:
+    """The whole configuration with these groups chosen, values unresolved."""
+    single = [word for word in choices if "," not in word]
+    search = [f"hydra.searchpath=[{','.join(f'file://{folder.resolve()}' for folder in folders[1:])}]"]
+    try:
+        return OmegaConf.to_container(_compose([*single, *search]), resolve=False)
+    except (HydraException, OmegaConfBaseException, ValueError):
+        return OmegaConf.to_container(_compose([]), resolve=False)
+
+
+def _unknown_key(key: str, tree: Any, folders: Sequence[Path]) -> str:
+    group, _, rest = key.partition(".")
+    contents = (
+        {option: _content(path, group) for option, path in _options(group, folders).items()} if rest else {}
+    )
+    having = [f"{group}={option}" for option, content in contents.items() if _exists(content, rest)]
+    if having:
+        return f"{key}: there is no such key here; there is with {' or '.join(having)}"
+    near = _nearest(key, [name for name in _keys(tree) if "." in name or not rest])
+    for option, content in contents.items():
+        near = near or _nearest(rest, _keys(content), f"{group}.", f" with {group}={option}")
     return f"{key}: there is no such key{near}; all keys: cfsp --cfg job"
 
 
-def _defaults() -> Mapping[str, Any]:
-    outer = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
-            values = OmegaConf.to_container(hydra_compose("config"), resolve=False)
-    finally:
-        GlobalHydra.instance().hydra = outer
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
+def _content(path: Path, group: str) -> Any:
+    """The keys of an option's file; a preset (package _global_) has them one level down."""
+    content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    return content.get(group, content) if isinstance(content, dict) else {}
 
 
-def _keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _nearest(key: str, known: Iterable[str], prefix: str = "", suffix: str = "") -> str:
+    """The known key that ``key`` misspells, or that ends as it does: ``ratio`` for ``sparsity.ratio``."""
+    known = list(known)
+    leaf = key.rpartition(".")[2]
+    same = [name for name in known if name.rpartition(".")[2] == leaf]
+    near = next(iter(get_close_matches(key, same, n=1, cutoff=0) or get_close_matches(key, known, n=1)), None)
+    if near is None:
+        leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
+        near = next((leaves[name] for name in get_close_matches(leaf, leaves, n=1, cutoff=0.6)), None)
+    return f"; did you mean {prefix}{near}{suffix}?" if near else ""
+
+
+def _exists(tree: Any, key: str) -> bool:
+    for part in key.split("."):
+        if tree is None:
+            return True
+        if not isinstance(tree, Mapping) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
+
+
+def _keys(values: Any, prefix: str = "") -> Iterator[str]:
     for key, value in values.items():
+        if key in ("_target_", "defaults"):
+            continue
         yield prefix + str(key)
         if isinstance(value, Mapping):
             yield from _keys(value, f"{prefix}{key}.")

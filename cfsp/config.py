@@ -1,25 +1,35 @@
 """The typed schema of a run's configuration: every value error together, before any heavy import.
 
-The group files under ``conf/`` are plain YAML; here they become frozen, typed sections. Components that plug in
-through ``_target_`` (importance, allocator, pruner, recovery, evaluators, logger) are typed by their own class
-signature: see :mod:`cfsp.components`.
+The group files under ``conf/`` are plain YAML; here they become frozen, typed sections. Components that plug
+in through ``_target_`` (importance, allocator, pruner, recovery, evaluators, logger) are typed by their own
+class signature: see :mod:`cfsp.components`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from cfsp.components import Component, build, problems_of, suggest
+from cfsp.components import Component, build, problems_of, shown, suggest
 from cfsp.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+SavedDType = Literal["float32", "bfloat16", "float16"]
 PositiveInt = Annotated[int, Field(ge=1)]
+Folder = Annotated[str, Field(min_length=1)]
+
+
+def _device(name: str) -> str:
+    # The form only: whether this machine has the device is seen when torch is there.
+    if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu|npu|hpu|mlu)(:\d+)?", name):
+        raise ValueError("use auto, cpu, cuda, cuda:N or mps")
+    return name
 
 
 class Section(BaseModel):
@@ -33,7 +43,7 @@ class ModelSection(Section):
     path: str | None = Field(description="a folder or a hub id, e.g. model=local model.path=FOLDER")
     revision: str | None = None
     dtype: DType = "auto"
-    device: str = "auto"
+    device: Annotated[str, AfterValidator(_device)] = "auto"
     trust_remote_code: bool = False
 
 
@@ -48,7 +58,9 @@ class HubFile(Section):
 class TextSection(Section):
     """Where a text comes from and how its documents become one token stream."""
 
-    path: str | None = Field(default=None, description="a local .txt, .jsonl, .jsonl.gz, .json.gz or .parquet file")
+    path: str | None = Field(
+        default=None, description="a local .txt, .jsonl, .jsonl.gz, .json.gz or .parquet file"
+    )
     hub: HubFile | None = None
     split: str = "train"
     text_field: str = "text"
@@ -97,25 +109,29 @@ class SparsitySection(Section):
         gt=0, lt=1, allow_inf_nan=False, description="the fraction to remove, e.g. sparsity.ratio=0.5"
     )
     scope: Literal["ffn", "decoder", "model"] = "ffn"
-    round_to: PositiveInt = Field(default=32, description="kept widths are multiples of it; 1 for no rounding")
+    round_to: PositiveInt = Field(
+        default=32, description="kept widths are multiples of it; 1 for no rounding"
+    )
     rounding: Literal["exact", "nearest"] = "exact"
-    min_width: PositiveInt | None = None
+    min_width: PositiveInt | None = Field(
+        default=None, description="the smallest width of a block; null: round_to"
+    )
 
 
 class SaveSection(Section):
     model: bool = True
     format: Literal["hf"] = "hf"
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: SavedDType | None = None
 
 
 class PluginsSection(Section):
-    allow: list[str] = []
+    allow: list[str] = Field(default=[], description="e.g. plugins.allow=[my_package]")
 
 
 class PathsSection(Section):
-    output_dir: str
-    records_dir: str
-    cache_dir: str
+    output_dir: Folder
+    records_dir: Folder
+    cache_dir: Folder
 
 
 @dataclass(frozen=True)
@@ -147,7 +163,15 @@ _SECTIONS: dict[str, type[Section]] = {
     "plugins": PluginsSection,
     "paths": PathsSection,
 }
-_COMPONENTS = ("importance", "allocator", "pruner", "recovery", "logger")
+#: Group -> what an instance must have to stand in it.
+_COMPONENTS = {
+    "importance": ("score",),
+    "allocator": ("allocate",),
+    "pruner": ("name", "prunes", "plan"),
+    "recovery": ("recover",),
+    "logger": ("start", "log", "image", "finish"),
+}
+_EVALUATOR = ("side_by_side", "check", "measure")
 _ROOT_KEYS = {*_SECTIONS, *_COMPONENTS, "calibration", "evaluation", "seed", "force", "debug"}
 
 
@@ -166,27 +190,32 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from error
     problems: list[str] = [
-        f"{key}={raw[key]!r}: unknown key{suggest(key, _ROOT_KEYS)}" for key in raw if key not in _ROOT_KEYS
+        f"{key}={shown(value)}: unknown key{suggest(root, _ROOT_KEYS)}; all keys: cfsp --cfg job"
+        for root in raw
+        if root not in _ROOT_KEYS
+        for key, value in _leaves(str(root), raw[root])
     ]
     parts: dict[str, Any] = {}
     for name, schema in _SECTIONS.items():
         parts[name] = _section(name, schema, raw.get(name) or {}, problems)
     parts["calibration"] = _calibration(raw.get("calibration") or {}, problems)
     allowed = parts["plugins"].allow if parts["plugins"] is not None else []
-    for name in _COMPONENTS:
-        parts[name] = _component(name, raw.get(name), allowed, problems)
+    for name, needs in _COMPONENTS.items():
+        parts[name] = _component(name, raw.get(name), allowed, needs, problems)
     evaluation = dict(raw.get("evaluation") or {})
     evaluation_name = str(evaluation.pop("name", "custom"))
     parts["evaluation"] = {
-        name: _component(f"evaluation.{name}", value, allowed, problems)
+        name: _component(f"evaluation.{name}", value, allowed, _EVALUATOR, problems)
         for name, value in evaluation.items()
         if value is not None
     }
-    scalars = _section("", _Scalars, {key: raw[key] for key in ("seed", "force", "debug") if key in raw}, problems)
+    scalars = _section(
+        "", _Scalars, {key: raw[key] for key in ("seed", "force", "debug") if key in raw}, problems
+    )
     if isinstance(parts["model"], ModelSection) and not parts["model"].path:
         problems.append(
-            f"model.path={parts['model'].path!r}: model={parts['model'].name} needs it: give a folder or a hub id, "
-            "e.g. model.path=meta-llama/Llama-3.1-8B"
+            f"model.path={shown(parts['model'].path)}: model={parts['model'].name} needs it: give a folder or "
+            "a hub id, e.g. model.path=meta-llama/Llama-3.1-8B"
         )
     if problems:
         raise ConfigError(*problems)
@@ -202,14 +231,16 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
 
 
 class _Scalars(Section):
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     force: bool = False
     debug: bool = False
 
 
 def _section(name: str, schema: type[Section], values: Any, problems: list[str]) -> Any:
     if not isinstance(values, Mapping):
-        problems.append(f"{name}={values!r}: a group of keys is expected: {', '.join(schema.model_fields)}")
+        problems.append(
+            f"{name}={shown(values)}: a group of keys is expected: {', '.join(schema.model_fields)}"
+        )
         return None
     try:
         return schema(**{str(key): value for key, value in values.items()})
@@ -221,22 +252,35 @@ def _section(name: str, schema: type[Section], values: Any, problems: list[str])
 def _calibration(values: Mapping[str, Any], problems: list[str]) -> Any:
     kind = values.get("kind") if isinstance(values, Mapping) else None
     if kind not in _CALIBRATION_KINDS:
-        problems.append(f"calibration.kind={kind!r}: allowed: {', '.join(_CALIBRATION_KINDS)}")
+        problems.append(f"calibration.kind={shown(kind)}: use {', '.join(_CALIBRATION_KINDS)}")
         return None
     section = _section("calibration", _CALIBRATION_KINDS[kind], values, problems)
     if isinstance(section, TextCalibration) and section.path is None and section.hub is None:
         problems.append(
-            f"calibration.path=None: calibration={section.name} has no copy on the hub: "
+            f"calibration.path=null: calibration={section.name} has no copy on the hub: "
             "give a local .txt, .jsonl or .parquet file, calibration.path=FILE"
         )
     if isinstance(section, TokensCalibration) and section.path is None:
-        problems.append("calibration.path=None: calibration=tokens needs a .npy file of ids, calibration.path=FILE.npy")
+        problems.append(
+            "calibration.path=null: calibration=tokens needs it: give a .npy file of ids, "
+            "calibration.path=FILE.npy"
+        )
     return section
 
 
-def _component(name: str, values: Any, allowed: list[str], problems: list[str]) -> Any:
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaves(f"{key}.{name}", inner)
+    else:
+        yield key, value
+
+
+def _component(
+    name: str, values: Any, allowed: list[str], needs: tuple[str, ...], problems: list[str]
+) -> Any:
     try:
-        return build(name, values, allowed)
+        return build(name, values, allowed, needs)
     except ConfigError as error:
         problems.extend(error.problems)
         return None

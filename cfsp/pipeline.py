@@ -114,9 +114,11 @@ def _execute(prepared: Prepared, record: RunRecord, out: Path) -> None:
         model = config.recovery.instance.recover(model)
     if config.save.model:
         with stages("save"):
-            saved = save_checkpoint(model, out / "model", dtype=prepared.stored_dtype, source=prepared.source.folder)
-            _plan_in_folder(plan, prepared).save(out / "model" / "plan.json")
-            record.checkpoint = {"form": saved.form, "bytes": saved.bytes, "dtype": saved.dtype}
+            files = {"plan.json": _plan_in_folder(plan, prepared).to_json()}
+            saved = save_checkpoint(
+                model, out / "model", dtype=prepared.stored_dtype, source=prepared.source.folder, files=files
+            )
+            record.checkpoint = {"form": saved.form, "bytes": saved.bytes, "dtype": saved.dtype, "state": "pruned"}
     if prepared.evaluation:
         with stages("evaluate pruned"):
             record.measurements["pruned"] = _measured(prepared, model)

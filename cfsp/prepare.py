@@ -1,8 +1,12 @@
-"""Everything that can be refused cheaply: model folder, structure, budget, data, tasks. No weight is loaded here."""
+"""All that can be refused cheaply: model folder, structure, budget, data, tasks. No weight is loaded here."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +15,7 @@ from cfsp.allocate.budget import Budget, Sizes, keep_fraction
 from cfsp.config import RunConfig, SelfCalibration, TextCalibration, TokensCalibration
 from cfsp.data import calibration as calibration_data
 from cfsp.data.calibration import CalibrationSet, Limits
+from cfsp.errors import CfspError, ConfigError, DataError
 from cfsp.identity import identity_of, run_id_of
 from cfsp.models.load import load_tokenizer, outline, resolve_device, resolve_dtype
 from cfsp.models.source import ModelSource, locate
@@ -18,7 +23,7 @@ from cfsp.models.source import ModelSource, locate
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that has passed its checks. ``calibration`` is None where it is sampled from the model, or not needed."""
+    """A run that has passed its checks. ``calibration``: None where sampled from the model, or not needed."""
 
     config: RunConfig
     source: ModelSource
@@ -42,27 +47,39 @@ def prepare(config: RunConfig) -> Prepared:
     """Find and check every input of a run.
 
     Raises:
-        CfspError: what is wrong, with the key and the way out.
+        CfspError: what is wrong, with the key and the way out; inputs that do not depend on each other are
+            all looked at before one is refused.
     """
-    device = resolve_device(config.model.device)
-    source = locate(config.model)
-    dtype = resolve_dtype(config.model.dtype, device, source.config)
+    problems: list[CfspError] = []
+    device = source = None
+    with _collected(problems):
+        device = resolve_device(config.model.device)
+    with _collected(problems):
+        source = locate(config.model)
+    for key, folder in (("cache_dir", config.paths.cache_dir), ("records_dir", config.paths.records_dir)):
+        with _collected(problems):
+            check_writable(f"paths.{key}", Path(folder))
+    _refuse(problems)
+    assert device is not None
+    assert source is not None
     trust = config.model.trust_remote_code
     view = outline(source, trust_remote_code=trust)
     sizes = Sizes.of(view)
-    prunes = config.pruner.instance.prunes
-    if prunes:
-        keep_fraction(Budget(**config.sparsity.model_dump()), sizes)
-    positions = source.config.get("max_position_embeddings")
-    limits = Limits(view.model.get_input_embeddings().weight.shape[0], positions)  # type: ignore[operator]
+    limits = Limits(view.model.get_input_embeddings().weight.shape[0], source.positions)
     tokenizer = load_tokenizer(source, trust_remote_code=trust)
     calibration, calibration_identity = None, None
-    if prunes:
-        calibration_identity = calibration_data.identity(config.calibration)
-        calibration = _calibration(config, tokenizer, limits)
-    evaluation = {
-        name: evaluator.instance.check(tokenizer, limits) for name, evaluator in config.evaluation.items()
-    }
+    if config.pruner.instance.prunes:
+        with _collected(problems):
+            keep_fraction(Budget(**config.sparsity.model_dump()), sizes)
+        with _collected(problems):
+            calibration_identity = calibration_data.identity(config.calibration)
+            calibration = _calibration(config, tokenizer, limits)
+    evaluation = {}
+    for name, evaluator in config.evaluation.items():
+        with _collected(problems):
+            evaluation[name] = evaluator.instance.check(tokenizer, limits)
+    _refuse(problems)
+    dtype = resolve_dtype(config.model.dtype, device, source)
     identity = identity_of(
         config,
         model=source.fingerprint,
@@ -70,10 +87,53 @@ def prepare(config: RunConfig) -> Prepared:
         calibration=calibration_identity,
         evaluation=evaluation,
     )
+    stored_dtype = getattr(torch, config.save.dtype or source.stored_dtype)
     return Prepared(
-        config, source, tokenizer, limits, sizes, device, dtype, _stored_dtype(config, source), calibration,
+        config, source, tokenizer, limits, sizes, device, dtype, stored_dtype, calibration,
         evaluation, identity, run_id_of(config, identity),
     )  # fmt: skip
+
+
+@contextmanager
+def _collected(problems: list[CfspError]) -> Iterator[None]:
+    """Note what is wrong with one input and go on to the next."""
+    try:
+        yield
+    except CfspError as error:
+        problems.append(error)
+    except OSError as error:
+        problems.append(
+            DataError(f"{error.filename}: cannot be read ({error.strerror}); see to its permissions")
+        )
+
+
+def _refuse(problems: list[CfspError]) -> None:
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise ConfigError(*(line for error in problems for line in getattr(error, "problems", (str(error),))))
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """See that files can be written in ``folder``, which need not exist; leaves no trace.
+
+    Raises:
+        ConfigError: names the key and the folder.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{key}={folder}: cannot be written ({error.strerror}); give another folder"
+        ) from error
+    finally:
+        for path in missing:
+            # Another run may have put something there meanwhile.
+            with suppress(OSError):
+                path.rmdir()
 
 
 def _calibration(config: RunConfig, tokenizer: Any, limits: Limits) -> CalibrationSet | None:
@@ -85,9 +145,3 @@ def _calibration(config: RunConfig, tokenizer: Any, limits: Limits) -> Calibrati
     assert isinstance(section, SelfCalibration)
     limits.check_length("calibration.seq_len", section.seq_len)
     return None
-
-
-def _stored_dtype(config: RunConfig, source: ModelSource) -> torch.dtype:
-    """What a checkpoint is written in: ``save.dtype``, else the base model's."""
-    stored = config.save.dtype or source.config.get("dtype") or source.config.get("torch_dtype") or "float32"
-    return getattr(torch, str(stored).removeprefix("torch."))

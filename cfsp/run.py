@@ -1,22 +1,31 @@
 """The one entry point: ``cfsp ...`` and ``python -m cfsp.run ...``.
 
-The Hydra task never exits the process (that would end a whole multirun); :func:`main` maps exceptions to exit codes:
-0 success, 1 a run failed, 2 the configuration or an input is wrong.
+Exit codes: 0 success, 1 a run failed, 2 the configuration or an input is wrong. The Hydra task neither exits
+the process nor lets an error out, so that the other runs of a multirun go on; :func:`main` maps how they
+ended to the exit code.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from cfsp import __version__
 from cfsp.components import suggest
 from cfsp.compose import explain
 from cfsp.config import parse
@@ -27,13 +36,38 @@ from cfsp.package import config_folder
 COMMANDS = ("prune",)
 
 
+@dataclass
+class _Session:
+    """One call of the command line: its overrides, its --config-dir, the exit code of each of its runs."""
+
+    words: Sequence[str] = ()
+    folder: Path | None = None
+    debug: bool = False
+    codes: list[int] = field(default_factory=list)
+
+
+#: None in a process that a launcher started: there errors travel back to the command line as exceptions.
+_session: _Session | None = None
+
+
 @hydra.main(config_path=str(config_folder().resolve()), config_name="config", version_base="1.3")
 def _task(config: DictConfig) -> None:
+    if _session is None:
+        _run(config)
+        return
+    try:
+        _run(config)
+        _session.codes.append(0)
+    except Exception as error:
+        _session.codes.append(_report(error, _session, _job_label(_session)))
+
+
+def _run(config: DictConfig) -> None:
     checked = parse(config)
     from cfsp.pipeline import run
     from cfsp.tables.terminal import show
 
-    record, out = run(checked, multirun=HydraConfig.get().mode == RunMode.MULTIRUN)
+    record, out = run(checked, multirun=_is_multirun())
     show(record, out)
 
 
@@ -43,63 +77,113 @@ def main() -> None:
 
 
 def _main(argv: list[str]) -> int:
-    debug = "debug=true" in [word.lower() for word in argv]
+    global _session
     # Hydra would print its own message and exit; the mapping below needs the exception.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    if not sys.stderr.isatty():  # bars are for people who watch; in a log they bury what matters
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("cfsp").setLevel(logging.INFO)
+    _session = session = _Session(debug="debug=true" in [word.lower().lstrip("+") for word in argv])
     try:
+        if "--version" in argv:
+            print(f"cfsp {__version__}")
+            return 0
         _strip_command(argv)
+        session.words, session.folder = _overrides(argv)
         _task()
-        return 0
     except Exception as error:
-        if debug:
-            raise
-        return _report(error)
+        session.codes.append(_report(error, session))
     except KeyboardInterrupt:
         print("cfsp: interrupted", file=sys.stderr)
         return 1
+    finally:
+        _session = None
+    failed = [code for code in session.codes if code]
+    if failed and len(session.codes) > 1:
+        print(f"cfsp: {len(failed)} of {len(session.codes)} runs did not succeed", file=sys.stderr)
+    return max(failed, default=0)
 
 
 def _strip_command(argv: list[str]) -> None:
     if len(argv) < 2 or argv[1].startswith(("-", "+", "~")) or "=" in argv[1]:
         return
     if argv[1] not in COMMANDS:
+        word = argv[1]
+        if "." in word:
+            raise explain(ValueError(word), [word])
         raise ConfigError(
-            f"{argv[1]}: there is no such command{suggest(argv[1], COMMANDS)}; commands: {', '.join(COMMANDS)} "
-            "(the default), then key=value ...; see cfsp --help"
+            f"{word}: neither a command nor key=value{suggest(word, COMMANDS)}; commands: "
+            f"{', '.join(COMMANDS)} (the default), then key=value ...; see cfsp --help"
         )
     del argv[1]
 
 
-def _report(error: Exception) -> int:
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        error = explain(error)
-    if isinstance(error, OSError) and error.filename and _is_output_error(error):
-        error = ConfigError(
-            f"paths.output_dir: {error.filename} cannot be written ({error.strerror}); give another folder"
+def _overrides(argv: list[str]) -> tuple[list[str], Path | None]:
+    """The key=value words and --config-dir; flags that Hydra does not know are refused here, in one line."""
+    parser = get_args_parser()
+    parser.exit_on_error = False
+    try:
+        known, unknown = parser.parse_known_args(argv[1:])
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}; see cfsp --help") from error
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        way_out = (
+            "" if unknown[0].startswith("-") else "; write every key=value in one place, after the flags"
         )
-    if isinstance(error, ConfigError):
-        for problem in error.problems:
-            print(f"cfsp: {problem}", file=sys.stderr)
-        return error.exit_code
+        raise ConfigError(
+            f"{unknown[0]}: not understood here{suggest(unknown[0], flags)}{way_out}; see cfsp --help"
+        )
+    return list(known.overrides), Path(known.config_dir) if known.config_dir else None
+
+
+def _report(error: Exception, session: _Session, label: str = "") -> int:
+    """One line on stderr for each thing that is wrong; returns the exit code."""
+    if session.debug:
+        traceback.print_exception(error)
+    if not isinstance(error, CfspError):
+        error = _understood(error, session)
     if isinstance(error, CfspError):
-        print(f"cfsp: {error}", file=sys.stderr)
+        for problem in error.problems if isinstance(error, ConfigError) else (str(error),):
+            print(f"cfsp: {label}{' '.join(problem.split())}", file=sys.stderr)
         return error.exit_code
     reason = " ".join(str(error).split()) or type(error).__name__
-    print(f"cfsp: the run failed ({type(error).__name__}: {reason}); debug=true shows where", file=sys.stderr)
+    where = "" if session.debug else "; debug=true shows where"
+    print(f"cfsp: {label}the run failed ({type(error).__name__}: {reason}){where}", file=sys.stderr)
     return 1
 
 
-def _is_output_error(error: OSError) -> bool:
-    """Hydra makes the run's folder before the task starts; what fails there is the user's path."""
-    traceback = error.__traceback__
-    while traceback is not None:
-        if traceback.tb_frame.f_code.co_name == "run_job" and "hydra" in traceback.tb_frame.f_code.co_filename:
-            inner = traceback.tb_next
-            return inner is not None and inner.tb_frame.f_code.co_name in ("makedirs", "mkdir", "_save_config", "__init__")
-        traceback = traceback.tb_next
-    return False
+def _understood(error: Exception, session: _Session) -> Exception:
+    """What Hydra raises outside of the task is about the words it was given, or about the folder it makes."""
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return explain(error, session.words, session.folder)
+    outside = not any(
+        frame.name in ("_run", "return_value") for frame in traceback.extract_tb(error.__traceback__)
+    )
+    if outside and isinstance(error, ValueError):
+        return explain(error, session.words, session.folder)
+    if outside and isinstance(error, OSError) and error.filename:
+        return ConfigError(
+            f"paths.output_dir: {error.filename} cannot be written ({error.strerror}); give another folder"
+        )
+    return error
+
+
+def _is_multirun() -> bool:
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def _job_label(session: _Session) -> str:
+    """In a multirun, the values that make this run differ from the others."""
+    if not _is_multirun():
+        return ""
+    given = OverridesParser.create().parse_overrides(list(session.words))
+    same = {override.key_or_group for override in given if not override.is_sweep_override()}
+    own = [
+        word for word in HydraConfig.get().overrides.task if word.partition("=")[0].lstrip("+~") not in same
+    ]
+    return f"[{' '.join(own)}] " if own else ""
 
 
 if __name__ == "__main__":

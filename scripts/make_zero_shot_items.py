@@ -4,15 +4,14 @@
 
 All items were written for this project, in the English of the books on which the bundled model was trained:
 
-* minimal pairs: two sentences that differ in one point of grammar, of which one is right. Templates, filled by
-  seeded sampling. A template is told the number of the item it fills, and uses it to take turns (singular and
-  plural, "he took" and "had taken"), so that a liking for one form, whatever the context, gains little;
-* recall: a short context and four ways to end it, of which one repeats what the context said. Templates too;
-* cloze: a context and four ways to end it, written by hand (the blocks of text in the second half of the file).
+* minimal pairs: two sentences that differ in one point of grammar, of which one is right. Templates, filled
+  by seeded sampling. A template is told the number of the item it fills, and uses it to take turns (singular
+  and plural, "he took" and "had taken"), so that a liking for one form, whatever the context, gains little;
+* cloze: a context and four ways to end it, written by hand (the blocks of text in the second half).
 
-Each row is ``{"query": str, "choices": [str, ...], "gold": int, "phenomenon": str}``. Pairs have an empty query:
-the two sentences are compared by their log-likelihood. The position of the right choice is shuffled and balanced
-within each phenomenon. The same seed gives the same bytes; no item occurs twice.
+Each row is ``{"query": str, "choices": [str, ...], "gold": int, "phenomenon": str}``. Pairs have an empty
+query: the two sentences are compared by their log-likelihood. The position of the right choice is shuffled
+and balanced within each phenomenon. The same seed gives the same bytes; no item occurs twice.
 """
 
 from __future__ import annotations
@@ -64,10 +63,11 @@ def contrast(before: str, right: str, wrong: str, after: str = "") -> Item:
 
 # Singular and plural.
 THINGS = forms(
-    """letter / letters | book / books | picture / pictures | house / houses | tree / trees | flower / flowers
-    | ship / ships | horse / horses | stone / stones | room / rooms | window / windows | garden / gardens
-    | tower / towers | door / doors | village / villages | mountain / mountains | story / stories | key / keys
-    | knife / knives | table / tables | chair / chairs | candle / candles | sword / swords | bird / birds"""
+    """letter / letters | book / books | picture / pictures | house / houses | tree / trees
+    | flower / flowers | ship / ships | horse / horses | stone / stones | room / rooms | window / windows
+    | garden / gardens | tower / towers | door / doors | village / villages | mountain / mountains
+    | story / stories | key / keys | knife / knives | table / tables | chair / chairs | candle / candles
+    | sword / swords | bird / birds"""
 )
 PEOPLE = forms(
     """man / men | woman / women | child / children | boy / boys | girl / girls | soldier / soldiers
@@ -77,12 +77,13 @@ PEOPLE = forms(
 )
 # Words that are less common, or whose plural is irregular.
 RARER = forms(
-    """wolf / wolves | thief / thieves | goose / geese | mouse / mice | foot / feet | tooth / teeth | leaf / leaves
-    | sportsman / sportsmen | fisherman / fishermen | peasant / peasants | shepherd / shepherds | widow / widows
-    | cottage / cottages | lantern / lanterns | chapel / chapels | meadow / meadows | basket / baskets
-    | carriage / carriages | ribbon / ribbons | bottle / bottles | pistol / pistols | kettle / kettles
-    | chimney / chimneys | orchard / orchards | pebble / pebbles | feather / feathers | diamond / diamonds
-    | monk / monks | tailor / tailors | beggar / beggars | spider / spiders | donkey / donkeys"""
+    """wolf / wolves | thief / thieves | goose / geese | mouse / mice | foot / feet | tooth / teeth
+    | leaf / leaves | sportsman / sportsmen | fisherman / fishermen | peasant / peasants
+    | shepherd / shepherds | widow / widows | cottage / cottages | lantern / lanterns | chapel / chapels
+    | meadow / meadows | basket / baskets | carriage / carriages | ribbon / ribbons | bottle / bottles
+    | pistol / pistols | kettle / kettles | chimney / chimneys | orchard / orchards | pebble / pebbles
+    | feather / feathers | diamond / diamonds | monk / monks | tailor / tailors | beggar / beggars
+    | spider / spiders | donkey / donkeys"""
 )
 MEN = phrases(
     "old man | king | boy | young gentleman | captain | prince | father | uncle | monk | duke | husband"
@@ -95,8 +96,8 @@ COLOURS = phrases("old | black | white | red | grey | brown | green | golden")
 
 # Subjects of a verb in the past tense, where number does not matter.
 SUBJECTS = phrases(
-    """he | she | they | we | I | the old man | the young lady | the king | my father | her mother | the captain
-    | the stranger | the boy | his wife | the two brothers | the servant | the doctor"""
+    """he | she | they | we | I | the old man | the young lady | the king | my father | her mother
+    | the captain | the stranger | the boy | his wife | the two brothers | the servant | the doctor"""
 )
 SEEN = phrases(
     "looked at | saw | remembered | spoke of | thought of | pointed to | had seen | came upon | passed"
@@ -136,9 +137,6 @@ VERBS: dict[tuple[str, ...], tuple[str, ...]] = {
         "forsake forsook forsaken forsaking": "the old faith | the ship",
         "ride rode ridden riding": "a white horse | to the castle",
         "bear bore borne bearing": "it patiently | the pain",
-        "drink drank drunk drinking": "the wine | a cup of tea",
-        "sing sang sung singing": "an old song | a hymn",
-        "ring rang rung ringing": "the bell | for the servant",
         "slay slew slain slaying": "the dragon | the king's son",
     }.items()
 }
@@ -177,7 +175,7 @@ def quantifier_noun(rng: random.Random, turn: int) -> Item:
     number = turn % 2
     noun = rng.choice(THINGS + RARER)
     one = phrases("one | every | each | another | a single")
-    more = phrases("two | three | many | several | a few | both | four | some of the | a great many")
+    more = phrases("two | three | many | several | a few | both | four | a great many")
     adjective = rng.choice(("", "little ", "great ", "strange "))
     before = (
         f"{rng.choice(SUBJECTS)} {rng.choice(SEEN)} {rng.choice((one, more)[number])} {adjective}".rstrip()
@@ -202,38 +200,38 @@ def subject_verb(rng: random.Random, turn: int) -> Item:
 def present_verb(rng: random.Random, turn: int) -> Item:
     """He knows / He know; They know / They knows"""
     number = turn % 2
-    verbs = {
-        "knows / know": "nothing of it | the truth | what to do",
-        "thinks / think": "that it is too late | of nothing else",
-        "lives / live": "in a little house | by the sea | in the country",
-        "comes / come": "here every day | from the village",
-        "loves / love": "the sea | the old house",
-        "goes / go": "to church | out every morning",
-        "wants / want": "to see you | some money",
-        "believes / believe": "in God | every word of it",
-        "speaks / speak": "of you every day | the truth",
-        "seems / seem": "to be very happy | tired",
-    }
+    verbs = (
+        ("knows", "know", "nothing of it | the truth | what to do"),
+        ("thinks", "think", "that it is too late | of nothing else"),
+        ("lives", "live", "in a little house | by the sea | in the country"),
+        ("comes", "come", "here every day | from the village"),
+        ("loves", "love", "the sea | the old house"),
+        ("goes", "go", "to church | out every morning"),
+        ("wants", "want", "to see you | some money"),
+        ("believes", "believe", "in God | every word of it"),
+        ("speaks", "speak", "of you every day | the truth"),
+        ("seems", "seem", "to be very happy | tired"),
+    )
     one = phrases("he | she | my brother | the old man | the boy | your sister | the old man in the village")
     more = phrases(
         "they | we | my brothers | the old men | the boys | your sisters | the old men in the village"
     )
-    key = rng.choice(tuple(verbs))
-    verb = phrases(key.replace("/", "|"))
-    return contrast(
-        rng.choice((one, more)[number]), verb[number], verb[1 - number], rng.choice(phrases(verbs[key]))
-    )
+    *verb, ends = rng.choice(verbs)
+    subject = rng.choice((one, more)[number])
+    return contrast(subject, verb[number], verb[1 - number], rng.choice(phrases(ends)))
 
 
 REFLEXIVES = phrases("myself | himself | herself | ourselves | themselves")
 ACTIONS = forms(
-    """threw / into a chair | found / alone in the dark | hid / behind the curtain | placed / before the fire
-    | flung / upon the bed | asked / what it could mean | said to / that all was lost | saw / in the glass
-    | made / ready for the journey | had lost / in the forest | gave / up to despair | could not help /"""
+    """threw / into a chair | found / alone in the dark | hid / behind the curtain
+    | placed / before the fire | flung / upon the bed | asked / what it could mean
+    | said to / that all was lost | saw / in the glass | made / ready for the journey
+    | had lost / in the forest | gave / up to despair | could not help /"""
 )
 ASIDES = phrases(
-    """when the news was brought | seeing that all was lost | after a long silence | in spite of everything
-    | at the sound of the bell | on the evening of that day | without another word | trembling in every limb"""
+    """when the news was brought | seeing that all was lost | after a long silence
+    | in spite of everything | at the sound of the bell | on the evening of that day
+    | without another word | trembling in every limb"""
 )
 
 
@@ -250,12 +248,13 @@ def reflexive(rng: random.Random, turn: int) -> Item:
 
 
 def possessive_gender(rng: random.Random, turn: int) -> Item:
-    """The queen, after a long silence, raised her head / his head"""
+    """The queen, after a long silence, shook her head / his head"""
     gender = turn % 2
     acts = forms(
-        """shook / head | raised / eyes to heaven | held out / hand | covered / face | lost / temper | closed / eyes
-        | opened / lips to speak | bowed / head in silence | went to / room | sat in / chair by the fire
-        | told me / story | folded / arms"""
+        """shook / head | bowed / head in silence | held out / hand | lost / temper | opened / lips to speak
+        | folded / arms | made up / mind to go | did / best to smile | held / breath | bit / lips
+        | lost / way in the dark | shrugged / shoulders | took / leave of the company | clasped / hands
+        | went down upon / knees"""
     )
     verb, after = rng.choice(acts)
     aside = rng.choice(("", f", {rng.choice(ASIDES)},"))
@@ -270,7 +269,7 @@ def anaphor(rng: random.Random, turn: int) -> Item:
     )
     links = phrases(", and soon after that | , but before | , and as soon as | ; and when | , and at last")
     link = rng.choice(links)
-    ends = phrases("left the room | was seen no more | spoke to the servant | went up the stairs")
+    ends = phrases("left the room | saw the letter | spoke to the servant | went up the stairs")
     end = rng.choice(ends)
     if not link.endswith(("that", "last")):
         end += rng.choice((", the bell rang", ", it was night", ", the rain began"))
@@ -329,14 +328,16 @@ def conditional(rng: random.Random, turn: int) -> Item:
 
 
 CONSONANTS = phrases(
-    """bishop | cottage | dreadful storm | faithful servant | garden wall | useful book | letter from Paris | merchant
-    | narrow street | poor widow | quiet evening | rich uncle | terrible battle | violent wind | wooden box | hundred men
-    | great army | one-eyed man | university | beautiful voice | sharp knife | happy marriage"""
+    """bishop | cottage | dreadful storm | faithful servant | garden wall | letter from Paris | merchant
+    | narrow street | poor widow | quiet evening | rich uncle | terrible battle | violent wind | wooden box
+    | great army | beautiful voice | sharp knife | happy marriage | lonely road | mountain path | silver cup
+    | deep well"""
 )
 VOWELS = phrases(
-    """orchard | elderly lady | immense crowd | empty purse | innocent man | invisible hand | upper room | ugly wound
-    | inn by the road | hour before dawn | honest fellow | admirable plan | excellent dinner | iron gate | ancient castle
-    | angry word | unknown land | idle boy | easy death | heir to the throne | oak table | English ship"""
+    """orchard | elderly lady | immense crowd | empty purse | innocent man | invisible hand | upper room
+    | ugly wound | inn by the road | hour before dawn | honest fellow | admirable plan | excellent dinner
+    | iron gate | ancient castle | angry word | unknown land | idle boy | easy death | heir to the throne
+    | oak table | English ship"""
 )
 
 
@@ -364,17 +365,19 @@ def pronoun_case(rng: random.Random, turn: int) -> Item:
             "spoke to | looked at | came with | sent for | thought of | laughed at | had heard of"
         )
         ends = phrases("in silence | with a smile | for a moment | again and again | at last | in the garden")
-        before = f"{rng.choice(phrases('the king | the young lady | the stranger'))} {rng.choice(leads)} {brother} and"
+        before = rng.choice(phrases("the king | the young lady | the stranger"))
+        before = f"{before} {rng.choice(leads)} {brother} and"
         return contrast(before, other, subject, rng.choice(ends))
-    leads = phrases("when | as soon as | if | after | because | before")
+    leads = phrases("when | as soon as | after | before | long before")
     ends = phrases("came home | saw the house | went away | heard the news | spoke to the king")
     return contrast(f"{rng.choice(leads)} {brother} and", subject, other, f"{rng.choice(ends)}, it was night")
 
 
 DEGREES = forms(
-    """old / older / oldest | young / younger / youngest | great / greater / greatest | small / smaller / smallest
-    | strong / stronger / strongest | good / better / best | rich / richer / richest | wise / wiser / wisest
-    | bad / worse / worst | long / longer / longest | brave / braver / bravest | deep / deeper / deepest"""
+    """old / older / oldest | young / younger / youngest | great / greater / greatest
+    | small / smaller / smallest | strong / stronger / strongest | good / better / best
+    | rich / richer / richest | wise / wiser / wisest | bad / worse / worst | long / longer / longest
+    | brave / braver / bravest | deep / deeper / deepest"""
 )
 
 
@@ -398,7 +401,7 @@ def comparison(rng: random.Random, turn: int) -> Item:
         return contrast(f"{subject} as", positive, wrong, rng.choice(ends))
     ends = phrases("than this | than his | than the other | than yours")
     wrong = rng.choice((positive, superlative))
-    return contrast("there never was a", comparative, wrong, f"{rng.choice(THINGS)[0]} {rng.choice(ends)}")
+    return contrast("I never had any", comparative, wrong, f"{rng.choice(THINGS)[0]} {rng.choice(ends)}")
 
 
 def relative_pronoun(rng: random.Random, turn: int) -> Item:
@@ -418,22 +421,22 @@ def relative_pronoun(rng: random.Random, turn: int) -> Item:
     ends = phrases(
         "stood near the river | had been lost | lay before us | belonged to my father | came from France"
     )
-    return contrast(f"{before} {rng.choice(THINGS)[number]}", "which", "who", rng.choice(ends))
+    things = [thing for thing in THINGS if thing[0] not in ("horse", "bird")]
+    return contrast(f"{before} {rng.choice(things)[number]}", "which", "who", rng.choice(ends))
 
 
 # ------------------------------------------------------------------------------ templates: books_order
 
-
+# One pair an item.
 FIXED_ORDER = forms(
-    """bread / butter | day / night | husband / wife | ladies / gentlemen | brothers / sisters | men / women
+    """bread / butter | husband / wife | ladies / gentlemen | brothers / sisters | men / women
     | boys / girls | king / queen | knife / fork | pen / ink | heaven / earth | life / death | good / evil
-    | right / wrong | flesh / blood | body / soul | heart / soul | hands / feet | gold / silver | fire / sword
-    | black / white | north / south | east / west | bread / cheese | hill / dale | sun / moon | thunder / lightning
-    | milk / honey | needle / thread | shoes / stockings | bows / arrows | law / order | peace / quiet | war / peace
-    | profit / loss | cause / effect | cup / saucer | lock / key | bread / water | soap / water | odds / ends
-    | ups / downs | arms / legs | head / shoulders | eyes / ears | lords / ladies | master / servant
-    | mother / child | man / beast | Adam / Eve | Church / State | heaven / hell | skin / bone | ways / means
-    | rank / file | fear / trembling | sackcloth / ashes | hide / seek | father / son | uncle / aunt
+    | right / wrong | flesh / blood | heart / soul | fire / sword | black / white | north / south
+    | east / west | bread / cheese | hill / dale | sun / moon | thunder / lightning | milk / honey
+    | needle / thread | shoes / stockings | bows / arrows | law / order | peace / quiet | profit / loss
+    | cause / effect | cup / saucer | lock / key | bread / water | odds / ends | ups / downs | arms / legs
+    | head / shoulders | eyes / ears | lords / ladies | master / servant | mother / child | man / beast
+    | Adam / Eve | Church / State | heaven / hell | ways / means | fear / trembling | father / son
     | sons / daughters"""
 )
 
@@ -463,7 +466,8 @@ def order_particle(rng: random.Random, turn: int) -> Item:
     """took it off / took off it"""
     del turn
     acts = forms(
-        "took / off | put / on | gave / up | threw / away | picked / up | laid / down | sent / back | brought / in | led / out"
+        """took / off | put / on | gave / up | threw / away | picked / up | laid / down | sent / back
+        | brought / in | led / out | cut / off | carried / away"""
     )
     verb, particle = rng.choice(acts)
     pronoun = rng.choice(("it", "them"))
@@ -473,7 +477,7 @@ def order_particle(rng: random.Random, turn: int) -> Item:
 
 
 def order_predeterminer(rng: random.Random, turn: int) -> Item:
-    """such a strange story / a such strange story; all the / the all; both his / his both; half the / the half"""
+    """such a strange story / a such strange story; both his / his both; so fine a / a so fine"""
     thing = rng.choice(THINGS + RARER)
     adjective = rng.choice(phrases("strange | great | little | beautiful | fine"))
     before = f"{rng.choice(SUBJECTS)} {rng.choice(SEEN)}"
@@ -489,9 +493,9 @@ def order_predeterminer(rng: random.Random, turn: int) -> Item:
 
 
 # ------------------------------------------------------------------------------ books_cloze, by hand
-# One item a line: the context, a colon, the right ending, three wrong ones. The wrong endings come from the same field
-# as the right one (a part of the body for a part of the body), and most are the commoner word. What stands in square
-# brackets follows every ending.
+# One item a line: the context, a colon, the right ending, three wrong ones. The wrong endings come from the
+# same field as the right one (a part of the body for a part of the body), and many are the commoner word.
+# What stands in square brackets follows every ending.
 
 GESTURES = """
 The old man made no answer, but slowly shook his: head, foot, back, face

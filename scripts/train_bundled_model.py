@@ -15,9 +15,8 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -93,7 +92,9 @@ class Recipe:
     clip_norm: float = option(1.0, "largest gradient norm")
     holdout: int = option(12, "files kept from model and tokenizer training, to measure perplexity on")
     eval_tokens: int = option(16_384, "held-out tokens measured, spread evenly over the held-out text")
-    precision: Literal["auto", "bf16", "fp32"] = option("auto", "auto autocasts to bf16 where that is fast")
+    precision: Literal["auto", "bf16", "fp32"] = option(
+        "auto", "autocast type; auto is bf16 where it is fast"
+    )
     seed: int = option(0, "decides the held-out files, the initial weights and the order of the windows")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes a GPU where there is one")
     threads: int = option(0, "CPU threads of torch; 0 leaves torch's default")
@@ -222,10 +223,11 @@ def new_model(recipe: Recipe, tokenizer: Tokenizer) -> LlamaForCausalLM:
 
 
 def use_autocast(precision: str, device: torch.device) -> bool:
-    """Whether to compute in bf16: a processor without instructions for it is some twenty times slower in it."""
+    """Whether to compute in bf16: a processor without instructions for it is twenty times slower in it."""
     if precision != "auto" or device.type == "cuda":
         return precision != "fp32"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch we support
+    # Older releases of torch that the project supports cannot tell: fp32 is right everywhere.
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(present for name, present in capabilities.items() if "bf16" in name)
 
 
@@ -234,13 +236,6 @@ def loss_on(model: LlamaForCausalLM, windows: np.ndarray, autocast: bool = False
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocast):
         loss: torch.Tensor = model(input_ids=batch, labels=batch, use_cache=False).loss
     return loss
-
-
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the file and rename: a kill half-way through leaves the previous version whole."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    write(unfinished)
-    os.replace(unfinished, path)
 
 
 def new_optimizer(model: LlamaForCausalLM, phase: Phase, weight_decay: float) -> torch.optim.AdamW:
@@ -294,7 +289,9 @@ def train(model: LlamaForCausalLM, tokens: np.ndarray, recipe: Recipe, checkpoin
                 if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == phase.steps:
                     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
                     state = {name: part.state_dict() for name, part in parts.items()}
-                    replace_file(checkpoint, partial(torch.save, state | {"phase": number, "step": step + 1}))
+                    # Renaming is atomic: a kill while writing leaves the previous checkpoint whole.
+                    torch.save(state | {"phase": number, "step": step + 1}, checkpoint.with_suffix(".new"))
+                    checkpoint.with_suffix(".new").replace(checkpoint)
 
 
 def held_out_perplexities(model: LlamaForCausalLM, tokens: np.ndarray, recipe: Recipe) -> dict[int, float]:
@@ -311,23 +308,26 @@ def held_out_perplexities(model: LlamaForCausalLM, tokens: np.ndarray, recipe: R
 
 
 def claim_output(recipe: Recipe, documents: list[Document]) -> Path:
-    """The folder of a run's unfinished state, new or left by the same command; never someone else's files."""
+    """The folder of a run's unfinished state, new or left by the same command; never someone else's files.
+
+    Before its first checkpoint a run has nothing to lose, so any command may take its place.
+    """
     out, state = recipe.out, recipe.out / "training-state"
     inside = out.resolve().is_relative_to(recipe.data.resolve())
     require(not inside, "--out lies inside --data: the result would become part of the text")
     run = {name: value for name, value in asdict(recipe).items() if name not in FREE_TO_CHANGE}
     run["files"] = [[document.name, document.sha256] for document in documents]
-    record = state / "run.json"
-    if record.exists():
-        before = json.loads(record.read_text())
+    if (state / "checkpoint.pt").exists():
+        before = json.loads((state / "run.json").read_text())
         changed = ", ".join(name for name in run if before.get(name) != run[name])
         require(not changed, f"--out {out} holds an unfinished run with other settings: {changed}")
         print(f"resuming the run in {out}")
     else:
         free = not out.exists() or (out.is_dir() and all(path == state for path in out.iterdir()))
         require(free, f"--out {out} is not empty and holds no unfinished run")
-        state.mkdir(parents=True, exist_ok=True)
-        replace_file(record, lambda path: path.write_text(json.dumps(run)))
+        shutil.rmtree(state, ignore_errors=True)
+        state.mkdir(parents=True)
+        (state / "run.json").write_text(json.dumps(run))
     return state
 
 
@@ -345,7 +345,7 @@ Versions : Python {platform.python_version()}, {", ".join(versions)}
 {results}
 sha256   : model.safetensors {weights}
 
-Files (sha256 and name, * for held out):
+Files (sha256 and name; * if held out):
 {files}
 """
 
@@ -368,11 +368,10 @@ def run(recipe: Recipe) -> None:
     train_documents, held_out = split(documents, recipe)
     state = claim_output(recipe, documents)
 
-    tokenizer_file = state / "tokenizer.json"
-    if not tokenizer_file.exists():
-        trained = train_tokenizer(train_documents, recipe.vocab_size)
-        replace_file(tokenizer_file, lambda path: trained.save(str(path)))
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    checkpoint, tokenizer_file = state / "checkpoint.pt", str(state / "tokenizer.json")
+    if not checkpoint.exists():
+        train_tokenizer(train_documents, recipe.vocab_size).save(tokenizer_file)
+    tokenizer = Tokenizer.from_file(tokenizer_file)
     train_tokens, held_out_tokens = encode(train_documents, tokenizer), encode(held_out, tokenizer)
     for phase in recipe.phases:  # what cannot be measured should fail now, not after hours of training
         windows_of(train_tokens, phase.window, "training")
@@ -381,7 +380,7 @@ def run(recipe: Recipe) -> None:
 
     model = new_model(recipe, tokenizer)
     model.to(device)  # type: ignore[arg-type]  # a decorator hides the signature
-    train(model, train_tokens, recipe, state / "checkpoint.pt")
+    train(model, train_tokens, recipe, checkpoint)
 
     if recipe.precision != "fp32":
         model.to(torch.bfloat16)  # type: ignore[arg-type]
@@ -409,13 +408,17 @@ Held-out : perplexity {perplexity or "not measured"}"""
     print(results)
     text = provenance(recipe, documents, held_out, results)
     (recipe.out / "PROVENANCE.txt").write_text(text, encoding="utf-8")
-    (state / "run.json").unlink()  # first: without it, a half-removed state is not taken for a run to resume
+    checkpoint.unlink()  # first: without it, a half-removed state is not taken for a run to resume
     shutil.rmtree(state)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 when the model is saved, 2 for a mistake in the command or its files, 130 when interrupted."""
-    parser = HfArgumentParser(Recipe, description=__doc__)  # type: ignore[arg-type]
+    parser = HfArgumentParser(
+        Recipe,  # type: ignore[arg-type]
+        usage="%(prog)s --data DIR --out DIR [settings]",
+        description="Train a small LLaMA and its tokenizer from a folder of text files.",
+    )
     settings = vars(parser.parse_args(arguments))
     try:
         run(Recipe(**settings))

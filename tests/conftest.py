@@ -1,4 +1,4 @@
-"""Shared fixtures: the real models and data beside the checkout, and tiny models built from configuration classes."""
+"""Shared fixtures: the real models and data beside the checkout, and the command line run in this process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -58,5 +59,39 @@ def run_cfsp(tmp_path, monkeypatch, capsys):
         code = run._main(sys.argv)
         captured = capsys.readouterr()
         return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def refused(run_cfsp, tmp_path, monkeypatch):
+    """Run a command line that must end with exit code 2: ``lines = refused("key=value", ...)``.
+
+    Each line on stderr is one finding, no weight is loaded, and nothing stays behind but an empty OUT.
+    """
+    import transformers
+
+    from cfsp import pipeline
+
+    def no_weights(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    def files():
+        return {path for path in tmp_path.rglob("*") if path != tmp_path / "out"}
+
+    def call(*words: str, loads: bool = False, **keys) -> list[str]:
+        before = files()
+        with monkeypatch.context() as patch:
+            if not loads:
+                patch.setattr(pipeline, "load_model", no_weights)
+                patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", no_weights)
+            code, _, err = run_cfsp(*words, **keys)
+        lines = err.splitlines()
+        assert code == 2, err
+        assert lines
+        assert all(line.startswith("cfsp: ") for line in lines), err
+        if not loads:
+            assert files() == before
+        return [line.removeprefix("cfsp: ") for line in lines]
 
     return call

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from cfsp.allocate.budget import Sizes
-from cfsp.importance.base import Scores
+    from cfsp.allocate.budget import Sizes
+    from cfsp.importance.base import Scores
 
 
 @dataclass(frozen=True)

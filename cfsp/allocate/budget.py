@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal
 
 from cfsp.errors import BudgetError
-from cfsp.models.views import DecoderView
+
+if TYPE_CHECKING:
+    from cfsp.models.views import DecoderView
 
 Scope = Literal["ffn", "decoder", "model"]
 Rounding = Literal["exact", "nearest"]
@@ -71,15 +75,26 @@ def keep_fraction(budget: Budget, sizes: Sizes) -> float:
     most = sum(
         (n - _legal(n, budget)[0]) * cost for n, cost in zip(sizes.widths, sizes.neuron_parameters, strict=True)
     )
-    step = max(budget.round_to * cost for cost in sizes.neuron_parameters)
+    step = max(_widest_step(n, budget) * cost for n, cost in zip(sizes.widths, sizes.neuron_parameters, strict=True))
     if removed > most + step / 2 or removed >= sizes.ffn_parameters:
-        reachable = most / sizes.of_scope(budget.scope)
+        smallest = f"sparsity.min_width={budget.min_width or budget.round_to} sparsity.round_to={budget.round_to}"
+        wish = f"sparsity.ratio={budget.ratio} of sparsity.scope={budget.scope} cannot be met"
+        largest = _rounded_down(most / sizes.of_scope(budget.scope))
+        if not largest:
+            raise BudgetError(
+                f"{wish}: with {smallest} no neuron of blocks of width {max(sizes.widths)} can go; use smaller ones"
+            )
+        scope = "" if budget.scope == "ffn" else ", or sparsity.scope=ffn"
         raise BudgetError(
-            f"sparsity.ratio={budget.ratio} of scope={budget.scope} cannot be met: removing FFN neurons down to "
-            f"sparsity.min_width={budget.min_width or budget.round_to} removes {reachable:.4f} at most; use "
-            f"sparsity.ratio={int(reachable * 1000) / 1000:g} or less, a smaller min_width or round_to, or scope=ffn"
+            f"{wish}: FFN neurons removed down to {smallest} make {largest:g} at most; use sparsity.ratio={largest:g} "
+            f"or less, a smaller min_width or round_to{scope}"
         )
     return 1 - removed / sizes.ffn_parameters
+
+
+def _rounded_down(ratio: float) -> float:
+    """To four digits, so that what a message names can be met."""
+    return math.floor(ratio * 1e4) / 1e4
 
 
 def to_widths(desired: list[float], budget: Budget, sizes: Sizes, *, counted: bool = False) -> Widths:
@@ -102,7 +117,7 @@ def to_widths(desired: list[float], budget: Budget, sizes: Sizes, *, counted: bo
         (n - width) * cost
         for n, width, cost in zip(sizes.widths, chosen, sizes.neuron_parameters, strict=True)
     )
-    requested = {"ratio": budget.ratio, "scope": budget.scope, "round_to": budget.round_to}
+    requested: dict[str, Any] = {"ratio": budget.ratio, "scope": budget.scope, "round_to": budget.round_to}
     requested |= {"rounding": budget.rounding, "min_width": budget.min_width or budget.round_to}
     achieved = {
         "ratio": removed / sizes.of_scope(budget.scope),
@@ -116,6 +131,12 @@ def _legal(n: int, budget: Budget) -> list[int]:
     smallest = budget.min_width or budget.round_to
     multiples = range(-(-smallest // budget.round_to) * budget.round_to, n, budget.round_to)
     return [*multiples, n]
+
+
+def _widest_step(n: int, budget: Budget) -> int:
+    """The most neurons between two legal widths that follow each other; 0 where nothing can be removed."""
+    legal = _legal(n, budget)
+    return max((after - before for before, after in pairwise(legal)), default=0)
 
 
 def _released_rule(desired: float, n: int, smallest: int, round_to: int, counted: bool) -> int:

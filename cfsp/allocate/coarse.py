@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from cfsp.allocate.base import Allocation
-from cfsp.allocate.budget import Sizes
 from cfsp.components import component
-from cfsp.importance.base import Scores
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cfsp.allocate.budget import Sizes
+    from cfsp.importance.base import Scores
 
 #: The released code uses sums over 128 x 1024 tokens divided by 1e4; per token this is 13.1072, at any set size.
 SCALE = 128 * 1024 / 1e4
@@ -30,7 +32,8 @@ class Coarse:
     def importance(self, scores: Scores) -> Tensor:
         """s_l [L], before any shrinking (IG-LoRA's ranks follow it)."""
         if self.metric == "none":
-            return torch.full_like(scores.distances["angular"], 0.5)
+            alike = scores.distances["angular"]
+            return alike.new_full(alike.shape, 0.5)
         distance = scores.distances["mse" if self.metric == "euclidean" else self.metric]
         return (SCALE * self.temperature * (distance - distance.mean())).sigmoid()
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from cfsp.allocate.base import Allocation
-from cfsp.allocate.budget import Sizes
 from cfsp.components import component
-from cfsp.importance.base import Scores
+
+if TYPE_CHECKING:
+    from cfsp.allocate.budget import Sizes
+    from cfsp.importance.base import Scores
 
 
 @component
@@ -15,6 +17,8 @@ class GlobalRank:
     """Neurons in the order of (score - mean) / std of their block, kept until their parameters fill the budget."""
 
     def allocate(self, scores: Scores, sizes: Sizes, keep: float) -> Allocation:
+        import torch
+
         standard = [((s - s.mean()) / s.std()).nan_to_num(0.0, 0.0, 0.0) for s in scores.neurons]
         owner = torch.cat([torch.full_like(z, block, dtype=torch.int64) for block, z in enumerate(standard)])
         order = torch.cat(standard).argsort(descending=True, stable=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from cfsp.allocate.base import Allocation
-from cfsp.allocate.budget import Sizes
 from cfsp.components import component
-from cfsp.importance.base import Scores
+
+if TYPE_CHECKING:
+    from cfsp.allocate.budget import Sizes
+    from cfsp.importance.base import Scores
 
 
 @component
@@ -15,4 +17,6 @@ class Uniform:
     """keep_l = keep."""
 
     def allocate(self, scores: Scores, sizes: Sizes, keep: float) -> Allocation:
+        import torch
+
         return Allocation(torch.full((len(sizes.widths),), keep, dtype=torch.float64))

@@ -62,7 +62,16 @@ class Limits:
     def check_length(self, key: str, seq_len: int) -> None:
         """Raises DataError where a window is longer than the model's positions."""
         if self.positions is not None and seq_len > self.positions:
-            raise DataError(f"{key}={seq_len}: the model has {self.positions} positions; use {key}={self.positions} or less")
+            raise DataError(f"{key}={seq_len}: the model has {self.positions} positions; use {self.positions} or less")
+
+    def check_ids(self, what: str, ids: np.ndarray) -> None:
+        """Raises DataError where an id is outside the model's vocabulary."""
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.vocab_size:
+            raise DataError(
+                f"{what}: ids from {low} to {high} are outside the model's vocabulary of {self.vocab_size}; "
+                "tokenise with this model's tokenizer"
+            )
 
 
 def from_ids(input_ids: Tensor, limits: Limits, name: str = "input_ids", seed: int = 0) -> CalibrationSet:
@@ -76,7 +85,7 @@ def from_ids(input_ids: Tensor, limits: Limits, name: str = "input_ids", seed: i
             f"{name}: token ids of shape [n, T] are needed, found {input_ids.dtype} of shape {tuple(input_ids.shape)}"
         )
     ids = input_ids.detach().to("cpu", torch.int64)
-    _check_vocabulary(name, ids.numpy(), limits)
+    limits.check_ids(name, ids.numpy())
     limits.check_length(f"{name} window length", ids.shape[1])
     return CalibrationSet(ids, name, "given", seed)
 
@@ -111,9 +120,8 @@ def from_text(section: TextCalibration, tokenizer: Any, limits: Limits, seed: in
         starts = [chooser.randint(0, max(0, len(ids) - length - 1)) for _ in range(section.n_samples)]
         windows = np.stack([ids[start : start + length] for start in starts])
         windows = windows if bos_id is None else with_bos(windows, bos_id)
-    _check_vocabulary(f"calibration ({section.name})", windows, limits)
-    revision = section.hub.revision if section.hub is not None and section.path is None else None
-    return CalibrationSet(torch.from_numpy(windows.copy()), section.name, section.split, seed, revision)
+    limits.check_ids(f"calibration ({section.name})", windows)
+    return CalibrationSet(torch.from_numpy(windows.copy()), section.name, section.split, seed, text.revision)
 
 
 def from_tokens(section: TokensCalibration, limits: Limits, seed: int) -> CalibrationSet:
@@ -143,7 +151,7 @@ def from_tokens(section: TokensCalibration, limits: Limits, seed: int) -> Calibr
         )
     ids = ids[:n, :length].astype(np.int64)
     limits.check_length("calibration.seq_len", length)
-    _check_vocabulary(key, ids, limits)
+    limits.check_ids(key, ids)
     return CalibrationSet(torch.from_numpy(ids), section.name, "given", seed)
 
 
@@ -158,12 +166,3 @@ def identity(section: CalibrationSection) -> dict[str, Any]:
             raise DataError(f"calibration.path={section.path}: no such file; give a .npy file of token ids")
         settings["sha256"] = file_digest(path)
     return settings
-
-
-def _check_vocabulary(what: str, ids: np.ndarray, limits: Limits) -> None:
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= limits.vocab_size:
-        raise DataError(
-            f"{what}: ids from {low} to {high} are outside the model's vocabulary of {limits.vocab_size}; "
-            "tokenise with this model's tokenizer"
-        )

@@ -14,7 +14,7 @@ import numpy as np
 
 from cfsp.config import TextSection
 from cfsp.errors import DataError
-from cfsp.hub import hub_error
+from cfsp.hub import fetch_file, hub_error
 from cfsp.models.source import file_digest
 from cfsp.package import package_path
 
@@ -27,6 +27,7 @@ class TextFile:
     path: Path
     section: TextSection
     identity: dict[str, Any]
+    revision: str | None = None
 
 
 def locate_text(section: TextSection, key: str) -> TextFile:
@@ -45,22 +46,21 @@ def locate_text(section: TextSection, key: str) -> TextFile:
     elif section.hub is not None:
         path = _from_hub(section, key)
     else:
-        raise DataError(f"{key}.path=None: give a local .txt, .jsonl or .parquet file, {key}.path=FILE")
+        raise DataError(f"{key}.path=null: give a local .txt, .jsonl or .parquet file, {key}.path=FILE")
     if path.stat().st_size == 0:
-        raise DataError(f"{key}.path={path}: the file is empty")
+        raise DataError(f"{key}.path={path}: the file is empty; give one that holds text")
     prepared = section.model_dump(exclude={"path", "hub", "kind", "name", "n_samples", "seq_len", "batch_size", "sampling"})
-    return TextFile(key, path, section, {"sha256": file_digest(path), **prepared})
+    commit = path.parts[path.parts.index("snapshots") + 1] if section.path is None and "snapshots" in path.parts else None
+    return TextFile(key, path, section, {"sha256": file_digest(path), **prepared}, commit)
 
 
 def _from_hub(section: TextSection, key: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
     hub = section.hub
     assert hub is not None
     try:
-        return Path(hf_hub_download(hub.repo, hub.file, repo_type="dataset", revision=hub.revision))
+        return fetch_file(hub.repo, hub.file, hub.revision)
     except Exception as error:
-        raise DataError(hub_error(f"{key} ({hub.repo})", error, f"a local copy with {key}.path=FILE")) from error
+        raise DataError(hub_error(f"{key}.hub.repo={hub.repo}", error, f"a local copy with {key}.path=FILE")) from error
 
 
 def read_text(text: TextFile) -> str:
@@ -74,10 +74,13 @@ def read_text(text: TextFile) -> str:
         joined = text.section.join.join(documents)
     except DataError:
         raise
-    except (ValueError, KeyError, OSError) as error:
-        raise DataError(f"{text.key}.path={text.path}: cannot be read ({type(error).__name__}: {error})") from error
+    except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
+        raise DataError(
+            f"{text.key}.path={text.path}: cannot be read as text ({type(error).__name__}: {error}); give a .txt, .jsonl "
+            "or .parquet file"
+        ) from error
     if not joined.strip():
-        raise DataError(f"{text.key}.path={text.path}: the file holds no text")
+        raise DataError(f"{text.key}.path={text.path}: the file holds white space only; give one that holds text")
     return joined
 
 
@@ -92,7 +95,7 @@ def _documents(text: TextFile) -> Iterable[str]:
                 f"{text.key}.text_field={text.section.text_field}: {path} has no such column; it has {', '.join(columns)}"
             )
         yield from parquet.read_table(path, columns=[text.section.text_field]).column(0).to_pylist()
-    elif name.endswith((".jsonl", ".jsonl.gz", ".json.gz")):
+    elif name.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):
         opened = gzip.open(path, "rt", encoding="utf-8") if name.endswith(".gz") else path.open(encoding="utf-8")
         with opened as stream:
             for number, line in enumerate(stream, 1):
@@ -107,7 +110,12 @@ def _documents(text: TextFile) -> Iterable[str]:
 
 def _json_text(text: TextFile, number: int, line: str) -> str:
     field = text.section.text_field
-    row = json.loads(line)
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(
+            f"{text.key}.path={text.path}: line {number} is not JSON ({error}); one JSON object a line is needed"
+        ) from error
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise DataError(

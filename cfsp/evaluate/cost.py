@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import time
 from statistics import median
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
 from cfsp.components import component
-from cfsp.data.calibration import Limits
-from cfsp.evaluate.base import Side
 from cfsp.evaluate.measurement import Measurement
 from cfsp.progress import progress
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from cfsp.data.calibration import Limits
+    from cfsp.evaluate.base import Side
 
 
 @component
@@ -36,10 +39,14 @@ class Cost:
         return {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens, "repeats": self.repeats}
 
     def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
+        from cfsp.evaluate.base import Side
+
         side = Side("model", contextlib.nullcontext, next(model.parameters()).dtype)
         return self.measure_sides(model, [side])["model"]
 
     def measure_sides(self, model: nn.Module, sides: list[Side]) -> dict[str, list[Measurement]]:
+        import torch
+
         vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         generator = torch.Generator().manual_seed(0)
@@ -58,6 +65,8 @@ class Cost:
         return found
 
     def _speeds(self, times: list[tuple[float, float]], device: torch.device) -> list[Measurement]:
+        import torch
+
         detail = {"statistic": "median", "batch_size": 1, "device": device.type, "threads": torch.get_num_threads()}
         figures = []
         for task, tokens, seconds in (
@@ -73,24 +82,28 @@ class Cost:
         return figures
 
 
-@torch.no_grad()
 def time_generation(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
     """Seconds for the prefill of ``prompt`` [1, T] and for ``new_tokens`` greedy steps after it."""
+    import torch
+
     synchronise = torch.cuda.synchronize if prompt.is_cuda else (lambda: None)
-    synchronise()
-    start = time.perf_counter()
-    output = model(prompt, use_cache=True, logits_to_keep=1)
-    synchronise()
-    prefilled = time.perf_counter()
-    for _ in range(new_tokens):
-        token = output.logits[:, -1:].argmax(-1)
-        output = model(token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
-    synchronise()
-    return prefilled - start, time.perf_counter() - prefilled
+    with torch.no_grad():
+        synchronise()
+        start = time.perf_counter()
+        output = model(prompt, use_cache=True, logits_to_keep=1)
+        synchronise()
+        prefilled = time.perf_counter()
+        for _ in range(new_tokens):
+            token = output.logits[:, -1:].argmax(-1)
+            output = model(token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+        synchronise()
+        return prefilled - start, time.perf_counter() - prefilled
 
 
 def size_of(model: nn.Module, storage_dtype: torch.dtype) -> list[Measurement]:
     """Parameters (tied ones once), bytes of their checkpoint in ``storage_dtype``, MACs of the linears per token."""
+    from torch import nn
+
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = parameters * storage_dtype.itemsize
     macs = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))

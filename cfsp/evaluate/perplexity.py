@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
-from cfsp.components import component
+from cfsp.components import component, suggest
 from cfsp.config import TextSection
-from cfsp.data.calibration import Limits
-from cfsp.data.text import bos_of, cut_windows, locate_text, read_text, tokenise
 from cfsp.errors import DataError, RunError
 from cfsp.evaluate.measurement import Measurement
 from cfsp.progress import progress
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+    from cfsp.data.calibration import Limits
 
 
 @component
@@ -27,7 +28,7 @@ class Perplexity:
     those. ``texts`` defines the names that ``datasets`` may list.
     """
 
-    datasets: list[str]
+    datasets: Annotated[list[str], Field(min_length=1)]
     texts: dict[str, TextSection]
     seq_len: Annotated[int, Field(ge=2)]
     windows: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]] | None = None
@@ -39,13 +40,22 @@ class Perplexity:
         for name in self.datasets:
             if name not in self.texts:
                 raise ValueError(
-                    f"evaluation.perplexity.datasets names {name!r}, which is not defined; defined: {', '.join(self.texts)}"
+                    f"evaluation.perplexity.datasets names {name}, which is not defined{suggest(name, self.texts)}; "
+                    f"defined: {', '.join(self.texts)}"
                 )
         if self.windows is not None and self.windows[0] >= self.windows[1]:
-            raise ValueError(f"evaluation.perplexity.windows={list(self.windows)}: [first, end) with first < end is needed")
+            raise ValueError(
+                f"evaluation.perplexity.windows=[{self.windows[0]},{self.windows[1]}]: [first,end] with first < end is "
+                "needed"
+            )
 
     def check(self, tokenizer: Any, limits: Limits) -> dict[str, Any]:
+        from cfsp.data.text import locate_text
+
         limits.check_length("evaluation.perplexity.seq_len", self.seq_len)
+        for name in self.datasets:
+            windows, _ = self._windows(name, tokenizer)
+            limits.check_ids(f"evaluation.perplexity ({name})", windows)
         return {
             "seq_len": self.seq_len,
             "windows": self.windows,
@@ -57,6 +67,8 @@ class Perplexity:
         return [self._measure(name, model, tokenizer) for name in self.datasets]
 
     def _measure(self, name: str, model: nn.Module, tokenizer: Any) -> Measurement:
+        import torch
+
         windows, first = self._windows(name, tokenizer)
         total, count = negative_log_likelihood(model, torch.from_numpy(windows), self.batch_size, name)
         if not math.isfinite(total):
@@ -69,14 +81,17 @@ class Perplexity:
         )  # fmt: skip
 
     def _windows(self, name: str, tokenizer: Any) -> tuple[np.ndarray, int]:
+        from cfsp.data.text import bos_of, cut_windows, locate_text, read_text, tokenise
+
         section, key = self.texts[name], self._key(name)
         ids = tokenise(read_text(locate_text(section, key)), tokenizer, section.bos)
         windows = cut_windows(ids, self.seq_len, bos_id=bos_of(tokenizer, section.bos, key))
         first, end = self.windows or (0, len(windows))
         if not len(windows) or end > len(windows):
+            asked = "" if self.windows is None else f" for evaluation.perplexity.windows=[{first},{end}]"
             raise DataError(
                 f"evaluation.perplexity ({name}): the text has {len(windows)} windows of {self.seq_len} tokens, "
-                f"{max(end, 1)} are needed; use a longer text or a smaller evaluation.perplexity.seq_len"
+                f"{max(end, 1)} are needed{asked}; use a longer text or a smaller evaluation.perplexity.seq_len"
             )
         return windows[first:end], first
 
@@ -85,14 +100,17 @@ class Perplexity:
         return f"evaluation.perplexity.texts.{name}"
 
 
-@torch.no_grad()
 def negative_log_likelihood(model: nn.Module, windows: Tensor, batch_size: int, label: str) -> tuple[float, int]:
     """Summed NLL in nats of the tokens 1..T-1 of each window [n, T], and their number; log-softmax in fp32."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     total = torch.zeros((), dtype=torch.float64)
-    for batch in progress(windows.split(batch_size), f"perplexity {label}", unit="batch"):
-        ids = batch.to(device)
-        logits = model(ids, use_cache=False).logits
-        for sequence, target in zip(logits, ids, strict=True):
-            total += nn.functional.cross_entropy(sequence[:-1].float(), target[1:], reduction="sum").double().cpu()
+    with torch.no_grad():
+        for batch in progress(windows.split(batch_size), f"perplexity {label}", unit="batch"):
+            ids = batch.to(device)
+            logits = model(ids, use_cache=False).logits
+            for sequence, target in zip(logits, ids, strict=True):
+                total += cross_entropy(sequence[:-1].float(), target[1:], reduction="sum").double().cpu()
     return float(total), windows.shape[0] * (windows.shape[1] - 1)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import logging
+import random
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
-from torch import nn
 
 from cfsp.components import component, suggest
-from cfsp.data.calibration import Limits
 from cfsp.errors import ConfigError, DataError
 from cfsp.evaluate.measurement import Measurement
 from cfsp.package import package_path
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cfsp.data.calibration import Limits
 
 log = logging.getLogger(__name__)
 _METRIC_UNITS = {"acc": "fraction", "acc_norm": "fraction", "exact_match": "fraction", "f1": "fraction"}
@@ -29,7 +36,7 @@ class ZeroShot:
     another model).
     """
 
-    tasks: list[str]
+    tasks: Annotated[list[str], Field(min_length=1)]
     include_path: str | None = None
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
@@ -55,18 +62,21 @@ class ZeroShot:
         from lm_eval.tasks import TaskManager
 
         with _quiet_harness():
-            harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self.batch_size)  # type: ignore[arg-type]
+            harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=self.batch_size)
             local = self._local_tasks()
-            tasks = [_absolute(local[name]) if name in local else name for name in self.tasks]
+            tasks = [_given(name, local[name]) if name in local else name for name in self.tasks]
             try:
                 results = lm_eval.simple_evaluate(
                     model=harness,
                     tasks=tasks,
                     num_fewshot=self.num_fewshot,
                     limit=self.limit,
-                    bootstrap_iters=0,
-                    task_manager=TaskManager(include_defaults=bool(set(self.tasks) - set(local))),
-                    log_samples=False,
+                    bootstrap_iters=1000,  # 0 would drop the analytic standard errors as well
+                    task_manager=TaskManager(
+                        include_path=str(package_path(self.include_path)) if self.include_path else None,
+                        include_defaults=bool(set(self.tasks) - set(local)),
+                    ),
+                    log_samples=True,  # carries the hashes of items, prompts and targets
                 )
             except (ConnectionError, OSError) as error:
                 raise DataError(
@@ -93,7 +103,7 @@ class ZeroShot:
                         split=config.get("test_split") or config.get("validation_split"),
                         num_fewshot=results.get("n-shot", {}).get(task),
                         version=str(results["versions"].get(task)), limit=self.limit,
-                        detail={"filter": filter_name, "task_hash": results.get("task_hashes", {}).get(task)},
+                        detail={"filter": filter_name, "task_hash": _task_hash(results["samples"].get(task, []))},
                     )
                 )  # fmt: skip
         return found
@@ -112,39 +122,64 @@ class ZeroShot:
         return found
 
 
+def _task_hash(samples: list[dict[str, Any]]) -> str | None:
+    """The harness's own task hash (its evaluation tracker): sha256 over the hashes of items, prompts and targets."""
+    parts = [sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in samples]
+    return hashlib.sha256("".join(parts).encode()).hexdigest() if parts else None
+
+
 def _read_task(path: Path) -> dict[str, Any]:
-    from lm_eval.utils import load_yaml_config
+    """A task YAML as a dictionary; ``!function`` values become strings."""
+    import yaml
 
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_constructor("!function", lambda loader, node: f"!function {node.value}")
     try:
-        return load_yaml_config(path, mode="simple")
-    except TypeError:
-        return load_yaml_config(path)
-    except Exception as error:
-        raise DataError(f"evaluation.zero_shot.include_path: {path} is not a task YAML ({error})") from error
+        task = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"evaluation.zero_shot.include_path: {path} is not a task YAML ({' '.join(str(error).split())})"
+        ) from error
+    return task if isinstance(task, dict) else {}
 
 
-def _absolute(path: Path) -> dict[str, Any]:
-    """A local task's configuration with its data files found beside it."""
-    task = dict(_read_task(path))
-    kwargs = dict(task.get("dataset_kwargs") or {})
-    files = kwargs.get("data_files")
-    if isinstance(files, dict):
-        kwargs["data_files"] = {split: str((path.parent / name).resolve()) for split, name in files.items()}
-        task["dataset_kwargs"] = kwargs
+def _given(name: str, path: Path) -> str | dict[str, Any]:
+    """What the harness is given: a plain task with its data files made absolute, else the name for it to load."""
+    task = _read_task(path)
+    if "include" in task or "!function" in path.read_text(encoding="utf-8"):
+        return name
+    files = _data_files(task, path)
+    if files:
+        task["dataset_kwargs"] = {**task["dataset_kwargs"], "data_files": files}
     return task
 
 
+def _data_files(task: dict[str, Any], path: Path) -> dict[str, str]:
+    """split -> absolute path of the data files that a local task names relative to its YAML."""
+    files = (task.get("dataset_kwargs") or {}).get("data_files")
+    if not isinstance(files, dict):
+        return {}
+    return {split: str((path.parent / name).resolve()) for split, name in files.items() if isinstance(name, str)}
+
+
 def _content(path: Path) -> str:
+    """sha256 of a local task's YAML and data files."""
     digest = hashlib.sha256(path.read_bytes())
-    files = (_absolute(path).get("dataset_kwargs") or {}).get("data_files") or {}
-    for name in sorted(files.values()):
+    for name in sorted(_data_files(_read_task(path), path).values()):
         if not Path(name).is_file():
-            raise DataError(f"evaluation.zero_shot: task {path.stem} names the data file {name}, which does not exist")
+            raise DataError(
+                f"evaluation.zero_shot: task {path.stem} names the data file {name}, which does not exist; "
+                "put it beside the task's YAML"
+            )
         digest.update(Path(name).read_bytes())
     return digest.hexdigest()
 
 
+@cache
 def _harness_tasks() -> set[str]:
+    """The harness's own task names; it reads thousands of files for them."""
     from lm_eval.tasks import TaskManager
 
     with _quiet_harness():
@@ -152,12 +187,23 @@ def _harness_tasks() -> set[str]:
 
 
 @contextlib.contextmanager
-def _quiet_harness() -> Any:
-    """The harness logs at INFO to the root logger's handlers; warnings are enough here."""
+def _quiet_harness() -> Iterator[None]:
+    """The harness logs much, draws the data sets' progress bars and reseeds every random generator."""
+    import datasets
+    import numpy as np
+    import torch
+
     logger = logging.getLogger("lm_eval")
-    before = logger.level
+    level, bars = logger.level, datasets.is_progress_bar_enabled()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

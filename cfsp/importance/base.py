@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
-
-from cfsp.calibrate.statistics import Statistics
 from cfsp.errors import RunError
-from cfsp.models.views import BlockView, DecoderView
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cfsp.calibrate.statistics import Statistics
+    from cfsp.models.views import BlockView, DecoderView
 
 
 class NeuronImportance(Protocol):

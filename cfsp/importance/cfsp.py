@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from cfsp.components import component
 from cfsp.importance.base import shares
-from cfsp.models.views import BlockView
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cfsp.models.views import BlockView
 
 
 @component

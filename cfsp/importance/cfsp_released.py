@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from cfsp.components import component
-from cfsp.models.views import BlockView
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cfsp.models.views import BlockView
 
 #: Exponent of X_i after the released normalisation, and how many matrices it sums over.
 _WEIGHT_FREE = {"three_w_one_wa": (1.0, 3), "three_w_one_a": (1.0, 3), "one_wa": (1.0, 1), "one_a": (0.5, 1)}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from cfsp.components import component
-from cfsp.models.views import BlockView
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cfsp.models.views import BlockView
 
 
 @component

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from cfsp.components import component
-from cfsp.models.views import BlockView
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cfsp.models.views import BlockView
 
 
 @component
@@ -16,5 +19,7 @@ class RandomImportance:
     seed: int = 0
 
     def score(self, block: BlockView, activation: Tensor) -> Tensor:
+        import torch
+
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + block.index)
         return torch.rand(block.ffn.width, generator=generator)

@@ -10,7 +10,7 @@ import copy
 import json
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,13 +54,21 @@ class SavedCheckpoint:
 
 
 def save_checkpoint(
-    model: PreTrainedModel, folder: Path, *, dtype: torch.dtype | None = None, source: Path | None = None
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    source: Path | None = None,
+    state: str = "pruned",
+    files: Mapping[str, str] | None = None,
 ) -> SavedCheckpoint:
     """Write ``model`` to ``folder``, all or nothing; a folder that cfsp wrote earlier is replaced.
 
     Args:
         dtype: cast floating-point tensors to it on the way out; the model itself is left as it is.
         source: folder whose tokenizer files are copied.
+        state: what happened to the weights: pruned, compensated or recovered.
+        files: name -> text of further files (the plan), written together with the rest.
 
     Raises:
         CheckpointError: the folder holds other things or cannot be written, or the model's class and
@@ -85,7 +93,9 @@ def save_checkpoint(
         if source is not None:
             _copy_tokenizer(Path(source), scratch)
         form = "remote_code" if pruned else "plain"
-        _write_json(scratch / MARKER, {"schema": 1, "form": form, "dtype": written})
+        _write_json(scratch / MARKER, {"schema": 1, "form": form, "dtype": written, "state": state})
+        for name, text in (files or {}).items():
+            (scratch / name).write_text(text, encoding="utf-8")
         _replace(scratch, folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: the model cannot be saved there ({error})") from error
@@ -175,6 +185,8 @@ def _write_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype | No
         file = _WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: _outgoing(tensor, dtype) for name, tensor in names.items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        # safetensors leaves its files readable by their owner alone, whatever the umask.
+        (folder / file).chmod(folder.stat().st_mode & 0o666)
         total += sum(tensor.nbytes for tensor in tensors.values())
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
@@ -252,11 +264,10 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
                 shutil.copyfile(file, folder / file.name)
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
-        # The name that transformers 5 gives this class is unknown to transformers 4; 5 knows both.
+        # What transformers 5 calls this class is unknown to transformers 4; both know the old name.
         text = settings.read_text(encoding="utf-8")
-        settings.write_text(
-            text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8"
-        )
+        text = text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+        settings.write_text(text, encoding="utf-8")
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

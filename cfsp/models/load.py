@@ -34,12 +34,11 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def resolve_dtype(name: DType, device: torch.device, config: dict[str, Any]) -> torch.dtype:
+def resolve_dtype(name: DType, device: torch.device, source: ModelSource) -> torch.dtype:
     """``auto``: float32 on CPU (fast and exact there), the checkpoint's dtype on an accelerator."""
     if name != "auto":
         return getattr(torch, name)
-    stored = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return torch.float32 if device.type == "cpu" else getattr(torch, str(stored).removeprefix("torch."))
+    return torch.float32 if device.type == "cpu" else getattr(torch, source.stored_dtype)
 
 
 def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
@@ -56,10 +55,10 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
         )
     try:
         return AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # transformers' own checks of a configuration raise many types
         raise UnsupportedModelError(
-            f"model.path={source.origin}: transformers does not know this model (model_type={model_type!r}): "
-            f"{str(error).splitlines()[0]}"
+            f"model.path={source.origin}: transformers does not know this model (model_type={model_type or None}): "
+            f"{_first_line(error)}"
         ) from error
 
 
@@ -72,12 +71,51 @@ def outline(source: ModelSource, *, trust_remote_code: bool = False) -> DecoderV
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError) as error:
+    except Exception as error:  # a configuration that contradicts itself fails in any place of the model's code
         raise UnsupportedModelError(
-            f"model.path={source.origin}: not a causal language model that transformers loads "
-            f"({str(error).splitlines()[0]})"
+            f"model.path={source.origin}: not a causal language model that transformers builds ({_first_line(error)})"
         ) from error
-    return resolve(model)
+    try:
+        view = resolve(model)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"model.path={source.origin}: {error}") from error
+    _check_weights(source, model)
+    return view
+
+
+def _check_weights(source: ModelSource, model: nn.Module) -> None:
+    """Compare the names and shapes in the safetensors headers with the model's: no weight is read.
+
+    Names that the model does not have may be ones that transformers renames; then only shapes are compared here and
+    :func:`load_model` sees what is missing.
+    """
+    from safetensors import safe_open
+
+    stored: dict[str, tuple[int, ...]] = {}
+    for path in sorted(source.folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as stream:
+            stored |= {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    problem = "the folder's config.json and safetensors do not belong together"
+    for name, shape in expected.items():
+        if stored.get(name, shape) != shape:
+            raise CheckpointError(
+                f"model.path={source.origin}: {name} is {list(stored[name])}, config.json says {list(shape)}; {problem}"
+            )
+    if stored.keys() <= expected.keys():
+        tied: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            tied.setdefault(id(parameter), []).append(name)
+        missing = [names[0] for names in tied.values() if not stored.keys() & set(names)]
+        if missing:
+            raise CheckpointError(
+                f"model.path={source.origin}: {len(missing)} weights are missing, first {missing[0]}; {problem}"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
@@ -89,7 +127,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
     except Exception as error:
         raise CheckpointError(
             f"model.path={source.origin}: the folder has no tokenizer that transformers loads "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); copy the tokenizer files there"
+            f"({type(error).__name__}: {_first_line(error)}); copy the tokenizer files there"
         ) from error
 
 
@@ -105,7 +143,7 @@ def load_model(
 
     config = load_config(source, trust_remote_code=trust_remote_code)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
             config=config,
             dtype=dtype,
@@ -115,8 +153,9 @@ def load_model(
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"model.path={source.origin}: the weights cannot be loaded ({str(error).splitlines()[0]})"
+            f"model.path={source.origin}: the weights cannot be loaded ({_first_line(error)}); fetch the model again"
         ) from error
+    model, report = loaded
     wrong = [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]
     if wrong:
         raise CheckpointError(
@@ -126,7 +165,8 @@ def load_model(
     name = first_non_finite(model)
     if name is not None:
         raise CheckpointError(
-            f"model.path={source.origin}: {name} holds NaN or infinite values; the checkpoint is damaged"
+            f"model.path={source.origin}: {name} holds NaN or infinite values as {dtype}; the checkpoint is damaged "
+            "(fetch it again), or its values need model.dtype=float32"
         )
     model = model.to(device).eval()
     model._cfsp_fingerprint = source.fingerprint
@@ -141,5 +181,5 @@ def load(path: str | Path, *, dtype: DType = "auto", device: str = "auto") -> tu
     """
     source = locate(ModelSection(name=Path(path).name, path=str(path)))
     where = resolve_device(device)
-    model = load_model(source, dtype=resolve_dtype(dtype, where, source.config), device=where)
+    model = load_model(source, dtype=resolve_dtype(dtype, where, source), device=where)
     return model, load_tokenizer(source)

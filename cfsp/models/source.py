@@ -1,7 +1,7 @@
-"""Where a model comes from: a packaged folder, a local folder or the hub; checked before any weight is loaded.
+"""Where a model comes from: a packaged folder, a local folder or the hub; checked before a weight is loaded.
 
-Everything becomes a local folder with a fingerprint of its content, so that two different models never share a
-cache entry or a run and the same model is recognised wherever it lies.
+Everything becomes a local folder with a fingerprint of its content, so that two different models never share
+a cache entry or a run and the same model is recognised wherever it lies.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from cfsp.config import ModelSection
+from cfsp.config import ModelSection, SavedDType
 from cfsp.errors import CheckpointError
-from cfsp.hub import hub_error
+from cfsp.hub import fetch_snapshot, hub_error
 from cfsp.package import package_path
 
 #: Files whose content decides what a model computes and how text becomes tokens.
@@ -27,6 +27,7 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+_WRITTEN_BY_CFSP = "cfsp_checkpoint.json"
 _HUB_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -40,12 +41,32 @@ class ModelSource:
     config: dict[str, Any]
     fingerprint: str
 
+    @property
+    def positions(self) -> int | None:
+        """The longest window that the model takes; None where its config.json does not say."""
+        found = self._stated("max_position_embeddings")
+        return found if isinstance(found, int) and found > 0 else None
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype that the checkpoint is said to be in; float32 where config.json does not say."""
+        found = str(self._stated("dtype", "torch_dtype")).removeprefix("torch.")
+        return found if found in get_args(SavedDType) else "float32"
+
+    def _stated(self, *keys: str) -> Any:
+        """The first of the keys in config.json, whose text model may be nested (multimodal families)."""
+        nested = self.config.get("text_config")
+        sections = [self.config, nested] if isinstance(nested, dict) else [self.config]
+        return next(
+            (section[key] for section in sections for key in keys if section.get(key) is not None), None
+        )
+
 
 def locate(section: ModelSection) -> ModelSource:
     """Find the model of a configuration, fetching it from the hub if it is a hub id.
 
     Raises:
-        CheckpointError: no such folder, an incomplete or truncated one, no safetensors, or the hub is out of reach.
+        CheckpointError: no such folder, an incomplete or truncated one, no safetensors, a hub out of reach.
     """
     path = str(section.path)
     if path.startswith("pkg://"):
@@ -64,14 +85,8 @@ def _is_hub_id(path: str) -> bool:
 
 
 def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(
-            snapshot_download(
-                repo, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*", "original/*"]
-            )
-        )
+        return fetch_snapshot(repo, revision, allow=patterns, ignore=["consolidated*", "original/*"])
     except Exception as error:
         raise CheckpointError(
             hub_error(f"model.path={repo}", error, "a local folder, e.g. model=local model.path=FOLDER")
@@ -83,28 +98,49 @@ def _from_folder(name: str, folder: Path, *, origin: str, fingerprint: str | Non
 
     where = f"model.path={origin}"
     if not folder.is_dir():
-        raise CheckpointError(f"{where}: no such folder; give a model folder or a hub id (organisation/name)")
+        found = "this is a file" if folder.exists() else "no such folder"
+        raise CheckpointError(f"{where}: {found}; give a model folder or a hub id (organisation/name)")
     if not any(folder.iterdir()):
-        raise CheckpointError(f"{where}: the folder is empty; it must hold config.json, *.safetensors and a tokenizer")
+        raise CheckpointError(
+            f"{where}: the folder is empty; it must hold config.json, *.safetensors and a tokenizer"
+        )
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise CheckpointError(f"{where}: there is no config.json; give the folder that save_pretrained wrote")
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{where}: config.json is not valid JSON ({error}); fetch the model again") from error
+        raise CheckpointError(
+            f"{where}: config.json is not valid JSON ({error}); fetch the model again"
+        ) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"{where}: config.json holds no object ({type(config).__name__}); fetch the model again"
+        )
     if not any(folder.glob("*.safetensors")):
         pickles = ", ".join(sorted(path.name for path in folder.glob("*.bin"))[:2])
         found = f"found {pickles}, which is never loaded" if pickles else "found none"
-        raise CheckpointError(f"{where}: *.safetensors weights are needed, {found}; save it with save_pretrained")
+        raise CheckpointError(
+            f"{where}: *.safetensors weights are needed, {found}; save it with save_pretrained"
+        )
     check_safetensors(folder)
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise CheckpointError(
+            f"{where}: its weights are quantised ({method}); give the model before quantisation"
+        )
     return ModelSource(name, origin, folder, config, fingerprint or folder_fingerprint(folder))
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """sha256 over the content of weights, config and tokenizer; names of files count, the folder's place does not."""
+    """sha256 over the content of weights, config, tokenizer and code; file names count, the folder's does not.
+
+    Code that a folder brings counts too, except where cfsp wrote it: then it is this package's own.
+    """
     digest = hashlib.sha256()
     files = [*folder.glob("*.safetensors"), folder / "config.json"]
+    files += [] if (folder / _WRITTEN_BY_CFSP).is_file() else folder.glob("*.py")
     files += [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     for path in sorted(files):
         digest.update(path.name.encode() + b"\0" + file_digest(path).encode() + b"\0")

@@ -7,13 +7,14 @@ repository's name. :mod:`cfsp.models.probe` then checks each view numerically be
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from cfsp.errors import UnsupportedModelError
 
 #: Attribute names of (gate, up, down) in transformers' gated FFNs.
-_GATED_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+_GATED_NAMES = (("gate_proj", "up_proj", "down_proj"),)
 _ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -83,8 +84,8 @@ class BlockView:
 class DecoderView:
     """A causal language model as a list of blocks. ``decoder`` is the model without its LM head."""
 
-    model: nn.Module
-    decoder: nn.Module
+    model: Any
+    decoder: Any
     blocks: tuple[BlockView, ...]
 
     @property
@@ -106,7 +107,7 @@ class DecoderView:
         return sum(parameter.numel() for block in self.blocks for parameter in block.module.parameters())
 
 
-def resolve(model: nn.Module) -> DecoderView:
+def resolve(model: Any) -> DecoderView:
     """Recognise the decoder of a transformers causal language model (also on the meta device).
 
     Raises:
@@ -129,7 +130,7 @@ def _looks_like_block(module: nn.Module) -> bool:
     return sum(isinstance(child, nn.Linear) for child in module.modules()) >= 2
 
 
-def _block(model: nn.Module, name: str, index: int, block: nn.Module) -> BlockView:
+def _block(model: Any, name: str, index: int, block: nn.Module) -> BlockView:
     found = [ffn for module in block.modules() if (ffn := _gated(module)) is not None]
     if len(found) != 1:
         linears = ", ".join(
@@ -148,7 +149,7 @@ def _block(model: nn.Module, name: str, index: int, block: nn.Module) -> BlockVi
 def _gated(module: nn.Module) -> GatedFFN | None:
     for gate_name, up_name, down_name in _GATED_NAMES:
         gate, up, down = (getattr(module, name, None) for name in (gate_name, up_name, down_name))
-        if not all(isinstance(linear, nn.Linear) for linear in (gate, up, down)):
+        if not (isinstance(gate, nn.Linear) and isinstance(up, nn.Linear) and isinstance(down, nn.Linear)):
             continue
         width, hidden = gate.weight.shape
         if tuple(up.weight.shape) == (width, hidden) and tuple(down.weight.shape) == (hidden, width):
@@ -156,10 +157,11 @@ def _gated(module: nn.Module) -> GatedFFN | None:
     return None
 
 
-def _attention(model: nn.Module, block: nn.Module) -> AttentionView | None:
+def _attention(model: Any, block: nn.Module) -> AttentionView | None:
     for module in block.modules():
-        q, k, v, o = (getattr(module, name, None) for name in _ATTENTION_NAMES)
-        if not all(isinstance(linear, nn.Linear) for linear in (q, k, v, o)):
+        linears = [getattr(module, name, None) for name in _ATTENTION_NAMES]
+        q, k, *_ = linears
+        if not (all(isinstance(linear, nn.Linear) for linear in linears) and q is not None and k is not None):
             continue
         head_dim = getattr(module, "head_dim", None) or getattr(model.config, "head_dim", None)
         if not head_dim or q.out_features % head_dim or k.out_features % head_dim:

@@ -30,7 +30,7 @@ def apply(model: Model, plan: PruningPlan) -> Model:
     for block, decision in zip(view.blocks, plan.blocks, strict=True):
         if decision.ffn_kept is not None:
             slice_ffn(block.ffn, torch.tensor(decision.ffn_kept, device=block.ffn.down.weight.device))
-    adopt(model, view.widths)
+    adopt(view.model, view.widths)
     # The content is another now: an earlier fingerprint must not vouch for it.
     model._cfsp_fingerprint = None  # type: ignore[assignment]
     return model

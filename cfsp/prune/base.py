@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from cfsp.allocate.base import Allocator
-from cfsp.allocate.budget import Budget
-from cfsp.calibrate.calibrate import StatisticsCache
-from cfsp.calibrate.statistics import Statistics
-from cfsp.data.calibration import CalibrationSet
-from cfsp.importance.base import NeuronImportance
-from cfsp.models.driver import BlockDriver
-from cfsp.prune.plan import PruningPlan
+if TYPE_CHECKING:
+    from cfsp.allocate.base import Allocator
+    from cfsp.allocate.budget import Budget
+    from cfsp.calibrate.calibrate import StatisticsCache
+    from cfsp.calibrate.statistics import Statistics
+    from cfsp.data.calibration import CalibrationSet
+    from cfsp.importance.base import NeuronImportance
+    from cfsp.models.driver import BlockDriver
+    from cfsp.prune.plan import PruningPlan
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from cfsp.components import component
-from cfsp.prune.base import PlanContext
 from cfsp.prune.plan import BlockPlan, PruningPlan
+
+if TYPE_CHECKING:
+    from cfsp.prune.base import PlanContext
 
 
 @component

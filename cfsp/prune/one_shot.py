@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from cfsp.allocate.budget import Sizes, keep_fraction, to_widths
 from cfsp.components import component
 from cfsp.importance.base import score
-from cfsp.prune.base import PlanContext
 from cfsp.prune.plan import BlockPlan, PruningPlan
+
+if TYPE_CHECKING:
+    from cfsp.prune.base import PlanContext
 
 
 @component

@@ -86,7 +86,7 @@ class PruningPlan:
             found = values.get("schema") if isinstance(values, dict) else None
             raise CheckpointError(f"plan {path}: schema {found!r}; this version of cfsp reads schema {SCHEMA}")
         try:
-            rows = [{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in values["blocks"]]
+            rows: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in values["blocks"]]
             blocks = tuple(BlockPlan(**row) for row in rows)
             details = tuple(values.pop("details", ()))
             return PruningPlan(**{**values, "blocks": blocks, "details": details})

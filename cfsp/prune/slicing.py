@@ -9,7 +9,8 @@ from cfsp.models.views import GatedFFN
 
 def slice_linear(linear: nn.Linear, *, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Linear:
     """A new linear with the given output rows or input columns; the old one is left as it is."""
-    weight, bias = linear.weight.detach(), linear.bias
+    weight: Tensor = linear.weight.detach()
+    bias: Tensor | None = linear.bias
     if rows is not None:
         weight = weight.index_select(0, rows)
         bias = None if bias is None else bias.detach().index_select(0, rows)

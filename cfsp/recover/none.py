@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-from torch import nn
+from typing import TYPE_CHECKING, ClassVar
 
 from cfsp.components import component
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @component
 class NoRecovery:
     """Returns the model untouched."""
 
-    name: str = "none"
+    name: ClassVar[str] = "none"
     trains: ClassVar[bool] = False
 
     def recover(self, model: nn.Module) -> nn.Module:

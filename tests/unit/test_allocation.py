@@ -1,0 +1,126 @@
+"""Allocators and the budget: keep ratios, rounding, exactness, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cfsp.allocate.budget import Budget, Sizes, keep_fraction, to_widths
+from cfsp.allocate.coarse import Coarse
+from cfsp.allocate.global_rank import GlobalRank
+from cfsp.allocate.uniform import Uniform
+from cfsp.errors import BudgetError
+from cfsp.importance.base import Scores
+
+DISTANCES = torch.tensor([0.506, 0.074, 0.097, 0.079, 0.100, 0.092, 0.121, 0.112], dtype=torch.float64)
+
+
+def sizes(*widths: int, cost: int = 768) -> Sizes:
+    total = sum(widths) * cost
+    return Sizes(widths, (cost,) * len(widths), 2 * total, 3 * total)
+
+
+def scores(widths, distances=None) -> Scores:
+    generator = torch.Generator().manual_seed(0)
+    neurons = tuple(torch.rand(n, generator=generator, dtype=torch.float64) for n in widths)
+    found = DISTANCES[: len(widths)] if distances is None else distances
+    return Scores(neurons, dict.fromkeys(("angular", "cosine", "mse", "mae"), found))
+
+
+@pytest.mark.parametrize("metric", ["angular", "cosine", "mse", "euclidean", "mae", "none"])
+@pytest.mark.parametrize("keep", [0.2, 0.5, 0.8, 0.95])
+def test_coarse_keeps_its_mean_and_never_more_than_everything(metric, keep):
+    widths = (768,) * 8
+    ratios = Coarse(metric).allocate(scores(widths), sizes(*widths), keep).keep
+    assert float(ratios.mean()) == pytest.approx(keep)
+    assert float(ratios.max()) <= 1
+    if metric == "none":
+        assert torch.allclose(ratios, torch.full_like(ratios, keep))
+    else:
+        assert ratios.argsort().tolist() == DISTANCES.argsort().tolist(), "more distance must keep more"
+
+
+def test_coarse_does_not_depend_on_an_offset_and_flattens_with_the_temperature():
+    widths = (768,) * 8
+    flat, plain, sharp = (
+        Coarse(temperature=t).allocate(scores(widths), sizes(*widths), 0.3).keep for t in (0.0, 1.0, 4.0)
+    )
+    assert torch.allclose(flat, torch.full_like(flat, 0.3))
+    assert plain.std() < sharp.std()
+    shifted = Coarse().allocate(scores(widths, DISTANCES + 0.2), sizes(*widths), 0.3).keep
+    assert torch.allclose(plain, shifted)
+
+
+def test_coarse_where_all_blocks_are_alike():
+    ratios = Coarse().allocate(scores((96,) * 4, torch.full((4,), 0.1).double()), sizes(*(96,) * 4), 1.0).keep
+    assert torch.allclose(ratios, torch.ones(4, dtype=torch.float64))
+
+
+def test_global_rank_is_one_threshold_over_standardised_scores():
+    widths = (64, 96, 128)
+    given = scores(widths)
+    allocation = GlobalRank().allocate(given, sizes(*widths), 0.5)
+    z = torch.cat([(s - s.mean()) / s.std() for s in given.neurons])
+    threshold = z.sort(descending=True).values[143]
+    expected = [int((((s - s.mean()) / s.std()) >= threshold).sum()) for s in given.neurons]
+    assert (allocation.keep * torch.tensor(widths)).round().int().tolist() == expected
+    assert allocation.counted
+
+
+def test_global_rank_survives_a_block_of_equal_scores():
+    given = Scores((torch.ones(32).double(), torch.rand(32).double()), {})
+    assert GlobalRank().allocate(given, sizes(32, 32), 0.5).keep.isfinite().all()
+
+
+@pytest.mark.parametrize("allocator", [Uniform(), Coarse(), Coarse(temperature=8), GlobalRank()], ids=str)
+@pytest.mark.parametrize("round_to", [1, 32, 128, 100])
+@pytest.mark.parametrize("ratio", [0.1, 0.33, 0.5, 0.77])
+@pytest.mark.parametrize("widths", [(768,) * 8, (172, 96, 300, 512), (11008, 5504, 8000, 1024)], ids=str)
+def test_exact_meets_the_budget_within_one_step(allocator, round_to, ratio, widths):
+    size = sizes(*widths)
+    budget = Budget(ratio, round_to=round_to)
+    try:
+        keep = keep_fraction(budget, size)
+    except BudgetError:
+        smallest = sum(min(round_to, n) for n in widths)
+        assert smallest > (1 - ratio) * sum(widths), "refused although it can be met"
+        return
+    allocation = allocator.allocate(scores(widths), size, keep)
+    desired = [k * n for k, n in zip(allocation.keep.tolist(), widths, strict=True)]
+    found = to_widths(desired, budget, size, counted=allocation.counted)
+    assert all(w == n or (w % round_to == 0 and w >= round_to) for w, n in zip(found.per_block, widths, strict=True))
+    assert all(0 < w <= n for w, n in zip(found.per_block, widths, strict=True))
+    assert abs(found.achieved["removed_parameters"] - ratio * size.ffn_parameters) <= round_to * 768
+    assert found.achieved["ratio"] == pytest.approx(1 - sum(found.per_block) / sum(widths))
+
+
+def test_exact_moves_the_block_that_is_furthest_from_its_wish():
+    # 10.4 + 10.4 + 10.4 wants 31 of 31.2: nearest gives 30, and one more step goes to the largest remainder.
+    found = to_widths([10.4, 10.45, 10.35], Budget(1 - 31.2 / 96, round_to=1), sizes(32, 32, 32))
+    assert found.per_block == (10, 11, 10)
+
+
+@pytest.mark.parametrize(
+    ("round_to", "desired", "expected"),
+    [(128, 63.9, 128), (128, 64.0, 128), (128, 191.9, 128), (128, 192.0, 256), (1, 170.36, 171), (1, 10.0, 11)],
+)
+def test_nearest_is_the_released_rule_but_never_empty(round_to, desired, expected):
+    """int((N keep + 64) / 128) 128 and int(N keep) + 1; where the released index would be -1, min_width is kept."""
+    budget = Budget(0.5, round_to=round_to, rounding="nearest")
+    assert to_widths([desired], budget, sizes(512)).per_block == (expected,)
+
+
+def test_min_width_is_kept_and_a_budget_out_of_reach_is_refused():
+    size = sizes(256, 256)
+    found = to_widths([10.0, 246.0], Budget(0.5, round_to=32, min_width=96), size)
+    assert min(found.per_block) >= 96
+    assert sum(found.per_block) == 256
+    with pytest.raises(BudgetError, match=r"removes 0\.6250 at most"):
+        keep_fraction(Budget(0.9, round_to=32, min_width=96), size)
+    with pytest.raises(BudgetError, match="scope=model"):
+        keep_fraction(Budget(0.5, scope="model"), size)
+
+
+@pytest.mark.parametrize(("scope", "share"), [("ffn", 1), ("decoder", 2), ("model", 3)])
+def test_a_scope_asks_more_of_the_ffn_the_wider_it_is(scope, share):
+    assert keep_fraction(Budget(0.25, scope=scope, round_to=1), sizes(1000, 1000)) == pytest.approx(1 - 0.25 * share)

@@ -1,0 +1,672 @@
+"""Bad input is refused with one clear line per finding and exit code 2, before any weight is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from huggingface_hub import errors
+from safetensors.torch import load_file, save_file
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from cfsp import hub
+from cfsp.compose import compose
+from cfsp.config import parse
+from cfsp.errors import ConfigError
+from cfsp.models.source import ModelSource
+
+ASSETS = Path(__file__).resolve().parents[2] / "cfsp" / "assets"
+TEXT = "It was a quiet morning on the river, and the boats lay still in the mist. "
+POSITIONS, VOCABULARY = 64, 4096
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _save(model, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ASSETS / "books7m" / file, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def _llama(tmp_path_factory) -> Path:
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=POSITIONS,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    return _save(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.fixture
+def model(_llama, tmp_path) -> Path:
+    """A sound model folder that a test may damage."""
+    return Path(shutil.copytree(_llama, tmp_path / "model"))
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 100)
+    return path
+
+
+@pytest.fixture
+def words(model, text) -> list[str]:
+    """A sound command line on the tiny model; what a test adds comes later and wins."""
+    return [
+        "model=local",
+        f"model.path={model}",
+        "calibration=text",
+        f"calibration.path={text}",
+        "calibration.n_samples=4",
+        "calibration.seq_len=32",
+        "sparsity.round_to=8",
+        "evaluation=none",
+        "save.model=false",
+    ]
+
+
+def test_the_command_line_that_these_tests_damage_is_sound(run_cfsp, words):
+    code, _, err = run_cfsp(*words)
+    assert code == 0, err
+
+
+def mentions(lines: list[str], *parts: str) -> None:
+    """One line, and every part in it."""
+    assert len(lines) == 1, lines
+    for part in parts:
+        assert part in lines[0]
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    "ratio", ["0", "1", "-0.1", "1.2", "abc", "nan", "inf", "-inf", "''", "null", "[0.2]"]
+)
+def test_ratio(refused, ratio):
+    mentions(refused(f"sparsity.ratio={ratio}"), f"sparsity.ratio={ratio}: ", "the fraction to remove, e.g.")
+
+
+@pytest.mark.parametrize(
+    ("word", "way_out"),
+    [
+        ("sparsity.round_to=0", "greater than or equal to 1"),
+        ("sparsity.round_to=-3", "greater than or equal to 1"),
+        ("sparsity.round_to=1.5", "integer"),
+        ("sparsity.min_width=0", "greater than or equal to 1"),
+        ("sparsity.scope=fnn", "did you mean ffn?"),
+        ("sparsity.rounding=nearst", "did you mean nearest?"),
+        ("model.dtype=flaot16", "did you mean float16?"),
+        ("model.dtype=int8", "'bfloat16'"),
+        ("model.device=gpu", "cuda"),
+        ("model.device=cuda:x", "cuda:N"),
+        ("model.trust_remote_code=perhaps", "boolean"),
+        ("calibration.n_samples=0", "greater than or equal to 1"),
+        ("calibration.seq_len=1", "greater than or equal to 2"),
+        ("calibration.batch_size=0", "greater than or equal to 1"),
+        ("calibration.sampling=sequental", "did you mean sequential?"),
+        ("allocator.metric=anglar", "did you mean angular?"),
+        ("allocator.temperature=nan", "finite"),
+        ("allocator.temperature=-1", "greater than or equal to 0"),
+        ("pruner.structure=attention", "'ffn'"),
+        ("seed=-1", "greater than or equal to 0"),
+        ("seed=1.5", "integer"),
+        ("force=maybe", "boolean"),
+        ("save.dtype=int8", "'bfloat16'"),
+        ("save.format=gguf", "'hf'"),
+        ("plugins.allow=mine", "plugins.allow=[my_package]"),
+        ("paths.cache_dir=''", "at least 1 character"),
+        ("evaluation.perplexity.seq_len=1", "greater than or equal to 2"),
+        ("evaluation.perplexity.datasets=[]", "at least 1 item"),
+        ("evaluation.perplexity.datasets=[bundeld]", "did you mean bundled?"),
+        ("evaluation.perplexity.windows=[5,3]", "first < end"),
+        ("evaluation.perplexity.windows=[5]", "item 2 is missing"),
+        ("evaluation.perplexity.texts.bundled.bos=begin", "'start'"),
+        ("evaluation.zero_shot.limit=0", "greater than or equal to 1"),
+        ("evaluation.zero_shot.tasks=[]", "at least 1 item"),
+        ("evaluation.cost.repeats=0", "greater than or equal to 1"),
+    ],
+)
+def test_value(word, way_out):
+    key, _, value = word.partition("=")
+    with pytest.raises(ConfigError) as found:
+        parse(compose([word]))
+    mentions(list(found.value.problems), key, value.strip("'[]"), way_out)
+
+
+def test_importance_variant(refused):
+    lines = refused("importance=cfsp_released", "importance.variant=one_w")
+    mentions(lines, "importance.variant=one_w: ", "'wanda_base'", "did you mean one_wa?")
+
+
+def test_value_errors_come_all_together(refused):
+    lines = refused(
+        "sparsity.ratio=2", "sparsity.round_to=0", "model.dtype=int8", "allocator.temperature=-1", "seed=x"
+    )
+    keys = {line.partition("=")[0] for line in lines}
+    assert keys == {"sparsity.ratio", "sparsity.round_to", "model.dtype", "allocator.temperature", "seed"}
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        (["model=local"], "model.path"),
+        (["calibration=text"], "calibration.path"),
+        (["calibration=tokens"], "calibration.path"),
+        (["calibration=ptb"], "calibration.path"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_a_required_path_is_not_given(refused, given, key):
+    mentions(refused(*given), f"{key}=null: ", given[0], "give a")
+
+
+def test_device_that_is_not_there(refused, words):
+    mentions(refused(*words, "model.device=cuda:7"), "model.device=cuda:7: ", "model.device=auto or cpu")
+
+
+# Budget
+
+
+@pytest.mark.parametrize("scope", ["ffn", "decoder", "model"])
+def test_a_ratio_that_cannot_be_met_names_the_largest_that_can(refused, run_cfsp, words, tmp_path, scope):
+    words = [*words, f"sparsity.scope={scope}"]
+    lines = refused(*words, "sparsity.ratio=0.97")
+    mentions(lines, "sparsity.ratio=0.97", f"sparsity.scope={scope}", "cannot be met")
+    largest = lines[0].partition("use sparsity.ratio=")[2].split()[0]
+    code, _, err = run_cfsp(*words, f"sparsity.ratio={largest}")
+    assert code == 0, err
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert record["plan"]["achieved"]["ratio"] == pytest.approx(float(largest), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "word", ["sparsity.min_width=65", "sparsity.min_width=1000", "sparsity.round_to=128"]
+)
+def test_a_smallest_width_that_leaves_nothing_to_remove(refused, words, word):
+    mentions(refused(*words, word), "sparsity.ratio=0.5", word, "width 64", "smaller")
+
+
+# Model folders
+
+
+def _no_folder(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def _file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("not a folder")
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def _without(name: str):
+    return lambda folder: (folder / name).unlink()
+
+
+def _config(**changes):
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return damage
+
+
+def _config_text(text: str):
+    return lambda folder: (folder / "config.json").write_text(text)
+
+
+def _pickled(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def _truncated(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _weights(change):
+    def damage(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def _without_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+_NORM, _UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [
+        pytest.param(_no_folder, ["no such folder"], id="no folder"),
+        pytest.param(_file, ["this is a file"], id="file"),
+        pytest.param(_empty, ["the folder is empty", "config.json"], id="empty"),
+        pytest.param(_without("config.json"), ["no config.json", "save_pretrained"], id="no config"),
+        pytest.param(
+            _config_text('{"model_type": '), ["config.json is not valid JSON", "fetch"], id="broken config"
+        ),
+        pytest.param(_config_text("[1, 2]"), ["config.json", "object"], id="config that is a list"),
+        pytest.param(_config_text("{}"), ["model_type"], id="config without model_type"),
+        pytest.param(_config(hidden_size="wide"), ["hidden_size"], id="config of wrong types"),
+        pytest.param(
+            _config(num_attention_heads=0, num_key_value_heads=0), ["model.path="], id="config of no heads"
+        ),
+        pytest.param(
+            _config(quantization_config={"quant_method": "gptq"}), ["quantised (gptq)"], id="quantised"
+        ),
+        pytest.param(_without("model.safetensors"), ["*.safetensors", "save_pretrained"], id="no weights"),
+        pytest.param(_pickled, ["*.safetensors", "pytorch_model.bin", "never loaded"], id="pickled weights"),
+        pytest.param(_truncated, ["model.safetensors", "truncated", "fetch"], id="truncated weights"),
+        pytest.param(_weights(lambda w: w.pop(_UP)), ["1 weights are missing", _UP], id="missing tensor"),
+        pytest.param(
+            _config(intermediate_size=48), ["mlp", "[64, 16]", "[48, 16]"], id="config of another width"
+        ),
+        pytest.param(
+            _config(num_hidden_layers=3), ["weights are missing", "layers.2"], id="config of more layers"
+        ),
+        pytest.param(_without_tokenizer, ["no tokenizer", "copy the tokenizer files"], id="no tokenizer"),
+        pytest.param(
+            _config(model_type="lama"), ["does not know this model", "lama"], id="unknown model_type"
+        ),
+        pytest.param(
+            _config(
+                model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+            ),
+            ["auto_map", "model.trust_remote_code=true"],
+            id="code of its own",
+        ),
+    ],
+)
+def test_model_folder(refused, words, model, damage, parts):
+    damage(model)
+    mentions(refused(*words), str(model), *parts)
+
+
+def test_nan_weights(refused, run_cfsp, words, model, tmp_path):
+    _weights(lambda weights: weights[_UP].view(-1)[5:6].fill_(float("nan")))(model)
+    mentions(refused(*words, loads=True), f"model.path={model}", _UP, "NaN")
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert (record["status"], record["error"]["type"]) == ("failed", "CheckpointError")
+
+
+def _gpt2(folder: Path) -> None:
+    _save(
+        GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=16, n_layer=2, n_head=2)),
+        folder,
+    )
+
+
+def _mixtral(folder: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
+    _save(MixtralForCausalLM(MixtralConfig(vocab_size=VOCABULARY, **sizes, **experts)), folder)
+
+
+@pytest.mark.parametrize(
+    ("build", "found"),
+    [(_gpt2, "GPT2LMHeadModel"), (_mixtral, "MixtralForCausalLM")],
+    ids=["gpt2", "mixtral"],
+)
+def test_unsupported_structure_says_what_was_looked_for_and_found(refused, words, model, build, found):
+    shutil.rmtree(model)
+    build(model)
+    mentions(refused(*words), str(model), found, "looked for", "found")
+
+
+def test_a_config_without_positions_does_no_harm(run_cfsp, words, model):
+    config = json.loads((model / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (model / "config.json").write_text(json.dumps(config))
+    code, _, err = run_cfsp(*words)
+    assert code == 0, err
+
+
+# Calibration
+
+
+def _parquet(path: Path, **columns) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def _written(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        pytest.param(lambda d: d / "none.txt", ["no such file", ".jsonl"], id="missing"),
+        pytest.param(lambda d: d, ["no such file"], id="folder"),
+        pytest.param(lambda d: _written(d / "a.txt", ""), ["is empty"], id="empty"),
+        pytest.param(lambda d: _written(d / "a.txt", " \n\t\n"), ["white space only"], id="white space"),
+        pytest.param(
+            lambda d: _written(d / "a.txt", b"\xff\xfe\x00\x80"), ["cannot be read"], id="not utf-8"
+        ),
+        pytest.param(
+            lambda d: _written(d / "a.jsonl", '{"text": "a"}\n{"te'), ["line 2", "JSON"], id="broken jsonl"
+        ),
+        pytest.param(
+            lambda d: _written(d / "a.jsonl", '{"body": "a"}\n'),
+            ["text_field=text", "body"],
+            id="jsonl field",
+        ),
+        pytest.param(lambda d: _written(d / "a.json", "[1, 2]"), ["line 1", "no such text"], id="json list"),
+        pytest.param(
+            lambda d: _parquet(d / "a.parquet", body=["a"]), ["text_field=text", "body"], id="parquet field"
+        ),
+        pytest.param(lambda d: _parquet(d / "a.parquet", text=[None]), ["cannot be read"], id="parquet null"),
+        pytest.param(lambda d: _written(d / "a.parquet", "PAR1"), ["cannot be read"], id="broken parquet"),
+        pytest.param(lambda d: _written(d / "a.jsonl.gz", "text"), ["cannot be read"], id="not gzip"),
+    ],
+)
+def test_calibration_text(refused, words, tmp_path, make, parts):
+    path = make(tmp_path)
+    mentions(refused(*words, f"calibration.path={path}"), "calibration.", str(path), *parts)
+
+
+@pytest.mark.parametrize(("sampling", "repeats"), [("random", 1), ("sequential", 4)])
+def test_calibration_text_that_is_too_short(refused, words, text, sampling, repeats):
+    text.write_text(TEXT * repeats)
+    lines = refused(*words, f"calibration.sampling={sampling}")
+    mentions(lines, "calibration", "tokens, ", "n_samples=4", "seq_len=32", sampling, "longer text")
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        pytest.param(lambda p: None, ["no such file"], id="missing"),
+        pytest.param(lambda p: np.save(p, np.zeros((0, 8), np.int64)), ["[n, T]", "(0, 8)"], id="empty"),
+        pytest.param(lambda p: p.touch(), ["not a .npy file"], id="no bytes"),
+        pytest.param(lambda p: np.save(p, np.ones((2, 8))), ["integers", "float64"], id="floats"),
+        pytest.param(lambda p: np.save(p, np.ones((2, 8), bool)), ["integers", "bool"], id="booleans"),
+        pytest.param(lambda p: np.save(p, np.arange(8)), ["[n, T]", "(8,)"], id="one dimension"),
+        pytest.param(
+            lambda p: np.save(p, np.full((2, 8), VOCABULARY)), ["vocabulary of 4096"], id="too large"
+        ),
+        pytest.param(lambda p: np.save(p, np.full((2, 8), -1)), ["-1", "vocabulary"], id="negative"),
+        pytest.param(
+            lambda p: np.save(p, np.array([[{}]]), allow_pickle=True), ["not a .npy file"], id="pickled"
+        ),
+        pytest.param(lambda p: p.write_text("1 2 3"), ["not a .npy file"], id="text"),
+        pytest.param(lambda p: np.savez(p.open("wb"), a=np.ones(3)), ["[n, T]"], id="npz"),
+        pytest.param(lambda p: np.save(p, np.ones((2, 80), np.int64)), ["80", "64 positions"], id="too long"),
+    ],
+)
+def test_calibration_tokens(refused, words, tmp_path, make, parts):
+    path = tmp_path / "ids.npy"
+    make(path)
+    words = [word for word in words if not word.startswith("calibration")]
+    lines = refused(*words, "calibration=tokens", f"calibration.path={path}")
+    mentions(lines, "calibration.", *parts)
+
+
+def test_more_calibration_tokens_than_the_file_holds(refused, words, tmp_path):
+    np.save(tmp_path / "ids.npy", np.ones((2, 8), np.int64))
+    words = [word for word in words if not word.startswith("calibration")]
+    lines = refused(
+        *words, "calibration=tokens", f"calibration.path={tmp_path}/ids.npy", "calibration.n_samples=3"
+    )
+    mentions(lines, "2 x 8", "calibration.n_samples=3")
+
+
+# Windows and the model's positions
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        (["calibration.seq_len=65"], "calibration.seq_len=65"),
+        (["calibration=self", "calibration.path=null", "calibration.seq_len=65"], "calibration.seq_len=65"),
+        (["evaluation=perplexity", "evaluation.perplexity.seq_len=65"], "evaluation.perplexity.seq_len=65"),
+        (["evaluation=quick", "evaluation.zero_shot=null", "evaluation.perplexity=null"], "prompt_tokens"),
+    ],
+    ids=["calibration", "self", "perplexity", "cost"],
+)
+def test_a_window_longer_than_the_models_positions(refused, words, given, key):
+    if given[0] == "calibration=self":
+        given = ["calibration=self", "calibration.seq_len=65"]
+        words = [word for word in words if not word.startswith("calibration")]
+    words = [
+        word for word in words if not (given[0].startswith("evaluation=") and word.startswith("evaluation"))
+    ]
+    mentions(refused(*words, *given), key, f"{POSITIONS} positions", f"use {POSITIONS} or less")
+
+
+# Evaluation
+
+
+@pytest.fixture
+def perplexity(words, text) -> list[str]:
+    """``words`` with a perplexity on the local text."""
+    return [
+        *(word for word in words if word != "evaluation=none"),
+        "evaluation=perplexity",
+        "evaluation.perplexity.datasets=[text]",
+        f"evaluation.perplexity.texts.text.path={text}",
+        "evaluation.perplexity.seq_len=32",
+    ]
+
+
+def test_perplexity_of_a_text_that_is_not_given(refused, perplexity):
+    lines = refused(*perplexity, "evaluation.perplexity.datasets=[ptb]")
+    mentions(lines, "evaluation.perplexity.texts.ptb.path=null", "give a local")
+
+
+def test_perplexity_of_a_text_that_is_too_short(refused, perplexity, tmp_path):
+    (tmp_path / "short.txt").write_text(TEXT)
+    lines = refused(*perplexity, f"evaluation.perplexity.texts.text.path={tmp_path}/short.txt")
+    mentions(lines, "0 windows of 32 tokens", "longer text", "evaluation.perplexity.seq_len")
+
+
+def test_perplexity_windows_beyond_the_end(refused, perplexity):
+    lines = refused(*perplexity, "evaluation.perplexity.windows=[2,5000]")
+    mentions(lines, "evaluation.perplexity.windows=[2,5000]", "5000 are needed", "longer text")
+
+
+@pytest.fixture
+def zero_shot(words, tmp_path) -> list[str]:
+    """``words`` with a local task folder, which is empty as yet."""
+    (tmp_path / "tasks").mkdir()
+    return [
+        *(word for word in words if word != "evaluation=none"),
+        "evaluation=quick",
+        "evaluation.perplexity=null",
+        "evaluation.cost=null",
+        f"evaluation.zero_shot.include_path={tmp_path}/tasks",
+    ]
+
+
+def _task(folder: Path, name: str, data: str) -> None:
+    rows = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": data}}, "test_split": "test"}
+    item = {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{c}}",
+        "doc_to_target": "{{g}}",
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **rows, **item}))
+
+
+def test_unknown_task(refused, zero_shot):
+    mentions(
+        refused(*zero_shot, "evaluation.zero_shot.tasks=[arc_esay]"), "arc_esay", "did you mean arc_easy?"
+    )
+
+
+def test_unknown_task_that_is_near_a_local_one(refused, zero_shot, tmp_path):
+    _task(tmp_path / "tasks", "river_cloze", "river.jsonl")
+    mentions(refused(*zero_shot, "evaluation.zero_shot.tasks=[river_clzoe]"), "did you mean river_cloze?")
+
+
+def test_task_folder_that_is_missing(refused, zero_shot, tmp_path):
+    lines = refused(*zero_shot, f"evaluation.zero_shot.include_path={tmp_path}/nowhere")
+    mentions(lines, f"evaluation.zero_shot.include_path={tmp_path}/nowhere", "no such folder")
+
+
+def test_task_that_is_no_yaml(refused, zero_shot, tmp_path):
+    (tmp_path / "tasks" / "broken.yaml").write_text("task: [")
+    lines = refused(*zero_shot, "evaluation.zero_shot.tasks=[broken]")
+    mentions(lines, "broken.yaml", "not a task YAML")
+
+
+def test_task_whose_data_file_is_missing(refused, zero_shot, tmp_path):
+    _task(tmp_path / "tasks", "river_cloze", "river.jsonl")
+    lines = refused(*zero_shot, "evaluation.zero_shot.tasks=[river_cloze]")
+    mentions(lines, "river_cloze", "river.jsonl", "does not exist")
+
+
+def test_inputs_are_all_looked_at_before_one_is_refused(refused, perplexity, tmp_path):
+    lines = refused(
+        *perplexity,
+        "sparsity.ratio=0.99",
+        f"calibration.path={tmp_path}/none.txt",
+        f"evaluation.perplexity.texts.text.path={tmp_path}/nothing.txt",
+    )
+    assert [line.partition("=")[0] for line in lines] == [
+        "sparsity.ratio",
+        "calibration.path",
+        "evaluation.perplexity.texts.text.path",
+    ]
+
+
+# The hub, out of reach
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """No network, and nothing in the hub's cache (a second machine's view)."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        (["model=llama3_8b"], ["model.path=meta-llama/Meta-Llama-3-8B", "model=local model.path=FOLDER"]),
+        (["model.path=organisation/model"], ["model.path=organisation/model", "no local path"]),
+        (["model.path=modle"], ["model.path=modle", "no local path"]),
+        (
+            ["calibration=wikitext2", "calibration.path=null"],
+            ["Salesforce/wikitext", "calibration.path=FILE"],
+        ),
+        (["calibration=c4", "calibration.path=null"], ["allenai/c4", "calibration.path=FILE"]),
+        (["evaluation=paper"], ["Salesforce/wikitext", "evaluation.perplexity.texts.wikitext2.path=FILE"]),
+    ],
+    ids=lambda value: value[0] if "=" in value[0] else "",
+)
+def test_no_network_says_how_to_give_a_local_path(refused, words, given, parts):
+    chosen = {word.partition("=")[0] for word in given}
+    words = [word for word in words if word.partition("=")[0] not in chosen]
+    if given == ["model=llama3_8b"]:
+        words = [word for word in words if not word.startswith("model")]
+    extra = (
+        ["evaluation.perplexity.seq_len=32", "evaluation.cost=null"] if given == ["evaluation=paper"] else []
+    )
+    mentions(refused(*words, *given, *extra), "the hub cannot be reached", *parts)
+
+
+@pytest.mark.parametrize("fetch", [lambda: hub.fetch_file("a/b", "c.txt", None), lambda: _snapshot("a/b")])
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, fetch):
+    """The downloads of huggingface_hub retry for half a minute; they are told to look into the cache only."""
+    asked = []
+
+    def no_answer(self, repo, **keys):
+        asked.append(keys["timeout"])
+        raise ConnectionError("no route to host")
+
+    def download(*_, **keys):
+        asked.append(keys["local_files_only"])
+        return "somewhere"
+
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", no_answer)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert fetch() == Path("somewhere")
+    assert asked == [hub.TIMEOUT, True]
+
+
+def _snapshot(repo: str) -> Path:
+    return hub.fetch_snapshot(repo, None, allow=["*"], ignore=[])
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (errors.GatedRepoError, "accept its licence"),
+        (errors.RepositoryNotFoundError, "no such repository"),
+        (errors.RevisionNotFoundError, "no such revision"),
+        (errors.RemoteEntryNotFoundError, "no such file"),
+        (errors.HFValidationError, "organisation/name"),
+        (errors.LocalEntryNotFoundError, "the hub cannot be reached"),
+        (TimeoutError, "TimeoutError"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_why_the_hub_did_not_give_it(error, reason):
+    line = hub.hub_error("model.path=a/b", error.__new__(error), "a local folder")
+    mentions([line], "model.path=a/b: ", reason, "give a local folder")
+
+
+# What a config.json may leave out
+
+
+@pytest.mark.parametrize(
+    ("config", "positions", "dtype"),
+    [
+        ({}, None, "float32"),
+        ({"max_position_embeddings": 64, "dtype": "bfloat16"}, 64, "bfloat16"),
+        ({"torch_dtype": "torch.float16"}, None, "float16"),
+        ({"max_position_embeddings": None, "dtype": "auto"}, None, "float32"),
+        ({"max_position_embeddings": "many", "text_config": None}, None, "float32"),
+        ({"text_config": {"max_position_embeddings": 32, "dtype": "float16"}}, 32, "float16"),
+        ({"dtype": "bfloat16", "text_config": {"dtype": "float32"}}, None, "bfloat16"),
+    ],
+    ids=["nothing", "both", "old spelling", "null", "nonsense", "nested", "outer first"],
+)
+def test_positions_and_dtype_of_a_config(config, positions, dtype):
+    source = ModelSource("name", "origin", Path("folder"), config, "fingerprint")
+    assert (source.positions, source.stored_dtype) == (positions, dtype)

@@ -1,0 +1,228 @@
+"""One forward pass, its cache, and where calibration windows come from."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from cfsp.calibrate import calibrate as calibrate_module
+from cfsp.calibrate.calibrate import StatisticsCache, calibrate
+from cfsp.calibrate.statistics import Statistics
+from cfsp.config import SelfCalibration, TextCalibration, TokensCalibration
+from cfsp.data.calibration import CalibrationSet, Limits, from_text, from_tokens, identity
+from cfsp.data.self_generated import sample_windows
+from cfsp.importance.block_distance import block_distances
+from cfsp.models.driver import BlockDriver
+from cfsp.models.load import load_tokenizer
+from cfsp.models.source import _from_folder
+from cfsp.models.views import resolve
+from cfsp.package import ROOT
+from tests.tiny import tiny_model, tokens
+
+LIMITS = Limits(4096, 512)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(_from_folder("bundled", ROOT / "assets" / "books7m", origin="bundled"))
+
+
+def text_section(path, **keys) -> TextCalibration:
+    return TextCalibration(**{"kind": "text", "name": "text", "path": str(path), "n_samples": 4, "seq_len": 16, **keys})
+
+
+@pytest.mark.parametrize("mode", ["whole", "blocks"])
+def test_every_linear_of_the_decoder_sees_each_token_once_and_the_head_none(mode):
+    model = tiny_model()
+    seen: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(
+                lambda _, args, __, name=name: seen.update({name: args[0].shape[:-1].numel()})
+            )
+    ids = tokens(10, 32)
+    calibrate(BlockDriver(resolve(model), 4, mode), CalibrationSet(ids, "random", "", 0))
+    linears = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
+    assert len(linears) == 4 * 7
+    assert seen == dict.fromkeys(linears, 320)
+
+
+def test_statistics_are_what_they_are_defined_to_be():
+    model, ids = tiny_model(), tokens(6, 32)
+    with torch.no_grad():
+        hidden = model.model(ids, output_hidden_states=True).hidden_states
+    inputs = {}
+    for index, layer in enumerate(model.model.layers):
+        for part, linear in (("ffn", layer.mlp.down_proj), ("attention", layer.self_attn.o_proj)):
+            linear.register_forward_pre_hook(lambda _, args, key=(index, part): inputs.__setitem__(key, args[0].double()))
+    statistics, _ = calibrate(BlockDriver(resolve(model), 6), CalibrationSet(ids, "random", "", 0))
+    for index, block in enumerate(statistics.blocks):
+        for part, found in (("ffn", block.ffn), ("attention", block.attention)):
+            x = inputs[index, part]
+            assert torch.allclose(found.mean, x.mean((0, 1)), atol=1e-6)
+            assert torch.allclose(found.mean_square, x.square().mean((0, 1)), rtol=1e-5)
+            assert torch.allclose(found.mean_norm, x.norm(dim=1).mean(0) / 32**0.5, rtol=1e-5)
+            assert torch.allclose(found.variance, x.flatten(0, 1).var(0, correction=0), rtol=1e-3, atol=1e-7)
+        if index < 3:  # transformers applies the final norm to its last hidden state
+            x, y = hidden[index].double(), hidden[index + 1].double()
+            cosine = torch.nn.functional.cosine_similarity(x, y, dim=-1)
+            expected = [(cosine.arccos() / torch.pi).mean(), (1 - cosine).mean()]
+            expected += [(x - y).square().mean(), (x - y).abs().mean()]
+            assert list(block.distances.values()) == pytest.approx([float(v) for v in expected], rel=1e-4)
+
+
+def test_distances_of_degenerate_states_are_finite():
+    x = torch.randn(1, 5, 8)
+    x[0, 0] = 0
+    for y in (x, -x, torch.zeros_like(x), 1e-20 * x):
+        assert block_distances(x, y).isfinite().all()
+    same = block_distances(x[:, 1:], x[:, 1:])
+    assert same.abs().max() < 0.01
+    opposite = block_distances(x[:, 1:], -x[:, 1:]) / 4
+    assert float(opposite[0, 0]) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_statistics_do_not_grow_with_the_set():
+    model = tiny_model()
+    small, _ = calibrate(BlockDriver(resolve(model), 8), CalibrationSet(tokens(8), "random", "", 0))
+    twice = CalibrationSet(torch.cat([tokens(8), tokens(8)]), "random", "", 0)
+    large, _ = calibrate(BlockDriver(resolve(model), 8), twice)
+    for one, other in zip(small.blocks, large.blocks, strict=True):
+        assert one.distances == pytest.approx(other.distances, rel=1e-12)
+        assert torch.allclose(one.ffn.mean_square, other.ffn.mean_square, rtol=1e-12)
+
+
+def test_the_cache_answers_only_for_the_same_content(tmp_path, monkeypatch):
+    model = tiny_model()
+    driver = BlockDriver(resolve(model), 4)
+    given = CalibrationSet(tokens(8), "random", "", 0)
+    cache = StatisticsCache(tmp_path, "sha256:a")
+    first, cached = calibrate(driver, given, cache)
+    assert not cached
+    others = [
+        (driver, given, StatisticsCache(tmp_path, "sha256:b")),
+        (driver, CalibrationSet(tokens(8, seed=1), "random", "", 0), cache),
+        (BlockDriver(resolve(model), 2), given, cache),
+        (BlockDriver(resolve(tiny_model().double()), 4), given, cache),
+    ]
+    paths = {str(c.path(d, s)) for d, s, c in [(driver, given, cache), *others]}
+    assert len(paths) == 5
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate_module, "COLLECTOR_VERSION", 99)
+        assert str(cache.path(driver, given)) not in paths
+    monkeypatch.setattr(BlockDriver, "run", lambda *_: pytest.fail("a forward pass although the statistics are cached"))
+    again, cached = calibrate(driver, given, cache)
+    assert cached
+    assert [b.distances for b in again.blocks] == [b.distances for b in first.blocks]
+    assert torch.equal(again.blocks[0].attention.mean, first.blocks[0].attention.mean)
+
+
+def test_a_damaged_cache_entry_is_made_again(tmp_path):
+    driver, given = BlockDriver(resolve(tiny_model()), 4), CalibrationSet(tokens(4), "random", "", 0)
+    cache = StatisticsCache(tmp_path, "sha256:a")
+    calibrate(driver, given, cache)
+    path = cache.path(driver, given)
+    path.write_bytes(path.read_bytes()[:100])
+    _, cached = calibrate(driver, given, cache)
+    assert not cached
+    assert len(Statistics.load(path).blocks) == 4
+
+
+def test_random_windows_are_drawn_as_the_authors_do(tmp_path, tokenizer):
+    path = tmp_path / "text.txt"
+    path.write_text("The sea was grey and the harbour lay quiet under the morning fog. " * 40)
+    ids = tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]
+    found = from_text(text_section(path), tokenizer, LIMITS, seed=3)
+    chooser = random.Random(3)
+    starts = [chooser.randint(0, len(ids) - 16 - 1) for _ in range(4)]
+    assert found.input_ids.tolist() == [ids[start : start + 16] for start in starts]
+    assert from_text(text_section(path), tokenizer, LIMITS, seed=4).fingerprint != found.fingerprint
+
+
+def test_sequential_windows_and_bos(tmp_path, tokenizer):
+    path = tmp_path / "text.txt"
+    path.write_text("The sea was grey and the harbour lay quiet under the morning fog. " * 40)
+    ids = tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]
+    plain = from_text(text_section(path, sampling="sequential"), tokenizer, LIMITS, 0).input_ids
+    assert plain.flatten().tolist() == ids[:64]
+    each = from_text(text_section(path, sampling="sequential", bos="window"), tokenizer, LIMITS, 0).input_ids
+    assert each.shape == (4, 16)
+    assert (each[:, 0] == tokenizer.bos_token_id).all()
+    assert each[:, 1:].flatten().tolist() == ids[:60]
+
+
+def test_documents_are_joined_as_asked_from_every_format(tmp_path, tokenizer):
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [" = Title = \n", "", " First line . \n", " Second line . \n"] * 30
+    parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "a.parquet")
+    lines = "".join(json.dumps({"text": row}) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines)
+    with gzip.open(tmp_path / "a.json.gz", "wt") as stream:
+        stream.write(lines)
+    sets = [
+        from_text(text_section(tmp_path / name, join=" ", sampling="sequential"), tokenizer, LIMITS, 0).input_ids
+        for name in ("a.parquet", "a.jsonl", "a.json.gz")
+    ]
+    expected = tokenizer(" ".join(rows), add_special_tokens=False)["input_ids"][:64]
+    assert all(found.flatten().tolist() == expected for found in sets)
+    limited = text_section(tmp_path / "a.jsonl", join=" ", max_documents=90, sampling="sequential")
+    assert from_text(limited, tokenizer, LIMITS, 0).input_ids.flatten().tolist() == expected
+
+
+def test_wikitext_comes_from_a_parquet_repository_and_is_prepared_as_published(tmp_path, tokenizer, monkeypatch):
+    """The hub's file, rows joined by a space; no network here, so the download is stood in for."""
+    import pyarrow
+    from pyarrow import parquet
+
+    from cfsp.compose import compose
+    from cfsp.config import parse
+
+    rows = [" = Title = \n", "", " A line about the sea and the hills . \n"] * 400
+    parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "train.parquet")
+    asked = []
+
+    def download(repo, file, *, repo_type, revision, **_):
+        asked.append((repo, file, repo_type))
+        return str(tmp_path / "train.parquet")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    section = parse(compose(["calibration=wikitext2", "calibration.seq_len=64", "calibration.n_samples=8"])).calibration
+    found = from_text(section, tokenizer, LIMITS, 0)
+    assert asked == [("Salesforce/wikitext", "wikitext-2-raw-v1/train-00000-of-00001.parquet", "dataset")]
+    ids = tokenizer(" ".join(rows))["input_ids"]
+    chooser = random.Random(0)
+    starts = [chooser.randint(0, len(ids) - 64 - 1) for _ in range(8)]
+    assert found.input_ids.tolist() == [ids[start : start + 64] for start in starts]
+
+
+def test_frozen_tokens_are_taken_as_they_are(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 4096, (6, 20), dtype=np.int32)
+    np.save(tmp_path / "ids.npy", ids)
+    section = TokensCalibration(kind="tokens", name="tokens", path=str(tmp_path / "ids.npy"))
+    assert from_tokens(section, LIMITS, 0).input_ids.tolist() == ids.tolist()
+    part = section.model_copy(update={"n_samples": 2, "seq_len": 5})
+    assert from_tokens(part, LIMITS, 0).input_ids.tolist() == ids[:2, :5].tolist()
+    before = identity(section)
+    np.save(tmp_path / "ids.npy", ids + 1)
+    assert identity(section) != before, "another content must not share an identity"
+
+
+def test_self_generated_windows_follow_the_seed_and_the_model(tokenizer):
+    model = tiny_model(vocab_size=4096)
+    section = SelfCalibration(kind="self", name="self", n_samples=5, seq_len=12, batch_size=2)
+    one, same, other = (sample_windows(model, tokenizer, section, LIMITS, seed) for seed in (0, 0, 1))
+    assert one.input_ids.shape == (5, 12)
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+    assert (one.input_ids[:, 0] == tokenizer.bos_token_id).all()
+    cold = section.model_copy(update={"sampling_temperature": 1e-4})
+    greedy = sample_windows(model, tokenizer, cold, LIMITS, 0).input_ids
+    with torch.no_grad():
+        assert greedy[0, 1:].tolist() == model(greedy[:1]).logits[0, :-1].argmax(-1).tolist()

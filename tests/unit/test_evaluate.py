@@ -1,0 +1,108 @@
+"""Figures against their definitions, and the table that a person reads."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import pytest
+import torch
+from rich.console import Console
+
+from cfsp.config import TextSection
+from cfsp.data.calibration import Limits
+from cfsp.errors import DataError
+from cfsp.evaluate.base import Side
+from cfsp.evaluate.cost import Cost, size_of
+from cfsp.evaluate.perplexity import Perplexity, negative_log_likelihood
+from cfsp.models.load import load_tokenizer
+from cfsp.models.source import _from_folder
+from cfsp.package import ROOT
+from cfsp.record.run_record import RunRecord
+from cfsp.tables.summary import summary
+from tests.tiny import tiny_model, tokens
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(_from_folder("bundled", ROOT / "assets" / "books7m", origin="bundled"))
+
+
+def test_nll_is_the_sum_over_predicted_tokens():
+    model, ids = tiny_model(), tokens(5, 16)
+    total, count = negative_log_likelihood(model, ids, 2, "test")
+    with torch.no_grad():
+        logs = model(ids).logits.double().log_softmax(-1)
+    expected = -sum(logs[n, t, ids[n, t + 1]] for n in range(5) for t in range(15))
+    assert count == 5 * 15
+    assert total == pytest.approx(float(expected), rel=1e-5)
+
+
+def perplexity(path, **keys) -> Perplexity:
+    return Perplexity(datasets=["mine"], texts={"mine": TextSection(path=str(path))}, **{"seq_len": 16, **keys})
+
+
+def test_perplexity_states_windows_and_tokens(tmp_path, tokenizer):
+    path = tmp_path / "text.txt"
+    path.write_text("The sea was grey and the harbour lay quiet under the morning fog. " * 40)
+    model = tiny_model(vocab_size=4096)
+    ids = tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]
+    (whole,) = perplexity(path).measure(model, tokenizer)
+    assert whole.n == len(ids) // 16 * 15
+    assert whole.detail["windows"] == [0, len(ids) // 16]
+    (part,) = perplexity(path, windows=(2, 5)).measure(model, tokenizer)
+    assert (part.n, part.detail["windows"]) == (45, [2, 5])
+    windows = torch.tensor(ids[32:80]).reshape(3, 16)
+    total, count = negative_log_likelihood(model, windows, 8, "")
+    assert part.value == pytest.approx(math.exp(total / count))
+    with pytest.raises(DataError, match="windows of 16 tokens"):
+        perplexity(path, windows=(0, 10_000)).measure(model, tokenizer)
+
+
+def test_the_identity_of_an_evaluation_is_its_content(tmp_path, tokenizer):
+    limits = Limits(4096, 512)
+    for name, text in (("a.txt", "one text " * 30), ("b.txt", "one text " * 30), ("c.txt", "another " * 30)):
+        (tmp_path / name).write_text(text)
+    one, same, other = (perplexity(tmp_path / name).check(tokenizer, limits) for name in ("a.txt", "b.txt", "c.txt"))
+    assert one == same != other
+
+
+def test_cost_counts_and_times_both_sides():
+    model = tiny_model(tie_word_embeddings=True)
+    rows = {(m.task, m.metric): m.value for m in size_of(model, torch.bfloat16)}
+    assert rows["parameters", "count"] == sum(p.numel() for p in model.parameters())
+    assert rows["checkpoint", "bytes"] == 2 * rows["parameters", "count"]
+    blocks = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 96)
+    assert rows["linear_macs", "count"] == blocks + 32 * 128
+    sides = [Side(name, contextlib.nullcontext, torch.float32) for name in ("dense", "pruned")]
+    found = Cost(prompt_tokens=16, new_tokens=4, repeats=3).measure_sides(model, sides)
+    for side in ("dense", "pruned"):
+        speeds = [m for m in found[side] if m.metric == "tokens_per_second"]
+        assert [m.task for m in speeds] == ["prefill", "decode"]
+        assert all(m.n == 3 and len(m.detail["seconds"]) == 3 and m.value > 0 for m in speeds)
+
+
+def test_the_table_reads_dense_beside_pruned():
+    def rows(ppl, acc):
+        return [
+            {"suite": "zero_shot", "task": "piqa", "metric": "acc", "value": acc, "stderr": 0.01, "n": 100},
+            {"suite": "perplexity", "task": "wikitext2", "metric": "perplexity", "value": ppl, "seq_len": 1024},
+            {"suite": "cost", "task": "parameters", "metric": "count", "value": 1e9},
+        ]
+
+    plan = {"achieved": {"ratio": 0.5}, "requested": {"scope": "ffn"}}
+    record = RunRecord(
+        "id", model={"name": "m"}, method={"name": "cfsp"}, plan=plan,
+        measurements={"dense": rows(10.0, 0.8), "pruned": rows(15.0, 0.75)},
+    )  # fmt: skip
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(summary(record))
+    text = captured.get()
+    assert "cfsp, 50.0% of the ffn parameters removed" in text
+    lines = [line for line in text.splitlines() if any(word in line for word in ("parameters  ", "wikitext2", "piqa"))]
+    assert ["parameters" in lines[0], "wikitext2" in lines[1], "piqa" in lines[2]] == [True] * 3
+    assert "x1.50" in lines[1]
+    assert "windows of 1024" in lines[1]
+    assert "-5.0" in lines[2]
+    assert summary(RunRecord("id")) is None

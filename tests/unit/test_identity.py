@@ -1,0 +1,85 @@
+"""Run identity: content decides, not the place; nothing different shares an id or a cache entry."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+
+from cfsp.calibrate.calibrate import StatisticsCache
+from cfsp.compose import compose
+from cfsp.config import parse
+from cfsp.models.checkpoint import save_checkpoint
+from cfsp.models.driver import BlockDriver
+from cfsp.models.load import load_model
+from cfsp.models.views import resolve
+from cfsp.package import ROOT
+from cfsp.prepare import prepare
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two models of the same shape with other weights, and a copy of the first elsewhere; two token files."""
+    base = tmp_path_factory.mktemp("models")
+    for name, seed in (("one", 0), ("two", 1)):
+        save_checkpoint(tiny_model(seed=seed, vocab_size=4096), base / name, source=ROOT / "assets" / "books7m")
+    shutil.copytree(base / "one", base / "deep" / "copy")
+    generator = np.random.default_rng(0)
+    for name in ("a", "b"):
+        np.save(base / f"{name}.npy", generator.integers(0, 4096, (4, 16)))
+    shutil.copy(base / "a.npy", base / "deep" / "elsewhere.npy")
+    return base
+
+
+def prepared(base, model="one", tokens="a.npy", *words):
+    return prepare(
+        parse(
+            compose(
+                [
+                    "model=local", f"model.path={base / model}", "calibration=tokens",
+                    f"calibration.path={base / tokens}", "evaluation=none", *words,
+                ]
+            )
+        )
+    )  # fmt: skip
+
+
+def test_what_decides_the_result_changes_the_id(folders):
+    base = prepared(folders)
+    others = {
+        "another model": prepared(folders, "two"),
+        "other tokens": prepared(folders, "one", "b.npy"),
+        "another ratio": prepared(folders, "one", "a.npy", "sparsity.ratio=0.4"),
+        "another scope": prepared(folders, "one", "a.npy", "sparsity.scope=decoder", "sparsity.ratio=0.2"),
+        "another seed": prepared(folders, "one", "a.npy", "seed=1"),
+        "another metric": prepared(folders, "one", "a.npy", "importance=wanda"),
+        "another temperature": prepared(folders, "one", "a.npy", "allocator.temperature=2"),
+        "another preset": prepared(folders, "one", "a.npy", "pruner=uniform"),
+        "another dtype": prepared(folders, "one", "a.npy", "model.dtype=bfloat16"),
+        "another batch size": prepared(folders, "one", "a.npy", "calibration.batch_size=2"),
+        "dense": prepared(folders, "one", "a.npy", "pruner=none"),
+    }
+    ids = {name: other.run_id for name, other in others.items()}
+    assert base.run_id not in ids.values()
+    assert len(set(ids.values())) == len(ids), ids
+
+
+def test_place_device_logger_and_paths_do_not(folders):
+    base = prepared(folders).run_id
+    assert prepared(folders, "deep/copy").run_id == base
+    assert prepared(folders, "one", "deep/elsewhere.npy").run_id == base
+    for words in (["model.device=cpu"], ["logger=none"], ["paths.output_dir=x", "paths.cache_dir=y"], ["force=true"], ["debug=true"]):
+        assert prepared(folders, "one", "a.npy", *words).run_id == base, words
+
+
+def test_different_models_and_tokens_never_share_a_cache_entry(folders, tmp_path):
+    paths = set()
+    for model in ("one", "two", "deep/copy"):
+        for tokens in ("a.npy", "b.npy"):
+            job = prepared(folders, model, tokens)
+            view = resolve(load_model(job.source, dtype=job.dtype, device=job.device))
+            cache = StatisticsCache(tmp_path, job.source.fingerprint)
+            paths.add(cache.path(BlockDriver(view, 8), job.calibration))
+    assert len(paths) == 4

@@ -1,0 +1,122 @@
+"""What each metric depends on, and what it is worth on a hand-made block."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from cfsp.calibrate.calibrate import calibrate
+from cfsp.data.calibration import CalibrationSet
+from cfsp.errors import RunError
+from cfsp.importance.activation_norm import ActivationNorm
+from cfsp.importance.base import score
+from cfsp.importance.cfsp import Cfsp
+from cfsp.importance.cfsp_released import CfspReleased
+from cfsp.importance.magnitude import Magnitude
+from cfsp.importance.random import RandomImportance
+from cfsp.importance.wanda import Wanda
+from cfsp.models.driver import BlockDriver
+from cfsp.models.views import resolve
+from tests.tiny import tiny_model, tokens
+
+WEIGHT_FREE = ("three_w_one_wa", "three_w_one_a", "one_wa", "one_a")
+
+
+def calibrated(model):
+    view = resolve(model)
+    statistics, _ = calibrate(BlockDriver(view, 8), CalibrationSet(tokens(), "random", "", 0))
+    return view, statistics
+
+
+def rankings(model, statistics, metric):
+    scores = score(resolve(model), statistics, metric)
+    return [values.argsort(stable=True).tolist() for values in scores.neurons]
+
+
+def reweighted(model):
+    """Each neuron's three weight vectors times a random factor: same activations on paper, other weights."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for layer in other.model.layers:
+            for linear, axis in ((layer.mlp.gate_proj, 0), (layer.mlp.up_proj, 0), (layer.mlp.down_proj, 1)):
+                factor = torch.exp(torch.randn(96, generator=generator))
+                linear.weight *= factor.unsqueeze(1 - axis)
+    return other
+
+
+@pytest.mark.parametrize(
+    ("metric", "changes"),
+    [
+        *((CfspReleased(variant), False) for variant in WEIGHT_FREE),
+        (ActivationNorm(), False),
+        (RandomImportance(0), False),
+        (CfspReleased("wanda_base"), True),
+        (CfspReleased("mag_base"), True),
+        (Cfsp(), True),
+        (Wanda(), True),
+        (Magnitude(), True),
+    ],
+    ids=lambda value: value if isinstance(value, bool) else getattr(value, "variant", type(value).__name__),
+)
+def test_rankings_depend_on_weights_or_not(metric, changes):
+    """The same statistics, other weights: `cfsp` must change its ranking, the released variants cannot."""
+    model = tiny_model()
+    _, statistics = calibrated(model)
+    same = rankings(model, statistics, metric) == rankings(reweighted(model), statistics, metric)
+    assert same is not changes
+
+
+@pytest.mark.parametrize("variant", WEIGHT_FREE)
+def test_released_variants_are_what_the_released_normalisation_gives(variant):
+    """Written out as the released code computes it: each |W| divided by its own neuron's sum, then averaged."""
+    view, statistics = calibrated(tiny_model())
+    for block, found in zip(view.blocks, statistics.blocks, strict=True):
+        gate, up, down = (weight.abs().double() for weight in block.ffn.weights())
+        x = found.ffn.rms
+        weighted = down * x if variant.endswith("wa") else down
+        metric = weighted / weighted.sum(0)
+        if variant.startswith("three"):
+            metric = metric + up.T / up.T.sum(0) + gate.T / gate.T.sum(0)
+        expected = (metric * x ** (0.5 if variant == "one_a" else 1.0)).mean(0)
+        ours = CfspReleased(variant).score(block, x.float()).double()
+        assert torch.allclose(ours, expected, rtol=1e-5)
+
+
+def test_cfsp_is_equation_8_term_by_term():
+    view, statistics = calibrated(tiny_model())
+    block, x = view.blocks[1], statistics.blocks[1].ffn.rms
+    gate, up, down = (weight.abs().double() for weight in block.ffn.weights())
+    expected = torch.zeros(96, dtype=torch.float64)
+    for i in range(96):
+        share = sum(down[j, i] * x[i] / (down[j] * x).sum() for j in range(32))
+        share += sum(up[i, j] / up[:, j].sum() for j in range(32)) + sum(gate[i, j] / gate[:, j].sum() for j in range(32))
+        expected[i] = share * x[i] / x.sum()
+    assert torch.allclose(Cfsp().score(block, x.float()).double(), expected, rtol=1e-4)
+
+
+def test_a_dead_column_counts_as_zero_not_nan():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[:, 3] = 0
+        model.model.layers[0].mlp.down_proj.weight[5, :] = 0
+    view, statistics = calibrated(model)
+    assert all(values.isfinite().all() for values in score(view, statistics, Cfsp()).neurons)
+
+
+def test_a_score_that_is_not_finite_names_the_block():
+    view, statistics = calibrated(tiny_model())
+    with torch.no_grad():
+        view.blocks[2].ffn.down.weight[0, 0] = float("nan")
+    with pytest.raises(RunError, match="block 2.*Wanda"):
+        score(view, statistics, Wanda())
+
+
+def test_random_follows_its_seed():
+    view, statistics = calibrated(tiny_model())
+    one, same, other = (score(view, statistics, RandomImportance(seed)).neurons for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not torch.equal(one[0], other[0])
+    assert not torch.equal(one[0], one[1]), "blocks must not share one draw"
