@@ -15,15 +15,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from cfsp.api import prune
     from cfsp.models.load import load
-    from cfsp.prune.apply import apply
-    from cfsp.prune.plan import PruningPlan
+    from cfsp.pruning.apply import apply
+    from cfsp.pruning.plan import PruningPlan
 
 #: Public name -> module; imported on first use, so that `cfsp --help` needs neither torch nor transformers.
 _PUBLIC = {
     "prune": "cfsp.api",
-    "apply": "cfsp.prune.apply",
+    "apply": "cfsp.pruning.apply",
     "load": "cfsp.models.load",
-    "PruningPlan": "cfsp.prune.plan",
+    "PruningPlan": "cfsp.pruning.plan",
 }
 
 __all__ = ["PruningPlan", "__version__", "apply", "load", "prune"]

@@ -17,9 +17,9 @@ from cfsp.data.calibration import Limits, from_ids
 from cfsp.identity import method_of
 from cfsp.models.driver import BlockDriver
 from cfsp.models.views import resolve
-from cfsp.prune.base import PlanContext
-from cfsp.prune.plan import PruningPlan
-from cfsp.prune.probe import probe
+from cfsp.pruning.base import PlanContext
+from cfsp.pruning.plan import PruningPlan
+from cfsp.pruning.probe import probe
 
 
 def prune(
@@ -46,7 +46,12 @@ def prune(
         CfspError: wrong settings (ConfigError), ids (DataError), structure (UnsupportedModelError) or a ratio that
             cannot be met (BudgetError).
     """
-    settings = [f"pruner={pruner}", f"sparsity.ratio={ratio}", f"sparsity.scope={scope}", f"sparsity.round_to={round_to}"]
+    settings = [
+        f"pruner={pruner}",
+        f"sparsity.ratio={ratio}",
+        f"sparsity.scope={scope}",
+        f"sparsity.round_to={round_to}",
+    ]
     config = parse(compose([*settings, *overrides]))
     view = resolve(model)
     positions = getattr(model.config, "max_position_embeddings", None)

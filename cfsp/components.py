@@ -49,9 +49,7 @@ def build(name: str, values: Any, allowed: Iterable[str] = (), needs: Iterable[s
             wrong settings.
     """
     if not isinstance(values, Mapping) or not values.get("_target_"):
-        raise ConfigError(
-            f"{name}={shown(values)}: a group with a _target_ class is expected, e.g. {name}=OPTION"
-        )
+        raise ConfigError(f"{name}={shown(values)}: a group with a _target_ class is expected, e.g. {name}=OPTION")
     settings = {str(key): value for key, value in values.items() if key != "_target_"}
     target = str(values["_target_"])
     cls = _resolve(name, target, allowed)
@@ -76,8 +74,7 @@ def _resolve(name: str, target: str, allowed: Iterable[str]) -> type:
     package = target.split(".", 1)[0]
     if package != "cfsp" and package not in set(allowed):
         raise ConfigError(
-            f"{name}._target_={target}: classes outside cfsp run foreign code; allow it with "
-            f"plugins.allow=[{package}]"
+            f"{name}._target_={target}: classes outside cfsp run foreign code; allow it with plugins.allow=[{package}]"
         )
     try:
         found = getattr(importlib.import_module(module_name), class_name)
@@ -110,13 +107,9 @@ def problems_of(error: ValidationError, prefix: str, schema: type) -> list[str]:
         if finding["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             known = names if len(location) == 1 else []
             hint = f"; keys: {', '.join(known)}" if known else ""
-            lines.append(
-                f"{key}={shown(finding['input'])}: unknown key{suggest(str(location[-1]), known)}{hint}"
-            )
+            lines.append(f"{key}={shown(finding['input'])}: unknown key{suggest(str(location[-1]), known)}{hint}")
         elif finding["type"].startswith("missing") and isinstance(location[-1], int):
-            lines.append(
-                f"{_key(prefix, location[:-1])}={shown(finding['input'])}: item {location[-1] + 1} is missing"
-            )
+            lines.append(f"{_key(prefix, location[:-1])}={shown(finding['input'])}: item {location[-1] + 1} is missing")
         elif finding["type"].startswith("missing"):
             lines.append(f"{key} is not set: give it a value, {key}=...")
         elif not location:  # a check over several keys, which names them itself
@@ -124,9 +117,7 @@ def problems_of(error: ValidationError, prefix: str, schema: type) -> list[str]:
         else:
             field = described.get(str(location[0]))
             hint = f" ({field.description})" if field is not None and field.description else ""
-            near = suggest(
-                str(finding["input"]), re.findall(r"'([^']*)'", str(finding.get("ctx", {}).get("expected")))
-            )
+            near = suggest(str(finding["input"]), re.findall(r"'([^']*)'", str(finding.get("ctx", {}).get("expected"))))
             lines.append(f"{key}={shown(finding['input'])}: {message}{hint}{near}")
     return lines
 

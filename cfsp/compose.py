@@ -43,11 +43,7 @@ def explain(error: Exception, words: Sequence[str], folder: Path | None = None) 
     """
     folders = [config_folder(), *([folder] if folder is not None and folder.is_dir() else [])]
     problems = list(_findings(words, folders))
-    return (
-        ConfigError(*problems)
-        if problems
-        else ConfigError(" ".join(str(error).split()) or type(error).__name__)
-    )
+    return ConfigError(*problems) if problems else ConfigError(" ".join(str(error).split()) or type(error).__name__)
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
@@ -100,9 +96,7 @@ def _option_problem(override: Override, options: Sequence[str]) -> str | None:
     group = override.key_or_group
     if override.is_delete() or (override.is_sweep_override() and not override.is_discrete_sweep()):
         return None
-    chosen = (
-        [*override.sweep_string_iterator()] if override.is_sweep_override() else [shown(override.value())]
-    )
+    chosen = [*override.sweep_string_iterator()] if override.is_sweep_override() else [shown(override.value())]
     unknown = [option for option in chosen if option not in options]
     if unknown:
         near = suggest(unknown[0], options)
@@ -113,12 +107,7 @@ def _option_problem(override: Override, options: Sequence[str]) -> str | None:
 
 
 def _options(group: str, folders: Sequence[Path]) -> dict[str, Path]:
-    return {
-        path.stem: path
-        for folder in folders
-        for path in sorted((folder / group).glob("*.yaml"))
-        if group != "."
-    }
+    return {path.stem: path for folder in folders for path in sorted((folder / group).glob("*.yaml")) if group != "."}
 
 
 def _tree(choices: Sequence[str], folders: Sequence[Path]) -> Any:
@@ -133,9 +122,7 @@ def _tree(choices: Sequence[str], folders: Sequence[Path]) -> Any:
 
 def _unknown_key(key: str, tree: Any, folders: Sequence[Path]) -> str:
     group, _, rest = key.partition(".")
-    contents = (
-        {option: _content(path, group) for option, path in _options(group, folders).items()} if rest else {}
-    )
+    contents = {option: _content(path, group) for option, path in _options(group, folders).items()} if rest else {}
     having = [f"{group}={option}" for option, content in contents.items() if _exists(content, rest)]
     if having:
         return f"{key}: there is no such key here; there is with {' or '.join(having)}"

@@ -58,9 +58,7 @@ class HubFile(Section):
 class TextSection(Section):
     """Where a text comes from and how its documents become one token stream."""
 
-    path: str | None = Field(
-        default=None, description="a local .txt, .jsonl, .jsonl.gz, .json.gz or .parquet file"
-    )
+    path: str | None = Field(default=None, description="a local .txt, .jsonl, .jsonl.gz, .json.gz or .parquet file")
     hub: HubFile | None = None
     split: str = "train"
     text_field: str = "text"
@@ -105,17 +103,11 @@ _CALIBRATION_KINDS: dict[str, type[Section]] = {
 
 
 class SparsitySection(Section):
-    ratio: float = Field(
-        gt=0, lt=1, allow_inf_nan=False, description="the fraction to remove, e.g. sparsity.ratio=0.5"
-    )
+    ratio: float = Field(gt=0, lt=1, allow_inf_nan=False, description="the fraction to remove, e.g. sparsity.ratio=0.5")
     scope: Literal["ffn", "decoder", "model"] = "ffn"
-    round_to: PositiveInt = Field(
-        default=32, description="kept widths are multiples of it; 1 for no rounding"
-    )
+    round_to: PositiveInt = Field(default=32, description="kept widths are multiples of it; 1 for no rounding")
     rounding: Literal["exact", "nearest"] = "exact"
-    min_width: PositiveInt | None = Field(
-        default=None, description="the smallest width of a block; null: round_to"
-    )
+    min_width: PositiveInt | None = Field(default=None, description="the smallest width of a block; null: round_to")
 
 
 class SaveSection(Section):
@@ -209,13 +201,11 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         for name, value in evaluation.items()
         if value is not None
     }
-    scalars = _section(
-        "", _Scalars, {key: raw[key] for key in ("seed", "force", "debug") if key in raw}, problems
-    )
+    scalars = _section("", _Scalars, {key: raw[key] for key in ("seed", "force", "debug") if key in raw}, problems)
     if isinstance(parts["model"], ModelSection) and not parts["model"].path:
         problems.append(
-            f"model.path={shown(parts['model'].path)}: model={parts['model'].name} needs it: give a folder or "
-            "a hub id, e.g. model.path=meta-llama/Llama-3.1-8B"
+            f"model.path={shown(parts['model'].path)}: model={parts['model'].name} needs it: give a folder "
+            "or a hub id, e.g. model.path=meta-llama/Llama-3.1-8B"
         )
     if problems:
         raise ConfigError(*problems)
@@ -238,9 +228,7 @@ class _Scalars(Section):
 
 def _section(name: str, schema: type[Section], values: Any, problems: list[str]) -> Any:
     if not isinstance(values, Mapping):
-        problems.append(
-            f"{name}={shown(values)}: a group of keys is expected: {', '.join(schema.model_fields)}"
-        )
+        problems.append(f"{name}={shown(values)}: a group of keys is expected: {', '.join(schema.model_fields)}")
         return None
     try:
         return schema(**{str(key): value for key, value in values.items()})
@@ -262,8 +250,7 @@ def _calibration(values: Mapping[str, Any], problems: list[str]) -> Any:
         )
     if isinstance(section, TokensCalibration) and section.path is None:
         problems.append(
-            "calibration.path=null: calibration=tokens needs it: give a .npy file of ids, "
-            "calibration.path=FILE.npy"
+            "calibration.path=null: calibration=tokens needs it: give a .npy file of ids, calibration.path=FILE.npy"
         )
     return section
 
@@ -276,9 +263,7 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def _component(
-    name: str, values: Any, allowed: list[str], needs: tuple[str, ...], problems: list[str]
-) -> Any:
+def _component(name: str, values: Any, allowed: list[str], needs: tuple[str, ...], problems: list[str]) -> Any:
     try:
         return build(name, values, allowed, needs)
     except ConfigError as error:

@@ -75,9 +75,7 @@ def hub_error(what: str, error: Exception, local: str) -> str:
     if isinstance(error, GatedRepoError):
         reason = "the repository is gated: accept its licence on the hub and set HF_TOKEN"
     elif isinstance(error, RepositoryNotFoundError):
-        reason = (
-            "there is no such repository on the hub (or it is private: set HF_TOKEN), and no such local path"
-        )
+        reason = "there is no such repository on the hub (or it is private: set HF_TOKEN), and no such local path"
     elif isinstance(error, RevisionNotFoundError):
         reason = "the repository has no such revision"
     elif isinstance(error, RemoteEntryNotFoundError):

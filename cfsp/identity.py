@@ -27,7 +27,12 @@ def method_of(config: RunConfig) -> dict[str, Any]:
 
 
 def identity_of(
-    config: RunConfig, *, model: str, dtype: str, calibration: dict[str, Any] | None, evaluation: dict[str, Any]
+    config: RunConfig,
+    *,
+    model: str,
+    dtype: str,
+    calibration: dict[str, Any] | None,
+    evaluation: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything that decides the figures of a run.
 
@@ -39,7 +44,11 @@ def identity_of(
     """
     pruning = None
     if config.pruner.instance.prunes:
-        pruning = {"method": method_of(config), "sparsity": config.sparsity.model_dump(), "calibration": calibration}
+        pruning = {
+            "method": method_of(config),
+            "sparsity": config.sparsity.model_dump(),
+            "calibration": calibration,
+        }
     return {
         "version": METHOD_VERSION,
         "model": model,

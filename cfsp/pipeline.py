@@ -28,11 +28,11 @@ from cfsp.models.driver import BlockDriver
 from cfsp.models.load import load_model
 from cfsp.models.views import DecoderView, resolve
 from cfsp.prepare import Prepared, prepare
-from cfsp.prune.apply import apply, dense_again
-from cfsp.prune.base import PlanContext
-from cfsp.prune.plan import PruningPlan
-from cfsp.prune.probe import probe
-from cfsp.prune.slicing import linears_of
+from cfsp.pruning.apply import apply, dense_again
+from cfsp.pruning.base import PlanContext
+from cfsp.pruning.plan import PruningPlan
+from cfsp.pruning.probe import probe
+from cfsp.pruning.slicing import linears_of
 from cfsp.record import environment
 from cfsp.record.figure import draw_blocks
 from cfsp.record.run_record import RunRecord
@@ -118,7 +118,12 @@ def _execute(prepared: Prepared, record: RunRecord, out: Path) -> None:
             saved = save_checkpoint(
                 model, out / "model", dtype=prepared.stored_dtype, source=prepared.source.folder, files=files
             )
-            record.checkpoint = {"form": saved.form, "bytes": saved.bytes, "dtype": saved.dtype, "state": "pruned"}
+            record.checkpoint = {
+                "form": saved.form,
+                "bytes": saved.bytes,
+                "dtype": saved.dtype,
+                "state": "pruned",
+            }
     if prepared.evaluation:
         with stages("evaluate pruned"):
             record.measurements["pruned"] = _measured(prepared, model)
@@ -162,7 +167,9 @@ def _evaluate_dense(prepared: Prepared, model: nn.Module) -> tuple[list[dict[str
     for name, evaluator in prepared.config.evaluation.items():
         if evaluator.instance.side_by_side:
             continue
-        packages = {k: v for k, v in environment.versions().items() if k in ("cfsp", "torch", "transformers", "lm-eval")}
+        packages = {
+            k: v for k, v in environment.versions().items() if k in ("cfsp", "torch", "transformers", "lm-eval")
+        }
         key = digest(
             {
                 "model": prepared.source.fingerprint,
@@ -331,5 +338,3 @@ def _read_json(path: Path) -> list[dict[str, Any]] | None:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-

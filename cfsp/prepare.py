@@ -102,9 +102,7 @@ def _collected(problems: list[CfspError]) -> Iterator[None]:
     except CfspError as error:
         problems.append(error)
     except OSError as error:
-        problems.append(
-            DataError(f"{error.filename}: cannot be read ({error.strerror}); see to its permissions")
-        )
+        problems.append(DataError(f"{error.filename}: cannot be read ({error.strerror}); see to its permissions"))
 
 
 def _refuse(problems: list[CfspError]) -> None:
@@ -126,9 +124,7 @@ def check_writable(key: str, folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ConfigError(
-            f"{key}={folder}: cannot be written ({error.strerror}); give another folder"
-        ) from error
+        raise ConfigError(f"{key}={folder}: cannot be written ({error.strerror}); give another folder") from error
     finally:
         for path in missing:
             # Another run may have put something there meanwhile.

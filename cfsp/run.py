@@ -129,12 +129,8 @@ def _overrides(argv: list[str]) -> tuple[list[str], Path | None]:
         raise ConfigError(f"{error}; see cfsp --help") from error
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
-        way_out = (
-            "" if unknown[0].startswith("-") else "; write every key=value in one place, after the flags"
-        )
-        raise ConfigError(
-            f"{unknown[0]}: not understood here{suggest(unknown[0], flags)}{way_out}; see cfsp --help"
-        )
+        way_out = "" if unknown[0].startswith("-") else "; write every key=value in one place, after the flags"
+        raise ConfigError(f"{unknown[0]}: not understood here{suggest(unknown[0], flags)}{way_out}; see cfsp --help")
     return list(known.overrides), Path(known.config_dir) if known.config_dir else None
 
 
@@ -158,9 +154,7 @@ def _understood(error: Exception, session: _Session) -> Exception:
     """What Hydra raises outside of the task is about the words it was given, or about the folder it makes."""
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain(error, session.words, session.folder)
-    outside = not any(
-        frame.name in ("_run", "return_value") for frame in traceback.extract_tb(error.__traceback__)
-    )
+    outside = not any(frame.name in ("_run", "return_value") for frame in traceback.extract_tb(error.__traceback__))
     if outside and isinstance(error, ValueError):
         return explain(error, session.words, session.folder)
     if outside and isinstance(error, OSError) and error.filename:
@@ -180,9 +174,7 @@ def _job_label(session: _Session) -> str:
         return ""
     given = OverridesParser.create().parse_overrides(list(session.words))
     same = {override.key_or_group for override in given if not override.is_sweep_override()}
-    own = [
-        word for word in HydraConfig.get().overrides.task if word.partition("=")[0].lstrip("+~") not in same
-    ]
+    own = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0].lstrip("+~") not in same]
     return f"[{' '.join(own)}] " if own else ""
 
 

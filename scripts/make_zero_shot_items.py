@@ -85,12 +85,8 @@ RARER = forms(
     | feather / feathers | diamond / diamonds | monk / monks | tailor / tailors | beggar / beggars
     | spider / spiders | donkey / donkeys"""
 )
-MEN = phrases(
-    "old man | king | boy | young gentleman | captain | prince | father | uncle | monk | duke | husband"
-)
-WOMEN = phrases(
-    "old woman | queen | girl | young lady | widow | princess | mother | aunt | nun | duchess | wife"
-)
+MEN = phrases("old man | king | boy | young gentleman | captain | prince | father | uncle | monk | duke | husband")
+WOMEN = phrases("old woman | queen | girl | young lady | widow | princess | mother | aunt | nun | duchess | wife")
 ADJECTIVES = phrases("old | little | great | beautiful | strange | new | poor | large | small | fine | dark")
 COLOURS = phrases("old | black | white | red | grey | brown | green | golden")
 
@@ -99,9 +95,7 @@ SUBJECTS = phrases(
     """he | she | they | we | I | the old man | the young lady | the king | my father | her mother
     | the captain | the stranger | the boy | his wife | the two brothers | the servant | the doctor"""
 )
-SEEN = phrases(
-    "looked at | saw | remembered | spoke of | thought of | pointed to | had seen | came upon | passed"
-)
+SEEN = phrases("looked at | saw | remembered | spoke of | thought of | pointed to | had seen | came upon | passed")
 TAILS = (
     "",
     *phrases("once more | for a long time | in silence | at last | that evening | with great interest"),
@@ -177,16 +171,12 @@ def quantifier_noun(rng: random.Random, turn: int) -> Item:
     one = phrases("one | every | each | another | a single")
     more = phrases("two | three | many | several | a few | both | four | a great many")
     adjective = rng.choice(("", "little ", "great ", "strange "))
-    before = (
-        f"{rng.choice(SUBJECTS)} {rng.choice(SEEN)} {rng.choice((one, more)[number])} {adjective}".rstrip()
-    )
+    before = f"{rng.choice(SUBJECTS)} {rng.choice(SEEN)} {rng.choice((one, more)[number])} {adjective}".rstrip()
     return contrast(before, noun[number], noun[1 - number], rng.choice(TAILS))
 
 
 BE = forms("was / were | is / are")
-STATES = phrases(
-    "very old | not to be seen | quite new | very beautiful | well known to me | lost | not there"
-)
+STATES = phrases("very old | not to be seen | quite new | very beautiful | well known to me | lost | not there")
 
 
 def subject_verb(rng: random.Random, turn: int) -> Item:
@@ -213,9 +203,7 @@ def present_verb(rng: random.Random, turn: int) -> Item:
         ("seems", "seem", "to be very happy | tired"),
     )
     one = phrases("he | she | my brother | the old man | the boy | your sister | the old man in the village")
-    more = phrases(
-        "they | we | my brothers | the old men | the boys | your sisters | the old men in the village"
-    )
+    more = phrases("they | we | my brothers | the old men | the boys | your sisters | the old men in the village")
     *verb, ends = rng.choice(verbs)
     subject = rng.choice((one, more)[number])
     return contrast(subject, verb[number], verb[1 - number], rng.choice(phrases(ends)))
@@ -264,9 +252,7 @@ def possessive_gender(rng: random.Random, turn: int) -> Item:
 
 def anaphor(rng: random.Random, turn: int) -> Item:
     """The queen rose from the table, and soon after that she / he left the room"""
-    acts = phrases(
-        "rose from the table | came in | heard the news | looked out of the window | stood by the door"
-    )
+    acts = phrases("rose from the table | came in | heard the news | looked out of the window | stood by the door")
     links = phrases(", and soon after that | , but before | , and as soon as | ; and when | , and at last")
     link = rng.choice(links)
     ends = phrases("left the room | saw the letter | spoke to the servant | went up the stairs")
@@ -343,9 +329,7 @@ VOWELS = phrases(
 
 def article(rng: random.Random, turn: int) -> Item:
     """an orchard / a orchard; a bishop / an bishop"""
-    leads = phrases(
-        "it was | I remember | he thought of | she spoke of | they told us of | he dreamed of | we saw"
-    )
+    leads = phrases("it was | I remember | he thought of | she spoke of | they told us of | he dreamed of | we saw")
     vowel = turn % 2
     noun = rng.choice((CONSONANTS, VOWELS)[vowel])
     return contrast(rng.choice(leads), ("a", "an")[vowel], ("an", "a")[vowel], noun)
@@ -357,13 +341,9 @@ CASES = forms("I / me | he / him | she / her | we / us | they / them")
 def pronoun_case(rng: random.Random, turn: int) -> Item:
     """to my brother and me / and I; when my brother and I came / and me came"""
     subject, other = CASES[(turn // 2) % len(CASES)]
-    brother = rng.choice(
-        phrases("my brother | the old man | her mother | the captain | his friend | the doctor")
-    )
+    brother = rng.choice(phrases("my brother | the old man | her mother | the captain | his friend | the doctor"))
     if turn % 2:
-        leads = phrases(
-            "spoke to | looked at | came with | sent for | thought of | laughed at | had heard of"
-        )
+        leads = phrases("spoke to | looked at | came with | sent for | thought of | laughed at | had heard of")
         ends = phrases("in silence | with a smile | for a moment | again and again | at last | in the garden")
         before = rng.choice(phrases("the king | the young lady | the stranger"))
         before = f"{before} {rng.choice(leads)} {brother} and"
@@ -389,9 +369,7 @@ def comparison(rng: random.Random, turn: int) -> Item:
     if kind == 0:
         ends = phrases("than before | than the other | than I thought | than all the rest")
         wrong = rng.choice((positive, superlative))
-        return contrast(
-            f"{subject} {rng.choice(('much', 'far', 'no'))}", comparative, wrong, rng.choice(ends)
-        )
+        return contrast(f"{subject} {rng.choice(('much', 'far', 'no'))}", comparative, wrong, rng.choice(ends))
     if kind == 1:
         ends = phrases("of them all | that ever was seen | in the whole country | of the three")
         return contrast(f"{subject} the", superlative, positive, rng.choice(ends))
@@ -413,14 +391,10 @@ def relative_pronoun(rng: random.Random, turn: int) -> Item:
             *PEOPLE,
             *forms("shepherd / shepherds | fisherman / fishermen | tailor / tailors | monk / monks"),
         )
-        ends = phrases(
-            "came from the village | had lost everything | lived near us | spoke to you | was killed"
-        )
+        ends = phrases("came from the village | had lost everything | lived near us | spoke to you | was killed")
         end = rng.choice(ends[: 5 - number])
         return contrast(f"{before} {rng.choice(people)[number]}", "who", "which", end)
-    ends = phrases(
-        "stood near the river | had been lost | lay before us | belonged to my father | came from France"
-    )
+    ends = phrases("stood near the river | had been lost | lay before us | belonged to my father | came from France")
     things = [thing for thing in THINGS if thing[0] not in ("horse", "bird")]
     return contrast(f"{before} {rng.choice(things)[number]}", "which", "who", rng.choice(ends))
 
@@ -444,9 +418,7 @@ FIXED_ORDER = forms(
 def order_binomial(rng: random.Random, turn: int) -> Item:
     """bread and butter / butter and bread"""
     first, second = FIXED_ORDER[turn]
-    leads = phrases(
-        "he spoke of | they were talking of | it was a matter of | we read of | I was thinking of"
-    )
+    leads = phrases("he spoke of | they were talking of | it was a matter of | we read of | I was thinking of")
     return contrast(rng.choice(leads), f"{first} and {second}", f"{second} and {first}")
 
 

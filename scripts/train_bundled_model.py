@@ -92,9 +92,7 @@ class Recipe:
     clip_norm: float = option(1.0, "largest gradient norm")
     holdout: int = option(12, "files kept from model and tokenizer training, to measure perplexity on")
     eval_tokens: int = option(16_384, "held-out tokens measured, spread evenly over the held-out text")
-    precision: Literal["auto", "bf16", "fp32"] = option(
-        "auto", "autocast type; auto is bf16 where it is fast"
-    )
+    precision: Literal["auto", "bf16", "fp32"] = option("auto", "autocast type; auto is bf16 where it is fast")
     seed: int = option(0, "decides the held-out files, the initial weights and the order of the windows")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto takes a GPU where there is one")
     threads: int = option(0, "CPU threads of torch; 0 leaves torch's default")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,71 @@ def refused(run_cfsp, tmp_path, monkeypatch):
         return [line.removeprefix("cfsp: ") for line in lines]
 
     return call
+
+
+def mentions(lines: list[str], *parts: str) -> None:
+    """There is one line, and every part is in it."""
+    assert len(lines) == 1, lines
+    for part in parts:
+        assert part in lines[0]
+
+
+# A sound run on a tiny model, for tests to damage
+
+SENTENCE = "It was a quiet morning on the river, and the boats lay still in the mist. "
+POSITIONS, VOCABULARY = 64, 4096
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny models are slower on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def save_with_tokenizer(model, folder: Path) -> Path:
+    """Save a model of ``VOCABULARY`` tokens with the bundled model's tokenizer."""
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "cfsp" / "assets" / "books7m" / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def _tiny_folder(tmp_path_factory) -> Path:
+    from tests.tiny import tiny_model
+
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "width": 64, "blocks": 2}
+    model = tiny_model(vocab_size=VOCABULARY, max_position_embeddings=POSITIONS, **sizes)
+    return save_with_tokenizer(model, tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def model_folder(_tiny_folder, tmp_path) -> Path:
+    """A sound model folder of this test's own."""
+    return Path(shutil.copytree(_tiny_folder, tmp_path / "model"))
+
+
+@pytest.fixture
+def prose_file(tmp_path) -> Path:
+    path = tmp_path / "prose.txt"
+    path.write_text(SENTENCE * 100)
+    return path
+
+
+@pytest.fixture
+def sound_words(model_folder, prose_file) -> list[str]:
+    """A command line that works; what a test adds comes later and wins."""
+    return [
+        "model=local",
+        f"model.path={model_folder}",
+        "calibration=text",
+        f"calibration.path={prose_file}",
+        "calibration.n_samples=4",
+        "calibration.seq_len=32",
+        "sparsity.round_to=8",
+        "evaluation=none",
+        "save.model=false",
+    ]

@@ -42,13 +42,15 @@ class Sizes:
 
     @staticmethod
     def of(view: DecoderView) -> Sizes:
-        return Sizes(
-            tuple(view.widths), tuple(view.neuron_parameters), view.decoder_parameters, view.model_parameters
-        )
+        return Sizes(tuple(view.widths), tuple(view.neuron_parameters), view.decoder_parameters, view.model_parameters)
 
     def of_scope(self, scope: Scope) -> int:
         """Parameters of a scope."""
-        totals = {"ffn": self.ffn_parameters, "decoder": self.decoder_parameters, "model": self.model_parameters}
+        totals = {
+            "ffn": self.ffn_parameters,
+            "decoder": self.decoder_parameters,
+            "model": self.model_parameters,
+        }
         return totals[scope]
 
     @property
@@ -72,9 +74,7 @@ def keep_fraction(budget: Budget, sizes: Sizes) -> float:
         BudgetError: not even the smallest legal widths remove that much; names the largest ratio that can be met.
     """
     removed = budget.ratio * sizes.of_scope(budget.scope)
-    most = sum(
-        (n - _legal(n, budget)[0]) * cost for n, cost in zip(sizes.widths, sizes.neuron_parameters, strict=True)
-    )
+    most = sum((n - _legal(n, budget)[0]) * cost for n, cost in zip(sizes.widths, sizes.neuron_parameters, strict=True))
     step = max(_widest_step(n, budget) * cost for n, cost in zip(sizes.widths, sizes.neuron_parameters, strict=True))
     if removed > most + step / 2 or removed >= sizes.ffn_parameters:
         smallest = f"sparsity.min_width={budget.min_width or budget.round_to} sparsity.round_to={budget.round_to}"
@@ -114,8 +114,7 @@ def to_widths(desired: list[float], budget: Budget, sizes: Sizes, *, counted: bo
     else:
         chosen = _exact(desired, legal, sizes, sizes.ffn_parameters - budget.ratio * sizes.of_scope(budget.scope))
     removed = sum(
-        (n - width) * cost
-        for n, width, cost in zip(sizes.widths, chosen, sizes.neuron_parameters, strict=True)
+        (n - width) * cost for n, width, cost in zip(sizes.widths, chosen, sizes.neuron_parameters, strict=True)
     )
     requested: dict[str, Any] = {"ratio": budget.ratio, "scope": budget.scope, "round_to": budget.round_to}
     requested |= {"rounding": budget.rounding, "min_width": budget.min_width or budget.round_to}

@@ -85,7 +85,9 @@ class Statistics:
         blocks = []
         for index, row in enumerate(tensors["distances"].tolist()):
             parts = {
-                part: InputStatistics(*(tensors[f"{index}.{part}.{name}"] for name in ("mean", "mean_square", "mean_norm")))
+                part: InputStatistics(
+                    *(tensors[f"{index}.{part}.{name}"] for name in ("mean", "mean_square", "mean_norm"))
+                )
                 for part in ("ffn", "attention")
                 if f"{index}.{part}.mean" in tensors
             }

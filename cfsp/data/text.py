@@ -49,8 +49,12 @@ def locate_text(section: TextSection, key: str) -> TextFile:
         raise DataError(f"{key}.path=null: give a local .txt, .jsonl or .parquet file, {key}.path=FILE")
     if path.stat().st_size == 0:
         raise DataError(f"{key}.path={path}: the file is empty; give one that holds text")
-    prepared = section.model_dump(exclude={"path", "hub", "kind", "name", "n_samples", "seq_len", "batch_size", "sampling"})
-    commit = path.parts[path.parts.index("snapshots") + 1] if section.path is None and "snapshots" in path.parts else None
+    prepared = section.model_dump(
+        exclude={"path", "hub", "kind", "name", "n_samples", "seq_len", "batch_size", "sampling"}
+    )
+    commit = (
+        path.parts[path.parts.index("snapshots") + 1] if section.path is None and "snapshots" in path.parts else None
+    )
     return TextFile(key, path, section, {"sha256": file_digest(path), **prepared}, commit)
 
 
@@ -76,8 +80,8 @@ def read_text(text: TextFile) -> str:
         raise
     except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
         raise DataError(
-            f"{text.key}.path={text.path}: cannot be read as text ({type(error).__name__}: {error}); give a .txt, .jsonl "
-            "or .parquet file"
+            f"{text.key}.path={text.path}: cannot be read as text ({type(error).__name__}: {error}); give a .txt, "
+            ".jsonl or .parquet file"
         ) from error
     if not joined.strip():
         raise DataError(f"{text.key}.path={text.path}: the file holds white space only; give one that holds text")
@@ -89,15 +93,13 @@ def _documents(text: TextFile) -> Iterable[str]:
     if name.endswith(".parquet"):
         import pyarrow.parquet as parquet
 
-        columns = parquet.read_schema(path).names
-        if text.section.text_field not in columns:
-            raise DataError(
-                f"{text.key}.text_field={text.section.text_field}: {path} has no such column; it has {', '.join(columns)}"
-            )
-        yield from parquet.read_table(path, columns=[text.section.text_field]).column(0).to_pylist()
+        field, columns = text.section.text_field, parquet.read_schema(path).names
+        if field not in columns:
+            raise DataError(f"{text.key}.text_field={field}: {path} has no such column; it has {', '.join(columns)}")
+        yield from parquet.read_table(path, columns=[field]).column(0).to_pylist()
     elif name.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):
-        opened = gzip.open(path, "rt", encoding="utf-8") if name.endswith(".gz") else path.open(encoding="utf-8")
-        with opened as stream:
+        opened = gzip.open if name.endswith(".gz") else open
+        with opened(path, "rt", encoding="utf-8") as stream:
             for number, line in enumerate(stream, 1):
                 if line.strip():
                     yield _json_text(text, number, line)
@@ -118,9 +120,7 @@ def _json_text(text: TextFile, number: int, line: str) -> str:
         ) from error
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise DataError(
-            f"{text.key}.text_field={field}: line {number} of {text.path} has no such text; it has {found}"
-        )
+        raise DataError(f"{text.key}.text_field={field}: line {number} of {text.path} has no such text; it has {found}")
     return row[field]
 
 

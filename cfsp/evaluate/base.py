@@ -36,7 +36,7 @@ class Evaluator(Protocol):
 class Side:
     """One side of a side-by-side measurement.
 
-    ``active`` puts its weights in place for as long as it is entered; ``storage_dtype`` is what a checkpoint of it holds.
+    ``active`` puts its weights in place for as long as it is entered; ``storage_dtype`` is that of its checkpoint.
     """
 
     name: str

@@ -35,7 +35,9 @@ class Cost:
     side_by_side: ClassVar[bool] = True
 
     def check(self, tokenizer: Any, limits: Limits) -> dict[str, Any]:
-        limits.check_length("evaluation.cost.prompt_tokens + evaluation.cost.new_tokens", self.prompt_tokens + self.new_tokens)
+        limits.check_length(
+            "evaluation.cost.prompt_tokens + evaluation.cost.new_tokens", self.prompt_tokens + self.new_tokens
+        )
         return {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens, "repeats": self.repeats}
 
     def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
@@ -61,13 +63,21 @@ class Cost:
         found = {}
         for side in sides:
             with side.active():
-                found[side.name] = [*size_of(model, side.storage_dtype), *self._speeds(times[side.name], device)]
+                found[side.name] = [
+                    *size_of(model, side.storage_dtype),
+                    *self._speeds(times[side.name], device),
+                ]
         return found
 
     def _speeds(self, times: list[tuple[float, float]], device: torch.device) -> list[Measurement]:
         import torch
 
-        detail = {"statistic": "median", "batch_size": 1, "device": device.type, "threads": torch.get_num_threads()}
+        detail = {
+            "statistic": "median",
+            "batch_size": 1,
+            "device": device.type,
+            "threads": torch.get_num_threads(),
+        }
         figures = []
         for task, tokens, seconds in (
             ("prefill", self.prompt_tokens, [prefill for prefill, _ in times]),
@@ -109,6 +119,13 @@ def size_of(model: nn.Module, storage_dtype: torch.dtype) -> list[Measurement]:
     macs = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     return [
         Measurement("cost", "parameters", "count", parameters, "parameters"),
-        Measurement("cost", "checkpoint", "bytes", size, "bytes", detail={"dtype": str(storage_dtype).removeprefix("torch.")}),
+        Measurement(
+            "cost",
+            "checkpoint",
+            "bytes",
+            size,
+            "bytes",
+            detail={"dtype": str(storage_dtype).removeprefix("torch.")},
+        ),
         Measurement("cost", "linear_macs", "count", macs, "MACs per token"),
     ]

@@ -122,9 +122,7 @@ def check_safetensors(folder: Path) -> None:
         weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{folder / _INDEX}: not a readable index ({error!r}); fetch the model again"
-        ) from error
+        raise CheckpointError(f"{folder / _INDEX}: not a readable index ({error!r}); fetch the model again") from error
     for name in names:
         header = _read_header(folder / name)
         lost = [weight for weight, file in weight_map.items() if file == name and weight not in header]

@@ -116,5 +116,3 @@ def hidden_of(output: Any) -> Tensor:
 def entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The hidden state that a block was called with."""
     return args[0] if args else kwargs["hidden_states"]
-
-

@@ -57,9 +57,7 @@ class ModelSource:
         """The first of the keys in config.json, whose text model may be nested (multimodal families)."""
         nested = self.config.get("text_config")
         sections = [self.config, nested] if isinstance(nested, dict) else [self.config]
-        return next(
-            (section[key] for section in sections for key in keys if section.get(key) is not None), None
-        )
+        return next((section[key] for section in sections for key in keys if section.get(key) is not None), None)
 
 
 def locate(section: ModelSection) -> ModelSource:
@@ -101,40 +99,30 @@ def _from_folder(name: str, folder: Path, *, origin: str, fingerprint: str | Non
         found = "this is a file" if folder.exists() else "no such folder"
         raise CheckpointError(f"{where}: {found}; give a model folder or a hub id (organisation/name)")
     if not any(folder.iterdir()):
-        raise CheckpointError(
-            f"{where}: the folder is empty; it must hold config.json, *.safetensors and a tokenizer"
-        )
+        raise CheckpointError(f"{where}: the folder is empty; it must hold config.json, *.safetensors and a tokenizer")
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise CheckpointError(f"{where}: there is no config.json; give the folder that save_pretrained wrote")
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(
-            f"{where}: config.json is not valid JSON ({error}); fetch the model again"
-        ) from error
+        raise CheckpointError(f"{where}: config.json is not valid JSON ({error}); fetch the model again") from error
     if not isinstance(config, dict):
-        raise CheckpointError(
-            f"{where}: config.json holds no object ({type(config).__name__}); fetch the model again"
-        )
+        raise CheckpointError(f"{where}: config.json holds no object ({type(config).__name__}); fetch the model again")
     if not any(folder.glob("*.safetensors")):
         pickles = ", ".join(sorted(path.name for path in folder.glob("*.bin"))[:2])
         found = f"found {pickles}, which is never loaded" if pickles else "found none"
-        raise CheckpointError(
-            f"{where}: *.safetensors weights are needed, {found}; save it with save_pretrained"
-        )
+        raise CheckpointError(f"{where}: *.safetensors weights are needed, {found}; save it with save_pretrained")
     check_safetensors(folder)
     quantised = config.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise CheckpointError(
-            f"{where}: its weights are quantised ({method}); give the model before quantisation"
-        )
+        raise CheckpointError(f"{where}: its weights are quantised ({method}); give the model before quantisation")
     return ModelSource(name, origin, folder, config, fingerprint or folder_fingerprint(folder))
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """sha256 over the content of weights, config, tokenizer and code; file names count, the folder's does not.
+    """sha256 over the content of weights, config, tokenizer and code; names of files count, folders' do not.
 
     Code that a folder brings counts too, except where cfsp wrote it: then it is this package's own.
     """

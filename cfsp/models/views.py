@@ -141,7 +141,8 @@ def _block(model: Any, name: str, index: int, block: nn.Module) -> BlockView:
         what = "no gated FFN" if not found else f"{len(found)} gated FFNs (a mixture of experts?)"
         raise UnsupportedModelError(
             f"{type(model).__name__}: {what} in block {name}; looked for one module with linears "
-            f"{' or '.join('/'.join(names) for names in _GATED_NAMES)} of matching shapes, found: {linears or 'no linear'}"
+            f"{' or '.join('/'.join(names) for names in _GATED_NAMES)} of matching shapes, "
+            f"found: {linears or 'no linear'}"
         )
     return BlockView(index, block, found[0], _attention(model, block))
 

@@ -10,7 +10,18 @@ from typing import Any
 
 from cfsp.package import ROOT
 
-PACKAGES = ("cfsp", "torch", "transformers", "datasets", "peft", "hydra-core", "lm-eval", "wandb", "numpy", "safetensors")
+PACKAGES = (
+    "cfsp",
+    "torch",
+    "transformers",
+    "datasets",
+    "peft",
+    "hydra-core",
+    "lm-eval",
+    "wandb",
+    "numpy",
+    "safetensors",
+)
 
 
 def versions() -> dict[str, str]:

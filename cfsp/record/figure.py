@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cfsp.prune.plan import PruningPlan
+from cfsp.pruning.plan import PruningPlan
 
 
 def draw_blocks(plan: PruningPlan, metric: str, path: Path) -> Path:

@@ -15,6 +15,8 @@ _FILES = ("record.json", "plan.json", "model", "blocks.png", "config.yaml", "run
 def show(record: RunRecord, out: Path) -> None:
     """Print the summary table of a finished run and the paths of what it wrote."""
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 100)  # a log has no edge to wrap at
     table = summary(record)
     console.print()
     if table is not None:

@@ -29,9 +29,7 @@ PARTS = {"text"}
 STATED = {"kind", "structure", "compensation", "sequential", "format"}
 
 GROUPS = sorted(path.name for path in config_folder().iterdir() if path.is_dir() and path.name not in PARTS)
-OPTIONS = [
-    f"{group}={path.stem}" for group in GROUPS for path in sorted((config_folder() / group).glob("*.yaml"))
-]
+OPTIONS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((config_folder() / group).glob("*.yaml"))]
 
 
 @cache
@@ -119,25 +117,17 @@ def _sections() -> list[tuple[str, type[Section], set[str]]]:
         group = option.partition("=")[0]
         if group in ("model", "sparsity", "paths", "calibration"):
             values = _yaml(group, option.partition("=")[2])
-            kind = (
-                schema._CALIBRATION_KINDS[values["kind"]]
-                if group == "calibration"
-                else schema._SECTIONS[group]
-            )
+            kind = schema._CALIBRATION_KINDS[values["kind"]] if group == "calibration" else schema._SECTIONS[group]
             found.append((option, kind, set(values)))
     root = _yaml("", "config")
     found += [(name, schema._SECTIONS[name], set(root[name])) for name in ("save", "plugins")]
-    found += [
-        (f"text {name}", TextSection, set(values)) for name, values in _yaml("text", "published").items()
-    ]
+    found += [(f"text {name}", TextSection, set(values)) for name, values in _yaml("text", "published").items()]
     return found
 
 
 def _yaml(group: str, option: str) -> dict[str, typing.Any]:
     """A file as it is: collecting the tests must not cost a composition each."""
-    content = OmegaConf.to_container(
-        OmegaConf.load(config_folder() / group / f"{option}.yaml"), resolve=False
-    )
+    content = OmegaConf.to_container(OmegaConf.load(config_folder() / group / f"{option}.yaml"), resolve=False)
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}
 
@@ -156,16 +146,12 @@ def _component_options() -> list[str]:
     return [option for option in OPTIONS if option.partition("=")[0] in schema._COMPONENTS]
 
 
-@pytest.mark.parametrize(
-    "option", [*_component_options(), *(o for o in OPTIONS if o.startswith("evaluation="))]
-)
+@pytest.mark.parametrize("option", [*_component_options(), *(o for o in OPTIONS if o.startswith("evaluation="))])
 def test_a_component_and_its_yaml_hold_the_same_keys(option):
     group = option.partition("=")[0]
     values = OmegaConf.to_container(_composed(option)[group], resolve=False)
     found = getattr(_parsed(option), group)
-    pairs = (
-        [(values, found)] if group != "evaluation" else [(values[name], part) for name, part in found.items()]
-    )
+    pairs = [(values, found)] if group != "evaluation" else [(values[name], part) for name, part in found.items()]
     for given, part in pairs:
         assert set(given) - {"_target_"} == {field.name for field in dataclasses.fields(part.instance)}
 
@@ -200,6 +186,4 @@ def test_every_yaml_of_the_configuration_is_reached():
     assert set(GROUPS) <= {key.removeprefix("optional ") for key in chosen}
     order = [next(iter(entry)) if not isinstance(entry, str) else entry for entry in defaults]
     assert order[0] == "_self_"
-    assert order.index("pruner") > max(
-        order.index(group) for group in ("importance", "allocator", "sparsity")
-    )
+    assert order.index("pruner") > max(order.index(group) for group in ("importance", "allocator", "sparsity"))

@@ -100,7 +100,7 @@ def test_every_measurement_says_what_it_is(demo):
 def test_exactly_one_wandb_run_mirrors_the_record(demo):
     runs = [path for path in (demo[0] / "out" / "wandb").glob("offline-run-*") if path.is_dir()]
     assert len(runs) == 1
-    assert list(runs[0].glob("run-*.wandb"))[0].stat().st_size > 1000
+    assert next(runs[0].glob("run-*.wandb")).stat().st_size > 1000
     assert list(runs[0].glob("files/media/images/blocks*.png"))
 
 
@@ -159,7 +159,11 @@ def test_another_setting_plans_from_the_cached_statistics(demo, run_cfsp, monkey
     base, _ = demo
     monkeypatch.setattr(BlockDriver, "run", lambda *_: pytest.fail("a second calibration pass"))
     for index, words in enumerate(
-        (["sparsity.ratio=0.3", "allocator.metric=cosine"], ["pruner=wanda_sp"], ["pruner=magnitude_sp", "sparsity.scope=model", "sparsity.ratio=0.2"])
+        (
+            ["sparsity.ratio=0.3", "allocator.metric=cosine"],
+            ["pruner=wanda_sp"],
+            ["pruner=magnitude_sp", "sparsity.scope=model", "sparsity.ratio=0.2"],
+        )
     ):
         code, _, err = run_cfsp(
             *words, "evaluation=none", "save.model=false",
@@ -173,7 +177,9 @@ def test_another_setting_plans_from_the_cached_statistics(demo, run_cfsp, monkey
 def test_the_same_command_gives_the_same_plan_and_another_seed_another_sample(run_cfsp, tmp_path):
     given = ["evaluation=none", "save.model=false", "calibration.n_samples=8"]
     for name, extra in (("a", []), ("b", []), ("c", ["seed=1"])):
-        code, _, err = run_cfsp(*given, *extra, f"paths.output_dir={tmp_path / name}", f"paths.cache_dir={tmp_path / name}")
+        code, _, err = run_cfsp(
+            *given, *extra, f"paths.output_dir={tmp_path / name}", f"paths.cache_dir={tmp_path / name}"
+        )
         assert code == 0, err
     plans = {name: (tmp_path / name / "plan.json").read_bytes() for name in "abc"}
     assert plans["a"] == plans["b"] != plans["c"]
@@ -227,7 +233,11 @@ def test_pruning_a_pruned_folder_composes_with_its_plan(demo, run_cfsp, tmp_path
 
 def test_self_generated_calibration_needs_no_data(run_cfsp, tmp_path):
     code, _, err = run_cfsp(
-        "calibration=self", "calibration.n_samples=4", "calibration.seq_len=32", "evaluation=none", "save.model=false"
+        "calibration=self",
+        "calibration.n_samples=4",
+        "calibration.seq_len=32",
+        "evaluation=none",
+        "save.model=false",
     )
     assert code == 0, err
     assert record_of(tmp_path / "out")["calibration"]["name"] == "self"

@@ -37,7 +37,13 @@ def test_conf_and_assets_travel_and_nothing_else_does(installed):
 
 
 def test_the_installed_wheel_runs_the_main_job(installed, tmp_path):
-    words = ["evaluation.zero_shot=null", "evaluation.cost=null", "logger=none", "paths.output_dir=out", "calibration.n_samples=8"]
+    words = [
+        "evaluation.zero_shot=null",
+        "evaluation.cost=null",
+        "logger=none",
+        "paths.output_dir=out",
+        "calibration.n_samples=8",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
     where = subprocess.run(
         [sys.executable, "-c", "import cfsp; print(cfsp.__file__)"],
@@ -45,7 +51,11 @@ def test_the_installed_wheel_runs_the_main_job(installed, tmp_path):
     )  # fmt: skip
     assert where.stdout.strip().startswith(str(installed))
     done = subprocess.run(
-        [sys.executable, "-m", "cfsp.run", *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "cfsp.run", *words],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "perplexity, bundled" in done.stdout

@@ -102,7 +102,14 @@ def test_exact_moves_the_block_that_is_furthest_from_its_wish():
 
 @pytest.mark.parametrize(
     ("round_to", "desired", "expected"),
-    [(128, 63.9, 128), (128, 64.0, 128), (128, 191.9, 128), (128, 192.0, 256), (1, 170.36, 171), (1, 10.0, 11)],
+    [
+        (128, 63.9, 128),
+        (128, 64.0, 128),
+        (128, 191.9, 128),
+        (128, 192.0, 256),
+        (1, 170.36, 171),
+        (1, 10.0, 11),
+    ],
 )
 def test_nearest_is_the_released_rule_but_never_empty(round_to, desired, expected):
     """int((N keep + 64) / 128) 128 and int(N keep) + 1; where the released index would be -1, min_width is kept."""

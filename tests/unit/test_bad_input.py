@@ -16,8 +16,6 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
 )
@@ -27,93 +25,28 @@ from cfsp.compose import compose
 from cfsp.config import parse
 from cfsp.errors import ConfigError
 from cfsp.models.source import ModelSource
+from tests.conftest import POSITIONS, SENTENCE, VOCABULARY, mentions, save_with_tokenizer
 
-ASSETS = Path(__file__).resolve().parents[2] / "cfsp" / "assets"
-TEXT = "It was a quiet morning on the river, and the boats lay still in the mist. "
-POSITIONS, VOCABULARY = 64, 4096
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def _save(model, folder: Path) -> Path:
-    model.save_pretrained(folder)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(ASSETS / "books7m" / file, folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def _llama(tmp_path_factory) -> Path:
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=POSITIONS,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    torch.manual_seed(0)
-    return _save(LlamaForCausalLM(config), tmp_path_factory.mktemp("llama") / "model")
-
-
-@pytest.fixture
-def model(_llama, tmp_path) -> Path:
-    """A sound model folder that a test may damage."""
-    return Path(shutil.copytree(_llama, tmp_path / "model"))
-
-
-@pytest.fixture
-def text(tmp_path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(TEXT * 100)
-    return path
-
-
-@pytest.fixture
-def words(model, text) -> list[str]:
-    """A sound command line on the tiny model; what a test adds comes later and wins."""
-    return [
-        "model=local",
-        f"model.path={model}",
-        "calibration=text",
-        f"calibration.path={text}",
-        "calibration.n_samples=4",
-        "calibration.seq_len=32",
-        "sparsity.round_to=8",
-        "evaluation=none",
-        "save.model=false",
-    ]
-
-
-def test_the_command_line_that_these_tests_damage_is_sound(run_cfsp, words):
-    code, _, err = run_cfsp(*words)
+def test_the_command_line_that_these_tests_damage_is_sound(run_cfsp, sound_words):
+    code, _, err = run_cfsp(*sound_words)
     assert code == 0, err
-
-
-def mentions(lines: list[str], *parts: str) -> None:
-    """One line, and every part in it."""
-    assert len(lines) == 1, lines
-    for part in parts:
-        assert part in lines[0]
 
 
 # Values
 
 
-@pytest.mark.parametrize(
-    "ratio", ["0", "1", "-0.1", "1.2", "abc", "nan", "inf", "-inf", "''", "null", "[0.2]"]
-)
-def test_ratio(refused, ratio):
-    mentions(refused(f"sparsity.ratio={ratio}"), f"sparsity.ratio={ratio}: ", "the fraction to remove, e.g.")
+def _problems(*words: str) -> list[str]:
+    with pytest.raises(ConfigError) as found:
+        parse(compose(words))
+    return list(found.value.problems)
+
+
+@pytest.mark.parametrize("ratio", ["0", "1", "-0.1", "1.2", "abc", "nan", "inf", "-inf", "''", "null", "[0.2]"])
+def test_ratio(ratio):
+    mentions(_problems(f"sparsity.ratio={ratio}"), f"sparsity.ratio={ratio}: ", "the fraction to remove, e.g.")
 
 
 @pytest.mark.parametrize(
@@ -158,9 +91,7 @@ def test_ratio(refused, ratio):
 )
 def test_value(word, way_out):
     key, _, value = word.partition("=")
-    with pytest.raises(ConfigError) as found:
-        parse(compose([word]))
-    mentions(list(found.value.problems), key, value.strip("'[]"), way_out)
+    mentions(_problems(word), key, value.strip("'[]"), way_out)
 
 
 def test_importance_variant(refused):
@@ -169,9 +100,7 @@ def test_importance_variant(refused):
 
 
 def test_value_errors_come_all_together(refused):
-    lines = refused(
-        "sparsity.ratio=2", "sparsity.round_to=0", "model.dtype=int8", "allocator.temperature=-1", "seed=x"
-    )
+    lines = refused("sparsity.ratio=2", "sparsity.round_to=0", "model.dtype=int8", "allocator.temperature=-1", "seed=x")
     keys = {line.partition("=")[0] for line in lines}
     assert keys == {"sparsity.ratio", "sparsity.round_to", "model.dtype", "allocator.temperature", "seed"}
 
@@ -190,30 +119,28 @@ def test_a_required_path_is_not_given(refused, given, key):
     mentions(refused(*given), f"{key}=null: ", given[0], "give a")
 
 
-def test_device_that_is_not_there(refused, words):
-    mentions(refused(*words, "model.device=cuda:7"), "model.device=cuda:7: ", "model.device=auto or cpu")
+def test_device_that_is_not_there(refused, sound_words):
+    mentions(refused(*sound_words, "model.device=cuda:7"), "model.device=cuda:7: ", "model.device=auto or cpu")
 
 
 # Budget
 
 
 @pytest.mark.parametrize("scope", ["ffn", "decoder", "model"])
-def test_a_ratio_that_cannot_be_met_names_the_largest_that_can(refused, run_cfsp, words, tmp_path, scope):
-    words = [*words, f"sparsity.scope={scope}"]
-    lines = refused(*words, "sparsity.ratio=0.97")
+def test_a_ratio_that_cannot_be_met_names_the_largest_that_can(refused, run_cfsp, sound_words, tmp_path, scope):
+    sound_words = [*sound_words, f"sparsity.scope={scope}"]
+    lines = refused(*sound_words, "sparsity.ratio=0.97")
     mentions(lines, "sparsity.ratio=0.97", f"sparsity.scope={scope}", "cannot be met")
     largest = lines[0].partition("use sparsity.ratio=")[2].split()[0]
-    code, _, err = run_cfsp(*words, f"sparsity.ratio={largest}")
+    code, _, err = run_cfsp(*sound_words, f"sparsity.ratio={largest}")
     assert code == 0, err
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert record["plan"]["achieved"]["ratio"] == pytest.approx(float(largest), abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    "word", ["sparsity.min_width=65", "sparsity.min_width=1000", "sparsity.round_to=128"]
-)
-def test_a_smallest_width_that_leaves_nothing_to_remove(refused, words, word):
-    mentions(refused(*words, word), "sparsity.ratio=0.5", word, "width 64", "smaller")
+@pytest.mark.parametrize("word", ["sparsity.min_width=65", "sparsity.min_width=1000", "sparsity.round_to=128"])
+def test_a_smallest_width_that_leaves_nothing_to_remove(refused, sound_words, word):
+    mentions(refused(*sound_words, word), "sparsity.ratio=0.5", word, "width 64", "smaller")
 
 
 # Model folders
@@ -283,55 +210,41 @@ _NORM, _UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
         pytest.param(_file, ["this is a file"], id="file"),
         pytest.param(_empty, ["the folder is empty", "config.json"], id="empty"),
         pytest.param(_without("config.json"), ["no config.json", "save_pretrained"], id="no config"),
-        pytest.param(
-            _config_text('{"model_type": '), ["config.json is not valid JSON", "fetch"], id="broken config"
-        ),
+        pytest.param(_config_text('{"model_type": '), ["config.json is not valid JSON", "fetch"], id="broken config"),
         pytest.param(_config_text("[1, 2]"), ["config.json", "object"], id="config that is a list"),
         pytest.param(_config_text("{}"), ["model_type"], id="config without model_type"),
         pytest.param(_config(hidden_size="wide"), ["hidden_size"], id="config of wrong types"),
-        pytest.param(
-            _config(num_attention_heads=0, num_key_value_heads=0), ["model.path="], id="config of no heads"
-        ),
-        pytest.param(
-            _config(quantization_config={"quant_method": "gptq"}), ["quantised (gptq)"], id="quantised"
-        ),
+        pytest.param(_config(num_attention_heads=0, num_key_value_heads=0), ["model.path="], id="config of no heads"),
+        pytest.param(_config(quantization_config={"quant_method": "gptq"}), ["quantised (gptq)"], id="quantised"),
         pytest.param(_without("model.safetensors"), ["*.safetensors", "save_pretrained"], id="no weights"),
         pytest.param(_pickled, ["*.safetensors", "pytorch_model.bin", "never loaded"], id="pickled weights"),
         pytest.param(_truncated, ["model.safetensors", "truncated", "fetch"], id="truncated weights"),
         pytest.param(_weights(lambda w: w.pop(_UP)), ["1 weights are missing", _UP], id="missing tensor"),
-        pytest.param(
-            _config(intermediate_size=48), ["mlp", "[64, 16]", "[48, 16]"], id="config of another width"
-        ),
-        pytest.param(
-            _config(num_hidden_layers=3), ["weights are missing", "layers.2"], id="config of more layers"
-        ),
+        pytest.param(_config(intermediate_size=48), ["mlp", "[64, 16]", "[48, 16]"], id="config of another width"),
+        pytest.param(_config(num_hidden_layers=3), ["weights are missing", "layers.2"], id="config of more layers"),
         pytest.param(_without_tokenizer, ["no tokenizer", "copy the tokenizer files"], id="no tokenizer"),
+        pytest.param(_config(model_type="lama"), ["does not know this model", "lama"], id="unknown model_type"),
         pytest.param(
-            _config(model_type="lama"), ["does not know this model", "lama"], id="unknown model_type"
-        ),
-        pytest.param(
-            _config(
-                model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
-            ),
+            _config(model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}),
             ["auto_map", "model.trust_remote_code=true"],
             id="code of its own",
         ),
     ],
 )
-def test_model_folder(refused, words, model, damage, parts):
-    damage(model)
-    mentions(refused(*words), str(model), *parts)
+def test_model_folder(refused, sound_words, model_folder, damage, parts):
+    damage(model_folder)
+    mentions(refused(*sound_words), str(model_folder), *parts)
 
 
-def test_nan_weights(refused, run_cfsp, words, model, tmp_path):
-    _weights(lambda weights: weights[_UP].view(-1)[5:6].fill_(float("nan")))(model)
-    mentions(refused(*words, loads=True), f"model.path={model}", _UP, "NaN")
+def test_nan_weights(refused, run_cfsp, sound_words, model_folder, tmp_path):
+    _weights(lambda weights: weights[_UP].view(-1)[5:6].fill_(float("nan")))(model_folder)
+    mentions(refused(*sound_words, loads=True), f"model.path={model_folder}", _UP, "NaN")
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert (record["status"], record["error"]["type"]) == ("failed", "CheckpointError")
 
 
 def _gpt2(folder: Path) -> None:
-    _save(
+    save_with_tokenizer(
         GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=16, n_layer=2, n_head=2)),
         folder,
     )
@@ -340,7 +253,7 @@ def _gpt2(folder: Path) -> None:
 def _mixtral(folder: Path) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     experts = {"num_key_value_heads": 1, "num_local_experts": 2, "num_experts_per_tok": 1}
-    _save(MixtralForCausalLM(MixtralConfig(vocab_size=VOCABULARY, **sizes, **experts)), folder)
+    save_with_tokenizer(MixtralForCausalLM(MixtralConfig(vocab_size=VOCABULARY, **sizes, **experts)), folder)
 
 
 @pytest.mark.parametrize(
@@ -348,17 +261,17 @@ def _mixtral(folder: Path) -> None:
     [(_gpt2, "GPT2LMHeadModel"), (_mixtral, "MixtralForCausalLM")],
     ids=["gpt2", "mixtral"],
 )
-def test_unsupported_structure_says_what_was_looked_for_and_found(refused, words, model, build, found):
-    shutil.rmtree(model)
-    build(model)
-    mentions(refused(*words), str(model), found, "looked for", "found")
+def test_unsupported_structure_says_what_was_looked_for_and_found(refused, sound_words, model_folder, build, found):
+    shutil.rmtree(model_folder)
+    build(model_folder)
+    mentions(refused(*sound_words), str(model_folder), found, "looked for", "found")
 
 
-def test_a_config_without_positions_does_no_harm(run_cfsp, words, model):
-    config = json.loads((model / "config.json").read_text())
+def test_a_config_without_positions_does_no_harm(run_cfsp, sound_words, model_folder):
+    config = json.loads((model_folder / "config.json").read_text())
     del config["max_position_embeddings"]
-    (model / "config.json").write_text(json.dumps(config))
-    code, _, err = run_cfsp(*words)
+    (model_folder / "config.json").write_text(json.dumps(config))
+    code, _, err = run_cfsp(*sound_words)
     assert code == 0, err
 
 
@@ -382,35 +295,29 @@ def _written(path: Path, content: str | bytes) -> Path:
         pytest.param(lambda d: d, ["no such file"], id="folder"),
         pytest.param(lambda d: _written(d / "a.txt", ""), ["is empty"], id="empty"),
         pytest.param(lambda d: _written(d / "a.txt", " \n\t\n"), ["white space only"], id="white space"),
-        pytest.param(
-            lambda d: _written(d / "a.txt", b"\xff\xfe\x00\x80"), ["cannot be read"], id="not utf-8"
-        ),
-        pytest.param(
-            lambda d: _written(d / "a.jsonl", '{"text": "a"}\n{"te'), ["line 2", "JSON"], id="broken jsonl"
-        ),
+        pytest.param(lambda d: _written(d / "a.txt", b"\xff\xfe\x00\x80"), ["cannot be read"], id="not utf-8"),
+        pytest.param(lambda d: _written(d / "a.jsonl", '{"text": "a"}\n{"te'), ["line 2", "JSON"], id="broken jsonl"),
         pytest.param(
             lambda d: _written(d / "a.jsonl", '{"body": "a"}\n'),
             ["text_field=text", "body"],
             id="jsonl field",
         ),
         pytest.param(lambda d: _written(d / "a.json", "[1, 2]"), ["line 1", "no such text"], id="json list"),
-        pytest.param(
-            lambda d: _parquet(d / "a.parquet", body=["a"]), ["text_field=text", "body"], id="parquet field"
-        ),
+        pytest.param(lambda d: _parquet(d / "a.parquet", body=["a"]), ["text_field=text", "body"], id="parquet field"),
         pytest.param(lambda d: _parquet(d / "a.parquet", text=[None]), ["cannot be read"], id="parquet null"),
         pytest.param(lambda d: _written(d / "a.parquet", "PAR1"), ["cannot be read"], id="broken parquet"),
         pytest.param(lambda d: _written(d / "a.jsonl.gz", "text"), ["cannot be read"], id="not gzip"),
     ],
 )
-def test_calibration_text(refused, words, tmp_path, make, parts):
+def test_calibration_text(refused, sound_words, tmp_path, make, parts):
     path = make(tmp_path)
-    mentions(refused(*words, f"calibration.path={path}"), "calibration.", str(path), *parts)
+    mentions(refused(*sound_words, f"calibration.path={path}"), "calibration.", str(path), *parts)
 
 
 @pytest.mark.parametrize(("sampling", "repeats"), [("random", 1), ("sequential", 4)])
-def test_calibration_text_that_is_too_short(refused, words, text, sampling, repeats):
-    text.write_text(TEXT * repeats)
-    lines = refused(*words, f"calibration.sampling={sampling}")
+def test_calibration_text_that_is_too_short(refused, sound_words, prose_file, sampling, repeats):
+    prose_file.write_text(SENTENCE * repeats)
+    lines = refused(*sound_words, f"calibration.sampling={sampling}")
     mentions(lines, "calibration", "tokens, ", "n_samples=4", "seq_len=32", sampling, "longer text")
 
 
@@ -423,32 +330,26 @@ def test_calibration_text_that_is_too_short(refused, words, text, sampling, repe
         pytest.param(lambda p: np.save(p, np.ones((2, 8))), ["integers", "float64"], id="floats"),
         pytest.param(lambda p: np.save(p, np.ones((2, 8), bool)), ["integers", "bool"], id="booleans"),
         pytest.param(lambda p: np.save(p, np.arange(8)), ["[n, T]", "(8,)"], id="one dimension"),
-        pytest.param(
-            lambda p: np.save(p, np.full((2, 8), VOCABULARY)), ["vocabulary of 4096"], id="too large"
-        ),
+        pytest.param(lambda p: np.save(p, np.full((2, 8), VOCABULARY)), ["vocabulary of 4096"], id="too large"),
         pytest.param(lambda p: np.save(p, np.full((2, 8), -1)), ["-1", "vocabulary"], id="negative"),
-        pytest.param(
-            lambda p: np.save(p, np.array([[{}]]), allow_pickle=True), ["not a .npy file"], id="pickled"
-        ),
+        pytest.param(lambda p: np.save(p, np.array([[{}]]), allow_pickle=True), ["not a .npy file"], id="pickled"),
         pytest.param(lambda p: p.write_text("1 2 3"), ["not a .npy file"], id="text"),
         pytest.param(lambda p: np.savez(p.open("wb"), a=np.ones(3)), ["[n, T]"], id="npz"),
         pytest.param(lambda p: np.save(p, np.ones((2, 80), np.int64)), ["80", "64 positions"], id="too long"),
     ],
 )
-def test_calibration_tokens(refused, words, tmp_path, make, parts):
+def test_calibration_tokens(refused, sound_words, tmp_path, make, parts):
     path = tmp_path / "ids.npy"
     make(path)
-    words = [word for word in words if not word.startswith("calibration")]
+    words = [word for word in sound_words if not word.startswith("calibration")]
     lines = refused(*words, "calibration=tokens", f"calibration.path={path}")
     mentions(lines, "calibration.", *parts)
 
 
-def test_more_calibration_tokens_than_the_file_holds(refused, words, tmp_path):
+def test_more_calibration_tokens_than_the_file_holds(refused, sound_words, tmp_path):
     np.save(tmp_path / "ids.npy", np.ones((2, 8), np.int64))
-    words = [word for word in words if not word.startswith("calibration")]
-    lines = refused(
-        *words, "calibration=tokens", f"calibration.path={tmp_path}/ids.npy", "calibration.n_samples=3"
-    )
+    words = [word for word in sound_words if not word.startswith("calibration")]
+    lines = refused(*words, "calibration=tokens", f"calibration.path={tmp_path}/ids.npy", "calibration.n_samples=3")
     mentions(lines, "2 x 8", "calibration.n_samples=3")
 
 
@@ -465,12 +366,12 @@ def test_more_calibration_tokens_than_the_file_holds(refused, words, tmp_path):
     ],
     ids=["calibration", "self", "perplexity", "cost"],
 )
-def test_a_window_longer_than_the_models_positions(refused, words, given, key):
+def test_a_window_longer_than_the_models_positions(refused, sound_words, given, key):
     if given[0] == "calibration=self":
         given = ["calibration=self", "calibration.seq_len=65"]
-        words = [word for word in words if not word.startswith("calibration")]
-    words = [
-        word for word in words if not (given[0].startswith("evaluation=") and word.startswith("evaluation"))
+        words = [word for word in sound_words if not word.startswith("calibration")]
+    sound_words = [
+        word for word in sound_words if not (given[0].startswith("evaluation=") and word.startswith("evaluation"))
     ]
     mentions(refused(*words, *given), key, f"{POSITIONS} positions", f"use {POSITIONS} or less")
 
@@ -479,13 +380,13 @@ def test_a_window_longer_than_the_models_positions(refused, words, given, key):
 
 
 @pytest.fixture
-def perplexity(words, text) -> list[str]:
-    """``words`` with a perplexity on the local text."""
+def perplexity(sound_words, prose_file) -> list[str]:
+    """``sound_words`` with a perplexity on the local text."""
     return [
-        *(word for word in words if word != "evaluation=none"),
+        *(word for word in sound_words if word != "evaluation=none"),
         "evaluation=perplexity",
         "evaluation.perplexity.datasets=[text]",
-        f"evaluation.perplexity.texts.text.path={text}",
+        f"evaluation.perplexity.texts.text.path={prose_file}",
         "evaluation.perplexity.seq_len=32",
     ]
 
@@ -496,7 +397,7 @@ def test_perplexity_of_a_text_that_is_not_given(refused, perplexity):
 
 
 def test_perplexity_of_a_text_that_is_too_short(refused, perplexity, tmp_path):
-    (tmp_path / "short.txt").write_text(TEXT)
+    (tmp_path / "short.txt").write_text(SENTENCE)
     lines = refused(*perplexity, f"evaluation.perplexity.texts.text.path={tmp_path}/short.txt")
     mentions(lines, "0 windows of 32 tokens", "longer text", "evaluation.perplexity.seq_len")
 
@@ -507,11 +408,11 @@ def test_perplexity_windows_beyond_the_end(refused, perplexity):
 
 
 @pytest.fixture
-def zero_shot(words, tmp_path) -> list[str]:
-    """``words`` with a local task folder, which is empty as yet."""
+def zero_shot(sound_words, tmp_path) -> list[str]:
+    """``sound_words`` with a local task folder, which is empty as yet."""
     (tmp_path / "tasks").mkdir()
     return [
-        *(word for word in words if word != "evaluation=none"),
+        *(word for word in sound_words if word != "evaluation=none"),
         "evaluation=quick",
         "evaluation.perplexity=null",
         "evaluation.cost=null",
@@ -531,9 +432,7 @@ def _task(folder: Path, name: str, data: str) -> None:
 
 
 def test_unknown_task(refused, zero_shot):
-    mentions(
-        refused(*zero_shot, "evaluation.zero_shot.tasks=[arc_esay]"), "arc_esay", "did you mean arc_easy?"
-    )
+    mentions(refused(*zero_shot, "evaluation.zero_shot.tasks=[arc_esay]"), "arc_esay", "did you mean arc_easy?")
 
 
 def test_unknown_task_that_is_near_a_local_one(refused, zero_shot, tmp_path):
@@ -598,18 +497,45 @@ def offline(tmp_path, monkeypatch):
     ],
     ids=lambda value: value[0] if "=" in value[0] else "",
 )
-def test_no_network_says_how_to_give_a_local_path(refused, words, given, parts):
+def test_no_network_says_how_to_give_a_local_path(refused, sound_words, given, parts):
     chosen = {word.partition("=")[0] for word in given}
-    words = [word for word in words if word.partition("=")[0] not in chosen]
+    words = [word for word in sound_words if word.partition("=")[0] not in chosen]
     if given == ["model=llama3_8b"]:
         words = [word for word in words if not word.startswith("model")]
-    extra = (
-        ["evaluation.perplexity.seq_len=32", "evaluation.cost=null"] if given == ["evaluation=paper"] else []
-    )
+    extra = ["evaluation.perplexity.seq_len=32", "evaluation.cost=null"] if given == ["evaluation=paper"] else []
     mentions(refused(*words, *given, *extra), "the hub cannot be reached", *parts)
 
 
-@pytest.mark.parametrize("fetch", [lambda: hub.fetch_file("a/b", "c.txt", None), lambda: _snapshot("a/b")])
+@pytest.mark.usefixtures("offline")
+def test_what_the_hubs_cache_holds_serves_without_a_network(run_cfsp, sound_words, model_folder, tmp_path):
+    def cached(repository: str) -> Path:
+        folder, commit = tmp_path / "hub" / repository, "0123456789" * 4
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text(commit)
+        return folder / "snapshots" / commit
+
+    shutil.copytree(model_folder, cached("models--organisation--tiny"))
+    texts = cached("datasets--Salesforce--wikitext") / "wikitext-2-raw-v1"
+    texts.mkdir(parents=True)
+    _parquet(texts / "train-00000-of-00001.parquet", text=[SENTENCE] * 100)
+    words = [word for word in sound_words if not word.startswith(("model.path", "calibration"))]
+    code, _, err = run_cfsp(
+        *words,
+        "model.path=organisation/tiny",
+        "calibration=wikitext2",
+        "calibration.n_samples=4",
+        "calibration.seq_len=32",
+    )
+    assert code == 0, err
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert record["model"]["fingerprint"] == f"hub:organisation/tiny@{'0123456789' * 4}"
+
+
+@pytest.mark.parametrize(
+    "fetch",
+    [lambda: hub.fetch_file("a/b", "c.txt", None), lambda: _snapshot("a/b")],
+    ids=["file", "snapshot"],
+)
 def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, fetch):
     """The downloads of huggingface_hub retry for half a minute; they are told to look into the cache only."""
     asked = []

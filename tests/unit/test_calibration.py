@@ -43,9 +43,7 @@ def test_every_linear_of_the_decoder_sees_each_token_once_and_the_head_none(mode
     seen: Counter[str] = Counter()
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(
-                lambda _, args, __, name=name: seen.update({name: args[0].shape[:-1].numel()})
-            )
+            module.register_forward_hook(lambda _, args, __, name=name: seen.update({name: args[0].shape[:-1].numel()}))
     ids = tokens(10, 32)
     calibrate(BlockDriver(resolve(model), 4, mode), CalibrationSet(ids, "random", "", 0))
     linears = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
@@ -60,7 +58,9 @@ def test_statistics_are_what_they_are_defined_to_be():
     inputs = {}
     for index, layer in enumerate(model.model.layers):
         for part, linear in (("ffn", layer.mlp.down_proj), ("attention", layer.self_attn.o_proj)):
-            linear.register_forward_pre_hook(lambda _, args, key=(index, part): inputs.__setitem__(key, args[0].double()))
+            linear.register_forward_pre_hook(
+                lambda _, args, key=(index, part): inputs.__setitem__(key, args[0].double())
+            )
     statistics, _ = calibrate(BlockDriver(resolve(model), 6), CalibrationSet(ids, "random", "", 0))
     for index, block in enumerate(statistics.blocks):
         for part, found in (("ffn", block.ffn), ("attention", block.attention)):

@@ -1,4 +1,4 @@
-"""The command line: words that cannot be applied, exit codes, plug-ins, multiruns, folders, processes."""
+"""The command line: sound_words that cannot be applied, exit codes, plug-ins, multiruns, folders, processes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,12 @@ import torch
 
 from cfsp import pipeline
 from cfsp.record.logger import NullLogger
-from tests.unit.test_bad_input import _llama, mentions, model, text, words  # noqa: F401
+from tests.conftest import mentions
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # Words
@@ -110,13 +105,13 @@ def test_a_class_outside_cfsp_needs_permission(refused, plugin):
     mentions(lines, f"importance._target_={plugin}.LastFirst", f"plugins.allow=[{plugin}]")
 
 
-def test_a_class_outside_cfsp_runs_where_it_is_allowed(run_cfsp, words, plugin, tmp_path):  # noqa: F811
+def test_a_class_outside_cfsp_runs_where_it_is_allowed(run_cfsp, sound_words, plugin, tmp_path):
     allowed = [
         f"plugins.allow=[{plugin}]",
         f"importance._target_={plugin}.LastFirst",
         "+importance.reverse=true",
     ]
-    code, _, err = run_cfsp(*words, *allowed, "pruner=uniform")
+    code, _, err = run_cfsp(*sound_words, *allowed, "pruner=uniform")
     assert code == 0, err
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert plan["blocks"][0]["ffn_kept"] == list(range(32))
@@ -167,31 +162,29 @@ def test_a_target_that_cannot_stand_there(refused, given, parts):
 
 @pytest.mark.parametrize("key", ["output_dir", "cache_dir", "records_dir"])
 @pytest.mark.parametrize("where", ["file", "below a file", "proc"])
-def test_a_folder_that_cannot_be_written(refused, words, tmp_path, key, where):  # noqa: F811
+def test_a_folder_that_cannot_be_written(refused, sound_words, tmp_path, key, where):
     (tmp_path / "file").touch()
-    folder = {"file": tmp_path / "file", "below a file": tmp_path / "file" / "x" / "y", "proc": "/proc/x/y"}[
-        where
-    ]
-    lines = refused(*words, f"paths.{key}={folder}")
+    folder = {"file": tmp_path / "file", "below a file": tmp_path / "file" / "x" / "y", "proc": "/proc/x/y"}[where]
+    lines = refused(*sound_words, f"paths.{key}={folder}")
     mentions(lines, f"paths.{key}", "cannot be written", "give another folder")
     assert str(folder).startswith(
         lines[0].partition("paths.")[2].removeprefix(key).lstrip("=: ").split()[0].rstrip(":")
     )
 
 
-def test_an_output_folder_that_holds_another_run(run_cfsp, refused, words, tmp_path):  # noqa: F811
-    assert run_cfsp(*words)[0] == 0
+def test_an_output_folder_that_holds_another_run(run_cfsp, refused, sound_words, tmp_path):
+    assert run_cfsp(*sound_words)[0] == 0
     before = (tmp_path / "out" / "record.json").read_bytes()
-    lines = refused(*words, "sparsity.ratio=0.25")
+    lines = refused(*sound_words, "sparsity.ratio=0.25")
     mentions(lines, f"paths.output_dir={tmp_path}/out", "holds another run", "give another folder")
     assert (tmp_path / "out" / "record.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 1}', "text"])
-def test_an_output_folder_whose_record_is_none(refused, words, tmp_path, content):  # noqa: F811
+def test_an_output_folder_whose_record_is_none(refused, sound_words, tmp_path, content):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "record.json").write_text(content)
-    mentions(refused(*words), "record.json", "not a run record", "another folder")
+    mentions(refused(*sound_words), "record.json", "not a run record", "another folder")
     assert (tmp_path / "out" / "record.json").read_text() == content
 
 
@@ -233,9 +226,9 @@ def _failure_lines(err: str) -> list[str]:
     ],
     ids=lambda value: f"{type(value).__name__} {value}".strip() if isinstance(value, Exception) else "",
 )
-def test_a_run_that_fails(run_cfsp, words, tmp_path, monkeypatch, finished, error, code, parts):  # noqa: F811
+def test_a_run_that_fails(run_cfsp, sound_words, tmp_path, monkeypatch, finished, error, code, parts):
     _failing(monkeypatch, error)
-    found, _, err = run_cfsp(*words)
+    found, _, err = run_cfsp(*sound_words)
     assert found == code
     mentions(_failure_lines(err), *parts)
     assert "Traceback" not in err
@@ -247,9 +240,9 @@ def test_a_run_that_fails(run_cfsp, words, tmp_path, monkeypatch, finished, erro
     assert not list((tmp_path / "records").glob("*"))
 
 
-def test_debug_shows_where_and_keeps_the_exit_code(run_cfsp, words, monkeypatch):  # noqa: F811
+def test_debug_shows_where_and_keeps_the_exit_code(run_cfsp, sound_words, monkeypatch):
     _failing(monkeypatch, RuntimeError("the cat"))
-    code, _, err = run_cfsp(*words, "debug=true")
+    code, _, err = run_cfsp(*sound_words, "debug=true")
     assert code == 1
     assert "Traceback" in err
     assert "in fail" in err
@@ -260,9 +253,9 @@ def test_debug_shows_where_and_keeps_the_exit_code(run_cfsp, words, monkeypatch)
     mentions(_failure_lines(err), "sparsity.ratio=2")
 
 
-def test_an_interrupted_run_leaves_a_record(run_cfsp, words, tmp_path, monkeypatch, finished):  # noqa: F811
+def test_an_interrupted_run_leaves_a_record(run_cfsp, sound_words, tmp_path, monkeypatch, finished):
     _failing(monkeypatch, KeyboardInterrupt())
-    code, _, err = run_cfsp(*words)
+    code, _, err = run_cfsp(*sound_words)
     assert code == 1
     mentions(_failure_lines(err), "interrupted")
     record = json.loads((tmp_path / "out" / "record.json").read_text())
@@ -270,11 +263,11 @@ def test_an_interrupted_run_leaves_a_record(run_cfsp, words, tmp_path, monkeypat
     assert finished == [False]
 
 
-def test_a_run_that_failed_is_run_again(run_cfsp, words, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_that_failed_is_run_again(run_cfsp, sound_words, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         _failing(patch, RuntimeError("once"))
-        assert run_cfsp(*words)[0] == 1
-    assert run_cfsp(*words)[0] == 0
+        assert run_cfsp(*sound_words)[0] == 1
+    assert run_cfsp(*sound_words)[0] == 0
     assert json.loads((tmp_path / "out" / "record.json").read_text())["status"] == "success"
 
 
@@ -287,8 +280,8 @@ def test_a_multirun_with_an_option_that_is_none_starts_nothing(run_cfsp):
     mentions(err.splitlines(), "pruner=wnada_sp: ", "did you mean wanda_sp?")
 
 
-def test_a_multirun_goes_on_after_a_run_that_is_refused(run_cfsp, words, tmp_path):  # noqa: F811
-    code, _, err = run_cfsp("-m", *words, "sparsity.ratio=1.5,0.25,0.5")
+def test_a_multirun_goes_on_after_a_run_that_is_refused(run_cfsp, sound_words, tmp_path):
+    code, _, err = run_cfsp("-m", *sound_words, "sparsity.ratio=1.5,0.25,0.5")
     assert code == 2
     lines = _failure_lines(err)
     assert len(lines) == 2
@@ -296,13 +289,11 @@ def test_a_multirun_goes_on_after_a_run_that_is_refused(run_cfsp, words, tmp_pat
     assert "1 of 3 runs" in lines[1]
     records = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/record.json")]
     assert sorted(record["configuration"]["sparsity"]["ratio"] for record in records) == [0.25, 0.5]
-    assert {path.parent.name for path in (tmp_path / "out").glob("*/record.json")} == {
-        r["run_id"] for r in records
-    }
+    assert {path.parent.name for path in (tmp_path / "out").glob("*/record.json")} == {r["run_id"] for r in records}
     assert len(list((tmp_path / "records").glob("*.json"))) == 2
 
 
-def test_a_multirun_goes_on_after_a_run_that_fails(run_cfsp, words, monkeypatch):  # noqa: F811
+def test_a_multirun_goes_on_after_a_run_that_fails(run_cfsp, sound_words, monkeypatch):
     real, calls = pipeline.calibrate, []
 
     def second_fails(*args, **kwargs):
@@ -312,7 +303,7 @@ def test_a_multirun_goes_on_after_a_run_that_fails(run_cfsp, words, monkeypatch)
         return real(*args, **kwargs)
 
     monkeypatch.setattr(pipeline, "calibrate", second_fails)
-    code, _, err = run_cfsp("-m", *words, "sparsity.ratio=0.2,0.25,0.5")
+    code, _, err = run_cfsp("-m", *sound_words, "sparsity.ratio=0.2,0.25,0.5")
     assert (code, len(calls)) == (1, 3)
     assert "the cat" in _failure_lines(err)[0]
 
@@ -323,9 +314,7 @@ def test_a_multirun_goes_on_after_a_run_that_fails(run_cfsp, words, monkeypatch)
 def _process(*given: str, folder: Path, module: bool = True) -> subprocess.CompletedProcess[str]:
     start = [sys.executable, "-m", "cfsp.run"] if module else [str(Path(sys.executable).with_name("cfsp"))]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*start, *given], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
-    )
+    return subprocess.run([*start, *given], cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def _both(*given: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -391,7 +380,7 @@ def test_values_are_checked_before_any_heavy_import(tmp_path):
     assert ended.stdout.strip() == "2 []", ended.stderr
 
 
-def test_a_run_that_fails_ends_with_1(tmp_path, words):  # noqa: F811
+def test_a_run_that_fails_ends_with_1(tmp_path, sound_words):
     program = (
         "import sys; from cfsp import pipeline, run\n"
         "def fail(*_): raise RuntimeError('the cat')\n"
@@ -399,7 +388,7 @@ def test_a_run_that_fails_ends_with_1(tmp_path, words):  # noqa: F811
         "run.main()"
     )
     given = [
-        *words,
+        *sound_words,
         "logger=none",
         *(f"paths.{name}_dir={tmp_path}/{name}" for name in ("output", "cache", "records")),
     ]

@@ -86,7 +86,13 @@ def test_the_table_reads_dense_beside_pruned():
     def rows(ppl, acc):
         return [
             {"suite": "zero_shot", "task": "piqa", "metric": "acc", "value": acc, "stderr": 0.01, "n": 100},
-            {"suite": "perplexity", "task": "wikitext2", "metric": "perplexity", "value": ppl, "seq_len": 1024},
+            {
+                "suite": "perplexity",
+                "task": "wikitext2",
+                "metric": "perplexity",
+                "value": ppl,
+                "seq_len": 1024,
+            },
             {"suite": "cost", "task": "parameters", "metric": "count", "value": 1e9},
         ]
 

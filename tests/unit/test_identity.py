@@ -70,7 +70,13 @@ def test_place_device_logger_and_paths_do_not(folders):
     base = prepared(folders).run_id
     assert prepared(folders, "deep/copy").run_id == base
     assert prepared(folders, "one", "deep/elsewhere.npy").run_id == base
-    for words in (["model.device=cpu"], ["logger=none"], ["paths.output_dir=x", "paths.cache_dir=y"], ["force=true"], ["debug=true"]):
+    for words in (
+        ["model.device=cpu"],
+        ["logger=none"],
+        ["paths.output_dir=x", "paths.cache_dir=y"],
+        ["force=true"],
+        ["debug=true"],
+    ):
         assert prepared(folders, "one", "a.npy", *words).run_id == base, words
 
 

@@ -92,7 +92,9 @@ def test_cfsp_is_equation_8_term_by_term():
     expected = torch.zeros(96, dtype=torch.float64)
     for i in range(96):
         share = sum(down[j, i] * x[i] / (down[j] * x).sum() for j in range(32))
-        share += sum(up[i, j] / up[:, j].sum() for j in range(32)) + sum(gate[i, j] / gate[:, j].sum() for j in range(32))
+        share += sum(up[i, j] / up[:, j].sum() for j in range(32)) + sum(
+            gate[i, j] / gate[:, j].sum() for j in range(32)
+        )
         expected[i] = share * x[i] / x.sum()
     assert torch.allclose(Cfsp().score(block, x.float()).double(), expected, rtol=1e-4)
 

@@ -10,9 +10,9 @@ import torch
 import cfsp
 from cfsp.errors import BudgetError, CheckpointError, ConfigError, DataError, UnsupportedModelError
 from cfsp.models.views import resolve
-from cfsp.prune import slicing
-from cfsp.prune.plan import BlockPlan, PruningPlan
-from cfsp.prune.probe import probe
+from cfsp.pruning import slicing
+from cfsp.pruning.plan import BlockPlan, PruningPlan
+from cfsp.pruning.probe import probe
 from tests.tiny import ARCHITECTURES, tiny_model, tokens
 
 PRUNERS = ("cfsp", "uniform", "magnitude_sp", "wanda_sp", "random")
@@ -75,10 +75,10 @@ def test_a_planted_slicing_error_is_noticed(which, monkeypatch):
         axis = {"columns": shifted} if which == "down" else {"rows": shifted}
         setattr(ffn.module, getattr(ffn, f"{which}_name"), slicing.slice_linear(linear, **axis))
 
-    monkeypatch.setattr("cfsp.prune.apply.slice_ffn", wrong)
+    monkeypatch.setattr("cfsp.pruning.apply.slice_ffn", wrong)
     with pytest.raises(AssertionError):
         assert_masked_equals_sliced(model, plan, tokens(2, seed=1))
-    monkeypatch.setattr("cfsp.prune.probe.slice_ffn", wrong)
+    monkeypatch.setattr("cfsp.pruning.probe.slice_ffn", wrong)
     with pytest.raises(UnsupportedModelError, match="not understood"):
         probe(resolve(model))
 

@@ -12,8 +12,8 @@ from torch import nn
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.models.remote_code import adopt
 from cfsp.models.views import DecoderView, resolve
-from cfsp.prune.plan import PruningPlan
-from cfsp.prune.slicing import linears_of, slice_ffn, swap_linears
+from cfsp.pruning.plan import PruningPlan
+from cfsp.pruning.slicing import linears_of, slice_ffn, swap_linears
 
 Model = TypeVar("Model", bound=nn.Module)
 

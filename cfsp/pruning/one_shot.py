@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from cfsp.allocate.budget import Sizes, keep_fraction, to_widths
 from cfsp.components import component
 from cfsp.importance.base import score
-from cfsp.prune.plan import BlockPlan, PruningPlan
+from cfsp.pruning.plan import BlockPlan, PruningPlan
 
 if TYPE_CHECKING:
-    from cfsp.prune.base import PlanContext
+    from cfsp.pruning.base import PlanContext
 
 
 @component

@@ -35,7 +35,7 @@ class PruningPlan:
 
     ``requested`` and ``achieved`` state the budget; ``parameters`` the counts before and after; ``details`` holds per
     block what led to the decision (width, keep ratio, distance). Replayed on the base model by
-    :func:`cfsp.prune.apply.apply`, a plan gives the same weights bit for bit.
+    :func:`cfsp.pruning.apply.apply`, a plan gives the same weights bit for bit.
     """
 
     base_model: str
@@ -86,7 +86,9 @@ class PruningPlan:
             found = values.get("schema") if isinstance(values, dict) else None
             raise CheckpointError(f"plan {path}: schema {found!r}; this version of cfsp reads schema {SCHEMA}")
         try:
-            rows: list[dict[str, Any]] = [{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in values["blocks"]]
+            rows: list[dict[str, Any]] = [
+                {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in values["blocks"]
+            ]
             blocks = tuple(BlockPlan(**row) for row in rows)
             details = tuple(values.pop("details", ()))
             return PruningPlan(**{**values, "blocks": blocks, "details": details})

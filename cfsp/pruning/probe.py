@@ -9,7 +9,7 @@ from torch import nn
 
 from cfsp.errors import UnsupportedModelError
 from cfsp.models.views import DecoderView, GatedFFN
-from cfsp.prune.slicing import slice_ffn
+from cfsp.pruning.slicing import slice_ffn
 
 #: The two results differ by the order of a sum only; anything structural is of the order of the output.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}

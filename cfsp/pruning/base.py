@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cfsp.data.calibration import CalibrationSet
     from cfsp.importance.base import NeuronImportance
     from cfsp.models.driver import BlockDriver
-    from cfsp.prune.plan import PruningPlan
+    from cfsp.pruning.plan import PruningPlan
 
 
 @dataclass(frozen=True)

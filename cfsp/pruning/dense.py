@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from cfsp.components import component
-from cfsp.prune.plan import BlockPlan, PruningPlan
+from cfsp.pruning.plan import BlockPlan, PruningPlan
 
 if TYPE_CHECKING:
-    from cfsp.prune.base import PlanContext
+    from cfsp.pruning.base import PlanContext
 
 
 @component

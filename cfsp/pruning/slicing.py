@@ -17,9 +17,7 @@ def slice_linear(linear: nn.Linear, *, rows: Tensor | None = None, columns: Tens
     if columns is not None:
         weight = weight.index_select(1, columns)
         bias = None if bias is None else bias.detach().clone()
-    sliced = nn.Linear(
-        weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype
-    )
+    sliced = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
     sliced.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
     if bias is not None:
         sliced.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
@@ -43,5 +41,3 @@ def swap_linears(ffn: GatedFFN, linears: tuple[nn.Linear, nn.Linear, nn.Linear])
 def linears_of(ffn: GatedFFN) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
     """The (gate, up, down) linears that are there now."""
     return ffn.gate, ffn.up, ffn.down
-
-

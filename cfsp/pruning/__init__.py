@@ -1,0 +1,1 @@
+"""Plans, their application by real slicing, and the pruners that make them."""
