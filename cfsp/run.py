@@ -82,6 +82,7 @@ def _main(argv: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     if not sys.stderr.isatty():  # bars are for people who watch; in a log they bury what matters
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is first imported, which nothing above does
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("cfsp").setLevel(logging.INFO)
     _session = session = _Session(debug="debug=true" in [word.lower().lstrip("+") for word in argv])

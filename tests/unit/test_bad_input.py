@@ -30,6 +30,11 @@ from tests.conftest import POSITIONS, SENTENCE, VOCABULARY, mentions, save_with_
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def without(words: list[str], *keys: str) -> list[str]:
+    """The words whose keys do not start with any of ``keys``."""
+    return [word for word in words if not word.startswith(keys)]
+
+
 def test_the_command_line_that_these_tests_damage_is_sound(run_cfsp, sound_words):
     code, _, err = run_cfsp(*sound_words)
     assert code == 0, err
@@ -120,19 +125,20 @@ def test_a_required_path_is_not_given(refused, given, key):
 
 
 def test_device_that_is_not_there(refused, sound_words):
-    mentions(refused(*sound_words, "model.device=cuda:7"), "model.device=cuda:7: ", "model.device=auto or cpu")
+    lines = refused(*sound_words, "model.device=cuda:7")
+    mentions(lines, "model.device=cuda:7: ", "model.device=auto or cpu")
 
 
 # Budget
 
 
 @pytest.mark.parametrize("scope", ["ffn", "decoder", "model"])
-def test_a_ratio_that_cannot_be_met_names_the_largest_that_can(refused, run_cfsp, sound_words, tmp_path, scope):
-    sound_words = [*sound_words, f"sparsity.scope={scope}"]
-    lines = refused(*sound_words, "sparsity.ratio=0.97")
+def test_a_ratio_that_cannot_be_met_names_one_that_can(refused, run_cfsp, sound_words, tmp_path, scope):
+    words = [*sound_words, f"sparsity.scope={scope}"]
+    lines = refused(*words, "sparsity.ratio=0.97")
     mentions(lines, "sparsity.ratio=0.97", f"sparsity.scope={scope}", "cannot be met")
     largest = lines[0].partition("use sparsity.ratio=")[2].split()[0]
-    code, _, err = run_cfsp(*sound_words, f"sparsity.ratio={largest}")
+    code, _, err = run_cfsp(*words, f"sparsity.ratio={largest}")
     assert code == 0, err
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert record["plan"]["achieved"]["ratio"] == pytest.approx(float(largest), abs=1e-3)
@@ -261,7 +267,7 @@ def _mixtral(folder: Path) -> None:
     [(_gpt2, "GPT2LMHeadModel"), (_mixtral, "MixtralForCausalLM")],
     ids=["gpt2", "mixtral"],
 )
-def test_unsupported_structure_says_what_was_looked_for_and_found(refused, sound_words, model_folder, build, found):
+def test_unsupported_structure_says_what_was_looked_for(refused, sound_words, model_folder, build, found):
     shutil.rmtree(model_folder)
     build(model_folder)
     mentions(refused(*sound_words), str(model_folder), found, "looked for", "found")
@@ -341,14 +347,14 @@ def test_calibration_text_that_is_too_short(refused, sound_words, prose_file, sa
 def test_calibration_tokens(refused, sound_words, tmp_path, make, parts):
     path = tmp_path / "ids.npy"
     make(path)
-    words = [word for word in sound_words if not word.startswith("calibration")]
+    words = without(sound_words, "calibration")
     lines = refused(*words, "calibration=tokens", f"calibration.path={path}")
     mentions(lines, "calibration.", *parts)
 
 
 def test_more_calibration_tokens_than_the_file_holds(refused, sound_words, tmp_path):
     np.save(tmp_path / "ids.npy", np.ones((2, 8), np.int64))
-    words = [word for word in sound_words if not word.startswith("calibration")]
+    words = without(sound_words, "calibration")
     lines = refused(*words, "calibration=tokens", f"calibration.path={tmp_path}/ids.npy", "calibration.n_samples=3")
     mentions(lines, "2 x 8", "calibration.n_samples=3")
 
@@ -357,23 +363,26 @@ def test_more_calibration_tokens_than_the_file_holds(refused, sound_words, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("given", "key"),
+    ("replaced", "given", "key"),
     [
-        (["calibration.seq_len=65"], "calibration.seq_len=65"),
-        (["calibration=self", "calibration.path=null", "calibration.seq_len=65"], "calibration.seq_len=65"),
-        (["evaluation=perplexity", "evaluation.perplexity.seq_len=65"], "evaluation.perplexity.seq_len=65"),
-        (["evaluation=quick", "evaluation.zero_shot=null", "evaluation.perplexity=null"], "prompt_tokens"),
+        ("calibration.seq_len", ["calibration.seq_len=65"], "calibration.seq_len=65"),
+        ("calibration", ["calibration=self", "calibration.seq_len=65"], "calibration.seq_len=65"),
+        (
+            "evaluation",
+            ["evaluation=perplexity", "evaluation.perplexity.seq_len=65"],
+            "evaluation.perplexity.seq_len=65",
+        ),
+        (
+            "evaluation",
+            ["evaluation=quick", "evaluation.zero_shot=null", "evaluation.perplexity=null"],
+            "evaluation.cost.prompt_tokens",
+        ),
     ],
     ids=["calibration", "self", "perplexity", "cost"],
 )
-def test_a_window_longer_than_the_models_positions(refused, sound_words, given, key):
-    if given[0] == "calibration=self":
-        given = ["calibration=self", "calibration.seq_len=65"]
-        words = [word for word in sound_words if not word.startswith("calibration")]
-    sound_words = [
-        word for word in sound_words if not (given[0].startswith("evaluation=") and word.startswith("evaluation"))
-    ]
-    mentions(refused(*words, *given), key, f"{POSITIONS} positions", f"use {POSITIONS} or less")
+def test_a_window_longer_than_the_models_positions(refused, sound_words, replaced, given, key):
+    lines = refused(*without(sound_words, replaced), *given)
+    mentions(lines, key, f"{POSITIONS} positions", f"use {POSITIONS} or less")
 
 
 # Evaluation
@@ -383,7 +392,7 @@ def test_a_window_longer_than_the_models_positions(refused, sound_words, given, 
 def perplexity(sound_words, prose_file) -> list[str]:
     """``sound_words`` with a perplexity on the local text."""
     return [
-        *(word for word in sound_words if word != "evaluation=none"),
+        *without(sound_words, "evaluation"),
         "evaluation=perplexity",
         "evaluation.perplexity.datasets=[text]",
         f"evaluation.perplexity.texts.text.path={prose_file}",
@@ -412,7 +421,7 @@ def zero_shot(sound_words, tmp_path) -> list[str]:
     """``sound_words`` with a local task folder, which is empty as yet."""
     (tmp_path / "tasks").mkdir()
     return [
-        *(word for word in sound_words if word != "evaluation=none"),
+        *without(sound_words, "evaluation"),
         "evaluation=quick",
         "evaluation.perplexity=null",
         "evaluation.cost=null",
@@ -481,29 +490,25 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
+_PAPER = ["evaluation=paper", "evaluation.perplexity.seq_len=32", "evaluation.cost=null"]
+
+
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize(
-    ("given", "parts"),
+    ("replaced", "given", "parts"),
     [
-        (["model=llama3_8b"], ["model.path=meta-llama/Meta-Llama-3-8B", "model=local model.path=FOLDER"]),
-        (["model.path=organisation/model"], ["model.path=organisation/model", "no local path"]),
-        (["model.path=modle"], ["model.path=modle", "no local path"]),
-        (
-            ["calibration=wikitext2", "calibration.path=null"],
-            ["Salesforce/wikitext", "calibration.path=FILE"],
-        ),
-        (["calibration=c4", "calibration.path=null"], ["allenai/c4", "calibration.path=FILE"]),
-        (["evaluation=paper"], ["Salesforce/wikitext", "evaluation.perplexity.texts.wikitext2.path=FILE"]),
+        ("model", ["model=llama3_8b"], ["meta-llama/Meta-Llama-3-8B", "model=local model.path=FOLDER"]),
+        ("model.path", ["model.path=organisation/tiny"], ["model.path=organisation/tiny", "no local path"]),
+        ("model.path", ["model.path=modle"], ["model.path=modle", "no local path"]),
+        ("calibration", ["calibration=wikitext2", "calibration.seq_len=32"], ["calibration.path=FILE"]),
+        ("calibration", ["calibration=c4", "calibration.seq_len=32"], ["allenai/c4", "calibration.path=FILE"]),
+        ("evaluation", _PAPER, ["Salesforce/wikitext", "evaluation.perplexity.texts.wikitext2.path=FILE"]),
     ],
-    ids=lambda value: value[0] if "=" in value[0] else "",
+    ids=["named model", "hub id", "one word", "wikitext2", "c4", "paper"],
 )
-def test_no_network_says_how_to_give_a_local_path(refused, sound_words, given, parts):
-    chosen = {word.partition("=")[0] for word in given}
-    words = [word for word in sound_words if word.partition("=")[0] not in chosen]
-    if given == ["model=llama3_8b"]:
-        words = [word for word in words if not word.startswith("model")]
-    extra = ["evaluation.perplexity.seq_len=32", "evaluation.cost=null"] if given == ["evaluation=paper"] else []
-    mentions(refused(*words, *given, *extra), "the hub cannot be reached", *parts)
+def test_no_network_says_how_to_give_a_local_path(refused, sound_words, replaced, given, parts):
+    lines = refused(*without(sound_words, replaced), *given)
+    mentions(lines, "the hub cannot be reached", *parts)
 
 
 @pytest.mark.usefixtures("offline")
@@ -518,7 +523,7 @@ def test_what_the_hubs_cache_holds_serves_without_a_network(run_cfsp, sound_word
     texts = cached("datasets--Salesforce--wikitext") / "wikitext-2-raw-v1"
     texts.mkdir(parents=True)
     _parquet(texts / "train-00000-of-00001.parquet", text=[SENTENCE] * 100)
-    words = [word for word in sound_words if not word.startswith(("model.path", "calibration"))]
+    words = without(sound_words, "model.path", "calibration")
     code, _, err = run_cfsp(
         *words,
         "model.path=organisation/tiny",

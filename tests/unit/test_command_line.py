@@ -1,4 +1,4 @@
-"""The command line: sound_words that cannot be applied, exit codes, plug-ins, multiruns, folders, processes."""
+"""The command line: words that cannot be applied, exit codes, plug-ins, multiruns, folders, processes."""
 
 from __future__ import annotations
 
