@@ -8,7 +8,9 @@ and one YAML file; nothing central is edited. Targets outside ``cfsp.`` run fore
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
+import inspect
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -33,8 +35,21 @@ class Component:
     settings: dict[str, Any]
 
     def identity(self) -> dict[str, Any]:
-        """What of this component decides a result: its class and every setting."""
-        return {"class": self.target, **self.settings}
+        """What of this component decides a result: its class, every setting, and the code of a class outside cfsp.
+
+        cfsp's own code is covered by the version of its methods (:data:`cfsp.identity.METHOD_VERSION`).
+        """
+        own = self.target.startswith("cfsp.")
+        return {"class": self.target, **({} if own else {"source": _source_digest(self.instance)}), **self.settings}
+
+
+def _source_digest(instance: Any) -> str | None:
+    """sha256 of the module that defines the class; None where it has no source file."""
+    try:
+        source = inspect.getsource(inspect.getmodule(type(instance)))  # type: ignore[arg-type]
+    except (OSError, TypeError):
+        return None
+    return hashlib.sha256(source.encode()).hexdigest()
 
 
 def build(name: str, values: Any, allowed: Iterable[str] = (), needs: Iterable[str] = ()) -> Component:

@@ -176,6 +176,7 @@ def _evaluate_dense(prepared: Prepared, model: nn.Module) -> tuple[list[dict[str
                 "dtype": str(prepared.dtype),
                 "device": prepared.device.type,
                 "evaluator": evaluator.target,
+                "source": evaluator.identity().get("source"),
                 "inputs": prepared.evaluation[name],
                 "packages": packages,
             }

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import linecache
 import shutil
+import sys
 
 import numpy as np
 import pytest
 
 from cfsp.calibrate.calibrate import StatisticsCache
+from cfsp.components import build
 from cfsp.compose import compose
 from cfsp.config import parse
 from cfsp.models.checkpoint import save_checkpoint
@@ -89,3 +93,20 @@ def test_different_models_and_tokens_never_share_a_cache_entry(folders, tmp_path
             cache = StatisticsCache(tmp_path, job.source.fingerprint)
             paths.add(cache.path(BlockDriver(view, 8), job.calibration))
     assert len(paths) == 4
+
+
+def test_the_code_of_a_plug_in_is_part_of_the_identity(tmp_path, monkeypatch):
+    """cfsp's own classes are covered by the method version; a class elsewhere may change without a word."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    identities = []
+    for body in ("return activation", "return -activation"):
+        (tmp_path / "mine_metric.py").write_text(
+            "from cfsp.components import component\n\n@component\nclass Mine:\n"
+            f"    def score(self, block, activation):\n        {body}\n"
+        )
+        importlib.invalidate_caches()
+        sys.modules.pop("mine_metric", None)
+        linecache.clearcache()
+        identities.append(build("importance", {"_target_": "mine_metric.Mine"}, ["mine_metric"]).identity())
+    assert identities[0]["class"] == identities[1]["class"]
+    assert identities[0] != identities[1]
