@@ -33,16 +33,17 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
         raise explain(error, overrides) from error
 
 
-def explain(error: Exception, words: Sequence[str], folder: Path | None = None) -> ConfigError:
+def explain(error: Exception, words: Sequence[str], folder: Path | None = None, *, sweep: bool = False) -> ConfigError:
     """What is wrong with the command line ``words`` that Hydra refused with ``error``: one line per finding.
 
     Hydra stops at the first word that it cannot apply, and says so in many lines; here every word is checked.
 
     Args:
         folder: more groups and options, from ``--config-dir``.
+        sweep: the command line is a multirun's, where a key may have several values.
     """
     folders = [config_folder(), *([folder] if folder is not None and folder.is_dir() else [])]
-    problems = list(_findings(words, folders))
+    problems = list(_findings(words, folders, sweep=sweep))
     return ConfigError(*problems) if problems else ConfigError(" ".join(str(error).split()) or type(error).__name__)
 
 
@@ -56,7 +57,7 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
         GlobalHydra.instance().hydra = outer
 
 
-def _findings(words: Sequence[str], folders: Sequence[Path]) -> Iterator[str]:
+def _findings(words: Sequence[str], folders: Sequence[Path], *, sweep: bool) -> Iterator[str]:
     parser, malformed, choices, values = OverridesParser.create(), [], [], []
     for word in words:
         try:
@@ -69,6 +70,8 @@ def _findings(words: Sequence[str], folders: Sequence[Path]) -> Iterator[str]:
             malformed.append(word)
         elif _options(key, folders):
             problem = _option_problem(override, sorted(_options(key, folders)))
+            if problem is None and override.is_sweep_override() and not sweep:
+                problem = f"{word}: several options need a sweep: add -m (one run each)"
             if problem is None:
                 choices.append(word)
             else:
@@ -84,7 +87,7 @@ def _findings(words: Sequence[str], folders: Sequence[Path]) -> Iterator[str]:
         key = override.key_or_group
         if not override.is_add() and not override.is_force_add() and not _exists(tree, key):
             yield _unknown_key(key, tree, folders)
-        elif override.is_sweep_override():
+        elif override.is_sweep_override() and not sweep:
             value = str(override.input_line).partition("=")[2]
             yield (
                 f"{override.input_line}: several values need a sweep: add -m (one run each); for one list "

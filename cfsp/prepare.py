@@ -102,7 +102,7 @@ def _collected(problems: list[CfspError]) -> Iterator[None]:
     except CfspError as error:
         problems.append(error)
     except OSError as error:
-        problems.append(DataError(f"{error.filename}: cannot be read ({error.strerror}); see to its permissions"))
+        problems.append(DataError(f"an input cannot be read ({error}); see that it is there and readable"))
 
 
 def _refuse(problems: list[CfspError]) -> None:

@@ -38,10 +38,11 @@ COMMANDS = ("prune",)
 
 @dataclass
 class _Session:
-    """One call of the command line: its overrides, its --config-dir, the exit code of each of its runs."""
+    """One call of the command line: its overrides, --config-dir and -m, the exit code of each of its runs."""
 
     words: Sequence[str] = ()
     folder: Path | None = None
+    sweep: bool = False
     debug: bool = False
     codes: list[int] = field(default_factory=list)
 
@@ -91,7 +92,9 @@ def _main(argv: list[str]) -> int:
             print(f"cfsp {__version__}")
             return 0
         _strip_command(argv)
-        session.words, session.folder = _overrides(argv)
+        flags = _arguments(argv)
+        session.words, session.sweep = list(flags.overrides), flags.multirun
+        session.folder = Path(flags.config_dir) if flags.config_dir else None
         _task()
     except Exception as error:
         session.codes.append(_report(error, session))
@@ -120,8 +123,8 @@ def _strip_command(argv: list[str]) -> None:
     del argv[1]
 
 
-def _overrides(argv: list[str]) -> tuple[list[str], Path | None]:
-    """The key=value words and --config-dir; flags that Hydra does not know are refused here, in one line."""
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line as Hydra reads it; what it does not know is refused here, in one line."""
     parser = get_args_parser()
     parser.exit_on_error = False
     try:
@@ -132,7 +135,7 @@ def _overrides(argv: list[str]) -> tuple[list[str], Path | None]:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         way_out = "" if unknown[0].startswith("-") else "; write every key=value in one place, after the flags"
         raise ConfigError(f"{unknown[0]}: not understood here{suggest(unknown[0], flags)}{way_out}; see cfsp --help")
-    return list(known.overrides), Path(known.config_dir) if known.config_dir else None
+    return known
 
 
 def _report(error: Exception, session: _Session, label: str = "") -> int:
@@ -154,10 +157,10 @@ def _report(error: Exception, session: _Session, label: str = "") -> int:
 def _understood(error: Exception, session: _Session) -> Exception:
     """What Hydra raises outside of the task is about the words it was given, or about the folder it makes."""
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return explain(error, session.words, session.folder)
+        return explain(error, session.words, session.folder, sweep=session.sweep)
     outside = not any(frame.name in ("_run", "return_value") for frame in traceback.extract_tb(error.__traceback__))
     if outside and isinstance(error, ValueError):
-        return explain(error, session.words, session.folder)
+        return explain(error, session.words, session.folder, sweep=session.sweep)
     if outside and isinstance(error, OSError) and error.filename:
         return ConfigError(
             f"paths.output_dir: {error.filename} cannot be written ({error.strerror}); give another folder"

@@ -86,8 +86,8 @@ def keep_fraction(budget: Budget, sizes: Sizes) -> float:
             )
         scope = "" if budget.scope == "ffn" else ", or sparsity.scope=ffn"
         raise BudgetError(
-            f"{wish}: FFN neurons removed down to {smallest} make {largest:g} at most; use sparsity.ratio={largest:g} "
-            f"or less, a smaller min_width or round_to{scope}"
+            f"{wish}: going down to {smallest} removes {largest:.4f} at most; use sparsity.ratio={largest:g} or "
+            f"less, a smaller min_width or round_to{scope}"
         )
     return 1 - removed / sizes.ffn_parameters
 

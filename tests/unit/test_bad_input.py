@@ -120,8 +120,8 @@ def test_value_errors_come_all_together(refused):
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
-def test_a_required_path_is_not_given(refused, given, key):
-    mentions(refused(*given), f"{key}=null: ", given[0], "give a")
+def test_a_required_path_is_not_given(given, key):
+    mentions(_problems(*given), f"{key}=null: ", given[0], "give a")
 
 
 def test_device_that_is_not_there(refused, sound_words):

@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from cfsp import pipeline
+from cfsp.compose import compose
+from cfsp.config import parse
+from cfsp.errors import ConfigError
 from cfsp.record.logger import NullLogger
 from tests.conftest import mentions
 
@@ -44,6 +47,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         (["seed=[1"], ["seed=[1: ", "write key=value"]),
         (["=3"], ["=3: ", "write key=value"]),
         (["sparsity.ratio=0.2,0.3"], ["sparsity.ratio=0.2,0.3: ", "add -m"]),
+        (["pruner=cfsp,uniform"], ["pruner=cfsp,uniform: ", "add -m"]),
         (["+new.key=1"], ["new.key=1: ", "unknown key"]),
         (["++new.key=1"], ["new.key=1: ", "unknown key"]),
         (["+sparsity.ratoi=1"], ["sparsity.ratoi=1: ", "unknown key", "did you mean ratio?"]),
@@ -151,10 +155,12 @@ def test_a_class_outside_cfsp_runs_where_it_is_allowed(run_cfsp, sound_words, pl
     ids=lambda value: value[0].rpartition("=")[2] if "=" in value[0] else "",
 )
 @pytest.mark.usefixtures("plugin")
-def test_a_target_that_cannot_stand_there(refused, given, parts):
+def test_a_target_that_cannot_stand_there(given, parts):
     keys = ["evaluation.cost.prompt_tokens", "evaluation.cost.new_tokens", "evaluation.cost.repeats"]
     given = [*given, *(f"~{key}" for key in keys if given[0].startswith("evaluation.cost"))]
-    mentions(refused(*given), *parts)
+    with pytest.raises(ConfigError) as found:
+        parse(compose(given))
+    mentions(list(found.value.problems), *parts)
 
 
 # Folders
@@ -274,10 +280,18 @@ def test_a_run_that_failed_is_run_again(run_cfsp, sound_words, tmp_path, monkeyp
 # Multirun
 
 
-def test_a_multirun_with_an_option_that_is_none_starts_nothing(run_cfsp):
-    code, _, err = run_cfsp("-m", "pruner=cfsp,wnada_sp")
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        (["pruner=cfsp,wnada_sp"], ["pruner=wnada_sp: ", "did you mean wanda_sp?"]),
+        (["sparsity.ratio=0.2,0.3", "sparsity.scpe=ffn"], ["sparsity.scpe: ", "did you mean sparsity.scope?"]),
+    ],
+    ids=["option", "key"],
+)
+def test_a_multirun_of_words_that_cannot_be_applied_starts_nothing(run_cfsp, given, parts):
+    code, _, err = run_cfsp("-m", *given)
     assert code == 2
-    mentions(err.splitlines(), "pruner=wnada_sp: ", "did you mean wanda_sp?")
+    mentions(err.splitlines(), *parts)
 
 
 def test_a_multirun_goes_on_after_a_run_that_is_refused(run_cfsp, sound_words, tmp_path):
@@ -380,27 +394,10 @@ def test_values_are_checked_before_any_heavy_import(tmp_path):
     assert ended.stdout.strip() == "2 []", ended.stderr
 
 
-def test_a_run_that_fails_ends_with_1(tmp_path, sound_words):
-    program = (
-        "import sys; from cfsp import pipeline, run\n"
-        "def fail(*_): raise RuntimeError('the cat')\n"
-        "pipeline.calibrate = fail\n"
-        "run.main()"
-    )
-    given = [
-        *sound_words,
-        "logger=none",
-        *(f"paths.{name}_dir={tmp_path}/{name}" for name in ("output", "cache", "records")),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(
-        [sys.executable, "-c", program, *given],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert ended.returncode == 1
-    mentions(_failure_lines(ended.stderr), "the cat")
+def test_a_multirun_with_one_good_run_ends_with_2(tmp_path, sound_words):
+    ended = _process("-m", *sound_words, "sparsity.ratio=0.2,1.5", "logger=none", folder=tmp_path)
+    assert ended.returncode == 2
+    assert "[sparsity.ratio=1.5] sparsity.ratio=1.5: " in _failure_lines(ended.stderr)[0]
     assert "Traceback" not in ended.stderr
+    (record,) = tmp_path.glob("outputs/*/*/*/record.json")
+    assert json.loads(record.read_text())["run_id"] == record.parent.name
