@@ -14,9 +14,12 @@ from cfsp.calibrate.calibrate import calibrate
 from cfsp.compose import compose
 from cfsp.config import parse
 from cfsp.data.calibration import Limits, from_ids
+from cfsp.errors import ConfigError, UnsupportedModelError
 from cfsp.identity import method_of
 from cfsp.models.driver import BlockDriver
-from cfsp.models.views import resolve
+from cfsp.models.remote_code import check_adoptable
+from cfsp.models.sample import weight_sample
+from cfsp.models.views import DecoderView, resolve
 from cfsp.pruning.base import PlanContext
 from cfsp.pruning.plan import PruningPlan
 from cfsp.pruning.probe import probe
@@ -36,7 +39,7 @@ def prune(
     """Plan the pruning of ``model`` (a transformers causal language model, left untouched).
 
     Args:
-        input_ids: calibration windows [n, T], run through the decoder once.
+        input_ids: calibration windows [n, T] (a tensor, array or nested list), run through the decoder once.
         pruner: a name of ``conf/pruner``.
         ratio: fraction of the parameters of ``scope`` (ffn, decoder or model) to remove.
         round_to: kept widths are multiples of it.
@@ -53,10 +56,15 @@ def prune(
         f"sparsity.round_to={round_to}",
     ]
     config = parse(compose([*settings, *overrides]))
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size}: 1 or more sequences at a time are needed")
+    check_adoptable(model)  # type: ignore[arg-type]
     view = resolve(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UnsupportedModelError(f"{type(model).__name__}: it has no weights (meta device); load it with cfsp.load")
     positions = getattr(model.config, "max_position_embeddings", None)
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    calibration = from_ids(input_ids, Limits(vocabulary, positions))
+    calibration = from_ids(torch.as_tensor(input_ids), Limits(vocabulary, positions))
     driver = BlockDriver(view, batch_size)
     with _evaluating(model):
         probe(view)
@@ -70,9 +78,17 @@ def prune(
             allocator=config.allocator.instance,
             method=method_of(config),
             base_model=str(getattr(model, "name_or_path", "")) or type(model).__name__,
-            base_fingerprint=getattr(model, "_cfsp_fingerprint", None) or memory_fingerprint(model),
+            base_fingerprint=_fingerprint(view),
         )
         return config.pruner.instance.plan(context)
+
+
+def _fingerprint(view: DecoderView) -> str:
+    """The folder's, for a model that cfsp.load gave and nobody has edited since; else one of the memory's content."""
+    loaded = getattr(view.model, "_cfsp_loaded", None)
+    if loaded is not None and loaded[1] == weight_sample(view):
+        return loaded[0]
+    return memory_fingerprint(view.model)
 
 
 def memory_fingerprint(model: nn.Module) -> str:
@@ -87,10 +103,11 @@ def memory_fingerprint(model: nn.Module) -> str:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off, and back as it was."""
-    training = model.training
+    """Dropout off, and each module back as it was."""
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, was in training.items():
+            module.training = was

@@ -21,7 +21,7 @@ from cfsp.errors import ConfigError
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 SavedDType = Literal["float32", "bfloat16", "float16"]
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 Folder = Annotated[str, Field(min_length=1)]
 
 
@@ -62,6 +62,7 @@ class TextSection(Section):
     hub: HubFile | None = None
     split: str = "train"
     text_field: str = "text"
+    txt_rows: Literal["whole", "lines", "wikitext"] = "whole"
     join: str = "\n\n"
     bos: Literal["none", "start", "window"] = "none"
     max_documents: PositiveInt | None = None

@@ -31,6 +31,7 @@ def identity_of(
     *,
     model: str,
     dtype: str,
+    stored_dtype: str,
     calibration: dict[str, Any] | None,
     evaluation: dict[str, Any],
 ) -> dict[str, Any]:
@@ -39,6 +40,7 @@ def identity_of(
     Args:
         model: the model's content fingerprint.
         dtype: as resolved, never ``auto``.
+        stored_dtype: of the checkpoint; the pruned weights are rounded to it before they are evaluated.
         calibration: by content; None where nothing is pruned.
         evaluation: evaluator name -> what of its inputs and settings decides the figures.
     """
@@ -48,6 +50,7 @@ def identity_of(
             "method": method_of(config),
             "sparsity": config.sparsity.model_dump(),
             "calibration": calibration,
+            "stored": {"dtype": stored_dtype, "format": config.save.format},
         }
     return {
         "version": METHOD_VERSION,

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,8 +23,8 @@ from cfsp.data.self_generated import sample_windows
 from cfsp.errors import CheckpointError, ConfigError, RunError
 from cfsp.evaluate.base import Side
 from cfsp.evaluate.measurement import Measurement
-from cfsp.identity import digest, method_of
-from cfsp.models.checkpoint import save_checkpoint
+from cfsp.identity import METHOD_VERSION, digest, method_of
+from cfsp.models.checkpoint import check_destination, first_non_finite, save_checkpoint
 from cfsp.models.driver import BlockDriver
 from cfsp.models.load import load_model
 from cfsp.models.views import DecoderView, resolve
@@ -51,6 +52,8 @@ def run(config: RunConfig, *, multirun: bool = False) -> tuple[RunRecord, Path]:
     parent = Path(config.paths.output_dir)
     out = parent / prepared.run_id if multirun else parent
     earlier = _claim(out, prepared.run_id)
+    if config.save.model and config.pruner.instance.prunes:
+        check_destination(out / "model")
     if earlier is not None and not config.force and _is_finished(earlier, out, prepared):
         log.info("this run is finished (%s); force=true repeats it", out / "record.json")
         return earlier, out
@@ -112,6 +115,7 @@ def _execute(prepared: Prepared, record: RunRecord, out: Path) -> None:
         apply(model, plan)
     with stages("recover"):
         model = config.recovery.instance.recover(model)
+        _round_to_stored(model, prepared.stored_dtype)
     if config.save.model:
         with stages("save"):
             files = {"plan.json": _plan_in_folder(plan, prepared).to_json()}
@@ -131,6 +135,21 @@ def _execute(prepared: Prepared, record: RunRecord, out: Path) -> None:
             dense = Side("dense", lambda: dense_again(view, originals), prepared.stored_dtype)
             _add(record.measurements, _side_by_side(prepared, model, [dense, _side("pruned", prepared)]))
     draw_blocks(plan, _distance_shown(config), out / "blocks.png")
+
+
+def _round_to_stored(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round the weights to what the checkpoint holds, so that the folder gives the figures of the run.
+
+    Raises:
+        RunError: a weight does not fit into the dtype.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and torch.finfo(dtype).bits < torch.finfo(parameter.dtype).bits:
+                parameter.copy_(parameter.to(dtype))
+    name = first_non_finite(model)
+    if name is not None:
+        raise RunError(f"{name} does not fit into {dtype}; use save.dtype=bfloat16 or float32")
 
 
 def _context(prepared: Prepared, view: DecoderView) -> tuple[PlanContext, bool]:
@@ -157,7 +176,18 @@ def _context(prepared: Prepared, view: DecoderView) -> tuple[PlanContext, bool]:
 def _sampled(prepared: Prepared, model: nn.Module) -> CalibrationSet:
     section = prepared.config.calibration
     assert isinstance(section, SelfCalibration)
-    return sample_windows(model, prepared.tokenizer, section, prepared.limits, prepared.config.seed)
+    decides = section.model_dump() | {"model": prepared.source.fingerprint, "seed": prepared.config.seed}
+    decides |= {"dtype": str(prepared.dtype), "version": METHOD_VERSION}
+    path = Path(prepared.config.paths.cache_dir) / "sampled" / f"{digest(decides)[:32]}.npy"
+    if path.is_file():
+        ids = torch.from_numpy(np.load(path))
+        return CalibrationSet(ids, section.name, "self", prepared.config.seed)
+    sampled = sample_windows(model, prepared.tokenizer, section, prepared.limits, prepared.config.seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.npy")
+    np.save(partial, sampled.input_ids.numpy())
+    os.replace(partial, path)
+    return sampled
 
 
 def _evaluate_dense(prepared: Prepared, model: nn.Module) -> tuple[list[dict[str, Any]], bool]:
@@ -179,6 +209,7 @@ def _evaluate_dense(prepared: Prepared, model: nn.Module) -> tuple[list[dict[str
                 "source": evaluator.identity().get("source"),
                 "inputs": prepared.evaluation[name],
                 "packages": packages,
+                "version": METHOD_VERSION,
             }
         )
         path = Path(prepared.config.paths.cache_dir) / "dense" / f"{key[:32]}.json"
@@ -287,7 +318,7 @@ def _recorded(record: RunRecord, out: Path, config: RunConfig) -> Iterator[None]
                 "model.dtype=bfloat16"
             ) from error
         raise
-    record.status = "success"
+    record.status, record.error = "success", None
     record.finished = _now()
     record.write(out / "record.json")
     record.write(Path(config.paths.records_dir) / f"{record.run_id}.json")

@@ -18,6 +18,7 @@ from cfsp.data.calibration import CalibrationSet, Limits
 from cfsp.errors import CfspError, ConfigError, DataError
 from cfsp.identity import identity_of, run_id_of
 from cfsp.models.load import load_tokenizer, outline, resolve_device, resolve_dtype
+from cfsp.models.remote_code import check_adoptable
 from cfsp.models.source import ModelSource, locate
 
 
@@ -29,7 +30,6 @@ class Prepared:
     source: ModelSource
     tokenizer: Any
     limits: Limits
-    sizes: Sizes
     device: torch.device
     dtype: torch.dtype
     stored_dtype: torch.dtype
@@ -64,32 +64,35 @@ def prepare(config: RunConfig) -> Prepared:
     assert source is not None
     trust = config.model.trust_remote_code
     view = outline(source, trust_remote_code=trust)
-    sizes = Sizes.of(view)
     limits = Limits(view.model.get_input_embeddings().weight.shape[0], source.positions)
     tokenizer = load_tokenizer(source, trust_remote_code=trust)
     calibration, calibration_identity = None, None
     if config.pruner.instance.prunes:
         with _collected(problems):
-            keep_fraction(Budget(**config.sparsity.model_dump()), sizes)
+            check_adoptable(view.model)
+        with _collected(problems):
+            keep_fraction(Budget(**config.sparsity.model_dump()), Sizes.of(view))
         with _collected(problems):
             calibration_identity = calibration_data.identity(config.calibration)
             calibration = _calibration(config, tokenizer, limits)
     evaluation = {}
     for name, evaluator in config.evaluation.items():
         with _collected(problems):
-            evaluation[name] = evaluator.instance.check(tokenizer, limits)
+            code = {key: value for key, value in evaluator.identity().items() if key in ("class", "source")}
+            evaluation[name] = {**code, **evaluator.instance.check(tokenizer, limits)}
     _refuse(problems)
     dtype = resolve_dtype(config.model.dtype, device, source)
+    stored_dtype = config.save.dtype or source.stored_dtype
     identity = identity_of(
         config,
         model=source.fingerprint,
         dtype=str(dtype).removeprefix("torch."),
         calibration=calibration_identity,
+        stored_dtype=stored_dtype,
         evaluation=evaluation,
     )
-    stored_dtype = getattr(torch, config.save.dtype or source.stored_dtype)
     return Prepared(
-        config, source, tokenizer, limits, sizes, device, dtype, stored_dtype, calibration,
+        config, source, tokenizer, limits, device, dtype, getattr(torch, stored_dtype), calibration,
         evaluation, identity, run_id_of(config, identity),
     )  # fmt: skip
 

@@ -54,8 +54,13 @@ class Sizes:
         return totals[scope]
 
     @property
+    def parameters(self) -> list[int]:
+        """FFN parameters of each block."""
+        return [n * cost for n, cost in zip(self.widths, self.neuron_parameters, strict=True)]
+
+    @property
     def ffn_parameters(self) -> int:
-        return sum(n * cost for n, cost in zip(self.widths, self.neuron_parameters, strict=True))
+        return sum(self.parameters)
 
 
 @dataclass(frozen=True)

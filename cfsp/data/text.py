@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -55,7 +55,14 @@ def locate_text(section: TextSection, key: str) -> TextFile:
     commit = (
         path.parts[path.parts.index("snapshots") + 1] if section.path is None and "snapshots" in path.parts else None
     )
-    return TextFile(key, path, section, {"sha256": file_digest(path), **prepared}, commit)
+    identity = {"sha256": file_digest(path), "format": _format(path), **prepared}
+    return TextFile(key, path, section, identity, commit)
+
+
+def _format(path: Path) -> Literal["parquet", "json", "txt"]:
+    if path.name.endswith(".parquet"):
+        return "parquet"
+    return "json" if path.name.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")) else "txt"
 
 
 def _from_hub(section: TextSection, key: str) -> Path:
@@ -89,25 +96,35 @@ def read_text(text: TextFile) -> str:
 
 
 def _documents(text: TextFile) -> Iterable[str]:
-    path, name = text.path, text.path.name
-    if name.endswith(".parquet"):
+    path, kind = text.path, _format(text.path)
+    if kind == "parquet":
         import pyarrow.parquet as parquet
 
         field, columns = text.section.text_field, parquet.read_schema(path).names
         if field not in columns:
             raise DataError(f"{text.key}.text_field={field}: {path} has no such column; it has {', '.join(columns)}")
         yield from parquet.read_table(path, columns=[field]).column(0).to_pylist()
-    elif name.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")):
-        opened = gzip.open if name.endswith(".gz") else open
+    elif kind == "json":
+        opened = gzip.open if path.name.endswith(".gz") else open
         with opened(path, "rt", encoding="utf-8") as stream:
             for number, line in enumerate(stream, 1):
                 if line.strip():
                     yield _json_text(text, number, line)
     else:
-        content = path.read_text(encoding="utf-8")
-        # A row-wise set (WikiText, PTB) as plain text: its lines are its rows, as in the hub's parquet copy.
-        row_wise = text.section.hub is not None or text.section.text_field == "sentence"
-        yield from content.splitlines(keepends=True) if row_wise else [content]
+        yield from _txt_documents(path.read_text(encoding="utf-8"), text.section.txt_rows)
+
+
+def _txt_documents(content: str, rows: str) -> Iterable[str]:
+    """``whole``: one document; ``lines``: one a line; ``wikitext``: lines as the rows of the hub's parquet copy,
+
+    where a row keeps its newline and a blank line is an empty row.
+    """
+    if rows == "whole":
+        return [content]
+    lines = content.removesuffix("\n").split("\n")
+    if rows == "lines":
+        return [line.strip() for line in lines if line.strip()]
+    return [f"{line}\n" if line.strip() else "" for line in lines]
 
 
 def _json_text(text: TextFile, number: int, line: str) -> str:

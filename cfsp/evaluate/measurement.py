@@ -8,7 +8,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Measurement:
-    """``suite``: perplexity, zero_shot or cost; ``n``: items or tokens; None where a field does not apply."""
+    """``suite``: perplexity, zero_shot or cost; ``n``: items, predicted tokens or timings.
+
+    ``seq_len``: tokens a window, prompt or item may have; ``version``: of the task, or of the text by content. A field
+    that does not apply is None, and null in the record.
+    """
 
     suite: str
     task: str
@@ -29,5 +33,5 @@ class Measurement:
         return (self.suite, self.task, self.metric)
 
     def as_dict(self) -> dict[str, Any]:
-        """Without the fields that do not apply."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        """For the record."""
+        return asdict(self)

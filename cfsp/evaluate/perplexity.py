@@ -69,15 +69,21 @@ class Perplexity:
     def _measure(self, name: str, model: nn.Module, tokenizer: Any) -> Measurement:
         import torch
 
+        from cfsp.data.text import locate_text
+
         windows, first = self._windows(name, tokenizer)
+        version = f"sha256:{locate_text(self.texts[name], self._key(name)).identity['sha256'][:16]}"
         total, count = negative_log_likelihood(model, torch.from_numpy(windows), self.batch_size, name)
         if not math.isfinite(total):
             raise RunError(f"perplexity on {name} is not finite; try model.dtype=float32")
         section = self.texts[name]
         return Measurement(
             "perplexity", name, "perplexity", math.exp(total / count), "perplexity per token",
-            n=count, seq_len=self.seq_len, split=section.split,
-            detail={"windows": [first, first + len(windows)], "bos": section.bos, "nll": total / count},
+            n=count, seq_len=self.seq_len, split=section.split, num_fewshot=0, version=version,
+            detail={
+                "windows": [first, first + len(windows)], "nll": total / count,
+                "bos": section.bos, "join": section.join,
+            },
         )  # fmt: skip
 
     def _windows(self, name: str, tokenizer: Any) -> tuple[np.ndarray, int]:

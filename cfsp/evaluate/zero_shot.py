@@ -7,6 +7,7 @@ import copy
 import hashlib
 import logging
 import random
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -54,7 +55,13 @@ class ZeroShot:
                     near = suggest(name, [*local, *known])
                     raise ConfigError(f"evaluation.zero_shot.tasks={name}: lm-eval has no such task{near}")
         content = {name: _content(path) for name, path in local.items() if name in self.tasks}
-        return {"tasks": self.tasks, "num_fewshot": self.num_fewshot, "limit": self.limit, "local": content}
+        return {
+            "tasks": self.tasks,
+            "batch_size": self.batch_size,
+            "num_fewshot": self.num_fewshot,
+            "limit": self.limit,
+            "local": content,
+        }
 
     def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
         import lm_eval
@@ -84,9 +91,9 @@ class ZeroShot:
                     f"({type(error).__name__}: {str(error).splitlines()[0]}); fetch it while online, or give local "
                     "tasks with evaluation.zero_shot.include_path=FOLDER"
                 ) from error
-        return self._measurements(results)
+        return self._measurements(results, harness.max_length)
 
-    def _measurements(self, results: dict[str, Any]) -> list[Measurement]:
+    def _measurements(self, results: dict[str, Any], max_length: int) -> list[Measurement]:
         found = []
         for task, values in results["results"].items():
             counts = results["n-samples"].get(task, {})
@@ -99,7 +106,8 @@ class ZeroShot:
                 found.append(
                     Measurement(
                         "zero_shot", task, metric, float(value), _METRIC_UNITS.get(metric, metric),
-                        n=counts.get("effective"), stderr=float(stderr) if isinstance(stderr, int | float) else None,
+                        n=counts.get("effective"), seq_len=max_length,
+                        stderr=float(stderr) if isinstance(stderr, int | float) else None,
                         split=config.get("test_split") or config.get("validation_split"),
                         num_fewshot=results.get("n-shot", {}).get(task),
                         version=str(results["versions"].get(task)), limit=self.limit,
@@ -165,16 +173,41 @@ def _data_files(task: dict[str, Any], path: Path) -> dict[str, str]:
 
 
 def _content(path: Path) -> str:
-    """sha256 of a local task's YAML and data files."""
-    digest = hashlib.sha256(path.read_bytes())
-    for name in sorted(_data_files(_read_task(path), path).values()):
-        if not Path(name).is_file():
+    """sha256 over everything local that decides a task: its YAML, what it includes, its functions, its data."""
+    digest = hashlib.sha256()
+    for file in _local_files(path):
+        if not file.is_file():
             raise DataError(
-                f"evaluation.zero_shot: task {path.stem} names the data file {name}, which does not exist; "
+                f"evaluation.zero_shot: task {path.stem} names the file {file}, which does not exist; "
                 "put it beside the task's YAML"
             )
-        digest.update(Path(name).read_bytes())
+        digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+def _local_files(path: Path) -> list[Path]:
+    """The task's YAML, the YAMLs it includes, the modules of its ``!function`` values and its data files."""
+    task = _read_task(path)
+    files = [path]
+    for included in _strings(task.get("include")):
+        files += _local_files(path.parent / included)
+    modules = re.findall(r"!function\s+([\w.]+)\.\w+", path.read_text(encoding="utf-8"))
+    files += [path.parent / f"{module.replace('.', '/')}.py" for module in modules]
+    for name in _strings((task.get("dataset_kwargs") or {}).get("data_files")):
+        if "://" not in name:
+            # The harness itself looks from the working folder on; a plain task is handed over with absolute paths.
+            beside = path.parent / name
+            files.append(beside if beside.is_file() or not Path(name).is_file() else Path(name))
+    return sorted(set(files))
+
+
+def _strings(value: Any) -> list[str]:
+    """Every string in a value that may be one, a list of them or a dictionary of either."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [text for item in value for text in _strings(item)] if isinstance(value, list) else []
 
 
 @cache

@@ -75,7 +75,7 @@ def save_checkpoint(
             configuration do not describe its parameters (``remote_code.adopt`` makes them).
     """
     folder = Path(folder).resolve()
-    _refuse_foreign(folder)
+    check_destination(folder)
     _check_described(model)
     pruned = model.config.model_type.startswith(PRUNED_PREFIX)
     written = str(dtype or model.dtype).removeprefix("torch.")
@@ -143,7 +143,12 @@ def first_non_finite(model: nn.Module) -> str | None:
     return None
 
 
-def _refuse_foreign(folder: Path) -> None:
+def check_destination(folder: Path) -> None:
+    """Refuse a folder that cfsp did not write, so that nothing of the user's is replaced.
+
+    Raises:
+        CheckpointError: names the folder.
+    """
     try:
         foreign = folder.exists() and (
             not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).is_file())

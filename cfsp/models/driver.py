@@ -31,6 +31,7 @@ class BlockStep:
     _kwargs: list[dict[str, Any]]
     _outputs: list[Tensor] = field(default_factory=list)
 
+    @torch.no_grad()
     def run(self) -> list[Tensor]:
         """Run the block as it is now over all batches; the last run's outputs enter the next block."""
         self._outputs = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from cfsp.config import DType, ModelSection
 from cfsp.errors import CheckpointError, ConfigError, UnsupportedModelError
 from cfsp.models.checkpoint import first_non_finite
 from cfsp.models.remote_code import PRUNED_PREFIX, pruned_family
+from cfsp.models.sample import weight_sample
 from cfsp.models.source import ModelSource, locate
 from cfsp.models.views import DecoderView, resolve
 
@@ -169,7 +171,8 @@ def load_model(
             "(fetch it again), or its values need model.dtype=float32"
         )
     model = model.to(device).eval()
-    model._cfsp_fingerprint = source.fingerprint
+    with contextlib.suppress(UnsupportedModelError):  # then it can be evaluated, not pruned
+        model._cfsp_loaded = (source.fingerprint, weight_sample(resolve(model)))
     return model
 
 

@@ -154,13 +154,9 @@ def adopt(model: PreTrainedModel, widths: Sequence[int]) -> None:
         UnsupportedModelError: the model is no causal language model of a family that ``pruned_family`` knows.
         ValueError: a matrix does not have the width stated for its layer.
     """
+    check_adoptable(model)
     base_type = stock_type(model.config.model_type)
     base_config, base_model, base_causal_lm = _stock_classes(base_type)
-    if not isinstance(model, base_causal_lm):
-        raise UnsupportedModelError(
-            f"cannot adopt a {type(model).__name__}: expected a {base_causal_lm.__name__}; unwrap it first "
-            "(for LoRA: merge_and_unload)"
-        )
     widths = [int(width) for width in widths]
     _settle_mlps(model, widths)
 
@@ -188,6 +184,26 @@ def adopt(model: PreTrainedModel, widths: Sequence[int]) -> None:
     decoder = model.model
     decoder.__class__, model.__class__ = classes[1], classes[2]
     _replace_config(model, model.config, config)
+
+
+def check_adoptable(model: PreTrainedModel) -> None:
+    """See, before anything is sliced, that :func:`adopt` will know the model (also on the meta device).
+
+    Raises:
+        UnsupportedModelError: as :func:`adopt` does.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: a causal language model of transformers is needed, e.g. from cfsp.load(FOLDER)"
+        )
+    base_causal_lm = _stock_classes(stock_type(model_type))[2]
+    if not isinstance(model, base_causal_lm):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be pruned: a {base_causal_lm.__name__} is needed; unwrap it first (for "
+            "LoRA: merge_and_unload); a model with code of its own can be evaluated (pruner=none), not pruned"
+        )
+    pruned_family(stock_type(model_type))
 
 
 def _settle_mlps(model: PreTrainedModel, widths: list[int]) -> None:

@@ -1,7 +1,7 @@
 """What the pruners see of an architecture: blocks, their gated FFN, their attention. Resolved by structure.
 
 A decoder is recognised by the linears that are there and their attribute names, never by a model's or a
-repository's name. :mod:`cfsp.models.probe` then checks each view numerically before anything is pruned.
+repository's name. :mod:`cfsp.pruning.probe` then checks each view numerically before anything is pruned.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from cfsp.errors import CheckpointError, UnsupportedModelError
-from cfsp.models.remote_code import adopt
+from cfsp.models.remote_code import adopt, check_adoptable
+from cfsp.models.sample import weight_sample
 from cfsp.models.views import DecoderView, resolve
 from cfsp.pruning.plan import PruningPlan
 from cfsp.pruning.slicing import linears_of, slice_ffn, swap_linears
@@ -25,25 +26,18 @@ def apply(model: Model, plan: PruningPlan) -> Model:
         CheckpointError: the plan does not fit: another base model, number of blocks or widths.
         UnsupportedModelError: the plan removes what cannot be sliced here.
     """
+    check_adoptable(model)  # type: ignore[arg-type]
     view = resolve(model)
     check_fits(view, plan)
     for block, decision in zip(view.blocks, plan.blocks, strict=True):
         if decision.ffn_kept is not None:
             slice_ffn(block.ffn, torch.tensor(decision.ffn_kept, device=block.ffn.down.weight.device))
     adopt(view.model, view.widths)
-    # The content is another now: an earlier fingerprint must not vouch for it.
-    model._cfsp_fingerprint = None  # type: ignore[assignment]
     return model
 
 
 def check_fits(view: DecoderView, plan: PruningPlan) -> None:
     """Raises where ``plan`` was not made for the model of ``view``."""
-    known = getattr(view.model, "_cfsp_fingerprint", None)
-    if known is not None and plan.base_fingerprint != known:
-        raise CheckpointError(
-            f"the plan was made for {plan.base_model} ({plan.base_fingerprint[:19]}...), this model's content is "
-            f"{known[:19]}...; load the plan's base model"
-        )
     if len(plan.blocks) != len(view.blocks):
         raise CheckpointError(f"the plan has {len(plan.blocks)} blocks, the model {len(view.blocks)}")
     for block, decision in zip(view.blocks, plan.blocks, strict=True):
@@ -55,6 +49,11 @@ def check_fits(view: DecoderView, plan: PruningPlan) -> None:
             raise CheckpointError(
                 f"block {block.index}: the plan keeps neuron {decision.ffn_kept[-1]}, the model has {block.ffn.width}"
             )
+    if plan.base_sample and plan.base_sample != weight_sample(view):
+        raise CheckpointError(
+            f"the plan was made for {plan.base_model} ({plan.base_fingerprint[:19]}...), whose weights are not "
+            "those of this model; load the plan's base model"
+        )
 
 
 @contextmanager

@@ -21,6 +21,8 @@ class Dense:
     prunes: ClassVar[bool] = False
 
     def plan(self, context: PlanContext) -> PruningPlan:
+        from cfsp.models.sample import weight_sample
+
         blocks = tuple(BlockPlan() for _ in context.driver.view.blocks)
         count = context.driver.view.model_parameters
         return PruningPlan(
@@ -31,4 +33,5 @@ class Dense:
             requested={"ratio": 0.0},
             achieved={"ratio": 0.0, "removed_parameters": 0},
             parameters={"before": count, "after": count},
+            base_sample=weight_sample(context.driver.view),
         )

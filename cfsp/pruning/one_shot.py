@@ -30,6 +30,8 @@ class OneShotPruner:
     prunes: ClassVar[bool] = True
 
     def plan(self, context: PlanContext) -> PruningPlan:
+        from cfsp.models.sample import weight_sample
+
         view, sizes = context.driver.view, Sizes.of(context.driver.view)
         keep = keep_fraction(context.budget, sizes)
         scores = score(view, context.statistics, context.importance)
@@ -59,6 +61,7 @@ class OneShotPruner:
             achieved=widths.achieved,
             parameters=parameters,
             details=tuple(details),
+            base_sample=weight_sample(view),
         )
 
     @staticmethod

@@ -33,6 +33,8 @@ class BlockPlan:
 class PruningPlan:
     """What to keep of ``base_model`` (whose content is ``base_fingerprint``), and why.
 
+    ``base_sample`` (:func:`cfsp.models.sample.weight_sample`) recognises the base model in memory.
+
     ``requested`` and ``achieved`` state the budget; ``parameters`` the counts before and after; ``details`` holds per
     block what led to the decision (width, keep ratio, distance). Replayed on the base model by
     :func:`cfsp.pruning.apply.apply`, a plan gives the same weights bit for bit.
@@ -46,6 +48,7 @@ class PruningPlan:
     achieved: dict[str, Any]
     parameters: dict[str, int] = field(default_factory=dict)
     details: tuple[dict[str, Any], ...] = ()
+    base_sample: str = ""
     schema: int = SCHEMA
 
     def save(self, path: str | Path) -> Path:
@@ -119,6 +122,7 @@ class PruningPlan:
             self.achieved,
             parameters,
             self.details,
+            earlier.base_sample,
         )
 
 

@@ -29,7 +29,19 @@ def probe(view: DecoderView) -> None:
         if kind in seen:
             continue
         seen.add(kind)
-        deviation = _deviation(block.ffn)
+        try:
+            deviation = _deviation(block.ffn)
+        except RuntimeError as error:
+            named = [
+                f"{name} {tuple(parameter.shape)}"
+                for name, parameter in block.ffn.module.named_parameters()
+                if block.ffn.width in parameter.shape
+            ]
+            raise UnsupportedModelError(
+                f"{type(view.model).__name__}: block {block.index} looks like a gated FFN "
+                f"({type(block.ffn.module).__name__}), but it does not run with one neuron less; looked for gate, "
+                f"up and down of its width alone, found {', '.join(named)}"
+            ) from error
         if not deviation <= _TOLERANCE.get(block.ffn.down.weight.dtype, _LOW_PRECISION_TOLERANCE):
             raise UnsupportedModelError(
                 f"{type(view.model).__name__}: block {block.index} looks like a gated FFN "

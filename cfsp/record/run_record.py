@@ -11,6 +11,8 @@ from typing import Any
 from cfsp.errors import CheckpointError
 
 SCHEMA = 1
+#: What a record says until its run ends, and for ever where the run was killed.
+UNFINISHED = {"type": "Unfinished", "message": "the run has not ended: it is still going on, or it was killed"}
 
 
 @dataclass
@@ -18,7 +20,7 @@ class RunRecord:
     """status: success or failed. ``measurements``: side ("dense", "pruned") -> figures; ``blocks``: per block."""
 
     run_id: str
-    status: str = "running"
+    status: str = "failed"
     configuration: dict[str, Any] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
@@ -32,7 +34,7 @@ class RunRecord:
     checkpoint: dict[str, Any] | None = None
     started: str = ""
     finished: str = ""
-    error: dict[str, str] | None = None
+    error: dict[str, str] | None = field(default_factory=lambda: dict(UNFINISHED))
     schema: int = SCHEMA
 
     def write(self, path: Path) -> None:

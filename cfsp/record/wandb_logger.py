@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,9 +26,14 @@ class WandbLogger:
     def start(self, run_id: str, folder: Path, configuration: dict[str, Any]) -> None:
         import wandb
 
+        mode = self._mode()
+        # A repeated run replaces what its earlier attempt left here: one W&B run per run.
+        for earlier in (folder / "wandb").glob(f"offline-run-*-{run_id}"):
+            shutil.rmtree(earlier)
         wandb.init(
-            project=self.project, entity=self.entity, group=self.group, tags=list(self.tags), name=run_id,
-            dir=str(folder), config=configuration, mode=self._mode(), reinit="finish_previous",
+            project=self.project, entity=self.entity, group=self.group, tags=list(self.tags), id=run_id, name=run_id,
+            dir=str(folder), config=configuration, mode=mode, reinit="finish_previous",
+            resume="allow" if mode == "online" else None,
             settings=wandb.Settings(silent=True, console="off", save_code=False),
         )  # fmt: skip
 
@@ -46,11 +52,14 @@ class WandbLogger:
 
         wandb.finish(exit_code=0 if success else 1)
 
-    def _mode(self) -> Literal["online", "offline"]:
+    def _mode(self) -> Literal["online", "offline", "disabled"]:
         if self.mode != "auto":
             return self.mode
-        if os.environ.get("WANDB_MODE") in ("offline", "online"):
-            return "online" if os.environ["WANDB_MODE"] == "online" else "offline"
+        asked = os.environ.get("WANDB_MODE")
+        if asked in ("online", "offline", "disabled"):
+            return asked  # type: ignore[return-value]
+        if asked == "dryrun" or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+            return "offline" if asked == "dryrun" else "disabled"
         return "online" if os.environ.get("WANDB_API_KEY") or _has_login() else "offline"
 
 

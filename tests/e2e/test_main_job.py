@@ -11,7 +11,6 @@ import torch
 
 import cfsp
 from cfsp import run
-from cfsp.models.driver import BlockDriver
 from tests.conftest import shared
 
 
@@ -81,13 +80,18 @@ def test_every_measurement_says_what_it_is(demo):
         suites = {row["suite"] for row in rows}
         assert suites == {"perplexity", "zero_shot", "cost"}
         for row in rows:
-            assert {"suite", "task", "metric", "value", "unit"} <= set(row)
+            assert None not in (row["suite"], row["task"], row["metric"], row["value"], row["unit"])
+            assert {"n", "seq_len", "num_fewshot", "split", "version", "stderr", "limit"} <= set(row)
             if row["suite"] == "perplexity":
                 assert row["n"] % 255 == 0
-                assert {"seq_len", "split", "detail"} <= set(row)
+                assert (row["seq_len"], row["split"], row["num_fewshot"]) == (256, "evaluation", 0)
+                assert row["version"].startswith("sha256:")
+                assert row["detail"]["bos"] == "none"
             if row["suite"] == "zero_shot":
                 assert row["n"] == row["limit"] == 24
-                assert {"version", "stderr", "num_fewshot", "split"} <= set(row)
+                assert (row["seq_len"], row["num_fewshot"], row["split"]) == (512, 0, "test")
+                assert row["version"] == "1.0"
+                assert row["stderr"] > 0
                 assert row["detail"]["task_hash"]
     dense, pruned = (figures(record, side, "cost") for side in ("dense", "pruned"))
     assert dense["cost", "parameters", "count"] == 7_344_384
@@ -154,24 +158,97 @@ def test_a_whole_runs_calibration_and_planning_see_each_token_once(run_cfsp, mon
     assert set(seen.values()) == {12 * 64}
 
 
-def test_another_setting_plans_from_the_cached_statistics(demo, run_cfsp, monkeypatch, tmp_path):
-    """Ratio, allocator, metric and preset change; the calibration pass is not run again."""
-    base, _ = demo
-    monkeypatch.setattr(BlockDriver, "run", lambda *_: pytest.fail("a second calibration pass"))
-    for index, words in enumerate(
-        (
-            ["sparsity.ratio=0.3", "allocator.metric=cosine"],
-            ["pruner=wanda_sp"],
-            ["pruner=magnitude_sp", "sparsity.scope=model", "sparsity.ratio=0.2"],
-        )
-    ):
-        code, _, err = run_cfsp(
-            *words, "evaluation=none", "save.model=false",
-            f"paths.cache_dir={base / 'cache'}", f"paths.output_dir={tmp_path / str(index)}",
-        )  # fmt: skip
+SETTINGS = (
+    ["sparsity.ratio=0.3", "allocator.metric=cosine"],
+    ["pruner=wanda_sp"],
+    ["pruner=magnitude_sp", "sparsity.scope=model", "sparsity.ratio=0.2"],
+)
+
+
+@pytest.mark.parametrize("calibration", ["bundled", "self"])
+def test_another_setting_plans_from_the_cached_statistics(calibration, run_cfsp, monkeypatch, tmp_path):
+    """Ratio, allocator, metric and preset change; the model's forward is never run again, not even to sample text."""
+    from transformers import LlamaModel
+
+    given = [f"calibration={calibration}", "calibration.n_samples=4", "calibration.seq_len=32", "evaluation=none"]
+    given += ["save.model=false", f"paths.cache_dir={tmp_path / 'shared-cache'}"]
+    assert run_cfsp(*given, f"paths.output_dir={tmp_path / 'first'}")[0] == 0
+    monkeypatch.setattr(LlamaModel, "forward", lambda *_, **__: pytest.fail("the model was run again"))
+    for index, words in enumerate(SETTINGS):
+        code, _, err = run_cfsp(*given, *words, f"paths.output_dir={tmp_path / str(index)}")
         assert code == 0, err
         stages = {stage["name"]: stage["cached"] for stage in record_of(tmp_path / str(index))["stages"]}
         assert stages["calibrate"]
+
+
+@pytest.mark.parametrize(
+    ("words", "again"),
+    [
+        (["save.dtype=float16"], []),
+        (["model.dtype=bfloat16"], ["model.dtype=bfloat16"]),
+        (["model.dtype=float16"], ["model.dtype=float16"]),
+    ],
+    ids=["saved in float16", "computed in bfloat16", "computed in float16"],
+)
+def test_the_folders_figures_are_the_runs_in_every_dtype(words, again, run_cfsp, tmp_path):
+    """The pruned weights are rounded to what is stored before they are evaluated."""
+    given = ["evaluation=perplexity", "evaluation.perplexity.datasets=[bundled]"]
+    given += ["evaluation.perplexity.seq_len=64", "evaluation.perplexity.windows=[0,4]"]
+    code, _, err = run_cfsp(*words, *given, "calibration.n_samples=4", "calibration.seq_len=32")
+    assert code == 0, err
+    folder = tmp_path / "out" / "model"
+    code, _, err = run_cfsp(
+        "model=local", f"model.path={folder}", "pruner=none", *again, *given, f"paths.output_dir={tmp_path / 'again'}"
+    )
+    assert code == 0, err
+    own = figures(record_of(tmp_path / "out"), "pruned", "perplexity")
+    assert figures(record_of(tmp_path / "again"), "dense", "perplexity") == own
+
+
+def test_a_foreign_model_folder_is_refused_before_any_work(run_cfsp, tmp_path, monkeypatch):
+    (tmp_path / "out" / "model").mkdir(parents=True)
+    (tmp_path / "out" / "model" / "notes.txt").write_text("mine")
+    monkeypatch.setattr("cfsp.pipeline.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    code, _, err = run_cfsp("evaluation=none")
+    assert code == 2
+    assert "was not written by cfsp" in err
+
+
+def offline_runs(folder) -> list[str]:
+    return [path.name for path in (folder / "wandb").glob("offline-run-*") if path.is_dir()]
+
+
+def test_one_wandb_run_per_run_in_a_multirun_after_a_failure_and_when_forced(run_cfsp, tmp_path, monkeypatch):
+    given = ["logger=wandb", "evaluation=none", "save.model=false", "calibration.n_samples=4"]
+    code, _, err = run_cfsp("-m", "sparsity.ratio=0.3,0.4", *given)
+    assert code == 0, err
+    folders = [path.parent for path in (tmp_path / "out").glob("*/record.json")]
+    assert len(folders) == 2
+    assert all(len(offline_runs(folder)) == 1 for folder in folders)
+    single = f"paths.output_dir={tmp_path / 'single'}"
+    with monkeypatch.context() as patch:
+        patch.setattr("cfsp.pipeline.probe", lambda _: 1 / 0)
+        assert run_cfsp(*given, single)[0] == 1
+    assert len(offline_runs(tmp_path / "single")) == 1
+    for words in ([], ["force=true"]):
+        code, _, err = run_cfsp(*given, *words, single)
+        assert code == 0, err
+        assert len(offline_runs(tmp_path / "single")) == 1
+
+
+def test_wandb_goes_online_only_where_it_may(monkeypatch):
+    from cfsp.record.wandb_logger import WandbLogger
+
+    monkeypatch.setenv("NETRC", "none")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert WandbLogger()._mode() == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    assert WandbLogger()._mode() == "online"
+    assert WandbLogger(mode="offline")._mode() == "offline"
+    for asked in ("disabled", "offline"):
+        monkeypatch.setenv("WANDB_MODE", asked)
+        assert WandbLogger()._mode() == asked
 
 
 def test_the_same_command_gives_the_same_plan_and_another_seed_another_sample(run_cfsp, tmp_path):
@@ -261,7 +338,7 @@ def test_real_harness_tasks_from_local_files(run_cfsp, tmp_path):
     code, _, err = run_cfsp(
         "model=local", f"model.path={shared('models', 'stories260K')}", "pruner=none",
         "evaluation.zero_shot.tasks=[last_word,arc_easy_local]", f"evaluation.zero_shot.include_path={tasks}",
-        "evaluation.perplexity=null", "evaluation.cost=null",
+        "evaluation.zero_shot.batch_size=256", "evaluation.perplexity=null", "evaluation.cost=null",
     )  # fmt: skip
     assert code == 0, err
     found = figures(record_of(tmp_path / "out"), "dense", "zero_shot")

@@ -56,6 +56,16 @@ def test_coarse_where_all_blocks_are_alike():
     assert torch.allclose(ratios, torch.ones(4, dtype=torch.float64))
 
 
+def test_coarse_weighs_blocks_of_unequal_width():
+    widths = (736, 288, 320, 288, 352, 320, 384, 384)
+    size = sizes(*widths)
+    ratios = Coarse().allocate(scores(widths), size, 0.5).keep
+    assert float((ratios * torch.tensor(widths)).sum()) == pytest.approx(0.5 * sum(widths))
+    desired = [ratio * n for ratio, n in zip(ratios.tolist(), widths, strict=True)]
+    nearest = to_widths(desired, Budget(0.5, round_to=1, rounding="nearest"), size)
+    assert nearest.achieved["ratio"] == pytest.approx(0.5, abs=0.01)
+
+
 def test_global_rank_is_one_threshold_over_standardised_scores():
     widths = (64, 96, 128)
     given = scores(widths)

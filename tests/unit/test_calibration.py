@@ -23,6 +23,7 @@ from cfsp.models.load import load_tokenizer
 from cfsp.models.source import _from_folder
 from cfsp.models.views import resolve
 from cfsp.package import ROOT
+from tests.conftest import shared
 from tests.tiny import tiny_model, tokens
 
 LIMITS = Limits(4096, 512)
@@ -175,6 +176,34 @@ def test_documents_are_joined_as_asked_from_every_format(tmp_path, tokenizer):
     assert all(found.flatten().tolist() == expected for found in sets)
     limited = text_section(tmp_path / "a.jsonl", join=" ", max_documents=90, sampling="sequential")
     assert from_text(limited, tokenizer, LIMITS, 0).input_ids.flatten().tolist() == expected
+
+
+def test_a_plain_text_copy_of_wikitext_has_the_rows_of_the_parquet(tmp_path, tokenizer):
+    """Blank rows are empty in the parquet and lines of white space in the raw text; both must give the same tokens."""
+    from pyarrow import parquet
+
+    source = shared("data", "wikitext2_raw", "test.parquet")
+    rows = parquet.read_table(source).column("text").to_pylist()
+    (tmp_path / "raw.txt").write_text("".join(row or " \n" for row in rows), encoding="utf-8")
+    ids = [
+        from_text(
+            text_section(path, join=" ", txt_rows="wikitext", sampling="sequential", n_samples=900, seq_len=256),
+            tokenizer, LIMITS, 0,
+        ).input_ids
+        for path in (source, tmp_path / "raw.txt")
+    ]  # fmt: skip
+    assert torch.equal(*ids)
+
+
+def test_how_a_file_is_read_is_part_of_its_identity(tmp_path):
+    """The same bytes read as JSON lines and as plain text are two different sets."""
+    lines = json.dumps({"text": "one text"}) + "\n"
+    found = []
+    for name in ("a.jsonl", "a.txt"):
+        (tmp_path / name).write_text(lines)
+        found.append(identity(text_section(tmp_path / name)))
+    found.append(identity(text_section(tmp_path / "a.txt", txt_rows="lines")))
+    assert len({json.dumps(one, sort_keys=True) for one in found}) == 3
 
 
 def test_wikitext_comes_from_a_parquet_repository_and_is_prepared_as_published(tmp_path, tokenizer, monkeypatch):

@@ -67,6 +67,25 @@ def test_the_identity_of_an_evaluation_is_its_content(tmp_path, tokenizer):
     assert one == same != other
 
 
+def test_the_content_of_a_local_task_is_all_that_it_reads(tmp_path):
+    """The included YAML, the functions and the data of a task: a change in any of them is another task."""
+    from cfsp.evaluate.zero_shot import ZeroShot
+
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    (tmp_path / "helper.py").write_text("def process(docs): return docs\n")
+    (tmp_path / "_base.yaml").write_text("dataset_path: json\ndataset_kwargs: {data_files: {test: data.jsonl}}\n")
+    (tmp_path / "mine.yaml").write_text("include: _base.yaml\ntask: mine\nprocess_docs: !function helper.process\n")
+    check = lambda: ZeroShot(["mine"], include_path=str(tmp_path)).check(None, Limits(10, None))  # noqa: E731
+    seen = [check()]
+    for name in ("data.jsonl", "helper.py", "_base.yaml", "mine.yaml"):
+        (tmp_path / name).write_text((tmp_path / name).read_text() + "\n")
+        seen.append(check())
+    assert len({str(one) for one in seen}) == 5
+    (tmp_path / "data.jsonl").unlink()
+    with pytest.raises(DataError, match=r"data\.jsonl"):
+        check()
+
+
 def test_cost_counts_and_times_both_sides():
     model = tiny_model(tie_word_embeddings=True)
     rows = {(m.task, m.metric): m.value for m in size_of(model, torch.bfloat16)}

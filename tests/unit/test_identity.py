@@ -60,6 +60,7 @@ def test_what_decides_the_result_changes_the_id(folders):
         "another seed": prepared(folders, "one", "a.npy", "seed=1"),
         "another metric": prepared(folders, "one", "a.npy", "importance=wanda"),
         "another temperature": prepared(folders, "one", "a.npy", "allocator.temperature=2"),
+        "another saved dtype": prepared(folders, "one", "a.npy", "save.dtype=float16"),
         "another preset": prepared(folders, "one", "a.npy", "pruner=uniform"),
         "another dtype": prepared(folders, "one", "a.npy", "model.dtype=bfloat16"),
         "another batch size": prepared(folders, "one", "a.npy", "calibration.batch_size=2"),
@@ -93,6 +94,24 @@ def test_different_models_and_tokens_never_share_a_cache_entry(folders, tmp_path
             cache = StatisticsCache(tmp_path, job.source.fingerprint)
             paths.add(cache.path(BlockDriver(view, 8), job.calibration))
     assert len(paths) == 4
+
+
+def test_evaluators_of_another_class_are_another_run(folders, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    body = (
+        "from cfsp.components import component\n\n@component\nclass {name}:\n    side_by_side = False\n"
+        "    def check(self, tokenizer, limits):\n        return {{}}\n"
+        "    def measure(self, model, tokenizer):\n        return []\n"
+    )
+    (tmp_path / "my_evaluators.py").write_text(body.format(name="A") + "\n\n" + body.format(name="B"))
+    ids = {
+        prepared(
+            folders, "one", "a.npy", "plugins.allow=[my_evaluators]",
+            f"+evaluation.own._target_=my_evaluators.{name}",
+        ).run_id
+        for name in ("A", "B")
+    }  # fmt: skip
+    assert len(ids) == 2
 
 
 def test_the_code_of_a_plug_in_is_part_of_the_identity(tmp_path, monkeypatch):

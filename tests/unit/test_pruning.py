@@ -151,13 +151,60 @@ def test_apply_refuses_a_plan_of_another_model(tmp_path):
         cfsp.apply(tiny_model(blocks=3), plan)
     with pytest.raises(CheckpointError, match="keeps neuron"):
         cfsp.apply(tiny_model(width=32), plan)
-    other = tiny_model()
-    other._cfsp_fingerprint = "sha256:another"
+    other = tiny_model(seed=1)
+    before = copy.deepcopy(other.state_dict())
     with pytest.raises(CheckpointError, match="made for"):
         cfsp.apply(other, plan)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    in_bf16 = cfsp.apply(tiny_model().bfloat16(), plan)
+    assert in_bf16.model.layers[0].mlp.down_proj.weight.dtype == torch.bfloat16
     blocks = (BlockPlan(attention=False), *plan.blocks[1:])
     with pytest.raises(UnsupportedModelError, match="removes attention"):
         cfsp.apply(tiny_model(), PruningPlan("m", "f", {}, blocks, {}, {}))
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # peft 0.21 on transformers 5.23
+def test_what_cannot_be_pruned_is_refused_before_anything_changes():
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], r=2))
+    plan = cfsp.prune(tiny_model(), tokens(), ratio=0.5)
+    widths = [layer.mlp.down_proj.in_features for layer in wrapped.base_model.model.model.layers]
+    for refused in (lambda: cfsp.prune(wrapped, tokens()), lambda: cfsp.apply(wrapped, plan)):
+        with pytest.raises(UnsupportedModelError, match="merge_and_unload"):
+            refused()
+    assert [layer.mlp.down_proj.in_features for layer in wrapped.base_model.model.model.layers] == widths
+    with pytest.raises(UnsupportedModelError, match=r"transformers is needed"):
+        cfsp.prune(torch.nn.Linear(2, 2), tokens())
+
+
+def test_an_ffn_with_a_part_of_its_own_is_refused():
+    """BitNet normalises the neurons inside its FFN: the names are right, the structure is not."""
+    with pytest.raises(UnsupportedModelError, match="does not run with one neuron less.*ffn_sub_norm"):
+        cfsp.prune(tiny_model("bitnet"), tokens())
+
+
+def test_a_plan_fits_the_same_weights_wherever_they_come_from(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from cfsp.models.checkpoint import save_checkpoint
+    from cfsp.package import ROOT
+
+    folder = tmp_path / "model"
+    save_checkpoint(tiny_model(vocab_size=4096), folder, source=ROOT / "assets" / "books7m")
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    ours, _ = cfsp.load(folder)
+    ids = tokens(vocabulary=4096)
+    plan, same = cfsp.prune(plain, ids, ratio=0.5), cfsp.prune(ours, ids, ratio=0.5)
+    assert plan.blocks == same.blocks
+    assert same.base_fingerprint.startswith("sha256:")
+    cfsp.apply(ours, plan)
+    edited, _ = cfsp.load(folder)
+    with torch.no_grad():
+        edited.model.layers[0].mlp.up_proj.weight += 1
+    assert cfsp.prune(edited, ids, ratio=0.5).base_fingerprint.startswith("memory:")
+    with pytest.raises(CheckpointError, match="made for"):
+        cfsp.apply(edited, same)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,27 @@
+"""A cheap check of content: a hash of some values of every FFN matrix, for models that are already in memory.
+
+A folder's fingerprint cannot be asked of a model in memory, and says nothing once somebody edited the weights; this
+tells another model, or an edited one, from the base of a plan without reading all of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from cfsp.models.views import DecoderView
+
+_VALUES = 256
+
+
+def weight_sample(view: DecoderView) -> str:
+    """sha256 of 256 evenly spaced values of each FFN matrix, in bfloat16 so that the loading dtype does not matter."""
+    digest = hashlib.sha256()
+    for block in view.blocks:
+        for linear in (block.ffn.gate, block.ffn.up, block.ffn.down):
+            flat = linear.weight.detach().flatten()
+            at = torch.linspace(0, flat.numel() - 1, min(_VALUES, flat.numel()), dtype=torch.float64).long()
+            values = flat[at.to(flat.device)].to("cpu", torch.bfloat16)
+            digest.update(f"{tuple(linear.weight.shape)}".encode() + values.view(torch.int16).numpy().tobytes())
+    return f"sample:{digest.hexdigest()[:32]}"
