@@ -1,0 +1,37 @@
+"""What the README shows must be what the committed record says, and its commands must exist."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from rich.console import Console
+
+from cfsp.record.run_record import RunRecord
+from cfsp.tables.summary import summary
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_demo_table_is_the_committed_record():
+    record = RunRecord.read(ROOT / "results" / "records" / "demo" / "record.json")
+    console = Console(width=100, highlight=False)
+    with console.capture() as captured:
+        console.print(summary(record))
+    shown = [line.rstrip() for line in captured.get().rstrip().splitlines()]
+    assert "\n".join(shown) in README
+
+
+def test_the_committed_record_holds_no_place_of_a_machine():
+    text = (ROOT / "results" / "records" / "demo" / "record.json").read_text()
+    assert not re.search(r'"(/|[A-Z]:\\\\)', text)
+    assert json.loads(text)["environment"]["git"]["dirty"] is False
+
+
+def test_every_option_that_the_readme_names_exists():
+    groups = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()}
+    for group, options in re.findall(r"`?\b(\w+)=([\w.]+(?:\|[\w.]+)*)", README):
+        if group in groups - {"importance"}:
+            for option in options.split("|"):
+                assert (ROOT / "conf" / group / f"{option}.yaml").is_file(), f"{group}={option}"
