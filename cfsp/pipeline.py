@@ -73,8 +73,11 @@ def run(config: RunConfig, *, multirun: bool = False) -> tuple[RunRecord, Path]:
         started=_now(),
     )
     logger = config.logger.instance
-    with _log_file(out), _recorded(record, out, config):
-        record.write(out / "record.json")
+    # A repeated run must not cost the record of its success: until it ends well, its own stands beside it.
+    repeated = earlier is not None and earlier.status == "success"
+    unfinished = out / ("record.repeat.json" if repeated else "record.json")
+    with _log_file(out), _recorded(record, out, config, unfinished):
+        record.write(unfinished)
         _write_config(config, out)
         logger.start(prepared.run_id, out, config.raw)
         success = False
@@ -298,8 +301,8 @@ def _is_finished(earlier: RunRecord, out: Path, prepared: Prepared) -> bool:
 
 
 @contextlib.contextmanager
-def _recorded(record: RunRecord, out: Path, config: RunConfig) -> Iterator[None]:
-    """Whatever happens inside ends up in record.json; a finished run also in the records folder."""
+def _recorded(record: RunRecord, out: Path, config: RunConfig, unfinished: Path) -> Iterator[None]:
+    """What happens inside ends up in a record: in ``unfinished`` until it ends well, then in record.json."""
     try:
         yield
     except BaseException as error:
@@ -311,7 +314,7 @@ def _recorded(record: RunRecord, out: Path, config: RunConfig) -> Iterator[None]
         }
         log.debug("run failed", exc_info=error)
         record.finished = _now()
-        record.write(out / "record.json")
+        record.write(unfinished)
         if _out_of_memory(error):
             raise RunError(
                 "out of memory: lower calibration.batch_size and the evaluation's batch_size (e.g. 1), or use "
@@ -321,6 +324,8 @@ def _recorded(record: RunRecord, out: Path, config: RunConfig) -> Iterator[None]
     record.status, record.error = "success", None
     record.finished = _now()
     record.write(out / "record.json")
+    if unfinished.name != "record.json":
+        unfinished.unlink()
     record.write(Path(config.paths.records_dir) / f"{record.run_id}.json")
 
 

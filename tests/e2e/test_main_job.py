@@ -280,6 +280,20 @@ def test_a_finished_run_is_not_repeated_unless_forced(run_cfsp, tmp_path, monkey
     assert run_cfsp(*given, "force=true")[0] == 0
 
 
+def test_a_repeat_that_fails_does_not_cost_the_record_of_success(run_cfsp, tmp_path, monkeypatch):
+    given = ["evaluation=none", "save.model=false", "calibration.n_samples=4"]
+    assert run_cfsp(*given)[0] == 0
+    success = (tmp_path / "out" / "record.json").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("cfsp.pipeline.probe", lambda _: 1 / 0)
+        assert run_cfsp(*given, "force=true")[0] == 1
+    assert (tmp_path / "out" / "record.json").read_bytes() == success
+    failed = json.loads((tmp_path / "out" / "record.repeat.json").read_text())
+    assert (failed["status"], failed["error"]["type"]) == ("failed", "ZeroDivisionError")
+    assert run_cfsp(*given, "force=true")[0] == 0
+    assert not (tmp_path / "out" / "record.repeat.json").exists()
+
+
 def test_a_uniform_plan_is_a_plain_folder(run_cfsp, tmp_path):
     code, _, err = run_cfsp("pruner=uniform", "evaluation=none", "calibration.n_samples=8")
     assert code == 0, err
