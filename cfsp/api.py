@@ -9,18 +9,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from cfsp.allocate.budget import Budget, Scope
-from cfsp.calibrate.calibrate import calibrate
+from cfsp.allocate.budget import Scope
 from cfsp.compose import compose
 from cfsp.config import parse
 from cfsp.data.calibration import Limits, from_ids
 from cfsp.errors import ConfigError, UnsupportedModelError
-from cfsp.identity import method_of
 from cfsp.models.driver import BlockDriver
 from cfsp.models.remote_code import check_adoptable
 from cfsp.models.sample import weight_sample
 from cfsp.models.views import DecoderView, resolve
-from cfsp.pruning.base import PlanContext
+from cfsp.pruning.base import removes_heads
+from cfsp.pruning.context import plan_context
 from cfsp.pruning.plan import PruningPlan
 from cfsp.pruning.probe import probe
 
@@ -30,7 +29,7 @@ def prune(
     input_ids: Tensor,
     pruner: str = "cfsp",
     ratio: float = 0.5,
-    scope: Scope = "ffn",
+    scope: Scope | None = None,
     round_to: int = 32,
     *,
     batch_size: int = 8,
@@ -41,7 +40,8 @@ def prune(
     Args:
         input_ids: calibration windows [n, T] (a tensor, array or nested list), run through the decoder once.
         pruner: a name of ``conf/pruner``.
-        ratio: fraction of the parameters of ``scope`` (ffn, decoder or model) to remove.
+        ratio: fraction of the parameters of ``scope`` to remove.
+        scope: ffn, decoder or model; None: the pruner's own (ffn where FFN neurons go, decoder where more does).
         round_to: kept widths are multiples of it.
         overrides: more configuration, as on the command line: ``["allocator.temperature=2"]``.
 
@@ -52,8 +52,8 @@ def prune(
     settings = [
         f"pruner={pruner}",
         f"sparsity.ratio={ratio}",
-        f"sparsity.scope={scope}",
         f"sparsity.round_to={round_to}",
+        *([] if scope is None else [f"sparsity.scope={scope}"]),
     ]
     config = parse(compose([*settings, *overrides]))
     if batch_size < 1:
@@ -65,22 +65,19 @@ def prune(
     positions = getattr(model.config, "max_position_embeddings", None)
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     calibration = from_ids(torch.as_tensor(input_ids), Limits(vocabulary, positions))
-    driver = BlockDriver(view, batch_size)
+    pruner_instance = config.pruner.instance
+    if hasattr(pruner_instance, "check"):
+        pruner_instance.check(view, config.budget)
     with _evaluating(model):
-        probe(view)
-        statistics, _ = calibrate(driver, calibration)
-        context = PlanContext(
-            driver=driver,
-            calibration=calibration,
-            statistics=statistics,
-            budget=Budget(**config.sparsity.model_dump()),
-            importance=config.importance.instance,
-            allocator=config.allocator.instance,
-            method=method_of(config),
+        probe(view, heads=removes_heads(pruner_instance))
+        context, _ = plan_context(
+            config,
+            BlockDriver(view, batch_size),
+            calibration,
             base_model=str(getattr(model, "name_or_path", "")) or type(model).__name__,
             base_fingerprint=_fingerprint(view),
         )
-        return config.pruner.instance.plan(context)
+        return pruner_instance.plan(context)
 
 
 def _fingerprint(view: DecoderView) -> str:

@@ -10,18 +10,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from cfsp.allocate.budget import Budget
 from cfsp.components import Component, build, problems_of, shown, suggest
 from cfsp.errors import ConfigError
+from cfsp.package import config_folder
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 SavedDType = Literal["float32", "bfloat16", "float16"]
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 Folder = Annotated[str, Field(min_length=1)]
 
 
@@ -109,6 +113,9 @@ class SparsitySection(Section):
     round_to: PositiveInt = Field(default=32, description="kept widths are multiples of it; 1 for no rounding")
     rounding: Literal["exact", "nearest"] = "exact"
     min_width: PositiveInt | None = Field(default=None, description="the smallest width of a block; null: round_to")
+    protect: Literal["none", "auto"] | tuple[NonNegativeInt, NonNegativeInt] = Field(
+        default="none", description="blocks that stay whole: none, auto, or [first,last], e.g. sparsity.protect=[4,2]"
+    )
 
 
 class SaveSection(Section):
@@ -147,6 +154,15 @@ class RunConfig:
     force: bool
     debug: bool
     raw: dict[str, Any]
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(**self.sparsity.model_dump())
+
+    @property
+    def plans_with(self) -> tuple[str, ...]:
+        """The groups that the pruner draws on."""
+        return _plans_with(self.pruner)
 
 
 _SECTIONS: dict[str, type[Section]] = {
@@ -208,6 +224,7 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
             f"model.path={shown(parts['model'].path)}: model={parts['model'].name} needs it: give a folder "
             "or a hub id, e.g. model.path=meta-llama/Llama-3.1-8B"
         )
+    problems.extend(_unused(parts["pruner"], raw))
     if problems:
         raise ConfigError(*problems)
     parts.pop("plugins")
@@ -219,6 +236,32 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         debug=scalars.debug,
         raw=raw,
     )
+
+
+def _plans_with(pruner: Component) -> tuple[str, ...]:
+    return getattr(pruner.instance, "plans_with", ("importance", "allocator"))
+
+
+def _unused(pruner: Component | None, raw: Mapping[str, Any]) -> Iterator[str]:
+    """A metric or allocator that was chosen, but that the chosen pruner does not look at."""
+    if pruner is None or not pruner.instance.prunes:
+        return
+    for group in ("importance", "allocator"):
+        if group not in _plans_with(pruner) and raw.get(group) != _default(group):
+            name = pruner.instance.name
+            yield (
+                f"{group}._target_={raw[group].get('_target_')}: pruner={name} has its own way of choosing and does "
+                f"not use {group}; leave it out, or use pruner=one_shot"
+            )
+
+
+@cache
+def _default(group: str) -> dict[str, Any]:
+    """The group as config.yaml has it where nobody chooses."""
+    entries = OmegaConf.load(config_folder() / "config.yaml").defaults
+    (option,) = [entry[group] for entry in entries if not isinstance(entry, str) and group in entry]
+    values: Any = OmegaConf.to_container(OmegaConf.load(config_folder() / group / f"{option}.yaml"))
+    return values
 
 
 class _Scalars(Section):

@@ -9,18 +9,18 @@ from typing import Any
 from cfsp.config import RunConfig
 
 #: Raise it when the method's code changes a result, so that no old record stands for the new code.
-METHOD_VERSION = 1
+METHOD_VERSION = 2
 
 
 def method_of(config: RunConfig) -> dict[str, Any]:
-    """What really runs: the metric, the allocator and the structure, not only the preset's name."""
+    """What really runs: the pruner with its settings, and the metric and allocator where it uses them."""
     pruner = config.pruner
     if not pruner.instance.prunes:
         return {"name": pruner.instance.name}
+    parts = {"importance": config.importance, "allocator": config.allocator}
     return {
         "name": pruner.instance.name,
-        "importance": config.importance.identity(),
-        "allocator": config.allocator.identity(),
+        **{group: parts[group].identity() for group in config.plans_with},
         "pruner": pruner.identity(),
         "version": METHOD_VERSION,
     }

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cfsp.calibrate.calibrate import StatisticsCache, calibrate
+from cfsp.calibrate.calibrate import StatisticsCache
 from cfsp.config import RunConfig, SelfCalibration
 from cfsp.data.calibration import CalibrationSet
 from cfsp.data.self_generated import sample_windows
@@ -27,13 +27,14 @@ from cfsp.identity import METHOD_VERSION, digest, method_of
 from cfsp.models.checkpoint import check_destination, first_non_finite, save_checkpoint
 from cfsp.models.driver import BlockDriver
 from cfsp.models.load import load_model
+from cfsp.models.snapshot import Snapshot
 from cfsp.models.views import DecoderView, resolve
 from cfsp.prepare import Prepared, prepare
-from cfsp.pruning.apply import apply, dense_again
-from cfsp.pruning.base import PlanContext
-from cfsp.pruning.plan import PruningPlan
+from cfsp.pruning.apply import apply
+from cfsp.pruning.base import PlanContext, removes_heads
+from cfsp.pruning.context import plan_context
+from cfsp.pruning.plan import COMPENSATION_IN_FOLDER, PruningPlan
 from cfsp.pruning.probe import probe
-from cfsp.pruning.slicing import linears_of
 from cfsp.record import environment
 from cfsp.record.figure import draw_blocks
 from cfsp.record.run_record import RunRecord
@@ -97,7 +98,7 @@ def _execute(prepared: Prepared, record: RunRecord, out: Path) -> None:
     with stages("load"):
         model = load_model(prepared.source, dtype=prepared.dtype, device=prepared.device, trust_remote_code=trust)
         view = resolve(model)
-        probe(view)
+        probe(view, heads=removes_heads(config.pruner.instance))
     if not config.pruner.instance.prunes:
         with stages("evaluate") as stage:
             record.measurements["dense"], stage["cached"] = _evaluate_dense(prepared, model)
@@ -113,7 +114,7 @@ def _execute(prepared: Prepared, record: RunRecord, out: Path) -> None:
     if prepared.evaluation:
         with stages("evaluate dense") as stage:
             record.measurements["dense"], stage["cached"] = _evaluate_dense(prepared, model)
-    originals = [linears_of(block.ffn) for block in view.blocks]
+    as_it_was = Snapshot(model)
     with stages("apply"):
         apply(model, plan)
     with stages("recover"):
@@ -121,21 +122,26 @@ def _execute(prepared: Prepared, record: RunRecord, out: Path) -> None:
         _round_to_stored(model, prepared.stored_dtype)
     if config.save.model:
         with stages("save"):
-            files = {"plan.json": _plan_in_folder(plan, prepared).to_json()}
+            state = "compensated" if plan.tensors else "pruned"
             saved = save_checkpoint(
-                model, out / "model", dtype=prepared.stored_dtype, source=prepared.source.folder, files=files
+                model,
+                out / "model",
+                dtype=prepared.stored_dtype,
+                source=prepared.source.folder,
+                state=state,
+                files=_plan_in_folder(plan, prepared).files(tensors=COMPENSATION_IN_FOLDER),
             )
             record.checkpoint = {
                 "form": saved.form,
                 "bytes": saved.bytes,
                 "dtype": saved.dtype,
-                "state": "pruned",
+                "state": state,
             }
     if prepared.evaluation:
         with stages("evaluate pruned"):
             record.measurements["pruned"] = _measured(prepared, model)
         with stages("measure cost"):
-            dense = Side("dense", lambda: dense_again(view, originals), prepared.stored_dtype)
+            dense = Side("dense", as_it_was.active, prepared.stored_dtype)
             _add(record.measurements, _side_by_side(prepared, model, [dense, _side("pruned", prepared)]))
     draw_blocks(plan, _distance_shown(config), out / "blocks.png")
 
@@ -160,20 +166,14 @@ def _context(prepared: Prepared, view: DecoderView) -> tuple[PlanContext, bool]:
     calibration = prepared.calibration or _sampled(prepared, view.model)
     driver = BlockDriver(view, config.calibration.batch_size)
     cache = StatisticsCache(Path(config.paths.cache_dir), prepared.source.fingerprint)
-    statistics, cached = calibrate(driver, calibration, cache)
-    context = PlanContext(
-        driver=driver,
-        calibration=calibration,
-        statistics=statistics,
-        budget=prepared.budget,
-        importance=config.importance.instance,
-        allocator=config.allocator.instance,
-        method=method_of(config),
+    return plan_context(
+        config,
+        driver,
+        calibration,
         base_model=prepared.source.origin,
         base_fingerprint=prepared.source.fingerprint,
         cache=cache,
     )
-    return context, cached
 
 
 def _sampled(prepared: Prepared, model: nn.Module) -> CalibrationSet:
@@ -258,10 +258,11 @@ def _record_plan(record: RunRecord, plan: PruningPlan) -> None:
         "requested": plan.requested,
         "achieved": plan.achieved,
         "parameters": plan.parameters,
+        "notes": plan.notes,
     }
     record.blocks = list(plan.details)
-    widths = " ".join(str(row["width"]) for row in plan.details)
-    log.info("kept widths: %s", widths)
+    log.info("kept FFN widths: %s", " ".join(str(row["width"]) for row in plan.details))
+    log.info("kept KV groups: %s", " ".join(str(row["kv_groups"]) for row in plan.details))
 
 
 def _plan_in_folder(plan: PruningPlan, prepared: Prepared) -> PruningPlan:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from cfsp.allocate.budget import Budget, Sizes, keep_fraction
 from cfsp.config import RunConfig, SelfCalibration, TextCalibration, TokensCalibration
 from cfsp.data import calibration as calibration_data
 from cfsp.data.calibration import CalibrationSet, Limits
@@ -37,10 +36,6 @@ class Prepared:
     evaluation: dict[str, dict[str, Any]]
     identity: dict[str, Any]
     run_id: str
-
-    @property
-    def budget(self) -> Budget:
-        return Budget(**self.config.sparsity.model_dump())
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -71,7 +66,8 @@ def prepare(config: RunConfig) -> Prepared:
         with _collected(problems):
             check_adoptable(view.model)
         with _collected(problems):
-            keep_fraction(Budget(**config.sparsity.model_dump()), Sizes.of(view))
+            if hasattr(config.pruner.instance, "check"):
+                config.pruner.instance.check(view, config.budget)
         with _collected(problems):
             calibration_identity = calibration_data.identity(config.calibration)
             calibration = _calibration(config, tokenizer, limits)

@@ -1,27 +1,35 @@
-"""The budget: what a ratio of a scope asks of the FFN neurons, and whole widths that meet it."""
+"""The budget: what a ratio of a scope asks of the removable units, and whole widths that meet it."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
-from cfsp.errors import BudgetError
+from cfsp.errors import BudgetError, ConfigError
 
 if TYPE_CHECKING:
     from cfsp.models.views import DecoderView
 
 Scope = Literal["ffn", "decoder", "model"]
 Rounding = Literal["exact", "nearest"]
+Structure = Literal["ffn", "heads", "heads_ffn"]
+Protect = Literal["none", "auto"] | tuple[int, int]
+
+#: From this many blocks on, LLM-Pruner's published 4 first and 2 last blocks are left whole (facts of its README).
+_DEEP = 24
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Remove ``ratio`` of the parameters of ``scope`` by removing FFN neurons.
+    """Remove ``ratio`` of the parameters of ``scope``.
 
-    scope ffn: the parameters that go with the neurons; decoder: everything in the blocks; model: everything.
-    Legal widths of a block: the multiples of ``round_to`` from ``min_width`` (None: ``round_to``) up, and its own N.
+    scope ffn: the parameters that go with the FFN neurons; decoder: everything in the blocks; model: everything.
+    Legal FFN widths of a block: the multiples of ``round_to`` from ``min_width`` (None: ``round_to``) up, and its own
+    N; KV groups: 1 to all. ``protect``: (first, last) blocks that stay whole; auto: 4 and 2 from 24 blocks on, else 1
+    and 1.
     """
 
     ratio: float
@@ -29,72 +37,138 @@ class Budget:
     round_to: int = 32
     rounding: Rounding = "exact"
     min_width: int | None = None
+    protect: Protect = "none"
+
+    def free_blocks(self, n_blocks: int) -> list[int]:
+        """Indices of the blocks that may be pruned.
+
+        Raises:
+            ConfigError: every block is protected.
+        """
+        first, last = (0, 0) if self.protect == "none" else self._ends(n_blocks)
+        free = list(range(first, n_blocks - last))
+        if not free:
+            raise ConfigError(
+                f"sparsity.protect={self._shown()}: leaves no block of {n_blocks} to prune; use smaller numbers or none"
+            )
+        return free
+
+    def _ends(self, n_blocks: int) -> tuple[int, int]:
+        if isinstance(self.protect, tuple):
+            return self.protect
+        return (4, 2) if n_blocks >= _DEEP else (1, 1)
+
+    def _shown(self) -> str:
+        return self.protect if isinstance(self.protect, str) else f"[{self.protect[0]},{self.protect[1]}]"
+
+    def requested(self) -> dict[str, Any]:
+        """What was asked for, for the plan."""
+        return {
+            "ratio": self.ratio,
+            "scope": self.scope,
+            "round_to": self.round_to,
+            "rounding": self.rounding,
+            "min_width": self.min_width or self.round_to,
+            "protect": self.protect if isinstance(self.protect, str) else list(self.protect),
+        }
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The countable side of a model: per block N and parameters per neuron; totals of the wider scopes."""
+    """The countable side of a model: the units of each block that ``structure`` may remove; totals of the scopes.
+
+    ``widths``: FFN neurons, ``kv_groups``: KV groups; 0 where they are not there or not to be removed.
+    """
 
     widths: tuple[int, ...]
     neuron_parameters: tuple[int, ...]
+    kv_groups: tuple[int, ...]
+    group_parameters: tuple[int, ...]
+    ffn_parameters: int
     decoder_parameters: int
     model_parameters: int
 
     @staticmethod
-    def of(view: DecoderView) -> Sizes:
-        return Sizes(tuple(view.widths), tuple(view.neuron_parameters), view.decoder_parameters, view.model_parameters)
+    def of(view: DecoderView, structure: Structure = "ffn") -> Sizes:
+        costs = [block.ffn.neuron_parameters if block.ffn is not None else 0 for block in view.blocks]
+        group_costs = [block.attention.group_parameters if block.attention is not None else 0 for block in view.blocks]
+        nothing = (0,) * len(view.blocks)
+        return Sizes(
+            widths=nothing if structure == "heads" else tuple(view.widths),
+            neuron_parameters=tuple(costs),
+            kv_groups=nothing if structure == "ffn" else tuple(view.kv_groups),
+            group_parameters=tuple(group_costs),
+            ffn_parameters=sum(n * cost for n, cost in zip(view.widths, costs, strict=True)),
+            decoder_parameters=view.decoder_parameters,
+            model_parameters=view.model_parameters,
+        )
 
     def of_scope(self, scope: Scope) -> int:
         """Parameters of a scope."""
-        totals = {
-            "ffn": self.ffn_parameters,
-            "decoder": self.decoder_parameters,
-            "model": self.model_parameters,
-        }
+        totals = {"ffn": self.ffn_parameters, "decoder": self.decoder_parameters, "model": self.model_parameters}
         return totals[scope]
+
+    def only(self, blocks: Sequence[int]) -> Sizes:
+        """The same with these blocks alone; the scopes' totals stay."""
+        return replace(
+            self,
+            widths=tuple(self.widths[block] for block in blocks),
+            neuron_parameters=tuple(self.neuron_parameters[block] for block in blocks),
+            kv_groups=tuple(self.kv_groups[block] for block in blocks),
+            group_parameters=tuple(self.group_parameters[block] for block in blocks),
+        )
 
     @property
     def parameters(self) -> list[int]:
-        """FFN parameters of each block."""
-        return [n * cost for n, cost in zip(self.widths, self.neuron_parameters, strict=True)]
+        """Removable parameters of each block."""
+        rows = zip(self.widths, self.neuron_parameters, self.kv_groups, self.group_parameters, strict=True)
+        return [n * cost + groups * group_cost for n, cost, groups, group_cost in rows]
 
     @property
-    def ffn_parameters(self) -> int:
+    def removable(self) -> int:
+        """Removable parameters of all blocks."""
         return sum(self.parameters)
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Kept neurons per block, and what was asked for beside what it amounts to."""
+    """Kept FFN neurons and kept KV groups of each block."""
 
     per_block: tuple[int, ...]
-    requested: dict[str, Any]
-    achieved: dict[str, Any]
+    kv_groups: tuple[int, ...]
 
 
 def keep_fraction(budget: Budget, sizes: Sizes) -> float:
-    """The fraction of FFN parameters to keep so that ``ratio`` of the scope goes.
+    """The fraction of the removable parameters to keep so that ``ratio`` of the scope goes.
 
     Raises:
         BudgetError: not even the smallest legal widths remove that much; names the largest ratio that can be met.
     """
     removed = budget.ratio * sizes.of_scope(budget.scope)
-    most = sum((n - _legal(n, budget)[0]) * cost for n, cost in zip(sizes.widths, sizes.neuron_parameters, strict=True))
-    step = max(_widest_step(n, budget) * cost for n, cost in zip(sizes.widths, sizes.neuron_parameters, strict=True))
-    if removed > most + step / 2 or removed >= sizes.ffn_parameters:
-        smallest = f"sparsity.min_width={budget.min_width or budget.round_to} sparsity.round_to={budget.round_to}"
-        wish = f"sparsity.ratio={budget.ratio} of sparsity.scope={budget.scope} cannot be met"
-        largest = _rounded_down(most / sizes.of_scope(budget.scope))
-        if not largest:
-            raise BudgetError(
-                f"{wish}: with {smallest} no neuron of blocks of width {max(sizes.widths)} can go; use smaller ones"
-            )
-        scope = "" if budget.scope == "ffn" else ", or sparsity.scope=ffn"
-        raise BudgetError(
-            f"{wish}: going down to {smallest} removes {largest:.4f} at most; use sparsity.ratio={largest:g} or "
-            f"less, a smaller min_width or round_to{scope}"
+    slots = _slots(budget, sizes)
+    most = sum((slot.n - slot.legal[0]) * slot.cost for slot in slots)
+    step = max((slot.widest_step * slot.cost for slot in slots), default=0)
+    if removed > most + step / 2 or removed >= sizes.removable:
+        raise BudgetError(_unreachable(budget, sizes, most))
+    return 1 - removed / sizes.removable
+
+
+def _unreachable(budget: Budget, sizes: Sizes, most: int) -> str:
+    smallest = f"sparsity.min_width={budget.min_width or budget.round_to} sparsity.round_to={budget.round_to}"
+    protected = "" if budget.protect == "none" else f" and sparsity.protect={budget._shown()}"
+    wish = f"sparsity.ratio={budget.ratio} of sparsity.scope={budget.scope} cannot be met"
+    largest = _rounded_down(most / sizes.of_scope(budget.scope))
+    if not largest:
+        return (
+            f"{wish}: with {smallest}{protected} no neuron of blocks of width {max(sizes.widths)} can go; "
+            "use smaller ones"
         )
-    return 1 - removed / sizes.ffn_parameters
+    scope = "" if budget.scope == "ffn" or not any(sizes.widths) or any(sizes.kv_groups) else ", or sparsity.scope=ffn"
+    protect = "" if not protected else ", or sparsity.protect=none"
+    return (
+        f"{wish}: going down to {smallest}{protected} removes {largest:.4f} at most; use sparsity.ratio={largest:g} or "
+        f"less, a smaller min_width or round_to{scope}{protect}"
+    )
 
 
 def _rounded_down(ratio: float) -> float:
@@ -102,77 +176,102 @@ def _rounded_down(ratio: float) -> float:
     return math.floor(ratio * 1e4) / 1e4
 
 
-def to_widths(desired: list[float], budget: Budget, sizes: Sizes, *, counted: bool = False) -> Widths:
-    """Round an allocation's desired widths to legal ones.
+@dataclass(frozen=True)
+class _Slot:
+    """The removable units of one kind in one block: how many, what one costs, how many may stay."""
+
+    kind: Literal["ffn", "attention"]
+    block: int
+    n: int
+    cost: int
+    legal: list[int]
+
+    @property
+    def widest_step(self) -> int:
+        """The most units between two legal widths that follow each other; 0 where nothing can be removed."""
+        return max((after - before for before, after in pairwise(self.legal)), default=0)
+
+
+def _slots(budget: Budget, sizes: Sizes) -> list[_Slot]:
+    smallest = budget.min_width or budget.round_to
+    start = -(-smallest // budget.round_to) * budget.round_to
+    slots = [
+        _Slot("ffn", block, n, cost, [*range(start, n, budget.round_to), n])
+        for block, (n, cost) in enumerate(zip(sizes.widths, sizes.neuron_parameters, strict=True))
+        if n
+    ]
+    slots += [
+        _Slot("attention", block, n, cost, list(range(1, n + 1)))
+        for block, (n, cost) in enumerate(zip(sizes.kv_groups, sizes.group_parameters, strict=True))
+        if n
+    ]
+    return slots
+
+
+def to_widths(
+    desired: Sequence[float],
+    budget: Budget,
+    sizes: Sizes,
+    *,
+    groups: Sequence[float] | None = None,
+    counted: bool = False,
+) -> Widths:
+    """Round desired numbers of neurons (and of KV ``groups``) per block to legal ones.
 
     ``nearest`` rounds each block alone, as the released code does: int((N keep + r/2) / r) r, and int(N keep) + 1
     where r = 1 (not where the allocator already ``counted`` neurons); never below the smallest legal width, which is
-    where the released code keeps everything. ``exact`` then moves whole steps between blocks, the block furthest from
+    where the released code keeps everything. ``exact`` then moves whole steps between blocks, the one furthest from
     its desired width first, until the total is within half a step of the request.
     """
-    legal = [_legal(n, budget) for n in sizes.widths]
+    slots = _slots(budget, sizes)
+    wants = [
+        float(desired[slot.block]) if slot.kind == "ffn" else float((groups or sizes.kv_groups)[slot.block])
+        for slot in slots
+    ]
     if budget.rounding == "nearest":
         chosen = [
-            _released_rule(want, n, options[0], budget.round_to, counted)
-            for want, n, options in zip(desired, sizes.widths, legal, strict=True)
+            _released_rule(want, slot, budget.round_to if slot.kind == "ffn" else 1, counted or slot.kind != "ffn")
+            for want, slot in zip(wants, slots, strict=True)
         ]
     else:
-        chosen = _exact(desired, legal, sizes, sizes.ffn_parameters - budget.ratio * sizes.of_scope(budget.scope))
-    removed = sum(
-        (n - width) * cost for n, width, cost in zip(sizes.widths, chosen, sizes.neuron_parameters, strict=True)
+        chosen = _exact(wants, slots, sizes.removable - budget.ratio * sizes.of_scope(budget.scope))
+    kept = {(slot.kind, slot.block): width for slot, width in zip(slots, chosen, strict=True)}
+    blocks = range(len(sizes.widths))
+    return Widths(
+        tuple(kept.get(("ffn", block), sizes.widths[block]) for block in blocks),
+        tuple(kept.get(("attention", block), sizes.kv_groups[block]) for block in blocks),
     )
-    requested: dict[str, Any] = {"ratio": budget.ratio, "scope": budget.scope, "round_to": budget.round_to}
-    requested |= {"rounding": budget.rounding, "min_width": budget.min_width or budget.round_to}
-    achieved = {
-        "ratio": removed / sizes.of_scope(budget.scope),
-        "removed_parameters": removed,
-        **{f"{scope}_ratio": removed / sizes.of_scope(scope) for scope in ("ffn", "decoder", "model")},
-    }
-    return Widths(tuple(chosen), requested, achieved)
 
 
-def _legal(n: int, budget: Budget) -> list[int]:
-    smallest = budget.min_width or budget.round_to
-    multiples = range(-(-smallest // budget.round_to) * budget.round_to, n, budget.round_to)
-    return [*multiples, n]
-
-
-def _widest_step(n: int, budget: Budget) -> int:
-    """The most neurons between two legal widths that follow each other; 0 where nothing can be removed."""
-    legal = _legal(n, budget)
-    return max((after - before for before, after in pairwise(legal)), default=0)
-
-
-def _released_rule(desired: float, n: int, smallest: int, round_to: int, counted: bool) -> int:
+def _released_rule(desired: float, slot: _Slot, round_to: int, counted: bool) -> int:
     if round_to > 1:
         width = int((desired + round_to / 2) / round_to) * round_to
     else:
         width = round(desired) if counted else int(desired) + 1
-    return min(max(width, smallest), n)
+    return min(max(width, slot.legal[0]), slot.n)
 
 
-def _exact(desired: list[float], legal: list[list[int]], sizes: Sizes, target: float) -> list[int]:
-    costs = sizes.neuron_parameters
+def _exact(desired: list[float], slots: list[_Slot], target: float) -> list[int]:
     at = [
-        min(range(len(options)), key=lambda i, o=options, w=want: abs(o[i] - w))  # type: ignore[misc]
-        for want, options in zip(desired, legal, strict=True)
+        min(range(len(slot.legal)), key=lambda i, o=slot.legal, w=want: abs(o[i] - w))  # type: ignore[misc]
+        for want, slot in zip(desired, slots, strict=True)
     ]
-    missing = target - sum(options[i] * cost for options, i, cost in zip(legal, at, costs, strict=True))
+    missing = target - sum(slot.legal[i] * slot.cost for slot, i in zip(slots, at, strict=True))
     while True:
         direction = 1 if missing > 0 else -1
         best: tuple[float, int] | None = None
-        for block, (options, i) in enumerate(zip(legal, at, strict=True)):
-            if not 0 <= i + direction < len(options):
+        for index, (slot, i) in enumerate(zip(slots, at, strict=True)):
+            if not 0 <= i + direction < len(slot.legal):
                 continue
-            change = (options[i + direction] - options[i]) * costs[block]
-            if abs(missing - change) >= abs(missing):
+            step = slot.legal[i + direction] - slot.legal[i]
+            if abs(missing - step * slot.cost) >= abs(missing):
                 continue
-            lag = direction * (desired[block] - options[i]) / abs(options[i + direction] - options[i])
+            lag = direction * (desired[index] - slot.legal[i]) / abs(step)
             if best is None or lag > best[0]:
-                best = (lag, block)
+                best = (lag, index)
         if best is None:
-            return [options[i] for options, i in zip(legal, at, strict=True)]
-        block = best[1]
-        before = legal[block][at[block]]
-        at[block] += direction
-        missing -= (legal[block][at[block]] - before) * costs[block]
+            return [slot.legal[i] for slot, i in zip(slots, at, strict=True)]
+        index = best[1]
+        before = slots[index].legal[at[index]]
+        at[index] += direction
+        missing -= (slots[index].legal[at[index]] - before) * slots[index].cost

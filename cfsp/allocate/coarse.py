@@ -39,7 +39,7 @@ class Coarse:
 
     def allocate(self, scores: Scores, sizes: Sizes, keep: float) -> Allocation:
         share = self.importance(scores)
-        weight = share.new_tensor(sizes.parameters) / sizes.ffn_parameters  # all alike in a dense model
+        weight = share.new_tensor(sizes.parameters) / sizes.removable  # all alike in a dense model
         mean, highest = (share * weight).sum(), share.max()
         if highest / mean * keep >= 1 and highest > mean:
             share = mean + (share - mean) * (mean * (1 / keep - 1) / (highest - mean) / 1.05)

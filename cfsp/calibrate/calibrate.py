@@ -28,7 +28,7 @@ class StatisticsCache:
         key = {
             "model": self.model_fingerprint,
             "tokens": calibration.fingerprint,
-            "dtype": str(driver.view.blocks[0].ffn.down.weight.dtype),
+            "dtype": str(driver.view.model.dtype),
             "batch_size": driver.batch_size,
             "collectors": COLLECTOR_VERSION,
         }
@@ -50,7 +50,7 @@ def calibrate(
         except Exception as error:  # any damage: the file can be made again
             log.warning("cached statistics %s cannot be read (%s); calibrating again", path.name, error)
     n_sequences, seq_len = calibration.input_ids.shape
-    with collecting(driver.view) as sums:
+    with collecting(driver.view.blocks) as sums:
         driver.run(calibration.input_ids)
     statistics = report(sums, n_sequences, seq_len)
     if path is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cfsp.calibrate.statistics import DISTANCES, BlockStatistics, InputStatistics, Statistics
 from cfsp.importance.block_distance import block_distances
 from cfsp.models.driver import entering, hidden_of
-from cfsp.models.views import BlockView, DecoderView
+from cfsp.models.views import BlockView
 
 #: Part of the cache key: raise it whenever what is collected, or how, changes.
 COLLECTOR_VERSION = 1
@@ -42,11 +42,9 @@ class BlockSums:
 
     def __init__(self, block: BlockView) -> None:
         self.block = block
-        device = block.ffn.down.weight.device
+        device = next(block.module.parameters()).device
         self.distances = torch.zeros(len(DISTANCES), dtype=torch.float64, device=device)
-        self.ffn = InputSums(block.ffn.width, device)
-        attention = block.attention
-        self.attention = None if attention is None else InputSums(attention.o_proj.in_features, device)
+        self.inputs = {kind: InputSums(channels.n, device) for kind, channels in block.channels.items()}
 
     def _distance(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         for sequence in block_distances(entering(args, kwargs), hidden_of(output)):
@@ -55,23 +53,20 @@ class BlockSums:
     def attach(self) -> list[Callable[[], None]]:
         """Register the hooks; returns what removes them."""
         handles = [self.block.module.register_forward_hook(self._distance, with_kwargs=True)]
-        handles.append(self.block.ffn.down.register_forward_pre_hook(self.ffn))
-        if self.block.attention is not None and self.attention is not None:
-            handles.append(self.block.attention.o_proj.register_forward_pre_hook(self.attention))
+        for kind, channels in self.block.channels.items():
+            handles.append(channels.output.register_forward_pre_hook(self.inputs[kind]))
         return [handle.remove for handle in handles]
 
     def report(self, n_sequences: int, seq_len: int) -> BlockStatistics:
         means = (self.distances / (n_sequences * seq_len)).tolist()
-        attention = None if self.attention is None else self.attention.report(n_sequences, seq_len)
-        return BlockStatistics(
-            dict(zip(DISTANCES, means, strict=True)), self.ffn.report(n_sequences, seq_len), attention
-        )
+        inputs = {kind: sums.report(n_sequences, seq_len) for kind, sums in self.inputs.items()}
+        return BlockStatistics(dict(zip(DISTANCES, means, strict=True)), inputs.get("ffn"), inputs.get("attention"))
 
 
 @contextmanager
-def collecting(view: DecoderView) -> Iterator[list[BlockSums]]:
-    """Collect the core set while the block runs the model; hooks go away whatever happens."""
-    sums = [BlockSums(block) for block in view.blocks]
+def collecting(blocks: Sequence[BlockView]) -> Iterator[list[BlockSums]]:
+    """Collect the core set of ``blocks`` while the model runs; hooks go away whatever happens."""
+    sums = [BlockSums(block) for block in blocks]
     removers = [remover for block in sums for remover in block.attach()]
     try:
         yield sums

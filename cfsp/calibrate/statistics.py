@@ -43,10 +43,10 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class BlockStatistics:
-    """``ffn``: inputs of down_proj; ``attention``: inputs of o_proj (None where it was not recognised)."""
+    """``ffn``: inputs of down_proj; ``attention``: inputs of o_proj; None where that is not there or not recognised."""
 
     distances: dict[str, float]
-    ffn: InputStatistics
+    ffn: InputStatistics | None
     attention: InputStatistics | None
 
 
@@ -92,5 +92,5 @@ class Statistics:
                 if f"{index}.{part}.mean" in tensors
             }
             distances = dict(zip(DISTANCES, row, strict=True))
-            blocks.append(BlockStatistics(distances, parts["ffn"], parts.get("attention")))
+            blocks.append(BlockStatistics(distances, parts.get("ffn"), parts.get("attention")))
         return Statistics(tuple(blocks), header["n_sequences"], header["seq_len"])

@@ -1,4 +1,4 @@
-"""Activation norm: how strongly a neuron fires on the calibration set, weights aside."""
+"""Activation norm: how strongly a channel fires on the calibration set, weights aside."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from cfsp.components import component
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfsp.models.views import BlockView
+    from cfsp.importance.base import Activation
+    from cfsp.models.views import Channels
 
 
 @component
 class ActivationNorm:
-    """X_i, the root mean square of the input of down_proj."""
+    """X_i, the root mean square of the activation."""
 
-    def score(self, block: BlockView, activation: Tensor) -> Tensor:
-        return activation
+    def score(self, channels: Channels, activation: Activation) -> Tensor:
+        return activation.rms

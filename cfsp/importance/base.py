@@ -1,7 +1,8 @@
-"""What a neuron metric is, and the scores it gives."""
+"""What a metric is, and the scores it gives to FFN neurons and to the channels of attention heads."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,50 +11,130 @@ from cfsp.errors import RunError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfsp.calibrate.statistics import Statistics
-    from cfsp.models.views import BlockView, DecoderView
+    from cfsp.allocate.budget import Structure
+    from cfsp.calibrate.gradients import GradientTerms
+    from cfsp.calibrate.statistics import BlockStatistics, InputStatistics, Statistics
+    from cfsp.models.views import BlockView, Channels, DecoderView
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What the calibration pass saw at the channels, [N] fp32 each, on the weights' device.
+
+    rms: root mean square over all tokens; mean and (population) variance over all tokens; mean_norm: mean over the
+    sequences of the L2 norm over a sequence's tokens, divided by sqrt(T). ``gradients``: projection name ->
+    gradient terms (:mod:`cfsp.calibrate.gradients`), only for a metric whose ``requires`` names them.
+    """
+
+    rms: Tensor
+    mean: Tensor
+    variance: Tensor
+    mean_norm: Tensor
+    gradients: Mapping[str, Tensor] | None = None
 
 
 class NeuronImportance(Protocol):
-    """A metric: one class, one file, one YAML. Higher scores are kept."""
+    """A metric: one class, one file, one YAML. Higher scores are kept.
 
-    def score(self, block: BlockView, activation: Tensor) -> Tensor:
-        """Scores [N] of a block's neurons.
+    A class attribute ``requires = ("gradients",)`` asks for what the calibration pass does not collect anyway.
+    """
+
+    def score(self, channels: Channels, activation: Activation) -> Tensor:
+        """Scores [N] of the input channels of one output projection: FFN neurons, or channels of attention heads.
 
         Args:
-            block: its weights, in fp32, through ``block.ffn.weights()``: gate [N, d], up [N, d], down [d, N].
-            activation: X [N], root mean square of each neuron's activation (the input of down_proj), fp32, on the
-                weights' device.
+            channels: their weights, in fp32, through ``channels.weights()``: the matrices that make the channels,
+                [N, d] each (ffn: gate, up; attention: q, k, v), and the output's [d, N] (down; o).
+            activation: what the calibration pass saw there.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Scores:
-    """``neurons``: [N_l] fp64 on CPU per block; ``distances``: metric -> [L] fp64 block distances."""
+    """Per block, fp64 on CPU: ``neurons`` [N]; ``kv_groups`` [groups, channels of a group]; empty where not pruned.
+
+    ``distances``: metric -> [L] block distances.
+    """
 
     neurons: tuple[Tensor, ...]
+    kv_groups: tuple[Tensor, ...]
     distances: dict[str, Tensor]
 
+    def only(self, blocks: Sequence[int]) -> Scores:
+        """The same with these blocks alone."""
+        return Scores(
+            tuple(self.neurons[block] for block in blocks),
+            tuple(self.kv_groups[block] for block in blocks),
+            {metric: values[list(blocks)] for metric, values in self.distances.items()},
+        )
 
-def score(view: DecoderView, statistics: Statistics, importance: NeuronImportance) -> Scores:
+
+def required(importance: NeuronImportance) -> tuple[str, ...]:
+    """What the metric needs beside the core set of statistics."""
+    return tuple(getattr(importance, "requires", ()))
+
+
+def score(
+    view: DecoderView,
+    statistics: Statistics,
+    importance: NeuronImportance,
+    structure: Structure = "ffn",
+    gradients: GradientTerms | None = None,
+) -> Scores:
     """The scoring stage: statistics and weights -> Scores.
 
     Raises:
         RunError: a score is not finite; names the block.
     """
-    neurons = []
+    neurons, kv_groups = [], []
     for block, found in zip(view.blocks, statistics.blocks, strict=True):
-        weight = block.ffn.down.weight
-        values = importance.score(block, found.ffn.rms.to(weight.device).float()).double().cpu()
-        if not values.isfinite().all():
-            raise RunError(
-                f"block {block.index}: {int((~values.isfinite()).sum())} of {len(values)} scores of "
-                f"{type(importance).__name__} are not finite; try model.dtype=float32"
-            )
-        neurons.append(values)
+        terms = None if gradients is None else gradients.blocks[block.index]
+        neurons_of, groups_of = score_block(block, found, importance, structure, terms)
+        neurons.append(neurons_of)
+        kv_groups.append(groups_of)
     distances = {metric: statistics.distance(metric) for metric in statistics.blocks[0].distances}
-    return Scores(tuple(neurons), distances)
+    return Scores(tuple(neurons), tuple(kv_groups), distances)
+
+
+def score_block(
+    block: BlockView,
+    found: BlockStatistics,
+    importance: NeuronImportance,
+    structure: Structure,
+    gradients: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scores of one block: neurons [N] and KV groups [groups, channels of a group]; empty where not asked for."""
+    import torch
+
+    neurons, kv_groups = torch.zeros(0, dtype=torch.float64), torch.zeros(0, 1, dtype=torch.float64)
+    channels = block.channels
+    if structure != "heads" and "ffn" in channels and found.ffn is not None:
+        neurons = _scored(channels["ffn"], found.ffn, importance, gradients)
+    if structure != "ffn" and block.attention is not None and found.attention is not None:
+        values = _scored(channels["attention"], found.attention, importance, gradients)
+        kv_groups = values.unflatten(0, (block.attention.n_kv_heads, -1))
+    return neurons, kv_groups
+
+
+def _scored(
+    channels: Channels,
+    inputs: InputStatistics,
+    importance: NeuronImportance,
+    gradients: Mapping[str, Tensor] | None,
+) -> Tensor:
+    device = channels.output.weight.device
+    rms, mean, variance, mean_norm = (
+        value.to(device).float() for value in (inputs.rms, inputs.mean, inputs.variance, inputs.mean_norm)
+    )
+    activation = Activation(rms, mean, variance, mean_norm, gradients)
+    values = importance.score(channels, activation).double().cpu()
+    if not values.isfinite().all():
+        raise RunError(
+            f"block {channels.block}: {int((~values.isfinite()).sum())} of {len(values)} {channels.kind} scores of "
+            f"{type(importance).__name__} are not finite; try model.dtype=float32"
+        )
+    return values
 
 
 def shares(values: Tensor, totals: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from cfsp.importance.base import shares
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfsp.models.views import BlockView
+    from cfsp.importance.base import Activation
+    from cfsp.models.views import Channels
 
 
 @component
@@ -18,13 +19,14 @@ class Cfsp:
     """S_i = F_i * X_i / sum X, where F_i adds the neuron's share of the weight at every hidden dimension j.
 
     F_i = sum_j |Wd[j,i]| X_i / sum_i' |Wd[j,i']| X_i'  +  sum_j |Wu[i,j]| / sum_i' |Wu[i',j]|  +  the same for Wg.
-    Each matrix is read once: both sums of a share are matrix-vector products.
+    Each matrix is read once: both sums of a share are matrix-vector products. For the channels of heads, which the
+    paper does not prune, the same with o in the place of Wd and q, k, v in the place of Wu and Wg.
     """
 
-    def score(self, block: BlockView, activation: Tensor) -> Tensor:
-        gate, up, down = (weight.abs() for weight in block.ffn.weights())
-        ones = activation.new_ones(down.shape[0])
-        shared = activation * (down.T @ shares(ones, down @ activation))
-        for weight in (up, gate):
+    def score(self, channels: Channels, activation: Activation) -> Tensor:
+        *inputs, output = (weight.abs() for weight in channels.weights())
+        ones, norm = activation.rms.new_ones(output.shape[0]), activation.rms
+        shared = norm * (output.T @ shares(ones, output @ norm))
+        for weight in reversed(inputs):
             shared = shared + weight @ shares(ones, weight.sum(0))
-        return shared * shares(activation, activation.sum())
+        return shared * shares(norm, norm.sum())

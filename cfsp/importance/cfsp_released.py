@@ -9,7 +9,8 @@ from cfsp.components import component
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfsp.models.views import BlockView
+    from cfsp.importance.base import Activation
+    from cfsp.models.views import Channels
 
 #: Exponent of X_i after the released normalisation, and how many matrices it sums over.
 _WEIGHT_FREE = {"three_w_one_wa": (1.0, 3), "three_w_one_a": (1.0, 3), "one_wa": (1.0, 1), "one_a": (0.5, 1)}
@@ -26,11 +27,11 @@ class CfspReleased:
 
     variant: Literal["three_w_one_wa", "three_w_one_a", "one_wa", "one_a", "wanda_base", "mag_base"] = "three_w_one_wa"
 
-    def score(self, block: BlockView, activation: Tensor) -> Tensor:
-        down = block.ffn.down.weight.detach()
+    def score(self, channels: Channels, activation: Activation) -> Tensor:
+        down = channels.output.weight.detach()
         if self.variant in _WEIGHT_FREE:
             exponent, matrices = _WEIGHT_FREE[self.variant]
-            return matrices / down.shape[0] * activation**exponent
+            return matrices / down.shape[0] * activation.rms**exponent
         if self.variant == "wanda_base":
-            return down.float().abs().mean(0) * activation
+            return down.float().abs().mean(0) * activation.rms
         return down.float().norm(dim=0)

@@ -1,4 +1,4 @@
-"""Magnitude: the L2 norm of the neuron's output weights (Magnitude-SP)."""
+"""Magnitude: the L2 norm of the output weights (Magnitude-SP)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from cfsp.components import component
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfsp.models.views import BlockView
+    from cfsp.importance.base import Activation
+    from cfsp.models.views import Channels
 
 
 @component
 class Magnitude:
-    """L2 norm of column i of down_proj."""
+    """L2 norm of column i of down_proj (o_proj for the channels of heads)."""
 
-    def score(self, block: BlockView, activation: Tensor) -> Tensor:
-        return block.ffn.down.weight.detach().float().norm(dim=0)
+    def score(self, channels: Channels, activation: Activation) -> Tensor:
+        return channels.output.weight.detach().float().norm(dim=0)

@@ -9,7 +9,12 @@ from cfsp.components import component
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfsp.models.views import BlockView
+    from cfsp.importance.base import Activation
+    from cfsp.models.views import Channels
+
+
+#: Apart from any block's own seed, so that a block's heads and neurons are drawn independently.
+_ATTENTION = 500_009
 
 
 @component
@@ -18,8 +23,9 @@ class RandomImportance:
 
     seed: int = 0
 
-    def score(self, block: BlockView, activation: Tensor) -> Tensor:
+    def score(self, channels: Channels, activation: Activation) -> Tensor:
         import torch
 
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + block.index)
-        return torch.rand(block.ffn.width, generator=generator)
+        offset = channels.block + (_ATTENTION if channels.kind == "attention" else 0)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + offset)
+        return torch.rand(channels.n, generator=generator)

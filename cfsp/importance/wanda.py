@@ -1,4 +1,4 @@
-"""Wanda, structured: weight magnitude times activation, averaged over a neuron's output weights."""
+"""Wanda, structured: weight magnitude times activation, averaged over a channel's output weights."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from cfsp.components import component
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfsp.models.views import BlockView
+    from cfsp.importance.base import Activation
+    from cfsp.models.views import Channels
 
 
 @component
 class Wanda:
-    """mean over rows j of |Wd[j, i]| * sqrt(mean X_i^2)."""
+    """mean over rows j of |W[j, i]| * sqrt(mean X_i^2), W = down_proj (o_proj for the channels of heads)."""
 
-    def score(self, block: BlockView, activation: Tensor) -> Tensor:
-        return block.ffn.down.weight.detach().float().abs().mean(0) * activation
+    def score(self, channels: Channels, activation: Activation) -> Tensor:
+        return channels.output.weight.detach().float().abs().mean(0) * activation.rms

@@ -60,7 +60,7 @@ def save_checkpoint(
     dtype: torch.dtype | None = None,
     source: Path | None = None,
     state: str = "pruned",
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> SavedCheckpoint:
     """Write ``model`` to ``folder``, all or nothing; a folder that cfsp wrote earlier is replaced.
 
@@ -68,7 +68,7 @@ def save_checkpoint(
         dtype: cast floating-point tensors to it on the way out; the model itself is left as it is.
         source: folder whose tokenizer files are copied.
         state: what happened to the weights: pruned, compensated or recovered.
-        files: name -> text of further files (the plan), written together with the rest.
+        files: name -> content of further files (the plan), written together with the rest.
 
     Raises:
         CheckpointError: the folder holds other things or cannot be written, or the model's class and
@@ -94,8 +94,9 @@ def save_checkpoint(
             _copy_tokenizer(Path(source), scratch)
         form = "remote_code" if pruned else "plain"
         _write_json(scratch / MARKER, {"schema": 1, "form": form, "dtype": written, "state": state})
-        for name, text in (files or {}).items():
-            (scratch / name).write_text(text, encoding="utf-8")
+        for name, content in (files or {}).items():
+            (scratch / name).parent.mkdir(exist_ok=True)
+            (scratch / name).write_bytes(content)
         _replace(scratch, folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: the model cannot be saved there ({error})") from error

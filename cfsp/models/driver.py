@@ -2,7 +2,7 @@
 
 ``whole`` runs the model as it is; ``blocks`` runs every sequence through one block before the next block starts,
 which is what sequential methods (and, later, models streamed from disk) need. Hooks on the blocks see the same
-tensors either way. The LM head never runs.
+tensors either way. The LM head runs only where :meth:`BlockDriver.logits` is asked for it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,18 @@ from cfsp.progress import progress
 Mode = Literal["whole", "blocks"]
 
 
+@dataclass(frozen=True)
+class Entry:
+    """What enters the first block, per batch: ids [B, T], hidden states [B, T, d], and each block's arguments.
+
+    ``kwargs[block][batch]`` holds masks and position embeddings as the model makes them for that block.
+    """
+
+    ids: list[Tensor]
+    hidden: list[Tensor]
+    kwargs: list[list[dict[str, Any]]]
+
+
 @dataclass
 class BlockStep:
     """One block with the hidden states entering it, a tensor [B, T, d] per batch."""
@@ -35,8 +47,7 @@ class BlockStep:
     def run(self) -> list[Tensor]:
         """Run the block as it is now over all batches; the last run's outputs enter the next block."""
         self._outputs = [
-            hidden_of(self.block.module(hidden, **kwargs))
-            for hidden, kwargs in zip(self.inputs, self._kwargs, strict=True)
+            run_block(self.block, hidden, kwargs) for hidden, kwargs in zip(self.inputs, self._kwargs, strict=True)
         ]
         return self._outputs
 
@@ -50,50 +61,62 @@ class BlockDriver:
     mode: Mode = "whole"
 
     @torch.no_grad()
-    def run(self, input_ids: Tensor) -> None:
+    def run(self, input_ids: Tensor, label: str = "calibrate") -> None:
         """Every token through every block once; results are what the caller's hooks collect."""
         if self.mode == "blocks":
-            for step in self.steps(input_ids):
+            for step in self.steps(input_ids, label):
                 step.run()
             return
-        for batch in progress(self._batches(input_ids), "calibrate", unit="batch"):
+        for batch in progress(self._batches(input_ids), label, unit="batch"):
             self.view.decoder(batch, use_cache=False)
 
     @torch.no_grad()
-    def steps(self, input_ids: Tensor) -> Iterator[BlockStep]:
+    def steps(self, input_ids: Tensor, label: str = "calibrate") -> Iterator[BlockStep]:
         """Block after block. A step that was not run is run before the next one, so no block is left out."""
-        hidden, kwargs = self._entry(input_ids)
-        for block in progress(self.view.blocks, "calibrate", unit="block"):
-            step = BlockStep(block, hidden, kwargs[block.index])
+        entry = self.entry(input_ids)
+        hidden = entry.hidden
+        for block in progress(self.view.blocks, label, unit="block"):
+            step = BlockStep(block, hidden, entry.kwargs[block.index])
             yield step
             hidden = step._outputs or step.run()
 
-    def _batches(self, input_ids: Tensor) -> list[Tensor]:
-        device = self.view.decoder.get_input_embeddings().weight.device
-        return [batch.to(device) for batch in input_ids.split(self.batch_size)]
-
-    def _entry(self, input_ids: Tensor) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
-        """Hidden states entering the first block, and each block's keyword arguments, per batch."""
+    @torch.no_grad()
+    def entry(self, input_ids: Tensor) -> Entry:
+        """Run what comes before the first block; the blocks are skipped."""
         hidden: list[Tensor] = []
         kwargs: list[list[dict[str, Any]]] = [[] for _ in self.view.blocks]
-        for batch in self._batches(input_ids):
+        batches = self._batches(input_ids)
+        for batch in batches:
             with _blocks_skipped(self.view) as calls:
                 self.view.decoder(batch, use_cache=False)
             hidden.append(calls[0][0])
             for index, (_, call_kwargs) in enumerate(calls):
                 kwargs[index].append(call_kwargs)
-        return hidden, kwargs
+        return Entry(batches, hidden, kwargs)
+
+    def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
+        """What the model makes of ``hidden`` [B, T, d] leaving the last block: logits [B, T, V]. Keeps gradients."""
+        with _blocks_skipped(self.view, hidden):
+            return self.view.model(ids, use_cache=False).logits
+
+    def _batches(self, input_ids: Tensor) -> list[Tensor]:
+        return [batch.to(self.view.device) for batch in input_ids.split(self.batch_size)]
+
+
+def run_block(block: BlockView, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """One block as it is now on hidden states [B, T, d] with the arguments of :class:`Entry`."""
+    return hidden_of(block.module(hidden, **kwargs))
 
 
 @contextmanager
-def _blocks_skipped(view: DecoderView) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
-    """Replace each block's forward by one that records its call and passes the hidden state on."""
+def _blocks_skipped(view: DecoderView, leaving: Tensor | None = None) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
+    """Replace each block's forward by one that records its call and passes the hidden state (or ``leaving``) on."""
     calls: list[tuple[Tensor, dict[str, Any]]] = []
 
     def recorder(*args: Any, **kwargs: Any) -> Tensor:
         hidden = args[0] if args else kwargs.pop("hidden_states")
         calls.append((hidden, kwargs))
-        return hidden
+        return hidden if leaving is None else leaving
 
     # An instance attribute shadows the class's forward; removing it brings the class's back. Hooks are set aside:
     # the block does not run here, so nobody may count or measure this call.

@@ -1,4 +1,4 @@
-"""The one source of the code that ships with a model whose FFN widths differ from layer to layer.
+"""The one source of the code that ships with a model whose layers differ: widths, heads, missing submodules, biases.
 
 Two ``string.Template`` texts; ``remote_code.pruned_family`` fills in the names of a family. The result has to
 work without cfsp, and with the same text in transformers 4.57 and 5.
@@ -51,21 +51,59 @@ class ${pruned_config}(${base_config}):
 MODELING = Template(
     _LICENCE
     + '''\
-"""A ${base_type} model with a feed-forward width of its own in each layer.
+"""A ${base_type} model whose layers differ in what a pruning left of them.
 
-The stock model is built first; then the layers named in `config.per_layer_config`, for example
-{"3": {"intermediate_size": 2048}}, get feed-forward matrices of their own size. Nothing else differs.
+The stock model is built first; then each layer named in `config.per_layer_config` becomes what its entry says:
+  {"3": {"intermediate_size": 2048}}                                 a feed-forward width of its own
+  {"3": {"num_attention_heads": 16, "num_key_value_heads": 4}}       fewer attention heads
+  {"3": {"skip": ["attention"]}} or ["mlp"]                          a submodule that is not there (adds nothing)
+and the output projections named in `config.added_bias`, {"3": ["mlp.down_proj"]}, get a bias. Nothing else differs.
 """
 
+import torch
 from torch import nn
 from transformers import ${base_causal_lm}, ${base_model}
 
 from .${configuration_module} import ${pruned_config}
 
+# The norms that serve a submodule alone; they go with it.
+NORMS = ${norms}
+KNOWN = {"intermediate_size", "num_attention_heads", "num_key_value_heads", "skip"}
 
-def _resized(linear, in_features, out_features):
+
+class NoAttention(nn.Module):
+    """Stands where an attention was removed: adds nothing to the residual stream, keeps nothing in the cache."""
+
+    removed = "attention"
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return torch.zeros_like(hidden_states), None
+
+
+class NoMLP(nn.Module):
+    """Stands where a feed-forward network was removed: adds nothing to the residual stream."""
+
+    removed = "mlp"
+
+    def forward(self, hidden_states):
+        return torch.zeros_like(hidden_states)
+
+
+def skip(layer, kind):
+    """Put a stub in the place of a submodule ("attention" or "mlp"); its norms go too."""
+    if kind not in NORMS:
+        raise ValueError(f"skip: attention and mlp can be missing, not {kind!r}")
+    if kind == "attention":
+        layer.self_attn = NoAttention()
+    else:
+        layer.mlp = NoMLP()
+    for name in NORMS[kind]:
+        setattr(layer, name, nn.Identity())
+
+
+def _resized(linear, in_features, out_features, bias=None):
     weight = linear.weight
-    bias = linear.bias is not None
+    bias = linear.bias is not None if bias is None else bias
     return nn.Linear(in_features, out_features, bias=bias, device=weight.device, dtype=weight.dtype)
 
 
@@ -77,15 +115,58 @@ def _narrow(mlp, width):
         mlp.intermediate_size = width
 
 
+def _fewer_heads(attention, heads, kv_heads):
+    sizes = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+    for name, n in sizes.items():
+        linear = getattr(attention, name)
+        setattr(attention, name, _resized(linear, linear.in_features, n * attention.head_dim))
+    output = attention.o_proj
+    attention.o_proj = _resized(output, heads * attention.head_dim, output.out_features)
+    count_heads(attention, heads, kv_heads)
+
+
+def count_heads(attention, heads, kv_heads):
+    """Bring the attributes that repeat a number of heads up to date, where the family has them."""
+    counts = {"num_heads": heads, "num_key_value_heads": kv_heads, "num_key_value_groups": heads // kv_heads}
+    for name, n in counts.items():
+        if hasattr(attention, name):
+            setattr(attention, name, n)
+
+
+def number_cache_slots(model):
+    """Give the attentions that are there the first slots of the cache, each one of its own type (sliding or full)."""
+    types = getattr(model.config, "layer_types", None) or ["full_attention"] * len(model.layers)
+    free = {kind: [i for i, t in enumerate(types) if t == kind] for kind in set(types)}
+    used = []
+    for layer, kind in zip(model.layers, types):
+        if hasattr(layer.self_attn, "layer_idx"):
+            layer.self_attn.layer_idx = free[kind].pop(0)
+            used.append(layer.self_attn.layer_idx)
+    if 0 not in used:
+        raise ValueError("no attention of the first layer's type is left, and the cache counts tokens there")
+
+
 def _apply_per_layer_config(model):
     # A plain dict in transformers < 5.14, a view of configurations since; to_dict() gives a dict in both.
-    per_layer_config = model.config.to_dict().get("per_layer_config") or {}
-    for index, entries in per_layer_config.items():
-        unknown = sorted(set(entries) - {"intermediate_size"})
+    config = model.config.to_dict()
+    for index, entries in (config.get("per_layer_config") or {}).items():
+        unknown = sorted(set(entries) - KNOWN)
         if unknown:
-            raise ValueError(f"per_layer_config[{index}]: only intermediate_size is known, not {unknown}")
+            raise ValueError(f"per_layer_config[{index}]: only {sorted(KNOWN)} are known, not {unknown}")
+        layer = model.layers[int(index)]
         if "intermediate_size" in entries:
-            _narrow(model.layers[int(index)].mlp, entries["intermediate_size"])
+            _narrow(layer.mlp, entries["intermediate_size"])
+        if "num_attention_heads" in entries:
+            _fewer_heads(layer.self_attn, entries["num_attention_heads"], entries["num_key_value_heads"])
+        for kind in entries.get("skip", []):
+            skip(layer, kind)
+    for index, names in (config.get("added_bias") or {}).items():
+        for name in names:
+            parent, _, attribute = name.rpartition(".")
+            owner = model.layers[int(index)].get_submodule(parent)
+            linear = getattr(owner, attribute)
+            setattr(owner, attribute, _resized(linear, linear.in_features, linear.out_features, bias=True))
+    number_cache_slots(model)
 
 
 class ${pruned_model}(${base_model}):

@@ -1,4 +1,4 @@
-"""Models whose FFN widths differ from layer to layer: their classes, and the code that ships in a folder.
+"""Models whose layers differ in what a pruning left of them: their classes, and the code that ships in a folder.
 
 transformers has no class for such a model, so each family gets a ``model_type`` of its own (``pruned_llama``)
 on top of the family's stock classes. The classes used in this process come from the very text that is written
@@ -10,19 +10,20 @@ from __future__ import annotations
 import atexit
 import copy
 import importlib
+import json
 import logging
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cfsp.errors import UnsupportedModelError
 from cfsp.models.pruned_template import CONFIGURATION, MODELING
@@ -47,12 +48,22 @@ _PROBE_SIZES: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
+    "vocab_size": 64,
 }
+
+#: Names of the submodules in a layer of every family that is supported.
+SUBMODULES = {"attention": "self_attn", "mlp": "mlp"}
+#: The output projections that a bias compensation can give a bias.
+_BIASED = ("self_attn.o_proj", "mlp.down_proj")
 
 
 @dataclass(frozen=True)
 class PrunedFamily:
-    """The classes of one family with unequal FFN widths, and ``files``: file name -> the text to ship."""
+    """The classes of one family with unequal layers, and ``files``: file name -> the text to ship.
+
+    ``submodules``: "attention" and "mlp" -> the attribute of a layer; ``norms``: the same -> the attributes of the
+    norms that serve that submodule alone. ``modeling``: the module made of the shipped modelling file.
+    """
 
     base_model_type: str
     model_type: str
@@ -60,6 +71,9 @@ class PrunedFamily:
     model_class: type[PreTrainedModel]
     causal_lm_class: type[PreTrainedModel]
     files: dict[str, str]
+    submodules: dict[str, str]
+    norms: dict[str, tuple[str, ...]]
+    modeling: ModuleType
 
     @property
     def auto_map(self) -> dict[str, str]:
@@ -79,7 +93,7 @@ def stock_type(model_type: str) -> str:
 
 @cache
 def pruned_family(base_model_type: str) -> PrunedFamily:
-    """Build (once) and register the classes that hold ``base_model_type`` with unequal FFN widths.
+    """Build (once) and register the classes that hold ``base_model_type`` with unequal layers.
 
     Afterwards AutoConfig, AutoModel and AutoModelForCausalLM load such folders without ``trust_remote_code``.
 
@@ -91,6 +105,7 @@ def pruned_family(base_model_type: str) -> PrunedFamily:
 
     base_config, base_model, base_causal_lm = _stock_classes(base_model_type)
     _probe(base_model_type, base_config, base_model, base_causal_lm)
+    norms = _norms(base_config, base_causal_lm)
 
     pruned_type = PRUNED_PREFIX + base_model_type
     stem = pruned_type.replace("-", "_").replace(".", "_")
@@ -105,6 +120,7 @@ def pruned_family(base_model_type: str) -> PrunedFamily:
         "pruned_config": f"Pruned{base_config.__name__}",
         "pruned_model": f"Pruned{base_model.__name__}",
         "pruned_causal_lm": f"Pruned{base_causal_lm.__name__}",
+        "norms": json.dumps({kind: list(names) for kind, names in norms.items()}),
     }
     files = {
         f"{configuration}.py": CONFIGURATION.substitute(names),
@@ -118,6 +134,9 @@ def pruned_family(base_model_type: str) -> PrunedFamily:
         model_class=getattr(modules[modeling], names["pruned_model"]),
         causal_lm_class=getattr(modules[modeling], names["pruned_causal_lm"]),
         files=files,
+        submodules=dict(SUBMODULES),
+        norms=norms,
+        modeling=modules[modeling],
     )
     AutoConfig.register(pruned_type, family.config_class)
     for auto_class, cls in ((AutoModel, family.model_class), (AutoModelForCausalLM, family.causal_lm_class)):
@@ -130,8 +149,8 @@ def pruned_family(base_model_type: str) -> PrunedFamily:
 
 
 def _unexpected(record: logging.LogRecord) -> bool:
-    """The shipped code has the stock model read the global width first, which transformers warns about."""
-    return "per-layer attribute `intermediate_size`" not in record.getMessage()
+    """The shipped code has the stock model read the global sizes first, which transformers warns about."""
+    return "per-layer attribute" not in record.getMessage()
 
 
 def register_pruned_families() -> None:
@@ -140,50 +159,181 @@ def register_pruned_families() -> None:
         pruned_family(base_model_type)
 
 
-def adopt(model: PreTrainedModel, widths: Sequence[int]) -> None:
-    """Make class and configuration of ``model`` tell the truth about FFN matrices that were sliced.
+def remove_submodule(layer: nn.Module, kind: Literal["attention", "mlp"], family: PrunedFamily) -> None:
+    """Take the attention or the FFN out of ``layer``, with the norms that serve it alone, in place."""
+    family.modeling.skip(layer, kind)
 
-    Equal widths leave, or bring back, the stock class with ``config.intermediate_size`` set; unequal widths
-    make it the family's ``Pruned...ForCausalLM``. The configuration is replaced by a copy, because another
-    model may have been built from the same object. Parameters are not touched.
 
-    Args:
-        widths: one per layer; gate_proj and up_proj are already [width, hidden], down_proj [hidden, width].
+def remove_layers(model: PreTrainedModel, indices: Collection[int]) -> None:
+    """Take whole layers out of ``model``, in place; the configuration's lists per layer follow."""
+    kept = [index for index in range(len(model.model.layers)) if index not in set(indices)]
+    before = len(model.model.layers)
+    config = copy.deepcopy(model.config)
+    # What differs per layer is read off the layers again by :func:`adopt`.
+    _forget_layers(config)
+    model.model.layers = nn.ModuleList(model.model.layers[index] for index in kept)
+    config.num_hidden_layers = len(kept)
+    for name, value in list(vars(config).items()):
+        if name == "layer_types" and isinstance(value, list) and len(value) == before:
+            config.layer_types = [value[index] for index in kept]
+    _replace_config(model, model.config, config)
+
+
+def adopt(model: PreTrainedModel) -> None:
+    """Make class and configuration of ``model`` tell the truth about its layers as they are now.
+
+    Where the stock class with a plain configuration describes them it is left, or brought back; elsewhere the model
+    becomes the family's ``Pruned...ForCausalLM`` with a ``per_layer_config``. The configuration is replaced by a copy,
+    because another model may have been built from the same object. Parameters are not touched.
 
     Raises:
-        UnsupportedModelError: the model is no causal language model of a family that ``pruned_family`` knows.
-        ValueError: a matrix does not have the width stated for its layer.
+        UnsupportedModelError: the model is no causal language model of a family that ``pruned_family`` knows, its
+            layers have another structure, or its key-value cache could not be kept.
     """
     check_adoptable(model)
     base_type = stock_type(model.config.model_type)
     base_config, base_model, base_causal_lm = _stock_classes(base_type)
-    widths = [int(width) for width in widths]
-    _settle_mlps(model, widths)
-
+    family = pruned_family(base_type)
+    shapes = [_shape(model, index) for index in range(len(model.model.layers))]
     config = copy.deepcopy(model.config)
-    config.per_layer_config = None
+    _forget_layers(config)
     # A configuration read from a file carries its model_type itself, hiding that of the class.
     config.__dict__.pop("model_type", None)
-    if len(set(widths)) == 1:
+    for leftover in ("auto_map", "allow_global_per_layer_attribute_access", "added_bias"):
+        config.__dict__.pop(leftover, None)
+    config.__class__ = base_config
+    _settle_layers(model, shapes, family)
+    biases = _added_biases(model, config, base_causal_lm, shapes)
+    if _is_plain(shapes, biases, config):
         classes: tuple[type, type, type] = (base_config, base_model, base_causal_lm)
-        for leftover in ("auto_map", "allow_global_per_layer_attribute_access"):
-            config.__dict__.pop(leftover, None)
-        config.__class__ = base_config
-        config.intermediate_size = widths[0]
+        config.intermediate_size = shapes[0].intermediate_size
+        _set_heads(config, shapes[0])
     else:
-        family = pruned_family(base_type)
         classes = (family.config_class, family.model_class, family.causal_lm_class)
         config.__class__ = family.config_class
         config.auto_map = family.auto_map
         # Else transformers raises on every read of config.intermediate_size, even from getattr(..., None).
         config.allow_global_per_layer_attribute_access = True
-        config.intermediate_size = max(config.intermediate_size, *widths)
-        config.per_layer_config = {i: {"intermediate_size": width} for i, width in enumerate(widths)}
+        config.intermediate_size = max([config.intermediate_size, *(shape.intermediate_size or 0 for shape in shapes)])
+        if biases:
+            config.added_bias = biases
+        config.per_layer_config = _per_layer(shapes, config)
     config.architectures = [classes[2].__name__]
-
-    decoder = model.model
-    decoder.__class__, model.__class__ = classes[1], classes[2]
+    model.model.__class__, model.__class__ = classes[1], classes[2]
     _replace_config(model, model.config, config)
+    try:
+        family.modeling.number_cache_slots(model.model)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{type(model).__name__}: {error}; keep the attention of block 0") from error
+
+
+@dataclass(frozen=True)
+class _LayerShape:
+    """What is in a layer: None where the submodule was removed."""
+
+    intermediate_size: int | None
+    heads: int | None
+    kv_heads: int | None
+
+
+def _shape(model: PreTrainedModel, index: int) -> _LayerShape:
+    layer = model.model.layers[index]
+    width = heads = kv_heads = None
+    if not _is_stub(layer.mlp):
+        gate, up, down = _gated_linears(layer, f"layer {index} of {type(model).__name__}")
+        found = (gate.weight.shape[0], up.weight.shape[0], down.weight.shape[1])
+        if len(set(found)) != 1:
+            raise UnsupportedModelError(f"layer {index}: gate, up and down have the widths {found}")
+        width = found[0]
+    attention = layer.self_attn
+    if not _is_stub(attention):
+        head_dim = getattr(attention, "head_dim", 0)
+        q, k = getattr(attention, "q_proj", None), getattr(attention, "k_proj", None)
+        if head_dim and isinstance(q, nn.Linear) and isinstance(k, nn.Linear):
+            heads, kv_heads = q.weight.shape[0] // head_dim, k.weight.shape[0] // head_dim
+        else:  # an attention that nobody can have narrowed
+            heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
+    return _LayerShape(width, heads, kv_heads)
+
+
+def _is_stub(module: nn.Module) -> bool:
+    return getattr(module, "removed", None) in SUBMODULES
+
+
+def _is_plain(shapes: list[_LayerShape], biases: dict[str, list[str]], config: PretrainedConfig) -> bool:
+    """Whether the stock class with a plain configuration describes these layers."""
+    first = shapes[0]
+    if biases or any(shape != first for shape in shapes) or first.intermediate_size is None or first.heads is None:
+        return False
+    # What transformers checks of a LLaMA-like configuration; other head counts need the pruned classes.
+    return first.heads == config.num_attention_heads or config.hidden_size % first.heads == 0
+
+
+def _set_heads(config: PretrainedConfig, shape: _LayerShape) -> None:
+    if shape.heads != config.num_attention_heads:
+        config.head_dim = _head_dim(config)
+        config.num_attention_heads, config.num_key_value_heads = shape.heads, shape.kv_heads
+
+
+def _head_dim(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _per_layer(shapes: list[_LayerShape], config: PretrainedConfig) -> dict[int | str, dict[str, Any]]:
+    entries: dict[int | str, dict[str, Any]] = {}
+    unequal = len({shape.intermediate_size for shape in shapes}) > 1
+    if not unequal and shapes[0].intermediate_size is not None:
+        config.intermediate_size = shapes[0].intermediate_size
+    for index, shape in enumerate(shapes):
+        entry: dict[str, Any] = {}
+        if shape.intermediate_size is not None and unequal:
+            entry["intermediate_size"] = shape.intermediate_size
+        if shape.heads is not None and shape.heads != config.num_attention_heads:
+            entry |= {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
+        missing = [
+            kind for kind, there in (("attention", shape.heads), ("mlp", shape.intermediate_size)) if there is None
+        ]
+        if missing:
+            entry["skip"] = missing
+        if entry:
+            entries[index] = entry
+    return entries
+
+
+def _forget_layers(config: PretrainedConfig) -> None:
+    config.per_layer_config = None
+
+
+def _added_biases(
+    model: PreTrainedModel, config: PretrainedConfig, stock: type, shapes: list[_LayerShape]
+) -> dict[str, list[str]]:
+    """Layer -> the output projections that carry a bias although the stock class would not give them one."""
+    small = copy.deepcopy(config)
+    small._attn_implementation = "eager"
+    with torch.device("meta"):
+        expected = stock(small).model.layers
+    added: dict[str, list[str]] = {}
+    for index, (layer, plain) in enumerate(zip(model.model.layers, expected, strict=True)):
+        for name in _BIASED:
+            parent = name.partition(".")[0]
+            if _is_stub(getattr(layer, parent)):
+                continue
+            linear, stock_linear = layer.get_submodule(name), plain.get_submodule(name)
+            if linear.bias is not None and stock_linear.bias is None:
+                added.setdefault(str(index), []).append(name)
+    return added
+
+
+def _settle_layers(model: PreTrainedModel, shapes: list[_LayerShape], family: PrunedFamily) -> None:
+    """Bring the attributes that repeat a size up to date."""
+    for layer, shape in zip(model.model.layers, shapes, strict=True):
+        linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+        for linear in linears:
+            linear.out_features, linear.in_features = linear.weight.shape
+        if hasattr(layer.mlp, "intermediate_size"):
+            layer.mlp.intermediate_size = shape.intermediate_size
+        if shape.heads is not None:
+            family.modeling.count_heads(layer.self_attn, shape.heads, shape.kv_heads)
 
 
 def check_adoptable(model: PreTrainedModel) -> None:
@@ -204,22 +354,6 @@ def check_adoptable(model: PreTrainedModel) -> None:
             "LoRA: merge_and_unload); a model with code of its own can be evaluated (pruner=none), not pruned"
         )
     pruned_family(stock_type(model_type))
-
-
-def _settle_mlps(model: PreTrainedModel, widths: list[int]) -> None:
-    """Check the matrices against ``widths`` and bring the attributes that repeat a width up to date."""
-    layers = model.model.layers
-    if len(layers) != len(widths):
-        raise ValueError(f"{len(widths)} widths for a model of {len(layers)} layers")
-    for index, (layer, width) in enumerate(zip(layers, widths, strict=True)):
-        gate, up, down = _gated_linears(layer, f"layer {index} of {type(model).__name__}")
-        found = (gate.weight.shape[0], up.weight.shape[0], down.weight.shape[1])
-        if found != (width, width, width):
-            raise ValueError(f"layer {index}: width {width} stated, but gate, up, down have {found}")
-        for linear in (gate, up, down):
-            linear.out_features, linear.in_features = linear.weight.shape
-        if hasattr(layer.mlp, "intermediate_size"):
-            layer.mlp.intermediate_size = width
 
 
 def _replace_config(model: nn.Module, old: PretrainedConfig, new: PretrainedConfig) -> None:
@@ -282,6 +416,38 @@ def _probe(model_type: str, config_class: type, model_class: type, causal_lm_cla
                 f"model type '{model_type}', layer {index}: looked for FFN matrices of width "
                 f"config.intermediate_size={_PROBE_SIZES['intermediate_size']}, found {found}"
             )
+
+
+def _norms(config_class: type, causal_lm_class: type) -> dict[str, tuple[str, ...]]:
+    """Which norms of a layer serve its attention, or its FFN, alone; seen in one pass of a small model.
+
+    A norm whose output enters the submodule, or whose input left it, belongs to it; one that feeds both to neither.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model: Any = causal_lm_class(config_class(**_PROBE_SIZES)).eval()
+    layer = model.model.layers[0]
+    served: dict[str, set[str]] = {kind: set() for kind in SUBMODULES}
+    entered: dict[str, Tensor] = {}
+    left: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            entered[name] = args[0] if args else kwargs["hidden_states"]
+            left[name] = output[0] if isinstance(output, tuple) else output
+
+        return note
+
+    for name, child in layer.named_children():
+        child.register_forward_hook(watch(name), with_kwargs=True)
+    with torch.no_grad():
+        model(torch.arange(4)[None], use_cache=False)
+    others = [name for name in left if name not in SUBMODULES.values() and list(layer.get_submodule(name).parameters())]
+    for kind, submodule in SUBMODULES.items():
+        for name in others:
+            if left[name] is entered.get(submodule) or entered[name] is left.get(submodule):
+                served[kind].add(name)
+    shared = served["attention"] & served["mlp"]
+    return {kind: tuple(sorted(names - shared)) for kind, names in served.items()}
 
 
 def _import_sources(files: dict[str, str]) -> dict[str, ModuleType]:

@@ -9,19 +9,30 @@ from __future__ import annotations
 import hashlib
 
 import torch
+from torch import nn
 
-from cfsp.models.views import DecoderView
+from cfsp.models.views import BlockView, DecoderView
 
 _VALUES = 256
 
 
 def weight_sample(view: DecoderView) -> str:
-    """sha256 of 256 evenly spaced values of each FFN matrix, in bfloat16 so that the loading dtype does not matter."""
+    """sha256 of 256 evenly spaced values of each FFN matrix, in bfloat16 so that the loading dtype does not matter.
+
+    Of a block without an FFN, the attention's matrices.
+    """
     digest = hashlib.sha256()
     for block in view.blocks:
-        for linear in (block.ffn.gate, block.ffn.up, block.ffn.down):
+        for linear in _matrices(block):
             flat = linear.weight.detach().flatten()
             at = torch.linspace(0, flat.numel() - 1, min(_VALUES, flat.numel()), dtype=torch.float64).long()
             values = flat[at.to(flat.device)].to("cpu", torch.bfloat16)
             digest.update(f"{tuple(linear.weight.shape)}".encode() + values.view(torch.int16).numpy().tobytes())
     return f"sample:{digest.hexdigest()[:32]}"
+
+
+def _matrices(block: BlockView) -> list[nn.Linear]:
+    if block.ffn is not None:
+        return [block.ffn.gate, block.ffn.up, block.ffn.down]
+    attention = block.attention
+    return [] if attention is None else [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cfsp.errors import CheckpointError, UnsupportedModelError
-from cfsp.models.remote_code import adopt, check_adoptable
+from cfsp.models.remote_code import adopt, check_adoptable, pruned_family, remove_layers, remove_submodule, stock_type
 from cfsp.models.sample import weight_sample
-from cfsp.models.views import DecoderView, resolve
-from cfsp.pruning.plan import PruningPlan
-from cfsp.pruning.slicing import linears_of, slice_ffn, swap_linears
+from cfsp.models.views import BlockView, DecoderView, resolve
+from cfsp.pruning.plan import BlockPlan, PruningPlan, tensor_name
+from cfsp.pruning.slicing import set_output_bias, slice_attention, slice_ffn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -23,47 +22,69 @@ def apply(model: Model, plan: PruningPlan) -> Model:
     """Slice ``model`` (the plan's base model) in place and return it; its configuration and class follow.
 
     Raises:
-        CheckpointError: the plan does not fit: another base model, number of blocks or widths.
-        UnsupportedModelError: the plan removes what cannot be sliced here.
+        CheckpointError: the plan does not fit: another base model, number of blocks, heads or widths.
+        UnsupportedModelError: the plan removes what cannot be removed from this architecture.
     """
     check_adoptable(model)  # type: ignore[arg-type]
     view = resolve(model)
     check_fits(view, plan)
+    family = pruned_family(stock_type(view.model.config.model_type))
     for block, decision in zip(view.blocks, plan.blocks, strict=True):
-        if decision.ffn_kept is not None:
-            slice_ffn(block.ffn, torch.tensor(decision.ffn_kept, device=block.ffn.down.weight.device))
-    adopt(view.model, view.widths)
+        slice_block(block, decision, plan.tensors)
+        if decision.keeps_block:
+            if not decision.attention and not block.attention_removed:
+                remove_submodule(block.module, "attention", family)
+            if not decision.ffn and block.ffn is not None:
+                remove_submodule(block.module, "mlp", family)
+    gone = [index for index, decision in enumerate(plan.blocks) if not decision.keeps_block]
+    if gone:
+        remove_layers(view.model, gone)
+    adopt(view.model)
     return model
 
 
+def slice_block(block: BlockView, decision: BlockPlan, tensors: Mapping[str, Tensor]) -> None:
+    """Slice the neurons and KV groups of one block in place, and give its outputs the biases of ``tensors``."""
+    if decision.ffn_kept is not None and decision.ffn and block.ffn is not None:
+        slice_ffn(block.ffn, torch.tensor(decision.ffn_kept, device=block.ffn.down.weight.device))
+    if decision.kv_groups_kept is not None and decision.attention and block.attention is not None:
+        slice_attention(
+            block.attention, torch.tensor(decision.kv_groups_kept, device=block.attention.o_proj.weight.device)
+        )
+    for kind, channels in block.channels.items():
+        name = tensor_name(block.index, kind)
+        if name in tensors:
+            set_output_bias(channels, tensors[name])
+
+
 def check_fits(view: DecoderView, plan: PruningPlan) -> None:
-    """Raises where ``plan`` was not made for the model of ``view``."""
+    """Raises where ``plan`` was not made for the model of ``view``, or its tensors are not there."""
     if len(plan.blocks) != len(view.blocks):
         raise CheckpointError(f"the plan has {len(plan.blocks)} blocks, the model {len(view.blocks)}")
     for block, decision in zip(view.blocks, plan.blocks, strict=True):
-        if decision.kv_groups_kept is not None or not decision.attention or not decision.ffn:
-            raise UnsupportedModelError(
-                f"block {block.index}: the plan removes attention or a whole FFN; this version slices FFN neurons only"
-            )
-        if decision.ffn_kept is not None and decision.ffn_kept[-1] >= block.ffn.width:
-            raise CheckpointError(
-                f"block {block.index}: the plan keeps neuron {decision.ffn_kept[-1]}, the model has {block.ffn.width}"
-            )
+        _check_block(block, decision)
+    if not any(decision.attention and not block.attention_removed for block, decision in _pairs(view, plan)):
+        raise UnsupportedModelError("the plan leaves no attention in any block; such a model cannot run")
     if plan.base_sample and plan.base_sample != weight_sample(view):
         raise CheckpointError(
             f"the plan was made for {plan.base_model} ({plan.base_fingerprint[:19]}...), whose weights are not "
             "those of this model; load the plan's base model"
         )
+    if plan.compensation and not plan.tensors:
+        raise CheckpointError(
+            "the plan replaces biases, but its tensors are not there; read it with PruningPlan.load, with "
+            "compensation.safetensors beside plan.json"
+        )
 
 
-@contextmanager
-def dense_again(view: DecoderView, originals: list[tuple[nn.Linear, nn.Linear, nn.Linear]]) -> Iterator[None]:
-    """Put the dense FFN linears back for a while (a side-by-side timing); everything else is shared."""
-    pruned = [linears_of(block.ffn) for block in view.blocks]
-    for block, linears in zip(view.blocks, originals, strict=True):
-        swap_linears(block.ffn, linears)
-    try:
-        yield
-    finally:
-        for block, linears in zip(view.blocks, pruned, strict=True):
-            swap_linears(block.ffn, linears)
+def _pairs(view: DecoderView, plan: PruningPlan) -> zip[tuple[BlockView, BlockPlan]]:
+    return zip(view.blocks, plan.blocks, strict=True)
+
+
+def _check_block(block: BlockView, decision: BlockPlan) -> None:
+    for kept, what, there in (
+        (decision.ffn_kept, "neuron", block.ffn.width if block.ffn is not None else 0),
+        (decision.kv_groups_kept, "KV group", block.attention.n_kv_heads if block.attention is not None else 0),
+    ):
+        if kept is not None and kept[-1] >= there:
+            raise CheckpointError(f"block {block.index}: the plan keeps {what} {kept[-1]}, the model has {there}")

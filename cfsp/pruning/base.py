@@ -9,16 +9,21 @@ if TYPE_CHECKING:
     from cfsp.allocate.base import Allocator
     from cfsp.allocate.budget import Budget
     from cfsp.calibrate.calibrate import StatisticsCache
+    from cfsp.calibrate.gradients import GradientTerms
     from cfsp.calibrate.statistics import Statistics
     from cfsp.data.calibration import CalibrationSet
     from cfsp.importance.base import NeuronImportance
     from cfsp.models.driver import BlockDriver
+    from cfsp.models.views import DecoderView
     from cfsp.pruning.plan import PruningPlan
 
 
 @dataclass(frozen=True)
 class PlanContext:
-    """Everything a pruner may use. ``driver`` is for methods that must run the model while planning."""
+    """Everything a pruner may use. ``driver`` is for methods that must run the model while planning.
+
+    ``gradients``: where the metric requires them. ``cache``: where what is dear may be kept; None: nowhere.
+    """
 
     driver: BlockDriver
     calibration: CalibrationSet
@@ -30,15 +35,35 @@ class PlanContext:
     base_model: str
     base_fingerprint: str
     cache: StatisticsCache | None = None
+    gradients: GradientTerms | None = None
 
 
 class Pruner(Protocol):
-    """``needs_model``: planning runs the model through ``context.driver`` beyond the one calibration pass."""
+    """``needs_model``: planning runs the model through ``context.driver`` beyond the one calibration pass.
+
+    ``prunes``: False for the dense run. A class attribute ``plans_with`` names the groups it draws on (importance and
+    allocator where it is not there).
+    """
 
     name: str
-    needs_model: ClassVar[bool]
     prunes: ClassVar[bool]
+
+    @property
+    def needs_model(self) -> bool: ...
+
+    def check(self, view: DecoderView, budget: Budget) -> None:
+        """Refuse cheaply, from shapes alone (``view`` may be on the meta device), what :meth:`plan` could not do.
+
+        Raises:
+            CfspError: settings that do not go together, a structure without that part, a ratio that cannot be met.
+        """
+        ...
 
     def plan(self, context: PlanContext) -> PruningPlan:
         """The plan; the model is left as it was."""
         ...
+
+
+def removes_heads(pruner: Any) -> bool:
+    """Whether KV groups may go, so that the numeric check must look at them."""
+    return getattr(pruner, "structure", "ffn") in ("heads", "heads_ffn")

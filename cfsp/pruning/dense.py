@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from cfsp.components import component
-from cfsp.pruning.plan import BlockPlan, PruningPlan
+from cfsp.pruning.plan import BlockPlan
 
 if TYPE_CHECKING:
+    from cfsp.allocate.budget import Budget
+    from cfsp.models.views import DecoderView
     from cfsp.pruning.base import PlanContext
+    from cfsp.pruning.plan import PruningPlan
 
 
 @component
@@ -20,18 +23,10 @@ class Dense:
     needs_model: ClassVar[bool] = False
     prunes: ClassVar[bool] = False
 
-    def plan(self, context: PlanContext) -> PruningPlan:
-        from cfsp.models.sample import weight_sample
+    def check(self, view: DecoderView, budget: Budget) -> None:
+        """Nothing can be wrong."""
 
-        blocks = tuple(BlockPlan() for _ in context.driver.view.blocks)
-        count = context.driver.view.model_parameters
-        return PruningPlan(
-            context.base_model,
-            context.base_fingerprint,
-            context.method,
-            blocks,
-            requested={"ratio": 0.0},
-            achieved={"ratio": 0.0, "removed_parameters": 0},
-            parameters={"before": count, "after": count},
-            base_sample=weight_sample(context.driver.view),
-        )
+    def plan(self, context: PlanContext) -> PruningPlan:
+        from cfsp.pruning.complete import complete
+
+        return complete(context, [BlockPlan() for _ in context.driver.view.blocks])

@@ -1,16 +1,26 @@
-"""The pruning plan: which units of which base model stay. Frozen, serialisable, separate from any weights."""
+"""The pruning plan: which units of which base model stay. Frozen, serialisable, separate from the base's weights."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SCHEMA = 1
+#: Beside plan.json: the tensors that a method replaces.
+COMPENSATION = "compensation.safetensors"
+#: The same in a model folder, where tools take every safetensors file at the top for weights.
+COMPENSATION_IN_FOLDER = f"plan/{COMPENSATION}"
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,11 @@ class BlockPlan:
             if kept is not None and (not kept or list(kept) != sorted(set(kept)) or kept[0] < 0):
                 raise CheckpointError(f"plan: {name} must be a non-empty list of sorted, distinct indices")
 
+    @property
+    def keeps_block(self) -> bool:
+        """False where neither submodule stays: the block does nothing and goes as a whole."""
+        return self.attention or self.ffn
+
 
 @dataclass(frozen=True)
 class PruningPlan:
@@ -36,7 +51,9 @@ class PruningPlan:
     ``base_sample`` (:func:`cfsp.models.sample.weight_sample`) recognises the base model in memory.
 
     ``requested`` and ``achieved`` state the budget; ``parameters`` the counts before and after; ``details`` holds per
-    block what led to the decision (width, keep ratio, distance). Replayed on the base model by
+    block what led to the decision (width, keep ratio, distance), ``notes`` what the method decided on the way.
+    ``tensors`` are biases that replace the base model's (name: :func:`tensor_name`, [d] fp32); they are kept in
+    compensation.safetensors beside plan.json, whose hash ``compensation`` is. Replayed on the base model by
     :func:`cfsp.pruning.apply.apply`, a plan gives the same weights bit for bit.
     """
 
@@ -49,23 +66,39 @@ class PruningPlan:
     parameters: dict[str, int] = field(default_factory=dict)
     details: tuple[dict[str, Any], ...] = ()
     base_sample: str = ""
+    notes: dict[str, Any] = field(default_factory=dict)
+    compensation: str = ""
     schema: int = SCHEMA
+    tensors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.tensors and not self.compensation:
+            object.__setattr__(self, "compensation", _digest(self.tensors))
 
     def save(self, path: str | Path) -> Path:
-        """Write plan.json atomically."""
+        """Write plan.json, and compensation.safetensors beside it where there are tensors, atomically."""
         path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(self.to_json(), encoding="utf-8")
-        os.replace(partial, path)
+        for name, content in self.files(path.name).items():
+            partial = path.with_name(f".{name}.{os.getpid()}")
+            partial.write_bytes(content)
+            os.replace(partial, path.with_name(name))
         return path
+
+    def files(self, name: str = "plan.json", tensors: str = COMPENSATION) -> dict[str, bytes]:
+        """The plan as files: name -> content; the tensors come first, so that a plan never lacks them."""
+        from safetensors.torch import save
+
+        replaced = {tensors: save(dict(self.tensors))} if self.tensors else {}
+        return {**replaced, name: self.to_json().encode()}
 
     def to_json(self) -> str:
         """One line per block, so that two plans can be compared with diff."""
-        values = {"schema": self.schema, **{k: v for k, v in asdict(self).items() if k != "schema"}}
+        names = ["schema", *(entry.name for entry in fields(self) if entry.name not in ("schema", "tensors"))]
         lines = []
-        for key, value in values.items():
+        for key in names:
+            value = getattr(self, key)
             if isinstance(value, tuple):
-                rows = ",\n".join(f"    {json.dumps(row)}" for row in value)
+                rows = ",\n".join(f"    {json.dumps(vars(row) if key == 'blocks' else row)}" for row in value)
                 lines.append(f'  "{key}": [\n{rows}\n  ]')
             else:
                 lines.append(f'  "{key}": {json.dumps(value)}')
@@ -73,10 +106,10 @@ class PruningPlan:
 
     @staticmethod
     def load(path: str | Path) -> PruningPlan:
-        """Read a plan.json.
+        """Read a plan.json, and the compensation.safetensors beside it where the plan has one.
 
         Raises:
-            CheckpointError: missing, not JSON, of another schema, or with wrong entries.
+            CheckpointError: missing, not JSON, of another schema, with wrong entries, or without its tensors.
         """
         path = Path(path)
         try:
@@ -94,39 +127,87 @@ class PruningPlan:
             ]
             blocks = tuple(BlockPlan(**row) for row in rows)
             details = tuple(values.pop("details", ()))
-            return PruningPlan(**{**values, "blocks": blocks, "details": details})
+            plan = PruningPlan(**{**values, "blocks": blocks, "details": details})
+            return replace(plan, tensors=_read_tensors(path, plan.compensation)) if plan.compensation else plan
         except (TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"plan {path}: not a pruning plan ({error})") from error
 
     def compose(self, earlier: PruningPlan) -> PruningPlan:
         """This plan in terms of the base of ``earlier``, whose result was this plan's base."""
-        if len(earlier.blocks) != len(self.blocks):
+        staying = [index for index, block in enumerate(earlier.blocks) if block.keeps_block]
+        if len(staying) != len(self.blocks):
             raise CheckpointError("the two plans have different numbers of blocks and cannot be composed")
-        blocks = tuple(
-            BlockPlan(
-                _compose(first.ffn_kept, then.ffn_kept),
-                _compose(first.kv_groups_kept, then.kv_groups_kept),
-                first.attention and then.attention,
-                first.ffn and then.ffn,
-            )
-            for first, then in zip(earlier.blocks, self.blocks, strict=True)
-        )
-        method = {"name": "composed", "steps": [earlier.method, self.method]}
-        parameters = {"before": earlier.parameters.get("before", 0), "after": self.parameters.get("after", 0)}
+        blocks = list(earlier.blocks)
+        for index, then in zip(staying, self.blocks, strict=True):
+            blocks[index] = _composed(blocks[index], then)
+        renamed = {_moved(name, staying): tensor for name, tensor in self.tensors.items()}
+        needed = {
+            tensor_name(index, kind)
+            for index, block in enumerate(blocks)
+            for kind, stays in (("ffn", block.ffn), ("attention", block.attention))
+            if stays
+        }
+        tensors = {name: tensor for name, tensor in {**earlier.tensors, **renamed}.items() if name in needed}
         return PruningPlan(
             earlier.base_model,
             earlier.base_fingerprint,
-            method,
-            blocks,
+            {"name": "composed", "steps": [earlier.method, self.method]},
+            tuple(blocks),
             self.requested,
             self.achieved,
-            parameters,
+            {"before": earlier.parameters.get("before", 0), "after": self.parameters.get("after", 0)},
             self.details,
             earlier.base_sample,
+            self.notes,
+            tensors=tensors,
         )
+
+
+def tensor_name(block: int, kind: str) -> str:
+    """The name of a block's replaced bias: of down_proj (kind ffn) or o_proj (attention)."""
+    return f"blocks.{block}.{kind}.bias"
+
+
+def _moved(name: str, staying: list[int]) -> str:
+    return re.sub(r"\d+", lambda found: str(staying[int(found.group())]), name, count=1)
+
+
+def _composed(first: BlockPlan, then: BlockPlan) -> BlockPlan:
+    attention, ffn = first.attention and then.attention, first.ffn and then.ffn
+    return BlockPlan(
+        _compose(first.ffn_kept, then.ffn_kept) if ffn else None,
+        _compose(first.kv_groups_kept, then.kv_groups_kept) if attention else None,
+        attention,
+        ffn,
+    )
 
 
 def _compose(first: tuple[int, ...] | None, then: tuple[int, ...] | None) -> tuple[int, ...] | None:
     if first is None or then is None:
         return then if first is None else first
     return tuple(first[index] for index in then)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of names, shapes and values (not of the file, whose header may differ between versions)."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().float().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _read_tensors(plan: Path, expected: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = plan.with_name(COMPENSATION)
+    if not file.is_file() and (plan.parent / COMPENSATION_IN_FOLDER).is_file():
+        file = plan.parent / COMPENSATION_IN_FOLDER
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"plan {plan}: {COMPENSATION} beside it cannot be read ({error}); copy both") from error
+    if _digest(tensors) != expected:
+        raise CheckpointError(f"plan {plan}: {COMPENSATION} beside it belongs to another plan; copy both together")
+    return tensors

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from cfsp.models.views import GatedFFN
+from cfsp.models.views import AttentionView, Channels, GatedFFN
 
 
 def slice_linear(linear: nn.Linear, *, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Linear:
@@ -17,11 +18,21 @@ def slice_linear(linear: nn.Linear, *, rows: Tensor | None = None, columns: Tens
     if columns is not None:
         weight = weight.index_select(1, columns)
         bias = None if bias is None else bias.detach().clone()
-    sliced = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
-    sliced.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+    return _linear(linear, weight, bias)
+
+
+def with_bias(linear: nn.Linear, bias: Tensor) -> nn.Linear:
+    """A new linear of the same weight with ``bias`` [out] in the weight's dtype; the old one is left as it is."""
+    weight = linear.weight.detach()
+    return _linear(linear, weight, bias.to(weight.device, weight.dtype))
+
+
+def _linear(like: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
+    made.weight = nn.Parameter(weight, requires_grad=like.weight.requires_grad)
     if bias is not None:
-        sliced.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
-    return sliced.train(linear.training)
+        made.bias = nn.Parameter(bias, requires_grad=like.weight.requires_grad)
+    return made.train(like.training)
 
 
 def slice_ffn(ffn: GatedFFN, kept: Tensor) -> None:
@@ -32,12 +43,29 @@ def slice_ffn(ffn: GatedFFN, kept: Tensor) -> None:
     setattr(ffn.module, ffn.down_name, slice_linear(down, columns=kept))
 
 
-def swap_linears(ffn: GatedFFN, linears: tuple[nn.Linear, nn.Linear, nn.Linear]) -> None:
-    """Put other (gate, up, down) linears into a gated FFN, e.g. the dense ones for a side-by-side timing."""
-    for name, linear in zip((ffn.gate_name, ffn.up_name, ffn.down_name), linears, strict=True):
-        setattr(ffn.module, name, linear)
+def slice_attention(attention: AttentionView, kept: Tensor) -> None:
+    """Keep only the KV groups ``kept`` (int64 indices on the weights' device) of an attention, in place.
+
+    A group is its rows of k and v and the rows of q and columns of o of the query heads that read it, so that the
+    number of query heads per KV head stays what it was.
+    """
+    wide = _spans(kept, attention.queries_per_group * attention.head_dim)
+    narrow = _spans(kept, attention.head_dim)
+    module = attention.module
+    q, k, v, o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+    module.q_proj = slice_linear(q, rows=wide)
+    module.k_proj = slice_linear(k, rows=narrow)
+    module.v_proj = slice_linear(v, rows=narrow)
+    module.o_proj = slice_linear(o, columns=wide)
 
 
-def linears_of(ffn: GatedFFN) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-    """The (gate, up, down) linears that are there now."""
-    return ffn.gate, ffn.up, ffn.down
+def set_output_bias(channels: Channels, bias: Tensor) -> None:
+    """Give down_proj (or o_proj) the bias [d], in place."""
+    part = channels.part
+    name = part.down_name if isinstance(part, GatedFFN) else "o_proj"
+    setattr(part.module, name, with_bias(channels.output, bias))
+
+
+def _spans(groups: Tensor, size: int) -> Tensor:
+    """Indices of all channels of ``groups``, each of which spans ``size`` channels."""
+    return (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()

@@ -21,6 +21,7 @@ REQUIRED = {
     "model=local": ["model.path=FOLDER"],
     "calibration=text": ["calibration.path=FILE.txt"],
     "calibration=ptb": ["calibration.path=FILE.txt"],
+    "calibration=llm_pruner": ["calibration.path=FILE.txt"],
     "calibration=tokens": ["calibration.path=FILE.npy"],
 }
 #: Groups that other files of conf/ draw on; nobody chooses an option of theirs.

@@ -9,22 +9,31 @@ from cfsp.allocate.budget import Budget, Sizes, keep_fraction, to_widths
 from cfsp.allocate.coarse import Coarse
 from cfsp.allocate.global_rank import GlobalRank
 from cfsp.allocate.uniform import Uniform
-from cfsp.errors import BudgetError
+from cfsp.errors import BudgetError, ConfigError
 from cfsp.importance.base import Scores
 
 DISTANCES = torch.tensor([0.506, 0.074, 0.097, 0.079, 0.100, 0.092, 0.121, 0.112], dtype=torch.float64)
 
 
-def sizes(*widths: int, cost: int = 768) -> Sizes:
+def sizes(*widths: int, cost: int = 768, groups: int = 0, group_cost: int = 5000) -> Sizes:
     total = sum(widths) * cost
-    return Sizes(widths, (cost,) * len(widths), 2 * total, 3 * total)
+    n = len(widths)
+    return Sizes(widths, (cost,) * n, (groups,) * n, (group_cost,) * n, total, 2 * total, 3 * total)
 
 
-def scores(widths, distances=None) -> Scores:
+def removed(found, size: Sizes) -> int:
+    """Parameters that kept widths and KV groups take away."""
+    rows = zip(size.widths, found.per_block, size.neuron_parameters, strict=True)
+    groups = zip(size.kv_groups, found.kv_groups, size.group_parameters, strict=True)
+    return sum((n - kept) * cost for n, kept, cost in [*rows, *groups])
+
+
+def scores(widths, distances=None, groups: int = 0) -> Scores:
     generator = torch.Generator().manual_seed(0)
     neurons = tuple(torch.rand(n, generator=generator, dtype=torch.float64) for n in widths)
+    heads = tuple(torch.rand(groups, 16, generator=generator, dtype=torch.float64) for _ in widths)
     found = DISTANCES[: len(widths)] if distances is None else distances
-    return Scores(neurons, dict.fromkeys(("angular", "cosine", "mse", "mae"), found))
+    return Scores(neurons, heads, dict.fromkeys(("angular", "cosine", "mse", "mae"), found))
 
 
 @pytest.mark.parametrize("metric", ["angular", "cosine", "mse", "euclidean", "mae", "none"])
@@ -63,7 +72,7 @@ def test_coarse_weighs_blocks_of_unequal_width():
     assert float((ratios * torch.tensor(widths)).sum()) == pytest.approx(0.5 * sum(widths))
     desired = [ratio * n for ratio, n in zip(ratios.tolist(), widths, strict=True)]
     nearest = to_widths(desired, Budget(0.5, round_to=1, rounding="nearest"), size)
-    assert nearest.achieved["ratio"] == pytest.approx(0.5, abs=0.01)
+    assert removed(nearest, size) / size.ffn_parameters == pytest.approx(0.5, abs=0.01)
 
 
 def test_global_rank_is_one_threshold_over_standardised_scores():
@@ -78,7 +87,7 @@ def test_global_rank_is_one_threshold_over_standardised_scores():
 
 
 def test_global_rank_survives_a_block_of_equal_scores():
-    given = Scores((torch.ones(32).double(), torch.rand(32).double()), {})
+    given = Scores((torch.ones(32).double(), torch.rand(32).double()), (torch.zeros(0, 1).double(),) * 2, {})
     assert GlobalRank().allocate(given, sizes(32, 32), 0.5).keep.isfinite().all()
 
 
@@ -100,8 +109,7 @@ def test_exact_meets_the_budget_within_one_step(allocator, round_to, ratio, widt
     found = to_widths(desired, budget, size, counted=allocation.counted)
     assert all(w == n or (w % round_to == 0 and w >= round_to) for w, n in zip(found.per_block, widths, strict=True))
     assert all(0 < w <= n for w, n in zip(found.per_block, widths, strict=True))
-    assert abs(found.achieved["removed_parameters"] - ratio * size.ffn_parameters) <= round_to * 768
-    assert found.achieved["ratio"] == pytest.approx(1 - sum(found.per_block) / sum(widths))
+    assert abs(removed(found, size) - ratio * size.ffn_parameters) <= round_to * 768
 
 
 def test_exact_moves_the_block_that_is_furthest_from_its_wish():
@@ -141,3 +149,45 @@ def test_min_width_is_kept_and_a_budget_out_of_reach_is_refused():
 @pytest.mark.parametrize(("scope", "share"), [("ffn", 1), ("decoder", 2), ("model", 3)])
 def test_a_scope_asks_more_of_the_ffn_the_wider_it_is(scope, share):
     assert keep_fraction(Budget(0.25, scope=scope, round_to=1), sizes(1000, 1000)) == pytest.approx(1 - 0.25 * share)
+
+
+@pytest.mark.parametrize("allocator", [Uniform(), Coarse(), GlobalRank()], ids=str)
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.4])
+def test_exact_meets_the_budget_with_heads_too(allocator, ratio):
+    widths = (768, 512, 768, 640)
+    size = sizes(*widths, groups=8, group_cost=40_000)
+    budget = Budget(ratio, scope="decoder", round_to=1)
+    allocation = allocator.allocate(scores(widths, groups=8), size, keep_fraction(budget, size))
+    groups = allocation.keep if allocation.keep_groups is None else allocation.keep_groups
+    desired = [k * n for k, n in zip(allocation.keep.tolist(), widths, strict=True)]
+    found = to_widths(desired, budget, size, groups=[8 * k for k in groups.tolist()], counted=allocation.counted)
+    assert all(1 <= kept <= 8 for kept in found.kv_groups)
+    assert abs(removed(found, size) - ratio * size.decoder_parameters) <= 768
+    assert any(kept < 8 for kept in found.kv_groups) or ratio < 0.2
+
+
+@pytest.mark.parametrize(
+    ("protect", "blocks", "free"),
+    [
+        ("none", 4, [0, 1, 2, 3]),
+        ("auto", 4, [1, 2]),
+        ("auto", 23, list(range(1, 22))),
+        ("auto", 24, list(range(4, 22))),
+        ("auto", 32, list(range(4, 30))),
+        ((2, 0), 4, [2, 3]),
+    ],
+)
+def test_protected_blocks(protect, blocks, free):
+    assert Budget(0.5, protect=protect).free_blocks(blocks) == free
+
+
+def test_protecting_everything_is_refused():
+    with pytest.raises(ConfigError, match=r"sparsity.protect=\[2,2\]: leaves no block of 4"):
+        Budget(0.5, protect=(2, 2)).free_blocks(4)
+
+
+def test_a_ratio_that_protected_blocks_make_unreachable_says_so():
+    budget = Budget(0.8, round_to=1, protect="auto")
+    size = sizes(100, 100, 100, 100).only(budget.free_blocks(4))
+    with pytest.raises(BudgetError, match=r"sparsity.protect=auto removes 0\.4950 at most.*or sparsity.protect=none"):
+        keep_fraction(budget, size)

@@ -92,8 +92,8 @@ def plugin(tmp_path, monkeypatch) -> str:
     (tmp_path / "site" / "my_metrics" / "__init__.py").write_text(
         "from cfsp.components import component\n\n\n"
         "@component\nclass LastFirst:\n    reverse: bool = False\n\n"
-        "    def score(self, block, activation):\n"
-        "        ranks = activation.new_tensor(range(block.ffn.width))\n"
+        "    def score(self, channels, activation):\n"
+        "        ranks = activation.rms.new_tensor(range(channels.n))\n"
         "        return -ranks if self.reverse else ranks\n\n\n"
         "def function():\n    pass\n"
     )

@@ -118,10 +118,10 @@ def test_the_code_of_a_plug_in_is_part_of_the_identity(tmp_path, monkeypatch):
     """cfsp's own classes are covered by the method version; a class elsewhere may change without a word."""
     monkeypatch.syspath_prepend(str(tmp_path))
     identities = []
-    for body in ("return activation", "return -activation"):
+    for body in ("return activation.rms", "return -activation.rms"):
         (tmp_path / "mine_metric.py").write_text(
             "from cfsp.components import component\n\n@component\nclass Mine:\n"
-            f"    def score(self, block, activation):\n        {body}\n"
+            f"    def score(self, channels, activation):\n        {body}\n"
         )
         importlib.invalidate_caches()
         sys.modules.pop("mine_metric", None)

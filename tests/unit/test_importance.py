@@ -11,11 +11,13 @@ from cfsp.calibrate.calibrate import calibrate
 from cfsp.data.calibration import CalibrationSet
 from cfsp.errors import RunError
 from cfsp.importance.activation_norm import ActivationNorm
-from cfsp.importance.base import score
+from cfsp.importance.base import Activation, score
 from cfsp.importance.cfsp import Cfsp
 from cfsp.importance.cfsp_released import CfspReleased
+from cfsp.importance.flap import Flap
 from cfsp.importance.magnitude import Magnitude
 from cfsp.importance.random import RandomImportance
+from cfsp.importance.sequence_norm import SequenceNorm
 from cfsp.importance.wanda import Wanda
 from cfsp.models.driver import BlockDriver
 from cfsp.models.views import resolve
@@ -28,6 +30,10 @@ def calibrated(model):
     view = resolve(model)
     statistics, _ = calibrate(BlockDriver(view, 8), CalibrationSet(tokens(), "random", "", 0))
     return view, statistics
+
+
+def activation(inputs) -> Activation:
+    return Activation(*(v.float() for v in (inputs.rms, inputs.mean, inputs.variance, inputs.mean_norm)))
 
 
 def rankings(model, statistics, metric):
@@ -58,6 +64,10 @@ def reweighted(model):
         (Cfsp(), True),
         (Wanda(), True),
         (Magnitude(), True),
+        (SequenceNorm(), False),
+        (Flap("wifv"), True),
+        (Flap("ifv"), False),
+        (Flap("wifn"), True),
     ],
     ids=lambda value: value if isinstance(value, bool) else getattr(value, "variant", type(value).__name__),
 )
@@ -81,7 +91,7 @@ def test_released_variants_are_what_the_released_normalisation_gives(variant):
         if variant.startswith("three"):
             metric = metric + up.T / up.T.sum(0) + gate.T / gate.T.sum(0)
         expected = (metric * x ** (0.5 if variant == "one_a" else 1.0)).mean(0)
-        ours = CfspReleased(variant).score(block, x.float()).double()
+        ours = CfspReleased(variant).score(block.channels["ffn"], activation(found.ffn)).double()
         assert torch.allclose(ours, expected, rtol=1e-5)
 
 
@@ -96,7 +106,8 @@ def test_cfsp_is_equation_8_term_by_term():
             gate[i, j] / gate[:, j].sum() for j in range(32)
         )
         expected[i] = share * x[i] / x.sum()
-    assert torch.allclose(Cfsp().score(block, x.float()).double(), expected, rtol=1e-4)
+    ours = Cfsp().score(block.channels["ffn"], activation(statistics.blocks[1].ffn)).double()
+    assert torch.allclose(ours, expected, rtol=1e-4)
 
 
 def test_a_dead_column_counts_as_zero_not_nan():
@@ -122,3 +133,42 @@ def test_random_follows_its_seed():
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
     assert not torch.equal(one[0], other[0])
     assert not torch.equal(one[0], one[1]), "blocks must not share one draw"
+
+
+@pytest.mark.parametrize("variant", ["wifv", "ifv", "wifn"])
+def test_flap_is_its_definition_on_raw_activations(variant):
+    """Variance over all tokens, from the activations themselves; heads squared as the released code does."""
+    model, ids = tiny_model(), tokens()
+    view, statistics = calibrated(model)
+    block = view.blocks[1]
+    for kind, linear in (("ffn", block.ffn.down), ("attention", block.attention.o_proj)):
+        seen = []
+        handle = linear.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].flatten(0, 1)))
+        with torch.no_grad():
+            model(ids)
+        handle.remove()
+        x, weight = seen[0].double(), linear.weight.detach().double()
+        expected = {
+            "wifv": x.var(0, unbiased=False) * weight.square().sum(0),
+            "ifv": x.var(0, unbiased=False),
+            "wifn": weight.abs().mean(0) * x.square().mean(0).sqrt(),
+        }[variant]
+        expected = expected.square() if kind == "attention" else expected
+        found = getattr(statistics.blocks[1], kind)
+        ours = Flap(variant).score(block.channels[kind], activation(found)).double()
+        assert torch.allclose(ours, expected, rtol=1e-4)
+
+
+def test_the_channels_of_heads_lie_in_the_order_of_their_groups():
+    """Every metric scores heads through these; k and v are repeated as the attention repeats them."""
+    model = tiny_model()
+    attention = resolve(model).blocks[0].attention
+    q, k, v, o = attention.weights()
+    module = model.model.layers[0].self_attn
+    assert (attention.n_heads, attention.n_kv_heads, attention.head_dim) == (4, 2, 8)
+    for head in range(4):
+        rows, read = slice(8 * head, 8 * head + 8), slice(8 * (head // 2), 8 * (head // 2) + 8)
+        assert torch.equal(q[rows], module.q_proj.weight[rows])
+        assert torch.equal(k[rows], module.k_proj.weight[read])
+        assert torch.equal(v[rows], module.v_proj.weight[read])
+        assert torch.equal(o[:, rows], module.o_proj.weight[:, rows])

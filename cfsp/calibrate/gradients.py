@@ -1,0 +1,225 @@
+"""Gradient terms of the language-model loss, reduced to one number per row or column of each matrix (LLM-Pruner).
+
+The backward pass goes block by block, so that full weight gradients exist for one block at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from cfsp.errors import ConfigError, RunError
+from cfsp.models.driver import BlockDriver, run_block
+from cfsp.models.views import BlockView
+from cfsp.progress import progress
+
+if TYPE_CHECKING:
+    from cfsp.calibrate.calibrate import StatisticsCache
+    from cfsp.data.calibration import CalibrationSet
+
+log = logging.getLogger(__name__)
+
+#: Part of the cache key: raise it whenever what is collected, or how, changes.
+GRADIENT_VERSION = 1
+#: The rows of every term.
+VARIANTS = ("element1", "element2", "mix", "vector")
+
+
+@dataclass(frozen=True)
+class GradientTerms:
+    """Per block: projection (gate, up, down, q, k, v, o) -> [4, n] fp64 on CPU, a row per variant of ``VARIANTS``.
+
+    n: output rows of gate, up, q, k, v; input columns of down, o. With g the gradient of the mean loss over all
+    sequences and F the mean of the squared per-sequence gradients (diagonal Fisher): element1 = sum |W g|,
+    element2 = sum |W F W|, mix = sum |W g - W F W / 2|, vector = |sum W g|, each over one row (column), as in
+    LLM-Pruner's TaylorImportance (LLMPruner/pruner/hf_llama_pruner.py; arXiv 2305.11627, Eq. 3 to 5).
+    """
+
+    blocks: tuple[Mapping[str, Tensor], ...]
+
+    def save(self, path: Path, metadata: Mapping[str, Any]) -> None:
+        """Write one safetensors file."""
+        from safetensors.torch import save_file
+
+        tensors = {f"{i}.{name}": value for i, block in enumerate(self.blocks) for name, value in block.items()}
+        save_file(tensors, path, metadata={"cfsp": json.dumps({**metadata, "blocks": len(self.blocks)})})
+
+    @staticmethod
+    def load(path: Path) -> GradientTerms:
+        """Read what :meth:`save` wrote."""
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as stream:
+            blocks: list[dict[str, Tensor]] = [{} for _ in range(json.loads(stream.metadata()["cfsp"])["blocks"])]
+            for name in stream.keys():  # noqa: SIM118
+                block, _, projection = name.partition(".")
+                blocks[int(block)][projection] = stream.get_tensor(name)
+        return GradientTerms(tuple(blocks))
+
+
+def gradient_terms(
+    driver: BlockDriver,
+    calibration: CalibrationSet,
+    cache: StatisticsCache | None = None,
+    *,
+    checkpointing: bool = False,
+) -> tuple[GradientTerms, bool]:
+    """The terms of every block, or what an earlier run left; returns (terms, cached?).
+
+    One sequence at a time (F needs per-sequence gradients). The model, its ``requires_grad`` and ``grad`` are left as
+    they were.
+
+    Args:
+        checkpointing: keep only the hidden states that enter each block and run the block again when its turn comes,
+            instead of keeping everything that backward needs; the same result in less memory and more time.
+
+    Raises:
+        ConfigError: some weights are not in memory.
+        RunError: a gradient is not finite; names the block.
+    """
+    _check_in_memory(driver.view.model)
+    path = None if cache is None else _path(cache, driver, calibration)
+    if path is not None and path.is_file():
+        try:
+            return GradientTerms.load(path), True
+        except Exception as error:  # any damage: the file can be made again
+            log.warning("cached gradient terms %s cannot be read (%s); computing them again", path.name, error)
+    terms = _compute(BlockDriver(driver.view, 1), calibration.input_ids, checkpointing)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
+        terms.save(partial, {"name": calibration.name, "version": GRADIENT_VERSION})
+        os.replace(partial, path)
+    return terms, False
+
+
+def _path(cache: StatisticsCache, driver: BlockDriver, calibration: CalibrationSet) -> Path:
+    key = {
+        "model": cache.model_fingerprint,
+        "tokens": calibration.fingerprint,
+        "dtype": str(driver.view.model.dtype),
+        "version": GRADIENT_VERSION,
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return cache.folder / "gradients" / f"{digest[:32]}.safetensors"
+
+
+def _check_in_memory(model: nn.Module) -> None:
+    offloaded = any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in model.modules())
+    if offloaded or any(parameter.is_meta for parameter in model.parameters()):
+        raise ConfigError(
+            f"{type(model).__name__}: gradients need every weight in memory, and some are streamed or offloaded; load "
+            "the model whole (e.g. model.dtype=bfloat16), or use a metric without gradients, e.g. importance=wanda"
+        )
+
+
+@torch.enable_grad()
+def _compute(driver: BlockDriver, input_ids: Tensor, checkpointing: bool) -> GradientTerms:
+    view = driver.view
+    entry = driver.entry(input_ids)
+    found: list[dict[str, Tensor]] = [{} for _ in view.blocks]
+    with _weights_require_grad(list(view.blocks)):
+        inputs: list[list[Tensor]] = []
+        outputs: list[list[Tensor]] = []
+        hidden = entry.hidden
+        for block in progress(view.blocks, "forward for gradients", unit="block"):
+            leaves = [state.detach().requires_grad_() for state in hidden]
+            with torch.set_grad_enabled(not checkpointing):
+                left = [run_block(block, x, kw) for x, kw in zip(leaves, entry.kwargs[block.index], strict=True)]
+            inputs.append(leaves)
+            outputs.append([] if checkpointing else left)
+            hidden = [state.detach() for state in left]
+        grads = [_loss_gradient(driver, ids, state) for ids, state in zip(entry.ids, hidden, strict=True)]
+        for block in progress(view.blocks[::-1], "backward", unit="block"):
+            kwargs = entry.kwargs[block.index]
+            terms = _Terms(block)
+            for number, leaf in enumerate(inputs[block.index]):
+                output = outputs[block.index][number] if not checkpointing else run_block(block, leaf, kwargs[number])
+                grads[number], *weights = torch.autograd.grad(output, [leaf, *terms.matrices()], grads[number])
+                terms.add(weights)
+            found[block.index] = terms.report()
+            inputs[block.index], outputs[block.index] = [], []
+    return GradientTerms(tuple(found))
+
+
+def _loss_gradient(driver: BlockDriver, ids: Tensor, hidden: Tensor) -> Tensor:
+    """Gradient of one sequence's mean next-token loss with respect to what leaves the last block."""
+    leaf = hidden.detach().requires_grad_()
+    logits = driver.logits(ids, leaf)
+    loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+    return torch.autograd.grad(loss, leaf)[0]
+
+
+class _Terms:
+    """Gradients of one block's matrices: their mean and mean square over the sequences, fp32."""
+
+    def __init__(self, block: BlockView) -> None:
+        self.block = block
+        self.linears = projections(block)
+        self.n = 0
+        self.sums = [torch.zeros_like(linear.weight, dtype=torch.float32) for linear in self.linears.values()]
+        self.squares = [torch.zeros_like(value) for value in self.sums]
+
+    def matrices(self) -> list[Tensor]:
+        return [linear.weight for linear in self.linears.values()]
+
+    def add(self, gradients: list[Tensor]) -> None:
+        self.n += 1
+        for total, squares, gradient in zip(self.sums, self.squares, gradients, strict=True):
+            total += gradient.float()
+            squares += gradient.float().square()
+
+    def report(self) -> dict[str, Tensor]:
+        found = {}
+        for (name, linear), total, squares in zip(self.linears.items(), self.sums, self.squares, strict=True):
+            axis = 0 if name in ("down", "o") else 1
+            weight = linear.weight.detach().float()
+            first, second = weight * (total / self.n), weight * (squares / self.n) * weight
+            terms = [
+                first.abs().sum(axis, dtype=torch.float64),
+                second.abs().sum(axis, dtype=torch.float64),
+                (first - 0.5 * second).abs().sum(axis, dtype=torch.float64),
+                first.sum(axis, dtype=torch.float64).abs(),
+            ]
+            found[name] = torch.stack(terms).cpu()
+            if not found[name].isfinite().all():
+                raise RunError(
+                    f"block {self.block.index}: the gradients of {name} are not finite; try model.dtype=float32"
+                )
+        return found
+
+
+def projections(block: BlockView) -> dict[str, nn.Linear]:
+    """The matrices of a block that make its coupled groups, by the names of :class:`GradientTerms`."""
+    found: dict[str, nn.Linear] = {}
+    if block.ffn is not None:
+        found |= {"gate": block.ffn.gate, "up": block.ffn.up, "down": block.ffn.down}
+    attention = block.attention
+    if attention is not None:
+        found |= {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "o": attention.o_proj}
+    return found
+
+
+@contextmanager
+def _weights_require_grad(blocks: list[BlockView]) -> Iterator[None]:
+    """Every matrix can be differentiated, whatever the user froze; afterwards as it was."""
+    weights = [linear.weight for block in blocks for linear in projections(block).values()]
+    before = [weight.requires_grad for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight, was in zip(weights, before, strict=True):
+            weight.requires_grad_(was)

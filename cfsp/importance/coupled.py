@@ -1,0 +1,26 @@
+"""Sums over the weights that leave together: a neuron, or the channels of a KV group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from cfsp.models.views import AttentionView
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cfsp.models.views import Channels
+
+
+def coupled(channels: Channels, terms: Mapping[str, Tensor]) -> Tensor:
+    """Per channel [N], the sum of ``terms``: per row of gate, up, q, k, v and per column of down, o.
+
+    A row of k or v is shared out among the query heads that read it, so that the sum over a KV group counts each
+    weight once.
+    """
+    part = channels.part
+    if not isinstance(part, AttentionView):
+        return terms["gate"] + terms["up"] + terms["down"]
+    shared = part.spread(terms["k"] + terms["v"]) / part.queries_per_group
+    return terms["q"] + terms["o"] + shared

@@ -1,0 +1,33 @@
+"""FLAP's fluctuation metrics (arXiv 2312.11983): how much a channel's activation varies, and its output weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from cfsp.components import component
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cfsp.importance.base import Activation
+    from cfsp.models.views import Channels
+
+
+@component
+class Flap:
+    """wifv: Var(X_i) * sum_j W[j,i]^2; ifv: Var(X_i); wifn: mean_j |W[j,i]| * sqrt(mean X_i^2), W = down_proj.
+
+    For the channels of heads W = o_proj; the released code squares those scores before it standardises them
+    (``square_heads``).
+    """
+
+    variant: Literal["wifv", "ifv", "wifn"] = "wifv"
+    square_heads: bool = True
+
+    def score(self, channels: Channels, activation: Activation) -> Tensor:
+        weight = channels.output.weight.detach().float()
+        if self.variant == "wifn":
+            scores = weight.abs().mean(0) * activation.rms
+        else:
+            scores = activation.variance * (weight.square().sum(0) if self.variant == "wifv" else 1)
+        return scores.square() if self.square_heads and channels.kind == "attention" else scores

@@ -1,0 +1,21 @@
+"""2SSP's first stage (arXiv 2501.17771): the mean norm of a channel's activation over a sequence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cfsp.components import component
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cfsp.importance.base import Activation
+    from cfsp.models.views import Channels
+
+
+@component
+class SequenceNorm:
+    """Mean over the calibration sequences of the L2 norm over the sequence's tokens."""
+
+    def score(self, channels: Channels, activation: Activation) -> Tensor:
+        return activation.mean_norm

@@ -1,0 +1,56 @@
+"""Which modules, parameters and attributes a model is made of, to be brought back after they were swapped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+_TABLES = ("_modules", "_parameters", "_buffers")
+
+
+class Snapshot:
+    """The make-up of ``model`` as it is now: classes, submodules, parameters, attributes; values shared, not copied.
+
+    What replaces a module, a parameter or an attribute later is undone by :meth:`restore`; what is written into a
+    parameter's values is not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._made_of = [(module, type(module), _attributes(module)) for module in model.modules()]
+
+    def restore(self) -> None:
+        """Bring everything back."""
+        for module, cls, attributes in self._made_of:
+            module.__class__ = cls
+            module.__dict__.clear()
+            module.__dict__.update(
+                {name: dict(value) if name in _TABLES else value for name, value in attributes.items()}
+            )
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """As it was then, for a while; afterwards as it is now."""
+        now = Snapshot(self.model)
+        self.restore()
+        try:
+            yield
+        finally:
+            now.restore()
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[None]:
+    """Whatever is swapped inside is undone at the end."""
+    snapshot = Snapshot(model)
+    try:
+        yield
+    finally:
+        snapshot.restore()
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: dict(value) if name in _TABLES else value for name, value in module.__dict__.items()}

@@ -1,0 +1,128 @@
+"""From decisions to a plan: what they remove, counted on the real shapes, and what led to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cfsp.models.remote_code import pruned_family, stock_type
+from cfsp.models.sample import weight_sample
+from cfsp.pruning.plan import BlockPlan, PruningPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cfsp.models.views import BlockView, DecoderView
+    from cfsp.pruning.base import PlanContext
+
+
+def complete(
+    context: PlanContext,
+    blocks: Sequence[BlockPlan],
+    *,
+    keep_ratios: Sequence[float] | None = None,
+    notes: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> PruningPlan:
+    """The plan of ``blocks``.
+
+    Args:
+        keep_ratios: per block, what an allocator asked for before rounding; None: what the decisions keep.
+        notes: what the method decided on the way.
+        tensors: biases that replace the base model's.
+    """
+    view, budget = context.driver.view, context.budget
+    removed = [removed_parameters(view, block, plan) for block, plan in zip(view.blocks, blocks, strict=True)]
+    gone = {kind: sum(row[kind] for row in removed) for kind in ("ffn", "attention", "rest")}
+    total = sum(gone.values())
+    scopes = {
+        "ffn": sum(block.ffn.width * block.ffn.neuron_parameters for block in view.blocks if block.ffn is not None),
+        "decoder": view.decoder_parameters,
+        "model": view.model_parameters,
+    }
+    achieved = {
+        "ratio": total / scopes[budget.scope],
+        "removed_parameters": total,
+        "ffn_ratio": gone["ffn"] / scopes["ffn"] if scopes["ffn"] else 0.0,
+        "decoder_ratio": total / scopes["decoder"],
+        "model_ratio": total / scopes["model"],
+    }
+    added = sum(_added(view, name, tensor) for name, tensor in (tensors or {}).items())
+    return PruningPlan(
+        base_model=context.base_model,
+        base_fingerprint=context.base_fingerprint,
+        method=context.method,
+        blocks=tuple(blocks),
+        requested=budget.requested(),
+        achieved=achieved,
+        parameters={"before": view.model_parameters, "after": view.model_parameters - total + added},
+        details=tuple(_details(context, blocks, keep_ratios)),
+        base_sample=weight_sample(view),
+        notes=dict(notes or {}),
+        tensors=dict(tensors or {}),
+    )
+
+
+def removed_parameters(view: DecoderView, block: BlockView, plan: BlockPlan) -> dict[str, int]:
+    """What ``plan`` takes from ``block``: "ffn" and "attention" with their own parameters, "rest" the norms."""
+    ffn = attention = rest = 0
+    if block.ffn is not None:
+        kept = block.ffn.width if plan.ffn_kept is None else len(plan.ffn_kept)
+        ffn = (block.ffn.width - kept) * block.ffn.neuron_parameters
+        if not plan.ffn:
+            ffn = submodule_parameters(view, block, "mlp")
+    if block.attention is not None and plan.kv_groups_kept is not None:
+        attention = (block.attention.n_kv_heads - len(plan.kv_groups_kept)) * block.attention.group_parameters
+    if not plan.attention and not block.attention_removed:
+        attention = submodule_parameters(view, block, "attention")
+    if not plan.keeps_block:
+        rest = sum(parameter.numel() for parameter in block.module.parameters()) - ffn - attention
+    else:
+        rest += norm_parameters(view, block, "mlp") if not plan.ffn and block.ffn is not None else 0
+        rest += norm_parameters(view, block, "attention") if not plan.attention and not block.attention_removed else 0
+    return {"ffn": ffn, "attention": attention, "rest": rest}
+
+
+def submodule_parameters(view: DecoderView, block: BlockView, kind: str) -> int:
+    """Parameters of a block's attention or mlp submodule, without its norms."""
+    family = pruned_family(stock_type(view.model.config.model_type))
+    return _count(block, (family.submodules[kind],))
+
+
+def norm_parameters(view: DecoderView, block: BlockView, kind: str) -> int:
+    """Parameters of the norms that serve a block's attention or mlp submodule alone."""
+    family = pruned_family(stock_type(view.model.config.model_type))
+    return _count(block, family.norms[kind])
+
+
+def _count(block: BlockView, names: Sequence[str]) -> int:
+    return sum(parameter.numel() for name in names for parameter in getattr(block.module, name).parameters())
+
+
+def _added(view: DecoderView, name: str, tensor: Tensor) -> int:
+    """Parameters that a replaced bias adds: none where the base model has one there."""
+    _, index, kind, _ = name.split(".")
+    return 0 if view.blocks[int(index)].channels[kind].output.bias is not None else tensor.numel()
+
+
+def _details(
+    context: PlanContext, blocks: Sequence[BlockPlan], keep_ratios: Sequence[float] | None
+) -> list[dict[str, Any]]:
+    rows = []
+    view, found = context.driver.view, context.statistics.blocks
+    for block, plan, statistics in zip(view.blocks, blocks, found, strict=True):
+        base_width, base_groups = view.widths[block.index], view.kv_groups[block.index]
+        width = 0 if not plan.ffn else base_width if plan.ffn_kept is None else len(plan.ffn_kept)
+        groups = base_groups if plan.kv_groups_kept is None else len(plan.kv_groups_kept)
+        share = width / base_width if base_width else 0.0
+        rows.append(
+            {
+                "distance": dict(statistics.distances),
+                "keep_ratio": share if keep_ratios is None else float(keep_ratios[block.index]),
+                "width": width,
+                "base_width": base_width,
+                "kv_groups": groups if plan.attention else 0,
+                "base_kv_groups": base_groups,
+            }
+        )
+    return rows

@@ -1,0 +1,49 @@
+"""The calibration stage as a pruner needs it: statistics, and what the metric requires beside them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cfsp.calibrate.calibrate import StatisticsCache, calibrate
+from cfsp.identity import method_of
+from cfsp.importance.base import required
+from cfsp.pruning.base import PlanContext
+
+if TYPE_CHECKING:
+    from cfsp.config import RunConfig
+    from cfsp.data.calibration import CalibrationSet
+    from cfsp.models.driver import BlockDriver
+
+
+def plan_context(
+    config: RunConfig,
+    driver: BlockDriver,
+    calibration: CalibrationSet,
+    *,
+    base_model: str,
+    base_fingerprint: str,
+    cache: StatisticsCache | None = None,
+) -> tuple[PlanContext, bool]:
+    """Calibrate, or read what an earlier run left; returns (context, everything cached?)."""
+    statistics, cached = calibrate(driver, calibration, cache)
+    importance, gradients = config.importance.instance, None
+    if "gradients" in required(importance) and "importance" in config.plans_with:
+        from cfsp.calibrate.gradients import gradient_terms
+
+        checkpointing = getattr(importance, "gradient_checkpointing", False)
+        gradients, found = gradient_terms(driver, calibration, cache, checkpointing=checkpointing)
+        cached = cached and found
+    context = PlanContext(
+        driver=driver,
+        calibration=calibration,
+        statistics=statistics,
+        budget=config.budget,
+        importance=importance,
+        allocator=config.allocator.instance,
+        method=method_of(config),
+        base_model=base_model,
+        base_fingerprint=base_fingerprint,
+        cache=cache,
+        gradients=gradients,
+    )
+    return context, cached
