@@ -49,7 +49,8 @@ class Budget:
         free = list(range(first, n_blocks - last))
         if not free:
             raise ConfigError(
-                f"sparsity.protect={self._shown()}: leaves no block of {n_blocks} to prune; use smaller numbers or none"
+                f"sparsity.protect={self.shown_protect()}: leaves no block of {n_blocks} to prune; use smaller "
+                "numbers or none"
             )
         return free
 
@@ -58,7 +59,8 @@ class Budget:
             return self.protect
         return (4, 2) if n_blocks >= _DEEP else (1, 1)
 
-    def _shown(self) -> str:
+    def shown_protect(self) -> str:
+        """``protect`` as it is written on the command line."""
         return self.protect if isinstance(self.protect, str) else f"[{self.protect[0]},{self.protect[1]}]"
 
     def requested(self) -> dict[str, Any]:
@@ -155,7 +157,7 @@ def keep_fraction(budget: Budget, sizes: Sizes) -> float:
 
 def _unreachable(budget: Budget, sizes: Sizes, most: int) -> str:
     smallest = f"sparsity.min_width={budget.min_width or budget.round_to} sparsity.round_to={budget.round_to}"
-    protected = "" if budget.protect == "none" else f" and sparsity.protect={budget._shown()}"
+    protected = "" if budget.protect == "none" else f" and sparsity.protect={budget.shown_protect()}"
     wish = f"sparsity.ratio={budget.ratio} of sparsity.scope={budget.scope} cannot be met"
     largest = _rounded_down(most / sizes.of_scope(budget.scope))
     if not largest:

@@ -1,0 +1,101 @@
+"""How alike the hidden states between any two blocks are: what depth pruning goes by. One pass, cached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cfsp.models.driver import BlockDriver, entering, hidden_of
+
+if TYPE_CHECKING:
+    from cfsp.calibrate.calibrate import StatisticsCache
+    from cfsp.data.calibration import CalibrationSet
+
+log = logging.getLogger(__name__)
+
+#: Part of the cache key: raise it whenever what is collected, or how, changes.
+SIMILARITY_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BlockSimilarity:
+    """Cosine similarity of the hidden states h_i and h_j, [L+1, L+1] fp64; h_i enters block i, h_L leaves the last.
+
+    ``mean``: over all tokens; ``last``: over the last tokens of the sequences.
+    """
+
+    mean: Tensor
+    last: Tensor
+
+
+def block_similarity(
+    driver: BlockDriver, calibration: CalibrationSet, cache: StatisticsCache | None = None
+) -> tuple[BlockSimilarity, bool]:
+    """One pass over the set, or what an earlier run left; returns (similarity, cached?).
+
+    Holds the hidden states of one batch. Cosines are taken in fp32, summed per sequence in fp64.
+    """
+    from safetensors.torch import load_file, save_file
+
+    path = None if cache is None else _path(cache, driver, calibration)
+    if path is not None and path.is_file():
+        try:
+            tensors = load_file(path)
+            return BlockSimilarity(tensors["mean"], tensors["last"]), True
+        except Exception as error:  # any damage: the file can be made again
+            log.warning("cached similarities %s cannot be read (%s); computing them again", path.name, error)
+    found = _compute(driver, calibration.input_ids)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
+        save_file({"mean": found.mean, "last": found.last}, partial)
+        os.replace(partial, path)
+    return found, False
+
+
+def _path(cache: StatisticsCache, driver: BlockDriver, calibration: CalibrationSet) -> Path:
+    key = {
+        "model": cache.model_fingerprint,
+        "tokens": calibration.fingerprint,
+        "dtype": str(driver.view.model.dtype),
+        "batch_size": driver.batch_size,
+        "version": SIMILARITY_VERSION,
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return cache.folder / "similarity" / f"{digest[:32]}.safetensors"
+
+
+def _compute(driver: BlockDriver, input_ids: Tensor) -> BlockSimilarity:
+    blocks = driver.view.blocks
+    states: list[Tensor] = []
+    sums = torch.zeros(2, len(blocks) + 1, len(blocks) + 1, dtype=torch.float64)
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states.append(entering(args, kwargs))
+
+    def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        for sequence in zip(*states, hidden_of(output), strict=True):
+            unit = torch.stack([torch.nn.functional.normalize(state.float(), dim=-1) for state in sequence])
+            flat = unit.flatten(1)
+            sums[0] += (flat @ flat.T).double().cpu() / unit.shape[1]
+            sums[1] += (unit[:, -1] @ unit[:, -1].T).double().cpu()
+        states.clear()
+
+    handles = [block.module.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
+    handles.append(blocks[-1].module.register_forward_hook(leave, with_kwargs=True))
+    try:
+        # Block by block every batch would be held at once.
+        BlockDriver(driver.view, driver.batch_size).run(input_ids, "similarity of blocks")
+    finally:
+        for handle in handles:
+            handle.remove()
+    mean, last = sums / input_ids.shape[0]
+    return BlockSimilarity(mean.contiguous(), last.contiguous())

@@ -1,0 +1,123 @@
+"""BlockPruner (arXiv 2406.10594): attention and FFN submodules, one after another, by the perplexity without them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from cfsp.allocate.budget import Budget, Sizes
+from cfsp.components import component
+from cfsp.errors import BudgetError, UnsupportedModelError
+from cfsp.pruning.depth import refuse_compensation
+from cfsp.pruning.plan import BlockPlan
+
+if TYPE_CHECKING:
+    from cfsp.models.views import DecoderView
+    from cfsp.pruning.base import PlanContext
+    from cfsp.pruning.plan import PruningPlan
+    from cfsp.pruning.search import Candidate
+
+
+@component
+class BlockPruner:
+    """Again and again the submodule goes without which the NLL of ``search_sequences`` sequences is lowest.
+
+    It ends where no removal comes nearer to the budget; a removal that would overshoot by more than it brings is not
+    looked at. ``search_sequences``: that many from the start of the calibration set; null: all of it.
+    """
+
+    name: str
+    submodules: Literal["both", "attention", "ffn"] = "both"
+    search_sequences: Annotated[int, Field(ge=1)] | None = 32
+    compensation: str = "none"
+
+    needs_model: ClassVar[bool] = True
+    prunes: ClassVar[bool] = True
+    plans_with: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        refuse_compensation(self.name, self.compensation, "removes whole submodules")
+
+    def check(self, view: DecoderView, budget: Budget) -> None:
+        """See :class:`cfsp.pruning.base.Pruner`."""
+        lacking = [b.index for b in view.blocks if b.attention is None and not b.attention_removed]
+        if lacking and self.submodules != "ffn":
+            raise UnsupportedModelError(
+                f"{type(view.model).__name__}: the attention of block {lacking[0]} was not recognised; use "
+                "pruner.submodules=ffn"
+            )
+        scope = Sizes.of(view).of_scope(budget.scope)
+        target = budget.ratio * scope
+        everything = self._submodules(view, budget)
+        attentions = [(b.index, "attention") for b in view.blocks if b.attention is not None]
+        if set(attentions) <= set(everything):  # one must stay; the blocks' attentions are alike
+            everything.remove(attentions[-1])
+        largest = max((self._removed(view, [candidate]) for candidate in everything), default=0)
+        smallest = min((self._removed(view, [candidate]) for candidate in everything), default=0)
+        most = self._removed(view, everything)
+        wish = f"sparsity.ratio={budget.ratio} of sparsity.scope={budget.scope}"
+        if target > most + largest / 2:
+            raise BudgetError(
+                f"{wish} cannot be met: the submodules that may go (pruner.submodules={self.submodules}, "
+                f"sparsity.protect={budget.shown_protect()}) are {most / scope:.4f} of it; use a smaller ratio"
+            )
+        if target < smallest / 2:
+            raise BudgetError(
+                f"{wish}: whole submodules are removed, and the smallest is {smallest / scope:.4f} of it; use "
+                f"sparsity.ratio={smallest / scope:.4f}, or a pruner that removes less at a time"
+            )
+
+    def plan(self, context: PlanContext) -> PruningPlan:
+        """See :class:`cfsp.pruning.base.Pruner`."""
+        from cfsp.pruning.complete import complete
+        from cfsp.pruning.search import KnownLosses, SubmoduleSearch
+
+        view, budget = context.driver.view, context.budget
+        ids = context.calibration.input_ids[: self.search_sequences]
+        target = budget.ratio * Sizes.of(view).of_scope(budget.scope)
+        everything = self._submodules(view, budget)
+
+        def allowed(removed: Sequence[Candidate]) -> list[Candidate]:
+            missing = abs(target - self._removed(view, removed))
+            return [
+                candidate
+                for candidate in everything
+                if candidate not in removed
+                and abs(target - self._removed(view, [*removed, candidate])) < missing
+                and self._attention_left(view, [*removed, candidate])
+            ]
+
+        with SubmoduleSearch(context.driver, ids, KnownLosses.of(context, ids, {})) as search:
+            search.greedy(allowed)
+        notes = {"removed": search.history, "block_runs": search.block_runs}
+        return complete(context, self._blocks(view, search.removed), notes=notes)
+
+    def _submodules(self, view: DecoderView, budget: Budget) -> list[Candidate]:
+        """Every submodule that may go."""
+        kinds = {"both": ("attention", "ffn"), "attention": ("attention",), "ffn": ("ffn",)}[self.submodules]
+        free = set(budget.free_blocks(len(view.blocks)))
+        return [(b.index, kind) for b in view.blocks if b.index in free for kind in b.channels if kind in kinds]
+
+    @staticmethod
+    def _attention_left(view: DecoderView, removed: Sequence[Candidate]) -> bool:
+        return any(not b.attention_removed and (b.index, "attention") not in removed for b in view.blocks)
+
+    def _removed(self, view: DecoderView, removed: Sequence[Candidate]) -> int:
+        """Parameters that leave with these submodules, their norms included."""
+        from cfsp.pruning.complete import removed_parameters
+
+        blocks = zip(view.blocks, self._blocks(view, removed), strict=True)
+        return sum(sum(removed_parameters(view, block, plan).values()) for block, plan in blocks)
+
+    @staticmethod
+    def _blocks(view: DecoderView, removed: Sequence[Candidate]) -> list[BlockPlan]:
+        gone = set(removed)
+        return [
+            BlockPlan(
+                attention=not block.attention_removed and (block.index, "attention") not in gone,
+                ffn=block.ffn is not None and (block.index, "ffn") not in gone,
+            )
+            for block in view.blocks
+        ]

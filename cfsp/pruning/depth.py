@@ -1,0 +1,172 @@
+"""Depth pruning in one shot: whole blocks by their influence (ShortGPT), or a run of blocks (sliding window)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from cfsp.allocate.budget import Budget, Sizes
+from cfsp.components import component
+from cfsp.errors import BudgetError
+from cfsp.pruning.plan import BlockPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cfsp.models.views import DecoderView
+    from cfsp.pruning.base import PlanContext
+    from cfsp.pruning.plan import PruningPlan
+
+_GONE = BlockPlan(attention=False, ffn=False)
+
+
+@component
+class ShortGPT:
+    """The blocks of least influence go, all at once (arXiv 2403.03853): influence = 1 - cos(entering, leaving).
+
+    ``tokens``: the mean over all tokens, or over the sequences' last ones. As many blocks go as come nearest to the
+    budget.
+    """
+
+    name: str
+    tokens: Literal["mean", "last"] = "mean"
+    compensation: str = "none"
+
+    needs_model: ClassVar[bool] = True
+    prunes: ClassVar[bool] = True
+    plans_with: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        refuse_compensation(self.name, self.compensation, "removes whole blocks")
+
+    def check(self, view: DecoderView, budget: Budget) -> None:
+        """See :class:`cfsp.pruning.base.Pruner`."""
+        check_blocks(view, budget)
+
+    def plan(self, context: PlanContext) -> PruningPlan:
+        """See :class:`cfsp.pruning.base.Pruner`."""
+        from cfsp.pruning.complete import complete
+
+        view, budget = context.driver.view, context.budget
+        influence = self._influence(context)
+        order = sorted(budget.free_blocks(len(view.blocks)), key=lambda block: influence[block])
+        order = _with_attention_left(view, order)
+        gone = set(order[: _nearest([_size(view, block) for block in order], _target(view, budget))])
+        blocks = [_GONE if block.index in gone else BlockPlan() for block in view.blocks]
+        return complete(context, blocks, notes={"influence": influence, "removed_blocks": sorted(gone)})
+
+    def _influence(self, context: PlanContext) -> list[float]:
+        from cfsp.calibrate.similarity import block_similarity
+
+        if self.tokens == "mean":
+            return context.statistics.distance("cosine").tolist()
+        similarity, _ = block_similarity(context.driver, context.calibration, context.cache)
+        return (1 - similarity.last.diagonal(1)).tolist()
+
+
+@component
+class SlidingWindow:
+    """The run of n blocks goes whose entering and leaving hidden states are most alike (arXiv 2403.17887).
+
+    ``tokens``: similarity over the sequences' last tokens (as published), or over all. n is the number of blocks that
+    comes nearest to the budget.
+    """
+
+    name: str
+    tokens: Literal["mean", "last"] = "last"
+    compensation: str = "none"
+
+    needs_model: ClassVar[bool] = True
+    prunes: ClassVar[bool] = True
+    plans_with: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        refuse_compensation(self.name, self.compensation, "removes whole blocks")
+
+    def check(self, view: DecoderView, budget: Budget) -> None:
+        """See :class:`cfsp.pruning.base.Pruner`."""
+        check_blocks(view, budget)
+
+    def plan(self, context: PlanContext) -> PruningPlan:
+        """See :class:`cfsp.pruning.base.Pruner`."""
+        from cfsp.calibrate.similarity import block_similarity
+        from cfsp.pruning.complete import complete
+
+        view, budget = context.driver.view, context.budget
+        found, _ = block_similarity(context.driver, context.calibration, context.cache)
+        similarity = found.last if self.tokens == "last" else found.mean
+        first, n = _best_window(view, budget, similarity)
+        blocks = [_GONE if first <= block.index < first + n else BlockPlan() for block in view.blocks]
+        notes = {
+            "removed_blocks": list(range(first, first + n)),
+            "similarity": {str(start): float(similarity[start, start + n]) for start in _starts(view, budget, n)},
+        }
+        return complete(context, blocks, notes=notes)
+
+
+def refuse_compensation(name: str, compensation: str, what: str) -> None:
+    """Raises ValueError where a compensation is asked of a pruner that ``what``."""
+    if compensation != "none":
+        raise ValueError(
+            f"pruner.compensation={compensation}: pruner={name} {what}, which leave no output projection to carry a "
+            "bias; use pruner.compensation=none, or a pruner that removes neurons or heads (flap, one_shot)"
+        )
+
+
+def check_blocks(view: DecoderView, budget: Budget) -> None:
+    """Raises BudgetError where no number of whole blocks comes near the budget."""
+    free = _with_attention_left(view, budget.free_blocks(len(view.blocks)))
+    sizes, target = [_size(view, block) for block in free], _target(view, budget)
+    wish = f"sparsity.ratio={budget.ratio} of sparsity.scope={budget.scope}"
+    scope = Sizes.of(view).of_scope(budget.scope)
+    if sizes and target < min(sizes) / 2:
+        raise BudgetError(
+            f"{wish}: whole blocks are removed, and one is {min(sizes) / scope:.4f} of it; use "
+            f"sparsity.ratio={min(sizes) / scope:.4f}, or a pruner that removes less at a time"
+        )
+    if target > sum(sizes) + max(sizes, default=0) / 2:
+        raise BudgetError(
+            f"{wish} cannot be met: the {len(sizes)} blocks that may go (sparsity.protect={budget.shown_protect()}) "
+            f"are {sum(sizes) / scope:.4f} of it; use a smaller ratio"
+        )
+
+
+def _with_attention_left(view: DecoderView, order: Sequence[int]) -> list[int]:
+    """``order`` without the blocks at its end that must stay, so that one block with attention is left."""
+    staying = [b.index for b in view.blocks if b.index not in set(order) and not b.attention_removed]
+    if staying:
+        return list(order)
+    last = [block for block in order if not view.blocks[block].attention_removed][-1]
+    return [block for block in order if block != last]
+
+
+def _best_window(view: DecoderView, budget: Budget, similarity: Tensor) -> tuple[int, int]:
+    """(first block, number of blocks) of the run that goes: the most alike ends among the runs of the right length."""
+    size = sum(_size(view, block.index) for block in view.blocks) / len(view.blocks)
+    lengths = [n for n in range(1, len(view.blocks)) if _starts(view, budget, n)]
+    n = min(lengths, key=lambda n: abs(n * size - _target(view, budget)))
+    return max(_starts(view, budget, n), key=lambda start: float(similarity[start, start + n])), n
+
+
+def _starts(view: DecoderView, budget: Budget, n: int) -> list[int]:
+    """First blocks of the runs of ``n`` free blocks that leave a block with attention."""
+    free = set(budget.free_blocks(len(view.blocks)))
+    runs = [range(start, start + n) for start in range(len(view.blocks) - n + 1)]
+    attention = {block.index for block in view.blocks if not block.attention_removed}
+    return [run.start for run in runs if set(run) <= free and attention - set(run)]
+
+
+def _size(view: DecoderView, block: int) -> int:
+    return sum(parameter.numel() for parameter in view.blocks[block].module.parameters())
+
+
+def _target(view: DecoderView, budget: Budget) -> float:
+    """Parameters to remove."""
+    return budget.ratio * Sizes.of(view).of_scope(budget.scope)
+
+
+def _nearest(sizes: Sequence[int], target: float) -> int:
+    """How many from the front come nearest to ``target``; at least one."""
+    totals = list(accumulate(sizes))
+    return 1 + min(range(len(totals)), key=lambda n: abs(totals[n] - target))

@@ -1,0 +1,192 @@
+"""What the model loses without a submodule: candidates are evaluated in the loaded model, which is never rebuilt.
+
+A removed submodule is nulled by shadowing its forward, so that nothing of it is computed; a candidate in block b runs
+from block b on, on the cached hidden states of the unchanged prefix; every loss that was measured is kept on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from cfsp.models.driver import BlockDriver, Entry, run_block
+from cfsp.models.views import BlockView
+from cfsp.progress import progress
+
+if TYPE_CHECKING:
+    from cfsp.pruning.base import PlanContext
+
+log = logging.getLogger(__name__)
+
+#: Part of the key of kept losses: raise it whenever how they are measured changes.
+SEARCH_VERSION = 1
+
+#: A submodule: block index and "attention" or "ffn".
+Candidate = tuple[int, str]
+
+
+class KnownLosses:
+    """Losses that were measured, by what was removed; kept in ``path`` (None: in memory alone)."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.values: dict[str, float] = {}
+        if path is not None and path.is_file():
+            try:
+                self.values = {str(key): float(value) for key, value in json.loads(path.read_text()).items()}
+            except (OSError, ValueError, AttributeError, TypeError) as error:
+                log.warning("kept losses %s cannot be read (%s); measuring them again", path.name, error)
+
+    @staticmethod
+    def of(context: PlanContext, input_ids: Tensor, before: Mapping[str, Any]) -> KnownLosses:
+        """Those of this model, these ids [n, T], and what was done to the model ``before`` the search."""
+        if context.cache is None:
+            return KnownLosses()
+        key = {
+            "model": context.cache.model_fingerprint,
+            "ids": hashlib.sha256(input_ids.cpu().contiguous().numpy().tobytes()).hexdigest(),
+            "shape": list(input_ids.shape),
+            "dtype": str(context.driver.view.model.dtype),
+            "batch_size": context.driver.batch_size,
+            "before": before,
+            "version": SEARCH_VERSION,
+        }
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        return KnownLosses(context.cache.folder / "search" / f"{digest[:32]}.json")
+
+    def get(self, removed: Sequence[Candidate]) -> float | None:
+        return self.values.get(self._key(removed))
+
+    def put(self, removed: Sequence[Candidate], loss: float) -> None:
+        """Keep a loss, on disk at once: a search that is killed goes on from here."""
+        self.values[self._key(removed)] = loss
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(self.values))
+            os.replace(partial, self.path)
+
+    @staticmethod
+    def _key(removed: Sequence[Candidate]) -> str:
+        return " ".join(f"{block}.{kind}" for block, kind in sorted(removed))
+
+
+class SubmoduleSearch:
+    """Greedy removal by loss on ids [n, T]; inside ``with``, what was removed so far is nulled.
+
+    ``history``: what was removed, in order, with the loss without it; ``block_runs``: how often a block ran on all ids.
+    """
+
+    def __init__(self, driver: BlockDriver, input_ids: Tensor, known: KnownLosses) -> None:
+        self.driver, self.input_ids, self.known = driver, input_ids, known
+        self.removed: list[Candidate] = []
+        self.history: list[dict[str, Any]] = []
+        self.block_runs = 0
+        self._entry: Entry | None = None
+        #: Per block that was reached, the hidden states entering it; after the last one, those leaving it.
+        self._states: list[list[Tensor]] = []
+        self._nulled = ExitStack()
+
+    def __enter__(self) -> SubmoduleSearch:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._nulled.close()
+
+    def greedy(self, allowed: Callable[[Sequence[Candidate]], Sequence[Candidate]]) -> None:
+        """Remove the candidate with the lowest loss, again and again, until ``allowed`` (given the removed) has none.
+
+        Equal losses: the lower block, then the attention, goes.
+        """
+        while candidates := sorted(allowed(self.removed)):
+            losses = {}
+            for candidate in progress(candidates, f"search, removal {len(self.removed) + 1}", unit="candidate"):
+                losses[candidate] = self.loss(candidate)
+            best = min(candidates, key=lambda candidate: losses[candidate])
+            self.remove(best)
+            self.history.append({"block": best[0], "kind": best[1], "nll": losses[best]})
+
+    @torch.no_grad()
+    def loss(self, candidate: Candidate) -> float:
+        """Mean NLL, nats per predicted token, without what was removed and ``candidate``; inf where not finite."""
+        kept = self.known.get([*self.removed, candidate])
+        if kept is None:
+            with nulled(self.driver.view.blocks[candidate[0]], candidate[1]):
+                kept = self._loss_from(candidate[0])
+            self.known.put([*self.removed, candidate], kept)
+        return kept
+
+    def remove(self, candidate: Candidate) -> None:
+        """Null ``candidate`` for the rest of the search; hidden states behind it are forgotten."""
+        self._nulled.enter_context(nulled(self.driver.view.blocks[candidate[0]], candidate[1]))
+        self.removed.append(candidate)
+        del self._states[candidate[0] + 1 :]
+
+    def _loss_from(self, first: int) -> float:
+        entry = self._reach(first)
+        device = self.driver.view.device
+        total, count = 0.0, 0
+        for batch, ids in enumerate(entry.ids):
+            hidden = self._states[first][batch].to(device)
+            for block in self.driver.view.blocks[first:]:
+                hidden = run_block(block, hidden, entry.kwargs[block.index][batch])
+            total += _nll(self.driver.logits(ids, hidden), ids)
+            count += ids[:, 1:].numel()
+        self.block_runs += len(self.driver.view.blocks) - first
+        return total / count if math.isfinite(total) else math.inf
+
+    def _reach(self, block: int) -> Entry:
+        """See that the states entering ``block`` are there: run what lies between them and the last ones known."""
+        if self._entry is None:
+            self._entry = self.driver.entry(self.input_ids)
+        if not self._states:
+            self._states.append([hidden.cpu() for hidden in self._entry.hidden])
+        device = self.driver.view.device
+        while len(self._states) <= block:
+            view = self.driver.view.blocks[len(self._states) - 1]
+            self._states.append(
+                [
+                    run_block(view, hidden.to(device), kwargs).cpu()
+                    for hidden, kwargs in zip(self._states[-1], self._entry.kwargs[view.index], strict=True)
+                ]
+            )
+            self.block_runs += 1
+        return self._entry
+
+
+@contextmanager
+def nulled(block: BlockView, kind: str) -> Iterator[None]:
+    """The attention or FFN of ``block`` adds nothing to the residual stream, and costs nothing, for a while."""
+    part = block.attention if kind == "attention" else block.ffn
+    assert part is not None
+
+    def nothing(*args: Any, **kwargs: Any) -> Any:
+        zeros = torch.zeros_like(args[0] if args else kwargs["hidden_states"])
+        return (zeros, None) if kind == "attention" else zeros
+
+    # An instance attribute shadows the class's forward; removing it brings the class's back.
+    part.module.forward = nothing
+    try:
+        yield
+    finally:
+        del part.module.forward
+
+
+def _nll(logits: Tensor, ids: Tensor) -> float:
+    """Summed NLL of tokens 1..T-1, log-softmax in fp32, a sequence at a time."""
+    total = torch.zeros((), dtype=torch.float64)
+    for sequence, target in zip(logits, ids, strict=True):
+        total += cross_entropy(sequence[:-1].float(), target[1:], reduction="sum").double().cpu()
+    return float(total)
