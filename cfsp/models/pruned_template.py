@@ -137,13 +137,9 @@ def number_cache_slots(model):
     """Give the attentions that are there the first slots of the cache, each one of its own type (sliding or full)."""
     types = getattr(model.config, "layer_types", None) or ["full_attention"] * len(model.layers)
     free = {kind: [i for i, t in enumerate(types) if t == kind] for kind in set(types)}
-    used = []
     for layer, kind in zip(model.layers, types):
         if hasattr(layer.self_attn, "layer_idx"):
             layer.self_attn.layer_idx = free[kind].pop(0)
-            used.append(layer.self_attn.layer_idx)
-    if 0 not in used:
-        raise ValueError("no attention of the first layer's type is left, and the cache counts tokens there")
 
 
 def _apply_per_layer_config(model):

@@ -188,7 +188,7 @@ def adopt(model: PreTrainedModel) -> None:
 
     Raises:
         UnsupportedModelError: the model is no causal language model of a family that ``pruned_family`` knows, its
-            layers have another structure, or its key-value cache could not be kept.
+            layers have another structure, or no attention is left.
     """
     check_adoptable(model)
     base_type = stock_type(model.config.model_type)
@@ -202,6 +202,7 @@ def adopt(model: PreTrainedModel) -> None:
     for leftover in ("auto_map", "allow_global_per_layer_attribute_access", "added_bias"):
         config.__dict__.pop(leftover, None)
     config.__class__ = base_config
+    _settle_first_type(config, shapes)
     _settle_layers(model, shapes, family)
     biases = _added_biases(model, config, base_causal_lm, shapes)
     if _is_plain(shapes, biases, config):
@@ -221,10 +222,20 @@ def adopt(model: PreTrainedModel) -> None:
     config.architectures = [classes[2].__name__]
     model.model.__class__, model.__class__ = classes[1], classes[2]
     _replace_config(model, model.config, config)
-    try:
-        family.modeling.number_cache_slots(model.model)
-    except ValueError as error:
-        raise UnsupportedModelError(f"{type(model).__name__}: {error}; keep the attention of block 0") from error
+    family.modeling.number_cache_slots(model.model)
+
+
+def _settle_first_type(config: PretrainedConfig, shapes: list[_LayerShape]) -> None:
+    """Where layer 0 lost its attention, its type (sliding or full) becomes that of the first one that is left.
+
+    The cache has a slot of each layer's type and counts tokens in slot 0, so an attention of that type must use it.
+    """
+    there = [index for index, shape in enumerate(shapes) if shape.heads is not None]
+    if not there:
+        raise UnsupportedModelError("no attention is left in any layer; such a model cannot run")
+    types = getattr(config, "layer_types", None)
+    if types and there[0] != 0:
+        config.layer_types = [types[there[0]], *types[1:]]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from rich.console import Console
 from cfsp.record.run_record import RunRecord
 from cfsp.tables.summary import summary
 
-_FILES = ("record.json", "plan.json", "model", "blocks.png", "config.yaml", "run.log", "wandb")
+_FILES = (
+    "record.json", "plan.json", "compensation.safetensors", "model", "blocks.png", "config.yaml", "run.log", "wandb",
+)  # fmt: skip
 
 
 def show(record: RunRecord, out: Path) -> None:
