@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
-from cfsp.allocate.budget import Budget
+from cfsp.allocate.budget import Budget, Protect
 from cfsp.components import Component, build, problems_of, shown, suggest
 from cfsp.errors import ConfigError
 from cfsp.package import config_folder
@@ -25,7 +25,6 @@ from cfsp.package import config_folder
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 SavedDType = Literal["float32", "bfloat16", "float16"]
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
-NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 Folder = Annotated[str, Field(min_length=1)]
 
 
@@ -34,6 +33,16 @@ def _device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu|npu|hpu|mlu)(:\d+)?", name):
         raise ValueError("use auto, cpu, cuda, cuda:N or mps")
     return name
+
+
+def _protect(value: Any) -> Protect:
+    # One sentence where a union of types would give one per type.
+    if value in ("none", "auto"):
+        return value
+    numbers = isinstance(value, list | tuple) and len(value) == 2
+    if numbers and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value):
+        return int(value[0]), int(value[1])
+    raise ValueError("blocks that stay whole: use none, auto or [first,last], e.g. sparsity.protect=[4,2]")
 
 
 class Section(BaseModel):
@@ -113,9 +122,7 @@ class SparsitySection(Section):
     round_to: PositiveInt = Field(default=32, description="kept widths are multiples of it; 1 for no rounding")
     rounding: Literal["exact", "nearest"] = "exact"
     min_width: PositiveInt | None = Field(default=None, description="the smallest width of a block; null: round_to")
-    protect: Literal["none", "auto"] | tuple[NonNegativeInt, NonNegativeInt] = Field(
-        default="none", description="blocks that stay whole: none, auto, or [first,last], e.g. sparsity.protect=[4,2]"
-    )
+    protect: Annotated[Protect, PlainValidator(_protect)] = "none"
 
 
 class SaveSection(Section):

@@ -43,6 +43,7 @@ class Subject:
     words: tuple[str, ...]
     figure: Figure
     note: str
+    command: str
 
 
 def main() -> int:
@@ -74,9 +75,9 @@ def bundled() -> Subject:
     note = (
         "The bundled model (books7m); calibration: 48 random windows of 256 tokens of the bundled calibration prose; "
     )
-    return Subject(
-        "books7m", words, Figure("perplexity", "bundled", "perplexity"), note + "evaluation: the other half."
-    )
+    note += "evaluation: the other half."
+    command = "python scripts/compare_pruners.py"
+    return Subject("books7m", words, Figure("perplexity", "bundled", "perplexity"), note, command)
 
 
 def local(name: str, model: Path, text: Path, work: Path) -> Subject:
@@ -99,7 +100,8 @@ def local(name: str, model: Path, text: Path, work: Path) -> Subject:
         f"{name}; calibration: 48 random windows of 256 tokens of the first 60 % of the lines of {text.name}; "
         "evaluation: the first 80 windows of the rest."
     )
-    return Subject(name, words, Figure("perplexity", "text", "perplexity"), note)
+    command = f"python scripts/compare_pruners.py --model {model} --text {text} --name {name}"
+    return Subject(name, words, Figure("perplexity", "text", "perplexity"), note, command)
 
 
 def run_all(subject: Subject, work: Path) -> tuple[list[RunRecord], bool]:
@@ -133,8 +135,9 @@ def page(subject: Subject, records: list[RunRecord]) -> str:
     return (
         f"# All pruners, one budget: {subject.name}\n\n"
         f"{subject.note} Perplexity in windows of 256 tokens; mean ± standard deviation over calibration seeds "
-        f"{', '.join(map(str, SEEDS))}; `sparsity.round_to=1`; no recovery. Made by `scripts/compare_pruners.py` from "
-        f"the records in `results/records/pruners/{subject.name}`.\n\n{table}"
+        f"{', '.join(map(str, SEEDS))}; `sparsity.round_to=1`; no recovery; `block_pruner` searches on 8 of the "
+        "windows. Methods that remove whole blocks or submodules come as near to the ratio as those allow. Made by "
+        f"`{subject.command}` from the records in `results/records/pruners/{subject.name}`.\n\n{table}"
     )
 
 

@@ -167,15 +167,13 @@ def remove_submodule(layer: nn.Module, kind: Literal["attention", "mlp"], family
 def remove_layers(model: PreTrainedModel, indices: Collection[int]) -> None:
     """Take whole layers out of ``model``, in place; the configuration's lists per layer follow."""
     kept = [index for index in range(len(model.model.layers)) if index not in set(indices)]
-    before = len(model.model.layers)
     config = copy.deepcopy(model.config)
-    # What differs per layer is read off the layers again by :func:`adopt`.
-    _forget_layers(config)
+    config.per_layer_config = None  # :func:`adopt` reads it off the layers again
     model.model.layers = nn.ModuleList(model.model.layers[index] for index in kept)
     config.num_hidden_layers = len(kept)
-    for name, value in list(vars(config).items()):
-        if name == "layer_types" and isinstance(value, list) and len(value) == before:
-            config.layer_types = [value[index] for index in kept]
+    types = getattr(config, "layer_types", None)
+    if types:
+        config.layer_types = [types[index] for index in kept]
     _replace_config(model, model.config, config)
 
 
@@ -196,7 +194,7 @@ def adopt(model: PreTrainedModel) -> None:
     family = pruned_family(base_type)
     shapes = [_shape(model, index) for index in range(len(model.model.layers))]
     config = copy.deepcopy(model.config)
-    _forget_layers(config)
+    config.per_layer_config = None
     # A configuration read from a file carries its model_type itself, hiding that of the class.
     config.__dict__.pop("model_type", None)
     for leftover in ("auto_map", "allow_global_per_layer_attribute_access", "added_bias"):
@@ -254,7 +252,7 @@ def _shape(model: PreTrainedModel, index: int) -> _LayerShape:
         gate, up, down = _gated_linears(layer, f"layer {index} of {type(model).__name__}")
         found = (gate.weight.shape[0], up.weight.shape[0], down.weight.shape[1])
         if len(set(found)) != 1:
-            raise UnsupportedModelError(f"layer {index}: gate, up and down have the widths {found}")
+            raise UnsupportedModelError(f"layer {index}: its gate, up and down have the widths {found}")
         width = found[0]
     attention = layer.self_attn
     if not _is_stub(attention):
@@ -309,10 +307,6 @@ def _per_layer(shapes: list[_LayerShape], config: PretrainedConfig) -> dict[int 
         if entry:
             entries[index] = entry
     return entries
-
-
-def _forget_layers(config: PretrainedConfig) -> None:
-    config.per_layer_config = None
 
 
 def _added_biases(

@@ -30,7 +30,7 @@ def plan_context(
     if "gradients" in required(importance) and "importance" in config.plans_with:
         from cfsp.calibrate.gradients import gradient_terms
 
-        checkpointing = getattr(importance, "gradient_checkpointing", False)
+        checkpointing = hasattr(importance, "gradient_checkpointing") and importance.gradient_checkpointing
         gradients, found = gradient_terms(driver, calibration, cache, checkpointing=checkpointing)
         cached = cached and found
     context = PlanContext(

@@ -8,6 +8,7 @@ import re
 from rich.console import Console
 
 from cfsp.record.run_record import RunRecord
+from cfsp.tables.methods import Figure, label, method_table
 from cfsp.tables.summary import summary
 from tests.conftest import ROOT
 
@@ -35,3 +36,23 @@ def test_every_option_that_the_readme_names_exists():
         if group in groups - {"importance"}:
             for option in options.split("|"):
                 assert (ROOT / "conf" / group / f"{option}.yaml").is_file(), f"{group}={option}"
+
+
+def test_the_tables_of_pruners_are_their_committed_records():
+    folders = sorted(path for path in (ROOT / "results" / "records" / "pruners").iterdir())
+    assert [folder.name for folder in folders] == ["books7m", "stories260K"]
+    for folder in folders:
+        records = [record for path in sorted(folder.glob("*.json")) if (record := RunRecord.read(path))]
+        task = "bundled" if folder.name == "books7m" else "text"
+        page = (ROOT / "results" / "tables" / f"pruners-{folder.name}.md").read_text(encoding="utf-8")
+        order = re.findall(r"^\| `([^`]+)`", page, re.MULTILINE)
+        table = method_table(records, Figure("perplexity", task, "perplexity"), order)
+        assert table in page
+        assert not any(re.search(r'"(/|[A-Z]:\\\\)', path.read_text()) for path in folder.glob("*.json"))
+        assert not any(record.environment["git"]["dirty"] for record in records)
+        seeds = {(label(r), r.plan["requested"]["ratio"]): set() for r in records}
+        for record in records:
+            seeds[label(record), record.plan["requested"]["ratio"]].add(record.identity["seed"])
+        assert set(map(frozenset, seeds.values())) == {frozenset({0, 1, 2})}
+        if folder.name == "books7m":
+            assert table.split("\n\nremoved")[0] in README
