@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cfsp.calibrate.calibrate import StatisticsCache
+from cfsp.calibrate.cache import StatisticsCache
 from cfsp.config import RunConfig, SelfCalibration
 from cfsp.data.calibration import CalibrationSet
 from cfsp.data.self_generated import sample_windows
@@ -24,6 +24,7 @@ from cfsp.errors import CheckpointError, ConfigError, RunError
 from cfsp.evaluate.base import Side
 from cfsp.evaluate.measurement import Measurement
 from cfsp.identity import METHOD_VERSION, digest, method_of
+from cfsp.importance.base import required
 from cfsp.models.checkpoint import check_destination, first_non_finite, save_checkpoint
 from cfsp.models.driver import BlockDriver
 from cfsp.models.load import load_model
@@ -317,10 +318,7 @@ def _recorded(record: RunRecord, out: Path, config: RunConfig, unfinished: Path)
         record.finished = _now()
         record.write(unfinished)
         if _out_of_memory(error):
-            raise RunError(
-                "out of memory: lower calibration.batch_size and the evaluation's batch_size (e.g. 1), or use "
-                "model.dtype=bfloat16"
-            ) from error
+            raise RunError(_out_of_memory_hint(config)) from error
         raise
     record.status, record.error = "success", None
     record.finished = _now()
@@ -332,6 +330,13 @@ def _recorded(record: RunRecord, out: Path, config: RunConfig, unfinished: Path)
 
 def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _out_of_memory_hint(config: RunConfig) -> str:
+    hint = "out of memory: lower calibration.batch_size and the evaluation's batch_size (e.g. 1), or use "
+    if "gradients" in required(config.importance.instance):
+        return f"{hint}importance.gradient_checkpointing=true, fewer calibration.n_samples or model.dtype=bfloat16"
+    return f"{hint}model.dtype=bfloat16"
 
 
 @contextlib.contextmanager

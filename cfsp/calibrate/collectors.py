@@ -26,8 +26,9 @@ class InputSums:
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         activation = args[0].detach()
-        norms = torch.linalg.vector_norm(activation, dim=1, dtype=torch.float32).double()
-        totals = activation.sum(1, dtype=torch.float32).double()
+        dtype = torch.promote_types(activation.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(activation, dim=1, dtype=dtype).double()
+        totals = activation.sum(1, dtype=dtype).double()
         for total, norm in zip(totals, norms, strict=True):
             self.sums += torch.stack([total, norm.square(), norm])
 

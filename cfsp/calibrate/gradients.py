@@ -5,10 +5,7 @@ The backward pass goes block by block, so that full weight gradients exist for o
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,16 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from cfsp.calibrate.cache import read_or_compute
 from cfsp.errors import ConfigError, RunError
 from cfsp.models.driver import BlockDriver, run_block
 from cfsp.models.views import BlockView
 from cfsp.progress import progress
 
 if TYPE_CHECKING:
-    from cfsp.calibrate.calibrate import StatisticsCache
+    from cfsp.calibrate.cache import StatisticsCache
     from cfsp.data.calibration import CalibrationSet
-
-log = logging.getLogger(__name__)
 
 #: Part of the cache key: raise it whenever what is collected, or how, changes.
 GRADIENT_VERSION = 1
@@ -89,30 +85,14 @@ def gradient_terms(
         RunError: a gradient is not finite; names the block.
     """
     _check_in_memory(driver.view.model)
-    path = None if cache is None else _path(cache, driver, calibration)
-    if path is not None and path.is_file():
-        try:
-            return GradientTerms.load(path), True
-        except Exception as error:  # any damage: the file can be made again
-            log.warning("cached gradient terms %s cannot be read (%s); computing them again", path.name, error)
-    terms = _compute(BlockDriver(driver.view, 1), calibration.input_ids, checkpointing)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
-        terms.save(partial, {"name": calibration.name, "version": GRADIENT_VERSION})
-        os.replace(partial, path)
-    return terms, False
-
-
-def _path(cache: StatisticsCache, driver: BlockDriver, calibration: CalibrationSet) -> Path:
-    key = {
-        "model": cache.model_fingerprint,
-        "tokens": calibration.fingerprint,
-        "dtype": str(driver.view.model.dtype),
-        "version": GRADIENT_VERSION,
-    }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return cache.folder / "gradients" / f"{digest[:32]}.safetensors"
+    path = None if cache is None else cache.path("gradients", driver, calibration, GRADIENT_VERSION, batched=False)
+    header = {"name": calibration.name, "version": GRADIENT_VERSION}
+    return read_or_compute(
+        path,
+        GradientTerms.load,
+        lambda: _compute(BlockDriver(driver.view, 1), calibration.input_ids, checkpointing),
+        lambda terms, file: terms.save(file, header),
+    )
 
 
 def _check_in_memory(model: nn.Module) -> None:
@@ -137,7 +117,8 @@ def _compute(driver: BlockDriver, input_ids: Tensor, checkpointing: bool) -> Gra
             leaves = [state.detach().requires_grad_() for state in hidden]
             with torch.set_grad_enabled(not checkpointing):
                 left = [run_block(block, x, kw) for x, kw in zip(leaves, entry.kwargs[block.index], strict=True)]
-            inputs.append(leaves)
+            # What waits for its turn does so where memory is plenty.
+            inputs.append([leaf.detach().cpu() for leaf in leaves] if checkpointing else leaves)
             outputs.append([] if checkpointing else left)
             hidden = [state.detach() for state in left]
         grads = [_loss_gradient(driver, ids, state) for ids, state in zip(entry.ids, hidden, strict=True)]
@@ -145,7 +126,11 @@ def _compute(driver: BlockDriver, input_ids: Tensor, checkpointing: bool) -> Gra
             kwargs = entry.kwargs[block.index]
             terms = _Terms(block)
             for number, leaf in enumerate(inputs[block.index]):
-                output = outputs[block.index][number] if not checkpointing else run_block(block, leaf, kwargs[number])
+                if checkpointing:
+                    leaf = leaf.to(view.device).requires_grad_()
+                    output = run_block(block, leaf, kwargs[number])
+                else:
+                    output = outputs[block.index][number]
                 grads[number], *weights = torch.autograd.grad(output, [leaf, *terms.matrices()], grads[number])
                 terms.add(weights)
             found[block.index] = terms.report()

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from cfsp.calibrate.cache import read_or_compute
 from cfsp.models.driver import BlockDriver, entering, hidden_of
 
 if TYPE_CHECKING:
-    from cfsp.calibrate.calibrate import StatisticsCache
+    from cfsp.calibrate.cache import StatisticsCache
     from cfsp.data.calibration import CalibrationSet
-
-log = logging.getLogger(__name__)
 
 #: Part of the cache key: raise it whenever what is collected, or how, changes.
 SIMILARITY_VERSION = 1
@@ -45,32 +39,13 @@ def block_similarity(
     """
     from safetensors.torch import load_file, save_file
 
-    path = None if cache is None else _path(cache, driver, calibration)
-    if path is not None and path.is_file():
-        try:
-            tensors = load_file(path)
-            return BlockSimilarity(tensors["mean"], tensors["last"]), True
-        except Exception as error:  # any damage: the file can be made again
-            log.warning("cached similarities %s cannot be read (%s); computing them again", path.name, error)
-    found = _compute(driver, calibration.input_ids)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
-        save_file({"mean": found.mean, "last": found.last}, partial)
-        os.replace(partial, path)
-    return found, False
-
-
-def _path(cache: StatisticsCache, driver: BlockDriver, calibration: CalibrationSet) -> Path:
-    key = {
-        "model": cache.model_fingerprint,
-        "tokens": calibration.fingerprint,
-        "dtype": str(driver.view.model.dtype),
-        "batch_size": driver.batch_size,
-        "version": SIMILARITY_VERSION,
-    }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return cache.folder / "similarity" / f"{digest[:32]}.safetensors"
+    path = None if cache is None else cache.path("similarity", driver, calibration, SIMILARITY_VERSION)
+    return read_or_compute(
+        path,
+        lambda file: BlockSimilarity(**load_file(file)),
+        lambda: _compute(driver, calibration.input_ids),
+        lambda found, file: save_file(vars(found), file),
+    )
 
 
 def _compute(driver: BlockDriver, input_ids: Tensor) -> BlockSimilarity:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 if TYPE_CHECKING:
     from cfsp.allocate.base import Allocator
     from cfsp.allocate.budget import Budget
-    from cfsp.calibrate.calibrate import StatisticsCache
+    from cfsp.calibrate.cache import StatisticsCache
     from cfsp.calibrate.gradients import GradientTerms
     from cfsp.calibrate.statistics import Statistics
     from cfsp.data.calibration import CalibrationSet

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cfsp.calibrate.calibrate import StatisticsCache, calibrate
+from cfsp.calibrate.cache import StatisticsCache
+from cfsp.calibrate.calibrate import calibrate
 from cfsp.identity import method_of
 from cfsp.importance.base import required
 from cfsp.pruning.base import PlanContext

@@ -9,7 +9,7 @@ import torch
 
 import cfsp
 from cfsp.allocate.budget import Budget
-from cfsp.calibrate.calibrate import StatisticsCache
+from cfsp.calibrate.cache import StatisticsCache
 from cfsp.calibrate.similarity import block_similarity
 from cfsp.data.calibration import CalibrationSet
 from cfsp.errors import BudgetError

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 import cfsp
 from cfsp.calibrate import gradients
-from cfsp.calibrate.calibrate import StatisticsCache
+from cfsp.calibrate.cache import StatisticsCache
 from cfsp.calibrate.gradients import VARIANTS, gradient_terms, projections
 from cfsp.data.calibration import CalibrationSet
 from cfsp.errors import ConfigError, RunError

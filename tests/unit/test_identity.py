@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from cfsp.calibrate.calibrate import StatisticsCache
+from cfsp.calibrate.cache import StatisticsCache
 from cfsp.components import build
 from cfsp.compose import compose
 from cfsp.config import parse

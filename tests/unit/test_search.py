@@ -12,7 +12,8 @@ import torch
 
 import cfsp
 from cfsp.allocate.budget import Budget
-from cfsp.calibrate.calibrate import StatisticsCache, calibrate
+from cfsp.calibrate.cache import StatisticsCache
+from cfsp.calibrate.calibrate import calibrate
 from cfsp.data.calibration import CalibrationSet
 from cfsp.errors import BudgetError, ConfigError, UnsupportedModelError
 from cfsp.evaluate.perplexity import negative_log_likelihood

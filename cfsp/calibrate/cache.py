@@ -1,0 +1,65 @@
+"""What a pass over the calibration set left, on disk by content: statistics, gradient terms, similarities."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from cfsp.data.calibration import CalibrationSet
+from cfsp.models.driver import BlockDriver
+
+log = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class StatisticsCache:
+    """Files by the content of model and tokens, dtype, and the version of what collected them."""
+
+    folder: Path
+    model_fingerprint: str
+
+    def path(
+        self, kind: str, driver: BlockDriver, calibration: CalibrationSet, version: int, *, batched: bool = True
+    ) -> Path:
+        """Where the ``kind`` of this model and set lies; ``batched``: the batch size counts (it moves sums)."""
+        key = {
+            "model": self.model_fingerprint,
+            "tokens": calibration.fingerprint,
+            "dtype": str(driver.view.model.dtype),
+            "batch_size": driver.batch_size if batched else None,
+            "version": version,
+        }
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        return self.folder / kind / f"{digest[:32]}.safetensors"
+
+
+def read_or_compute(
+    path: Path | None,
+    read: Callable[[Path], Value],
+    compute: Callable[[], Value],
+    write: Callable[[Value, Path], object],
+) -> tuple[Value, bool]:
+    """The value in ``path``, or a new one, which is then kept there atomically; returns (value, cached?).
+
+    ``path`` None: nothing is kept. A file that cannot be read is made again.
+    """
+    if path is not None and path.is_file():
+        try:
+            return read(path), True
+        except Exception as error:  # any damage: the file can be made again
+            log.warning("cached %s %s cannot be read (%s); computing it again", path.parent.name, path.name, error)
+    value = compute()
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
+        write(value, partial)
+        os.replace(partial, path)
+    return value, False
