@@ -155,22 +155,41 @@ def keep_fraction(budget: Budget, sizes: Sizes) -> float:
     return 1 - removed / sizes.removable
 
 
+def check_scope(budget: Budget, what: str, instead: str) -> None:
+    """Refuse to count by the FFN where ``what`` removes more than FFN neurons; ``instead`` is the other way out.
+
+    Raises:
+        ConfigError: ``sparsity.scope`` is ffn.
+    """
+    if budget.scope == "ffn":
+        raise ConfigError(
+            f"sparsity.scope=ffn: {what} removes attention too, which that scope does not count; use "
+            f"sparsity.scope=decoder or model, or {instead}"
+        )
+
+
 def _unreachable(budget: Budget, sizes: Sizes, most: int) -> str:
-    smallest = f"sparsity.min_width={budget.min_width or budget.round_to} sparsity.round_to={budget.round_to}"
-    protected = "" if budget.protect == "none" else f" and sparsity.protect={budget.shown_protect()}"
+    neurons, heads = any(sizes.widths), any(sizes.kv_groups)
+    smallest = [f"sparsity.min_width={budget.min_width or budget.round_to} sparsity.round_to={budget.round_to}"]
+    ways = ["a smaller min_width or round_to"]
+    if not neurons:
+        smallest, ways = [], ["pruner.structure=heads_ffn"]
+    if heads:
+        smallest.append("one KV group in a block")
+    if budget.protect != "none":
+        smallest.append(f"sparsity.protect={budget.shown_protect()}")
+        ways.append("sparsity.protect=none")
+    if budget.scope != "ffn" and not heads:
+        ways.append("sparsity.scope=ffn")
     wish = f"sparsity.ratio={budget.ratio} of sparsity.scope={budget.scope} cannot be met"
     largest = _rounded_down(most / sizes.of_scope(budget.scope))
     if not largest:
         return (
-            f"{wish}: with {smallest}{protected} no neuron of blocks of width {max(sizes.widths)} can go; "
-            "use smaller ones"
+            f"{wish}: with {' and '.join(smallest)} nothing of blocks of width {max(sizes.widths)} can go; use "
+            f"{' or '.join(ways)}"
         )
-    scope = "" if budget.scope == "ffn" or not any(sizes.widths) or any(sizes.kv_groups) else ", or sparsity.scope=ffn"
-    protect = "" if not protected else ", or sparsity.protect=none"
-    return (
-        f"{wish}: going down to {smallest}{protected} removes {largest:.4f} at most; use sparsity.ratio={largest:g} or "
-        f"less, a smaller min_width or round_to{scope}{protect}"
-    )
+    other = ", ".join([f"sparsity.ratio={largest:g} or less", *ways[:-1]])
+    return f"{wish}: going down to {' and '.join(smallest)} removes {largest:.4f} at most; use {other}, or {ways[-1]}"
 
 
 def _rounded_down(ratio: float) -> float:

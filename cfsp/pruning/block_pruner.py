@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from cfsp.allocate.budget import Budget, Sizes
+from cfsp.allocate.budget import Budget, Sizes, check_scope
 from cfsp.components import component
 from cfsp.errors import BudgetError, UnsupportedModelError
 from cfsp.pruning.depth import refuse_compensation
@@ -42,6 +42,8 @@ class BlockPruner:
 
     def check(self, view: DecoderView, budget: Budget) -> None:
         """See :class:`cfsp.pruning.base.Pruner`."""
+        if self.submodules != "ffn":
+            check_scope(budget, f"pruner={self.name}", "pruner.submodules=ffn")
         lacking = [b.index for b in view.blocks if b.attention is None and not b.attention_removed]
         if lacking and self.submodules != "ffn":
             raise UnsupportedModelError(

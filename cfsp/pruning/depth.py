@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from cfsp.allocate.budget import Budget, Sizes
+from cfsp.allocate.budget import Budget, Sizes, check_scope
 from cfsp.components import component
 from cfsp.errors import BudgetError
 from cfsp.pruning.plan import BlockPlan
@@ -42,6 +42,7 @@ class ShortGPT:
 
     def check(self, view: DecoderView, budget: Budget) -> None:
         """See :class:`cfsp.pruning.base.Pruner`."""
+        check_scope(budget, f"pruner={self.name}", "a pruner of FFN neurons (cfsp, flap)")
         check_blocks(view, budget)
 
     def plan(self, context: PlanContext) -> PruningPlan:
@@ -86,6 +87,7 @@ class SlidingWindow:
 
     def check(self, view: DecoderView, budget: Budget) -> None:
         """See :class:`cfsp.pruning.base.Pruner`."""
+        check_scope(budget, f"pruner={self.name}", "a pruner of FFN neurons (cfsp, flap)")
         check_blocks(view, budget)
 
     def plan(self, context: PlanContext) -> PruningPlan:

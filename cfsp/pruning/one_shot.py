@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from cfsp.allocate.budget import Sizes, Structure, Widths, keep_fraction, to_widths
+from cfsp.allocate.budget import Sizes, Structure, Widths, check_scope, keep_fraction, to_widths
 from cfsp.components import component
-from cfsp.errors import ConfigError, UnsupportedModelError
+from cfsp.errors import UnsupportedModelError
 from cfsp.importance.base import Scores, score, score_block
 from cfsp.pruning.plan import BlockPlan
 
@@ -46,11 +46,8 @@ class OneShotPruner:
 
     def check(self, view: DecoderView, budget: Budget) -> None:
         """See :class:`cfsp.pruning.base.Pruner`."""
-        if self.structure != "ffn" and budget.scope == "ffn":
-            raise ConfigError(
-                f"sparsity.scope=ffn: pruner.structure={self.structure} removes attention heads, which that scope does "
-                "not count; use sparsity.scope=decoder or model, or pruner.structure=ffn"
-            )
+        if self.structure != "ffn":
+            check_scope(budget, f"pruner.structure={self.structure}", "pruner.structure=ffn")
         lacking = [b.index for b in view.blocks if b.attention is None and not b.attention_removed]
         if self.structure != "ffn" and lacking:
             raise UnsupportedModelError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
-from cfsp.allocate.budget import Budget, Sizes
+from cfsp.allocate.budget import Budget, Sizes, check_scope
 from cfsp.components import component
 from cfsp.errors import BudgetError, ConfigError, UnsupportedModelError
 from cfsp.pruning.plan import BlockPlan
@@ -58,6 +58,7 @@ class TwoSSP:
 
     def check(self, view: DecoderView, budget: Budget) -> None:
         """See :class:`cfsp.pruning.base.Pruner`."""
+        check_scope(budget, f"pruner={self.name}", "a pruner of FFN neurons (cfsp, flap)")
         self._share(view, budget)
 
     def plan(self, context: PlanContext) -> PruningPlan:

@@ -234,6 +234,13 @@ def test_protected_blocks_are_not_touched():
         (["pruner=llm_pruner", "sparsity.ratio=0.9"], "sparsity.protect=auto removes .* at most"),
         (["pruner=llm_pruner", "sparsity.protect=[2,2]"], "leaves no block of 4"),
         (["pruner=two_ssp", "sparsity.protect=auto"], "sparsity.protect"),
+        (["pruner=two_ssp", "sparsity.scope=ffn"], "pruner=two_ssp removes attention too.*scope=decoder or model"),
+        (["pruner=shortgpt", "sparsity.scope=ffn"], "pruner=shortgpt removes attention too"),
+        (["pruner=block_pruner", "sparsity.scope=ffn"], "or pruner.submodules=ffn"),
+        (
+            ["pruner=one_shot", "pruner.structure=heads", "sparsity.scope=decoder"],
+            "going down to one KV group in a block removes .* at most.*or pruner.structure=heads_ffn",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
