@@ -169,11 +169,16 @@ def remove_layers(model: PreTrainedModel, indices: Collection[int]) -> None:
     kept = [index for index in range(len(model.model.layers)) if index not in set(indices)]
     config = copy.deepcopy(model.config)
     config.per_layer_config = None  # :func:`adopt` reads it off the layers again
+    # layer_types, no_rope_layers and the like: one entry a layer.
+    per_layer = {
+        name: value
+        for name, value in vars(config).items()
+        if "layer" in name and isinstance(value, list) and len(value) == len(model.model.layers)
+    }
     model.model.layers = nn.ModuleList(model.model.layers[index] for index in kept)
     config.num_hidden_layers = len(kept)
-    types = getattr(config, "layer_types", None)
-    if types:
-        config.layer_types = [types[index] for index in kept]
+    for name, value in per_layer.items():
+        setattr(config, name, [value[index] for index in kept])
     _replace_config(model, model.config, config)
 
 
@@ -261,7 +266,8 @@ def _shape(model: PreTrainedModel, index: int) -> _LayerShape:
         if head_dim and isinstance(q, nn.Linear) and isinstance(k, nn.Linear):
             heads, kv_heads = q.weight.shape[0] // head_dim, k.weight.shape[0] // head_dim
         else:  # an attention that nobody can have narrowed
-            heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
+            heads = model.config.num_attention_heads
+            kv_heads = getattr(model.config, "num_key_value_heads", heads)
     return _LayerShape(width, heads, kv_heads)
 
 
@@ -444,8 +450,11 @@ def _norms(config_class: type, causal_lm_class: type) -> dict[str, tuple[str, ..
 
     for name, child in layer.named_children():
         child.register_forward_hook(watch(name), with_kwargs=True)
-    with torch.no_grad():
-        model(torch.arange(4)[None], use_cache=False)
+    try:
+        with torch.no_grad():
+            model(torch.arange(4)[None], use_cache=False)
+    except Exception:  # a family that does not run so: its norms stay, which costs parameters and changes nothing
+        return dict.fromkeys(SUBMODULES, ())
     others = [name for name in left if name not in SUBMODULES.values() and list(layer.get_submodule(name).parameters())]
     for kind, submodule in SUBMODULES.items():
         for name in others:

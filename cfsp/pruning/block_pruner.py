@@ -93,8 +93,7 @@ class BlockPruner:
 
         with SubmoduleSearch(context.driver, ids, KnownLosses.of(context, ids, {})) as search:
             search.greedy(allowed)
-        notes = {"removed": search.history, "block_runs": search.block_runs}
-        return complete(context, self._blocks(view, search.removed), notes=notes)
+        return complete(context, self._blocks(view, search.removed), notes={"removed": search.history})
 
     def _submodules(self, view: DecoderView, budget: Budget) -> list[Candidate]:
         """Every submodule that may go."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from cfsp.errors import RunError
 from cfsp.models.driver import BlockDriver, Entry, run_block
 from cfsp.models.views import BlockView
 from cfsp.progress import progress
@@ -109,14 +110,20 @@ class SubmoduleSearch:
         """Remove the candidate with the lowest loss, again and again, until ``allowed`` (given the removed) has none.
 
         Equal losses: the lower block, then the attention, goes.
+
+        Raises:
+            RunError: no candidate's loss is finite.
         """
         while candidates := sorted(allowed(self.removed)):
             losses = {}
             for candidate in progress(candidates, f"search, removal {len(self.removed) + 1}", unit="candidate"):
                 losses[candidate] = self.loss(candidate)
             best = min(candidates, key=lambda candidate: losses[candidate])
+            if not math.isfinite(losses[best]):
+                raise RunError("the loss is not finite whatever is removed; try model.dtype=float32")
             self.remove(best)
             self.history.append({"block": best[0], "kind": best[1], "nll": losses[best]})
+        log.info("search: %d removed, blocks run %d times on all sequences", len(self.removed), self.block_runs)
 
     @torch.no_grad()
     def loss(self, candidate: Candidate) -> float:

@@ -94,7 +94,6 @@ class TwoSSP:
             "ffn_rate": share.ffn_rate,
             "width": share.width,
             "removed": search.history,
-            "block_runs": search.block_runs,
         }
         return complete(context, blocks, notes=notes)
 

@@ -17,13 +17,24 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("pruner", ["cfsp", "wanda_sp"])
+@pytest.mark.parametrize(
+    "pruner",
+    ["cfsp", "wanda_sp", "flap_al_am", "wanda_sp_sequential", "llm_pruner", "two_ssp", "block_pruner", "shortgpt",
+     "sliding_window"],
+)  # fmt: skip
 def test_the_plan_does_not_depend_on_the_device(pruner):
-    model, ids = tiny_model(), tokens()
-    cpu = cfsp.prune(model, ids, pruner=pruner, ratio=0.5, round_to=8)
-    cuda = cfsp.prune(copy.deepcopy(model).cuda(), ids, pruner=pruner, ratio=0.5, round_to=8)
-    kept = [{(i, k) for i, block in enumerate(plan.blocks) for k in block.ffn_kept} for plan in (cpu, cuda)]
+    model, ids = tiny_model(blocks=6), tokens()
+    on_cuda = copy.deepcopy(model).cuda()
+    plans = [cfsp.prune(m, ids, pruner=pruner, ratio=0.4, round_to=8) for m in (model, on_cuda)]
+    kept = [
+        {(i, k) for i, block in enumerate(plan.blocks) if block.ffn for k in block.ffn_kept or range(96)}
+        for plan in plans
+    ]
     assert len(kept[0] ^ kept[1]) <= 0.01 * len(kept[0])
+    others = [[(b.kv_groups_kept, b.attention, b.ffn) for b in plan.blocks] for plan in plans]
+    assert others[0] == others[1]
+    pruned = cfsp.apply(on_cuda, plans[1])
+    assert pruned(ids[:2].cuda()).logits.isfinite().all()
 
 
 def test_the_main_job_runs_in_the_checkpoints_dtype(run_cfsp, tmp_path):

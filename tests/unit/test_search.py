@@ -15,7 +15,7 @@ from cfsp.allocate.budget import Budget
 from cfsp.calibrate.cache import StatisticsCache
 from cfsp.calibrate.calibrate import calibrate
 from cfsp.data.calibration import CalibrationSet
-from cfsp.errors import BudgetError, ConfigError, UnsupportedModelError
+from cfsp.errors import BudgetError, ConfigError, RunError, UnsupportedModelError
 from cfsp.evaluate.perplexity import negative_log_likelihood
 from cfsp.models.driver import BlockDriver
 from cfsp.models.views import resolve
@@ -145,6 +145,9 @@ def test_a_loss_that_is_not_finite_is_never_chosen():
         search.known.put([(1, "ffn")], math.inf)
         search.greedy(lambda removed: [] if removed else [(1, "ffn"), (2, "ffn")])
         assert search.removed == [(2, "ffn")]
+        search.known.put([(1, "ffn"), (2, "ffn")], math.inf)
+        with pytest.raises(RunError, match="not finite whatever is removed"):
+            search.greedy(lambda removed: [(1, "ffn")])
 
 
 # 2SSP

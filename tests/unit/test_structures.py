@@ -169,6 +169,19 @@ def test_norms_are_found_by_structure():
     assert norms["cohere"] == {"attention": (), "mlp": ()}, "one norm feeds both"
 
 
+def test_lists_of_the_configuration_follow_removed_blocks(tmp_path):
+    """SmolLM3 says per layer whether positions are rotated; a shifted list would rotate the wrong ones."""
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_model("smollm3", blocks=5, no_rope_layers=[1, 0, 1, 1, 0], pad_token_id=0)
+    plan = PruningPlan("m", "f", {}, (BlockPlan(), GONE, *[BlockPlan()] * 3), {}, {})
+    cfsp.apply(model, plan)
+    assert model.config.no_rope_layers == [1, 1, 1, 0]
+    save_checkpoint(model, tmp_path / "model")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert torch.equal(logits(reloaded, tokens(2)), logits(model, tokens(2)))
+
+
 def test_a_model_without_any_attention_is_refused():
     plan = PruningPlan("m", "f", {}, (BlockPlan(attention=False),) * 4, {}, {})
     with pytest.raises(UnsupportedModelError, match="leaves no attention"):
