@@ -92,7 +92,7 @@ def test_different_models_and_tokens_never_share_a_cache_entry(folders, tmp_path
             job = prepared(folders, model, tokens)
             view = resolve(load_model(job.source, dtype=job.dtype, device=job.device))
             cache = StatisticsCache(tmp_path, job.source.fingerprint)
-            paths.add(cache.path(BlockDriver(view, 8), job.calibration))
+            paths.add(cache.path("statistics", BlockDriver(view, 8), job.calibration, 1))
     assert len(paths) == 4
 
 
