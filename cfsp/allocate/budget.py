@@ -185,8 +185,8 @@ def _unreachable(budget: Budget, sizes: Sizes, most: int) -> str:
     largest = _rounded_down(most / sizes.of_scope(budget.scope))
     if not largest:
         return (
-            f"{wish}: with {' and '.join(smallest)} nothing of blocks of width {max(sizes.widths)} can go; use "
-            f"{' or '.join(ways)}"
+            f"{wish}: with {' and '.join(smallest)} nothing of blocks of width {max(sizes.widths)} and "
+            f"{max(sizes.kv_groups)} KV groups can go; use {' or '.join(ways)}"
         )
     other = ", ".join([f"sparsity.ratio={largest:g} or less", *ways[:-1]])
     return f"{wish}: going down to {' and '.join(smallest)} removes {largest:.4f} at most; use {other}, or {ways[-1]}"

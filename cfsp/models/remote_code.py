@@ -296,6 +296,9 @@ def _head_dim(config: PretrainedConfig) -> int:
 
 def _per_layer(shapes: list[_LayerShape], config: PretrainedConfig) -> dict[int | str, dict[str, Any]]:
     entries: dict[int | str, dict[str, Any]] = {}
+    if any(shape.heads not in (None, config.num_attention_heads) for shape in shapes):
+        # Else tools derive it from a layer's number of heads.
+        config.head_dim = _head_dim(config)
     unequal = len({shape.intermediate_size for shape in shapes}) > 1
     if not unequal and shapes[0].intermediate_size is not None:
         config.intermediate_size = shapes[0].intermediate_size

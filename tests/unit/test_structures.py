@@ -169,6 +169,23 @@ def test_norms_are_found_by_structure():
     assert norms["cohere"] == {"attention": (), "mlp": ()}, "one norm feeds both"
 
 
+@pytest.mark.parametrize("structure", ["heads", "equal_heads"])
+def test_the_head_dimension_is_written_down_where_heads_go(structure, tmp_path):
+    """Qwen2's configuration has none: it is hidden_size / heads, which fewer heads would change."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    sizes = {"hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = Qwen2Config(**sizes, num_hidden_layers=5, vocab_size=128)
+    assert getattr(config, "head_dim", None) is None
+    model = AutoModelForCausalLM.from_config(config).eval()
+    plan = PruningPlan("m", "f", {}, tuple(STRUCTURES[structure]), {}, {})
+    save_checkpoint(cfsp.apply(model, plan), tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["head_dim"] == 8
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert torch.equal(logits(reloaded, tokens(2)), logits(model, tokens(2)))
+
+
 def test_lists_of_the_configuration_follow_removed_blocks(tmp_path):
     """SmolLM3 says per layer whether positions are rotated; a shifted list would rotate the wrong ones."""
     from transformers import AutoModelForCausalLM
