@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from cfsp.calibrate.cache import read_or_compute
-from cfsp.errors import ConfigError, RunError
+from cfsp.errors import ConfigError, DataError, RunError
 from cfsp.models.driver import BlockDriver, run_block
 from cfsp.models.views import BlockView
 from cfsp.progress import progress
@@ -82,9 +82,16 @@ def gradient_terms(
 
     Raises:
         ConfigError: some weights are not in memory.
+        DataError: windows of one token, which leave nothing to predict.
         RunError: a gradient is not finite; names the block.
     """
     _check_in_memory(driver.view.model)
+    if calibration.input_ids.shape[1] < 2:
+        # The mean over no tokens is NaN, but its gradient is 0: every score would be equal, and nobody would notice.
+        raise DataError(
+            f"{calibration.name}: windows of one token have no next token to predict; gradients need at least 2, "
+            "or use a metric without gradients, e.g. importance=wanda"
+        )
     path = None if cache is None else cache.path("gradients", driver, calibration, GRADIENT_VERSION, batched=False)
     header = {"name": calibration.name, "version": GRADIENT_VERSION}
     return read_or_compute(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cfsp.errors import RunError
+from cfsp.errors import DataError, RunError
 from cfsp.models.driver import BlockDriver, Entry, run_block
 from cfsp.models.views import BlockView
 from cfsp.progress import progress
@@ -88,9 +88,14 @@ class SubmoduleSearch:
     """Greedy removal by loss on ids [n, T]; inside ``with``, what was removed so far is nulled.
 
     ``history``: what was removed, in order, with the loss without it; ``block_runs``: how often a block ran on all ids.
+
+    Raises:
+        DataError: windows of one token.
     """
 
     def __init__(self, driver: BlockDriver, input_ids: Tensor, known: KnownLosses) -> None:
+        if input_ids.shape[1] < 2:
+            raise DataError("windows of one token have no next token to predict; a search needs at least 2")
         self.driver, self.input_ids, self.known = driver, input_ids, known
         self.removed: list[Candidate] = []
         self.history: list[dict[str, Any]] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -9,14 +11,15 @@ from torch.nn.functional import cross_entropy
 import cfsp
 from cfsp.calibrate import gradients
 from cfsp.calibrate.cache import StatisticsCache
-from cfsp.calibrate.gradients import VARIANTS, gradient_terms, projections
+from cfsp.calibrate.gradients import VARIANTS, GradientTerms, gradient_terms, projections
 from cfsp.data.calibration import CalibrationSet
-from cfsp.errors import ConfigError, RunError
+from cfsp.errors import ConfigError, DataError, RunError
 from cfsp.importance.base import Activation
 from cfsp.importance.taylor import Taylor
 from cfsp.importance.weight_norm import WeightNorm
 from cfsp.models.driver import BlockDriver
 from cfsp.models.views import resolve
+from cfsp.pruning.plan import BlockPlan
 from tests.tiny import tiny_model, tokens
 
 IDS = tokens(5, 24)
@@ -78,6 +81,32 @@ def test_terms_equal_an_independent_autograd_computation(architecture, checkpoin
                 assert (block[name][row] - whole).abs().max() <= 1e-5 * whole.abs().max(), (name, variant)
 
 
+def equal(first, second) -> bool:
+    pairs = zip(first.blocks, second.blocks, strict=True)
+    return all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_checkpointing_does_not_change_the_terms(architecture, tmp_path):
+    model = tiny_model(architecture)
+    kept, _ = terms_of(model)
+    again, _ = terms_of(model, checkpointing=True)
+    assert equal(kept, again)
+    kept.save(tmp_path / "terms", {})
+    assert equal(kept, GradientTerms.load(tmp_path / "terms"))
+
+
+def test_blocks_lack_what_an_earlier_pruning_took():
+    model = tiny_model()
+    plan = cfsp.prune(model, tokens(), "uniform", 0.5, round_to=1)
+    lacking = [{}, {"attention": False}, {"ffn": False}, {"attention": False, "ffn": False}]
+    cfsp.apply(model, replace(plan, blocks=tuple(BlockPlan(**less) for less in lacking)))
+    found, _ = terms_of(model)
+    assert equal(found, terms_of(model, checkpointing=True)[0])
+    attention, ffn = set("qkvo"), {"gate", "up", "down"}
+    assert [set(block) for block in found.blocks] == [attention | ffn, ffn, attention]
+
+
 def test_a_group_counts_each_of_its_weights_once():
     """Summed over a KV group, and for each neuron: rows and columns of the full matrices, by hand."""
     model = tiny_model()
@@ -133,6 +162,26 @@ def test_the_model_is_left_as_it_was():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_frozen_model_with_hooks_and_gradients_of_its_own_is_left_as_it_was(checkpointing):
+    model = tiny_model()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+        parameter.requires_grad_(False)
+    model.model.layers[1].train()
+    modes = [module.training for module in model.modules()]
+    calls = []
+    model.model.layers[2].register_forward_hook(lambda *_: calls.append(1))
+    found, _ = terms_of(model, checkpointing=checkpointing)
+    assert equal(found, terms_of(tiny_model())[0])
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert all(bool((parameter.grad == 1).all()) for parameter in model.parameters())
+    assert [module.training for module in model.modules()] == modes
+    assert len(model.model.layers[2]._forward_hooks) == 1
+    assert not any("forward" in vars(layer) for layer in model.model.layers)
+    assert len(calls) == len(IDS) * (1 + checkpointing)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_full_gradients_exist_for_one_block_at_a_time(checkpointing, monkeypatch):
     model = tiny_model()
     owner = {id(p): i for i, layer in enumerate(model.model.layers) for p in layer.parameters()}
@@ -175,6 +224,19 @@ def test_weights_that_are_not_in_memory_are_refused():
         model = tiny_model_on_meta()
     with pytest.raises(ConfigError, match="gradients need every weight in memory.*importance=wanda"):
         terms_of(model)
+
+
+def test_weights_that_accelerate_offloaded_are_refused():
+    from accelerate import cpu_offload
+
+    model = cpu_offload(tiny_model(), execution_device="cpu")
+    with pytest.raises(ConfigError, match="gradients need every weight in memory"):
+        terms_of(model)
+
+
+def test_windows_of_one_token_are_refused():
+    with pytest.raises(DataError, match="no next token to predict"):
+        terms_of(tiny_model(), tokens(5, 1))
 
 
 def tiny_model_on_meta():

@@ -15,7 +15,7 @@ from cfsp.allocate.budget import Budget
 from cfsp.calibrate.cache import StatisticsCache
 from cfsp.calibrate.calibrate import calibrate
 from cfsp.data.calibration import CalibrationSet
-from cfsp.errors import BudgetError, ConfigError, RunError, UnsupportedModelError
+from cfsp.errors import BudgetError, ConfigError, DataError, RunError, UnsupportedModelError
 from cfsp.evaluate.perplexity import negative_log_likelihood
 from cfsp.models.driver import BlockDriver
 from cfsp.models.views import resolve
@@ -148,6 +148,11 @@ def test_a_loss_that_is_not_finite_is_never_chosen():
         search.known.put([(1, "ffn"), (2, "ffn")], math.inf)
         with pytest.raises(RunError, match="not finite whatever is removed"):
             search.greedy(lambda removed: [(1, "ffn")])
+
+
+def test_windows_of_one_token_are_refused():
+    with pytest.raises(DataError, match="no next token to predict"):
+        cfsp.prune(tiny_model(), tokens(4, 1), "block_pruner", 0.3)
 
 
 # 2SSP
