@@ -54,7 +54,7 @@ class BlockPruner:
         target = budget.ratio * scope
         everything = self._submodules(view, budget)
         attentions = [(b.index, "attention") for b in view.blocks if b.attention is not None]
-        if set(attentions) <= set(everything):  # one must stay; the blocks' attentions are alike
+        if attentions and set(attentions) <= set(everything):  # one must stay; the blocks' attentions are alike
             everything.remove(attentions[-1])
         largest = max((self._removed(view, [candidate]) for candidate in everything), default=0)
         smallest = min((self._removed(view, [candidate]) for candidate in everything), default=0)
@@ -93,7 +93,9 @@ class BlockPruner:
 
         with SubmoduleSearch(context.driver, ids, KnownLosses.of(context, ids, {})) as search:
             search.greedy(allowed)
-        return complete(context, self._blocks(view, search.removed), notes={"removed": search.history})
+        return complete(
+            context, self._blocks(view, search.removed), notes={"search_sequences": len(ids), "removed": search.history}
+        )
 
     def _submodules(self, view: DecoderView, budget: Budget) -> list[Candidate]:
         """Every submodule that may go."""

@@ -89,6 +89,7 @@ class SlidingWindow:
         """See :class:`cfsp.pruning.base.Pruner`."""
         check_scope(budget, f"pruner={self.name}", "a pruner of FFN neurons (cfsp, flap)")
         check_blocks(view, budget)
+        check_window(view, budget)
 
     def plan(self, context: PlanContext) -> PruningPlan:
         """See :class:`cfsp.pruning.base.Pruner`."""
@@ -144,11 +145,36 @@ def _with_attention_left(view: DecoderView, order: Sequence[int]) -> list[int]:
 
 
 def _best_window(view: DecoderView, budget: Budget, similarity: Tensor) -> tuple[int, int]:
-    """(first block, number of blocks) of the run that goes: the most alike ends among the runs of the right length."""
-    size = sum(_size(view, block.index) for block in view.blocks) / len(view.blocks)
-    lengths = [n for n in range(1, len(view.blocks)) if _starts(view, budget, n)]
-    n = min(lengths, key=lambda n: abs(n * size - _target(view, budget)))
-    return max(_starts(view, budget, n), key=lambda start: float(similarity[start, start + n])), n
+    """(first block, number of blocks) of the run that goes: the most alike ends among the runs of the right length.
+
+    Where blocks differ in size, a run that misses the budget by more than half of the largest block does not count.
+    """
+    target, unit = _target(view, budget), max(_size(view, block.index) for block in view.blocks)
+    missed = {run: abs(_run_size(view, run) - target) for run in _runs(view, budget)}
+    n = len(min(missed, key=lambda run: missed[run]))
+    fitting = [run.start for run, by in missed.items() if len(run) == n and by <= unit / 2]
+    return max(fitting, key=lambda start: float(similarity[start, start + n])), n
+
+
+def check_window(view: DecoderView, budget: Budget) -> None:
+    """Raises BudgetError where no run of blocks is long enough, although as many blocks could go one by one."""
+    sizes = [_run_size(view, run) for run in _runs(view, budget)]
+    unit = max(_size(view, block.index) for block in view.blocks)
+    if _target(view, budget) > max(sizes) + unit / 2:
+        scope = Sizes.of(view).of_scope(budget.scope)
+        raise BudgetError(
+            f"sparsity.ratio={budget.ratio} of sparsity.scope={budget.scope} cannot be met: the largest run of blocks "
+            f"that leaves one with attention is {max(sizes) / scope:.4f} of it; use a smaller ratio, or pruner=shortgpt"
+        )
+
+
+def _runs(view: DecoderView, budget: Budget) -> list[range]:
+    lengths = range(1, len(view.blocks))
+    return [range(start, start + n) for n in lengths for start in _starts(view, budget, n)]
+
+
+def _run_size(view: DecoderView, run: range) -> int:
+    return sum(_size(view, block) for block in run)
 
 
 def _starts(view: DecoderView, budget: Budget, n: int) -> list[int]:

@@ -93,6 +93,7 @@ class TwoSSP:
             "attention_submodules": share.n_attention,
             "ffn_rate": share.ffn_rate,
             "width": share.width,
+            "search_sequences": len(ids),
             "removed": search.history,
         }
         return complete(context, blocks, notes=notes)
@@ -107,30 +108,39 @@ class TwoSSP:
         n_blocks, sizes = len(view.blocks), Sizes.of(view)
         target = budget.ratio * sizes.of_scope(budget.scope) / sizes.decoder_parameters
         removed = round(target * n_blocks * whole)
+        smallest = budget.min_width or budget.round_to
+        legal = [*range(-(-smallest // budget.round_to) * budget.round_to, width, budget.round_to), width]
+        # More than half a step below the smallest legal width is another budget.
+        floor = max(legal[0] - budget.round_to / 2, 1)
+
+        def rate(n: int) -> float:
+            return (removed - n * attention) / (n_blocks * ffn)
+
+        possible = [n for n in range(n_blocks) if rate(n) >= 0 and round(width * (1 - rate(n))) >= floor]
         n_attention = self.attention_submodules
         if n_attention is None:
             n_attention = round(n_blocks * target ** ((ffn / attention) / self.alpha))
+        if n_attention not in possible:
+            raise BudgetError(self._refusal(budget, n_attention, n_blocks, rate(n_attention), possible, legal[0]))
+        wanted = round(width * (1 - rate(n_attention)))
+        return _Share(n_attention, rate(n_attention), min(legal, key=lambda option: abs(option - wanted)))
+
+    def _refusal(
+        self, budget: Budget, n_attention: int, n_blocks: int, rate: float, possible: list[int], smallest: int
+    ) -> str:
+        said = "pruner.attention_submodules" if self.attention_submodules is not None else "Eq. 5"
+        if n_attention >= n_blocks:
+            why = "that is every one"
+        elif rate < 0:
+            why = "more than the whole target"
+        else:
+            why = f"and {smallest} neurons in every block are still too many"
         wish = f"sparsity.ratio={budget.ratio} of sparsity.scope={budget.scope}"
-        most = min(n_blocks - 1, removed // attention)
-        if n_attention > most:
-            said = "pruner.attention_submodules" if self.attention_submodules is not None else "Eq. 5"
-            why = "that is every one" if n_attention >= n_blocks else "more than the whole target"
-            raise BudgetError(
-                f"{wish}: {said} removes {n_attention} of {n_blocks} attention submodules, {why}; use "
-                f"pruner.attention_submodules={most} or fewer"
-            )
-        rate = (removed - n_attention * attention) / (n_blocks * ffn)
-        smallest = budget.min_width or budget.round_to
-        legal = [*range(-(-smallest // budget.round_to) * budget.round_to, width, budget.round_to), width]
-        wanted = round(width * (1 - rate))
-        if wanted < max(legal[0] - budget.round_to / 2, 1):
-            reached = (n_attention * attention + n_blocks * (width - legal[0]) * ffn / width) / (n_blocks * whole)
-            raise BudgetError(
-                f"{wish} cannot be met: without {n_attention} attention submodules and with {legal[0]} neurons in "
-                f"every block {reached:.4f} of the decoder goes; use a larger pruner.attention_submodules, a smaller "
-                "ratio, min_width or round_to"
-            )
-        return _Share(n_attention, rate, min(legal, key=lambda option: abs(option - wanted)))
+        if possible:
+            way = f"use pruner.attention_submodules={min(possible, key=lambda n: abs(n - n_attention))}"
+        else:
+            way = "no other number can meet it; use a smaller sparsity.ratio, min_width or round_to"
+        return f"{wish}: {said} removes {n_attention} of {n_blocks} attention submodules, {why}; {way}"
 
     def _block(self, view: DecoderView, budget: Budget) -> tuple[int, int, int, int]:
         """Parameters of FFN, attention and all of one block, and its width."""

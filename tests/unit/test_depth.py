@@ -16,7 +16,7 @@ from cfsp.errors import BudgetError
 from cfsp.models.driver import BlockDriver
 from cfsp.models.views import resolve
 from cfsp.pruning.depth import ShortGPT, SlidingWindow
-from cfsp.pruning.plan import BlockPlan
+from cfsp.pruning.plan import BlockPlan, PruningPlan
 from tests.tiny import tiny_model, tokens
 from tests.unit.test_search import IDS, context_of
 
@@ -113,3 +113,21 @@ def test_blocks_go_only_where_nothing_protects_them():
     for pruner in (ShortGPT("shortgpt"), SlidingWindow("sliding_window")):
         plan = pruner.plan(context)
         assert [block != BlockPlan() for block in plan.blocks] == [False, False, True, True, False, False]
+
+
+def pruned_before(blocks) -> torch.nn.Module:
+    return cfsp.apply(tiny_model(blocks=len(blocks)), PruningPlan("m", "f", {}, tuple(blocks), {}, {}))
+
+
+def test_a_run_that_must_leave_the_only_attention_is_not_taken_for_longer_than_it_is():
+    model = pruned_before([BlockPlan(attention=index == 2) for index in range(6)])
+    with pytest.raises(BudgetError, match="largest run of blocks that leaves one with attention is 0.4735"):
+        SlidingWindow("sliding_window").check(resolve(model), Budget(0.8, "decoder"))
+
+
+def test_a_window_of_unequal_blocks_is_counted_by_its_own_size():
+    model = pruned_before([BlockPlan(ffn_kept=tuple(range(8))) if index < 4 else BlockPlan() for index in range(6)])
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+    for ratio in (0.1, 0.2, 0.3, 0.5):
+        plan = SlidingWindow("sliding_window").plan(context_of(model, Budget(ratio, "decoder")))
+        assert abs(plan.achieved["removed_parameters"] - ratio * sum(sizes)) <= max(sizes) / 2

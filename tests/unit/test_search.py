@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -163,18 +164,27 @@ def test_windows_of_one_token_are_refused():
     [
         (
             TwoSSP("two_ssp", attention_submodules=5),
-            Budget(0.2, "decoder"),
-            "more than the whole target; use pruner.att",
+            Budget(0.2, "decoder", round_to=1),
+            "removes 5 of 6 attention submodules, more than the whole target; use pruner.attention_submodules=4",
         ),
-        (TwoSSP("two_ssp", attention_submodules=6), Budget(0.9, "decoder"), "that is every one; use pruner.attention"),
+        (
+            TwoSSP("two_ssp", attention_submodules=6),
+            Budget(0.9, "decoder", round_to=1),
+            "that is every one; use pruner.attention_submodules=5",
+        ),
         (
             TwoSSP("two_ssp", attention_submodules=0),
-            Budget(0.9, "decoder"),
-            "cannot be met.*larger pruner.attention_sub",
+            Budget(0.8, "decoder", round_to=1),
+            "1 neurons in every block are still too many; use pruner.attention_submodules=2",
+        ),
+        (
+            TwoSSP("two_ssp", attention_submodules=3),
+            Budget(0.97, "decoder", round_to=32),
+            "no other number can meet it; use a smaller sparsity.ratio, min_width or round_to",
         ),
         (TwoSSP("two_ssp"), Budget(0.3, "decoder", protect="auto"), "protects none"),
     ],
-    ids=["beyond-the-target", "all-attention", "ffn-cannot", "protected"],
+    ids=["beyond-the-target", "all-attention", "ffn-cannot", "nothing-can", "protected"],
 )
 def test_two_ssp_refuses_what_it_cannot_do(pruner, budget, message):
     with pytest.raises((BudgetError, ConfigError), match=message):
@@ -257,3 +267,43 @@ def test_one_attention_stays():
     plan = BlockPruner("block_pruner").plan(context_of(model, Budget(0.8, "decoder")))
     assert any(block.attention for block in plan.blocks)
     cfsp.apply(model, plan)
+
+
+def test_ffns_go_where_no_attention_was_recognised():
+    view = resolve(tiny_model())
+    unknown = replace(view, blocks=tuple(replace(block, attention=None) for block in view.blocks))
+    with pytest.raises(UnsupportedModelError, match="use pruner.submodules=ffn"):
+        BlockPruner("block_pruner").check(unknown, Budget(0.3, "decoder"))
+    BlockPruner("block_pruner", submodules="ffn").check(unknown, Budget(0.3, "decoder"))
+
+
+def test_two_ssp_splits_as_published():
+    """N*, K of facts/2ssp.md, from shapes alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "llama": (4096, 11008, 32, 32, 32, [(5, 7744), (9, 6368), (13, 4992)]),
+        "mistral": (4096, 14336, 32, 32, 8, [(1, 10005), (2, 7893), (5, 5994)]),
+        "qwen2": (3584, 18944, 28, 28, 4, [(0, 13525), (0, 10816), (1, 8204)]),
+    }
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    for architecture, (*values, expected) in sizes.items():
+        with torch.device("meta"):
+            config = AutoConfig.for_model(architecture, **dict(zip(names, values, strict=True)))
+            view = resolve(AutoModelForCausalLM.from_config(config))
+        shares = [TwoSSP("two_ssp")._share(view, Budget(r, "decoder", round_to=1)) for r in (0.25, 0.375, 0.5)]
+        assert [(share.n_attention, share.width) for share in shares] == expected
+
+
+def test_a_killed_two_ssp_leaves_the_model_as_it_was(monkeypatch):
+    model = tiny_model(blocks=6)
+    context, before = context_of(model, Budget(0.3, "decoder")), copy.deepcopy(model.state_dict())
+
+    def dies(self, first):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SubmoduleSearch, "_loss_from", dies)
+    with pytest.raises(KeyboardInterrupt):
+        TwoSSP("two_ssp").plan(context)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
