@@ -232,6 +232,7 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
             "or a hub id, e.g. model.path=meta-llama/Llama-3.1-8B"
         )
     problems.extend(_unused(parts["pruner"], raw))
+    problems.extend(_sequential_gradients(parts["pruner"], parts["importance"]))
     if problems:
         raise ConfigError(*problems)
     parts.pop("plugins")
@@ -260,6 +261,17 @@ def _unused(pruner: Component | None, raw: Mapping[str, Any]) -> Iterator[str]:
                 f"{group}._target_={raw[group].get('_target_')}: pruner={name} has its own way of choosing and does "
                 f"not use {group}; leave it out, or use pruner=one_shot"
             )
+
+
+def _sequential_gradients(pruner: Component | None, importance: Component | None) -> Iterator[str]:
+    """Gradients are those of the dense model: nothing in them changes when the blocks before are pruned."""
+    if pruner is None or importance is None or not getattr(pruner.instance, "sequential", False):
+        return
+    if "gradients" in getattr(importance.instance, "requires", ()):
+        yield (
+            f"pruner.sequential=true: importance._target_={importance.target} goes by gradients of the dense model, "
+            "which pruned blocks do not change; use pruner.sequential=false, or a metric of activations (wanda, flap)"
+        )
 
 
 @cache

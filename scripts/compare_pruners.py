@@ -14,6 +14,7 @@ import argparse
 import logging
 import shutil
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="a model folder; without it the bundled model")
     parser.add_argument("--text", type=Path, help="a text that the model of --model knows")
     parser.add_argument("--name", help="how the model of --model is called in results/")
+    parser.add_argument("--methods", nargs="+", metavar="PRUNER", help="run these alone; the table shows every record")
     parser.add_argument("--work", type=Path, default=Path("outputs/compare_pruners"), help="runs and caches")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="records/ and tables/ are made there")
     given = parser.parse_args()
@@ -58,9 +60,12 @@ def main() -> int:
         parser.error("--model, --text and --name belong together")
     logging.getLogger("cfsp").setLevel(logging.WARNING)
     subject = bundled() if given.model is None else local(given.name, given.model, given.text, given.work)
-    records, failed = run_all(subject, given.work)
-    for record in records:
-        record.write(given.results / "records" / "pruners" / subject.name / f"{record.run_id}.json")
+    methods = [method for method in METHODS if given.methods is None or method[0] in given.methods]
+    made, failed = run_all(subject, given.work, methods)
+    folder = given.results / "records" / "pruners" / subject.name
+    for record in made:
+        record.write(folder / f"{record.run_id}.json")
+    records = in_order(record for path in folder.glob("*.json") if (record := RunRecord.read(path)))
     if records:
         path = given.results / "tables" / f"pruners-{subject.name}.md"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,9 +109,9 @@ def local(name: str, model: Path, text: Path, work: Path) -> Subject:
     return Subject(name, words, Figure("perplexity", "text", "perplexity"), note, command)
 
 
-def run_all(subject: Subject, work: Path) -> tuple[list[RunRecord], bool]:
+def run_all(subject: Subject, work: Path, methods: Sequence[Sequence[str]]) -> tuple[list[RunRecord], bool]:
     """Every method, ratio and seed; a run that fails does not stop the rest."""
-    runs = [(method, ratio, seed) for method in METHODS for ratio in RATIOS for seed in SEEDS]
+    runs = [(method, ratio, seed) for method in methods for ratio in RATIOS for seed in SEEDS]
     records, failed = [], False
     for number, (method, ratio, seed) in enumerate(runs, start=1):
         pruner, *settings = method
@@ -126,6 +131,17 @@ def run_all(subject: Subject, work: Path) -> tuple[list[RunRecord], bool]:
             failed = True
             print(f"  failed: {error}", file=sys.stderr)
     return records, failed
+
+
+def in_order(records: Iterable[RunRecord]) -> list[RunRecord]:
+    """As METHODS lists them, then by ratio and seed."""
+    names = [" ".join(word for word in method if not word.startswith("pruner.search")) for method in METHODS]
+
+    def place(record: RunRecord) -> tuple[int, float, int]:
+        assert record.plan is not None
+        return names.index(label(record)), record.plan["requested"]["ratio"], record.identity["seed"]
+
+    return sorted(records, key=place)
 
 
 def page(subject: Subject, records: list[RunRecord]) -> str:

@@ -241,14 +241,17 @@ def to_widths(
 
     ``nearest`` rounds each block alone, as the released code does: int((N keep + r/2) / r) r, and int(N keep) + 1
     where r = 1 (not where the allocator already ``counted`` neurons); never below the smallest legal width, which is
-    where the released code keeps everything. ``exact`` then moves whole steps between blocks, the one furthest from
-    its desired width first, until the total is within half a step of the request.
+    where the released code keeps everything. ``exact`` rounds the KV groups, lets the neurons of the same block make up
+    for it, and then moves whole steps of neurons between blocks, the one furthest from its desired width first, until
+    the total is within half a step of the request; whole groups move only where no neurons can.
     """
     slots = _slots(budget, sizes)
     wants = [
         float(desired[slot.block]) if slot.kind == "ffn" else float((groups or sizes.kv_groups)[slot.block])
         for slot in slots
     ]
+    if budget.rounding == "exact":
+        wants = _made_up(wants, slots)
     if budget.rounding == "nearest":
         chosen = [
             _released_rule(want, slot, budget.round_to if slot.kind == "ffn" else 1, counted or slot.kind != "ffn")
@@ -272,15 +275,29 @@ def _released_rule(desired: float, slot: _Slot, round_to: int, counted: bool) ->
     return min(max(width, slot.legal[0]), slot.n)
 
 
+def _made_up(wants: list[float], slots: list[_Slot]) -> list[float]:
+    """Wanted numbers where the KV groups are whole and the neurons of their block keep its wanted parameters."""
+    made, excess = list(wants), {}
+    for index, slot in enumerate(slots):
+        if slot.kind == "attention":
+            made[index] = _nearest(wants[index], slot.legal)
+            excess[slot.block] = (made[index] - wants[index]) * slot.cost
+    for index, slot in enumerate(slots):
+        if slot.kind == "ffn":
+            made[index] = wants[index] - excess.get(slot.block, 0) / slot.cost
+    return made
+
+
+def _nearest(want: float, legal: list[int]) -> int:
+    return min(legal, key=lambda option: abs(option - want))
+
+
 def _exact(desired: list[float], slots: list[_Slot], target: float) -> list[int]:
-    at = [
-        min(range(len(slot.legal)), key=lambda i, o=slot.legal, w=want: abs(o[i] - w))  # type: ignore[misc]
-        for want, slot in zip(desired, slots, strict=True)
-    ]
+    at = [slot.legal.index(_nearest(want, slot.legal)) for want, slot in zip(desired, slots, strict=True)]
     missing = target - sum(slot.legal[i] * slot.cost for slot, i in zip(slots, at, strict=True))
     while True:
         direction = 1 if missing > 0 else -1
-        best: tuple[float, int] | None = None
+        best: tuple[bool, float, int] | None = None
         for index, (slot, i) in enumerate(zip(slots, at, strict=True)):
             if not 0 <= i + direction < len(slot.legal):
                 continue
@@ -288,11 +305,11 @@ def _exact(desired: list[float], slots: list[_Slot], target: float) -> list[int]
             if abs(missing - step * slot.cost) >= abs(missing):
                 continue
             lag = direction * (desired[index] - slot.legal[i]) / abs(step)
-            if best is None or lag > best[0]:
-                best = (lag, index)
+            if best is None or (slot.kind == "ffn", lag) > best[:2]:
+                best = (slot.kind == "ffn", lag, index)
         if best is None:
             return [slot.legal[i] for slot, i in zip(slots, at, strict=True)]
-        index = best[1]
+        index = best[2]
         before = slots[index].legal[at[index]]
         at[index] += direction
         missing -= (slots[index].legal[at[index]] - before) * slots[index].cost

@@ -8,13 +8,13 @@ tensors either way. The LM head runs only where :meth:`BlockDriver.logits` is as
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cfsp.models.views import BlockView, DecoderView
 from cfsp.progress import progress
@@ -118,18 +118,31 @@ def _blocks_skipped(view: DecoderView, leaving: Tensor | None = None) -> Iterato
         calls.append((hidden, kwargs))
         return hidden if leaving is None else leaving
 
-    # An instance attribute shadows the class's forward; removing it brings the class's back. Hooks are set aside:
-    # the block does not run here, so nobody may count or measure this call.
+    # Hooks are set aside: the block does not run here, so nobody may count or measure this call.
     aside = [(block.module, block.module._forward_hooks, block.module._forward_pre_hooks) for block in view.blocks]
-    for module, _, _ in aside:
-        module.forward = recorder
-        module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+    with ExitStack() as shadows:
+        for module, _, _ in aside:
+            shadows.enter_context(forward_replaced(module, recorder))
+            module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+        try:
+            yield calls
+        finally:
+            for module, hooks, pre_hooks in aside:
+                module._forward_hooks, module._forward_pre_hooks = hooks, pre_hooks
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """``module`` runs ``forward`` for a while; a forward that somebody put on the instance comes back (accelerate)."""
+    before = vars(module).get("forward")
+    module.forward = forward
     try:
-        yield calls
+        yield
     finally:
-        for module, hooks, pre_hooks in aside:
-            del module.forward
-            module._forward_hooks, module._forward_pre_hooks = hooks, pre_hooks
+        # An instance attribute shadows the class's forward; removing it brings the class's back.
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def hidden_of(output: Any) -> Tensor:

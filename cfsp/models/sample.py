@@ -1,4 +1,4 @@
-"""A cheap check of content: a hash of some values of every FFN matrix, for models that are already in memory.
+"""A cheap check of content: a hash of some values of every matrix, for models that are already in memory.
 
 A folder's fingerprint cannot be asked of a model in memory, and says nothing once somebody edited the weights; this
 tells another model, or an edited one, from the base of a plan without reading all of it.
@@ -17,10 +17,7 @@ _VALUES = 256
 
 
 def weight_sample(view: DecoderView) -> str:
-    """sha256 of 256 evenly spaced values of each FFN matrix, in bfloat16 so that the loading dtype does not matter.
-
-    Of a block without an FFN, the attention's matrices.
-    """
+    """sha256 of 256 evenly spaced values of each FFN and attention matrix, in bfloat16 so that no dtype matters."""
     digest = hashlib.sha256()
     for block in view.blocks:
         for linear in _matrices(block):
@@ -32,7 +29,8 @@ def weight_sample(view: DecoderView) -> str:
 
 
 def _matrices(block: BlockView) -> list[nn.Linear]:
-    if block.ffn is not None:
-        return [block.ffn.gate, block.ffn.up, block.ffn.down]
-    attention = block.attention
-    return [] if attention is None else [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    ffn, attention = block.ffn, block.attention
+    found = [] if ffn is None else [ffn.gate, ffn.up, ffn.down]
+    if attention is not None:
+        found += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    return found

@@ -29,12 +29,13 @@ def complete(
     Args:
         keep_ratios: per block, what an allocator asked for before rounding; None: what the decisions keep.
         notes: what the method decided on the way.
-        tensors: biases that replace the base model's.
+        tensors: biases that replace the base model's; what they add counts against what was removed.
     """
     view, budget = context.driver.view, context.budget
     removed = [removed_parameters(view, block, plan) for block, plan in zip(view.blocks, blocks, strict=True)]
     gone = {kind: sum(row[kind] for row in removed) for kind in ("ffn", "attention", "rest")}
-    total = sum(gone.values())
+    added = sum(_added(view, name, tensor) for name, tensor in (tensors or {}).items())
+    total = sum(gone.values()) - added
     scopes = {
         "ffn": sum(block.ffn.width * block.ffn.neuron_parameters for block in view.blocks if block.ffn is not None),
         "decoder": view.decoder_parameters,
@@ -43,11 +44,11 @@ def complete(
     achieved = {
         "ratio": total / scopes[budget.scope],
         "removed_parameters": total,
+        "added_parameters": added,
         "ffn_ratio": gone["ffn"] / scopes["ffn"] if scopes["ffn"] else 0.0,
         "decoder_ratio": total / scopes["decoder"],
         "model_ratio": total / scopes["model"],
     }
-    added = sum(_added(view, name, tensor) for name, tensor in (tensors or {}).items())
     return PruningPlan(
         base_model=context.base_model,
         base_fingerprint=context.base_fingerprint,
@@ -55,7 +56,7 @@ def complete(
         blocks=tuple(blocks),
         requested=budget.requested(),
         achieved=achieved,
-        parameters={"before": view.model_parameters, "after": view.model_parameters - total + added},
+        parameters={"before": view.model_parameters, "after": view.model_parameters - total},
         details=tuple(_details(context, blocks, keep_ratios)),
         base_sample=weight_sample(view),
         notes=dict(notes or {}),

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cfsp.errors import DataError, RunError
-from cfsp.models.driver import BlockDriver, Entry, run_block
+from cfsp.models.driver import BlockDriver, Entry, forward_replaced, run_block
 from cfsp.models.views import BlockView
 from cfsp.progress import progress
 
@@ -188,12 +188,8 @@ def nulled(block: BlockView, kind: str) -> Iterator[None]:
         zeros = torch.zeros_like(args[0] if args else kwargs["hidden_states"])
         return (zeros, None) if kind == "attention" else zeros
 
-    # An instance attribute shadows the class's forward; removing it brings the class's back.
-    part.module.forward = nothing
-    try:
+    with forward_replaced(part.module, nothing):
         yield
-    finally:
-        del part.module.forward
 
 
 def _nll(logits: Tensor, ids: Tensor) -> float:

@@ -232,6 +232,7 @@ def test_protected_blocks_are_not_touched():
         (["pruner=two_ssp", "importance=wanda"], "pruner=two_ssp.*does not use importance"),
         (["pruner=shortgpt", "allocator=uniform"], "does not use allocator.*pruner=one_shot"),
         (["pruner=llm_pruner", "sparsity.ratio=0.9"], "sparsity.protect=auto removes .* at most"),
+        (["pruner=llm_pruner", "pruner.sequential=true"], "pruner.sequential=true.*gradients.*pruner.sequential=false"),
         (["pruner=llm_pruner", "sparsity.protect=[2,2]"], "leaves no block of 4"),
         (["pruner=two_ssp", "sparsity.protect=auto"], "sparsity.protect"),
         (["pruner=two_ssp", "sparsity.scope=ffn"], "pruner=two_ssp removes attention too.*scope=decoder or model"),
@@ -248,6 +249,53 @@ def test_wrong_combinations_say_what_would_work(words, message):
     pruner = words[0].removeprefix("pruner=")
     with pytest.raises((ConfigError, BudgetError), match=message):
         cfsp.prune(tiny_model(), tokens(), pruner, 0.5, round_to=8, overrides=words[1:])
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.35, 0.5])
+@pytest.mark.parametrize("pruner", ["llm_pruner", "magnitude_sp", "wanda_sp_sequential"])
+def test_uniform_is_the_same_share_of_every_pruned_block(pruner, ratio):
+    """Neurons of a block make up for what its whole KV groups round off: blocks differ by a step of neurons at most."""
+    model = tiny_model("qwen2", blocks=8)
+    plan = cfsp.prune(model, tokens(), pruner, ratio, "decoder", 8, overrides=HEADS)
+    gone = []
+    for block in plan.blocks:
+        groups = 2 - len(block.kv_groups_kept or (0, 1))
+        gone.append((96 - len(block.ffn_kept or range(96))) * 96 + groups * (32 * 8 * 6 + 32))
+    free = gone[1:-1] if pruner == "llm_pruner" else gone
+    assert max(free) - min(free) <= 8 * 96
+    assert len({len(block.kv_groups_kept or (0, 1)) for block in plan.blocks[1:-1]}) == 1
+
+
+def test_added_biases_count_against_what_was_removed():
+    model = tiny_model()
+    plan = cfsp.prune(model, tokens(), "flap_al_am", 0.4, round_to=8)
+    net = plan.parameters["before"] - plan.parameters["after"]
+    assert plan.achieved["removed_parameters"] == net
+    assert plan.achieved["added_parameters"] == 32 * len(plan.tensors)
+    assert plan.achieved["decoder_ratio"] == net / sum(p.numel() for p in model.model.layers.parameters())
+
+
+def test_a_plan_of_another_attention_is_refused():
+    model = tiny_model()
+    plan = cfsp.prune(model, tokens(), "flap_al_am", 0.4, round_to=8)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight += 1
+    with pytest.raises(CheckpointError, match="made for"):
+        cfsp.apply(model, plan)
+
+
+@pytest.mark.parametrize("pruner", ["llm_pruner", "block_pruner"])
+def test_a_forward_that_somebody_put_on_a_module_stays(pruner):
+    """As accelerate does where it spreads a model over devices."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = tiny_model(blocks=6)
+    wrapped = [module for layer in model.model.layers for module in (layer, layer.self_attn, layer.mlp)]
+    for module in wrapped:
+        add_hook_to_module(module, AlignDevicesHook("cpu"))
+    before = [vars(module)["forward"] for module in wrapped]
+    cfsp.prune(model, tokens(), pruner, 0.3, round_to=8)
+    assert [vars(module).get("forward") for module in wrapped] == before
 
 
 def test_heads_whose_channels_are_normalised_together_are_refused():
