@@ -65,7 +65,7 @@ def main() -> int:
     folder = given.results / "records" / "pruners" / subject.name
     for record in made:
         record.write(folder / f"{record.run_id}.json")
-    records = in_order(record for path in folder.glob("*.json") if (record := RunRecord.read(path)))
+    records = in_order(found for path in folder.glob("*.json") if (found := RunRecord.read(path)) is not None)
     if records:
         path = given.results / "tables" / f"pruners-{subject.name}.md"
         path.parent.mkdir(parents=True, exist_ok=True)
