@@ -29,25 +29,27 @@ def complete(
     Args:
         keep_ratios: per block, what an allocator asked for before rounding; None: what the decisions keep.
         notes: what the method decided on the way.
-        tensors: biases that replace the base model's; what they add counts against what was removed.
+        tensors: biases that replace the base model's; what they add counts in the decoder's and model's ratios.
     """
     view, budget = context.driver.view, context.budget
     removed = [removed_parameters(view, block, plan) for block, plan in zip(view.blocks, blocks, strict=True)]
     gone = {kind: sum(row[kind] for row in removed) for kind in ("ffn", "attention", "rest")}
     added = sum(_added(view, name, tensor) for name, tensor in (tensors or {}).items())
-    total = sum(gone.values()) - added
+    total = sum(gone.values())
+    net = total - added
     scopes = {
         "ffn": sum(block.ffn.width * block.ffn.neuron_parameters for block in view.blocks if block.ffn is not None),
         "decoder": view.decoder_parameters,
         "model": view.model_parameters,
     }
+    # The FFN's scope counts what goes with the neurons; the wider ones everything, so that added biases count there.
     achieved = {
-        "ratio": total / scopes[budget.scope],
+        "ratio": (total if budget.scope == "ffn" else net) / scopes[budget.scope],
         "removed_parameters": total,
         "added_parameters": added,
         "ffn_ratio": gone["ffn"] / scopes["ffn"] if scopes["ffn"] else 0.0,
-        "decoder_ratio": total / scopes["decoder"],
-        "model_ratio": total / scopes["model"],
+        "decoder_ratio": net / scopes["decoder"],
+        "model_ratio": net / scopes["model"],
     }
     return PruningPlan(
         base_model=context.base_model,
@@ -56,7 +58,7 @@ def complete(
         blocks=tuple(blocks),
         requested=budget.requested(),
         achieved=achieved,
-        parameters={"before": view.model_parameters, "after": view.model_parameters - total},
+        parameters={"before": view.model_parameters, "after": view.model_parameters - net},
         details=tuple(_details(context, blocks, keep_ratios)),
         base_sample=weight_sample(view),
         notes=dict(notes or {}),

@@ -5,6 +5,7 @@ CFSP, FLAP, Wanda-SP, LLM-Pruner, magnitude, uniform and random are settings of 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from cfsp.allocate.budget import Sizes, Structure, Widths, check_scope, keep_fraction, to_widths
@@ -54,6 +55,7 @@ class OneShotPruner:
                 f"{type(view.model).__name__}: pruner.structure={self.structure} needs attention with separate q_proj, "
                 f"k_proj, v_proj and o_proj of whole heads; block {lacking[0]} has another; use pruner.structure=ffn"
             )
+        budget = self._with_biases(view, budget)
         keep_fraction(budget, Sizes.of(view, self.structure).only(budget.free_blocks(len(view.blocks))))
 
     def plan(self, context: PlanContext) -> PruningPlan:
@@ -75,7 +77,8 @@ class OneShotPruner:
 
     def _allocate(self, context: PlanContext, scores: Scores) -> tuple[Widths, list[float]]:
         """Kept units per block, and the kept share that the allocator asked for; protected blocks keep all."""
-        view, budget = context.driver.view, context.budget
+        view = context.driver.view
+        budget = self._with_biases(view, context.budget)
         sizes = Sizes.of(view, self.structure)
         free = budget.free_blocks(len(view.blocks))
         part = sizes.only(free)
@@ -93,6 +96,20 @@ class OneShotPruner:
             neurons[block], groups[block] = chosen.per_block[at], chosen.kv_groups[at]
             shares[block] = float(allocation.keep[at])
         return Widths(tuple(neurons), tuple(groups)), shares
+
+    def _with_biases(self, view: DecoderView, budget: Budget) -> Budget:
+        """The budget of the units alone: what the added biases cost (d each) goes in units too.
+
+        Every block is reckoned to get them; one that loses nothing of a kind will not. Not in the FFN's scope, which
+        counts what goes with the neurons.
+        """
+        if self.compensation == "none" or budget.scope == "ffn":
+            return budget
+        kinds = {"ffn": ("ffn",), "heads": ("attention",), "heads_ffn": ("ffn", "attention")}[self.structure]
+        channels = [view.blocks[block].channels for block in budget.free_blocks(len(view.blocks))]
+        outputs = [found[kind].output for found in channels for kind in kinds if kind in found]
+        added = sum(output.out_features for output in outputs if output.bias is None)
+        return replace(budget, ratio=budget.ratio + added / Sizes.of(view).of_scope(budget.scope))
 
     def _one_after_another(self, context: PlanContext, widths: Widths) -> tuple[list[BlockPlan], dict[str, Tensor]]:
         """Choose in each block on the outputs of the pruned blocks before it; the model is put back at the end."""
