@@ -197,10 +197,11 @@ def test_sequential_chooses_on_what_the_pruned_blocks_give(compensation):
     from cfsp.models.driver import BlockDriver
 
     model, ids = tiny_model(), tokens()
-    plan = cfsp.prune(
-        model, ids, "wanda_sp_sequential", 0.4, round_to=8, overrides=[f"pruner.compensation={compensation}"]
+    words = [f"pruner.compensation={compensation}"]
+    plan = cfsp.prune(model, ids, "wanda_sp_sequential", 0.4, round_to=8, overrides=words)
+    dense = cfsp.prune(
+        model, ids, "wanda_sp_sequential", 0.4, round_to=8, overrides=[*words, "pruner.sequential=false"]
     )
-    dense = cfsp.prune(model, ids, "wanda_sp_sequential", 0.4, round_to=8, overrides=["pruner.sequential=false"])
     assert plan.blocks[0] == dense.blocks[0]
     assert plan.blocks[1:] != dense.blocks[1:]
     for index, decision in enumerate(plan.blocks):
