@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,3 +54,28 @@ def _sample(
         step = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         ids = torch.cat([ids, step], dim=1)
     return ids
+
+
+def sampled(
+    model: nn.Module,
+    tokenizer: Any,
+    section: SelfCalibration,
+    limits: Limits,
+    seed: int,
+    cache: Path,
+    fingerprint: str,
+) -> CalibrationSet:
+    """:func:`sample_windows`, kept in ``cache`` by the model's ``fingerprint``, dtype, settings and seed."""
+    from cfsp.identity import METHOD_VERSION, digest
+
+    decides = section.model_dump() | {"model": fingerprint, "seed": seed}
+    decides |= {"dtype": str(next(model.parameters()).dtype), "version": METHOD_VERSION}
+    path = cache / "sampled" / f"{digest(decides)[:32]}.npy"
+    if path.is_file():
+        return CalibrationSet(torch.from_numpy(np.load(path)), section.name, "self", seed)
+    found = sample_windows(model, tokenizer, section, limits, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.npy")
+    np.save(partial, found.input_ids.numpy())
+    os.replace(partial, path)
+    return found

@@ -53,6 +53,14 @@ class ModelSource:
         found = str(self._stated("dtype", "torch_dtype")).removeprefix("torch.")
         return found if found in get_args(SavedDType) else "float32"
 
+    @property
+    def state(self) -> str | None:
+        """What a folder that cfsp wrote says of its weights (pruned, compensated, recovered); None for others."""
+        try:
+            return json.loads((self.folder / "cfsp_checkpoint.json").read_text(encoding="utf-8"))["state"]
+        except (OSError, ValueError, KeyError):
+            return None
+
     def _stated(self, *keys: str) -> Any:
         """The first of the keys in config.json, whose text model may be nested (multimodal families)."""
         nested = self.config.get("text_config")

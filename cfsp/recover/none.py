@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cfsp.components import component
 
 if TYPE_CHECKING:
-    from torch import nn
+    from cfsp.data.calibration import Limits
+    from cfsp.models.views import DecoderView
+    from cfsp.recover.base import Recovered, RecoveryContext
 
 
 @component
@@ -17,5 +19,10 @@ class NoRecovery:
     name: ClassVar[str] = "none"
     trains: ClassVar[bool] = False
 
-    def recover(self, model: nn.Module) -> nn.Module:
-        return model
+    def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: str) -> dict[str, Any]:
+        return {}
+
+    def recover(self, context: RecoveryContext) -> Recovered:
+        from cfsp.recover.base import Recovered
+
+        return Recovered(context.model)

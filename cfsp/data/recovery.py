@@ -1,0 +1,180 @@
+"""Training data of a recovery: token ids, and labels that say which tokens are learnt (-100: not this one)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from cfsp.config import HubFile, TextSection
+from cfsp.data.calibration import Limits
+from cfsp.data.text import TextFile, locate_text, read_text, tokenise
+from cfsp.errors import DataError
+
+if TYPE_CHECKING:
+    from cfsp.recover.settings import RecoveryData, Training
+
+log = logging.getLogger(__name__)
+
+IGNORED = -100
+#: The Alpaca prompt format (Stanford Alpaca, Apache-2.0); a row of prompt and response brings its own.
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_ANSWERS = ("output", "response", "completion")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence: ``labels`` [T] are ``input_ids`` [T] where the token is learnt; the first never is."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def locate(data: RecoveryData) -> TextFile:
+    """The file, with its content's digest.
+
+    Raises:
+        DataError: no such file, an empty one, or the hub is out of reach.
+    """
+    hub = None if data.hub is None else HubFile(**asdict(cast(Any, data.hub)))
+    section = TextSection(path=data.path, hub=hub, text_field=data.text_field, txt_rows=data.txt_rows, join=data.join)
+    return locate_text(section, "recovery.data")
+
+
+def instructions(file: TextFile, settings: Training, tokenizer: Any) -> list[Example]:
+    """Rows as prompt and response, cut at ``cutoff`` tokens; rows of which nothing is left to learn are dropped.
+
+    Raises:
+        DataError: a row has other keys, or no row has anything to learn within ``cutoff`` tokens.
+    """
+    rows = list(_rows(file))[: settings.data.n_samples]
+    if not rows:
+        raise DataError(f"recovery.data.path={file.path}: holds no rows; give one with prompt and response")
+    examples = [_example(*pair, settings, tokenizer) for pair in rows]
+    kept = [example for example in examples if any(label != IGNORED for label in example.labels)]
+    if not kept:
+        raise DataError(
+            f"recovery.data.path={file.path}: nothing to learn: within recovery.cutoff={settings.cutoff} tokens no row "
+            "reaches its response; use a larger recovery.cutoff, or recovery.response_only=false"
+        )
+    if len(kept) < len(examples):
+        log.warning("recovery data: %d of %d rows dropped, their prompts fill the cutoff of %d tokens",
+                    len(examples) - len(kept), len(examples), settings.cutoff)  # fmt: skip
+    return pack(kept, settings.cutoff) if settings.packing else kept
+
+
+def windows(file: TextFile, settings: Training, tokenizer: Any) -> list[Example]:
+    """A text as consecutive windows of ``cutoff`` tokens, tokenised once; every token but a window's first is learnt.
+
+    Raises:
+        DataError: the text is shorter than one window.
+    """
+    ids = tokenise(read_text(file), tokenizer, "none").tolist()
+    length = settings.cutoff
+    count = len(ids) // length
+    if not count:
+        raise DataError(
+            f"recovery.data.path={file.path}: {len(ids)} tokens are less than one window of "
+            f"recovery.cutoff={length}; use a longer text or a smaller cutoff"
+        )
+    return of_windows([ids[at * length : (at + 1) * length] for at in range(count)][: settings.data.n_samples])
+
+
+def of_windows(rows: Sequence[Sequence[int]]) -> list[Example]:
+    """Windows of which every token but the first is learnt."""
+    return [Example(list(row), [IGNORED, *row[1:]]) for row in rows]
+
+
+def pack(examples: Sequence[Example], cutoff: int) -> list[Example]:
+    """Examples one after the other in sequences of at most ``cutoff`` tokens; they see what stands before them."""
+    packed: list[Example] = []
+    for example in examples:
+        if packed and len(packed[-1].input_ids) + len(example.input_ids) <= cutoff:
+            packed[-1].input_ids.extend(example.input_ids)
+            packed[-1].labels.extend(example.labels)
+        else:
+            packed.append(Example(list(example.input_ids), list(example.labels)))
+    return packed
+
+
+def check_ids(examples: Sequence[Example], limits: Limits) -> None:
+    """Raises DataError where the tokenizer gives ids that the model does not have."""
+    highest = max(max(example.input_ids) for example in examples)
+    if highest >= limits.vocab_size:
+        raise DataError(
+            f"recovery data: id {highest} is outside the model's vocabulary of {limits.vocab_size}; the tokenizer is "
+            "another model's"
+        )
+
+
+def _example(prompt: str, response: str, settings: Training, tokenizer: Any) -> Example:
+    if tokenizer.is_fast:
+        encoded = tokenizer(prompt + response, return_offsets_mapping=True, verbose=False)
+        ids = list(encoded["input_ids"])
+        # A token that reaches back into the prompt is the prompt's; special tokens have no extent.
+        answer = [begin >= len(prompt) and end > begin for begin, end in encoded["offset_mapping"]]
+    else:
+        before = list(tokenizer(prompt, verbose=False)["input_ids"])
+        after = list(tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"])
+        ids, answer = before + after, [False] * len(before) + [True] * len(after)
+    if tokenizer.eos_token_id is not None:
+        if ids and ids[-1] == tokenizer.eos_token_id:
+            answer[-1] = True
+        else:
+            ids.append(tokenizer.eos_token_id)
+            answer.append(True)
+    learnt = answer if settings.response_only else [True] * len(ids)
+    labels = [token if learn and at else IGNORED for at, (token, learn) in enumerate(zip(ids, learnt, strict=True))]
+    return Example(ids[: settings.cutoff], labels[: settings.cutoff])
+
+
+def _rows(file: TextFile) -> Iterator[tuple[str, str]]:
+    for number, row in enumerate(_raw_rows(file.path), 1):
+        yield _pair(row, number, file.path)
+
+
+def _raw_rows(path: Path) -> Iterator[Any]:
+    if path.name.endswith(".parquet"):
+        import pyarrow.parquet as parquet
+
+        yield from parquet.read_table(path).to_pylist()
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+        if text.lstrip()[:1] == "[":
+            yield from json.loads(text)
+            return
+        for number, line in enumerate(text.splitlines(), 1):  # noqa: B007 (named in the message)
+            if line.strip():
+                yield json.loads(line)
+    except (OSError, ValueError) as error:
+        where = f"line {number} is not JSON" if "number" in locals() else "not JSON"
+        raise DataError(f"recovery.data.path={path}: {where} ({error}); one JSON object a line is needed") from error
+
+
+def _pair(row: Any, number: int, path: Path) -> tuple[str, str]:
+    if isinstance(row, Mapping):
+        answer = next((row[key] for key in _ANSWERS if isinstance(row.get(key), str)), None)
+        if isinstance(answer, str):
+            if isinstance(row.get("instruction"), str):
+                extra = row.get("input") or row.get("context") or ""
+                form = PROMPT_WITH_INPUT if str(extra).strip() else PROMPT
+                return form.format(instruction=row["instruction"], input=extra), answer
+            if isinstance(row.get("prompt"), str):
+                return row["prompt"], answer
+    found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+    raise DataError(
+        f"recovery.data.path={path}: row {number} has {found}; needed: instruction, (input,) output, or "
+        "prompt, response"
+    )

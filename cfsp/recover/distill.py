@@ -1,0 +1,139 @@
+"""Distillation: the pruned model learns the dense model's distribution of the next token."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cfsp.data.recovery import Example
+from cfsp.progress import progress
+
+
+class Teacher(Protocol):
+    """Gives the distillation loss of a batch, summed over the tokens that are learnt."""
+
+    def loss(self, student: Tensor, inputs: dict[str, Tensor], temperature: float) -> Tensor:
+        """Args: student: logits [B, T, V] of the batch; inputs: input_ids, attention_mask, labels, index."""
+        ...
+
+
+def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """sum over rows of KL(teacher || student) at ``temperature``, times temperature^2; logits [M, V], fp32."""
+    log_p = (teacher.float() / temperature).log_softmax(-1)
+    log_q = (student.float() / temperature).log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum() * temperature**2
+
+
+def kl_top_k(student: Tensor, values: Tensor, indices: Tensor, rest: Tensor, temperature: float) -> Tensor:
+    """The same where of the teacher only the ``k`` largest logits are known; all other tokens count as one.
+
+    Args:
+        student: [M, V] logits. values, indices: [M, k], the teacher's logits / temperature and their tokens.
+        rest: [M] logsumexp of the teacher's other logits / temperature.
+    """
+    log_p = torch.cat([values, rest[:, None]], 1).float().log_softmax(-1)
+    scaled = student.float() / temperature
+    at = scaled.gather(1, indices)
+    others = scaled.scatter(1, indices, float("-inf")).logsumexp(-1, keepdim=True)
+    log_q = torch.cat([at, others], 1).log_softmax(-1)
+    terms = log_p.exp() * (log_p - log_q)
+    return torch.where(log_p.isfinite(), terms, 0.0).sum() * temperature**2
+
+
+class DenseInMemory:
+    """The dense model beside the pruned one, sharing the weights that no training changes."""
+
+    def __init__(self, model: nn.Module, *, shares: bool) -> None:
+        """``model``: the dense model as it is now; ``shares``: its tensors are not trained, so they need no copy."""
+        memo = {id(t): t for t in (*model.parameters(), *model.buffers())} if shares else {}
+        self.model = copy.deepcopy(model, memo).eval()
+        if not shares:
+            self.model.requires_grad_(False)
+
+    def loss(self, student: Tensor, inputs: dict[str, Tensor], temperature: float) -> Tensor:
+        with torch.no_grad():
+            logits = self.model(
+                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+            ).logits
+        learnt = inputs["labels"][:, 1:] != -100
+        return kl(student[:, :-1][learnt], logits[:, :-1][learnt], temperature)
+
+
+class TopKOnDisk:
+    """The dense model's ``k`` largest logits for every learnt token, written once and read through a memory map."""
+
+    def __init__(self, folder: Path, starts: np.ndarray) -> None:
+        self.values = np.load(folder / "values.npy", mmap_mode="r")
+        self.indices = np.load(folder / "indices.npy", mmap_mode="r")
+        self.rest = np.load(folder / "rest.npy", mmap_mode="r")
+        self.starts = starts
+
+    @staticmethod
+    @torch.no_grad()
+    def write(
+        model: nn.Module, examples: Sequence[Example], folder: Path, *, k: int, temperature: float, batch_size: int
+    ) -> TopKOnDisk:
+        """Run the dense ``model`` over the examples, unless ``folder`` holds what it gave."""
+        counts = [sum(label != -100 for label in example.labels) for example in examples]
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        if folder.is_dir():
+            return TopKOnDisk(folder, starts)
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        total, vocabulary = int(starts[-1]), int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+        k = min(k, vocabulary - 1)
+        new = lambda name, dtype, shape: np.lib.format.open_memmap(  # noqa: E731
+            partial / f"{name}.npy", mode="w+", dtype=dtype, shape=shape
+        )
+        values, indices, rest = (
+            new("values", "f4", (total, k)),
+            new("indices", "i4", (total, k)),
+            new("rest", "f4", (total,)),
+        )
+        device = next(model.parameters()).device
+        for begin in progress(range(0, len(examples), batch_size), "dense model's logits", unit="batch"):
+            batch = collate(range(begin, min(begin + batch_size, len(examples))), examples)
+            on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+            logits = model(
+                input_ids=on_device["input_ids"], attention_mask=on_device["attention_mask"], use_cache=False
+            ).logits
+            learnt = on_device["labels"][:, 1:] != -100
+            scaled = logits[:, :-1][learnt].float() / temperature
+            top = scaled.topk(k, dim=-1)
+            others = scaled.scatter(1, top.indices, float("-inf")).logsumexp(-1)
+            at = slice(int(starts[begin]), int(starts[min(begin + batch_size, len(examples))]))
+            values[at], indices[at] = top.values.cpu().numpy(), top.indices.cpu().numpy()
+            rest[at] = others.cpu().numpy()
+        for array in (values, indices, rest):
+            array.flush()
+        os.replace(partial, folder)
+        return TopKOnDisk(folder, starts)
+
+    def loss(self, student: Tensor, inputs: dict[str, Tensor], temperature: float) -> Tensor:
+        rows = np.concatenate([np.arange(self.starts[at], self.starts[at + 1]) for at in inputs["index"].tolist()])
+        device = student.device
+        values = torch.from_numpy(self.values[rows]).to(device)
+        indices = torch.from_numpy(self.indices[rows]).to(device).long()
+        rest = torch.from_numpy(self.rest[rows]).to(device)
+        learnt = inputs["labels"][:, 1:] != -100
+        return kl_top_k(student[:, :-1][learnt], values, indices, rest, temperature)
+
+
+def collate(rows: Sequence[int], examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Padded on the right to the longest: input_ids, attention_mask, labels [B, T], and index [B]."""
+    length = max(len(examples[row].input_ids) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for at, row in enumerate(rows):
+        n = len(examples[row].input_ids)
+        ids[at, :n] = torch.tensor(examples[row].input_ids)
+        labels[at, :n] = torch.tensor(examples[row].labels)
+        mask[at, :n] = 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "index": torch.tensor(list(rows))}

@@ -1,0 +1,35 @@
+"""Full fine-tuning: every weight of the pruned model is trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from cfsp.components import component
+from cfsp.recover.settings import Training
+
+if TYPE_CHECKING:
+    from cfsp.data.calibration import Limits
+    from cfsp.models.views import DecoderView
+    from cfsp.recover.base import Recovered, RecoveryContext
+
+
+@component
+class Full(Training):
+    """Trains all parameters in the model's own dtype."""
+
+    name: str = "full"
+    trains: ClassVar[bool] = True
+
+    def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: str) -> dict[str, Any]:
+        """See :class:`cfsp.recover.base.Recovery`."""
+        from cfsp.recover.train import check_training
+
+        return check_training(self, tokenizer, limits, device)
+
+    def recover(self, context: RecoveryContext) -> Recovered:
+        """See :class:`cfsp.recover.base.Recovery`."""
+        from cfsp.recover.base import Recovered
+        from cfsp.recover.train import train
+
+        context.model.requires_grad_(True)
+        return Recovered(context.model, {"name": self.name, **train(context.model, self, context)})

@@ -1,0 +1,98 @@
+"""What every training has in common: data, objective, batch, schedule, checkpoints. Typed, without heavy imports."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from cfsp.components import component
+
+Positive = Annotated[int, Field(ge=1, strict=True)]
+
+
+@component
+class HubFile:
+    """One file of a dataset repository on the hub (json, jsonl or parquet)."""
+
+    repo: str
+    file: str
+    revision: str | None = None
+
+
+@component
+class RecoveryData:
+    """kind instructions: rows of instruction/input/output or prompt/response. text: a text, cut into windows of
+    ``cutoff`` tokens. self: ``n_samples`` windows sampled from the dense model.
+    """
+
+    kind: Literal["instructions", "text", "self"]
+    name: str
+    path: str | None = None
+    hub: HubFile | None = None
+    text_field: str = "text"
+    txt_rows: Literal["whole", "lines", "wikitext"] = "whole"
+    join: str = "\n\n"
+    n_samples: Positive | None = None
+    sampling_temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    sampling_batch_size: Positive = 32
+
+    @model_validator(mode="after")
+    def _complete(self) -> RecoveryData:
+        if self.kind == "self" and self.n_samples is None:
+            raise ValueError(
+                "recovery.data.n_samples=null: data sampled from the dense model needs a number of windows"
+            )
+        if self.kind != "self" and self.path is None and self.hub is None:
+            raise ValueError(
+                f"recovery.data.path=null: recovery/data={self.name} needs a file, e.g. recovery.data.path=FILE.jsonl"
+            )
+        return self
+
+
+@component
+class Training:
+    """Fields of every recovery that trains. ``batch_size`` sequences make one optimiser step, ``micro_batch_size`` go
+    through the model at a time; exactly one of ``epochs`` and ``max_steps`` is set.
+    """
+
+    data: RecoveryData
+    objective: Literal["lm", "distill"] = "lm"
+    distill_temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    distill_weight: float = Field(default=1.0, gt=0, le=1)
+    teacher: Literal["memory", "disk"] = "memory"
+    top_k: Positive = 64
+    learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    batch_size: Positive = 64
+    micro_batch_size: Positive = 8
+    epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_steps: Positive | None = None
+    cutoff: int = Field(default=256, ge=2)
+    packing: bool = False
+    response_only: bool = True
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    checkpoint_every: Positive = 200
+    log_every: Positive = 10
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Any:
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError(
+                f"recovery.epochs={self.epochs} recovery.max_steps={self.max_steps}: give exactly one, the other null"
+            )
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"recovery.batch_size={self.batch_size}: must be a multiple of "
+                f"recovery.micro_batch_size={self.micro_batch_size}"
+            )
+        return self
+
+
+#: Settings that decide how a training runs and is watched, not what comes out.
+EXECUTION = ("checkpoint_every", "log_every", "data")

@@ -1,0 +1,145 @@
+"""Hugging Face's Trainer with our objective, our checkpoints and what we say while it runs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from cfsp.data.recovery import Example
+from cfsp.errors import RunError
+from cfsp.recover.base import RecoveryContext
+from cfsp.recover.distill import Teacher, collate
+from cfsp.recover.settings import Training
+from cfsp.recover.train import mark_whole, time_left, watched
+
+log = logging.getLogger(__name__)
+
+
+class RecoveryTrainer(Trainer):
+    """Mean loss over the learnt tokens of a whole optimiser step, however it is split into micro-batches."""
+
+    settings: Training
+    teacher: Teacher | None
+    tokens: int = 0
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+        labels = inputs["labels"][:, 1:]
+        weight = self.settings.distill_weight if self.teacher is not None else 0.0
+        loss = logits.new_zeros((), dtype=torch.float32)
+        if weight < 1:
+            flat = logits[:, :-1].flatten(0, 1).float()
+            loss = (1 - weight) * functional.cross_entropy(flat, labels.flatten(), ignore_index=-100, reduction="sum")
+        if self.teacher is not None:
+            loss = loss + weight * self.teacher.loss(logits, inputs, self.settings.distill_temperature)
+        count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = loss / count
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages the gradients
+        return (loss, logits) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.tokens += int(inputs["attention_mask"].sum())
+        if not torch.isfinite(loss):
+            raise RunError(
+                f"recovery: the loss is {loss.item()} at step {self.state.global_step + 1}; the last whole checkpoint "
+                "is kept; try a smaller recovery.learning_rate, more recovery.warmup_steps or recovery.bf16=false"
+            )
+        return loss
+
+    def restore(self, marker: dict[str, Any]) -> None:
+        """Go on counting where the checkpoint stopped."""
+        self.tokens = int(marker["tokens"])
+
+    def history(self) -> list[dict[str, Any]]:
+        """step, loss and learning rate of every log entry, those before a resumption included."""
+        wanted = ("step", "loss", "learning_rate", "grad_norm")
+        return [{key: row[key] for key in wanted if key in row} for row in self.state.log_history if "loss" in row]
+
+
+class _Watch(TrainerCallback):
+    """Marks whole checkpoints, and says loss, tokens per second and the time left."""
+
+    def __init__(self, trainer: RecoveryTrainer, context: RecoveryContext) -> None:
+        self.trainer, self.context = trainer, context
+        self.start, self.first_step, self.first_tokens = 0.0, 0, 0
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        from tqdm import tqdm
+
+        self.start, self.first_step = time.perf_counter(), state.global_step
+        self.first_tokens = self.trainer.tokens
+        for row in self.trainer.history():  # a logger that started anew gets what came before
+            self._report(row)
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="recover", unit="step", leave=False,
+            disable=not watched(),
+        )  # fmt: skip
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(1)
+        if state.global_step >= state.max_steps:
+            control.should_save = True  # what comes after training can be cut off too
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        seconds = time.perf_counter() - self.start
+        pace = (self.trainer.tokens - self.first_tokens) / max(seconds, 1e-9)
+        left = time_left(state.global_step - self.first_step, state.max_steps - self.first_step, seconds)
+        self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {pace:,.0f} tokens/s")
+        log.info(
+            "recover: step %d of %d, loss %.4f, %s tokens/s, %s left",
+            state.global_step, state.max_steps, logs["loss"], f"{pace:,.0f}", left,
+        )  # fmt: skip
+        self._report({"step": state.global_step, **logs, "tokens_per_second": pace})
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        path = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        marker = {"step": state.global_step, "tokens": self.trainer.tokens, "run_id": self.context.run_id}
+        mark_whole(path, marker)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
+
+    def _report(self, row: dict[str, Any]) -> None:
+        shown = ("step", "loss", "learning_rate", "tokens_per_second")
+        self.context.report({f"recovery/{key}": row[key] for key in shown if key in row})
+
+
+def make_trainer(
+    model: nn.Module,
+    arguments: TrainingArguments,
+    examples: Sequence[Example],
+    settings: Training,
+    teacher: Teacher | None,
+    context: RecoveryContext,
+) -> RecoveryTrainer:
+    """A trainer over ``examples``, which are handed out by number so that a teacher on disk finds its rows."""
+    trainer = RecoveryTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=range(len(examples)),
+        data_collator=lambda rows: collate(rows, examples),
+    )
+    trainer.settings, trainer.teacher = settings, teacher
+    trainer.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole step itself
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Watch(trainer, context))
+    return trainer
