@@ -184,7 +184,7 @@ _COMPONENTS = {
     "importance": ("score",),
     "allocator": ("allocate",),
     "pruner": ("name", "prunes", "plan"),
-    "recovery": ("recover",),
+    "recovery": ("name", "trains", "check", "recover"),
     "logger": ("start", "log", "image", "finish"),
 }
 _EVALUATOR = ("side_by_side", "check", "measure")

@@ -33,6 +33,7 @@ def identity_of(
     dtype: str,
     stored_dtype: str,
     calibration: dict[str, Any] | None,
+    recovery: dict[str, Any],
     evaluation: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything that decides the figures of a run.
@@ -42,6 +43,7 @@ def identity_of(
         dtype: as resolved, never ``auto``.
         stored_dtype: of the checkpoint; the pruned weights are rounded to it before they are evaluated.
         calibration: by content; None where nothing is pruned.
+        recovery: by content and settings.
         evaluation: evaluator name -> what of its inputs and settings decides the figures.
     """
     pruning = None
@@ -58,7 +60,7 @@ def identity_of(
         "dtype": dtype,
         "seed": config.seed,
         "pruning": pruning,
-        "recovery": config.recovery.identity(),
+        "recovery": recovery,
         "evaluation": evaluation,
     }
 

@@ -6,25 +6,27 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import traceback
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from cfsp.allocate.coarse import Coarse
 from cfsp.calibrate.cache import StatisticsCache
 from cfsp.config import RunConfig, SelfCalibration
 from cfsp.data.calibration import CalibrationSet
-from cfsp.data.self_generated import sample_windows
+from cfsp.data.self_generated import sampled
 from cfsp.errors import CheckpointError, ConfigError, RunError
 from cfsp.evaluate.base import Side
 from cfsp.evaluate.measurement import Measurement
 from cfsp.identity import METHOD_VERSION, digest, method_of
-from cfsp.importance.base import required
+from cfsp.importance.base import Scores, required
 from cfsp.models.checkpoint import check_destination, first_non_finite, save_checkpoint
 from cfsp.models.driver import BlockDriver
 from cfsp.models.load import load_model
@@ -40,6 +42,7 @@ from cfsp.record import environment
 from cfsp.record.figure import draw_blocks
 from cfsp.record.run_record import RunRecord
 from cfsp.record.stages import Stages
+from cfsp.recover.base import RecoveryContext
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +87,7 @@ def run(config: RunConfig, *, multirun: bool = False) -> tuple[RunRecord, Path]:
         logger.start(prepared.run_id, out, config.raw)
         success = False
         try:
-            _execute(prepared, record, out)
+            _execute(prepared, record, out, logger.log)
             _mirror(logger, record, out)
             success = True
         finally:
@@ -92,12 +95,12 @@ def run(config: RunConfig, *, multirun: bool = False) -> tuple[RunRecord, Path]:
     return record, out
 
 
-def _execute(prepared: Prepared, record: RunRecord, out: Path) -> None:
+def _execute(prepared: Prepared, record: RunRecord, out: Path, report: Callable[[dict[str, Any]], None]) -> None:
     config, stages = prepared.config, Stages()
     record.stages = stages.entries
     trust = config.model.trust_remote_code
     with stages("load"):
-        model = load_model(prepared.source, dtype=prepared.dtype, device=prepared.device, trust_remote_code=trust)
+        model: Any = load_model(prepared.source, dtype=prepared.dtype, device=prepared.device, trust_remote_code=trust)
         view = resolve(model)
         probe(view, heads=removes_heads(config.pruner.instance))
     if not config.pruner.instance.prunes:
@@ -118,12 +121,19 @@ def _execute(prepared: Prepared, record: RunRecord, out: Path) -> None:
     as_it_was = Snapshot(model)
     with stages("apply"):
         apply(model, plan)
-    with stages("recover"):
-        model = config.recovery.instance.recover(model)
-        _round_to_stored(model, prepared.stored_dtype)
+    _round_to_stored(model, prepared.stored_dtype)
+    trains = config.recovery.instance.trains
+    if trains:
+        if prepared.evaluation:
+            with stages("evaluate pruned"):
+                record.measurements["pruned"] = _measured(prepared, model)
+        with stages("recover"):
+            model = _recover(prepared, record, out, context, plan, as_it_was, report)
+            _round_to_stored(model, prepared.stored_dtype)
+    final = "recovered" if trains else "pruned"
     if config.save.model:
         with stages("save"):
-            state = "compensated" if plan.tensors else "pruned"
+            state = "recovered" if trains else "compensated" if plan.tensors else "pruned"
             saved = save_checkpoint(
                 model,
                 out / "model",
@@ -139,12 +149,62 @@ def _execute(prepared: Prepared, record: RunRecord, out: Path) -> None:
                 "state": state,
             }
     if prepared.evaluation:
-        with stages("evaluate pruned"):
-            record.measurements["pruned"] = _measured(prepared, model)
+        with stages(f"evaluate {final}"):
+            record.measurements[final] = _measured(prepared, model)
         with stages("measure cost"):
+            # After a recovery the dense model's shared weights hold trained values: its cost is the same.
             dense = Side("dense", as_it_was.active, prepared.stored_dtype)
-            _add(record.measurements, _side_by_side(prepared, model, [dense, _side("pruned", prepared)]))
+            _add(record.measurements, _side_by_side(prepared, model, [dense, _side(final, prepared)]))
     draw_blocks(plan, _distance_shown(config), out / "blocks.png")
+
+
+def _recover(
+    prepared: Prepared,
+    record: RunRecord,
+    out: Path,
+    context: PlanContext,
+    plan: PruningPlan,
+    as_it_was: Snapshot,
+    report: Callable[[dict[str, Any]], None],
+) -> Any:
+    config, model = prepared.config, as_it_was.model
+    allocator = context.allocator if isinstance(context.allocator, Coarse) else Coarse()
+    statistics = context.statistics
+    distances = {metric: statistics.distance(metric) for metric in statistics.blocks[0].distances}
+    recovery = RecoveryContext(
+        model=model,
+        dense=as_it_was.active,
+        tokenizer=prepared.tokenizer,
+        limits=prepared.limits,
+        plan=plan,
+        importance=allocator.importance(Scores((), (), distances)),
+        folder=out / "training",
+        adapter=out / "adapter",
+        base=lambda: _save_base(prepared, model, plan, out),
+        cache=Path(config.paths.cache_dir),
+        fingerprint=prepared.source.fingerprint,
+        run_id=prepared.run_id,
+        seed=config.seed,
+        report=report,
+    )
+    with warnings.catch_warnings():
+        # peft still uses a name that transformers has renamed
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        found = config.recovery.instance.recover(recovery)
+    record.recovery = found.record
+    return found.model
+
+
+def _save_base(prepared: Prepared, model: Any, plan: PruningPlan, out: Path) -> Path | None:
+    """The pruned model without what is learnt, which an adapter stands on; None where no model is to be saved."""
+    if not prepared.config.save.model:
+        return None
+    files = _plan_in_folder(plan, prepared).files(tensors=COMPENSATION_IN_FOLDER)
+    state = "compensated" if plan.tensors else "pruned"
+    save_checkpoint(
+        model, out / "pruned", dtype=prepared.stored_dtype, source=prepared.source.folder, state=state, files=files
+    )
+    return out / "pruned"
 
 
 def _round_to_stored(model: nn.Module, dtype: torch.dtype) -> None:
@@ -178,20 +238,10 @@ def _context(prepared: Prepared, view: DecoderView) -> tuple[PlanContext, bool]:
 
 
 def _sampled(prepared: Prepared, model: nn.Module) -> CalibrationSet:
-    section = prepared.config.calibration
+    section, config = prepared.config.calibration, prepared.config
     assert isinstance(section, SelfCalibration)
-    decides = section.model_dump() | {"model": prepared.source.fingerprint, "seed": prepared.config.seed}
-    decides |= {"dtype": str(prepared.dtype), "version": METHOD_VERSION}
-    path = Path(prepared.config.paths.cache_dir) / "sampled" / f"{digest(decides)[:32]}.npy"
-    if path.is_file():
-        ids = torch.from_numpy(np.load(path))
-        return CalibrationSet(ids, section.name, "self", prepared.config.seed)
-    sampled = sample_windows(model, prepared.tokenizer, section, prepared.limits, prepared.config.seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.npy")
-    np.save(partial, sampled.input_ids.numpy())
-    os.replace(partial, path)
-    return sampled
+    cache, fingerprint = Path(config.paths.cache_dir), prepared.source.fingerprint
+    return sampled(model, prepared.tokenizer, section, prepared.limits, config.seed, cache, fingerprint)
 
 
 def _evaluate_dense(prepared: Prepared, model: nn.Module) -> tuple[list[dict[str, Any]], bool]:
@@ -269,6 +319,8 @@ def _record_plan(record: RunRecord, plan: PruningPlan) -> None:
 def _plan_in_folder(plan: PruningPlan, prepared: Prepared) -> PruningPlan:
     """The folder's plan starts from the first dense model: pruning a pruned folder composes the two plans."""
     earlier = prepared.source.folder / "plan.json"
+    if prepared.source.state == "recovered":  # its weights are not those that the earlier plan gives
+        return plan
     return plan.compose(PruningPlan.load(earlier)) if earlier.is_file() else plan
 
 
@@ -321,6 +373,7 @@ def _recorded(record: RunRecord, out: Path, config: RunConfig, unfinished: Path)
             raise RunError(_out_of_memory_hint(config)) from error
         raise
     record.status, record.error = "success", None
+    shutil.rmtree(out / "training", ignore_errors=True)  # checkpoints serve a run that has not ended
     record.finished = _now()
     record.write(out / "record.json")
     if unfinished.name != "record.json":

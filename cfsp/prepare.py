@@ -71,6 +71,10 @@ def prepare(config: RunConfig) -> Prepared:
         with _collected(problems):
             calibration_identity = calibration_data.identity(config.calibration)
             calibration = _calibration(config, tokenizer, limits)
+    recovery: dict[str, Any] = {"class": config.recovery.target}
+    if config.pruner.instance.prunes:
+        with _collected(problems):
+            recovery |= config.recovery.instance.check(view, tokenizer, limits, device.type)
     evaluation = {}
     for name, evaluator in config.evaluation.items():
         with _collected(problems):
@@ -84,6 +88,7 @@ def prepare(config: RunConfig) -> Prepared:
         model=source.fingerprint,
         dtype=str(dtype).removeprefix("torch."),
         calibration=calibration_identity,
+        recovery=recovery,
         stored_dtype=stored_dtype,
         evaluation=evaluation,
     )

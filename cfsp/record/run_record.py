@@ -17,7 +17,8 @@ UNFINISHED = {"type": "Unfinished", "message": "the run has not ended: it is sti
 
 @dataclass
 class RunRecord:
-    """status: success or failed. ``measurements``: side ("dense", "pruned") -> figures; ``blocks``: per block."""
+    """status: success or failed. ``measurements``: side ("dense", "pruned", "recovered") -> figures;
+    ``blocks``: per block."""
 
     run_id: str
     status: str = "failed"
@@ -31,6 +32,7 @@ class RunRecord:
     blocks: list[dict[str, Any]] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     measurements: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    recovery: dict[str, Any] | None = None
     checkpoint: dict[str, Any] | None = None
     started: str = ""
     finished: str = ""

@@ -9,8 +9,6 @@ from rich.table import Table
 from cfsp.record.run_record import RunRecord
 from cfsp.tables.metrics import describe, order
 
-_CHANGE_NOTE = "change: pruned relative to dense; tasks in points"
-
 
 def summary(record: RunRecord) -> Table | None:
     """A rich table of every figure of the run; None where nothing was measured."""
@@ -21,9 +19,9 @@ def summary(record: RunRecord) -> Table | None:
     for side in sides:
         for row in record.measurements[side]:
             figures.setdefault((row["suite"], row["task"], row["metric"]), {})[side] = row
-    compared = len(sides) == 2
+    compared = len(sides) > 1
     title = f"{record.model.get('name', '')}: {_what(record)}"
-    caption = _CHANGE_NOTE if compared else None
+    caption = f"change: {sides[-1]} relative to dense; tasks in points" if compared else None
     table = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left")
     table.add_column("")
     for side in sides:
@@ -40,7 +38,7 @@ def summary(record: RunRecord) -> Table | None:
         rows = figures[key]
         cells = [_cell(rows[side], shown.show) if side in rows else "" for side in sides]
         if compared:
-            cells.append(_change(suite, *(rows.get(side) for side in sides)))
+            cells.append(_change(suite, rows.get(sides[0]), rows.get(sides[-1])))
         table.add_row(_label(shown.label, next(iter(rows.values()))), *cells)
     return table
 

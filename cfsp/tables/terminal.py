@@ -10,7 +10,8 @@ from cfsp.record.run_record import RunRecord
 from cfsp.tables.summary import summary
 
 _FILES = (
-    "record.json", "plan.json", "compensation.safetensors", "model", "blocks.png", "config.yaml", "run.log", "wandb",
+    "record.json", "plan.json", "compensation.safetensors", "model", "adapter", "pruned",
+    "blocks.png", "config.yaml", "run.log", "wandb",
 )  # fmt: skip
 
 
