@@ -233,6 +233,7 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         )
     problems.extend(_unused(parts["pruner"], raw))
     problems.extend(_sequential_gradients(parts["pruner"], parts["importance"]))
+    problems.extend(_nothing_to_recover(parts["pruner"], parts["recovery"]))
     if problems:
         raise ConfigError(*problems)
     parts.pop("plugins")
@@ -272,6 +273,15 @@ def _sequential_gradients(pruner: Component | None, importance: Component | None
             f"pruner.sequential=true: importance._target_={importance.target} goes by gradients of the dense model, "
             "which pruned blocks do not change; use pruner.sequential=false, or a metric of activations (wanda, flap)"
         )
+
+
+def _nothing_to_recover(pruner: Component | None, recovery: Component | None) -> Iterator[str]:
+    if pruner is None or recovery is None or pruner.instance.prunes or not recovery.instance.trains:
+        return
+    yield (
+        f"recovery={recovery.instance.name}: pruner={pruner.instance.name} removes nothing, so there is nothing to "
+        "recover; use recovery=none, or prune in the same command (what was calibrated before is read from the cache)"
+    )
 
 
 @cache

@@ -71,6 +71,8 @@ def run_id_of(config: RunConfig, identity: dict[str, Any]) -> str:
     slug = [config.model.name, name if config.pruner.instance.prunes else "dense"]
     if config.pruner.instance.prunes:
         slug.append(f"{config.sparsity.ratio:g}")
+        if config.recovery.instance.trains:
+            slug.append(config.recovery.instance.name)
     return f"{'-'.join(slug)}-{digest(identity)[:12]}"
 
 

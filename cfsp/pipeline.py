@@ -8,16 +8,15 @@ import logging
 import os
 import shutil
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from cfsp.allocate.coarse import Coarse
 from cfsp.calibrate.cache import StatisticsCache
 from cfsp.config import RunConfig, SelfCalibration
 from cfsp.data.calibration import CalibrationSet
@@ -26,8 +25,8 @@ from cfsp.errors import CheckpointError, ConfigError, RunError
 from cfsp.evaluate.base import Side
 from cfsp.evaluate.measurement import Measurement
 from cfsp.identity import METHOD_VERSION, digest, method_of
-from cfsp.importance.base import Scores, required
-from cfsp.models.checkpoint import check_destination, first_non_finite, save_checkpoint
+from cfsp.importance.base import required
+from cfsp.models.checkpoint import SavedCheckpoint, check_destination, round_to_stored, save_checkpoint
 from cfsp.models.driver import BlockDriver
 from cfsp.models.load import load_model
 from cfsp.models.snapshot import Snapshot
@@ -39,10 +38,10 @@ from cfsp.pruning.context import plan_context
 from cfsp.pruning.plan import COMPENSATION_IN_FOLDER, PruningPlan
 from cfsp.pruning.probe import probe
 from cfsp.record import environment
-from cfsp.record.figure import draw_blocks
+from cfsp.record.figure import draw_blocks, draw_recovery
 from cfsp.record.run_record import RunRecord
 from cfsp.record.stages import Stages
-from cfsp.recover.base import RecoveryContext
+from cfsp.recover.stage import recover
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +57,8 @@ def run(config: RunConfig, *, multirun: bool = False) -> tuple[RunRecord, Path]:
     out = parent / prepared.run_id if multirun else parent
     earlier = _claim(out, prepared.run_id)
     if config.save.model and config.pruner.instance.prunes:
-        check_destination(out / "model")
+        for name in ("model", "pruned") if config.recovery.instance.trains else ("model",):
+            check_destination(out / name)
     if earlier is not None and not config.force and _is_finished(earlier, out, prepared):
         log.info("this run is finished (%s); force=true repeats it", out / "record.json")
         return earlier, out
@@ -121,105 +121,51 @@ def _execute(prepared: Prepared, record: RunRecord, out: Path, report: Callable[
     as_it_was = Snapshot(model)
     with stages("apply"):
         apply(model, plan)
-    _round_to_stored(model, prepared.stored_dtype)
-    trains = config.recovery.instance.trains
-    if trains:
+    round_to_stored(model, prepared.stored_dtype)
+    sides = ["pruned"]
+    if config.recovery.instance.trains:
         if prepared.evaluation:
             with stages("evaluate pruned"):
                 record.measurements["pruned"] = _measured(prepared, model)
         with stages("recover"):
-            model = _recover(prepared, record, out, context, plan, as_it_was, report)
-            _round_to_stored(model, prepared.stored_dtype)
-    final = "recovered" if trains else "pruned"
+            base = partial(_save_base, prepared, model, plan, out)
+            recovered = recover(prepared, as_it_was, context, plan, out, base=base, report=report)
+            model, record.recovery = recovered.model, recovered.record
+            round_to_stored(model, prepared.stored_dtype)
+        sides.append("recovered")
     if config.save.model:
         with stages("save"):
-            state = "recovered" if trains else "compensated" if plan.tensors else "pruned"
-            saved = save_checkpoint(
-                model,
-                out / "model",
-                dtype=prepared.stored_dtype,
-                source=prepared.source.folder,
-                state=state,
-                files=_plan_in_folder(plan, prepared).files(tensors=COMPENSATION_IN_FOLDER),
-            )
-            record.checkpoint = {
-                "form": saved.form,
-                "bytes": saved.bytes,
-                "dtype": saved.dtype,
-                "state": state,
-            }
+            state = "recovered" if "recovered" in sides else _state(plan)
+            saved = _save(prepared, model, plan, out / "model", state)
+            record.checkpoint = {"form": saved.form, "bytes": saved.bytes, "dtype": saved.dtype, "state": state}
     if prepared.evaluation:
-        with stages(f"evaluate {final}"):
-            record.measurements[final] = _measured(prepared, model)
+        with stages(f"evaluate {sides[-1]}"):
+            record.measurements[sides[-1]] = _measured(prepared, model)
         with stages("measure cost"):
-            # After a recovery the dense model's shared weights hold trained values: its cost is the same.
+            # A recovery trains weights that the three share; what they cost does not depend on the values.
             dense = Side("dense", as_it_was.active, prepared.stored_dtype)
-            _add(record.measurements, _side_by_side(prepared, model, [dense, _side(final, prepared)]))
+            others = [_side(side, prepared) for side in sides]
+            _add(record.measurements, _side_by_side(prepared, model, [dense, *others]))
     draw_blocks(plan, _distance_shown(config), out / "blocks.png")
+    if record.recovery:
+        draw_recovery(record.recovery, out / "recovery.png")
 
 
-def _recover(
-    prepared: Prepared,
-    record: RunRecord,
-    out: Path,
-    context: PlanContext,
-    plan: PruningPlan,
-    as_it_was: Snapshot,
-    report: Callable[[dict[str, Any]], None],
-) -> Any:
-    config, model = prepared.config, as_it_was.model
-    allocator = context.allocator if isinstance(context.allocator, Coarse) else Coarse()
-    statistics = context.statistics
-    distances = {metric: statistics.distance(metric) for metric in statistics.blocks[0].distances}
-    recovery = RecoveryContext(
-        model=model,
-        dense=as_it_was.active,
-        tokenizer=prepared.tokenizer,
-        limits=prepared.limits,
-        plan=plan,
-        importance=allocator.importance(Scores((), (), distances)),
-        folder=out / "training",
-        adapter=out / "adapter",
-        base=lambda: _save_base(prepared, model, plan, out),
-        cache=Path(config.paths.cache_dir),
-        fingerprint=prepared.source.fingerprint,
-        run_id=prepared.run_id,
-        seed=config.seed,
-        report=report,
-    )
-    with warnings.catch_warnings():
-        # peft still uses a name that transformers has renamed
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-        found = config.recovery.instance.recover(recovery)
-    record.recovery = found.record
-    return found.model
+def _save(prepared: Prepared, model: Any, plan: PruningPlan, folder: Path, state: str) -> SavedCheckpoint:
+    files = _plan_in_folder(plan, prepared).files(tensors=COMPENSATION_IN_FOLDER)
+    dtype, source = prepared.stored_dtype, prepared.source.folder
+    return save_checkpoint(model, folder, dtype=dtype, source=source, state=state, files=files)
 
 
 def _save_base(prepared: Prepared, model: Any, plan: PruningPlan, out: Path) -> Path | None:
     """The pruned model without what is learnt, which an adapter stands on; None where no model is to be saved."""
     if not prepared.config.save.model:
         return None
-    files = _plan_in_folder(plan, prepared).files(tensors=COMPENSATION_IN_FOLDER)
-    state = "compensated" if plan.tensors else "pruned"
-    save_checkpoint(
-        model, out / "pruned", dtype=prepared.stored_dtype, source=prepared.source.folder, state=state, files=files
-    )
-    return out / "pruned"
+    return _save(prepared, model, plan, out / "pruned", _state(plan)).folder
 
 
-def _round_to_stored(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round the weights to what the checkpoint holds, so that the folder gives the figures of the run.
-
-    Raises:
-        RunError: a weight does not fit into the dtype.
-    """
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point() and torch.finfo(dtype).bits < torch.finfo(parameter.dtype).bits:
-                parameter.copy_(parameter.to(dtype))
-    name = first_non_finite(model)
-    if name is not None:
-        raise RunError(f"{name} does not fit into {dtype}; use save.dtype=bfloat16 or float32")
+def _state(plan: PruningPlan) -> str:
+    return "compensated" if plan.tensors else "pruned"
 
 
 def _context(prepared: Prepared, view: DecoderView) -> tuple[PlanContext, bool]:
@@ -419,10 +365,13 @@ def _mirror(logger: Any, record: RunRecord, out: Path) -> None:
     }
     if record.plan is not None:
         figures |= {f"achieved/{key}": value for key, value in record.plan["achieved"].items()}
+    ranks = (record.recovery or {}).get("ranks", ())
+    figures |= {f"recovery/rank/block {at}": rank for at, rank in enumerate(ranks) if rank is not None}
     figures |= {f"seconds/{stage['name']}": stage["seconds"] for stage in record.stages}
     logger.log(figures)
-    if (out / "blocks.png").is_file():
-        logger.image("blocks", out / "blocks.png")
+    for name in ("blocks", "recovery"):
+        if (out / f"{name}.png").is_file():
+            logger.image(name, out / f"{name}.png")
 
 
 def _read_json(path: Path) -> list[dict[str, Any]] | None:

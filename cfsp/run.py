@@ -25,7 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from cfsp import __version__
+from cfsp import __version__, processes
 from cfsp.components import suggest
 from cfsp.compose import explain
 from cfsp.config import parse
@@ -57,19 +57,29 @@ def _task(config: DictConfig) -> None:
         _run(config)
         return
     try:
-        _run(config)
-        _session.codes.append(0)
+        _session.codes.append(_run(config))
     except Exception as error:
         _session.codes.append(_report(error, _session, _job_label(_session)))
+    if processes.launched().first and processes.launched().several:
+        from cfsp.recover.stage import release
+
+        release(_session.codes[-1])
 
 
-def _run(config: DictConfig) -> None:
+def _run(config: DictConfig) -> int:
+    """One run; in a process that only helps with the training, the first process's exit code."""
     checked = parse(config)
+    processes.connect()
+    if not processes.launched().first:
+        from cfsp.recover.stage import assist
+
+        return assist(checked)
     from cfsp.pipeline import run
     from cfsp.tables.terminal import show
 
     record, out = run(checked, multirun=_is_multirun())
     show(record, out)
+    return 0
 
 
 def main() -> None:
@@ -85,7 +95,7 @@ def _main(argv: list[str]) -> int:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is first imported, which nothing above does
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("cfsp").setLevel(logging.INFO)
+    logging.getLogger("cfsp").setLevel(logging.INFO if processes.launched().first else logging.WARNING)
     _session = session = _Session(debug="debug=true" in [word.lower().lstrip("+") for word in argv])
     try:
         if "--version" in argv:
@@ -103,8 +113,9 @@ def _main(argv: list[str]) -> int:
         return 1
     finally:
         _session = None
+        processes.disconnect()
     failed = [code for code in session.codes if code]
-    if failed and len(session.codes) > 1:
+    if failed and len(session.codes) > 1 and processes.launched().first:
         print(f"cfsp: {len(failed)} of {len(session.codes)} runs did not succeed", file=sys.stderr)
     return max(failed, default=0)
 
@@ -144,6 +155,11 @@ def _report(error: Exception, session: _Session, label: str = "") -> int:
         traceback.print_exception(error)
     if not isinstance(error, CfspError):
         error = _understood(error, session)
+    mine = processes.launched()
+    if not mine.first:
+        if isinstance(error, CfspError) and not processes.connected():
+            return error.exit_code  # before they met, all found the same, and the first says it
+        label = f"process {mine.rank}: {label}"
     if isinstance(error, CfspError):
         for problem in error.problems if isinstance(error, ConfigError) else (str(error),):
             print(f"cfsp: {label}{' '.join(problem.split())}", file=sys.stderr)

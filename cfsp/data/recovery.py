@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -58,10 +60,10 @@ def instructions(file: TextFile, settings: Training, tokenizer: Any) -> list[Exa
     Raises:
         DataError: a row has other keys, or no row has anything to learn within ``cutoff`` tokens.
     """
-    rows = list(_rows(file))[: settings.data.n_samples]
+    rows = list(islice(_rows(file), settings.data.n_samples))
     if not rows:
         raise DataError(f"recovery.data.path={file.path}: holds no rows; give one with prompt and response")
-    examples = [_example(*pair, settings, tokenizer) for pair in rows]
+    examples = [_example(*one, settings, tokenizer.eos_token_id) for one in _encoded(rows, tokenizer)]
     kept = [example for example in examples if any(label != IGNORED for label in example.labels)]
     if not kept:
         raise DataError(
@@ -118,25 +120,30 @@ def check_ids(examples: Sequence[Example], limits: Limits) -> None:
         )
 
 
-def _example(prompt: str, response: str, settings: Training, tokenizer: Any) -> Example:
-    if tokenizer.is_fast:
-        encoded = tokenizer(prompt + response, return_offsets_mapping=True, verbose=False)
-        ids = list(encoded["input_ids"])
-        # A token that reaches back into the prompt is the prompt's; special tokens have no extent.
-        answer = [begin >= len(prompt) and end > begin for begin, end in encoded["offset_mapping"]]
-    else:
-        before = list(tokenizer(prompt, verbose=False)["input_ids"])
-        after = list(tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"])
-        ids, answer = before + after, [False] * len(before) + [True] * len(after)
-    if tokenizer.eos_token_id is not None:
-        if ids and ids[-1] == tokenizer.eos_token_id:
-            answer[-1] = True
-        else:
-            ids.append(tokenizer.eos_token_id)
-            answer.append(True)
+def _example(ids: list[int], answer: list[bool], settings: Training, eos_id: int | None) -> Example:
+    """``answer``: which of ``ids`` belong to the response. It ends with EOS, which is learnt with it."""
+    if eos_id is not None and (not ids or ids[-1] != eos_id):
+        ids, answer = [*ids, eos_id], [*answer, True]
+    elif eos_id is not None:
+        answer = [*answer[:-1], True]
     learnt = answer if settings.response_only else [True] * len(ids)
     labels = [token if learn and at else IGNORED for at, (token, learn) in enumerate(zip(ids, learnt, strict=True))]
     return Example(ids[: settings.cutoff], labels[: settings.cutoff])
+
+
+def _encoded(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> Iterator[tuple[list[int], list[bool]]]:
+    """Token ids of each prompt with its response, and which of them are the response's."""
+    if not tokenizer.is_fast:  # no offsets: the two parts are tokenised each for itself
+        for prompt, response in pairs:
+            before = list(tokenizer(prompt, verbose=False)["input_ids"])
+            after = list(tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"])
+            yield before + after, [False] * len(before) + [True] * len(after)
+        return
+    texts = [prompt + response for prompt, response in pairs]
+    encoded = tokenizer(texts, return_offsets_mapping=True, verbose=False)
+    for (prompt, _), ids, offsets in zip(pairs, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        # A token that reaches back into the prompt is the prompt's; special tokens have no extent.
+        yield list(ids), [begin >= len(prompt) and end > begin for begin, end in offsets]
 
 
 def _rows(file: TextFile) -> Iterator[tuple[str, str]]:
@@ -145,22 +152,31 @@ def _rows(file: TextFile) -> Iterator[tuple[str, str]]:
 
 
 def _raw_rows(path: Path) -> Iterator[Any]:
-    if path.name.endswith(".parquet"):
-        import pyarrow.parquet as parquet
-
-        yield from parquet.read_table(path).to_pylist()
-        return
     try:
-        text = path.read_text(encoding="utf-8")
+        if path.name.endswith(".parquet"):
+            import pyarrow.parquet as parquet
+
+            yield from parquet.read_table(path).to_pylist()
+            return
+        opened = gzip.open if path.name.endswith(".gz") else open
+        with opened(path, "rt", encoding="utf-8") as stream:
+            text = stream.read()
         if text.lstrip()[:1] == "[":
             yield from json.loads(text)
             return
-        for number, line in enumerate(text.splitlines(), 1):  # noqa: B007 (named in the message)
-            if line.strip():
-                yield json.loads(line)
-    except (OSError, ValueError) as error:
-        where = f"line {number} is not JSON" if "number" in locals() else "not JSON"
-        raise DataError(f"recovery.data.path={path}: {where} ({error}); one JSON object a line is needed") from error
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(
+            f"recovery.data.path={path}: cannot be read as rows ({error}); give a .jsonl, .json or .parquet file"
+        ) from error
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a string may hold other line separators
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(
+                    f"recovery.data.path={path}: line {number} is not JSON ({error}); one JSON object a line is needed"
+                ) from error
+            yield row
 
 
 def _pair(row: Any, number: int, path: Path) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cfsp.errors import CheckpointError
+from cfsp.errors import CheckpointError, RunError
 from cfsp.models.remote_code import PRUNED_PREFIX, pruned_family, stock_type
 
 if TYPE_CHECKING:
@@ -142,6 +142,21 @@ def first_non_finite(model: nn.Module) -> str | None:
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 return name
     return None
+
+
+def round_to_stored(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round the weights to what a checkpoint of ``dtype`` holds, so that the folder gives the figures of the run.
+
+    Raises:
+        RunError: a weight does not fit into the dtype.
+    """
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and torch.finfo(dtype).bits < torch.finfo(parameter.dtype).bits:
+                parameter.copy_(parameter.to(dtype))
+    name = first_non_finite(model)
+    if name is not None:
+        raise RunError(f"{name} does not fit into {dtype}; use save.dtype=bfloat16 or float32")
 
 
 def check_destination(folder: Path) -> None:

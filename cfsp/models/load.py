@@ -17,16 +17,22 @@ from cfsp.models.remote_code import PRUNED_PREFIX, pruned_family
 from cfsp.models.sample import weight_sample
 from cfsp.models.source import ModelSource, locate
 from cfsp.models.views import DecoderView, resolve
+from cfsp.processes import launched
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is cuda where there is one, else cpu.
+    """``auto`` is cuda where there is one, else cpu; of several processes each takes the GPU of its own number.
 
     Raises:
-        ConfigError: an unknown device, or one that this machine lacks.
+        ConfigError: an unknown device, one that this machine lacks, or one for several processes.
     """
+    mine = launched()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and mine.several:
+        name = f"cuda:{mine.local_rank}"
+    elif ":" in name and mine.several:
+        raise ConfigError(f"model.device={name}: {mine.count} processes would share it; use model.device=auto")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -1,4 +1,4 @@
-"""The per-block figure: how important each block was found, and how much of it was kept."""
+"""Figures of a run: how important each block was found and how much of it was kept; how a recovery went."""
 
 from __future__ import annotations
 
@@ -35,6 +35,32 @@ def draw_blocks(plan: PruningPlan, metric: str, path: Path) -> Path:
     scope = plan.requested["scope"].replace("ffn", "FFN")
     title = f"{plan.method.get('name', '')}: {plan.achieved['ratio']:.1%} of the {scope} parameters removed"
     widths.set_title(title, fontsize=10)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+def draw_recovery(recovery: dict[str, Any], path: Path) -> Path:
+    """Write a PNG: the training loss by step and, where adapters were trained, the rank of each block."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    ranks = recovery.get("ranks")
+    figure = Figure(figsize=(9.0 if ranks else 5.5, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels: Any = figure.subplots(1, 2 if ranks else 1, squeeze=False)
+    losses, history = panels[0, 0], recovery["history"]
+    losses.plot([row["step"] for row in history], [row["loss"] for row in history], color=_KEPT)
+    label = "distillation loss" if recovery["objective"] == "distill" else "loss (nats per token)"
+    losses.set(xlabel="step", ylabel=label, title=f"{recovery['name']}: {recovery['tokens']:,} tokens")
+    if ranks:
+        panels[0, 1].bar(range(len(ranks)), [rank or 0 for rank in ranks], color=_KEPT)
+        title = f"{recovery['trainable_parameters']:,} trainable parameters"
+        panels[0, 1].set(xlabel="block", ylabel="rank", title=title)
+        panels[0, 1].xaxis.set_major_locator(MaxNLocator(integer=True))
+        panels[0, 1].yaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in panels[0]:
+        axes.title.set_size(10)
     figure.savefig(path, dpi=150)
     return path
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cfsp.data.recovery import Example
+from cfsp.data.recovery import IGNORED, Example
 from cfsp.progress import progress
 
 
@@ -62,29 +62,28 @@ class DenseInMemory:
             logits = self.model(
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
             ).logits
-        learnt = inputs["labels"][:, 1:] != -100
+        learnt = inputs["labels"][:, 1:] != IGNORED
         return kl(student[:, :-1][learnt], logits[:, :-1][learnt], temperature)
 
 
 class TopKOnDisk:
     """The dense model's ``k`` largest logits for every learnt token, written once and read through a memory map."""
 
-    def __init__(self, folder: Path, starts: np.ndarray) -> None:
+    def __init__(self, folder: Path, examples: Sequence[Example]) -> None:
         self.values = np.load(folder / "values.npy", mmap_mode="r")
         self.indices = np.load(folder / "indices.npy", mmap_mode="r")
         self.rest = np.load(folder / "rest.npy", mmap_mode="r")
-        self.starts = starts
+        self.starts = _starts(examples)
 
     @staticmethod
     @torch.no_grad()
     def write(
         model: nn.Module, examples: Sequence[Example], folder: Path, *, k: int, temperature: float, batch_size: int
-    ) -> TopKOnDisk:
+    ) -> None:
         """Run the dense ``model`` over the examples, unless ``folder`` holds what it gave."""
-        counts = [sum(label != -100 for label in example.labels) for example in examples]
-        starts = np.concatenate([[0], np.cumsum(counts)])
+        starts = _starts(examples)
         if folder.is_dir():
-            return TopKOnDisk(folder, starts)
+            return
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
         partial.mkdir(parents=True, exist_ok=True)
         total, vocabulary = int(starts[-1]), int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
@@ -104,7 +103,7 @@ class TopKOnDisk:
             logits = model(
                 input_ids=on_device["input_ids"], attention_mask=on_device["attention_mask"], use_cache=False
             ).logits
-            learnt = on_device["labels"][:, 1:] != -100
+            learnt = on_device["labels"][:, 1:] != IGNORED
             scaled = logits[:, :-1][learnt].float() / temperature
             top = scaled.topk(k, dim=-1)
             others = scaled.scatter(1, top.indices, float("-inf")).logsumexp(-1)
@@ -114,7 +113,6 @@ class TopKOnDisk:
         for array in (values, indices, rest):
             array.flush()
         os.replace(partial, folder)
-        return TopKOnDisk(folder, starts)
 
     def loss(self, student: Tensor, inputs: dict[str, Tensor], temperature: float) -> Tensor:
         rows = np.concatenate([np.arange(self.starts[at], self.starts[at + 1]) for at in inputs["index"].tolist()])
@@ -122,15 +120,21 @@ class TopKOnDisk:
         values = torch.from_numpy(self.values[rows]).to(device)
         indices = torch.from_numpy(self.indices[rows]).to(device).long()
         rest = torch.from_numpy(self.rest[rows]).to(device)
-        learnt = inputs["labels"][:, 1:] != -100
+        learnt = inputs["labels"][:, 1:] != IGNORED
         return kl_top_k(student[:, :-1][learnt], values, indices, rest, temperature)
+
+
+def _starts(examples: Sequence[Example]) -> np.ndarray:
+    """Where the rows of each example's learnt tokens begin, and where the last ones end."""
+    counts = [sum(label != IGNORED for label in example.labels) for example in examples]
+    return np.concatenate([[0], np.cumsum(counts)])
 
 
 def collate(rows: Sequence[int], examples: Sequence[Example]) -> dict[str, Tensor]:
     """Padded on the right to the longest: input_ids, attention_mask, labels [B, T], and index [B]."""
     length = max(len(examples[row].input_ids) for row in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
     for at, row in enumerate(rows):
         n = len(examples[row].input_ids)
         ids[at, :n] = torch.tensor(examples[row].input_ids)

@@ -73,6 +73,7 @@ class Lora(Training):
             alpha_pattern={key: _whole(value) for key, value in alphas.items()},
         )
         context.model.requires_grad_(False)
+        context.model.name_or_path = ""  # type: ignore[assignment]  # PEFT would look into the dense folder
         with torch.random.fork_rng():
             torch.manual_seed(context.seed)
             adapted = get_peft_model(context.model, config)

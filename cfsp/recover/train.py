@@ -1,24 +1,20 @@
-"""The training loop: Hugging Face Trainer, with checkpoints that count only when they are whole, and resumption."""
+"""Training on Hugging Face's Trainer: what is checked before, what goes in, what the record says of it."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
-import json
 import logging
-import math
-import os
-import shutil
-import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from cfsp import processes
 from cfsp.config import SelfCalibration
 from cfsp.data import recovery as recovery_data
 from cfsp.data.calibration import Limits
 from cfsp.data.recovery import Example
 from cfsp.errors import ConfigError
+from cfsp.recover.checkpoints import last_whole, read_marker
 from cfsp.recover.settings import EXECUTION, Training
 
 if TYPE_CHECKING:
@@ -28,9 +24,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Written into a checkpoint when it is whole; a checkpoint without it was cut off and is not resumed from.
-MARKER = "cfsp_complete.json"
-
 
 def check_training(settings: Training, tokenizer: Any, limits: Limits, device: str) -> dict[str, Any]:
     """Data by content, every setting that decides the result; hardware that is asked for must be there.
@@ -38,14 +31,14 @@ def check_training(settings: Training, tokenizer: Any, limits: Limits, device: s
     Raises:
         CfspError: names the key and the way out.
     """
-    from dataclasses import asdict
-
     import torch
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    count = processes.launched().count
+    if settings.batch_size % (settings.micro_batch_size * count):
         raise ConfigError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: training in several processes is not supported yet; start cfsp "
-            "without accelerate launch or torchrun"
+            f"recovery.batch_size={settings.batch_size}: {count} processes with "
+            f"recovery.micro_batch_size={settings.micro_batch_size} each need a multiple of "
+            f"{settings.micro_batch_size * count}; change one of the two"
         )
     limits.check_length("recovery.cutoff", settings.cutoff)
     if settings.optimizer == "adamw_8bit" and (device != "cuda" or importlib.util.find_spec("bitsandbytes") is None):
@@ -55,14 +48,19 @@ def check_training(settings: Training, tokenizer: Any, limits: Limits, device: s
         raise ConfigError("recovery.bf16=true: this GPU has no bfloat16; use recovery.bf16=false")
     if settings.bf16 and device not in ("cuda", "cpu"):
         raise ConfigError(f"recovery.bf16=true: not supported on {device}; use recovery.bf16=false")
-    data = asdict(cast(Any, settings.data))
-    for location in ("path", "hub", "sampling_batch_size"):
-        data.pop(location)
-    if settings.data.kind == "self":
-        return {"data": data | {"sampling_batch_size": settings.data.sampling_batch_size}} | _deciding(settings)
-    file = recovery_data.locate(settings.data)
+    return {"data": _data(settings, tokenizer, limits)} | _deciding(settings)
+
+
+def _data(settings: Training, tokenizer: Any, limits: Limits) -> dict[str, Any]:
+    """What of the data decides the result: contents, not where they lie or what they are called."""
+    data = settings.data
+    decides: dict[str, Any] = {"kind": data.kind, "n_samples": data.n_samples}
+    if data.kind == "self":  # how many are sampled at a time decides which random numbers each gets
+        return decides | {"temperature": data.sampling_temperature, "batch_size": data.sampling_batch_size}
+    if data.kind == "text":
+        decides |= {"text_field": data.text_field, "txt_rows": data.txt_rows, "join": data.join}
     examples = read_examples(settings, tokenizer, limits)
-    return {"data": data | {"sha256": file.identity["sha256"], "examples": len(examples)}} | _deciding(settings)
+    return decides | {"sha256": recovery_data.locate(data).identity["sha256"], "examples": len(examples)}
 
 
 def _deciding(settings: Training) -> dict[str, Any]:
@@ -96,17 +94,18 @@ def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dic
     import torch
     from transformers import TrainingArguments
 
-    from cfsp.recover.trainer import make_trainer
+    from cfsp.recover.trainer import make_trainer, sharded
 
-    examples = _examples(settings, context)
+    examples = processes.shared(lambda: _examples(settings, context))
     teacher = _teacher(settings, context, examples, trained=model is context.model)
     context.folder.mkdir(parents=True, exist_ok=True)
-    resumed = last_whole(context.folder, context.run_id)
+    resumed = processes.shared(lambda: last_whole(context.folder, context.run_id))
+    count = processes.launched().count
     device = next(model.parameters()).device
     arguments = TrainingArguments(
         output_dir=str(context.folder),
         per_device_train_batch_size=settings.micro_batch_size,
-        gradient_accumulation_steps=settings.batch_size // settings.micro_batch_size,
+        gradient_accumulation_steps=settings.batch_size // (settings.micro_batch_size * count),
         num_train_epochs=settings.epochs or 1.0,
         max_steps=settings.max_steps or -1,
         learning_rate=settings.learning_rate,
@@ -127,57 +126,38 @@ def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dic
         use_cpu=device.type == "cpu",
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would split what is on one device here
-    if settings.gradient_checkpointing:
-        inner: Any = model
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        inner.enable_input_require_grads()
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    start = time.perf_counter()
+    # FSDP takes a model apart for good.
+    trained: Any = copy.deepcopy(model) if sharded() else model
+    if settings.gradient_checkpointing:
+        trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        trained.enable_input_require_grads()
     with torch.random.fork_rng():
-        trainer = make_trainer(model, arguments, examples, settings, teacher, context)
+        trainer = make_trainer(trained, arguments, examples, settings, teacher, context)
         if resumed is not None:
             log.info("recovery: going on from %s", resumed.name)
-            trainer.restore(json.loads((resumed / MARKER).read_text(encoding="utf-8")))
+            trainer.restore(read_marker(resumed))
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     if settings.gradient_checkpointing:
-        inner.gradient_checkpointing_disable()
+        trained.gradient_checkpointing_disable()
+    if trained is not model:
+        trainer.gather_into(model)
     model.eval()
     return {
         "objective": settings.objective,
         "data": settings.data.name,
         "examples": len(examples),
         "steps": trainer.state.global_step,
-        "tokens": trainer.tokens,
-        "seconds": time.perf_counter() - start,
+        "tokens": trainer.all_tokens(),
+        "seconds": trainer.seconds(),
+        "processes": count,
+        "parallel": None if count == 1 else "fsdp" if sharded() else "ddp",
         "trainable_parameters": trainable,
         "history": trainer.history(),
     }
-
-
-def last_whole(folder: Path, run_id: str) -> Path | None:
-    """The newest whole checkpoint of this run; what was cut off, or is another run's, is removed."""
-    found: dict[int, Path] = {}
-    for path in folder.glob("checkpoint-*"):
-        try:
-            marker = json.loads((path / MARKER).read_text(encoding="utf-8"))
-            if marker["run_id"] != run_id:
-                raise ValueError(marker["run_id"])
-            found[int(marker["step"])] = path
-        except (OSError, ValueError, KeyError):
-            shutil.rmtree(path)
-    return found[max(found)] if found else None
-
-
-def mark_whole(path: Path, content: dict[str, Any]) -> None:
-    """Say that ``path`` is whole; only then are older checkpoints removed."""
-    partial = path / f".{MARKER}"
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(partial, path / MARKER)
-    for other in path.parent.glob("checkpoint-*"):
-        if other != path:
-            shutil.rmtree(other)
 
 
 def _examples(settings: Training, context: RecoveryContext) -> Sequence[Example]:
@@ -207,23 +187,11 @@ def _teacher(settings: Training, context: RecoveryContext, examples: Sequence[Ex
     with context.dense():
         if settings.teacher == "memory":
             return DenseInMemory(context.model, shares=not trained)
-        return TopKOnDisk.write(
-            context.model,
-            examples,
-            context.folder / f"teacher-{context.run_id}",
-            k=settings.top_k,
-            temperature=settings.distill_temperature,
-            batch_size=settings.micro_batch_size,
+        folder = context.folder / f"teacher-{context.run_id}"
+        k, temperature = settings.top_k, settings.distill_temperature
+        processes.shared(
+            lambda: TopKOnDisk.write(
+                context.model, examples, folder, k=k, temperature=temperature, batch_size=settings.micro_batch_size
+            )
         )
-
-
-def time_left(done: int, total: int, seconds: float) -> str:
-    """``1:23`` minutes or ``2:03:04`` hours at the pace so far."""
-    left = math.ceil(seconds / max(done, 1) * (total - done))
-    hours, rest = divmod(left, 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
-
-
-def watched() -> bool:
-    """Whether a person looks at the progress bar."""
-    return sys.stderr.isatty()
+        return TopKOnDisk(folder, examples)

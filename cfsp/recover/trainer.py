@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from cfsp.data.recovery import Example
+from cfsp import processes
+from cfsp.data.recovery import IGNORED, Example
 from cfsp.errors import RunError
 from cfsp.recover.base import RecoveryContext
+from cfsp.recover.checkpoints import mark_whole
 from cfsp.recover.distill import Teacher, collate
 from cfsp.recover.settings import Training
-from cfsp.recover.train import mark_whole, time_left, watched
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +35,18 @@ class RecoveryTrainer(Trainer):
 
     settings: Training
     teacher: Teacher | None
-    tokens: int = 0
+    #: Of this process since it started; of all of them before.
+    tokens, tokens_before = 0, 0
+    started, seconds_before = 0.0, 0.0
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if sharded() and not self.is_fsdp_enabled:
+            # accelerate shards on accelerators alone; torch does on CPUs too.
+            state = self.accelerator.state
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+            state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.is_fsdp_enabled = True
 
     def compute_loss(
         self,
@@ -43,10 +61,12 @@ class RecoveryTrainer(Trainer):
         loss = logits.new_zeros((), dtype=torch.float32)
         if weight < 1:
             flat = logits[:, :-1].flatten(0, 1).float()
-            loss = (1 - weight) * functional.cross_entropy(flat, labels.flatten(), ignore_index=-100, reduction="sum")
+            loss = (1 - weight) * functional.cross_entropy(
+                flat, labels.flatten(), ignore_index=IGNORED, reduction="sum"
+            )
         if self.teacher is not None:
             loss = loss + weight * self.teacher.loss(logits, inputs, self.settings.distill_temperature)
-        count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         loss = loss / count
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages the gradients
@@ -55,16 +75,30 @@ class RecoveryTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.tokens += int(inputs["attention_mask"].sum())
-        if not torch.isfinite(loss):
-            raise RunError(
-                f"recovery: the loss is {loss.item()} at step {self.state.global_step + 1}; the last whole checkpoint "
-                "is kept; try a smaller recovery.learning_rate, more recovery.warmup_steps or recovery.bf16=false"
-            )
+        if processes.total(int(not torch.isfinite(loss))):
+            raise _not_finite("the loss is not finite", self.state.global_step + 1)
         return loss
 
     def restore(self, marker: dict[str, Any]) -> None:
         """Go on counting where the checkpoint stopped."""
-        self.tokens = int(marker["tokens"])
+        self.tokens_before, self.seconds_before = int(marker["tokens"]), float(marker["seconds"])
+
+    def all_tokens(self) -> int:
+        """Tokens that went through the model, in all processes and before a resumption."""
+        return self.tokens_before + processes.total(self.tokens)
+
+    def seconds(self) -> float:
+        """Spent on training, before a resumption too."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def gather_into(self, model: nn.Module) -> None:
+        """Put the sharded weights together in the first process's ``model``, which is whole."""
+        full = self.accelerator.get_state_dict(self.model_wrapped)
+        if processes.launched().first:
+            lacking = [name for name, p in model.named_parameters() if p.requires_grad and name not in full]
+            if lacking:
+                raise RunError(f"recovery: {lacking[0]} was lost while the shards were put together")
+            model.load_state_dict(full, strict=False)
 
     def history(self) -> list[dict[str, Any]]:
         """step, loss and learning rate of every log entry, those before a resumption included."""
@@ -77,19 +111,18 @@ class _Watch(TrainerCallback):
 
     def __init__(self, trainer: RecoveryTrainer, context: RecoveryContext) -> None:
         self.trainer, self.context = trainer, context
-        self.start, self.first_step, self.first_tokens = 0.0, 0, 0
+        self.first_step = 0
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         from tqdm import tqdm
 
-        self.start, self.first_step = time.perf_counter(), state.global_step
-        self.first_tokens = self.trainer.tokens
+        self.trainer.started, self.first_step = time.perf_counter(), state.global_step
         for row in self.trainer.history():  # a logger that started anew gets what came before
             self._report(row)
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc="recover", unit="step", leave=False,
-            disable=not watched(),
+            disable=not sys.stderr.isatty() or not processes.launched().first,
         )  # fmt: skip
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -100,8 +133,8 @@ class _Watch(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not logs or "loss" not in logs:
             return
-        seconds = time.perf_counter() - self.start
-        pace = (self.trainer.tokens - self.first_tokens) / max(seconds, 1e-9)
+        seconds = time.perf_counter() - self.trainer.started
+        pace = processes.total(self.trainer.tokens) / max(seconds, 1e-9)
         left = time_left(state.global_step - self.first_step, state.max_steps - self.first_step, seconds)
         self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {pace:,.0f} tokens/s")
         log.info(
@@ -111,9 +144,16 @@ class _Watch(TrainerCallback):
         self._report({"step": state.global_step, **logs, "tokens_per_second": pace})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        path = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        marker = {"step": state.global_step, "tokens": self.trainer.tokens, "run_id": self.context.run_id}
-        mark_whole(path, marker)
+        tokens = self.trainer.all_tokens()
+        model: Any = self.trainer.model
+        trained = (p for p in model.parameters() if p.requires_grad)
+        if processes.total(sum(int(not torch.isfinite(local(p)).all()) for p in trained)):
+            raise _not_finite("a weight is not finite", state.global_step)
+        if processes.launched().first:  # the others have written what they have: the sums above waited for them
+            marker = {"step": state.global_step, "tokens": tokens, "seconds": self.trainer.seconds()}
+            mark_whole(
+                Path(args.output_dir) / f"checkpoint-{state.global_step}", marker | {"run_id": self.context.run_id}
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
@@ -121,6 +161,30 @@ class _Watch(TrainerCallback):
     def _report(self, row: dict[str, Any]) -> None:
         shown = ("step", "loss", "learning_rate", "tokens_per_second")
         self.context.report({f"recovery/{key}": row[key] for key in shown if key in row})
+
+
+def sharded() -> bool:
+    """Whether the launcher asks for FSDP (``accelerate launch --use_fsdp``)."""
+    return processes.launched().several and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def local(parameter: Tensor) -> Tensor:
+    """What of a parameter is in this process."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def time_left(done: int, total: int, seconds: float) -> str:
+    """``1:23`` minutes or ``2:03:04`` hours at the pace so far."""
+    left = math.ceil(seconds / max(done, 1) * (total - done))
+    hours, rest = divmod(left, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def _not_finite(what: str, step: int) -> RunError:
+    return RunError(
+        f"recovery: {what} at step {step}; the last whole checkpoint is kept; try a smaller recovery.learning_rate, "
+        "more recovery.warmup_steps or recovery.bf16=false"
+    )
 
 
 def make_trainer(

@@ -48,7 +48,8 @@ def _what(record: RunRecord) -> str:
     if record.plan is None:
         return "evaluated as it is (pruner=none)"
     achieved, requested = record.plan["achieved"], record.plan["requested"]
-    return f"{method}, {achieved['ratio']:.1%} of the {requested['scope']} parameters removed"
+    recovered = f", recovered by {record.recovery['name']}" if record.recovery else ""
+    return f"{method}, {achieved['ratio']:.1%} of the {requested['scope']} parameters removed{recovered}"
 
 
 def _label(label: str, row: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from cfsp.tables.summary import summary
 
 _FILES = (
     "record.json", "plan.json", "compensation.safetensors", "model", "adapter", "pruned",
-    "blocks.png", "config.yaml", "run.log", "wandb",
+    "blocks.png", "recovery.png", "config.yaml", "run.log", "wandb",
 )  # fmt: skip
 
 

@@ -1,0 +1,126 @@
+"""The recovery stage: what a recovery gets to work with, in the first process and in those that train with it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from cfsp import processes
+from cfsp.allocate.coarse import Coarse
+from cfsp.errors import RunError
+from cfsp.importance.base import Scores
+from cfsp.models.checkpoint import round_to_stored
+from cfsp.models.load import load_model
+from cfsp.models.snapshot import Snapshot
+from cfsp.prepare import Prepared, prepare
+from cfsp.pruning.apply import apply
+from cfsp.recover.base import Recovered, RecoveryContext
+
+if TYPE_CHECKING:
+    from cfsp.config import RunConfig
+    from cfsp.pruning.base import PlanContext
+    from cfsp.pruning.plan import PruningPlan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What the first process tells the others, so that all train the same model."""
+
+    run_id: str
+    plan: PruningPlan
+    importance: Tensor
+    out: Path
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """The job is over; ``code`` is its exit code."""
+
+    code: int
+
+
+def recover(
+    prepared: Prepared,
+    as_it_was: Snapshot,
+    planned: PlanContext,
+    plan: PruningPlan,
+    out: Path,
+    *,
+    base: Callable[[], Path | None],
+    report: Callable[[dict[str, Any]], None],
+) -> Recovered:
+    """Train the pruned model of ``as_it_was`` (the dense one, before it was pruned), with all processes there are."""
+    job = _Training(prepared.run_id, plan, coarse_importance(planned), out)
+    processes.shared(lambda: job)
+    return _train(prepared, as_it_was, job, base, report)
+
+
+def coarse_importance(planned: PlanContext) -> Tensor:
+    """s_l [L] of the base model: the allocator's own where it is the coarse one, else Coarse() on the statistics."""
+    allocator = planned.allocator if isinstance(planned.allocator, Coarse) else Coarse()
+    statistics = planned.statistics
+    distances = {metric: statistics.distance(metric) for metric in statistics.blocks[0].distances}
+    return allocator.importance(Scores((), (), distances))
+
+
+def assist(config: RunConfig) -> int:
+    """What every process but the first does: wait, train with it when it says so, and end with its exit code."""
+    while True:
+        job: Any = processes.shared(lambda: None)
+        if isinstance(job, _Ended):
+            return job.code
+        prepared = prepare(config)
+        if prepared.run_id != job.run_id:
+            raise RunError(
+                f"process {processes.launched().rank} has other inputs (run {prepared.run_id}, the first process has "
+                f"{job.run_id}); give every machine the same model and data"
+            )
+        trust = config.model.trust_remote_code
+        model: Any = load_model(prepared.source, dtype=prepared.dtype, device=prepared.device, trust_remote_code=trust)
+        as_it_was = Snapshot(model)
+        apply(model, job.plan)
+        round_to_stored(model, prepared.stored_dtype)
+        _train(prepared, as_it_was, job, lambda: None, lambda _: None)
+
+
+def release(code: int) -> None:
+    """Tell the others that this job is over."""
+    processes.shared(lambda: _Ended(code))
+
+
+def _train(
+    prepared: Prepared,
+    as_it_was: Snapshot,
+    job: _Training,
+    base: Callable[[], Path | None],
+    report: Callable[[dict[str, Any]], None],
+) -> Recovered:
+    config = prepared.config
+    context = RecoveryContext(
+        model=as_it_was.model,
+        dense=as_it_was.active,
+        tokenizer=prepared.tokenizer,
+        limits=prepared.limits,
+        plan=job.plan,
+        importance=job.importance,
+        folder=job.out / "training",
+        adapter=job.out / "adapter",
+        base=base,
+        cache=Path(config.paths.cache_dir),
+        fingerprint=prepared.source.fingerprint,
+        run_id=job.run_id,
+        seed=config.seed,
+        report=report,
+    )
+    with warnings.catch_warnings(), processes.together():
+        # peft still uses a name that transformers has renamed
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        return config.recovery.instance.recover(context)
