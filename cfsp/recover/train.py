@@ -14,7 +14,7 @@ from cfsp.data import recovery as recovery_data
 from cfsp.data.calibration import Limits
 from cfsp.data.recovery import Example
 from cfsp.errors import ConfigError
-from cfsp.recover.checkpoints import last_whole, read_marker
+from cfsp.recover.checkpoints import last_whole, load_trained, read_marker, save_trained
 from cfsp.recover.settings import EXECUTION, Training
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def read_examples(settings: Training, tokenizer: Any, limits: Limits) -> list[Ex
 
 
 def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dict[str, Any]:
-    """Train what requires a gradient; resumes from the last whole checkpoint in ``context.folder``.
+    """Train what requires a gradient; goes on from what a killed run left in ``context.folder``.
 
     Returns:
         For the record: steps, tokens, seconds, trainable parameters, history of loss and learning rate.
@@ -96,6 +96,10 @@ def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dic
 
     from cfsp.recover.trainer import make_trainer, sharded
 
+    done = processes.shared(lambda: load_trained(model, context.folder, context.run_id))
+    if done is not None:
+        log.info("recovery: %d steps were done before", done["steps"])
+        return done
     examples = processes.shared(lambda: _examples(settings, context))
     teacher = _teacher(settings, context, examples, trained=model is context.model)
     context.folder.mkdir(parents=True, exist_ok=True)
@@ -133,8 +137,7 @@ def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dic
     # FSDP takes a model apart for good.
     trained: Any = copy.deepcopy(model) if sharded() else model
     if settings.gradient_checkpointing:
-        trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        trained.enable_input_require_grads()
+        _recompute_activations(trained, True)
     with torch.random.fork_rng():
         trainer = make_trainer(trained, arguments, examples, settings, teacher, context)
         if resumed is not None:
@@ -142,11 +145,11 @@ def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dic
             trainer.restore(read_marker(resumed))
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     if settings.gradient_checkpointing:
-        trained.gradient_checkpointing_disable()
+        _recompute_activations(trained, False)
     if trained is not model:
         trainer.gather_into(model)
     model.eval()
-    return {
+    found = {
         "objective": settings.objective,
         "data": settings.data.name,
         "examples": len(examples),
@@ -158,6 +161,19 @@ def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dic
         "trainable_parameters": trainable,
         "history": trainer.history(),
     }
+    if processes.launched().first:
+        save_trained(model, context.folder, context.run_id, found)
+    return found
+
+
+def _recompute_activations(model: Any, on: bool) -> None:
+    # transformers calls it activation checkpointing since 5.20, and gradient checkpointing before
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if not on:
+        getattr(model, f"{word}_checkpointing_disable")()
+        return
+    getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
+    model.enable_input_require_grads()
 
 
 def _examples(settings: Training, context: RecoveryContext) -> Sequence[Example]:

@@ -79,6 +79,13 @@ class RecoveryTrainer(Trainer):
             raise _not_finite("the loss is not finite", self.state.global_step + 1)
         return loss
 
+    def check_weights(self) -> None:
+        """Raises RunError where a trained weight is not finite."""
+        model: Any = self.model
+        trained = (p for p in model.parameters() if p.requires_grad)
+        if processes.total(sum(int(not torch.isfinite(local(p)).all()) for p in trained)):
+            raise _not_finite("a weight is not finite", self.state.global_step)
+
     def restore(self, marker: dict[str, Any]) -> None:
         """Go on counting where the checkpoint stopped."""
         self.tokens_before, self.seconds_before = int(marker["tokens"]), float(marker["seconds"])
@@ -128,7 +135,7 @@ class _Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(1)
         if state.global_step >= state.max_steps:
-            control.should_save = True  # what comes after training can be cut off too
+            control.should_save = False  # the trained weights themselves are kept
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not logs or "loss" not in logs:
@@ -145,10 +152,7 @@ class _Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         tokens = self.trainer.all_tokens()
-        model: Any = self.trainer.model
-        trained = (p for p in model.parameters() if p.requires_grad)
-        if processes.total(sum(int(not torch.isfinite(local(p)).all()) for p in trained)):
-            raise _not_finite("a weight is not finite", state.global_step)
+        self.trainer.check_weights()
         if processes.launched().first:  # the others have written what they have: the sums above waited for them
             marker = {"step": state.global_step, "tokens": tokens, "seconds": self.trainer.seconds()}
             mark_whole(
@@ -157,6 +161,7 @@ class _Watch(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
+        self.trainer.check_weights()
 
     def _report(self, row: dict[str, Any]) -> None:
         shown = ("step", "loss", "learning_rate", "tokens_per_second")

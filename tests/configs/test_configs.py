@@ -24,6 +24,11 @@ REQUIRED = {
     "calibration=llm_pruner": ["calibration.path=FILE.txt"],
     "calibration=tokens": ["calibration.path=FILE.npy"],
 }
+#: Groups within a group, and what an option of theirs needs beside it.
+NESTED = {
+    "recovery/data": {"text": ["recovery.data.path=FILE.txt"], "instructions": ["recovery.data.path=FILE.jsonl"]},
+    "recovery/recipe": {},
+}
 #: Groups that other files of conf/ draw on; nobody chooses an option of theirs.
 PARTS = {"text"}
 #: ``kind`` chooses the schema. The others state what is done: one value is allowed, and no branch reads it.
@@ -60,6 +65,32 @@ def test_every_option_composes_checks_and_instantiates(option):
     elif group == "evaluation":
         assert found.evaluation_name == name
         assert all(evaluator.instance for evaluator in part.values())
+
+
+@pytest.mark.parametrize("recovery", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [(group, path.stem) for group in NESTED for path in sorted((config_folder() / group).glob("*.yaml"))],
+)
+def test_every_recipe_and_data_set_goes_with_every_training(recovery, group, name):
+    found = _parsed(f"recovery={recovery}", f"{group}={name}", *NESTED[group].get(name, ())).recovery.instance
+    if group == "recovery/data":
+        assert found.data.name == name
+    assert found.name == recovery
+
+
+def test_the_published_recipe():
+    found = _parsed("recovery=ig_lora", "recovery/recipe=alpaca").recovery.instance
+    assert (found.rank, found.alpha, found.dropout, found.ranks) == (8, 16, 0.05, "importance")
+    assert (found.epochs, found.max_steps, found.learning_rate, found.warmup_steps) == (2, None, 1e-4, 100)
+    assert (found.batch_size, found.cutoff, found.response_only, found.objective) == (64, 256, True, "lm")
+    assert (found.data.hub.repo, found.data.n_samples) == ("yahma/alpaca-cleaned", 50_000)
+
+
+def test_both_recipes_hold_the_same_keys_and_so_do_all_data_sets():
+    for group in NESTED:
+        keys = [set(_yaml(group, path.stem)) - {"defaults"} for path in (config_folder() / group).glob("*.yaml")]
+        assert all(one == keys[0] for one in keys)
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
-import time
 from itertools import pairwise
 
 import pytest
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import cfsp
 from cfsp.recover.ranks import importance_guided, matched
-from tests.conftest import ROOT, mentions
+from tests.conftest import ROOT, SENTENCE, mentions
 
 #: peft uses a name that transformers has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -44,6 +44,19 @@ def test_ranks_keep_their_sum_and_follow_the_importance(seed):
         assert abs(wanted - sum(r * c for r, c in zip(even, costs, strict=True))) <= max(costs)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_another_profile_gives_other_ranks(seed):
+    """From rank 4 on, where the importance differs by half: the extremes never get the same rank."""
+    chooser = random.Random(seed)
+    count, rank = chooser.randint(2, 40), chooser.randint(4, 32)
+    importance = [chooser.uniform(0.5, 1) for _ in range(count)]
+    importance[0], importance[1] = 0.5, max(0.75, *importance)
+    ranks = importance_guided(importance, rank)
+    assert ranks[1] > ranks[0]
+    swapped = [importance[1], importance[0], *importance[2:]]
+    assert importance_guided(swapped, rank) != ranks
+
+
 def test_uniform_importance_is_plain_lora_and_profiles_differ():
     assert importance_guided([0.5] * 7, 8) == [8] * 7
     assert importance_guided([0.4, 0.6], 4) != importance_guided([0.6, 0.4], 4)
@@ -66,6 +79,48 @@ def test_only_the_response_is_learnt(tmp_path):
     assert learnt[-1] == tokenizer.eos_token_id
     prompt = tokenizer.decode(example.input_ids[: -len(learnt)], skip_special_tokens=True)
     assert prompt.strip() == PROMPT.format(instruction="Name a river {x}.").strip()
+
+
+ROWS = [
+    {"instruction": "Name a river.", "input": "", "output": "The Thames."},
+    {"instruction": "Name a city.", "input": "in France", "output": "Paris\u2028, of course."},
+]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "jsonl.gz", "parquet"])
+def test_rows_are_read_from_every_form(tmp_path, form):
+    import gzip
+
+    import pyarrow
+    import pyarrow.parquet
+    from transformers import AutoTokenizer
+
+    from cfsp.data.recovery import instructions, locate
+    from cfsp.recover.settings import RecoveryData, Training
+
+    file = tmp_path / f"rows.{form}"
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+    if form == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), file)
+    elif form == "json":
+        file.write_text(json.dumps(ROWS))
+    elif form == "jsonl":
+        file.write_text(lines)
+    else:
+        with gzip.open(file, "wt", encoding="utf-8") as stream:
+            stream.write(lines)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "cfsp" / "assets" / "books7m")
+    settings = Training(RecoveryData("instructions", "rows", path=str(file)), max_steps=1)
+    found = [
+        tokenizer.decode(example.input_ids) for example in instructions(locate(settings.data), settings, tokenizer)
+    ]
+    assert len(found) == 2
+    assert "### Input" not in found[0]
+    assert "### Input:\nin France" in found[1]
+    packed = Training(RecoveryData("instructions", "rows", path=str(file)), max_steps=1, packing=True, cutoff=512)
+    (one,) = instructions(locate(packed.data), packed, tokenizer)
+    assert tokenizer.decode(one.input_ids) == "".join(found)
+    assert len(one.labels) == len(one.input_ids)
 
 
 @pytest.mark.parametrize("recovery", ["lora", "ig_lora", "lora_matched", "full"])
@@ -104,37 +159,116 @@ def test_every_structure_trains_merges_and_reloads(run_cfsp, sound_words, tmp_pa
         assert sum(ranks) == 8 * len(ranks)
 
 
+#: Runs cfsp and kills it hard: at an optimiser step, or in the middle of the checkpoint of a step.
+KILLED = """
+import os, signal, sys
+from transformers import Trainer
+from cfsp.run import main
+
+where, step = sys.argv.pop(1), int(sys.argv.pop(1))
+die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+
+def before(method):
+    real = getattr(Trainer, method)
+    def call(self, *args, **kwargs):
+        if self.state.global_step == step:
+            die()
+        return real(self, *args, **kwargs)
+    setattr(Trainer, method, call)
+
+if where == "step":
+    before("training_step")
+elif where == "checkpoint":
+    before("_save_rng_state")
+else:
+    from cfsp import pipeline
+    real, calls = pipeline.round_to_stored, []
+    pipeline.round_to_stored = lambda *given: die() if calls else calls.append(real(*given))
+main()
+"""
+
+
 @pytest.mark.usefixtures("one_thread")
-def test_a_killed_training_goes_on_and_ends_the_same(run_cfsp, sound_words, tmp_path, prose_file):
-    words = [*sound_words, "recovery=ig_lora", f"recovery.data.path={prose_file}", *TRAINS, "recovery.max_steps=12"]
-    words += ["recovery.checkpoint_every=2", "logger=none"]
+def test_killed_at_any_moment_a_training_goes_on_and_ends_the_same(run_cfsp, sound_words, tmp_path, prose_file):
+    words = [*sound_words, "recovery=ig_lora", f"recovery.data.path={prose_file}", *TRAINS, "recovery.max_steps=24"]
+    words += ["recovery.checkpoint_every=3", "logger=none"]
     code, _, err = run_cfsp(*words, f"paths.output_dir={tmp_path / 'whole'}")
     assert code == 0, err
     killed = [*words, f"paths.output_dir={tmp_path / 'killed'}", f"paths.cache_dir={tmp_path / 'cache'}",
               f"paths.records_dir={tmp_path / 'other'}"]  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cfsp.run", *killed], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
     training = tmp_path / "killed" / "training"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(training.glob("checkpoint-*/cfsp_complete.json")):
-        time.sleep(0.01)
-        if process.poll() is not None:
-            break
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed" / "model").exists()
-    (training / "checkpoint-999").mkdir()  # cut off while it was written: no marker
+    chooser = random.Random(0)
+    first, second = sorted(chooser.sample(range(1, 12), 2))
+    ends = [("step", first), ("checkpoint", 3 * (second // 3) + 3), ("step", chooser.randrange(16, 21))]
+    for where, step in [*ends, ("checkpoint", 21), ("merged", 0)]:
+        process = subprocess.run(
+            [sys.executable, "-c", KILLED, where, str(step), *killed], cwd=ROOT, capture_output=True, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert process.returncode == -signal.SIGKILL, (where, step, process.stderr)
+        if where == "checkpoint":
+            assert (training / f"checkpoint-{step}" / "adapter_model.safetensors").is_file()
+        assert not (tmp_path / "killed" / "model").exists()
+        assert json.loads((tmp_path / "killed" / "record.json").read_text())["status"] == "failed"
     code, _, err = run_cfsp(*killed)
     assert code == 0, err
-    assert "going on from" in (tmp_path / "killed" / "run.log").read_text()
+    went_on = re.findall(r"going on from checkpoint-(\d+)", (tmp_path / "killed" / "run.log").read_text())
+    expected = [step // 3 * 3 if where == "step" else step - 3 for where, step in ends]
+    assert [int(step) for step in went_on] == [*(step for step in expected if step), 18]
+    assert "24 steps were done before" in (tmp_path / "killed" / "run.log").read_text()
     whole, again = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "killed"))
     for name, tensor in whole.items():
         torch.testing.assert_close(again[name], tensor, rtol=0, atol=1e-5)
-    histories = [json.loads((tmp_path / n / "record.json").read_text())["recovery"] for n in ("whole", "killed")]
-    assert histories[0]["tokens"] == histories[1]["tokens"]
-    assert [r["step"] for r in histories[1]["history"]] == list(range(1, 13))
+    before, after = (json.loads((tmp_path / n / "record.json").read_text())["recovery"] for n in ("whole", "killed"))
+    assert before["tokens"] == after["tokens"]
+    assert [row["step"] for row in after["history"]] == list(range(1, 25))
+    for one, other in zip(before["history"], after["history"], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+    assert not training.exists()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_split_into_micro_batches_does_not_change_what_is_learnt(run_cfsp, sound_words, tmp_path, prose_file):
+    """Rows of different lengths: a mean of means would."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"prompt": "Say:", "response": SENTENCE[: 5 + 9 * at]}) for at in range(8)))
+    words = [*sound_words, "recovery=full", *TRAINS, "recovery/data=instructions", f"recovery.data.path={rows}"]
+    weights = []
+    for size, extra in ((1, []), (4, []), (4, ["recovery.gradient_checkpointing=true"])):
+        out = tmp_path / f"{size}-{len(extra)}"
+        given = [*words, *extra, f"recovery.micro_batch_size={size}", f"paths.output_dir={out}"]
+        code, _, err = run_cfsp(*given)
+        assert code == 0, err
+        weights.append(load_file(out / "model" / "model.safetensors"))
+    for other in weights[1:]:
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=0, atol=2e-5)  # Adam's step near a zero gradient
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_bf16_trains_on_a_cpu(run_cfsp, sound_words, tmp_path, prose_file):
+    words = [*sound_words, "recovery=lora", f"recovery.data.path={prose_file}", *TRAINS, "recovery.bf16=true"]
+    code, _, err = run_cfsp(*words)
+    assert code == 0, err
+    assert json.loads((tmp_path / "out" / "record.json").read_text())["recovery"]["steps"] == 6
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_loss_rate_and_ranks_go_to_the_logger_and_the_folder(run_cfsp, sound_words, tmp_path, prose_file, monkeypatch):
+    from cfsp.record.logger import NullLogger
+
+    logged = []
+    monkeypatch.setattr(NullLogger, "log", lambda _, values: logged.append(values))
+    code, _, err = run_cfsp(*sound_words, "recovery=ig_lora", f"recovery.data.path={prose_file}", *TRAINS)
+    assert code == 0, err
+    record = json.loads((tmp_path / "out" / "record.json").read_text())["recovery"]
+    steps = [values for values in logged if "recovery/loss" in values]
+    assert [values["recovery/step"] for values in steps] == list(range(1, 7))
+    assert [values["recovery/loss"] for values in steps] == [row["loss"] for row in record["history"]]
+    rates = [values["recovery/learning_rate"] for values in steps]
+    assert rates == pytest.approx([0, 0.0002, 0.0004, 0.0006, 0.0008, 0.001])  # five steps of warm-up
+    assert {f"recovery/rank/block {at}": rank for at, rank in enumerate(record["ranks"])}.items() <= logged[-1].items()
+    assert (tmp_path / "out" / "recovery.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -178,11 +312,27 @@ def test_sampled_text_needs_no_file(run_cfsp, sound_words, tmp_path):
         (["recovery.epochs=1"], ["recovery.epochs=1", "recovery.max_steps=6"]),
         (["recovery.batch_size=3"], ["recovery.batch_size=3", "recovery.micro_batch_size=2"]),
         (["recovery/data=text"], ["recovery.data.path=null"]),
+        (["recovery.cutoff=32", "recovery.data.n_samples=0"], ["recovery.data.n_samples=0"]),
+        (["recovery.learning_rate=0"], ["recovery.learning_rate=0"]),
+        (["recovery.targets=[]"], ["recovery.targets=[]", "all-linear"]),
+        (["recovery.objective=distil"], ["recovery.objective=distil", "did you mean distill"]),
+        (["pruner=none"], ["recovery=ig_lora", "pruner=none", "recovery=none"]),
+        (["recovery/data=alpaca"], ["recovery.data.hub.repo=yahma/alpaca-cleaned", "recovery.data.path=FILE"]),
         (["recovery.optimizer=adamw_8bit"], ["recovery.optimizer=adamw_8bit", "adamw"]),
     ],
 )
 def test_bad_input_is_refused_in_one_line(refused, sound_words, words, parts):
     mentions(refused(*sound_words, "recovery=ig_lora", *TRAINS, *words), *parts)
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(refused, sound_words, prose_file, monkeypatch):
+    from cfsp.recover import train
+
+    monkeypatch.setattr(train.processes, "launched", lambda: train.processes.Launched(0, 4, 0))
+    monkeypatch.setattr(train.processes, "connect", lambda: None)
+    monkeypatch.setattr("cfsp.models.load.launched", lambda: train.processes.Launched(0, 1, 0))
+    words = [*sound_words, "recovery=ig_lora", f"recovery.data.path={prose_file}", *TRAINS]
+    mentions(refused(*words), "recovery.batch_size=4", "4 processes", "recovery.micro_batch_size=2", "multiple of 8")
 
 
 @pytest.mark.parametrize(
@@ -202,10 +352,48 @@ def test_bad_rows_are_refused_in_one_line(refused, sound_words, tmp_path, conten
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_loss_that_is_not_finite_stops_and_says_where(run_cfsp, sound_words, tmp_path, prose_file, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
+    run_cfsp, sound_words, tmp_path, prose_file, monkeypatch
+):
     from cfsp.recover import trainer
 
-    monkeypatch.setattr(trainer.functional, "cross_entropy", lambda flat, *_, **__: flat.sum() * float("nan"))
-    code, _, err = run_cfsp(*sound_words, "recovery=lora", f"recovery.data.path={prose_file}", *TRAINS)
+    words = [*sound_words, "recovery=lora", f"recovery.data.path={prose_file}", *TRAINS, "recovery.checkpoint_every=2"]
+    real, calls = trainer.functional.cross_entropy, []
+
+    def at_step_4(*args, **kwargs):
+        calls.append(None)
+        return real(*args, **kwargs) * (float("nan") if len(calls) == 8 else 1)  # two micro-batches a step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.functional, "cross_entropy", at_step_4)
+        code, _, err = run_cfsp(*words)
     assert code == 1
-    assert "step 1" in err
+    (line,) = [line for line in err.splitlines() if "not finite" in line]
+    assert "the loss is not finite at step 4" in line
+    assert "recovery.learning_rate" in line
+    assert [path.name for path in (tmp_path / "out" / "training").glob("checkpoint-*")] == ["checkpoint-2"]
+    code, _, err = run_cfsp(*words)
+    assert code == 0, err
+    assert "going on from checkpoint-2" in (tmp_path / "out" / "run.log").read_text()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_weights_that_are_not_finite_are_no_checkpoint(run_cfsp, sound_words, tmp_path, prose_file, monkeypatch):
+    from transformers import Trainer
+
+    def spoilt(self, *args, **kwargs):
+        with torch.no_grad():
+            next(p for p in self.model.parameters() if p.requires_grad)[0] = float("inf")
+        return saved(self, *args, **kwargs)
+
+    saved = Trainer._save_checkpoint
+    monkeypatch.setattr(Trainer, "_save_checkpoint", spoilt)
+    words = [*sound_words, "recovery=full", f"recovery.data.path={prose_file}", *TRAINS, "recovery.checkpoint_every=2"]
+    code, _, err = run_cfsp(*words)
+    assert code == 1
+    assert "a weight is not finite at step 2" in err
+    assert not list((tmp_path / "out" / "training").glob("*/cfsp_complete.json"))
+    monkeypatch.setattr(Trainer, "_save_checkpoint", saved)
+    code, _, err = run_cfsp(*words)
+    assert code == 0, err
+    assert "going on from" not in (tmp_path / "out" / "run.log").read_text()
