@@ -39,16 +39,14 @@ def method_table(records: Sequence[RunRecord], figure: Figure, order: Sequence[s
         ValueError: the records were not all of one model and scope, or their dense figures differ.
     """
     first = records[0]
-    scope = _only({_requested(record)["scope"] for record in records}, "scope")
-    _only({record.model["fingerprint"] for record in records}, "model")
-    dense = _only({figure.of(record, "dense") for record in records}, "dense figure")
+    scope = only({_requested(record)["scope"] for record in records}, "scope")
+    only({record.model["fingerprint"] for record in records}, "model")
+    dense = only({figure.of(record, "dense") for record in records}, "dense figure")
     shown = describe(figure.suite, figure.task, figure.metric)
     ratios = sorted({_requested(record)["ratio"] for record in records})
     head = ["method", *(text for ratio in ratios for text in (f"{ratio:.0%}: removed", shown.label))]
-    lines = [_line(head), _line(["---", *["--:"] * (len(head) - 1)])]
-    lines.append(
-        _line([f"dense ({_count(first)})", *["0 %", "" if dense is None else shown.show(dense)] * len(ratios)])
-    )
+    lines = [line(head), line(["---", *["--:"] * (len(head) - 1)])]
+    lines.append(line([f"dense ({_count(first)})", *["0 %", "" if dense is None else shown.show(dense)] * len(ratios)]))
     by_label: dict[str, list[RunRecord]] = {}
     for record in records:
         by_label.setdefault(label(record), []).append(record)
@@ -56,7 +54,7 @@ def method_table(records: Sequence[RunRecord], figure: Figure, order: Sequence[s
         cells = [f"`{name}`"]
         for ratio in ratios:
             cells += _cells([r for r in by_label.get(name, ()) if _requested(r)["ratio"] == ratio], figure, shown.show)
-        lines.append(_line(cells))
+        lines.append(line(cells))
     return "\n".join(lines) + f"\n\nremoved: of the parameters of `sparsity.scope={scope}`.\n"
 
 
@@ -89,11 +87,13 @@ def _count(record: RunRecord) -> str:
     return describe("cost", "parameters", "count").show(record.plan["parameters"]["before"]) + " parameters"
 
 
-def _only(values: set[Any], what: str) -> Any:
+def only(values: set[Any], what: str) -> Any:
+    """The one value; ValueError where there are several, which do not belong into one table."""
     if len(values) != 1:
-        raise ValueError(f"one {what} is needed in a table of methods, found {sorted(map(str, values))}")
+        raise ValueError(f"one {what} is needed in one table, found {sorted(map(str, values))}")
     return next(iter(values))
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
     return f"| {' | '.join(cells)} |"

@@ -1,0 +1,140 @@
+"""Every recovery of the same pruned model, at equal training tokens; records and tables go to results/.
+
+    python scripts/compare_recoveries.py
+
+The bundled model, half of its FFN neurons removed by CFSP; trained on the bundled calibration prose, and on text that
+the dense model wrote itself; 40 steps of 16 windows of 256 tokens for all. Each recovery gets the learning rate that is
+best for it: from the same three on, the search goes on by factors of about three while the best is at an end, with a
+seed and windows of the evaluation text of its own. Then seeds 0, 1 and 2 are measured on the other windows. What is
+finished is not repeated: the command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cfsp.compose import compose
+from cfsp.config import parse
+from cfsp.pipeline import run
+from cfsp.record.run_record import RunRecord
+from cfsp.tables.methods import Figure, line
+from cfsp.tables.recoveries import label, recovery_table
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = {
+    "bundled": "the bundled calibration prose (the evaluation text is by the same hand, so this also adapts to it)",
+    "self": "256 windows of 256 tokens sampled from the dense model: no data at all",
+}
+RECOVERIES = (
+    ("lora",), ("lora_matched",), ("ig_lora",), ("full",),
+    ("lora", "recovery.objective=distill"), ("full", "recovery.objective=distill"),
+)  # fmt: skip
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+SEEDS, TUNING_SEED = (0, 1, 2), 100
+WINDOWS, TUNING_WINDOWS = "[16,49]", "[0,16]"
+FIGURE = Figure("perplexity", "bundled", "perplexity")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("outputs/compare_recoveries"), help="runs and caches")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="records/ and tables/ are made there")
+    given = parser.parse_args()
+    logging.getLogger("cfsp").setLevel(logging.WARNING)
+    records = given.results / "records" / "recoveries"
+    for data in DATA:
+        best = {recovery: _tune(given.work, records / data / "tuning", data, recovery) for recovery in RECOVERIES}
+        for seed in SEEDS:
+            for recovery in (("none",), *RECOVERIES):
+                words = [] if recovery == ("none",) else _training(data, recovery, best[recovery])
+                _run(given.work, records / data, [*words, f"recovery={recovery[0]}"], seed, WINDOWS)
+    table = given.results / "tables" / "recoveries.md"
+    table.parent.mkdir(parents=True, exist_ok=True)
+    table.write_text(page(records), encoding="utf-8")
+    print(table.read_text(encoding="utf-8"))
+    return 0
+
+
+def _tune(work: Path, folder: Path, data: str, recovery: tuple[str, ...]) -> float:
+    """The learning rate with the lowest perplexity on the tuning windows; its neighbours were tried too."""
+    found: dict[float, float] = {}
+    wanted = [1e-4, 3e-4, 1e-3]
+    while wanted:
+        for rate in wanted:
+            words = [*_training(data, recovery, rate), f"recovery={recovery[0]}"]
+            record = _run(work, folder, words, TUNING_SEED, TUNING_WINDOWS)
+            found[rate] = FIGURE.of(record, "recovered") or float("inf")
+        best = min(found, key=found.__getitem__)
+        at = RATES.index(best)
+        wanted = [rate for rate in RATES[max(at - 1, 0) : at + 2] if rate not in found]
+    return best
+
+
+def _training(data: str, recovery: tuple[str, ...], rate: float) -> list[str]:
+    words = [f"recovery/data={data}", f"recovery.learning_rate={rate}", *recovery[1:]]
+    return [*words, "recovery.max_steps=40", "recovery.batch_size=16", "recovery.cutoff=256"]
+
+
+def _run(work: Path, folder: Path, words: Sequence[str], seed: int, windows: str) -> RunRecord:
+    given = [
+        "model=bundled", "calibration=bundled", "pruner=cfsp", "sparsity.ratio=0.5", *words, f"seed={seed}",
+        "evaluation=perplexity", "evaluation.perplexity.datasets=[bundled]", "evaluation.perplexity.seq_len=256",
+        f"evaluation.perplexity.windows={windows}", "logger=none", "save.model=false",
+        f"paths.output_dir={work / 'runs'}", f"paths.cache_dir={work / 'cache'}",
+        f"paths.records_dir={work / 'records'}",
+    ]  # fmt: skip
+    print(f"{' '.join(words)} seed={seed}", file=sys.stderr)
+    record, _ = run(parse(compose(given)), multirun=True)
+    record.write(folder / f"{record.run_id}.json")
+    return record
+
+
+def page(folder: Path) -> str:
+    """The tables of all data with what they show and the command that makes them."""
+    names = ["none", *(" ".join(recovery) for recovery in RECOVERIES)]
+    parts = [
+        "# Recovery of the bundled model, half of its FFN neurons removed by CFSP\n\n"
+        "Every recovery at equal training tokens, each with its own best learning rate (below). Perplexity on windows "
+        "16 to 48 (256 tokens each) of the bundled evaluation text; mean ± standard deviation over seeds 0, 1, 2 "
+        "(calibration windows, adapters' initial values, order of the data, sampled text). `gap closed`: of the gap in "
+        "log-perplexity between pruned and dense. Made by `python scripts/compare_recoveries.py` from the records in "
+        "`results/records/recoveries`.\n"
+    ]
+    for data, what in DATA.items():
+        records, tuning = read(folder / data), read(folder / data / "tuning")
+        tokens = next(record.recovery["tokens"] for record in records if record.recovery)
+        parts.append(f"\n## `recovery/data={data}`\n\n{what[0].upper()}{what[1:]}. {tokens:,} tokens.\n\n")
+        parts.append(recovery_table(records, FIGURE, names))
+        parts.append("\nLearning rates tried, with the perplexity on windows 0 to 15 at another seed (100):\n\n")
+        parts.append(tuning_table(tuning, names[1:]))
+    return "".join(parts)
+
+
+def read(folder: Path) -> list[RunRecord]:
+    """The records of a folder, in the order of their names."""
+    return [record for path in sorted(folder.glob("*.json")) if (record := RunRecord.read(path)) is not None]
+
+
+def tuning_table(records: Sequence[RunRecord], names: Sequence[str]) -> str:
+    """Rows: recoveries; columns: learning rates; the chosen one in bold, nothing where it was not tried."""
+    values: dict[str, dict[float, float]] = {}
+    for record in records:
+        value = FIGURE.of(record, "recovered")
+        assert value is not None
+        values.setdefault(label(record), {})[record.identity["recovery"]["learning_rate"]] = value
+    rates = sorted({rate for tried in values.values() for rate in tried})
+    lines = [line(["recovery", *(f"{rate:g}" for rate in rates)]), line(["---", *["--:"] * len(rates)])]
+    for name in names:
+        tried = values[name]
+        best = min(tried, key=tried.__getitem__)
+        cells = [f"{tried[rate]:.2f}" if rate in tried else "" for rate in rates]
+        lines.append(line([f"`{name}`", *(f"**{c}**" if r == best else c for r, c in zip(rates, cells, strict=True))]))
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
