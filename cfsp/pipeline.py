@@ -316,7 +316,7 @@ def _recorded(record: RunRecord, out: Path, config: RunConfig, unfinished: Path)
         record.finished = _now()
         record.write(unfinished)
         if _out_of_memory(error):
-            raise RunError(_out_of_memory_hint(config)) from error
+            raise RunError(_out_of_memory_hint(config, record)) from error
         raise
     record.status, record.error = "success", None
     shutil.rmtree(out / "training", ignore_errors=True)  # checkpoints serve a run that has not ended
@@ -331,7 +331,13 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _out_of_memory_hint(config: RunConfig) -> str:
+def _out_of_memory_hint(config: RunConfig, record: RunRecord) -> str:
+    if record.stages and record.stages[-1]["name"] == "recover":
+        disk = ", recovery.teacher=disk" if getattr(config.recovery.instance, "objective", "") == "distill" else ""
+        return (
+            "out of memory: lower recovery.micro_batch_size (batch_size stays what it is) or recovery.cutoff, or use "
+            f"recovery.gradient_checkpointing=true{disk} or model.dtype=bfloat16"
+        )
     hint = "out of memory: lower calibration.batch_size and the evaluation's batch_size (e.g. 1), or use "
     if "gradients" in required(config.importance.instance):
         return f"{hint}importance.gradient_checkpointing=true, fewer calibration.n_samples or model.dtype=bfloat16"

@@ -3,7 +3,7 @@
     python scripts/compare_recoveries.py
 
 The bundled model, half of its FFN neurons removed by CFSP; trained on the bundled calibration prose, and on text that
-the dense model wrote itself; 40 steps of 16 windows of 256 tokens for all. Each recovery gets the learning rate that is
+the dense model wrote itself; 25 steps of 16 windows of 256 tokens for all. Each recovery gets the learning rate that is
 best for it: from the same three on, the search goes on by factors of about three while the best is at an end, with a
 seed and windows of the evaluation text of its own. Then seeds 0, 1 and 2 are measured on the other windows. What is
 finished is not repeated: the command goes on where it was stopped.
@@ -76,7 +76,7 @@ def _tune(work: Path, folder: Path, data: str, recovery: tuple[str, ...]) -> flo
 
 def _training(data: str, recovery: tuple[str, ...], rate: float) -> list[str]:
     words = [f"recovery/data={data}", f"recovery.learning_rate={rate}", *recovery[1:]]
-    return [*words, "recovery.max_steps=40", "recovery.batch_size=16", "recovery.cutoff=256"]
+    return [*words, "recovery.max_steps=25", "recovery.batch_size=16", "recovery.cutoff=256"]
 
 
 def _run(work: Path, folder: Path, words: Sequence[str], seed: int, windows: str) -> RunRecord:

@@ -73,6 +73,30 @@ def test_it_writes_everything_it_promises(demo):
     assert str(base) not in json.dumps(record["environment"])
 
 
+def test_a_recovered_run_holds_three_sides_and_its_folder_gives_the_third(run_cfsp, tmp_path):
+    """What `make demo` does, with fewer steps and without tasks; recovered weights are better than pruned ones."""
+    words = ["recovery.max_steps=10", "recovery.micro_batch_size=8", "evaluation.zero_shot=null"]
+    words += ["evaluation.cost.repeats=1", f"paths.cache_dir={tmp_path / 'cache'}", "model.dtype=float32"]
+    code, out, err = run_cfsp(*words, "recovery=ig_lora", f"paths.output_dir={tmp_path / 'run'}")
+    assert code == 0, err
+    assert "recovered by ig_lora" in out
+    record = record_of(tmp_path / "run")
+    assert list(record["measurements"]) == ["dense", "pruned", "recovered"]
+    dense, pruned, recovered = (figures(record, side, "perplexity") for side in record["measurements"])
+    key = ("perplexity", "bundled", "perplexity")
+    assert dense[key] < recovered[key] < 0.98 * pruned[key]
+    costs = [figures(record, side, "cost") for side in record["measurements"]]
+    assert costs[0]["cost", "parameters", "count"] > costs[1]["cost", "parameters", "count"]
+    assert costs[1]["cost", "parameters", "count"] == costs[2]["cost", "parameters", "count"]
+    assert sum(record["recovery"]["ranks"]) == 8 * 8
+    stages = [stage["name"] for stage in record["stages"]]
+    assert stages.index("evaluate pruned") < stages.index("recover") < stages.index("save")
+    given = [word for word in words if not word.startswith("recovery")]
+    code, _, err = run_cfsp("model=local", f"model.path={tmp_path / 'run' / 'model'}", "pruner=none", *given)
+    assert code == 0, err
+    assert figures(record_of(tmp_path / "out"), "dense", "perplexity") == recovered
+
+
 def test_every_measurement_says_what_it_is(demo):
     record = record_of(demo[0] / "out")
     for side in ("dense", "pruned"):

@@ -43,3 +43,16 @@ def test_the_main_job_runs_in_the_checkpoints_dtype(run_cfsp, tmp_path):
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert record["model"]["dtype"] == "bfloat16"
     assert all(stage["peak_gpu_bytes"] for stage in record["stages"])
+
+
+@pytest.mark.parametrize("settings", [["recovery=ig_lora", "recovery.bf16=true"], ["recovery=full"]], ids=" ".join)
+@pytest.mark.parametrize("objective", ["lm", "distill"])
+def test_a_recovery_lowers_the_perplexity(run_cfsp, tmp_path, settings, objective):
+    words = ["model.device=cuda", "model.dtype=float32", "evaluation=perplexity", "recovery.max_steps=20"]
+    words += ["evaluation.perplexity.datasets=[bundled]", "evaluation.perplexity.seq_len=256"]
+    words += [f"recovery.objective={objective}", "recovery.gradient_checkpointing=true"]
+    words += ["recovery.learning_rate=0.0001"] if settings == ["recovery=full"] else []
+    code, _, err = run_cfsp(*settings, *words)
+    assert code == 0, err
+    figures = json.loads((tmp_path / "out" / "record.json").read_text())["measurements"]
+    assert figures["recovered"][0]["value"] < figures["pruned"][0]["value"]

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 import cfsp
 from cfsp.recover.ranks import importance_guided, matched
-from tests.conftest import ROOT, SENTENCE, mentions
+from tests.conftest import POSITIONS, ROOT, SENTENCE, VOCABULARY, mentions, save_with_tokenizer
+from tests.tiny import tiny_model
 
 #: peft uses a name that transformers has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -126,7 +127,13 @@ def test_rows_are_read_from_every_form(tmp_path, form):
 @pytest.mark.parametrize("recovery", ["lora", "ig_lora", "lora_matched", "full"])
 @pytest.mark.parametrize(
     "structure",
-    [["pruner=cfsp"], ["pruner=flap_al_am"], ["pruner=two_ssp", "sparsity.round_to=1"], ["pruner=shortgpt"]],
+    [
+        ["pruner=cfsp"],
+        ["pruner=flap_al_am"],
+        ["pruner=two_ssp", "sparsity.round_to=1"],
+        ["pruner=block_pruner"],
+        ["pruner=shortgpt"],
+    ],
     ids=lambda words: words[0],
 )
 @pytest.mark.usefixtures("one_thread")
@@ -157,6 +164,46 @@ def test_every_structure_trains_merges_and_reloads(run_cfsp, sound_words, tmp_pa
     if recovery == "ig_lora":
         ranks = [rank for rank in record["ranks"] if rank is not None]
         assert sum(ranks) == 8 * len(ranks)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("architecture", ["mistral", "qwen2", "qwen3", "llama_bias"])
+@pytest.mark.parametrize("pruner", ["flap_al_am", "llm_pruner", "two_ssp"])
+def test_every_architecture_trains_merges_and_reloads(
+    run_cfsp, sound_words, tmp_path, architecture, pruner, prose_file
+):
+    """Biases, query and key norms, fewer heads, no attention: the merged folder and the adapter on its base agree."""
+    from peft import PeftModel
+
+    model = tiny_model(architecture, vocab_size=VOCABULARY, max_position_embeddings=POSITIONS)
+    folder = save_with_tokenizer(model, tmp_path / architecture)
+    words = [*sound_words, f"model.path={folder}", f"pruner={pruner}", "recovery=ig_lora", "sparsity.ratio=0.4"]
+    words += [f"recovery.data.path={prose_file}", *TRAINS, "sparsity.round_to=1", "sparsity.protect=none"]
+    code, _, err = run_cfsp(*words)
+    assert code == 0, err
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        merged, _ = cfsp.load(tmp_path / "out" / "model")
+        base, _ = cfsp.load(tmp_path / "out" / "pruned")
+        before = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()
+        torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, rtol=0, atol=1e-4)
+        assert not torch.equal(before, merged(ids).logits)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_out_of_memory_names_the_knobs_of_the_training(run_cfsp, sound_words, prose_file, monkeypatch):
+    from cfsp.recover import trainer
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(trainer.functional, "cross_entropy", full)
+    code, _, err = run_cfsp(*sound_words, "recovery=lora", f"recovery.data.path={prose_file}", *TRAINS)
+    assert code == 1
+    assert "recovery.micro_batch_size" in err
+    assert "recovery.gradient_checkpointing=true" in err
+    assert "calibration" not in err.splitlines()[-1]
 
 
 #: Runs cfsp and kills it hard: at an optimiser step, or in the middle of the checkpoint of a step.
