@@ -74,7 +74,7 @@ def prepare(config: RunConfig) -> Prepared:
     recovery: dict[str, Any] = {"class": config.recovery.target}
     if config.pruner.instance.prunes:
         with _collected(problems):
-            recovery |= config.recovery.instance.check(view, tokenizer, limits, device.type)
+            recovery |= config.recovery.instance.check(view, tokenizer, limits, device)
     evaluation = {}
     for name, evaluator in config.evaluation.items():
         with _collected(problems):

@@ -29,10 +29,7 @@ DATA = {
     "bundled": "the bundled calibration prose (the evaluation text is by the same hand, so this also adapts to it)",
     "self": "256 windows of 256 tokens sampled from the dense model: no data at all",
 }
-RECOVERIES = (
-    ("lora",), ("lora_matched",), ("ig_lora",), ("full",),
-    ("lora", "recovery.objective=distill"), ("full", "recovery.objective=distill"),
-)  # fmt: skip
+RECOVERIES = (("lora",), ("lora_matched",), ("ig_lora",), ("full",), ("lora", "recovery.objective=distill"))
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 SEEDS, TUNING_SEED = (0, 1, 2), 100
 WINDOWS, TUNING_WINDOWS = "[16,49]", "[0,16]"

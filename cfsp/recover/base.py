@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from cfsp.data.calibration import Limits
@@ -56,7 +57,7 @@ class Recovery(Protocol):
     name: str
     trains: ClassVar[bool]
 
-    def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: str) -> dict[str, Any]:
+    def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: torch.device) -> dict[str, Any]:
         """Find and check the data and the hardware; returns what decides the result, by content.
 
         Raises:

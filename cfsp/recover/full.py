@@ -8,6 +8,8 @@ from cfsp.components import component
 from cfsp.recover.settings import Training
 
 if TYPE_CHECKING:
+    import torch
+
     from cfsp.data.calibration import Limits
     from cfsp.models.views import DecoderView
     from cfsp.recover.base import Recovered, RecoveryContext
@@ -20,7 +22,7 @@ class Full(Training):
     name: str = "full"
     trains: ClassVar[bool] = True
 
-    def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: str) -> dict[str, Any]:
+    def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: torch.device) -> dict[str, Any]:
         """See :class:`cfsp.recover.base.Recovery`."""
         from cfsp.recover.train import check_training
 

@@ -15,6 +15,8 @@ from cfsp.recover.ranks import importance_guided, matched
 from cfsp.recover.settings import Positive, Training
 
 if TYPE_CHECKING:
+    import torch
+
     from cfsp.data.calibration import Limits
     from cfsp.models.views import DecoderView
     from cfsp.recover.base import Recovered, RecoveryContext
@@ -36,7 +38,7 @@ class Lora(Training):
     targets: tuple[str, ...] = ("all-linear",)
     trains: ClassVar[bool] = True
 
-    def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: str) -> dict[str, Any]:
+    def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: torch.device) -> dict[str, Any]:
         """See :class:`cfsp.recover.base.Recovery`."""
         from cfsp.recover.train import check_training
 

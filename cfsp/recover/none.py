@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from cfsp.components import component
 
 if TYPE_CHECKING:
+    import torch
+
     from cfsp.data.calibration import Limits
     from cfsp.models.views import DecoderView
     from cfsp.recover.base import Recovered, RecoveryContext
@@ -19,7 +21,7 @@ class NoRecovery:
     name: ClassVar[str] = "none"
     trains: ClassVar[bool] = False
 
-    def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: str) -> dict[str, Any]:
+    def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: torch.device) -> dict[str, Any]:
         return {}
 
     def recover(self, context: RecoveryContext) -> Recovered:

@@ -18,6 +18,7 @@ from cfsp.recover.checkpoints import last_whole, load_trained, read_marker, save
 from cfsp.recover.settings import EXECUTION, Training
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from cfsp.recover.base import RecoveryContext
@@ -25,13 +26,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def check_training(settings: Training, tokenizer: Any, limits: Limits, device: str) -> dict[str, Any]:
+def check_training(settings: Training, tokenizer: Any, limits: Limits, device: torch.device) -> dict[str, Any]:
     """Data by content, every setting that decides the result; hardware that is asked for must be there.
 
     Raises:
         CfspError: names the key and the way out.
     """
-    import torch
+    from torch.cuda import is_bf16_supported
 
     count = processes.launched().count
     if settings.batch_size % (settings.micro_batch_size * count):
@@ -40,13 +41,19 @@ def check_training(settings: Training, tokenizer: Any, limits: Limits, device: s
             f"recovery.micro_batch_size={settings.micro_batch_size} each need a multiple of "
             f"{settings.micro_batch_size * count}; change one of the two"
         )
+    if count == 1 and device.index:
+        raise ConfigError(
+            f"model.device={device}: a recovery trains on the first device that it sees; use "
+            f"CUDA_VISIBLE_DEVICES={device.index} and model.device={device.type}"
+        )
     limits.check_length("recovery.cutoff", settings.cutoff)
-    if settings.optimizer == "adamw_8bit" and (device != "cuda" or importlib.util.find_spec("bitsandbytes") is None):
-        lacks = "the package bitsandbytes" if device == "cuda" else f"a CUDA device (this run's is {device})"
+    on_cuda = device.type == "cuda"
+    if settings.optimizer == "adamw_8bit" and not (on_cuda and importlib.util.find_spec("bitsandbytes")):
+        lacks = "the package bitsandbytes" if on_cuda else f"a CUDA device (this run's is {device})"
         raise ConfigError(f"recovery.optimizer=adamw_8bit: needs {lacks}; use recovery.optimizer=adamw")
-    if settings.bf16 and device == "cuda" and not torch.cuda.is_bf16_supported():
+    if settings.bf16 and on_cuda and not is_bf16_supported():
         raise ConfigError("recovery.bf16=true: this GPU has no bfloat16; use recovery.bf16=false")
-    if settings.bf16 and device not in ("cuda", "cpu"):
+    if settings.bf16 and device.type not in ("cuda", "cpu"):
         raise ConfigError(f"recovery.bf16=true: not supported on {device}; use recovery.bf16=false")
     return {"data": _data(settings, tokenizer, limits)} | _deciding(settings)
 

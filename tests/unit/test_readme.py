@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+from statistics import mean, stdev
 
+import pytest
 from rich.console import Console
 
 from cfsp.record.run_record import RunRecord
 from cfsp.tables.methods import Figure, label, method_table
+from cfsp.tables.recoveries import label as recovery_label
+from cfsp.tables.recoveries import recovery_table
 from cfsp.tables.summary import summary
 from tests.conftest import ROOT
 
@@ -56,3 +61,51 @@ def test_the_tables_of_pruners_are_their_committed_records():
         assert set(map(frozenset, seeds.values())) == {frozenset({0, 1, 2})}
         if folder.name == "books7m":
             assert table.split("\n\nremoved")[0] in README
+
+
+def test_the_tables_of_recoveries_are_their_committed_records():
+    page = (ROOT / "results" / "tables" / "recoveries.md").read_text(encoding="utf-8")
+    for data in ("bundled", "self"):
+        folder = ROOT / "results" / "records" / "recoveries" / data
+        records = [record for path in sorted(folder.glob("*.json")) if (record := RunRecord.read(path))]
+        tuning = [record for path in sorted((folder / "tuning").glob("*.json")) if (record := RunRecord.read(path))]
+        part = page[page.index(f"`recovery/data={data}`") :]
+        order = re.findall(r"^\| `([^`]+)`", part, re.MULTILINE)
+        table = recovery_table(records, Figure("perplexity", "bundled", "perplexity"), ["none", *order[:5]])
+        assert table in page
+        assert table in README
+        assert len(records) == 3 * 6
+        assert {record.identity["seed"] for record in records} == {0, 1, 2}
+        assert {record.identity["seed"] for record in tuning} == {100}
+        assert {r.identity["evaluation"]["perplexity"]["windows"][0] for r in records} == {16}
+        assert {r.identity["evaluation"]["perplexity"]["windows"][1] for r in tuning} == {16}
+        for record in [*records, *tuning]:
+            assert record.environment["git"]["dirty"] is False
+            assert not re.search(r'"(/|[A-Z]:\\\\)', json.dumps(dataclasses.asdict(record)))
+
+
+def test_lora_gains_more_than_three_standard_deviations():
+    figure = Figure("perplexity", "bundled", "perplexity")
+    for data in ("bundled", "self"):
+        values: dict[str, list[float]] = {}
+        for path in (ROOT / "results" / "records" / "recoveries" / data).glob("*.json"):
+            record = RunRecord.read(path)
+            assert record is not None
+            value = figure.of(record, "recovered" if record.recovery else "pruned")
+            values.setdefault(recovery_label(record), []).append(value)
+        for name, found in values.items():
+            if name != "none":
+                spread = max(stdev(found), stdev(values["none"]))
+                assert mean(values["none"]) - mean(found) > 3 * spread, (data, name)
+
+
+def test_records_that_do_not_belong_together_are_refused():
+    folder = ROOT / "results" / "records" / "recoveries" / "self"
+    records = [record for path in sorted(folder.glob("*.json")) if (record := RunRecord.read(path))]
+    figure = Figure("perplexity", "bundled", "perplexity")
+    trained = next(record for record in records if record.recovery)
+    trained.recovery["tokens"] += 1
+    with pytest.raises(ValueError, match="one number of training tokens"):
+        recovery_table(records, figure, [])
+    with pytest.raises(ValueError, match="one set of seeds"):
+        recovery_table([record for record in records if record is not trained], figure, [])

@@ -382,6 +382,25 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(refused, sound_words
     mentions(refused(*words), "recovery.batch_size=4", "4 processes", "recovery.micro_batch_size=2", "multiple of 8")
 
 
+def test_hardware_that_is_not_there_is_said():
+    from transformers import AutoTokenizer
+
+    from cfsp.data.calibration import Limits
+    from cfsp.errors import ConfigError
+    from cfsp.recover.settings import RecoveryData, Training
+    from cfsp.recover.train import check_training
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "cfsp" / "assets" / "books7m")
+    data = RecoveryData("self", "self", n_samples=4)
+    for device, settings, part in (
+        ("cuda:1", {}, "CUDA_VISIBLE_DEVICES=1"),
+        ("mps", {"bf16": True}, "recovery.bf16=true: not supported on mps"),
+        ("cuda", {"optimizer": "adamw_8bit"}, "needs the package bitsandbytes"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(part)):
+            check_training(Training(data, max_steps=1, **settings), tokenizer, Limits(4096, 256), torch.device(device))
+
+
 @pytest.mark.parametrize(
     ("content", "part"),
     [
