@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -136,9 +137,22 @@ def _unknown_key(key: str, tree: Any, folders: Sequence[Path]) -> str:
 
 
 def _content(path: Path, group: str) -> Any:
-    """The keys of an option's file; a preset (package _global_) has them one level down."""
+    """The keys of an option's file, and of the options within its group that it draws on.
+
+    A preset (package _global_) has its own keys one level down.
+    """
     content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    return content.get(group, content) if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    for entry in content.get("defaults", ()):
+        for inner, option in entry.items() if isinstance(entry, Mapping) else ():
+            part = path.parent / str(inner) / f"{option}.yaml"
+            if part.is_file():
+                package = re.search(r"^# @package (\S+)", part.read_text(encoding="utf-8"))
+                within = package.group(1).removeprefix(group).strip(".") if package else inner
+                keys = _content(part, f"{group}/{inner}")
+                content |= {within: keys} if within else keys
+    return content.get(group, content)
 
 
 def _nearest(key: str, known: Iterable[str], prefix: str = "", suffix: str = "") -> str:
