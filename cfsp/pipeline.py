@@ -77,6 +77,8 @@ def run(config: RunConfig, *, multirun: bool = False) -> tuple[RunRecord, Path]:
         },
         started=_now(),
     )
+    if config.force:
+        shutil.rmtree(out / "training", ignore_errors=True)
     logger = config.logger.instance
     # A repeated run must not cost the record of its success: until it ends well, its own stands beside it.
     repeated = earlier is not None and earlier.status == "success"
@@ -147,7 +149,7 @@ def _execute(prepared: Prepared, record: RunRecord, out: Path, report: Callable[
             others = [_side(side, prepared) for side in sides]
             _add(record.measurements, _side_by_side(prepared, model, [dense, *others]))
     draw_blocks(plan, _distance_shown(config), out / "blocks.png")
-    if record.recovery:
+    if record.recovery and record.recovery.get("history"):
         draw_recovery(record.recovery, out / "recovery.png")
 
 

@@ -71,7 +71,7 @@ def prepare(config: RunConfig) -> Prepared:
         with _collected(problems):
             calibration_identity = calibration_data.identity(config.calibration)
             calibration = _calibration(config, tokenizer, limits)
-    recovery: dict[str, Any] = {"class": config.recovery.target}
+    recovery = {key: value for key, value in config.recovery.identity().items() if key in ("class", "source")}
     if config.pruner.instance.prunes:
         with _collected(problems):
             recovery |= config.recovery.instance.check(view, tokenizer, limits, device)

@@ -11,6 +11,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -158,7 +159,10 @@ def _report(error: Exception, session: _Session, label: str = "") -> int:
     mine = processes.launched()
     if not mine.first:
         if isinstance(error, CfspError) and not processes.connected():
-            return error.exit_code  # before they met, all found the same, and the first says it
+            # Before they met, all found the same. The first says it; whoever is first to end has the launcher end the
+            # others, so it gets the time.
+            time.sleep(5)
+            return error.exit_code
         label = f"process {mine.rank}: {label}"
     if isinstance(error, CfspError):
         for problem in error.problems if isinstance(error, ConfigError) else (str(error),):

@@ -60,9 +60,15 @@ def instructions(file: TextFile, settings: Training, tokenizer: Any) -> list[Exa
     Raises:
         DataError: a row has other keys, or no row has anything to learn within ``cutoff`` tokens.
     """
-    rows = list(islice(_rows(file), settings.data.n_samples))
+    read = list(islice(_rows(file), settings.data.n_samples))
+    rows = [pair for pair in read if pair[1].strip()]
     if not rows:
-        raise DataError(f"recovery.data.path={file.path}: holds no rows; give one with prompt and response")
+        what = "all responses are empty" if read else "holds no rows"
+        raise DataError(f"recovery.data.path={file.path}: {what}; give a file of rows with prompt and response")
+    if len(rows) < len(read):
+        log.warning(
+            "recovery data: %d of %d rows left out, their responses are empty", len(read) - len(rows), len(read)
+        )
     examples = [_example(*one, settings, tokenizer.eos_token_id) for one in _encoded(rows, tokenizer)]
     kept = [example for example in examples if any(label != IGNORED for label in example.labels)]
     if not kept:
@@ -136,14 +142,18 @@ def _encoded(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> Iterator[tuple
     if not tokenizer.is_fast:  # no offsets: the two parts are tokenised each for itself
         for prompt, response in pairs:
             before = list(tokenizer(prompt, verbose=False)["input_ids"])
+            if before and before[-1] == tokenizer.eos_token_id:  # it would end what has not begun
+                before.pop()
             after = list(tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"])
             yield before + after, [False] * len(before) + [True] * len(after)
         return
     texts = [prompt + response for prompt, response in pairs]
     encoded = tokenizer(texts, return_offsets_mapping=True, verbose=False)
     for (prompt, _), ids, offsets in zip(pairs, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        # A token that reaches back into the prompt is the prompt's; special tokens have no extent.
-        yield list(ids), [begin >= len(prompt) and end > begin for begin, end in offsets]
+        # A token over the border is the response's where only white space of the prompt is in it (" Yes").
+        border = len(prompt.rstrip())
+        # Special tokens have no extent.
+        yield list(ids), [begin >= border and end > max(begin, len(prompt)) for begin, end in offsets]
 
 
 def _rows(file: TextFile) -> Iterator[tuple[str, str]]:
@@ -164,7 +174,7 @@ def _raw_rows(path: Path) -> Iterator[Any]:
         if text.lstrip()[:1] == "[":
             yield from json.loads(text)
             return
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, RecursionError) as error:
         raise DataError(
             f"recovery.data.path={path}: cannot be read as rows ({error}); give a .jsonl, .json or .parquet file"
         ) from error
@@ -172,7 +182,7 @@ def _raw_rows(path: Path) -> Iterator[Any]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(
                     f"recovery.data.path={path}: line {number} is not JSON ({error}); one JSON object a line is needed"
                 ) from error
@@ -180,17 +190,34 @@ def _raw_rows(path: Path) -> Iterator[Any]:
 
 
 def _pair(row: Any, number: int, path: Path) -> tuple[str, str]:
-    if isinstance(row, Mapping):
-        answer = next((row[key] for key in _ANSWERS if isinstance(row.get(key), str)), None)
-        if isinstance(answer, str):
-            if isinstance(row.get("instruction"), str):
-                extra = row.get("input") or row.get("context") or ""
-                form = PROMPT_WITH_INPUT if str(extra).strip() else PROMPT
-                return form.format(instruction=row["instruction"], input=extra), answer
-            if isinstance(row.get("prompt"), str):
-                return row["prompt"], answer
-    found = ", ".join(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
-    raise DataError(
-        f"recovery.data.path={path}: row {number} has {found}; needed: instruction, (input,) output, or "
-        "prompt, response"
-    )
+    """Prompt and response of a row.
+
+    Raises:
+        DataError: names the row and what is missing or no text.
+    """
+    where = f"recovery.data.path={path}: row {number}"
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where} is a {type(row).__name__}; an object with prompt and response is needed")
+    answer = next((key for key in _ANSWERS if key in row), None)
+    question = next((key for key in ("instruction", "prompt") if key in row), None)
+    if answer is None or question is None:
+        found = ", ".join(map(str, row))
+        raise DataError(f"{where} has {found}; needed: instruction, (input,) output, or prompt, response")
+    extra = next((key for key in ("input", "context") if row.get(key) is not None), None)
+    for key in (question, answer, extra if question == "instruction" else None):
+        if key is not None:
+            _check_text(row[key], f"{where}: {key}")
+    if question == "prompt":
+        return row["prompt"], row[answer]
+    added = row[extra] if extra is not None else ""
+    form = PROMPT_WITH_INPUT if added.strip() else PROMPT
+    return form.format(instruction=row["instruction"], input=added), row[answer]
+
+
+def _check_text(value: Any, what: str) -> None:
+    if not isinstance(value, str):
+        raise DataError(f"{what} is {json.dumps(value, default=str)[:60]}; text is needed")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} holds half of a character ({error.reason}); write it as valid UTF-8") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -90,6 +91,11 @@ def read_text(text: TextFile) -> str:
             f"{text.key}.path={text.path}: cannot be read as text ({type(error).__name__}: {error}); give a .txt, "
             ".jsonl or .parquet file"
         ) from error
+    if re.search("[\ud800-\udfff]", joined):
+        raise DataError(
+            f"{text.key}.path={text.path}: the text holds half of a character (a lone surrogate); write it as valid "
+            "UTF-8"
+        )
     if not joined.strip():
         raise DataError(f"{text.key}.path={text.path}: the file holds white space only; give one that holds text")
     return joined

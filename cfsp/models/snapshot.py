@@ -41,6 +41,20 @@ class Snapshot:
         finally:
             now.restore()
 
+    @contextmanager
+    def parked(self) -> Iterator[None]:
+        """Parameters that the model had then and has no more wait in the CPU's memory for a while."""
+        now = {id(parameter) for parameter in self.model.parameters()}
+        then = {id(p): p for *_, made_of in self._made_of for p in made_of["_parameters"].values() if p is not None}
+        away = [(p, p.device) for key, p in then.items() if key not in now]
+        for parameter, _ in away:
+            parameter.data = parameter.data.cpu()
+        try:
+            yield
+        finally:
+            for parameter, device in away:
+                parameter.data = parameter.data.to(device)
+
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:

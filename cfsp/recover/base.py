@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 class RecoveryContext:
     """Everything a recovery may use.
 
-    ``model``: the pruned model. ``dense``: entered, the same module is the dense model again. ``importance``: coarse
-    s_l of the base model's blocks [L]. ``folder``: training checkpoints. ``adapter``: where an adapter is written.
-    ``base``: saves the pruned model that an adapter stands on and says where; None where nothing is to be saved.
-    ``report``: called with what happens while it trains. ``seed`` and ``run_id`` are the run's.
+    ``model``: the pruned model. ``dense``: entered, the same module is the dense model again. ``parked``: entered, what
+    only the dense model has waits in the CPU's memory. ``importance``: coarse s_l of the base model's blocks [L].
+    ``folder``: training checkpoints. ``adapter``: where an adapter is written. ``base``: saves the pruned model that an
+    adapter stands on and says where; None where nothing is to be saved. ``report``: called with what happens while it
+    trains. ``seed`` and ``run_id`` are the run's.
     """
 
     model: nn.Module
     dense: Callable[[], AbstractContextManager[None]]
+    parked: Callable[[], AbstractContextManager[None]]
     tokenizer: Any
     limits: Limits
     plan: PruningPlan
@@ -45,7 +47,10 @@ class RecoveryContext:
 
 @dataclass(frozen=True)
 class Recovered:
-    """The model (adapters merged) and what the record says about how it came to be."""
+    """The model (adapters merged) and what the record says about how it came to be: at least its ``name``.
+
+    With ``history`` (rows of step and loss), ``objective``, ``tokens`` and ``trainable_parameters`` it is drawn.
+    """
 
     model: nn.Module
     record: dict[str, Any] = field(default_factory=dict)

@@ -1,6 +1,7 @@
 """What a training leaves on its way, so that a killed run goes on: checkpoints, and in the end the trained weights.
 
-Trainer writes into a checkpoint's folder file by file: it counts only when it is marked as whole.
+Trainer writes into a checkpoint's folder file by file, so a folder counts only once it is sealed: every file is on the
+disk, and their sizes stand in the seal, which is written last.
 """
 
 from __future__ import annotations
@@ -14,61 +15,73 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-#: Written into a checkpoint when it is whole; a checkpoint without it was cut off and is not resumed from.
-_MARKER = "cfsp_complete.json"
+_SEAL = "cfsp_complete.json"
 
 
-def last_whole(folder: Path, run_id: str) -> Path | None:
-    """The newest whole checkpoint of this run; what was cut off, or is another run's, is removed."""
-    found: dict[int, Path] = {}
+def seal(folder: Path, content: dict[str, Any]) -> None:
+    """Say that ``folder`` is whole, with ``content`` for :func:`read_seal`."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    files.pop(_SEAL, None)
+    for path in files.values():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    partial = folder.with_name(f".{folder.name}.seal")
+    with partial.open("w", encoding="utf-8") as stream:
+        json.dump(content | {"files": sizes}, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, folder / _SEAL)
+
+
+def read_seal(folder: Path, run_id: str) -> dict[str, Any] | None:
+    """What was sealed into ``folder`` by this run; None where it is not whole, or another run's."""
+    try:
+        content = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
+        whole = all((folder / name).stat().st_size == size for name, size in content["files"].items())
+        return content if whole and content["run_id"] == run_id else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def last_whole(folder: Path, run_id: str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint of this run with what its seal says; others are removed."""
+    found: dict[int, tuple[Path, dict[str, Any]]] = {}
     for path in folder.glob("checkpoint-*"):
-        try:
-            marker = json.loads((path / _MARKER).read_text(encoding="utf-8"))
-            if marker["run_id"] != run_id:
-                raise ValueError(marker["run_id"])
-            found[int(marker["step"])] = path
-        except (OSError, ValueError, KeyError):
+        content = read_seal(path, run_id)
+        if content is None:
             shutil.rmtree(path)
+        else:
+            found[int(content["step"])] = path, content
     return found[max(found)] if found else None
 
 
-def mark_whole(path: Path, content: dict[str, Any]) -> None:
-    """Say that ``path`` is whole; only then are older checkpoints removed."""
-    partial = path / f".{_MARKER}"
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(partial, path / _MARKER)
+def seal_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Seal a checkpoint; only then are older ones removed."""
+    seal(path, content)
     for other in path.parent.glob("checkpoint-*"):
         if other != path:
             shutil.rmtree(other)
 
 
-def read_marker(path: Path) -> dict[str, Any]:
-    """What :func:`mark_whole` said of a whole checkpoint."""
-    return json.loads((path / _MARKER).read_text(encoding="utf-8"))
-
-
 def save_trained(model: nn.Module, folder: Path, run_id: str, record: dict[str, Any]) -> None:
-    """Keep what was trained of ``model``, and what the record says of it: all or nothing."""
+    """Keep what was trained of ``model``, and what the record says of it."""
     from safetensors.torch import save_file
 
-    partial, whole = folder / f"trained.{os.getpid()}.partial", folder / "trained"
-    partial.mkdir()
-    trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    save_file(trained, partial / "weights.safetensors")
-    (partial / "record.json").write_text(json.dumps({"run_id": run_id, "record": record}), encoding="utf-8")
+    whole = folder / "trained"
     shutil.rmtree(whole, ignore_errors=True)
-    os.replace(partial, whole)
+    whole.mkdir()
+    trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    save_file(trained, whole / "weights.safetensors")
+    seal(whole, {"run_id": run_id, "record": record})
 
 
 def load_trained(model: nn.Module, folder: Path, run_id: str) -> dict[str, Any] | None:
     """Put the weights of :func:`save_trained` into ``model``; returns the record, None where this run left none."""
     from safetensors.torch import load_file
 
-    try:
-        found = json.loads((folder / "trained" / "record.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    if found["run_id"] != run_id:
+    content = read_seal(folder / "trained", run_id)
+    if content is None:
         return None
     model.load_state_dict(load_file(folder / "trained" / "weights.safetensors"), strict=False)
-    return found["record"]
+    return content["record"]

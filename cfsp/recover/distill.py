@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from cfsp.data.recovery import IGNORED, Example
 from cfsp.progress import progress
+from cfsp.recover.checkpoints import read_seal, seal
 
 
 class Teacher(Protocol):
@@ -50,12 +50,13 @@ def kl_top_k(student: Tensor, values: Tensor, indices: Tensor, rest: Tensor, tem
 class DenseInMemory:
     """The dense model beside the pruned one, sharing the weights that no training changes."""
 
-    def __init__(self, model: nn.Module, *, shares: bool) -> None:
-        """``model``: the dense model as it is now; ``shares``: its tensors are not trained, so they need no copy."""
-        memo = {id(t): t for t in (*model.parameters(), *model.buffers())} if shares else {}
-        self.model = copy.deepcopy(model, memo).eval()
-        if not shares:
-            self.model.requires_grad_(False)
+    def __init__(self, model: nn.Module, changes: Collection[int]) -> None:
+        """``model``: the dense model as it is now; ``changes``: ids of the parameters that are trained, so copied."""
+        tensors = (*model.parameters(), *model.buffers())
+        self.model = copy.deepcopy(model, {id(t): t for t in tensors if id(t) not in changes}).eval()
+        for name, parameter in self.model.named_parameters():
+            if id(model.get_parameter(name)) in changes:
+                parameter.requires_grad_(False)
 
     def loss(self, student: Tensor, inputs: dict[str, Tensor], temperature: float) -> Tensor:
         with torch.no_grad():
@@ -78,18 +79,24 @@ class TopKOnDisk:
     @staticmethod
     @torch.no_grad()
     def write(
-        model: nn.Module, examples: Sequence[Example], folder: Path, *, k: int, temperature: float, batch_size: int
+        model: nn.Module,
+        examples: Sequence[Example],
+        folder: Path,
+        run_id: str,
+        *,
+        k: int,
+        temperature: float,
+        batch_size: int,
     ) -> None:
-        """Run the dense ``model`` over the examples, unless ``folder`` holds what it gave."""
+        """Run the dense ``model`` over the examples, unless ``folder`` holds what it gave in this run."""
         starts = _starts(examples)
-        if folder.is_dir():
+        if read_seal(folder, run_id) is not None:
             return
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-        partial.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         total, vocabulary = int(starts[-1]), int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
         k = min(k, vocabulary - 1)
         new = lambda name, dtype, shape: np.lib.format.open_memmap(  # noqa: E731
-            partial / f"{name}.npy", mode="w+", dtype=dtype, shape=shape
+            folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape
         )
         values, indices, rest = (
             new("values", "f4", (total, k)),
@@ -112,7 +119,7 @@ class TopKOnDisk:
             rest[at] = others.cpu().numpy()
         for array in (values, indices, rest):
             array.flush()
-        os.replace(partial, folder)
+        seal(folder, {"run_id": run_id})
 
     def loss(self, student: Tensor, inputs: dict[str, Tensor], temperature: float) -> Tensor:
         rows = np.concatenate([np.arange(self.starts[at], self.starts[at + 1]) for at in inputs["index"].tolist()])

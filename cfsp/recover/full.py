@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cfsp.components import component
-from cfsp.recover.settings import Training
+from cfsp.recover.settings import Name, Training
 
 if TYPE_CHECKING:
     import torch
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 @component
 class Full(Training):
-    """Trains all parameters in the model's own dtype."""
+    """Trains all parameters, in float32; afterwards they are what they were before."""
 
-    name: str = "full"
+    name: Name = "full"
     trains: ClassVar[bool] = True
 
     def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: torch.device) -> dict[str, Any]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from cfsp.components import component, suggest
 from cfsp.errors import ConfigError, RunError
 from cfsp.recover.ranks import importance_guided, matched
-from cfsp.recover.settings import Positive, Training
+from cfsp.recover.settings import Name, Positive, Training
 
 if TYPE_CHECKING:
     import torch
@@ -30,19 +30,28 @@ class Lora(Training):
     ``targets``: names of linear layers within the blocks, or ["all-linear"].
     """
 
-    name: str = "lora"
+    name: Name = "lora"
     ranks: Literal["plain", "importance", "matched"] = "plain"
     rank: Positive = 8
     alpha: float = Field(default=16.0, gt=0, allow_inf_nan=False)
     dropout: float = Field(default=0.05, ge=0, lt=1)
-    targets: tuple[str, ...] = ("all-linear",)
+    targets: Annotated[tuple[str, ...], BeforeValidator(lambda one: (one,) if isinstance(one, str) else one)] = (
+        "all-linear",
+    )
     trains: ClassVar[bool] = True
 
     def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: torch.device) -> dict[str, Any]:
         """See :class:`cfsp.recover.base.Recovery`."""
         from cfsp.recover.train import check_training
 
-        _named(self.targets, _linears(view))
+        wanted = _named(self.targets, _linears(view))
+        linears = [pair for block in view.blocks for pair in _linears_of(block.module).items()]
+        highest = max(min(layer.weight.shape) for name, layer in linears if _is_wanted(name, wanted))
+        if self.rank > highest:
+            raise ConfigError(
+                f"recovery.rank={self.rank}: the largest layer to adapt has rank {highest}; use a smaller one, or "
+                "recovery=full"
+            )
         return check_training(self, tokenizer, limits, device)
 
     def recover(self, context: RecoveryContext) -> Recovered:
@@ -81,9 +90,13 @@ class Lora(Training):
             adapted = get_peft_model(context.model, config)
         found = train(adapted, self, context)
         if base is not None:
+            # In its configuration, and in the card that PEFT writes.
             adapted.peft_config["default"].base_model_name_or_path = str(base)
+            context.model.config._name_or_path = str(base)  # type: ignore[union-attr]
             # Not looking at the base for embeddings of another size: none are trained.
             adapted.save_pretrained(str(context.adapter), save_embedding_layers=False)
+            for file in context.adapter.glob("*.safetensors"):  # readable by their owner alone, whatever the umask
+                file.chmod(context.adapter.stat().st_mode & 0o666)
         model = adapted.merge_and_unload()
         model.requires_grad_(True)
         record = {
@@ -149,15 +162,13 @@ def _named(targets: Sequence[str], known: set[str] | None) -> set[str] | None:
     """
     if not targets:
         raise ConfigError("recovery.targets=[]: nothing to adapt; name layers, or use [all-linear]")
-    if "all-linear" in targets:
-        return None
     for name in targets:
-        if known is not None and name not in known:
+        if name != "all-linear" and known is not None and name not in known:
             raise ConfigError(
                 f"recovery.targets={name}: the blocks have no such linear layer{suggest(name, known)}; they have "
                 f"{', '.join(sorted(known))}"
             )
-    return set(targets)
+    return None if "all-linear" in targets else set(targets)
 
 
 def _is_wanted(name: str, wanted: set[str] | None) -> bool:

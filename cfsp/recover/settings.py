@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from cfsp.components import component
 
 Positive = Annotated[int, Field(ge=1, strict=True)]
+#: Goes into file names.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 
 
 @component
@@ -42,6 +44,11 @@ class RecoveryData:
         if self.kind == "self" and self.n_samples is None:
             raise ValueError(
                 "recovery.data.n_samples=null: data sampled from the dense model needs a number of windows"
+            )
+        if self.kind == "self" and (self.path is not None or self.hub is not None):
+            raise ValueError(
+                f"recovery.data.path={self.path}: recovery/data={self.name} is sampled from the dense model and reads "
+                "no file; leave it out, or use recovery/data=text or instructions"
             )
         if self.kind != "self" and self.path is None and self.hub is None:
             raise ValueError(
@@ -86,6 +93,16 @@ class Training:
             raise ValueError(
                 f"recovery.epochs={self.epochs} recovery.max_steps={self.max_steps}: give exactly one, the other null"
             )
+        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"recovery.warmup_steps={self.warmup_steps}: recovery.max_steps={self.max_steps} steps end before the "
+                "learning rate is reached; use fewer warm-up steps"
+            )
+        if self.packing and self.data.kind != "instructions":
+            raise ValueError(
+                f"recovery.packing=true: recovery/data={self.data.name} is cut into full windows already; packing is "
+                "for instructions, use recovery.packing=false"
+            )
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"recovery.batch_size={self.batch_size}: must be a multiple of "
@@ -94,5 +111,5 @@ class Training:
         return self
 
 
-#: Settings that decide how a training runs and is watched, not what comes out.
-EXECUTION = ("checkpoint_every", "log_every", "data")
+#: Settings that decide how a training is called and watched, not what comes out; data are identified by content.
+EXECUTION = ("name", "checkpoint_every", "log_every", "data")

@@ -107,6 +107,7 @@ def _train(
     context = RecoveryContext(
         model=as_it_was.model,
         dense=as_it_was.active,
+        parked=as_it_was.parked,
         tokenizer=prepared.tokenizer,
         limits=prepared.limits,
         plan=job.plan,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
+import math
+import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 from cfsp import processes
@@ -13,8 +16,8 @@ from cfsp.config import SelfCalibration
 from cfsp.data import recovery as recovery_data
 from cfsp.data.calibration import Limits
 from cfsp.data.recovery import Example
-from cfsp.errors import ConfigError
-from cfsp.recover.checkpoints import last_whole, load_trained, read_marker, save_trained
+from cfsp.errors import ConfigError, RunError
+from cfsp.recover.checkpoints import last_whole, load_trained, save_trained
 from cfsp.recover.settings import EXECUTION, Training
 
 if TYPE_CHECKING:
@@ -62,18 +65,48 @@ def _data(settings: Training, tokenizer: Any, limits: Limits) -> dict[str, Any]:
     """What of the data decides the result: contents, not where they lie or what they are called."""
     data = settings.data
     decides: dict[str, Any] = {"kind": data.kind, "n_samples": data.n_samples}
-    if data.kind == "self":  # how many are sampled at a time decides which random numbers each gets
+    if data.kind == "self":
+        _check_warmup(settings, data.n_samples or 0)
+        # How many are sampled at a time decides which random numbers each gets.
         return decides | {"temperature": data.sampling_temperature, "batch_size": data.sampling_batch_size}
     if data.kind == "text":
         decides |= {"text_field": data.text_field, "txt_rows": data.txt_rows, "join": data.join}
     examples = read_examples(settings, tokenizer, limits)
-    return decides | {"sha256": recovery_data.locate(data).identity["sha256"], "examples": len(examples)}
+    _check_warmup(settings, len(examples))
+    file = recovery_data.locate(data).identity
+    return decides | {"sha256": file["sha256"], "format": file["format"], "examples": len(examples)}
+
+
+def _check_warmup(settings: Training, examples: int) -> None:
+    """Refuse a training that ends before its learning rate is reached (with max_steps the settings do)."""
+    if settings.epochs is None:
+        return
+    steps = math.ceil(settings.epochs * examples / settings.batch_size)
+    if settings.warmup_steps >= steps:
+        raise ConfigError(
+            f"recovery.warmup_steps={settings.warmup_steps}: {settings.epochs:g} epochs of {examples} examples are "
+            f"about {steps} steps of recovery.batch_size={settings.batch_size}, so the learning rate would never be "
+            "reached; use fewer warm-up steps"
+        )
+
+
+def _sha256(settings: Training) -> str | None:
+    data = settings.data
+    return None if data.kind == "self" else recovery_data.locate(data).identity["sha256"]
 
 
 def _deciding(settings: Training) -> dict[str, Any]:
+    """The settings that decide the result, without those that this kind of data and objective does not look at."""
     from dataclasses import asdict
 
-    return {name: value for name, value in asdict(cast(Any, settings)).items() if name not in EXECUTION}
+    unread = set(EXECUTION)
+    if settings.data.kind != "instructions":
+        unread |= {"packing", "response_only"}
+    if settings.objective == "lm":
+        unread |= {"distill_temperature", "distill_weight", "teacher", "top_k"}
+    elif settings.teacher == "memory":
+        unread.add("top_k")
+    return {name: value for name, value in asdict(cast(Any, settings)).items() if name not in unread}
 
 
 def read_examples(settings: Training, tokenizer: Any, limits: Limits) -> list[Example]:
@@ -111,6 +144,15 @@ def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dic
     teacher = _teacher(settings, context, examples, trained=model is context.model)
     context.folder.mkdir(parents=True, exist_ok=True)
     resumed = processes.shared(lambda: last_whole(context.folder, context.run_id))
+    if resumed is not None and resumed[1]["sharded"] != sharded():
+        how = "with FSDP (accelerate launch --use_fsdp)" if resumed[1]["sharded"] else "without FSDP"
+        raise RunError(
+            f"{resumed[0]}: was written {how}, and can be gone on from so only; launch cfsp in the same way, or remove "
+            f"{context.folder} to begin again"
+        )
+    parks = settings.objective == "lm" or settings.teacher == "disk"
+    # Not the launcher's: what decides the result is in the configuration.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if settings.bf16 else "no"
     count = processes.launched().count
     device = next(model.parameters()).device
     arguments = TrainingArguments(
@@ -126,8 +168,7 @@ def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dic
         max_grad_norm=settings.max_grad_norm,
         optim="adamw_torch" if settings.optimizer == "adamw" else "adamw_bnb_8bit",
         bf16=settings.bf16,
-        logging_steps=settings.log_every,
-        logging_first_step=True,
+        logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=settings.checkpoint_every,
@@ -145,20 +186,26 @@ def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dic
     trained: Any = copy.deepcopy(model) if sharded() else model
     if settings.gradient_checkpointing:
         _recompute_activations(trained, True)
-    with torch.random.fork_rng():
+    narrow = _widen(trained)
+    with torch.random.fork_rng(), context.parked() if parks else nullcontext():
         trainer = make_trainer(trained, arguments, examples, settings, teacher, context)
         if resumed is not None:
-            log.info("recovery: going on from %s", resumed.name)
-            trainer.restore(read_marker(resumed))
-        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+            path, sealed = resumed
+            log.info("recovery: going on from %s", path.name)
+            trainer.restore(sealed)
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed[0]))
     if settings.gradient_checkpointing:
         _recompute_activations(trained, False)
     if trained is not model:
         trainer.gather_into(model)
+    else:
+        for parameter, dtype in narrow:
+            parameter.data = parameter.data.to(dtype)
     model.eval()
     found = {
         "objective": settings.objective,
         "data": settings.data.name,
+        "data_sha256": _sha256(settings),
         "examples": len(examples),
         "steps": trainer.state.global_step,
         "tokens": trainer.all_tokens(),
@@ -170,6 +217,16 @@ def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dic
     }
     if processes.launched().first:
         save_trained(model, context.folder, context.run_id, found)
+    return found
+
+
+def _widen(model: nn.Module) -> list[tuple[nn.Parameter, torch.dtype]]:
+    """Train in float32 what is kept in 16 bits, where most updates would be rounded away; returns what it was."""
+    import torch
+
+    found = [(p, p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    for parameter, _ in found:
+        parameter.data = parameter.data.float()
     return found
 
 
@@ -207,14 +264,14 @@ def _teacher(settings: Training, context: RecoveryContext, examples: Sequence[Ex
         return None
     from cfsp.recover.distill import DenseInMemory, TopKOnDisk
 
+    changes = {id(p) for p in context.model.parameters()} if trained else set()
     with context.dense():
         if settings.teacher == "memory":
-            return DenseInMemory(context.model, shares=not trained)
-        folder = context.folder / f"teacher-{context.run_id}"
-        k, temperature = settings.top_k, settings.distill_temperature
+            return DenseInMemory(context.model, changes)
+        folder = context.folder / "teacher"
+        sizes = {"k": settings.top_k, "batch_size": settings.micro_batch_size}
+        temperature = settings.distill_temperature
         processes.shared(
-            lambda: TopKOnDisk.write(
-                context.model, examples, folder, k=k, temperature=temperature, batch_size=settings.micro_batch_size
-            )
+            lambda: TopKOnDisk.write(context.model, examples, folder, context.run_id, temperature=temperature, **sizes)
         )
         return TopKOnDisk(folder, examples)

@@ -23,7 +23,7 @@ from cfsp import processes
 from cfsp.data.recovery import IGNORED, Example
 from cfsp.errors import RunError
 from cfsp.recover.base import RecoveryContext
-from cfsp.recover.checkpoints import mark_whole
+from cfsp.recover.checkpoints import last_whole, seal_checkpoint
 from cfsp.recover.distill import Teacher, collate
 from cfsp.recover.settings import Training
 
@@ -35,6 +35,7 @@ class RecoveryTrainer(Trainer):
 
     settings: Training
     teacher: Teacher | None
+    run_id: str
     #: Of this process since it started; of all of them before.
     tokens, tokens_before = 0, 0
     started, seconds_before = 0.0, 0.0
@@ -76,7 +77,7 @@ class RecoveryTrainer(Trainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.tokens += int(inputs["attention_mask"].sum())
         if processes.total(int(not torch.isfinite(loss))):
-            raise _not_finite("the loss is not finite", self.state.global_step + 1)
+            raise self._not_finite("the loss is not finite", self.state.global_step + 1)
         return loss
 
     def check_weights(self) -> None:
@@ -84,11 +85,19 @@ class RecoveryTrainer(Trainer):
         model: Any = self.model
         trained = (p for p in model.parameters() if p.requires_grad)
         if processes.total(sum(int(not torch.isfinite(local(p)).all()) for p in trained)):
-            raise _not_finite("a weight is not finite", self.state.global_step)
+            raise self._not_finite("a weight is not finite", self.state.global_step)
 
-    def restore(self, marker: dict[str, Any]) -> None:
+    def _not_finite(self, what: str, step: int) -> RunError:
+        found = last_whole(Path(str(self.args.output_dir)), self.run_id) if processes.launched().first else None
+        kept = "" if found is None else f"; the last good checkpoint is kept in {found[0]}"
+        return RunError(
+            f"recovery: {what} at step {step}{kept}; give another paths.output_dir and try a smaller "
+            "recovery.learning_rate, more recovery.warmup_steps, model.dtype=float32 or recovery.bf16=false"
+        )
+
+    def restore(self, sealed: dict[str, Any]) -> None:
         """Go on counting where the checkpoint stopped."""
-        self.tokens_before, self.seconds_before = int(marker["tokens"]), float(marker["seconds"])
+        self.tokens_before, self.seconds_before = int(sealed["tokens"]), float(sealed["seconds"])
 
     def all_tokens(self) -> int:
         """Tokens that went through the model, in all processes and before a resumption."""
@@ -108,9 +117,22 @@ class RecoveryTrainer(Trainer):
             model.load_state_dict(full, strict=False)
 
     def history(self) -> list[dict[str, Any]]:
-        """step, loss and learning rate of every log entry, those before a resumption included."""
-        wanted = ("step", "loss", "learning_rate", "grad_norm")
-        return [{key: row[key] for key in wanted if key in row} for row in self.state.log_history if "loss" in row]
+        """Mean loss of every ``log_every`` steps (of those left at the end), learning rate of their last.
+
+        Trainer's own log has every step, so that a resumption does not change a mean.
+        """
+        rows = [row for row in self.state.log_history if "loss" in row]
+        groups: dict[int, list[dict[str, Any]]] = {}
+        for row in rows:
+            groups.setdefault((int(row["step"]) - 1) // self.settings.log_every, []).append(row)
+        return [
+            {
+                "step": group[-1]["step"],
+                "loss": sum(row["loss"] for row in group) / len(group),
+                **{key: group[-1][key] for key in ("learning_rate", "grad_norm") if key in group[-1]},
+            }
+            for group in groups.values()
+        ]
 
 
 class _Watch(TrainerCallback):
@@ -125,6 +147,7 @@ class _Watch(TrainerCallback):
         from tqdm import tqdm
 
         self.trainer.started, self.first_step = time.perf_counter(), state.global_step
+        state.save_steps = args.save_steps  # a resumption takes the checkpoint's otherwise
         for row in self.trainer.history():  # a logger that started anew gets what came before
             self._report(row)
         self.bar = tqdm(
@@ -138,26 +161,27 @@ class _Watch(TrainerCallback):
             control.should_save = False  # the trained weights themselves are kept
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if not logs or "loss" not in logs:
+        due = state.global_step % self.trainer.settings.log_every == 0 or state.global_step == state.max_steps
+        if not logs or "loss" not in logs or not due:
             return
+        row = self.trainer.history()[-1]
         seconds = time.perf_counter() - self.trainer.started
         pace = processes.total(self.trainer.tokens) / max(seconds, 1e-9)
         left = time_left(state.global_step - self.first_step, state.max_steps - self.first_step, seconds)
-        self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {pace:,.0f} tokens/s")
+        self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {pace:,.0f} tokens/s")
         log.info(
             "recover: step %d of %d, loss %.4f, %s tokens/s, %s left",
-            state.global_step, state.max_steps, logs["loss"], f"{pace:,.0f}", left,
+            state.global_step, state.max_steps, row["loss"], f"{pace:,.0f}", left,
         )  # fmt: skip
-        self._report({"step": state.global_step, **logs, "tokens_per_second": pace})
+        self._report({**row, "tokens_per_second": pace})
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         tokens = self.trainer.all_tokens()
         self.trainer.check_weights()
         if processes.launched().first:  # the others have written what they have: the sums above waited for them
-            marker = {"step": state.global_step, "tokens": tokens, "seconds": self.trainer.seconds()}
-            mark_whole(
-                Path(args.output_dir) / f"checkpoint-{state.global_step}", marker | {"run_id": self.context.run_id}
-            )
+            sealed = {"step": state.global_step, "tokens": tokens, "seconds": self.trainer.seconds()}
+            sealed |= {"run_id": self.context.run_id, "sharded": sharded()}
+            seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}", sealed)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.close()
@@ -185,13 +209,6 @@ def time_left(done: int, total: int, seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
-def _not_finite(what: str, step: int) -> RunError:
-    return RunError(
-        f"recovery: {what} at step {step}; the last whole checkpoint is kept; try a smaller recovery.learning_rate, "
-        "more recovery.warmup_steps or recovery.bf16=false"
-    )
-
-
 def make_trainer(
     model: nn.Module,
     arguments: TrainingArguments,
@@ -207,7 +224,7 @@ def make_trainer(
         train_dataset=range(len(examples)),
         data_collator=lambda rows: collate(rows, examples),
     )
-    trainer.settings, trainer.teacher = settings, teacher
+    trainer.settings, trainer.teacher, trainer.run_id = settings, teacher, context.run_id
     trainer.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole step itself
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Watch(trainer, context))

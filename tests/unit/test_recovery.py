@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import linecache
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,6 +84,39 @@ def test_only_the_response_is_learnt(tmp_path):
     assert prompt.strip() == PROMPT.format(instruction="Name a river {x}.").strip()
 
 
+def learnt(rows, tmp_path, tokenizer) -> list[list[int]]:
+    """The learnt ids of each row."""
+    from cfsp.data.recovery import IGNORED, instructions, locate
+    from cfsp.recover.settings import RecoveryData, Training
+
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    settings = Training(RecoveryData("instructions", "rows", path=str(file)), max_steps=1)
+    examples = instructions(locate(settings.data), settings, tokenizer)
+    return [[label for label in example.labels if label != IGNORED] for example in examples]
+
+
+def test_a_response_that_shares_a_token_with_the_prompts_last_space_is_learnt(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "cfsp" / "assets" / "books7m")
+    rows = [
+        {"prompt": "Is it so? Answer: ", "response": "Yes"},
+        {"prompt": "Is it so?\n", "response": "\nNo"},
+        {"prompt": "Left out.", "response": " "},
+    ]
+    found = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in learnt(rows, tmp_path, tokenizer)]
+    assert found == ["Yes", "No"]
+
+
+def test_a_slow_tokenizer_ends_a_row_once(tmp_path):
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer()
+    (found,) = learnt([{"prompt": "Q: ", "response": "Yes"}], tmp_path, tokenizer)
+    assert tokenizer.decode(found) == "Yes</s>"
+
+
 ROWS = [
     {"instruction": "Name a river.", "input": "", "output": "The Thames."},
     {"instruction": "Name a city.", "input": "in France", "output": "Paris\u2028, of course."},
@@ -153,6 +188,9 @@ def test_every_structure_trains_merges_and_reloads(run_cfsp, sound_words, tmp_pa
     from peft import PeftModel
 
     base, _ = cfsp.load(out / "pruned")
+    assert f"base_model: {out / 'pruned'}" in (out / "adapter" / "README.md").read_text()
+    mode = (out / "adapter" / "adapter_model.safetensors").stat().st_mode
+    assert mode & 0o666 == (out / "record.json").stat().st_mode & 0o666
     adapter = load_file(out / "adapter" / "adapter_model.safetensors")
     assert any(tensor.abs().max() > 0 for name, tensor in adapter.items() if "lora_B" in name)
     ids = torch.arange(40)[None]
@@ -275,6 +313,149 @@ def test_killed_at_any_moment_a_training_goes_on_and_ends_the_same(run_cfsp, sou
 
 
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("folder", "file"),
+    [
+        ("checkpoint-4", "optimizer.pt"), ("checkpoint-4", "adapter_model.safetensors"),
+        ("checkpoint-4", "trainer_state.json"), ("checkpoint-4", "cfsp_complete.json"),
+        ("trained", "weights.safetensors"), ("trained", "cfsp_complete.json"), ("teacher", "rest.npy"),
+    ],
+)  # fmt: skip
+def test_what_is_damaged_is_not_gone_on_from(run_cfsp, sound_words, tmp_path, prose_file, monkeypatch, folder, file):
+    from cfsp import pipeline
+
+    words = [*sound_words, "recovery=lora", f"recovery.data.path={prose_file}", *TRAINS, "recovery.checkpoint_every=4"]
+    words += ["recovery.objective=distill", "recovery.teacher=disk"]
+    code, _, err = run_cfsp(*words, f"paths.output_dir={tmp_path / 'whole'}")
+    assert code == 0, err
+    with monkeypatch.context() as patch:  # killed, as it were, right after the training
+        patch.setattr(pipeline, "draw_blocks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run_cfsp(*words)[0] == 1
+    training = tmp_path / "out" / "training"
+    if folder == "checkpoint-4":
+        shutil.rmtree(training / "trained")
+    damaged = training / folder / file
+    damaged.write_bytes(b"[]" if file.endswith("complete.json") else damaged.read_bytes()[:-1])
+    code, _, err = run_cfsp(*words)
+    assert code == 0, err
+    log = (tmp_path / "out" / "run.log").read_text()
+    assert "steps were done before" not in log or folder == "teacher"
+    assert ("going on from checkpoint-4" in log) == (folder == "trained")
+    whole, again = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_force_begins_again(run_cfsp, sound_words, tmp_path, prose_file, monkeypatch):
+    from cfsp import pipeline
+
+    words = [*sound_words, "recovery=lora", f"recovery.data.path={prose_file}", *TRAINS, "recovery.checkpoint_every=4"]
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "_state", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run_cfsp(*words)[0] == 1
+    code, _, err = run_cfsp(*words, "force=true")
+    assert code == 0, err
+    log = (tmp_path / "out" / "run.log").read_text()
+    assert "going on from" not in log
+    assert "done before" not in log
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_run_id_holds_what_decides_the_training_and_nothing_else(
+    run_cfsp, sound_words, tmp_path, prose_file, monkeypatch
+):
+    base = [*sound_words, "recovery=lora", *TRAINS, "recovery.max_steps=1", "recovery.warmup_steps=0"]
+    same, other = tmp_path / "same.txt", tmp_path / "same.jsonl"
+    for file in (same, other):
+        file.write_text("\n".join(json.dumps({"text": f"{at}: {SENTENCE}"}) for at in range(60)))
+
+    def run_id(number, *words):
+        out = tmp_path / f"run{number}"
+        code, _, err = run_cfsp(*base, *words, f"paths.output_dir={out}")
+        assert code == 0, err
+        record = json.loads((out / "record.json").read_text())
+        return record["run_id"], record["recovery"]["history"][0]["loss"]
+
+    (first, loss), (as_rows, _) = run_id(0, f"recovery.data.path={same}"), run_id(1, f"recovery.data.path={other}")
+    assert first != as_rows
+    alike = run_id(2, f"recovery.data.path={same}", "recovery.data.name=x", "recovery.top_k=3", "recovery.log_every=2")
+    assert alike == (first, loss)
+    assert run_id(3, f"recovery.data.path={same}", "recovery.alpha=8")[0] != first
+    assert run_id(4, f"recovery.data.path={same}", "recovery.response_only=false")[0] == first  # a text has none
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert run_id(5, f"recovery.data.path={same}") == (first, loss)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_small_steps_are_not_lost_in_16_bits(run_cfsp, sound_words, tmp_path, prose_file, monkeypatch, dtype):
+    """Trained in float32, as the same weights are at model.dtype=float32; stored as they were."""
+    words = [*sound_words, "recovery=full", f"recovery.data.path={prose_file}", *TRAINS, f"save.dtype={dtype}"]
+    words += ["recovery.learning_rate=0.00002"]
+    found = {}
+    for name in ("float32", dtype):
+        code, _, err = run_cfsp(*words, f"model.dtype={name}", f"paths.output_dir={tmp_path / name}")
+        assert code == 0, err
+        found[name] = load_file(tmp_path / name / "model" / "model.safetensors")
+    for name, tensor in found["float32"].items():
+        assert found[dtype][name].dtype == tensor.dtype
+        torch.testing.assert_close(found[dtype][name].float(), tensor.float(), rtol=0.02, atol=2e-3)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_history_has_every_step_and_survives_a_resumption(run_cfsp, sound_words, tmp_path, prose_file, monkeypatch):
+    from transformers import Trainer
+
+    words = [*sound_words, "recovery=lora", f"recovery.data.path={prose_file}", *TRAINS, "recovery.max_steps=12"]
+    words += ["recovery.log_every=5", "recovery.checkpoint_every=4"]
+    code, _, err = run_cfsp(*words, f"paths.output_dir={tmp_path / 'whole'}")
+    assert code == 0, err
+    real = Trainer.training_step
+
+    def cut_off(self, *args, **kwargs):
+        if self.state.global_step == 6:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", cut_off)
+        assert run_cfsp(*words)[0] == 1
+    code, _, err = run_cfsp(*words, "recovery.checkpoint_every=3")
+    assert code == 0, err
+    whole, again = (json.loads((tmp_path / n / "record.json").read_text())["recovery"] for n in ("whole", "out"))
+    assert [row["step"] for row in whole["history"]] == [5, 10, 12]
+    assert whole["history"] == again["history"]
+
+
+def test_the_dense_teacher_copies_only_what_is_trained():
+    from cfsp.recover.distill import DenseInMemory
+
+    model = tiny_model()
+    up = model.model.layers[0].mlp.up_proj.weight
+    teacher = DenseInMemory(model, {id(p) for p in model.parameters() if p is not up}).model
+    assert teacher.model.layers[0].mlp.up_proj.weight is up
+    assert teacher.lm_head.weight is not model.lm_head.weight
+    assert not teacher.lm_head.weight.requires_grad
+    assert model.lm_head.weight.requires_grad
+
+
+def test_what_only_the_dense_model_has_is_parked_on_the_cpu(monkeypatch):
+    from cfsp.models.snapshot import Snapshot
+
+    model, moved = tiny_model(), []
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    dense = Snapshot(model)
+    gone = model.model.layers[0].mlp.up_proj.weight
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(gone[:8].clone())
+    cpu = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: moved.append(self.shape) or cpu(self))
+    with dense.parked():
+        assert moved == [gone.shape]
+    with dense.active():
+        assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_the_split_into_micro_batches_does_not_change_what_is_learnt(run_cfsp, sound_words, tmp_path, prose_file):
     """Rows of different lengths: a mean of means would."""
     rows = tmp_path / "rows.jsonl"
@@ -362,6 +543,13 @@ def test_sampled_text_needs_no_file(run_cfsp, sound_words, tmp_path):
         (["recovery.cutoff=32", "recovery.data.n_samples=0"], ["recovery.data.n_samples=0"]),
         (["recovery.learning_rate=0"], ["recovery.learning_rate=0"]),
         (["recovery.targets=[]"], ["recovery.targets=[]", "all-linear"]),
+        (["recovery.targets=[all-linear,q_prj]"], ["recovery.targets=q_prj", "did you mean q_proj"]),
+        (["recovery.rank=65"], ["recovery.rank=65", "rank 16", "recovery=full"]),
+        (["recovery.warmup_steps=6"], ["recovery.warmup_steps=6", "recovery.max_steps=6"]),
+        (["recovery.max_steps=null", "recovery.epochs=0.02"], ["recovery.warmup_steps=5", "about 3 steps"]),
+        (["recovery.packing=true"], ["recovery.packing=true", "instructions"]),
+        (["recovery/data=self", "recovery.data.path=x.txt"], ["recovery.data.path=x.txt", "sampled from the dense"]),
+        (["recovery.name=a/b"], ["recovery.name=a/b"]),
         (["recovery.objective=distil"], ["recovery.objective=distil", "did you mean distill"]),
         (["pruner=none"], ["recovery=ig_lora", "pruner=none", "recovery=none"]),
         (["recovery/data=alpaca"], ["recovery.data.hub.repo=yahma/alpaca-cleaned", "recovery.data.path=FILE"]),
@@ -380,6 +568,36 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(refused, sound_words
     monkeypatch.setattr("cfsp.models.load.launched", lambda: train.processes.Launched(0, 1, 0))
     words = [*sound_words, "recovery=ig_lora", f"recovery.data.path={prose_file}", *TRAINS]
     mentions(refused(*words), "recovery.batch_size=4", "4 processes", "recovery.micro_batch_size=2", "multiple of 8")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_recovery_of_ones_own_is_part_of_the_run_id(run_cfsp, sound_words, tmp_path, monkeypatch):
+    code = """
+from cfsp.components import component
+from cfsp.recover.base import Recovered
+
+@component
+class Scaled:
+    name: str = "scaled"
+    trains = True
+    def check(self, view, tokenizer, limits, device):
+        return {}
+    def recover(self, context):
+        return Recovered(context.model, {"name": self.name, "by": FACTOR})
+"""
+    module = tmp_path / "mine_recovery.py"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = []
+    for factor in (2, 3):
+        module.write_text(code.replace("FACTOR", str(factor)))
+        sys.modules.pop("mine_recovery", None)
+        linecache.clearcache()
+        words = [*sound_words, "recovery._target_=mine_recovery.Scaled", "plugins.allow=[mine_recovery]"]
+        code_, _, err = run_cfsp(*words, f"paths.output_dir={tmp_path / str(factor)}")
+        assert code_ == 0, err
+        found.append(json.loads((tmp_path / str(factor) / "record.json").read_text()))
+    assert found[0]["run_id"] != found[1]["run_id"]
+    assert [record["recovery"]["by"] for record in found] == [2, 3]
 
 
 def test_hardware_that_is_not_there_is_said():
@@ -405,7 +623,14 @@ def test_hardware_that_is_not_there_is_said():
     ("content", "part"),
     [
         ("", "empty"),
-        ('{"prompt": 1}\n', "row 1"),
+        ('{"prompt": 1}\n', "row 1 has prompt"),
+        ("[1]", "row 1 is a int"),
+        ('{"prompt": 1, "response": "x"}\n', "row 1: prompt is 1; text is needed"),
+        ('{"instruction": "a", "output": null}\n', "row 1: output is null; text is needed"),
+        ('{"instruction": "a", "input": {"b": 1}, "output": "x"}\n', "row 1: input is"),
+        ('{"prompt": "a", "response": "\\ud800"}\n', "row 1: response holds half of a character"),
+        ('{"prompt": "a", "response": ""}\n', "all responses are empty"),
+        ('{"prompt": ' + "[" * 100_000 + "\n", "line 1 is not JSON"),
         ("{broken\n", "line 1 is not JSON"),
         (json.dumps({"prompt": "long " * 200, "response": "x"}), "nothing to learn"),
     ],
@@ -435,7 +660,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
         code, _, err = run_cfsp(*words)
     assert code == 1
     (line,) = [line for line in err.splitlines() if "not finite" in line]
-    assert "the loss is not finite at step 4" in line
+    assert "the loss is not finite at step 4; the last good checkpoint is kept in" in line
     assert "recovery.learning_rate" in line
     assert [path.name for path in (tmp_path / "out" / "training").glob("checkpoint-*")] == ["checkpoint-2"]
     code, _, err = run_cfsp(*words)
