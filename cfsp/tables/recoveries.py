@@ -36,7 +36,7 @@ def recovery_table(records: Sequence[RunRecord], figure: Figure, order: Sequence
     head = ["recovery", "trained parameters", "learning rate", shown.label, "gap closed"]
     lines = [line(head), line(["---", *["--:"] * (len(head) - 1)])]
     lines.append(line(["dense", "", "", shown.show(dense), ""]))
-    for name in [*order, *(name for name in rows if name not in order)]:
+    for name in [*(name for name in order if name in rows), *(name for name in rows if name not in order)]:
         values = {seed: _value(record, figure) for seed, record in rows[name].items()}
         closed = [log(pruned[seed] / value) / log(pruned[seed] / dense) for seed, value in values.items()]
         cells = ["pruned, no recovery" if name == "none" else f"`{name}`", *_trained(list(rows[name].values()))]

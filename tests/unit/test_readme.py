@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import re
 from statistics import mean, stdev
@@ -16,6 +17,10 @@ from cfsp.tables.recoveries import label as recovery_label
 from cfsp.tables.recoveries import recovery_table
 from cfsp.tables.summary import summary
 from tests.conftest import ROOT
+
+_spec = importlib.util.spec_from_file_location("compare_recoveries", ROOT / "scripts" / "compare_recoveries.py")
+compare_recoveries = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(compare_recoveries)
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -64,22 +69,22 @@ def test_the_tables_of_pruners_are_their_committed_records():
 
 
 def test_the_tables_of_recoveries_are_their_committed_records():
-    page = (ROOT / "results" / "tables" / "recoveries.md").read_text(encoding="utf-8")
+    folder = ROOT / "results" / "records" / "recoveries"
+    shown = compare_recoveries.page(folder)
+    assert (ROOT / "results" / "tables" / "recoveries.md").read_text(encoding="utf-8") == shown
     for data in ("bundled", "self"):
-        folder = ROOT / "results" / "records" / "recoveries" / data
-        records = [record for path in sorted(folder.glob("*.json")) if (record := RunRecord.read(path))]
-        tuning = [record for path in sorted((folder / "tuning").glob("*.json")) if (record := RunRecord.read(path))]
-        part = page[page.index(f"`recovery/data={data}`") :]
-        order = re.findall(r"^\| `([^`]+)`", part, re.MULTILINE)
-        table = recovery_table(records, Figure("perplexity", "bundled", "perplexity"), ["none", *order[:5]])
-        assert table in page
+        records = compare_recoveries.read(folder / data)
+        order = ["none", "lora", "lora_matched", "ig_lora", "full"]
+        table = recovery_table(records, Figure("perplexity", "bundled", "perplexity"), order)
+        assert table in shown
         assert table in README
+        tuning = compare_recoveries.read(folder / data / "tuning")
         assert len(records) == 3 * 6
         assert {record.identity["seed"] for record in records} == {0, 1, 2}
         assert {record.identity["seed"] for record in tuning} == {100}
         assert {r.identity["evaluation"]["perplexity"]["windows"][0] for r in records} == {16}
         assert {r.identity["evaluation"]["perplexity"]["windows"][1] for r in tuning} == {16}
-        for record in [*records, *tuning]:
+        for record in [*records, *tuning, *compare_recoveries.read(folder / data / "one_rate")]:
             assert record.environment["git"]["dirty"] is False
             assert not re.search(r'"(/|[A-Z]:\\\\)', json.dumps(dataclasses.asdict(record)))
 
