@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/cfsp recovery=ig_lora paths.output_dir=$(DEMO)
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/cfsp recovery=ig_lora recovery/data=self paths.output_dir=$(DEMO)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
