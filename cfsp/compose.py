@@ -21,6 +21,9 @@ from cfsp.components import shown, suggest
 from cfsp.errors import ConfigError
 from cfsp.package import config_folder
 
+#: Groups that describe several runs.
+OF_A_SWEEP = ("experiment", "launcher")
+
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
     """The configuration that ``cfsp <overrides>`` would run, also from within a running Hydra application.
@@ -69,6 +72,8 @@ def _findings(words: Sequence[str], folders: Sequence[Path], *, sweep: bool) -> 
         key = override.key_or_group
         if not key:
             malformed.append(word)
+        elif key in OF_A_SWEEP:
+            yield f"{word}: this is a sweep's, not one run's: python scripts/sweep.py {word}"
         elif _options(key, folders):
             problem = _option_problem(override, sorted(_options(key, folders)))
             if problem is None and override.is_sweep_override() and not sweep:

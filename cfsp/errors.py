@@ -37,6 +37,12 @@ class CheckpointError(CfspError):
     """A model folder, a plan or an output folder cannot be read or written."""
 
 
+class BusyError(CfspError):
+    """Another process is at this run now."""
+
+    exit_code = 1
+
+
 class RunError(CfspError):
     """A run failed for a reason that no input check can see beforehand."""
 

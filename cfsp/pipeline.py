@@ -17,18 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from cfsp.calibrate.cache import StatisticsCache
+from cfsp.calibrate.cache import StatisticsCache, read_or_compute
 from cfsp.config import RunConfig, SelfCalibration
 from cfsp.data.calibration import CalibrationSet
 from cfsp.data.self_generated import sampled
-from cfsp.errors import CheckpointError, ConfigError, RunError
+from cfsp.errors import BusyError, CheckpointError, ConfigError, RunError
 from cfsp.evaluate.base import Side
 from cfsp.evaluate.measurement import Measurement
 from cfsp.identity import METHOD_VERSION, digest, method_of
 from cfsp.importance.base import required
+from cfsp.lease import holder, take
+from cfsp.models.base_models import BaseModels
 from cfsp.models.checkpoint import SavedCheckpoint, check_destination, round_to_stored, save_checkpoint
 from cfsp.models.driver import BlockDriver
-from cfsp.models.load import load_model
 from cfsp.models.snapshot import Snapshot
 from cfsp.models.views import DecoderView, resolve
 from cfsp.prepare import Prepared, prepare
@@ -45,23 +46,47 @@ from cfsp.recover.stage import recover
 
 log = logging.getLogger(__name__)
 
+#: In OUT, who is at the run.
+LEASE = ".lease"
 
-def run(config: RunConfig, *, multirun: bool = False) -> tuple[RunRecord, Path]:
+
+def run(config: RunConfig, *, multirun: bool = False, bases: BaseModels | None = None) -> tuple[RunRecord, Path]:
     """Run what ``config`` asks for, or find it finished; returns its record and its folder OUT.
 
+    Args:
+        multirun: OUT is the run's own folder within ``paths.output_dir``.
+        bases: from several runs in one process: where the model that they start from is kept.
+
     Raises:
+        BusyError: another process is at this run.
         CfspError: an input is wrong (nothing was started), or a stage failed (the record says which).
     """
     prepared = prepare(config)
     parent = Path(config.paths.output_dir)
     out = parent / prepared.run_id if multirun else parent
-    earlier = _claim(out, prepared.run_id)
+    _check_owner(out, prepared.run_id)
     if config.save.model and config.pruner.instance.prunes:
         for name in ("model", "pruned") if config.recovery.instance.trains else ("model",):
             check_destination(out / name)
+    lease = take(out / LEASE)
+    if lease is None:
+        who = holder(out / LEASE) or "another process"
+        raise BusyError(f"paths.output_dir={out}: {who} is at this run; wait for it, or give another folder")
+    try:
+        return _run(prepared, out, bases or BaseModels()), out
+    finally:
+        lease.release()
+
+
+def _run(prepared: Prepared, out: Path, bases: BaseModels) -> RunRecord:
+    config = prepared.config
+    earlier = RunRecord.read(out / "record.json")
     if earlier is not None and not config.force and _is_finished(earlier, out, prepared):
         log.info("this run is finished (%s); force=true repeats it", out / "record.json")
-        return earlier, out
+        copy = Path(config.paths.records_dir) / f"{earlier.run_id}.json"
+        if not copy.is_file():
+            earlier.write(copy)
+        return earlier
     record = RunRecord(
         prepared.run_id,
         configuration=config.raw,
@@ -89,22 +114,41 @@ def run(config: RunConfig, *, multirun: bool = False) -> tuple[RunRecord, Path]:
         logger.start(prepared.run_id, out, config.raw)
         success = False
         try:
-            _execute(prepared, record, out, logger.log)
+            _execute(prepared, record, out, logger.log, bases)
             _mirror(logger, record, out)
             success = True
         finally:
             logger.finish(success=success)
-    return record, out
+    return record
 
 
-def _execute(prepared: Prepared, record: RunRecord, out: Path, report: Callable[[dict[str, Any]], None]) -> None:
-    config, stages = prepared.config, Stages()
+def _execute(
+    prepared: Prepared,
+    record: RunRecord,
+    out: Path,
+    report: Callable[[dict[str, Any]], None],
+    bases: BaseModels,
+) -> None:
+    stages = Stages()
     record.stages = stages.entries
-    trust = config.model.trust_remote_code
-    with stages("load"):
-        model: Any = load_model(prepared.source, dtype=prepared.dtype, device=prepared.device, trust_remote_code=trust)
-        view = resolve(model)
-        probe(view, heads=removes_heads(config.pruner.instance))
+    with contextlib.ExitStack() as until_the_end:
+        with stages("load") as stage:
+            model, stage["cached"] = until_the_end.enter_context(bases.lent(prepared))
+            view = resolve(model)
+            probe(view, heads=removes_heads(prepared.config.pruner.instance))
+        _stages(prepared, record, out, report, model, view, stages)
+
+
+def _stages(
+    prepared: Prepared,
+    record: RunRecord,
+    out: Path,
+    report: Callable[[dict[str, Any]], None],
+    model: Any,
+    view: DecoderView,
+    stages: Stages,
+) -> None:
+    config = prepared.config
     if not config.pruner.instance.prunes:
         with stages("evaluate") as stage:
             record.measurements["dense"], stage["cached"] = _evaluate_dense(prepared, model)
@@ -215,21 +259,26 @@ def _evaluate_dense(prepared: Prepared, model: nn.Module) -> tuple[list[dict[str
             }
         )
         path = Path(prepared.config.paths.cache_dir) / "dense" / f"{key[:32]}.json"
-        found = None if prepared.config.force else _read_json(path)
-        if found is None:
-            all_cached = False
-            found = [m.as_dict() for m in evaluator.instance.measure(model, prepared.tokenizer)]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(found), encoding="utf-8")
-            os.replace(partial, path)
+        if prepared.config.force:
+            path.unlink(missing_ok=True)
+        found, cached = read_or_compute(
+            path,
+            lambda file: json.loads(file.read_text(encoding="utf-8")),
+            partial(_figures, evaluator.instance, model, prepared.tokenizer),
+            lambda values, file: file.write_text(json.dumps(values), encoding="utf-8"),
+        )
+        all_cached &= cached
         rows += found
     return rows, all_cached and bool(rows)
 
 
 def _measured(prepared: Prepared, model: nn.Module) -> list[dict[str, Any]]:
     evaluators = [e.instance for e in prepared.config.evaluation.values() if not e.instance.side_by_side]
-    return [m.as_dict() for evaluator in evaluators for m in evaluator.measure(model, prepared.tokenizer)]
+    return [row for evaluator in evaluators for row in _figures(evaluator, model, prepared.tokenizer)]
+
+
+def _figures(evaluator: Any, model: nn.Module, tokenizer: Any) -> list[dict[str, Any]]:
+    return [measurement.as_dict() for measurement in evaluator.measure(model, tokenizer)]
 
 
 def _side_by_side(prepared: Prepared, model: nn.Module, sides: list[Side]) -> dict[str, list[Measurement]]:
@@ -277,7 +326,7 @@ def _distance_shown(config: RunConfig) -> str:
     return {"none": "angular", "euclidean": "mse"}.get(metric, metric)
 
 
-def _claim(out: Path, run_id: str) -> RunRecord | None:
+def _check_owner(out: Path, run_id: str) -> None:
     """Make OUT, or find it ours; another run's folder is refused."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -294,7 +343,6 @@ def _claim(out: Path, run_id: str) -> RunRecord | None:
             f"paths.output_dir={out}: holds another run ({earlier.run_id}; this one is {run_id}); give another folder "
             "or remove it"
         )
-    return earlier
 
 
 def _is_finished(earlier: RunRecord, out: Path, prepared: Prepared) -> bool:
@@ -380,13 +428,6 @@ def _mirror(logger: Any, record: RunRecord, out: Path) -> None:
     for name in ("blocks", "recovery"):
         if (out / f"{name}.png").is_file():
             logger.image(name, out / f"{name}.png")
-
-
-def _read_json(path: Path) -> list[dict[str, Any]] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def _now() -> str:

@@ -72,7 +72,7 @@ def refused(run_cfsp, tmp_path, monkeypatch):
     """
     import transformers
 
-    from cfsp import pipeline
+    from cfsp.models import base_models
 
     def no_weights(*_, **__):
         raise AssertionError("weights were loaded")
@@ -84,7 +84,7 @@ def refused(run_cfsp, tmp_path, monkeypatch):
         before = files()
         with monkeypatch.context() as patch:
             if not loads:
-                patch.setattr(pipeline, "load_model", no_weights)
+                patch.setattr(base_models, "load_model", no_weights)
                 patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", no_weights)
             code, _, err = run_cfsp(*words, **keys)
         lines = err.splitlines()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cfsp.data.calibration import CalibrationSet
+from cfsp.lease import waited
 from cfsp.models.driver import BlockDriver
 
 log = logging.getLogger(__name__)
@@ -49,17 +50,32 @@ def read_or_compute(
 ) -> tuple[Value, bool]:
     """The value in ``path``, or a new one, which is then kept there atomically; returns (value, cached?).
 
-    ``path`` None: nothing is kept. A file that cannot be read is made again.
+    Of several processes that want it at the same time one computes it, the others wait and read. ``path`` None: nothing
+    is kept. A file that cannot be read is made again.
     """
-    if path is not None and path.is_file():
-        try:
-            return read(path), True
-        except Exception as error:  # any damage: the file can be made again
-            log.warning("cached %s %s cannot be read (%s); computing it again", path.parent.name, path.name, error)
-    value = compute()
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    if path is None:
+        return compute(), False
+    found = _kept(path, read)
+    if found:
+        return found[0], True
+    kind = path.parent.name
+    with waited(path.parent / ".leases" / path.stem, lambda who: log.info("waiting for %s (%s)", kind, who)):
+        found = _kept(path, read, quiet=True)
+        if found:
+            return found[0], True
+        value = compute()
         partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
         write(value, partial)
         os.replace(partial, path)
     return value, False
+
+
+def _kept(path: Path, read: Callable[[Path], Value], *, quiet: bool = False) -> tuple[Value] | None:
+    if not path.is_file():
+        return None
+    try:
+        return (read(path),)
+    except Exception as error:  # any damage: the file can be made again
+        if not quiet:
+            log.warning("cached %s %s cannot be read (%s); computing it again", path.parent.name, path.name, error)
+        return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +65,21 @@ def sampled(
     fingerprint: str,
 ) -> CalibrationSet:
     """:func:`sample_windows`, kept in ``cache`` by the model's ``fingerprint``, dtype, settings and seed."""
+    from cfsp.calibrate.cache import read_or_compute
     from cfsp.identity import METHOD_VERSION, digest
 
     decides = section.model_dump() | {"model": fingerprint, "seed": seed}
     decides |= {"dtype": str(next(model.parameters()).dtype), "version": METHOD_VERSION}
     path = cache / "sampled" / f"{digest(decides)[:32]}.npy"
-    if path.is_file():
-        return CalibrationSet(torch.from_numpy(np.load(path)), section.name, "self", seed)
-    found = sample_windows(model, tokenizer, section, limits, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.npy")
-    np.save(partial, found.input_ids.numpy())
-    os.replace(partial, path)
+    found, _ = read_or_compute(
+        path,
+        lambda file: CalibrationSet(torch.from_numpy(np.load(file)), section.name, "self", seed),
+        lambda: sample_windows(model, tokenizer, section, limits, seed),
+        _write_ids,
+    )
     return found
+
+
+def _write_ids(found: CalibrationSet, path: Path) -> None:
+    with path.open("wb") as stream:  # given a name, numpy would add its own ending
+        np.save(stream, found.input_ids.numpy())

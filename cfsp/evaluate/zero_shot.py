@@ -9,7 +9,7 @@ import logging
 import random
 import re
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -19,6 +19,7 @@ from cfsp.components import component, suggest
 from cfsp.errors import ConfigError, DataError
 from cfsp.evaluate.measurement import Measurement
 from cfsp.package import package_path
+from cfsp.progress import watched
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,6 +71,9 @@ class ZeroShot:
 
         with _quiet_harness():
             harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=self.batch_size)
+            if not watched():  # the harness draws its bars whatever tqdm's own switch says
+                for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+                    setattr(harness, name, partial(getattr(harness, name), disable_tqdm=True))
             local = self._local_tasks()
             tasks = [_given(name, local[name]) if name in local else name for name in self.tasks]
             try:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """How a (suite, task, metric) is shown. ``better``: +1 higher, -1 lower."""
+    """How a (suite, task, metric) is shown. ``better``: +1 higher, -1 lower, 0 neither."""
 
     label: str
     better: int
     show: Callable[[float], str]
+    unit: str = ""
 
 
 def _count(value: float) -> str:
@@ -30,11 +31,11 @@ def _bytes(value: float) -> str:
 
 
 _COST = {
-    "parameters": Metric("parameters", -1, _count),
-    "checkpoint": Metric("checkpoint size", -1, _bytes),
-    "linear_macs": Metric("MACs per token (linear layers)", -1, _count),
-    "prefill": Metric("prefill, tokens/s", 1, lambda value: f"{value:,.0f}"),
-    "decode": Metric("decode, tokens/s", 1, lambda value: f"{value:,.1f}"),
+    "parameters": Metric("parameters", -1, _count, "count"),
+    "checkpoint": Metric("checkpoint size", -1, _bytes, "bytes"),
+    "linear_macs": Metric("MACs per token (linear layers)", -1, _count, "MACs per token"),
+    "prefill": Metric("prefill, tokens/s", 1, lambda value: f"{value:,.0f}", "tokens/s"),
+    "decode": Metric("decode, tokens/s", 1, lambda value: f"{value:,.1f}", "tokens/s"),
 }
 _SUITES = ("cost-size", "perplexity", "zero_shot", "cost-speed")
 
@@ -46,8 +47,18 @@ def describe(suite: str, task: str, metric: str) -> Metric:
     if suite == "perplexity":
         return Metric(f"perplexity, {task}", -1, lambda value: f"{value:,.2f}")
     if suite == "zero_shot":
-        return Metric(f"{task}, {metric}", 1, lambda value: f"{value:.3f}")
+        return Metric(f"{task}, {metric}", 1, lambda value: f"{value:.3f}", "fraction")
     return Metric(f"{task}, {metric}", 1, lambda value: f"{value:.4g}")
+
+
+def share(label: str) -> Metric:
+    """A share that is neither good nor bad, such as how much was removed."""
+    return Metric(label, 0, lambda value: f"{value:.1%}", "fraction")
+
+
+def count(label: str) -> Metric:
+    """A whole number that is neither good nor bad."""
+    return Metric(label, 0, lambda value: f"{value:,.0f}", "count")
 
 
 def order(suite: str, task: str) -> int:

@@ -159,10 +159,10 @@ def test_the_folder_loads_as_saved_and_the_plan_replays_to_it(demo):
 
 def test_a_whole_runs_calibration_and_planning_see_each_token_once(run_cfsp, monkeypatch):
     """Counted at the linears of the loaded model, over everything that a run does before the plan is written."""
-    from cfsp import pipeline
+    from cfsp.models import base_models
 
     seen: dict[str, int] = {}
-    load = pipeline.load_model
+    load = base_models.load_model
 
     def counting(*args, **kwargs):
         model = load(*args, **kwargs)
@@ -174,7 +174,7 @@ def test_a_whole_runs_calibration_and_planning_see_each_token_once(run_cfsp, mon
                 )
         return model
 
-    monkeypatch.setattr(pipeline, "load_model", counting)
+    monkeypatch.setattr(base_models, "load_model", counting)
     code, _, err = run_cfsp("evaluation=none", "save.model=false", "calibration.n_samples=12", "calibration.seq_len=64")
     assert code == 0, err
     assert seen.pop("lm_head") == 0
@@ -232,7 +232,7 @@ def test_the_folders_figures_are_the_runs_in_every_dtype(words, again, run_cfsp,
 def test_a_foreign_model_folder_is_refused_before_any_work(run_cfsp, tmp_path, monkeypatch):
     (tmp_path / "out" / "model").mkdir(parents=True)
     (tmp_path / "out" / "model" / "notes.txt").write_text("mine")
-    monkeypatch.setattr("cfsp.pipeline.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("cfsp.models.base_models.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     code, _, err = run_cfsp("evaluation=none")
     assert code == 2
     assert "was not written by cfsp" in err
@@ -294,7 +294,7 @@ def test_a_finished_run_is_not_repeated_unless_forced(run_cfsp, tmp_path, monkey
     assert run_cfsp(*given)[0] == 0
     started = record_of(tmp_path / "out")["started"]
     with monkeypatch.context() as patch:
-        patch.setattr("cfsp.pipeline.load_model", lambda *_, **__: pytest.fail("the run was repeated"))
+        patch.setattr("cfsp.models.base_models.load_model", lambda *_, **__: pytest.fail("the run was repeated"))
         assert run_cfsp(*given)[0] == 0
     assert record_of(tmp_path / "out")["started"] == started
     shutil.rmtree(tmp_path / "out" / "model")

@@ -1,0 +1,54 @@
+"""The model that several runs of one process start from: loaded once, given back as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cfsp.models.load import load_model
+from cfsp.models.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from cfsp.prepare import Prepared
+
+
+class BaseModels:
+    """Lends the base model of a run; ``keep``: the last one stays in memory for the next run of the same model."""
+
+    def __init__(self, *, keep: bool = False) -> None:
+        self._keep = keep
+        self._kept: tuple[Any, Any] | None = None
+
+    @contextmanager
+    def lent(self, prepared: Prepared) -> Iterator[tuple[Any, bool]]:
+        """(the model, was it here?). Slicing swaps modules and parameters, which a snapshot undoes.
+
+        Where values are written into shared parameters (a recovery; rounding to a narrower dtype), or the run failed,
+        the model is not kept.
+        """
+        config = prepared.config
+        key = (prepared.source.fingerprint, prepared.dtype, prepared.device, config.model.trust_remote_code)
+        found, self._kept = self._kept, None  # never two base models at a time
+        here = found is not None and found[0] == key
+        model: Any = found[1] if found is not None and here else None
+        del found
+        if model is None:
+            model = load_model(
+                prepared.source,
+                dtype=prepared.dtype,
+                device=prepared.device,
+                trust_remote_code=config.model.trust_remote_code,
+            )
+        as_it_was = Snapshot(model) if self._keep else None
+        yield model, here
+        if as_it_was is not None and not config.recovery.instance.trains and not _narrows(prepared):
+            as_it_was.restore()
+            self._kept = (key, model)
+
+
+def _narrows(prepared: Prepared) -> bool:
+    stored = min(torch.finfo(prepared.stored_dtype).bits, torch.finfo(prepared.dtype).bits)
+    return stored < torch.finfo(getattr(torch, prepared.source.stored_dtype)).bits

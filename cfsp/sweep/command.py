@@ -1,0 +1,209 @@
+"""``scripts/sweep.py experiment=NAME [variant=...] [status=true] [launcher=...] [key=value ...]``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from cfsp.components import build, suggest
+from cfsp.errors import CfspError, ConfigError
+from cfsp.package import config_folder
+from cfsp.sweep.experiment import Cell, Experiment, Values, given_values, load_experiment
+
+USAGE = """\
+Run what is missing of an experiment, or list what is done.
+
+  python scripts/sweep.py experiment=NAME                    the variant `bundled`: offline, on a CPU
+  python scripts/sweep.py experiment=NAME variant=paper      the named models of the hub
+  python scripts/sweep.py experiment=NAME status=true        done, missing, failed with the reason; runs nothing
+  python scripts/sweep.py experiment=NAME launcher=local launcher.processes=4
+  python scripts/sweep.py experiment=NAME sparsity.ratio=0.3,0.4 model=local model.path=FOLDER
+
+Every other key=value goes to each run and replaces what the experiment says of that key (key=a,b,c: several). What is
+finished is skipped; force=true does it again. Records: results/records/NAME/VARIANT (paths.records_dir); the runs' own
+folders: outputs/sweeps/NAME (paths.output_dir). Exit codes: 0 all done, 1 a run failed, 2 wrong input.
+
+Experiments: {experiments}
+Launchers: {launchers}
+"""
+
+#: Keys of the sweep itself; the others go to the runs.
+_OWN = ("experiment", "variant", "status", "launcher")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked command line."""
+
+    experiment: Experiment
+    variant: str
+    cells: list[Cell]
+    varying: list[str]
+    launcher: Any
+    status: bool
+    force: bool
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Sweep; returns the exit code."""
+    given = sys.argv[1:] if words is None else list(words)
+    if not given or given[0] in ("-h", "--help"):
+        print(USAGE.format(experiments=_options("experiment"), launchers=_options("launcher")))
+        return 0 if given else 2
+    quiet()
+    try:
+        return _sweep(request_of(given))
+    except CfspError as error:
+        for problem in getattr(error, "problems", (str(error),)):
+            print(f"sweep: {' '.join(problem.split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("sweep: interrupted; the same command goes on", file=sys.stderr)
+        return 1
+
+
+def request_of(words: Sequence[str]) -> Request:
+    """Read a command line of a sweep or of its tables.
+
+    Raises:
+        ConfigError: what is wrong with it.
+    """
+    given = given_values(words)
+    own = {key: given.pop(key) for key in [*given] if key in _OWN or key.startswith("launcher.")}
+    if "experiment" not in own:
+        raise ConfigError(f"experiment is not set: give experiment=NAME; experiments: {_options('experiment')}")
+    experiment = load_experiment(str(own["experiment"]))
+    variant = str(own.get("variant", "bundled"))
+    cells = experiment.cells(variant, {**_usual(experiment.name, variant, given), **given})
+    points = [cell.point for cell in cells]
+    varying = [key for key in points[0] if len({point.get(key) for point in points}) > 1]
+    return Request(
+        experiment,
+        variant,
+        cells,
+        varying,
+        _launcher(own),
+        status=_flag(own, "status"),
+        force=str(given.get("force", "false")).lower() == "true",
+    )
+
+
+def quiet() -> None:
+    """What runs say goes to their run.log; here only warnings."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=UserWarning)
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("cfsp").setLevel(logging.INFO)
+
+
+def records_folder(name: str, variant: str) -> Path:
+    """Where the records of an experiment are, seen from the working folder."""
+    return Path("results") / "records" / name / variant
+
+
+def _sweep(request: Request) -> int:
+    from cfsp.sweep.job import Job, Outcome, jobs_of, state_of
+
+    jobs = jobs_of(request.cells)
+    states = {job.run_id: state_of(job) for job in jobs}
+    if request.status:
+        _show(request, jobs, states)
+        return 0
+    wanted = [job for job in jobs if request.force or states[job.run_id].name != "done"]
+    print(f"{request.experiment.name} ({request.variant}): {len(jobs)} runs, {len(jobs) - len(wanted)} done already")
+    failed: list[str] = []
+    over = 0
+
+    def report(job: Job, outcome: Outcome) -> None:
+        nonlocal over
+        over += 1
+        what = f"[{over}/{len(wanted)}] {_name(request, job.cell)}: "
+        if outcome.name == "failed":
+            failed.append(job.run_id)
+            print(f"{what}FAILED: {outcome.reason}", flush=True)
+        else:
+            print(
+                f"{what}{'done by another process' if outcome.name == 'busy' else f'{outcome.seconds:.1f} s'}",
+                flush=True,
+            )
+
+    if wanted:
+        request.launcher.launch(wanted, report)
+    if failed:
+        print(
+            f"sweep: {len(failed)} of {len(wanted)} runs failed; the same command tries them again, with status=true "
+            "it lists them",
+            file=sys.stderr,
+        )
+    return 1 if failed else 0
+
+
+def _show(request: Request, jobs: Sequence[Any], states: Mapping[str, Any]) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 160)
+    table = Table("state", "run", "run_id", "reason", box=None, pad_edge=False)
+    for job in jobs:
+        state = states[job.run_id]
+        table.add_row(state.name, _name(request, job.cell), job.run_id, state.reason)
+    console.print(table)
+    counts = Counter(state.name for state in states.values())
+    summary = ", ".join(f"{counts[name]} {name}" for name in ("done", "running", "failed", "interrupted", "missing"))
+    console.print(f"{request.experiment.name} ({request.variant}): {len(jobs)} runs: {summary}")
+
+
+def _name(request: Request, cell: Cell) -> str:
+    return " ".join(f"{key}={cell.point[key]}" for key in request.varying if key in cell.point) or str(cell)
+
+
+def _usual(name: str, variant: str, given: Mapping[str, Values]) -> dict[str, Values]:
+    """What a sweep sets unless the command line does."""
+    usual: dict[str, Values] = {
+        "save.model": "false",
+        "paths.output_dir": f"outputs/sweeps/{name}",
+        "paths.records_dir": str(records_folder(name, variant)),
+    }
+    if given.get("logger", "wandb") == "wandb":
+        usual["logger.group"] = f"{name}-{variant}"
+    return {key: value for key, value in usual.items() if key not in given}
+
+
+def _launcher(own: Mapping[str, Values]) -> Any:
+    name = str(own.get("launcher", "sequential"))
+    path = config_folder() / "launcher" / f"{name}.yaml"
+    if not path.is_file():
+        known = _options("launcher")
+        raise ConfigError(
+            f"launcher={name}: there is no such launcher{suggest(name, known.split(', '))}; there are {known}"
+        )
+    values: Any = OmegaConf.to_container(OmegaConf.load(path))
+    for key, value in own.items():
+        if key.startswith("launcher."):
+            values[key.removeprefix("launcher.")] = yaml.safe_load(str(value))
+    return build("launcher", values, needs=("launch",)).instance
+
+
+def _flag(own: Mapping[str, Values], key: str) -> bool:
+    value = str(own.get(key, "false")).lower()
+    if value not in ("true", "false"):
+        raise ConfigError(f"{key}={value}: use true or false")
+    return value == "true"
+
+
+def _options(group: str) -> str:
+    return ", ".join(sorted(path.stem for path in (config_folder() / group).glob("*.yaml")))

@@ -1,0 +1,131 @@
+"""The runs of a sweep with their identities, what is done of each, and doing one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cfsp.compose import compose
+from cfsp.config import RunConfig, parse
+from cfsp.errors import BusyError, CfspError, CheckpointError, ConfigError
+from cfsp.identity import digest
+from cfsp.lease import holder
+from cfsp.models.base_models import BaseModels
+from cfsp.pipeline import LEASE, run
+from cfsp.prepare import prepare
+from cfsp.progress import progress
+from cfsp.record.run_record import UNFINISHED, RunRecord
+from cfsp.sweep.experiment import Cell
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that the sweep wants; ``shares``: what it calibrates on, the same for all runs that share statistics."""
+
+    cell: Cell
+    run_id: str
+    out: Path
+    record: Path
+    shares: str
+
+
+@dataclass(frozen=True)
+class State:
+    """``name``: done, running, failed, interrupted or missing; ``reason`` says more where there is more to say."""
+
+    name: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How doing a job ended: ``name`` is done, failed or busy (another process is at it)."""
+
+    name: str
+    reason: str = ""
+    seconds: float = 0.0
+
+
+def jobs_of(cells: Iterable[Cell]) -> list[Job]:
+    """Compose and check every run, all inputs included; cells that are the same run become one job.
+
+    Raises:
+        ConfigError: every problem of every run, each once.
+    """
+    problems: dict[str, None] = {}
+    configs: list[tuple[Cell, RunConfig]] = []
+    for cell in cells:
+        try:
+            configs.append((cell, parse(compose(cell.words))))
+        except CfspError as error:
+            problems.update(dict.fromkeys(getattr(error, "problems", (str(error),))))
+    found: dict[str, Job] = {}
+    for cell, config in progress(configs, "check", unit="run"):
+        try:
+            prepared = prepare(config)
+        except CfspError as error:
+            problems.update(dict.fromkeys(getattr(error, "problems", (str(error),))))
+            continue
+        pruning = prepared.identity["pruning"] or {}
+        shares = digest([prepared.identity["model"], prepared.identity["dtype"], pruning.get("calibration")])
+        out = Path(config.paths.output_dir) / prepared.run_id
+        record = Path(config.paths.records_dir) / f"{prepared.run_id}.json"
+        found.setdefault(prepared.run_id, Job(cell, prepared.run_id, out, record, shares))
+    if problems:
+        raise ConfigError(*problems)
+    return list(found.values())
+
+
+def state_of(job: Job) -> State:
+    """What is done of a job."""
+    try:
+        record = RunRecord.read(job.record)
+        if record is not None and record.status == "success":
+            return State("done")
+        record = RunRecord.read(job.out / "record.json") or record
+    except CheckpointError as error:
+        return State("failed", str(error))
+    who = holder(job.out / LEASE)
+    if who is not None:
+        return State("running", who)
+    if record is None:
+        return State("missing")
+    if record.status == "success":
+        return State("done")
+    said = record.error or {}
+    if said.get("type") == UNFINISHED["type"]:
+        stage = f" in the stage after {record.stages[-1]['name']}" if record.stages else ""
+        return State("interrupted", f"it was killed{stage}; the next launch goes on with it")
+    return State("failed", f"{said.get('type')}: {_line(said.get('message', ''))}")
+
+
+def do(words: Sequence[str], bases: BaseModels) -> Outcome:
+    """Run what the words say; an error becomes its one line, the record holds the rest."""
+    import time
+
+    start = time.perf_counter()
+    try:
+        run(parse(compose(words)), multirun=True, bases=bases)
+    except BusyError as error:
+        return Outcome("busy", str(error))
+    except Exception as error:  # whatever one run does, the others go on
+        log.debug("run failed", exc_info=error)
+        kind = "" if isinstance(error, CfspError) else f"{type(error).__name__}: "
+        return Outcome("failed", f"{kind}{_line(str(error))}", time.perf_counter() - start)
+    return Outcome("done", "", time.perf_counter() - start)
+
+
+def mark_failed(job: Job, reason: str) -> None:
+    """Say in its folder's record why a run ended whose process cannot say so any more."""
+    record = RunRecord.read(job.out / "record.json")
+    if record is not None and record.status != "success":
+        record.error = {"type": "ProcessDied", "message": reason}
+        record.write(job.out / "record.json")
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())

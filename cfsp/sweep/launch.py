@@ -1,0 +1,212 @@
+"""Launching the runs of a sweep: one after the other in this process, or by several processes of this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+from pydantic import Field
+
+from cfsp.components import component
+from cfsp.models.base_models import BaseModels
+from cfsp.sweep.job import Job, Outcome, do, mark_failed, state_of
+
+if TYPE_CHECKING:
+    from multiprocessing.context import SpawnProcess
+
+#: Told of every job that is over.
+Report = Callable[[Job, Outcome], None]
+#: Seconds between two looks at runs that another sweep is at.
+LOOK = 1.0
+
+
+class Launcher(Protocol):
+    """One class and one YAML under ``conf/launcher``."""
+
+    def launch(self, jobs: Sequence[Job], report: Report) -> None:
+        """Do every job; what another process does meanwhile is waited for, not repeated."""
+        ...
+
+
+@component
+class Sequential:
+    """In this process, in order; the base model is loaded once."""
+
+    def launch(self, jobs: Sequence[Job], report: Report) -> None:
+        queue, bases = Queue(jobs), BaseModels(keep=True)
+        while queue.waiting:
+            job = queue.next()
+            if job is None:
+                time.sleep(LOOK)
+                continue
+            outcome = do(job.cell.words, bases)
+            if queue.ended(job, outcome):
+                report(job, outcome)
+
+
+@component
+class Local:
+    """``processes`` processes; each takes a GPU of its own where there are any, in turn, else its share of the cores.
+
+    A process that dies is replaced; its run has failed, no other.
+    """
+
+    processes: Annotated[int, Field(ge=1)] = 2
+
+    def launch(self, jobs: Sequence[Job], report: Report) -> None:
+        queue = Queue(jobs)
+        workers = [_Worker(number, self.processes) for number in range(min(self.processes, len(jobs)))]
+        try:
+            while queue.waiting or any(worker.job for worker in workers):
+                for worker in workers:
+                    if worker.job is None and (job := queue.next()) is not None:
+                        worker.give(job)
+                busy = [worker for worker in workers if worker.job]
+                if not busy:
+                    time.sleep(LOOK)
+                for worker in _heard(busy):
+                    job, outcome = worker.result()
+                    if queue.ended(job, outcome):
+                        report(job, outcome)
+        finally:
+            for worker in workers:
+                worker.close()
+
+
+class Queue:
+    """The jobs that are not done, those first that calibrate what others share.
+
+    While a job calibrates, those that need the same statistics wait; a job that another sweep is at comes back until it
+    is done or free.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.waiting = list(jobs)
+        self._active: list[Job] = []
+        self._calibrated: set[str] = set()
+        self._again: dict[str, float] = {}
+
+    def next(self) -> Job | None:
+        """The next job to start now; None where all that wait have to."""
+        calibrating = {job.shares for job in self._active} - self._calibrated
+        now = time.monotonic()
+        ready = [job for job in self.waiting if self._again.get(job.run_id, 0) <= now and job.shares not in calibrating]
+        if not ready:
+            return None
+        first = next((job for job in ready if job.shares not in self._calibrated), ready[0])
+        self.waiting.remove(first)
+        self._active.append(first)
+        return first
+
+    def ended(self, job: Job, outcome: Outcome) -> bool:
+        """Take note of how it ended; False where it is to be looked at again."""
+        self._active.remove(job)
+        if outcome.name == "busy":
+            if state_of(job).name != "done":
+                self._again[job.run_id] = time.monotonic() + LOOK
+                self.waiting.append(job)
+                return False
+        elif outcome.name == "done":
+            self._calibrated.add(job.shares)
+        return True
+
+
+class _Worker:
+    """A process that does one job at a time, and its successor where it dies."""
+
+    def __init__(self, number: int, of: int) -> None:
+        self._number, self._of = number, of
+        self.job: Job | None = None
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        self.connection, theirs = context.Pipe()
+        self.process: SpawnProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
+        with _environment(_shares(self._number, self._of)):
+            self.process.start()
+        theirs.close()
+
+    def give(self, job: Job) -> None:
+        """Start a job."""
+        self.job = job
+        with contextlib.suppress(OSError):  # it has died: result() says so
+            self.connection.send(job.cell.words)
+
+    def result(self) -> tuple[Job, Outcome]:
+        """The job that has ended, and how."""
+        job, self.job = self.job, None
+        assert job is not None
+        try:
+            return job, self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            reason = _death(self.process.exitcode)
+            mark_failed(job, reason)
+            self._start()
+            return job, Outcome("failed", reason)
+
+    def close(self) -> None:
+        """Let it go; at work it is ended, which the next launch takes up."""
+        self.connection.close()
+        if self.job is not None:
+            self.process.terminate()
+        self.process.join(10)
+        if self.process.is_alive():
+            self.process.kill()
+
+
+def _serve(connection: Connection) -> None:
+    from cfsp.sweep.command import quiet
+
+    quiet()
+    bases = BaseModels(keep=True)
+    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
+        while True:
+            connection.send(do(connection.recv(), bases))
+
+
+def _heard(workers: Sequence[_Worker]) -> list[_Worker]:
+    ready: list[Any] = wait([worker.connection for worker in workers], timeout=LOOK) if workers else []
+    return [worker for worker in workers if worker.connection in ready]
+
+
+def _death(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        memory = " (often: out of memory; fewer launcher.processes or smaller batches)" if name == "SIGKILL" else ""
+        return f"its process was ended by {name}{memory}"
+    return f"its process ended with exit code {code}"
+
+
+def _shares(number: int, of: int) -> dict[str, str]:
+    """The environment of a worker: its GPU; without GPUs its share of the cores."""
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = [name for name in given.split(",") if name] if given else [str(n) for n in range(torch.cuda.device_count())]
+    if gpus:
+        return {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
+    if "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // of))}
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value

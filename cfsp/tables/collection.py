@@ -1,0 +1,118 @@
+"""Finding the records of an experiment: by what their configuration decides, never by the name of a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfsp.compose import compose
+from cfsp.config import parse
+from cfsp.errors import CheckpointError, ConfigError
+from cfsp.identity import METHOD_VERSION, digest
+from cfsp.record.run_record import SCHEMA, RunRecord
+from cfsp.sweep.experiment import Cell
+
+#: Keys that say where something is, who watches, or how a run is repeated: they decide no figure.
+_PLACES = {"path", "include_path", "output_dir", "records_dir", "cache_dir", "revision", "device", "trust_remote_code"}
+_NOT_SCIENCE = {"force", "debug", "logger", "paths", "plugins"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run of the grid with its record."""
+
+    cell: Cell
+    record: RunRecord
+
+    @property
+    def seed(self) -> int:
+        return int(self.record.configuration["seed"])
+
+
+@dataclass(frozen=True)
+class Collection:
+    """``found``: cells with a record, in the grid's order; ``missing``: those without; ``damaged``: a line per file."""
+
+    found: list[Found]
+    missing: list[Cell]
+    damaged: list[str]
+
+
+def collect(cells: Sequence[Cell], folder: Path) -> Collection:
+    """The records in ``folder`` that the ``cells`` ask for.
+
+    Raises:
+        ConfigError: no such folder, records of another schema or of two versions of the methods, two for one cell.
+    """
+    if not folder.is_dir():
+        raise ConfigError(
+            f"paths.records_dir={folder}: no such folder; run the sweep first, or say where its records are"
+        )
+    damaged: list[str] = []
+    by_science: dict[str, list[RunRecord]] = {}
+    for record in _read(folder, damaged):
+        if record.status == "success":
+            by_science.setdefault(science(record.configuration), []).append(record)
+    found, missing, taken = [], [], set()
+    for cell in cells:
+        wanted = science(parse(compose(cell.words)).raw)
+        records = by_science.get(wanted, [])
+        if len(records) > 1:
+            names = ", ".join(sorted(record.run_id for record in records))
+            raise ConfigError(
+                f"{cell}: several records in {folder} are of this run ({names}): they differ in content"
+                " or dtype; keep one"
+            )
+        if not records:
+            missing.append(cell)
+        elif wanted not in taken:
+            found.append(Found(cell, records[0]))
+        taken.add(wanted)
+    _one_version([one.record for one in found])
+    return Collection(found, missing, damaged)
+
+
+def science(configuration: Mapping[str, Any]) -> str:
+    """A hash of the configuration without what decides no figure."""
+    kept = {key: value for key, value in configuration.items() if key not in _NOT_SCIENCE}
+    kept["save"] = {key: value for key, value in kept.get("save", {}).items() if key != "model"}
+    return digest(_without_places(kept))
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_places(inner) for key, inner in value.items() if key not in _PLACES}
+    return [_without_places(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _read(folder: Path, damaged: list[str]) -> Iterator[RunRecord]:
+    for path in sorted(folder.glob("*.json")):
+        try:
+            schema = json.loads(path.read_text(encoding="utf-8")).get("schema")
+        except (OSError, ValueError, AttributeError) as error:
+            damaged.append(f"{path}: not a run record ({' '.join(str(error).split())})")
+            continue
+        if schema != SCHEMA:
+            raise ConfigError(
+                f"{path}: a record of schema {schema}, this version reads {SCHEMA}; a table does not mix the two: "
+                "run it again (force=true) or move it away"
+            )
+        try:
+            record = RunRecord.read(path)
+        except CheckpointError as error:
+            damaged.append(str(error))
+            continue
+        if record is not None:
+            yield record
+
+
+def _one_version(records: Sequence[RunRecord]) -> None:
+    versions = {record.identity["version"]: record.run_id for record in records}
+    if len(versions) > 1 or (versions and METHOD_VERSION not in versions):
+        said = ", ".join(f"{run_id} of version {version}" for version, run_id in sorted(versions.items()))
+        raise ConfigError(
+            f"records of other versions of the methods than {METHOD_VERSION}: {said}; run these again (force=true)"
+        )

@@ -1,0 +1,84 @@
+"""``scripts/tables.py experiment=NAME [variant=...]``: the tables and figures of an experiment, from its records."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cfsp.errors import CfspError, ConfigError
+from cfsp.sweep.command import Request, quiet, records_folder, request_of
+from cfsp.sweep.experiment import given_values
+from cfsp.tables.collection import Collection, collect
+from cfsp.tables.figures import draw
+from cfsp.tables.grid import table
+from cfsp.tables.layout import Layout, load_layout
+from cfsp.tables.render import comma_separated, latex, markdown
+
+USAGE = """\
+Render the tables (Markdown, LaTeX, CSV) and figures (PNG, SVG) of an experiment from its records.
+
+  python scripts/tables.py experiment=NAME [variant=bundled]
+
+The layout is experiments/NAME/tables.yaml, the records are in results/records/NAME/VARIANT (paths.records_dir), what is
+made goes to results/tables/NAME/VARIANT and results/figures/NAME/VARIANT (results=FOLDER). Other key=value choose among
+the experiment's runs as they do for scripts/sweep.py. Exit codes: 0; 1 a damaged record was
+left out; 2 wrong input.
+"""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Make the tables; returns the exit code."""
+    given = sys.argv[1:] if words is None else list(words)
+    if not given or given[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if given else 2
+    quiet()
+    try:
+        return _tables(given)
+    except CfspError as error:
+        for problem in getattr(error, "problems", (str(error),)):
+            print(f"tables: {' '.join(problem.split())}", file=sys.stderr)
+        return error.exit_code
+
+
+def _tables(words: Sequence[str]) -> int:
+    values = given_values(words)
+    results = Path(str(values.get("results", "results")))
+    request = request_of([word for word in words if not word.startswith("results=")])
+    name, variant = request.experiment.name, request.variant
+    records = Path(str(values.get("paths.records_dir", records_folder(name, variant))))
+    layout = load_layout(Path("experiments") / name)
+    collection = collect(request.cells, records)
+    for line in collection.damaged:
+        print(f"tables: warning: {line}; left out", file=sys.stderr)
+    if not collection.found:
+        raise ConfigError(f"paths.records_dir={records}: no record there is of {name} ({variant}); run the sweep first")
+    command = "python scripts/tables.py " + " ".join(words)
+    files = contents(request, layout, collection, command)
+    for path, content in files.items():
+        target = results / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    for path, content in files.items():
+        if path.suffix == ".md":
+            print(content.decode())
+    print("Written: " + " ".join(str(results / path) for path in files))
+    if collection.missing:
+        print(f"tables: {len(collection.missing)} of {len(request.cells)} runs have no record, their cells are empty")
+    return 1 if collection.damaged else 0
+
+
+def contents(request: Request, layout: Layout, collection: Collection, command: str) -> dict[Path, bytes]:
+    """Path below results/ -> content of every file of the experiment."""
+    place = Path(request.experiment.name) / request.variant
+    files: dict[Path, bytes] = {}
+    for name, one in layout.tables.items():
+        made = table(name, one, collection.found)
+        files[Path("tables") / place / f"{name}.md"] = markdown(made, command).encode()
+        files[Path("tables") / place / f"{name}.tex"] = latex(made, command).encode()
+        files[Path("tables") / place / f"{name}.csv"] = comma_separated(made).encode()
+    for name, figure in layout.figures.items():
+        for ending, content in draw(name, figure, collection.found).items():
+            files[Path("figures") / place / f"{name}.{ending}"] = content
+    return files

@@ -1,0 +1,152 @@
+"""Figures of an experiment, PNG and SVG: the same bytes from the same records and the pinned versions."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from cfsp.errors import ConfigError
+from cfsp.tables.collection import Found
+from cfsp.tables.grid import Column, column_of, value_of
+from cfsp.tables.layout import FigureLayout
+
+_COLOURS = (
+    "#1f5a96", "#c2571a", "#2e8b57", "#8e44ad", "#b03a3a", "#7a6a1f", "#d1749f",
+    "#4f9ea8", "#6b6b6b", "#9bbb59", "#30408f", "#e0a030", "#104030",
+)  # fmt: skip
+_MARKERS = "osD^vP*XphH<>"
+
+
+def draw(name: str, layout: FigureLayout, found: Sequence[Found]) -> dict[str, bytes]:
+    """ending -> content of the file.
+
+    Raises:
+        ConfigError: a key is missing, or no record has what is to be shown.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    chosen = [one for one in found if all(one.cell.point.get(k) == v for k, v in layout.where.items())]
+    if not chosen:
+        raise ConfigError(f"{name}: where={layout.where}: no record of the experiment is there")
+    # Fonts that come with matplotlib, ids from a fixed salt and no date: nothing of the machine or the day.
+    with matplotlib.rc_context(
+        {"font.family": "DejaVu Sans", "svg.hashsalt": "cfsp", "svg.fonttype": "path", "axes.spines.top": False,
+         "axes.spines.right": False, "font.size": 9}
+    ):  # fmt: skip
+        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        {"curve": _curve, "pareto": _pareto, "blocks": _blocks}[layout.kind](figure, name, layout, chosen)
+        files = {}
+        for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+            stream = io.BytesIO()
+            figure.savefig(stream, format=ending, dpi=150, metadata=metadata)
+            files[ending] = stream.getvalue()
+    return files
+
+
+def _curve(figure: Any, name: str, layout: FigureLayout, found: Sequence[Found]) -> None:
+    x, column = _needed(name, "x", layout.x), column_of(name, _needed(name, "metric", layout.metric), found)
+    axes = figure.subplots()
+    dense = next((value for one in found if (value := value_of(one.record, column, "dense")) is not None), None)
+    if dense is not None:
+        axes.axhline(dense, color="black", linewidth=0.8, linestyle="--", label="dense")
+    for at, (label, runs) in enumerate(_lines(layout, found).items()):
+        by_x: dict[float, list[float]] = {}
+        for one in runs:
+            value = value_of(one.record, column)
+            if value is not None:
+                by_x.setdefault(float(one.cell.point[x]), []).append(value)
+        places = sorted(by_x)
+        means = [sum(by_x[place]) / len(by_x[place]) for place in places]
+        axes.plot(places, means, **_style(at), label=label)
+        axes.fill_between(
+            places,
+            [min(by_x[p]) for p in places],
+            [max(by_x[p]) for p in places],
+            color=_style(at)["color"],
+            alpha=0.15,
+        )
+    _finish(axes, layout, x, column)
+
+
+def _pareto(figure: Any, name: str, layout: FigureLayout, found: Sequence[Found]) -> None:
+    across = column_of(name, _needed(name, "x_metric", layout.x_metric), found)
+    column = column_of(name, _needed(name, "metric", layout.metric), found)
+    axes = figure.subplots()
+    pairs = [(value_of(one.record, across, "dense"), value_of(one.record, column, "dense")) for one in found]
+    known = [(a, b) for a, b in pairs if a is not None and b is not None]
+    if known:
+        axes.plot(
+            sum(a for a, _ in known) / len(known), known[0][1], marker="*", markersize=12, color="black", linestyle="",
+            label="dense",
+        )  # fmt: skip
+    for at, (label, runs) in enumerate(_lines(layout, found).items()):
+        points = sorted(
+            (a, b)
+            for one in runs
+            if (a := value_of(one.record, across)) is not None and (b := value_of(one.record, column)) is not None
+        )
+        axes.plot([a for a, _ in points], [b for _, b in points], **_style(at), label=label)
+    _finish(axes, layout, across.metric.label, column)
+
+
+def _blocks(figure: Any, name: str, layout: FigureLayout, found: Sequence[Found]) -> None:
+    """Of the first seed: bars for the kept share of each block's neurons, a line for its angular distance."""
+    panels: dict[str, Found] = {}
+    for one in found:
+        panels.setdefault(", ".join(one.cell.point.get(key, "") for key in layout.panels), one)
+    figure.set_size_inches(6.4, 1.7 * len(panels) + 0.6)
+    for axes, (label, one) in zip(
+        figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels.items(), strict=True
+    ):
+        rows = one.record.blocks
+        if not rows:
+            raise ConfigError(f"{name}: {one.record.run_id} has no blocks to show; leave it out with where")
+        axes.bar(range(len(rows)), [row["width"] / row["base_width"] for row in rows], color="#9db8d6")
+        axes.set(ylim=(0, 1.05), ylabel="kept", title=label)
+        distances = axes.twinx()
+        distances.plot(
+            range(len(rows)), [row["distance"]["angular"] for row in rows], color="#c2571a", marker="o", markersize=3
+        )
+        distances.set_ylim(bottom=0)
+        distances.set_ylabel("distance", color="#c2571a")
+    axes.set_xlabel("block")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(layout.caption, fontsize=9)
+
+
+def _lines(layout: FigureLayout, found: Sequence[Found]) -> dict[str, list[Found]]:
+    lines: dict[str, list[Found]] = {}
+    for one in found:
+        lines.setdefault(", ".join(one.cell.point.get(key, "") for key in layout.lines), []).append(one)
+    return lines
+
+
+def _style(at: int) -> dict[str, Any]:
+    return {
+        "color": _COLOURS[at % len(_COLOURS)],
+        "marker": _MARKERS[at % len(_MARKERS)],
+        "markersize": 4,
+        "linewidth": 1.2,
+    }
+
+
+def _finish(axes: Any, layout: FigureLayout, across: str, column: Column) -> None:
+    better = {1: " (higher is better)", -1: " (lower is better)", 0: ""}[column.metric.better]
+    axes.set(xlabel=across, ylabel=column.metric.label + better)
+    axes.set_title(layout.caption, fontsize=9)
+    if layout.log:
+        axes.set_yscale("log")
+    if layout.highest is not None:
+        axes.set_ylim(top=layout.highest)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=7, ncols=2)
+
+
+def _needed(name: str, key: str, value: str | None) -> str:
+    if value is None:
+        raise ConfigError(f"{name}: {key} is not set, this kind of figure needs it")
+    return value

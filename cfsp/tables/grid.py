@@ -1,0 +1,236 @@
+"""A table as data: sections of rows with a figure per column; means over seeds; dense first; best and second best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from statistics import mean, stdev
+from typing import Any
+
+from cfsp.errors import ConfigError
+from cfsp.record.run_record import RunRecord
+from cfsp.tables.collection import Found
+from cfsp.tables.layout import MeanOf, MetricSpec, TableLayout
+from cfsp.tables.metrics import Metric, count, describe, share
+
+#: What two figures must agree in to stand in one column.
+_SETTINGS = ("seq_len", "n", "split", "num_fewshot", "version", "limit", "unit", "task_hash")
+
+#: Dense figures of one model may differ by this much, relatively: other processors sum in other orders.
+DENSE_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure by its name, or the mean of several (``members``)."""
+
+    metric: Metric
+    members: tuple[tuple[str, str, str], ...]
+
+
+_REMOVED = Column(share("removed"), (("plan", "achieved", "ratio"),))
+_TRAINED = Column(count("trained parameters"), (("recovery", "trainable_parameters", "count"),))
+#: Metrics that are no measurement: the removed share of the scope's parameters, the parameters that a recovery trains.
+_OF_THE_RUN = {"removed": _REMOVED, "trained": _TRAINED}
+
+
+@dataclass
+class Entry:
+    """Values by seed. ``rank``: 1 the best of its section's column, 2 the second best, 0 others and the dense row."""
+
+    values: dict[int, float] = field(default_factory=dict)
+    rank: int = 0
+
+    @property
+    def mean(self) -> float | None:
+        return mean(self.values.values()) if self.values else None
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over the seeds."""
+        return stdev(self.values.values()) if len(self.values) > 1 else None
+
+
+@dataclass
+class Row:
+    label: str
+    entries: list[Entry]
+    run_ids: list[str]
+
+
+@dataclass
+class Table:
+    name: str
+    caption: str
+    head: str
+    columns: list[Column]
+    sections: list[tuple[str, list[Row]]]
+    records: list[RunRecord]
+
+
+def table(name: str, layout: TableLayout, found: Sequence[Found]) -> Table:
+    """Lay ``found`` out.
+
+    Raises:
+        ConfigError: a metric that no record has; records in one table that differ in more than the table shows, or
+            that were measured in other ways.
+    """
+    _nothing_hidden(name, layout, found)
+    columns = [column for spec in layout.metrics for column in _columns(name, spec, found)]
+    _same_settings(name, columns, found)
+    sections: list[tuple[str, list[Row]]] = []
+    for group, members in _by(found, layout.groups).items():
+        rows = [_dense_row(name, group, columns, members)]
+        for values, runs in _by(members, layout.rows).items():
+            label = _label(layout.rows, values, layout.labels, names=False)
+            rows.append(Row(label, [_entry(column, runs) for column in columns], [one.record.run_id for one in runs]))
+        _rank(columns, rows[1:])
+        sections.append((_label(layout.groups, group, layout.labels, names=True), rows))
+    head = ", ".join(layout.labels.get(key, key) for key in layout.rows)
+    return Table(name, layout.caption, head, columns, sections, [one.record for one in found])
+
+
+def value_of(record: RunRecord, column: Column, side: str | None = None) -> float | None:
+    """The figure of a run's result, or of ``side``; None where it, or one of those it is the mean of, is missing."""
+    if column.members == _REMOVED.members:
+        return record.plan["achieved"]["ratio"] if record.plan and side != "dense" else 0.0
+    if column.members == _TRAINED.members:
+        return record.recovery["trainable_parameters"] if record.recovery and side is None else None
+    rows = _figures(record, side or result_side(record))
+    values = [rows[key]["value"] for key in column.members if key in rows]
+    return mean(values) if len(values) == len(column.members) else None
+
+
+def result_side(record: RunRecord) -> str:
+    """recovered, pruned or dense: what the run ended with."""
+    return next((side for side in ("recovered", "pruned") if record.measurements.get(side)), "dense")
+
+
+def column_of(name: str, spec: MetricSpec, found: Sequence[Found]) -> Column:
+    """The one column of a metric; ConfigError where it is none, or several."""
+    columns = list(_columns(name, spec, found))
+    if len(columns) != 1:
+        raise ConfigError(f"{name}: metric {spec} is {len(columns)} figures; one is needed here")
+    return columns[0]
+
+
+def _columns(name: str, spec: MetricSpec, found: Sequence[Found]) -> Iterator[Column]:
+    if isinstance(spec, str) and spec in _OF_THE_RUN:
+        yield _OF_THE_RUN[spec]
+        return
+    pattern = spec.mean if isinstance(spec, MeanOf) else spec
+    known = {key: None for one in found for key in _figures(one.record, result_side(one.record))}
+    members = [key for key in known if fnmatchcase("/".join(key), pattern)]
+    if not members:
+        have = ", ".join("/".join(key) for key in known)
+        raise ConfigError(f"{name}: metrics={pattern}: no record has such a figure; there are {have}")
+    if isinstance(spec, MeanOf):
+        first = describe(*members[0])
+        yield Column(Metric(spec.label, first.better, first.show, first.unit), tuple(members))
+    else:
+        yield from (Column(describe(*key), (key,)) for key in members)
+
+
+def _figures(record: RunRecord, side: str) -> dict[tuple[str, str, str], Mapping[str, Any]]:
+    return {(row["suite"], row["task"], row["metric"]): row for row in record.measurements.get(side, ())}
+
+
+def _entry(column: Column, runs: Sequence[Found]) -> Entry:
+    values = {one.seed: value for one in runs if (value := value_of(one.record, column)) is not None}
+    return Entry(values)
+
+
+def _dense_row(name: str, group: tuple[str, ...], columns: Sequence[Column], runs: Sequence[Found]) -> Row:
+    """The model as it was: the same for all runs of the section but for what was timed, of which it is the mean."""
+    _one(name, group, {one.record.model["fingerprint"] for one in runs}, "model")
+    _one(name, group, {one.record.model["dtype"] for one in runs}, "dtype")
+    entries = []
+    for column in columns:
+        values = [value for one in runs if (value := value_of(one.record, column, "dense")) is not None]
+        timed = any(key[0] == "cost" for key in column.members)
+        if values and not timed and max(values) - min(values) > DENSE_TOLERANCE * abs(max(values)):
+            raise ConfigError(
+                f"{name}, {', '.join(group)}: the dense figures for {column.metric.label} differ between records "
+                f"({min(values):g} to {max(values):g}); they are not of one machine or version: run them again"
+            )
+        entries.append(Entry(dict(enumerate([mean(values)]))) if values else Entry())
+    if not any(entry.values for entry in entries):
+        raise ConfigError(f"{name}: no record has dense figures, which every table needs; evaluate with evaluation=...")
+    return Row("dense", entries, [])
+
+
+def _rank(columns: Sequence[Column], rows: Sequence[Row]) -> None:
+    for at, column in enumerate(columns):
+        if column.metric.better == 0 or len(rows) < 3:
+            continue
+        # By what is shown: figures that look alike are alike.
+        shown: dict[str, list[tuple[float, Entry]]] = {}
+        for row in rows:
+            value = row.entries[at].mean
+            if value is not None:
+                shown.setdefault(column.metric.show(value), []).append((value, row.entries[at]))
+        ordered = sorted(shown.values(), key=lambda same: same[0][0], reverse=column.metric.better > 0)
+        for rank, same in enumerate(ordered[:2], start=1):
+            for _, entry in same:
+                entry.rank = rank
+
+
+def _by(found: Sequence[Found], keys: Sequence[str]) -> dict[tuple[str, ...], list[Found]]:
+    groups: dict[tuple[str, ...], list[Found]] = {}
+    for one in found:
+        groups.setdefault(tuple(one.cell.point.get(key, "") for key in keys), []).append(one)
+    return groups
+
+
+def _label(keys: Sequence[str], values: Sequence[str], labels: Mapping[str, str], *, names: bool) -> str:
+    parts = []
+    for key, value in zip(keys, values, strict=True):
+        said = labels.get(f"{key}={value}", value)
+        parts.append(f"{labels.get(key, key)} {said}" if names and f"{key}={value}" not in labels else said)
+    return ", ".join(part for part in parts if part)
+
+
+def _nothing_hidden(name: str, layout: TableLayout, found: Sequence[Found]) -> None:
+    """Runs that a table would merge must differ in the seed alone."""
+    shown = [*layout.groups, *layout.rows]
+    for values, runs in _by(found, shown).items():
+        seeds = [one.seed for one in runs]
+        if len(set(seeds)) < len(seeds):
+            keys = {key for one in runs for key in one.cell.point}
+            hidden = sorted(k for k in keys if len({one.cell.point.get(k) for one in runs}) > 1 and k != "seed")
+            raise ConfigError(
+                f"{name}: runs that differ in {', '.join(hidden)} would stand in one cell ({', '.join(values)}); "
+                "add it to groups or rows, or choose one value on the command line"
+            )
+
+
+def _same_settings(name: str, columns: Sequence[Column], found: Sequence[Found]) -> None:
+    for column in columns:
+        for key in column.members:
+            seen: dict[tuple[Any, ...], str] = {}
+            for one in found:
+                for side in ("dense", result_side(one.record)):
+                    row = _figures(one.record, side).get(key)
+                    if row is not None:
+                        seen.setdefault(tuple(_setting(row, name) for name in _SETTINGS), one.record.run_id)
+            if len(seen) > 1:
+                (first, second), ids = list(seen)[:2], list(seen.values())
+                unlike = [s for s, a, b in zip(_SETTINGS, first, second, strict=True) if a != b]
+                values = "; ".join(f"{s}: {first[_SETTINGS.index(s)]} and {second[_SETTINGS.index(s)]}" for s in unlike)
+                raise ConfigError(
+                    f"{name}: {'/'.join(key)} was measured in two ways ({values}; {ids[0]} and {ids[1]}), which do not "
+                    "belong into one table; run one of them again"
+                )
+
+
+def _setting(row: Mapping[str, Any], name: str) -> Any:
+    return row.get(name) if name in row else (row.get("detail") or {}).get(name)
+
+
+def _one(name: str, group: Sequence[str], values: set[Any], what: str) -> None:
+    if len(values) != 1:
+        raise ConfigError(
+            f"{name}, {', '.join(group)}: records of more than one {what} ({', '.join(sorted(map(str, values)))}); "
+            "use another records folder for each"
+        )

@@ -1,0 +1,79 @@
+"""How an experiment's tables and figures are laid out: ``experiments/<name>/tables.yaml``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, ValidationError
+
+from cfsp.components import problems_of
+from cfsp.config import Section
+from cfsp.errors import ConfigError
+
+
+class MeanOf(Section):
+    """The mean of all figures that match ``mean``, under a name of its own."""
+
+    mean: str
+    label: str
+
+
+#: ``suite/task/metric`` with * and ?, the mean of several, ``removed`` (of the scope) or ``trained``.
+MetricSpec = str | MeanOf
+
+
+class TableLayout(Section):
+    """``groups``: keys with a section of rows for each value; ``rows``: keys that name a row; ``metrics``: columns.
+
+    Seeds are averaged. Every other key must have one value.
+    """
+
+    caption: str
+    groups: list[str] = Field(default=[])
+    rows: list[str] = Field(min_length=1)
+    metrics: list[MetricSpec] = Field(min_length=1)
+    labels: dict[str, str] = Field(default={})
+
+
+class FigureLayout(Section):
+    """``curve``: a metric against ``x``, a line per value of ``lines``; ``pareto``: ``metric`` against ``x_metric``;
+    ``blocks``: importance and kept width by block, a panel per value of ``panels``."""
+
+    kind: Literal["curve", "pareto", "blocks"]
+    caption: str
+    x: str | None = None
+    x_metric: str | None = None
+    metric: str | None = None
+    lines: list[str] = Field(default=[])
+    panels: list[str] = Field(default=[])
+    where: dict[str, str] = Field(default={})
+    log: bool = False
+    highest: float | None = Field(default=None, description="where the axis ends; what lies beyond is not shown")
+
+
+class Layout(Section):
+    tables: dict[str, TableLayout] = Field(default={})
+    figures: dict[str, FigureLayout] = Field(default={})
+
+
+def load_layout(folder: Path) -> Layout:
+    """The layout in ``folder``.
+
+    Raises:
+        ConfigError: there is none, or it is wrong: the key and what is expected.
+    """
+    path = folder / "tables.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no layout for this experiment; run this from the checkout, or write one")
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
+    try:
+        return Layout(**values)
+    except (ValidationError, TypeError) as error:
+        lines = problems_of(error, "", Layout) if isinstance(error, ValidationError) else [str(error)]
+        raise ConfigError(*(f"{path}: {line}" for line in lines)) from error

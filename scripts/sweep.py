@@ -1,0 +1,8 @@
+"""Run what is missing of an experiment; ``python scripts/sweep.py --help``."""
+
+import sys
+
+from cfsp.sweep.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())
