@@ -60,7 +60,9 @@ def _git() -> dict[str, Any] | None:
         run = lambda *args: subprocess.run(  # noqa: E731
             ["git", *args], cwd=ROOT.parent, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
-        return {"commit": run("rev-parse", "HEAD"), "dirty": bool(run("status", "--porcelain"))}
+        # results/ is what runs write and no code: a sweep that puts records there changes nothing of what the next run is.
+        changed = run("status", "--porcelain", "--", ".", ":(exclude)results")
+        return {"commit": run("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -31,9 +31,10 @@ Run what is missing of an experiment, or list what is done.
   python scripts/sweep.py experiment=NAME launcher=local launcher.processes=4
   python scripts/sweep.py experiment=NAME sparsity.ratio=0.3,0.4 model=local model.path=FOLDER
 
-Every other key=value goes to each run and replaces what the experiment says of that key (key=a,b,c: several). What is
-finished is skipped; force=true does it again. Records: results/records/NAME/VARIANT (paths.records_dir); the runs' own
-folders: outputs/sweeps/NAME (paths.output_dir). Exit codes: 0 all done, 1 a run failed, 2 wrong input.
+Every other key=value goes to each run and replaces what the experiment says of that key (key=a,b,c: several values;
+~key: left out). What is finished is skipped; force=true does it again. Records: results/records/NAME/VARIANT
+(paths.records_dir); the runs' own folders: outputs/sweeps/NAME (paths.output_dir). Exit codes: 0 all done, 1 a run
+failed, 2 wrong input.
 
 Experiments: {experiments}
 Launchers: {launchers}

@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -19,7 +20,8 @@ from cfsp.config import Section
 from cfsp.errors import ConfigError
 from cfsp.package import config_folder
 
-#: What an entry says of a key: one value, or several (an axis), or names for lists of overrides (an axis of arms).
+#: What an entry says of a key: one value, or several (an axis; none: the key is left out), or names for lists of
+#: overrides (an axis of arms).
 Values = str | int | float | bool | None | list[str | int | float | bool | None] | dict[str, list[str]]
 
 
@@ -58,7 +60,8 @@ class Experiment(Section):
             )
         found: dict[tuple[str, ...], Cell] = {}
         for entry in self.runs:
-            for cell in _product({**entry, **self.variants[variant], **(given or {})}):
+            merged = {**entry, **self.variants[variant], **(given or {})}
+            for cell in _product({key: values for key, values in merged.items() if values != []}):
                 found.setdefault(tuple(sorted(cell.words)), cell)
         return list(found.values())
 
@@ -82,7 +85,7 @@ def read_experiment(path: Path) -> Experiment:
     """The experiment in a file."""
     try:
         values: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, ValueError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{path.name}: not a YAML file ({' '.join(str(error).split())})") from error
     try:
         return Experiment(name=path.stem, **values)
@@ -92,7 +95,7 @@ def read_experiment(path: Path) -> Experiment:
 
 
 def given_values(words: Sequence[str]) -> dict[str, Values]:
-    """``key=value`` and ``key=a,b,c`` of a command line as an entry has them.
+    """``key=value``, ``key=a,b,c`` and ``~key`` (leave out what the experiment says) of a command line.
 
     Raises:
         ConfigError: a word of another form.
@@ -102,12 +105,15 @@ def given_values(words: Sequence[str]) -> dict[str, Values]:
     for word in words:
         try:
             override = parser.parse_override(word)
-            if not word.partition("=")[1] or override.is_delete():
+            if not override.key_or_group or (not word.partition("=")[1] and not override.is_delete()):
                 raise ValueError(word)
+            if override.is_delete():
+                found[override.key_or_group] = []
+                continue
             several = override.is_discrete_sweep()
             values = [*override.sweep_string_iterator()] if several else [word.partition("=")[2]]
         except (HydraException, ValueError, TypeError) as error:
-            raise ConfigError(f"{word}: write key=value, or key=a,b,c for several") from error
+            raise ConfigError(f"{word}: write key=value, key=a,b,c for several, ~key to leave one out") from error
         found[word.partition("=")[0]] = list(values) if several else values[0]
     return found
 

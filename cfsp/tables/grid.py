@@ -155,7 +155,7 @@ def _dense_row(name: str, group: tuple[str, ...], columns: Sequence[Column], run
                 f"({min(values):g} to {max(values):g}); they are not of one machine or version: run them again"
             )
         entries.append(Entry(dict(enumerate([mean(values)]))) if values else Entry())
-    if not any(entry.values for entry in entries):
+    if not any(e.values for e, column in zip(entries, columns, strict=True) if column not in _OF_THE_RUN.values()):
         raise ConfigError(f"{name}: no record has dense figures, which every table needs; evaluate with evaluation=...")
     return Row("dense", entries, [])
 

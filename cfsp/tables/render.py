@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from typing import Any
 
 from cfsp.record.run_record import RunRecord
 from cfsp.tables.grid import Column, Entry, Row, Table
@@ -74,13 +75,19 @@ def comma_separated(table: Table) -> str:
 def provenance(records: Sequence[RunRecord]) -> list[str]:
     """Sentences: seeds, commits, versions and machines of the records."""
     environments = [record.environment for record in records]
-    commits = sorted({e["git"]["commit"][:12] + ("+changes" if e["git"]["dirty"] else "") for e in environments})
+    commits = sorted({_commit(environment["git"]) for environment in environments})
     versions = [f"{name} {_several(e['packages'].get(name) for e in environments)}" for name in _PACKAGES]
     machines = [f"{e['gpus'][0] if e['gpus'] else e['cpu']}, {e['cores']} cores" for e in environments]
     return [
         f"{len(records)} records, seeds {_several(record.configuration['seed'] for record in records)}.",
         f"Commits: {', '.join(commits)}. Versions: {', '.join(versions)}. Machines: {_several(machines)}.",
     ]
+
+
+def _commit(git: dict[str, Any] | None) -> str:
+    if git is None:
+        return "an installed wheel"
+    return git["commit"][:12] + ("+changes" if git["dirty"] else "")
 
 
 class _Markdown:

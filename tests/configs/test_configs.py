@@ -34,7 +34,9 @@ PARTS = {"text"}
 #: ``kind`` chooses the schema. The others state what is done: one value is allowed, and no branch reads it.
 STATED = {"kind", "structure", "compensation", "sequential", "format"}
 
-GROUPS = sorted(path.name for path in config_folder().iterdir() if path.is_dir() and path.name not in {*PARTS, *OF_A_SWEEP})
+GROUPS = sorted(
+    path.name for path in config_folder().iterdir() if path.is_dir() and path.name not in {*PARTS, *OF_A_SWEEP}
+)
 OPTIONS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((config_folder() / group).glob("*.yaml"))]
 
 

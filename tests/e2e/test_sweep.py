@@ -1,0 +1,174 @@
+"""A sweep: one calibration, nothing twice, nothing lost, whatever is killed or runs beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cfsp.record.run_record import RunRecord
+from cfsp.sweep import command
+from tests.conftest import ROOT
+
+SMALL = (
+    "experiment=calibration_set", "calibration=bundled", "calibration.n_samples=4", "calibration.seq_len=32",
+    "evaluation=none", "~evaluation.cost", "logger=none", "seed=0", "pruner=one_shot",
+)  # fmt: skip
+GRID = ("allocator=coarse,uniform,global_rank", "sparsity.ratio=0.2,0.3,0.4,0.5")
+
+
+def _places(tmp_path, name: str = "") -> list[str]:
+    return [f"paths.{key}={tmp_path / (name + key)}" for key in ("output_dir", "records_dir", "cache_dir")]
+
+
+def _records(folder) -> dict[str, RunRecord]:
+    found = {path.stem: RunRecord.read(path) for path in folder.glob("*.json")}
+    return {name: record for name, record in found.items() if record is not None}
+
+
+def _start(words, **environment) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "scripts/sweep.py", *words], cwd=ROOT, text=True, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'e2e'}", **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def test_twelve_runs_calibrate_once_load_once_and_are_what_single_runs_are(tmp_path, run_cfsp, capsys):
+    words = [*SMALL, *GRID, *_places(tmp_path)]
+    assert command.main(words) == 0
+    assert "12 runs, 0 done already" in capsys.readouterr().out
+    records = _records(tmp_path / "records_dir")
+    assert len(records) == 12
+    cached = {
+        name: [record.stages[at]["cached"] for record in records.values()]
+        for at, name in enumerate(("load", "calibrate"))
+    }
+    assert sorted(cached["load"]) == sorted(cached["calibrate"]) == [False] + [True] * 11
+    for words_of_one in (("allocator=uniform", "sparsity.ratio=0.3"), ("allocator=global_rank", "sparsity.ratio=0.5")):
+        single = [word for word in SMALL[1:] if not word.startswith("~")]
+        code, _, err = run_cfsp(
+            *single, *words_of_one, "save.model=false", f"paths.output_dir={tmp_path / words_of_one[1]}"
+        )
+        assert code == 0, err
+        alone = RunRecord.read(tmp_path / words_of_one[1] / "record.json")
+        assert alone is not None
+        swept = records[alone.run_id]
+        assert (swept.identity, swept.plan, swept.blocks) == (alone.identity, alone.plan, alone.blocks)
+        plans = [
+            folder / "plan.json" for folder in (tmp_path / words_of_one[1], tmp_path / "output_dir" / alone.run_id)
+        ]
+        assert plans[0].read_bytes() == plans[1].read_bytes()
+    assert command.main(words) == 0
+    assert "12 runs, 12 done already" in capsys.readouterr().out
+    finished = {name: record.finished for name, record in records.items()}
+    time.sleep(1.1)
+    assert command.main([*words, "force=true", "sparsity.ratio=0.2"]) == 0
+    again = {name for name, record in _records(tmp_path / "records_dir").items() if record.finished != finished[name]}
+    assert len(again) == 3
+
+
+def test_a_run_after_another_starts_from_the_same_weights(tmp_path):
+    """Evaluated dense, sliced with biases, evaluated dense again: the figures of a fresh process."""
+    evaluated = [word for word in SMALL if not word.startswith(("evaluation", "~", "pruner"))]
+    evaluated += ["evaluation=perplexity", "~evaluation.cost", "evaluation.perplexity.datasets=[bundled]"]
+    evaluated += ["evaluation.perplexity.seq_len=64", "evaluation.perplexity.windows=[0,4]", "sparsity.ratio=0.5"]
+    assert command.main([*evaluated, "pruner=flap,flap_al_am,shortgpt,cfsp", *_places(tmp_path, "swept")]) == 0
+    assert command.main([*evaluated, "pruner=cfsp", *_places(tmp_path, "alone")]) == 0
+    (alone,) = _records(tmp_path / "alonerecords_dir").values()
+    swept = _records(tmp_path / "sweptrecords_dir")[alone.run_id]
+    assert [stage["cached"] for stage in swept.stages if stage["name"] == "load"] == [True]
+    assert swept.measurements == alone.measurements
+
+
+def test_a_run_that_fails_or_dies_costs_no_other(tmp_path, capsys):
+    words = [
+        *SMALL,
+        "importance=magnitude",
+        "plugins.allow=[failing_importance]",
+        "sparsity.ratio=0.5",
+        *_places(tmp_path),
+    ]
+    targets = ("cfsp.importance.magnitude.Magnitude", "failing_importance.Raises", "failing_importance.Dies")
+    words.append(f"importance._target_={','.join(targets)}")
+    process = _start([*words, "launcher=local", "launcher.processes=2"])
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert out.count("FAILED") == 2
+    assert "ValueError: this metric does not work" in out
+    assert "its process was ended by SIGKILL" in out
+    assert "2 of 3 runs failed; the same command tries them again" in err
+    assert len(_records(tmp_path / "records_dir")) == 1
+    status = _start([*words, "status=true"])
+    out, _ = status.communicate(timeout=100)
+    assert status.returncode == 0
+    assert "3 runs: 1 done, 0 running, 2 failed, 0 interrupted, 0 missing" in out
+    assert re.search(r"failed +.*Raises .*ValueError: this metric does not work", out)
+    assert re.search(r"failed +.*Dies .*ended by SIGKILL", out)
+
+
+def _whole(tmp_path, count: int) -> None:
+    """Every run there once; nothing half written, nobody waiting."""
+    records = _records(tmp_path / "records_dir")
+    assert len(records) == count
+    assert all(record.status == "success" for record in records.values())
+    assert {path.name for path in (tmp_path / "output_dir").iterdir()} == set(records)
+    statistics = [path for path in (tmp_path / "cache_dir" / "statistics").iterdir() if path.suffix == ".safetensors"]
+    assert len(statistics) == 1
+    for name in records:
+        assert json.loads((tmp_path / "output_dir" / name / "record.json").read_text())["status"] == "success"
+        assert not list((tmp_path / "output_dir" / name).glob(".lease*"))
+
+
+def test_two_sweeps_at_the_same_time_do_nothing_twice(tmp_path):
+    words = [*SMALL, *GRID, *_places(tmp_path)]
+    both = [_start(words), _start([*words, "launcher=local"])]
+    outs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outs
+    _whole(tmp_path, 12)
+    for folder in (tmp_path / "output_dir").iterdir():
+        assert (folder / "run.log").read_text().count("cfsp.record.stages: load ...") == 1
+    logs = [(folder / "run.log").read_text() for folder in (tmp_path / "output_dir").iterdir()]
+    assert (
+        sum("calibrate: " in log and "(cached)" not in log.split("calibrate: ")[1].splitlines()[0] for log in logs) == 1
+    )
+
+
+def _killed_and_relaunched(tmp_path, kills: int, seed: int) -> None:
+    words = [*SMALL, *GRID, *_places(tmp_path), "launcher=local", "launcher.processes=2"]
+    rng, done = random.Random(seed), {}
+    statistics: dict[str, int] = {}
+    for _ in range(kills):
+        process = _start(words)
+        time.sleep(rng.uniform(4, 16))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        now = {name: record.finished for name, record in _records(tmp_path / "records_dir").items()}
+        assert done.items() <= now.items()  # what was finished is neither lost nor repeated
+        done = now
+        files = (tmp_path / "cache_dir" / "statistics").glob("*.safetensors")
+        found = {path.name: path.stat().st_mtime_ns for path in files}
+        assert statistics.items() <= found.items()
+        statistics = found
+    process = _start(words)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert f"12 runs, {len(done)} done already" in out
+    _whole(tmp_path, 12)
+
+
+def test_killed_at_random_moments_the_same_command_goes_on(tmp_path):
+    _killed_and_relaunched(tmp_path, kills=2, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_many_times(tmp_path, seed):
+    _killed_and_relaunched(tmp_path, kills=12, seed=seed)

@@ -1,0 +1,131 @@
+"""Every experiment that ships: its grid in each variant, its layout; and what is refused about experiments."""
+
+from __future__ import annotations
+
+import pytest
+
+from cfsp.components import build
+from cfsp.compose import compose
+from cfsp.config import parse
+from cfsp.errors import ConfigError
+from cfsp.package import config_folder
+from cfsp.sweep import command
+from cfsp.sweep.experiment import Experiment, given_values, load_experiment, read_experiment
+from cfsp.tables.layout import load_layout
+from tests.conftest import ROOT
+
+EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
+
+
+def test_experiments_and_their_folders_are_the_same():
+    folders = sorted(path.name for path in (ROOT / "experiments").iterdir() if path.is_dir())
+    assert folders == EXPERIMENTS
+    assert all((ROOT / "experiments" / name / "README.md").is_file() for name in folders)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_run_of_every_variant_composes_and_parses(name):
+    experiment = load_experiment(name)
+    assert {"bundled", "paper"} <= set(experiment.variants)
+    for variant in experiment.variants:
+        cells = experiment.cells(variant)
+        assert len({str(cell) for cell in cells}) == len(cells)
+        for cell in cells[:: max(1, len(cells) // 12)]:
+            parse(compose(cell.words))
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_layouts_name_keys_of_the_grid(name):
+    layout = load_layout(ROOT / "experiments" / name)
+    assert layout.tables
+    keys = {
+        key for variant in ("bundled", "paper") for cell in load_experiment(name).cells(variant) for key in cell.point
+    }
+    named = [key for table in layout.tables.values() for key in [*table.groups, *table.rows]]
+    named += [key for figure in layout.figures.values() for key in [*figure.lines, *figure.panels, *figure.where]]
+    assert set(named) <= keys
+
+
+@pytest.mark.parametrize("option", sorted(path.stem for path in (config_folder() / "launcher").glob("*.yaml")))
+def test_every_launcher_instantiates(option):
+    assert command._launcher({"launcher": option}).launch
+
+
+def test_a_grid_is_the_product_of_each_entry_and_variants_replace():
+    experiment = Experiment(
+        name="x",
+        title="x",
+        runs=[{"a": [1, 2], "b": "c"}, {"arm": {"one": ["d=1", "e=2"], "two": []}, "a": 1}],
+        variants={"v": {"seed": [0, 1]}, "w": {"a": 3}},
+    )
+    assert [str(cell) for cell in experiment.cells("v")] == [
+        "a=1 b=c seed=0", "a=1 b=c seed=1", "a=2 b=c seed=0", "a=2 b=c seed=1",
+        "d=1 e=2 a=1 seed=0", "d=1 e=2 a=1 seed=1", "a=1 seed=0", "a=1 seed=1",
+    ]  # fmt: skip
+    assert [str(cell) for cell in experiment.cells("w")] == ["a=3 b=c", "d=1 e=2 a=3", "a=3"]
+    assert experiment.cells("v")[4].point == {"arm": "one", "a": "1", "seed": "0"}
+    assert [str(cell) for cell in experiment.cells("w", {"a": ["5", "6"]})][:2] == ["a=5 b=c", "a=6 b=c"]
+
+
+def test_words_of_the_command_line():
+    assert given_values(["a=1", "b=x,y", "c=[1,2]", "d=null"]) == {"a": "1", "b": ["x", "y"], "c": "[1,2]", "d": "null"}
+    assert given_values(["~a"]) == {"a": []}
+    for wrong in ("a", "a=[", "=3"):
+        with pytest.raises(ConfigError, match="write key=value"):
+            given_values([wrong])
+
+
+def _refused(capsys, *words: str) -> str:
+    assert command.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sweep: ")
+    return line
+
+
+def test_what_is_refused_in_one_line(capsys, tmp_path):
+    places = [f"paths.{key}={tmp_path / key}" for key in ("output_dir", "records_dir", "cache_dir")]
+    assert "experiment=singel_shot: there is no such experiment; did you mean single_shot?" in _refused(
+        capsys, "experiment=singel_shot"
+    )
+    assert "experiment is not set" in _refused(capsys, "variant=paper")
+    line = _refused(capsys, "experiment=single_shot", "variant=papre")
+    assert "variant=papre: experiment=single_shot has no such variant; did you mean paper?" in line
+    line = _refused(capsys, "experiment=single_shot", "pruner=cfps", *places)
+    assert "pruner=cfps: there is no such option; did you mean cfsp?" in line
+    assert "sparsity.ratoi: there is no such key" in _refused(
+        capsys, "experiment=single_shot", "sparsity.ratoi=0.5", *places
+    )
+    assert "launcher=slrum: there is no such launcher" in _refused(capsys, "experiment=single_shot", "launcher=slrum")
+    line = _refused(capsys, "experiment=single_shot", "launcher=local", "launcher.processes=0")
+    assert "launcher.processes=0" in line
+    assert "status=maybe: use true or false" in _refused(capsys, "experiment=single_shot", "status=maybe")
+    line = _refused(capsys, "experiment=single_shot", "model=local", "model.path=/nowhere", *places)
+    assert "model.path=/nowhere: no such folder" in line
+    assert not (tmp_path / "records_dir").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("runs: [{a: 1}]\nvariants: {v: {}}", "title is not set"),
+        ("title: x\nruns: []\nvariants: {v: {}}", "runs="),
+        ("title: x\nruns: [{a: 1}]\nvariants: {v: {}}\ntabels: 1", "tabels=1: unknown key"),
+        ("title: x\nruns: [{a: {b: 1}}]\nvariants: {v: {}}", "runs"),
+        ("title: [", "not a YAML file"),
+        ("- 1", "mapping"),
+    ],
+)
+def test_a_file_that_is_no_experiment(tmp_path, text, said):
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        read_experiment(tmp_path / "x.yaml")
+
+
+def test_an_experiment_or_launcher_given_to_a_single_run_is_explained(refused):
+    (line,) = refused("experiment=single_shot")
+    assert "python scripts/sweep.py experiment=single_shot" in line
+
+
+def test_a_launcher_is_a_class_with_launch():
+    with pytest.raises(ConfigError, match="no class for launcher"):
+        build("launcher", {"_target_": "cfsp.record.logger.NullLogger"}, needs=("launch",))

@@ -1,0 +1,254 @@
+"""Tables from records: what is found, shown, marked, and refused. The records here are made up, their form is not."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+
+import pytest
+
+from cfsp.compose import compose
+from cfsp.config import parse
+from cfsp.errors import ConfigError
+from cfsp.identity import METHOD_VERSION
+from cfsp.record.run_record import RunRecord
+from cfsp.sweep.experiment import Cell
+from cfsp.tables import command
+from cfsp.tables.collection import collect
+from cfsp.tables.figures import draw
+from cfsp.tables.grid import table
+from cfsp.tables.layout import FigureLayout, MeanOf, TableLayout
+from cfsp.tables.render import comma_separated, latex, markdown
+
+ENVIRONMENT = {
+    "git": {"commit": "0123456789abcdef", "dirty": False},
+    "packages": {"cfsp": "0.1.0", "torch": "2.13.0", "transformers": "5.0", "lm-eval": "0.4"},
+    "cpu": "EPYC", "cores": 2, "gpus": [],
+}  # fmt: skip
+LAYOUT = TableLayout(
+    caption="A caption with 50 % & more",
+    groups=["sparsity.ratio"],
+    rows=["pruner"],
+    metrics=["removed", "perplexity/*", MeanOf(mean="zero_shot/*/acc", label="mean acc")],
+)
+
+
+def _cell(pruner: str, seed: int, ratio: str = "0.5", **more: str) -> Cell:
+    point = {"pruner": pruner, "sparsity.ratio": ratio, "seed": str(seed), **more}
+    return Cell(tuple(f"{key}={value}" for key, value in point.items()), point)
+
+
+def _row(suite: str, task: str, metric: str, value: float, **more):
+    return {"suite": suite, "task": task, "metric": metric, "value": value, "unit": "", "n": 8, "seq_len": 256, **more}
+
+
+def _record(cell: Cell, perplexity: float, acc: float = 0.5, dense: float = 40.0, **more) -> RunRecord:
+    def side(value: float, points: float):
+        return [
+            _row("perplexity", "bundled", "perplexity", value),
+            _row("zero_shot", "one", "acc", points),
+            _row("zero_shot", "two", "acc", points + 0.2),
+        ]
+
+    values = {
+        "run_id": "-".join(cell.point.values()),
+        "status": "success",
+        "configuration": parse(compose(cell.words)).raw,
+        "identity": {"version": METHOD_VERSION},
+        "environment": ENVIRONMENT,
+        "model": {"fingerprint": "sha256:1", "dtype": "float32"},
+        "plan": {"achieved": {"ratio": float(cell.point["sparsity.ratio"])}},
+        "measurements": {"dense": side(dense, 0.7), "pruned": side(perplexity, acc)},
+        "error": None,
+    }
+    return RunRecord(**{**values, **more})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three pruners, two seeds; named otherwise than by their ids."""
+    cells = [_cell(pruner, seed) for pruner in ("cfsp", "flap", "uniform") for seed in (0, 1)]
+    for at, (cell, perplexity) in enumerate(zip(cells, (50.0, 51.0, 55.0, 57.0, 90.0, 91.0), strict=True)):
+        _record(cell, perplexity, acc=0.6 - at / 100).write(tmp_path / f"{9 - at}.json")
+    return tmp_path, cells
+
+
+def test_records_are_found_by_what_they_decide_not_by_name_or_place(folder):
+    path, cells = folder
+    elsewhere = RunRecord.read(path / "9.json")
+    assert elsewhere is not None
+    elsewhere.configuration["paths"]["cache_dir"] = "/other"
+    elsewhere.configuration["model"]["path"] = "/a/copy/of/the/model"
+    elsewhere.configuration["logger"] = {}
+    elsewhere.write(path / "9.json")
+    found = collect([*cells, _cell("cfsp", 7)], path)
+    assert [one.cell for one in found.found] == cells
+    assert found.missing == [_cell("cfsp", 7)]
+
+
+def test_markdown_shows_means_spreads_marks_and_where_it_all_comes_from(folder):
+    path, cells = folder
+    text = markdown(table("main", LAYOUT, collect(cells, path).found), "python scripts/tables.py experiment=x")
+    lines = text.splitlines()
+    assert "| pruner | removed | perplexity, bundled ↓ | mean acc ↑ |" in lines
+    assert "| dense | 0.0% | 40.00 | 0.800 |" in lines
+    assert "| cfsp | 50.0% | **50.50 ± 0.71** | **0.695 ± 0.007** |" in lines
+    assert "| flap | 50.0% | <u>56.00 ± 1.41</u> | <u>0.675 ± 0.007</u> |" in lines
+    assert "| uniform | 50.0% | 90.50 ± 0.71 | 0.655 ± 0.007 |" in lines
+    assert "6 records, seeds 0, 1." in text
+    assert "Commits: 0123456789ab. Versions: cfsp 0.1.0, torch 2.13.0" in text
+    assert "Made by: python scripts/tables.py experiment=x" in text
+    assert all(f"`{'-'.join(cell.point.values())}`" in text for cell in cells)
+
+
+def test_latex_is_escaped_and_balanced(folder):
+    path, cells = folder
+    text = latex(table("main", LAYOUT, collect(cells, path).found), "c")
+    assert r"\caption{A caption with 50 \% \& more}" in text
+    assert r"cfsp & 50.0\% & \textbf{50.50 $\pm$ 0.71} & \textbf{0.695 $\pm$ 0.007} \\" in text
+    assert r"flap & 50.0\% & \underline{56.00 $\pm$ 1.41}" in text
+    for rule in (r"\toprule", r"\midrule", r"\bottomrule"):
+        assert text.count(rule) == 1
+    assert len(re.findall(r"\\begin", text)) == len(re.findall(r"\\end", text)) == 2
+    body = [line for line in text.splitlines() if line.endswith(r"\\") and "multicolumn" not in line]
+    assert {line.count(" & ") for line in body} == {3}
+
+
+def test_csv_is_unrounded(folder):
+    path, cells = folder
+    rows = list(csv.DictReader(io.StringIO(comma_separated(table("main", LAYOUT, collect(cells, path).found)))))
+    (row,) = [row for row in rows if row["pruner"] == "flap" and row["metric"] == "perplexity, bundled"]
+    assert float(row["mean"]) == 56.0
+    assert float(row["std"]) == pytest.approx(2**0.5)
+    assert (row["seeds"], row["better"], row["section"]) == ("2", "lower", "sparsity.ratio 0.5")
+    assert row["records"] == "flap-0.5-0 flap-0.5-1"
+
+
+def test_a_seed_that_is_missing_is_said_and_a_figure_that_is_missing_is_empty(folder):
+    path, cells = folder
+    record = RunRecord.read(path / "9.json")
+    assert record is not None
+    record.measurements["pruned"] = record.measurements["pruned"][1:]
+    record.write(path / "9.json")
+    (path / "7.json").unlink()
+    text = markdown(table("main", LAYOUT, collect(cells, path).found), "c")
+    assert "| cfsp | 50.0% | **51.00** (1 of 2 seeds) |" in text
+    record.measurements["pruned"] = []
+    text = markdown(table("main", LAYOUT, [*collect(cells[1:], path).found]), "c")
+    assert "| flap | 50.0% | <u>57.00</u> |" in text
+
+
+def test_what_looks_alike_is_marked_alike(folder):
+    path, cells = folder
+    for name in ("7.json", "6.json"):
+        record = RunRecord.read(path / name)
+        assert record is not None
+        record.measurements["pruned"][0]["value"] = 50.5
+        record.write(path / name)
+    text = markdown(table("main", LAYOUT, collect(cells, path).found), "c")
+    assert "**50.50 ± 0.71**" in text
+    assert "**50.50 ± 0.00**" in text
+    assert "<u>90.50 ± 0.71</u>" in text
+
+
+def _refuses(records, match: str, layout: TableLayout = LAYOUT) -> None:
+    from cfsp.tables.collection import Found
+
+    with pytest.raises(ConfigError, match=match):
+        table("main", layout, [Found(cell, record) for cell, record in records])
+
+
+def test_what_does_not_belong_into_one_table_is_refused():
+    a, b = _cell("cfsp", 0), _cell("flap", 0)
+    good = _record(a, 50)
+    other = _record(b, 50)
+    other.measurements["pruned"][0]["seq_len"] = 1024
+    _refuses([(a, good), (b, other)], r"measured in two ways \(seq_len: 256 and 1024; cfsp-0.5-0 and flap-0.5-0\)")
+    other = _record(b, 50)
+    other.measurements["pruned"][1]["version"] = "2.0"
+    _refuses([(a, good), (b, other)], "zero_shot/one/acc was measured in two ways .version: None and 2.0")
+    _refuses([(a, good), (b, _record(b, 50, model={"fingerprint": "2", "dtype": "float32"}))], "more than one model")
+    _refuses(
+        [(a, good), (b, _record(b, 50, model={"fingerprint": "sha256:1", "dtype": "bf16"}))], "more than one dtype"
+    )
+    _refuses([(a, good), (b, _record(b, 50, dense=41))], "the dense figures for perplexity, bundled differ")
+    bare = _record(a, 50)
+    del bare.measurements["dense"]
+    _refuses([(a, bare)], "no record has dense figures")
+    wrong = LAYOUT.model_copy(update={"metrics": ["zero_shot/three/acc"]})
+    _refuses([(a, good)], "zero_shot/three/acc: no record has such a figure; there are perplexity/bundled", wrong)
+    c = _cell("cfsp", 0, **{"sparsity.round_to": "64"})
+    _refuses([(a, good), (c, _record(c, 50))], "runs that differ in sparsity.round_to would stand in one cell")
+
+
+def test_two_records_of_one_run_and_other_schemas_and_versions_are_refused(folder):
+    path, cells = folder
+    record = RunRecord.read(path / "9.json")
+    assert record is not None
+    record.run_id = "the-same-in-bfloat16"
+    record.write(path / "twice.json")
+    with pytest.raises(ConfigError, match="several records in .* are of this run .cfsp-0.5-0, the-same-in-bfloat16"):
+        collect(cells, path)
+    values = json.loads((path / "twice.json").read_text()) | {"schema": 99}
+    (path / "twice.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="twice.json: a record of schema 99, this version reads 1"):
+        collect(cells, path)
+    (path / "twice.json").unlink()
+    record.identity["version"] = METHOD_VERSION - 1
+    record.write(path / "9.json")
+    with pytest.raises(ConfigError, match="of other versions of the methods"):
+        collect(cells, path)
+
+
+def test_the_command_writes_names_what_is_damaged_and_repeats_itself(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    experiment = tmp_path / "experiments" / "temperature"
+    experiment.mkdir(parents=True)
+    (experiment / "tables.yaml").write_text(
+        "tables: {main: {caption: c, groups: [sparsity.ratio], rows: [allocator.temperature], "
+        "metrics: [perplexity/*]}}\n"
+        "figures: {curve: {kind: curve, caption: c, x: sparsity.ratio, lines: [allocator.temperature], "
+        "metric: perplexity/*}}\n"
+    )
+    words = ["experiment=temperature", "seed=0,1", "allocator.temperature=0,1"]
+    assert command.main(words) == 2
+    assert "no such folder; run the sweep first" in capsys.readouterr().err
+    records = tmp_path / "results" / "records" / "temperature" / "bundled"
+    records.mkdir(parents=True)
+    assert command.main(words) == 2
+    assert "no record there is of temperature (bundled)" in capsys.readouterr().err
+    for at, cell in enumerate(command.request_of(words).cells[:-1]):
+        _record(cell, 50.0 + at).write(records / f"{at}.json")
+    assert command.main(words) == 0
+    assert "1 of 8 runs have no record" in capsys.readouterr().out
+    (records / "broken.json").write_text('{"schema": 1, "run')
+    made = [path for kind in ("tables", "figures") for path in (tmp_path / "results" / kind).rglob("*.*")]
+    assert sorted(path.suffix for path in made) == [".csv", ".md", ".png", ".svg", ".tex"]
+    before = [path.read_bytes() for path in made]
+    assert command.main(words) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "broken.json: not a run record" in line
+    assert [path.read_bytes() for path in made] == before
+
+
+@pytest.mark.parametrize("kind", ["curve", "pareto", "blocks"])
+def test_figures_are_the_same_bytes_again(folder, kind):
+    path, cells = folder
+    found = collect(cells, path).found
+    for one in found:
+        one.record.blocks = [{"width": 10, "base_width": 20, "distance": {"angular": 0.1}}] * 3
+    layout = FigureLayout(
+        kind=kind, caption="c", x="sparsity.ratio", x_metric="zero_shot/one/acc", metric="perplexity/*",
+        lines=["pruner"], panels=["pruner"],
+    )  # fmt: skip
+    first, second = draw("f", layout, found), draw("f", layout, found)
+    assert first == second
+    assert first["png"].startswith(b"\x89PNG")
+    assert b"<dc:date>" not in first["svg"]
+    with pytest.raises(ConfigError, match="no record of the experiment is there"):
+        draw("f", layout.model_copy(update={"where": {"pruner": "shortgpt"}}), found)
+    if kind != "blocks":
+        with pytest.raises(ConfigError, match="metric is not set"):
+            draw("f", layout.model_copy(update={"metric": None}), found)
