@@ -83,6 +83,7 @@ def _run(prepared: Prepared, out: Path, bases: BaseModels) -> RunRecord:
     earlier = RunRecord.read(out / "record.json")
     if earlier is not None and not config.force and _is_finished(earlier, out, prepared):
         log.info("this run is finished (%s); force=true repeats it", out / "record.json")
+        shutil.rmtree(out / "training", ignore_errors=True)  # it was killed after its record and before this
         copy = Path(config.paths.records_dir) / f"{earlier.run_id}.json"
         if not copy.is_file():
             earlier.write(copy)
@@ -369,9 +370,9 @@ def _recorded(record: RunRecord, out: Path, config: RunConfig, unfinished: Path)
             raise RunError(_out_of_memory_hint(config, record)) from error
         raise
     record.status, record.error = "success", None
-    shutil.rmtree(out / "training", ignore_errors=True)  # checkpoints serve a run that has not ended
     record.finished = _now()
     record.write(out / "record.json")
+    shutil.rmtree(out / "training", ignore_errors=True)  # checkpoints serve a run that has not ended
     if unfinished.name != "record.json":
         unfinished.unlink()
     record.write(Path(config.paths.records_dir) / f"{record.run_id}.json")

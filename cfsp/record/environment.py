@@ -60,7 +60,7 @@ def _git() -> dict[str, Any] | None:
         run = lambda *args: subprocess.run(  # noqa: E731
             ["git", *args], cwd=ROOT.parent, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
-        # results/ is what runs write and no code: a sweep that puts records there changes nothing of what the next run is.
+        # results/ is what runs write, no code: a record that a sweep puts there changes nothing of its next run.
         changed = run("status", "--porcelain", "--", ".", ":(exclude)results")
         return {"commit": run("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -92,7 +93,8 @@ class TopKOnDisk:
         starts = _starts(examples)
         if read_seal(folder, run_id) is not None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # with its seal: what follows is not whole until it is sealed
+        folder.mkdir(parents=True)
         total, vocabulary = int(starts[-1]), int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
         k = min(k, vocabulary - 1)
         new = lambda name, dtype, shape: np.lib.format.open_memmap(  # noqa: E731

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
-from cfsp.components import component
+from cfsp.components import component, shown
 
 Positive = Annotated[int, Field(ge=1, strict=True)]
 #: Goes into file names.
@@ -103,12 +104,27 @@ class Training:
                 f"recovery.packing=true: recovery/data={self.data.name} is cut into full windows already; packing is "
                 "for instructions, use recovery.packing=false"
             )
+        for key, usual, unread in self._unread():
+            if getattr(self, key) != usual:
+                raise ValueError(f"recovery.{key}={shown(getattr(self, key))}: {unread}; leave it out")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"recovery.batch_size={self.batch_size}: must be a multiple of "
                 f"recovery.micro_batch_size={self.micro_batch_size}"
             )
         return self
+
+    def _unread(self) -> Iterator[tuple[str, Any, str]]:
+        """(key, its default, why nothing looks at it) with this objective and data."""
+        described = cast(Any, type(self)).__dataclass_fields__
+        defaults = {name: getattr(field.default, "default", field.default) for name, field in described.items()}
+        if self.objective == "lm":
+            for key in ("teacher", "top_k", "distill_temperature", "distill_weight"):
+                yield key, defaults[key], "is of recovery.objective=distill, and this is lm"
+        elif self.teacher == "memory":
+            yield "top_k", defaults["top_k"], "is of recovery.teacher=disk"
+        if self.data.kind != "instructions":
+            yield "response_only", True, f"recovery/data={self.data.name} has no responses, every token is learnt"
 
 
 #: Settings that decide how a training is called and watched, not what comes out; data are identified by content.

@@ -144,6 +144,11 @@ def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dic
     teacher = _teacher(settings, context, examples, trained=model is context.model)
     context.folder.mkdir(parents=True, exist_ok=True)
     resumed = processes.shared(lambda: last_whole(context.folder, context.run_id))
+    log.info(
+        "recovery: a checkpoint every %d steps; after a kill the same command with paths.output_dir=%s goes on",
+        settings.checkpoint_every,
+        context.folder.parent,
+    )
     if resumed is not None and resumed[1]["sharded"] != sharded():
         how = "with FSDP (accelerate launch --use_fsdp)" if resumed[1]["sharded"] else "without FSDP"
         raise RunError(
@@ -194,6 +199,8 @@ def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dic
             log.info("recovery: going on from %s", path.name)
             trainer.restore(sealed)
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed[0]))
+    # accelerate puts autocast around the model's own forward; what is evaluated is what is saved.
+    trainer.accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
     if settings.gradient_checkpointing:
         _recompute_activations(trained, False)
     if trained is not model:
