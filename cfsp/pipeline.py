@@ -22,7 +22,7 @@ from cfsp.config import RunConfig, SelfCalibration
 from cfsp.data.calibration import CalibrationSet
 from cfsp.data.self_generated import sampled
 from cfsp.errors import BusyError, CheckpointError, ConfigError, RunError
-from cfsp.evaluate.base import Side
+from cfsp.evaluate.base import Side, parts_of
 from cfsp.evaluate.measurement import Measurement
 from cfsp.identity import METHOD_VERSION, digest, method_of
 from cfsp.importance.base import required
@@ -46,8 +46,8 @@ from cfsp.recover.stage import recover
 
 log = logging.getLogger(__name__)
 
-#: In OUT, who is at the run.
-LEASE = ".lease"
+#: In OUT: who is at the run, its checkpoints, and the figures of what is measured already.
+LEASE, TRAINING, MEASURED = ".lease", "training", "measured"
 
 
 def run(config: RunConfig, *, multirun: bool = False, bases: BaseModels | None = None) -> tuple[RunRecord, Path]:
@@ -83,7 +83,7 @@ def _run(prepared: Prepared, out: Path, bases: BaseModels) -> RunRecord:
     earlier = RunRecord.read(out / "record.json")
     if earlier is not None and not config.force and _is_finished(earlier, out, prepared):
         log.info("this run is finished (%s); force=true repeats it", out / "record.json")
-        shutil.rmtree(out / "training", ignore_errors=True)  # it was killed after its record and before this
+        _forget_progress(out)  # it was killed after its record and before this
         copy = Path(config.paths.records_dir) / f"{earlier.run_id}.json"
         if not copy.is_file():
             earlier.write(copy)
@@ -103,8 +103,9 @@ def _run(prepared: Prepared, out: Path, bases: BaseModels) -> RunRecord:
         },
         started=_now(),
     )
-    if config.force:
-        shutil.rmtree(out / "training", ignore_errors=True)
+    if config.force or earlier is None:  # what lies there is not of this run
+        _forget_progress(out)
+        (out / "plan.json").unlink(missing_ok=True)
     logger = config.logger.instance
     # A repeated run must not cost the record of its success: until it ends well, its own stands beside it.
     repeated = earlier is not None and earlier.status == "success"
@@ -158,9 +159,10 @@ def _stages(
     with stages("calibrate") as stage:
         context, stage["cached"] = _context(prepared, view)
         record.calibration = context.calibration.describe()
-    with stages("plan"):
-        plan: PruningPlan = config.pruner.instance.plan(context)
-        plan.save(out / "plan.json")
+    with stages("plan") as stage:
+        plan, stage["cached"] = read_or_compute(
+            out / "plan.json", PruningPlan.load, lambda: config.pruner.instance.plan(context), PruningPlan.save
+        )
         _record_plan(record, plan)
     if prepared.evaluation:
         with stages("evaluate dense") as stage:
@@ -173,7 +175,7 @@ def _stages(
     if config.recovery.instance.trains:
         if prepared.evaluation:
             with stages("evaluate pruned"):
-                record.measurements["pruned"] = _measured(prepared, model)
+                record.measurements["pruned"] = _measured(prepared, model, "pruned", out)
         with stages("recover"):
             base = partial(_save_base, prepared, model, plan, out)
             recovered = recover(prepared, as_it_was, context, plan, out, base=base, report=report)
@@ -187,7 +189,7 @@ def _stages(
             record.checkpoint = {"form": saved.form, "bytes": saved.bytes, "dtype": saved.dtype, "state": state}
     if prepared.evaluation:
         with stages(f"evaluate {sides[-1]}"):
-            record.measurements[sides[-1]] = _measured(prepared, model)
+            record.measurements[sides[-1]] = _measured(prepared, model, sides[-1], out)
         with stages("measure cost"):
             # A recovery trains weights that the three share; what they cost does not depend on the values.
             dense = Side("dense", as_it_was.active, prepared.stored_dtype)
@@ -259,27 +261,36 @@ def _evaluate_dense(prepared: Prepared, model: nn.Module) -> tuple[list[dict[str
                 "version": METHOD_VERSION,
             }
         )
-        path = Path(prepared.config.paths.cache_dir) / "dense" / f"{key[:32]}.json"
-        if prepared.config.force:
-            path.unlink(missing_ok=True)
-        found, cached = read_or_compute(
-            path,
-            lambda file: json.loads(file.read_text(encoding="utf-8")),
-            partial(_figures, evaluator.instance, model, prepared.tokenizer),
-            lambda values, file: file.write_text(json.dumps(values), encoding="utf-8"),
-        )
-        all_cached &= cached
-        rows += found
+        folder = Path(prepared.config.paths.cache_dir) / "dense"
+        for part, alone in parts_of(evaluator.instance).items():
+            path = folder / f"{digest([key, part])[:32]}.json"
+            if prepared.config.force:
+                path.unlink(missing_ok=True)
+            found, cached = _figures(path, alone, model, prepared.tokenizer)
+            all_cached &= cached
+            rows += found
     return rows, all_cached and bool(rows)
 
 
-def _measured(prepared: Prepared, model: nn.Module) -> list[dict[str, Any]]:
-    evaluators = [e.instance for e in prepared.config.evaluation.values() if not e.instance.side_by_side]
-    return [row for evaluator in evaluators for row in _figures(evaluator, model, prepared.tokenizer)]
+def _measured(prepared: Prepared, model: nn.Module, side: str, out: Path) -> list[dict[str, Any]]:
+    """Figures of one side; what a killed run had measured of it is read from OUT/measured."""
+    rows: list[dict[str, Any]] = []
+    for name, evaluator in prepared.config.evaluation.items():
+        if evaluator.instance.side_by_side:
+            continue
+        for part, alone in parts_of(evaluator.instance).items():
+            path = out / MEASURED / f"{digest([side, name, part])[:32]}.json"
+            rows += _figures(path, alone, model, prepared.tokenizer)[0]
+    return rows
 
 
-def _figures(evaluator: Any, model: nn.Module, tokenizer: Any) -> list[dict[str, Any]]:
-    return [measurement.as_dict() for measurement in evaluator.measure(model, tokenizer)]
+def _figures(path: Path, evaluator: Any, model: nn.Module, tokenizer: Any) -> tuple[list[dict[str, Any]], bool]:
+    return read_or_compute(
+        path,
+        lambda file: json.loads(file.read_text(encoding="utf-8")),
+        lambda: [measurement.as_dict() for measurement in evaluator.measure(model, tokenizer)],
+        lambda values, file: file.write_text(json.dumps(values), encoding="utf-8"),
+    )
 
 
 def _side_by_side(prepared: Prepared, model: nn.Module, sides: list[Side]) -> dict[str, list[Measurement]]:
@@ -351,6 +362,12 @@ def _is_finished(earlier: RunRecord, out: Path, prepared: Prepared) -> bool:
     return earlier.status == "success" and (not wants_model or (out / "model" / "config.json").is_file())
 
 
+def _forget_progress(out: Path) -> None:
+    """What serves a run that has not ended."""
+    for name in (TRAINING, MEASURED):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def _recorded(record: RunRecord, out: Path, config: RunConfig, unfinished: Path) -> Iterator[None]:
     """What happens inside ends up in a record: in ``unfinished`` until it ends well, then in record.json."""
@@ -372,7 +389,7 @@ def _recorded(record: RunRecord, out: Path, config: RunConfig, unfinished: Path)
     record.status, record.error = "success", None
     record.finished = _now()
     record.write(out / "record.json")
-    shutil.rmtree(out / "training", ignore_errors=True)  # checkpoints serve a run that has not ended
+    _forget_progress(out)
     if unfinished.name != "record.json":
         unfinished.unlink()
     record.write(Path(config.paths.records_dir) / f"{record.run_id}.json")

@@ -59,7 +59,7 @@ def read_or_compute(
     if found:
         return found[0], True
     kind = path.parent.name
-    with waited(path.parent / ".leases" / path.stem, lambda who: log.info("waiting for %s (%s)", kind, who)):
+    with waited(path.with_name(f".{path.stem}.lease"), lambda who: log.info("waiting for %s (%s)", kind, who)):
         found = _kept(path, read, quiet=True)
         if found:
             return found[0], True

@@ -32,6 +32,19 @@ class Evaluator(Protocol):
         ...
 
 
+class DividedEvaluator(Evaluator, Protocol):
+    """Measures one thing after another; what is measured is kept, so that a run that is killed does not repeat it."""
+
+    def parts(self) -> dict[str, Evaluator]:
+        """Name of a task or text -> the evaluator of it alone; together they measure what this one does."""
+        ...
+
+
+def parts_of(evaluator: Evaluator) -> dict[str, Evaluator]:
+    """The parts that ``evaluator`` can be divided into; itself where it cannot."""
+    return evaluator.parts() if hasattr(evaluator, "parts") else {"all": evaluator}
+
+
 @dataclass(frozen=True)
 class Side:
     """One side of a side-by-side measurement.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from pydantic import Field
 
@@ -62,6 +63,9 @@ class Perplexity:
             "batch_size": self.batch_size,
             "texts": {name: locate_text(self.texts[name], self._key(name)).identity for name in self.datasets},
         }
+
+    def parts(self) -> dict[str, Perplexity]:
+        return {name: replace(cast(Any, self), datasets=[name]) for name in self.datasets}
 
     def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
         return [self._measure(name, model, tokenizer) for name in self.datasets]

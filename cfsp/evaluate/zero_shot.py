@@ -9,9 +9,10 @@ import logging
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from pydantic import Field
 
@@ -63,6 +64,9 @@ class ZeroShot:
             "limit": self.limit,
             "local": content,
         }
+
+    def parts(self) -> dict[str, ZeroShot]:
+        return {task: replace(cast(Any, self), tasks=[task]) for task in self.tasks}
 
     def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
         import lm_eval

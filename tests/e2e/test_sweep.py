@@ -172,3 +172,45 @@ def test_killed_at_random_moments_the_same_command_goes_on(tmp_path):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_killed_many_times(tmp_path, seed):
     _killed_and_relaunched(tmp_path, kills=12, seed=seed)
+
+
+def test_what_a_killed_run_had_planned_and_measured_is_not_done_again(tmp_path, run_cfsp, monkeypatch):
+    """Stopped in the second text of the evaluation; then the plan and the first text are read, not made."""
+    from cfsp.evaluate.perplexity import Perplexity
+    from cfsp.pruning.one_shot import OneShotPruner
+
+    texts = [
+        f"evaluation.perplexity.texts.{name}.path=pkg://cfsp/assets/text/evaluation.txt" for name in ("text", "ptb")
+    ]
+    words = [
+        "calibration.n_samples=4", "calibration.seq_len=32", "evaluation=perplexity", "save.model=false", *texts,
+        "evaluation.perplexity.datasets=[bundled,text,ptb]", "evaluation.perplexity.seq_len=64",
+        "evaluation.perplexity.windows=[0,4]",
+    ]  # fmt: skip
+    measured, planned = [], []
+    measure, plan = Perplexity._measure, OneShotPruner.plan
+
+    def counting(self, name, model, tokenizer):
+        if name == "text" and measured.count("text") == 1 and "stop" not in measured:
+            measured.append("stop")
+            raise KeyboardInterrupt  # after the dense side, in the pruned one
+        measured.append(name)
+        return measure(self, name, model, tokenizer)
+
+    monkeypatch.setattr(Perplexity, "_measure", counting)
+    monkeypatch.setattr(OneShotPruner, "plan", lambda self, context: planned.append(1) or plan(self, context))
+    code, _, _ = run_cfsp(*words)
+    assert code == 1
+    assert measured == ["bundled", "text", "ptb", "bundled", "stop"]
+    code, _, err = run_cfsp(*words)
+    assert code == 0, err
+    assert measured[5:] == ["text", "ptb"]
+    assert len(planned) == 1
+    record = RunRecord.read(tmp_path / "out" / "record.json")
+    assert record is not None
+    assert [row["task"] for row in record.measurements["pruned"]] == ["bundled", "text", "ptb"]
+    assert not (tmp_path / "out" / "measured").exists()
+    code, _, err = run_cfsp(*words, "force=true")
+    assert code == 0, err
+    assert measured[7:] == ["bundled", "text", "ptb"] * 2
+    assert len(planned) == 2
