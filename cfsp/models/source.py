@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -144,6 +146,14 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file's content, read in pieces."""
+    """sha256 of a file's content; read once in a process while size, time of change and inode stay as they are."""
+    found = path.stat()
+    if time.time() - found.st_mtime < 2:  # a second change within a tick of the file system's clock would not show
+        return _digest_of.__wrapped__(path, 0, 0, 0)
+    return _digest_of(path.resolve(), found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@lru_cache(maxsize=4096)
+def _digest_of(path: Path, _size: int, _changed: int, _inode: int) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -55,15 +56,15 @@ def test_twelve_runs_calibrate_once_load_once_and_are_what_single_runs_are(tmp_p
     for words_of_one in (("allocator=uniform", "sparsity.ratio=0.3"), ("allocator=global_rank", "sparsity.ratio=0.5")):
         single = [word for word in SMALL[1:] if not word.startswith("~")]
         code, _, err = run_cfsp(
-            *single, *words_of_one, "save.model=false", f"paths.output_dir={tmp_path / words_of_one[1]}"
+            *single, *words_of_one, "save.model=false", f"paths.output_dir={tmp_path / words_of_one[0][10:]}"
         )
         assert code == 0, err
-        alone = RunRecord.read(tmp_path / words_of_one[1] / "record.json")
+        alone = RunRecord.read(tmp_path / words_of_one[0][10:] / "record.json")
         assert alone is not None
         swept = records[alone.run_id]
         assert (swept.identity, swept.plan, swept.blocks) == (alone.identity, alone.plan, alone.blocks)
         plans = [
-            folder / "plan.json" for folder in (tmp_path / words_of_one[1], tmp_path / "output_dir" / alone.run_id)
+            folder / "plan.json" for folder in (tmp_path / words_of_one[0][10:], tmp_path / "output_dir" / alone.run_id)
         ]
         assert plans[0].read_bytes() == plans[1].read_bytes()
     assert command.main(words) == 0
@@ -147,8 +148,11 @@ def _killed_and_relaunched(tmp_path, kills: int, seed: int) -> None:
     statistics: dict[str, int] = {}
     for _ in range(kills):
         process = _start(words)
-        time.sleep(rng.uniform(4, 16))
-        os.killpg(process.pid, signal.SIGKILL)
+        while process.poll() is None and not list((tmp_path / "output_dir").glob("*/.lease")):
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 2))  # a run takes about half a second
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         now = {name: record.finished for name, record in _records(tmp_path / "records_dir").items()}
         assert done.items() <= now.items()  # what was finished is neither lost nor repeated

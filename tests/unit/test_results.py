@@ -1,0 +1,50 @@
+"""What is committed under results/ is what its documented commands make from the committed records, byte for byte."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cfsp.sweep.command import request_of
+from cfsp.tables.collection import collect
+from cfsp.tables.command import contents
+from cfsp.tables.layout import load_layout
+from tests.conftest import ROOT
+
+RESULTS = ROOT / "results"
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+RECORDED = sorted(
+    (name, path.name) for name in EXPERIMENTS for path in (RESULTS / "records" / name).glob("*") if path.is_dir()
+)
+
+
+@pytest.mark.parametrize(("name", "variant"), RECORDED)
+def test_tables_and_figures_are_those_of_the_records(name, variant):
+    words = [f"experiment={name}", *([] if variant == "bundled" else [f"variant={variant}"])]
+    request = request_of(words)
+    collection = collect(request.cells, RESULTS / "records" / name / variant)
+    assert not collection.damaged
+    assert not collection.missing
+    assert len(collection.found) == len(list((RESULTS / "records" / name / variant).glob("*.json")))
+    layout = load_layout(ROOT / "experiments" / name)
+    made = contents(request, layout, collection, "python scripts/tables.py " + " ".join(words))
+    assert made == {path: (RESULTS / path).read_bytes() for path in made}
+    kept = [path for kind in ("tables", "figures") for path in (RESULTS / kind / name / variant).glob("*")]
+    assert {path.relative_to(RESULTS) for path in kept} == set(made)
+
+
+@pytest.mark.parametrize(("name", "variant"), RECORDED)
+def test_records_were_measured_on_committed_code_and_name_no_machine(name, variant):
+    for path in (RESULTS / "records" / name / variant).glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert json.loads(text)["environment"]["git"]["dirty"] is False
+        assert json.loads(text)["run_id"] == path.stem
+        assert '"/' not in text
+
+
+def test_nothing_lies_there_that_no_experiment_or_script_made():
+    known = {*EXPERIMENTS, "demo", "pruners", "recoveries"}
+    assert {path.name for path in (RESULTS / "records").iterdir()} <= known
+    tables = {path.name for path in (RESULTS / "tables").iterdir()}
+    assert tables <= {*EXPERIMENTS, "recoveries.md", "pruners-books7m.md", "pruners-stories260K.md"}
