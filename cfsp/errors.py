@@ -12,13 +12,22 @@ class CfspError(Exception):
 
     exit_code = 2
 
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """One line per finding."""
+        return (str(self),)
+
 
 class ConfigError(CfspError):
-    """A key, a value or a combination of values is wrong. ``problems`` holds one line per finding."""
+    """Keys, values or combinations of values are wrong."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__("; ".join(problems))
-        self.problems = problems
+        self._problems = problems
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        return self._problems
 
 
 class UnsupportedModelError(CfspError):

@@ -46,8 +46,8 @@ from cfsp.recover.stage import recover
 
 log = logging.getLogger(__name__)
 
-#: In OUT: who is at the run, its checkpoints, and the figures of what is measured already.
-LEASE, TRAINING, MEASURED = ".lease", "training", "measured"
+#: In OUT: who is at the run.
+LEASE = ".lease"
 
 
 def run(config: RunConfig, *, multirun: bool = False, bases: BaseModels | None = None) -> tuple[RunRecord, Path]:
@@ -68,14 +68,14 @@ def run(config: RunConfig, *, multirun: bool = False, bases: BaseModels | None =
     if config.save.model and config.pruner.instance.prunes:
         for name in ("model", "pruned") if config.recovery.instance.trains else ("model",):
             check_destination(out / name)
-    lease = take(out / LEASE)
-    if lease is None:
-        who = holder(out / LEASE) or "another process"
-        raise BusyError(f"paths.output_dir={out}: {who} is at this run; wait for it, or give another folder")
-    try:
+    with contextlib.ExitStack() as until_the_end:
+        for place in (out / LEASE, prepared.progress.with_name(f"{prepared.run_id}.lease")):
+            lease = take(place)
+            if lease is None:
+                who = holder(place) or "another process"
+                raise BusyError(f"paths.output_dir={out}: {who} is at this run ({prepared.run_id}); wait for it")
+            until_the_end.callback(lease.release)
         return _run(prepared, out, bases or BaseModels()), out
-    finally:
-        lease.release()
 
 
 def _run(prepared: Prepared, out: Path, bases: BaseModels) -> RunRecord:
@@ -83,7 +83,7 @@ def _run(prepared: Prepared, out: Path, bases: BaseModels) -> RunRecord:
     earlier = RunRecord.read(out / "record.json")
     if earlier is not None and not config.force and _is_finished(earlier, out, prepared):
         log.info("this run is finished (%s); force=true repeats it", out / "record.json")
-        _forget_progress(out)  # it was killed after its record and before this
+        shutil.rmtree(prepared.progress, ignore_errors=True)  # it was killed after its record and before this
         copy = Path(config.paths.records_dir) / f"{earlier.run_id}.json"
         if not copy.is_file():
             earlier.write(copy)
@@ -103,14 +103,13 @@ def _run(prepared: Prepared, out: Path, bases: BaseModels) -> RunRecord:
         },
         started=_now(),
     )
-    if config.force or earlier is None:  # what lies there is not of this run
-        _forget_progress(out)
-        (out / "plan.json").unlink(missing_ok=True)
+    if config.force:
+        shutil.rmtree(prepared.progress, ignore_errors=True)
     logger = config.logger.instance
     # A repeated run must not cost the record of its success: until it ends well, its own stands beside it.
     repeated = earlier is not None and earlier.status == "success"
     unfinished = out / ("record.repeat.json" if repeated else "record.json")
-    with _log_file(out), _recorded(record, out, config, unfinished):
+    with _log_file(out), _recorded(record, out, prepared, unfinished):
         record.write(unfinished)
         _write_config(config, out)
         logger.start(prepared.run_id, out, config.raw)
@@ -161,8 +160,12 @@ def _stages(
         record.calibration = context.calibration.describe()
     with stages("plan") as stage:
         plan, stage["cached"] = read_or_compute(
-            out / "plan.json", PruningPlan.load, lambda: config.pruner.instance.plan(context), PruningPlan.save
+            prepared.progress / "plan.json",
+            PruningPlan.load,
+            lambda: config.pruner.instance.plan(context),
+            PruningPlan.save,
         )
+        plan.save(out / "plan.json")
         _record_plan(record, plan)
     if prepared.evaluation:
         with stages("evaluate dense") as stage:
@@ -175,7 +178,7 @@ def _stages(
     if config.recovery.instance.trains:
         if prepared.evaluation:
             with stages("evaluate pruned"):
-                record.measurements["pruned"] = _measured(prepared, model, "pruned", out)
+                record.measurements["pruned"] = _measured(prepared, model, "pruned")
         with stages("recover"):
             base = partial(_save_base, prepared, model, plan, out)
             recovered = recover(prepared, as_it_was, context, plan, out, base=base, report=report)
@@ -189,7 +192,7 @@ def _stages(
             record.checkpoint = {"form": saved.form, "bytes": saved.bytes, "dtype": saved.dtype, "state": state}
     if prepared.evaluation:
         with stages(f"evaluate {sides[-1]}"):
-            record.measurements[sides[-1]] = _measured(prepared, model, sides[-1], out)
+            record.measurements[sides[-1]] = _measured(prepared, model, sides[-1])
         with stages("measure cost"):
             # A recovery trains weights that the three share; what they cost does not depend on the values.
             dense = Side("dense", as_it_was.active, prepared.stored_dtype)
@@ -272,14 +275,14 @@ def _evaluate_dense(prepared: Prepared, model: nn.Module) -> tuple[list[dict[str
     return rows, all_cached and bool(rows)
 
 
-def _measured(prepared: Prepared, model: nn.Module, side: str, out: Path) -> list[dict[str, Any]]:
-    """Figures of one side; what a killed run had measured of it is read from OUT/measured."""
+def _measured(prepared: Prepared, model: nn.Module, side: str) -> list[dict[str, Any]]:
+    """Figures of one side; what a killed run had measured of it is read."""
     rows: list[dict[str, Any]] = []
     for name, evaluator in prepared.config.evaluation.items():
         if evaluator.instance.side_by_side:
             continue
         for part, alone in parts_of(evaluator.instance).items():
-            path = out / MEASURED / f"{digest([side, name, part])[:32]}.json"
+            path = prepared.progress / "measured" / f"{digest([side, name, part])[:32]}.json"
             rows += _figures(path, alone, model, prepared.tokenizer)[0]
     return rows
 
@@ -362,15 +365,10 @@ def _is_finished(earlier: RunRecord, out: Path, prepared: Prepared) -> bool:
     return earlier.status == "success" and (not wants_model or (out / "model" / "config.json").is_file())
 
 
-def _forget_progress(out: Path) -> None:
-    """What serves a run that has not ended."""
-    for name in (TRAINING, MEASURED):
-        shutil.rmtree(out / name, ignore_errors=True)
-
-
 @contextlib.contextmanager
-def _recorded(record: RunRecord, out: Path, config: RunConfig, unfinished: Path) -> Iterator[None]:
+def _recorded(record: RunRecord, out: Path, prepared: Prepared, unfinished: Path) -> Iterator[None]:
     """What happens inside ends up in a record: in ``unfinished`` until it ends well, then in record.json."""
+    config = prepared.config
     try:
         yield
     except BaseException as error:
@@ -389,7 +387,7 @@ def _recorded(record: RunRecord, out: Path, config: RunConfig, unfinished: Path)
     record.status, record.error = "success", None
     record.finished = _now()
     record.write(out / "record.json")
-    _forget_progress(out)
+    shutil.rmtree(prepared.progress, ignore_errors=True)
     if unfinished.name != "record.json":
         unfinished.unlink()
     record.write(Path(config.paths.records_dir) / f"{record.run_id}.json")

@@ -37,6 +37,11 @@ class Prepared:
     identity: dict[str, Any]
     run_id: str
 
+    @property
+    def progress(self) -> Path:
+        """Where the run keeps what it need not do again after a kill, wherever OUT is: plan, figures, training."""
+        return Path(self.config.paths.cache_dir) / "progress" / self.run_id
+
 
 def prepare(config: RunConfig) -> Prepared:
     """Find and check every input of a run.
@@ -113,7 +118,7 @@ def _refuse(problems: list[CfspError]) -> None:
     if len(problems) == 1:
         raise problems[0]
     if problems:
-        raise ConfigError(*(line for error in problems for line in getattr(error, "problems", (str(error),))))
+        raise ConfigError(*(line for error in problems for line in error.problems))
 
 
 def check_writable(key: str, folder: Path) -> None:

@@ -165,7 +165,7 @@ def _report(error: Exception, session: _Session, label: str = "") -> int:
             return error.exit_code
         label = f"process {mine.rank}: {label}"
     if isinstance(error, CfspError):
-        for problem in error.problems if isinstance(error, ConfigError) else (str(error),):
+        for problem in error.problems:
             print(f"cfsp: {label}{' '.join(problem.split())}", file=sys.stderr)
         return error.exit_code
     reason = " ".join(str(error).split()) or type(error).__name__

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from cfsp.config import HubFile, TextSection
 from cfsp.data.calibration import Limits
-from cfsp.data.text import TextFile, locate_text, read_text, tokenise
+from cfsp.data.text import TEXT_FORMS, TextFile, locate_text, read_text, tokenise
 from cfsp.errors import DataError
-from cfsp.package import package_path
 
 if TYPE_CHECKING:
     from cfsp.recover.settings import RecoveryData, Training
@@ -50,12 +49,10 @@ def locate(data: RecoveryData) -> TextFile:
     Raises:
         DataError: no such file, an empty one, or the hub is out of reach.
     """
-    forms = ".jsonl, .json or .parquet" if data.kind == "instructions" else ".txt, .jsonl or .parquet"
-    if data.path is not None and not package_path(data.path).is_file():
-        raise DataError(f"recovery.data.path={data.path}: no such file; give a {forms} file")
     hub = None if data.hub is None else HubFile(**asdict(cast(Any, data.hub)))
     section = TextSection(path=data.path, hub=hub, text_field=data.text_field, txt_rows=data.txt_rows, join=data.join)
-    return locate_text(section, "recovery.data")
+    forms = ".jsonl, .json or .parquet" if data.kind == "instructions" else TEXT_FORMS
+    return locate_text(section, "recovery.data", forms)
 
 
 def instructions(file: TextFile, settings: Training, tokenizer: Any) -> list[Example]:

@@ -31,11 +31,16 @@ class TextFile:
     revision: str | None = None
 
 
-def locate_text(section: TextSection, key: str) -> TextFile:
+#: Files that hold a text.
+TEXT_FORMS = ".txt, .jsonl or .parquet"
+
+
+def locate_text(section: TextSection, key: str, forms: str = TEXT_FORMS) -> TextFile:
     """Find the file of a text section: a local path, or one file of a hub repository.
 
     Args:
         key: the configuration key of the section, for messages.
+        forms: of files that fit, for messages.
 
     Raises:
         DataError: no such file, an empty one, or the hub is out of reach.
@@ -43,11 +48,11 @@ def locate_text(section: TextSection, key: str) -> TextFile:
     if section.path is not None:
         path = package_path(section.path)
         if not path.is_file():
-            raise DataError(f"{key}.path={section.path}: no such file; give a .txt, .jsonl or .parquet file")
+            raise DataError(f"{key}.path={section.path}: no such file; give a {forms} file")
     elif section.hub is not None:
         path = _from_hub(section, key)
     else:
-        raise DataError(f"{key}.path=null: give a local .txt, .jsonl or .parquet file, {key}.path=FILE")
+        raise DataError(f"{key}.path=null: give a local {forms} file, {key}.path=FILE")
     if path.stat().st_size == 0:
         raise DataError(f"{key}.path={path}: the file is empty; give one that holds text")
     prepared = section.model_dump(

@@ -71,7 +71,6 @@ class ZeroShot:
     def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
 
         with _quiet_harness():
             harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=self.batch_size)
@@ -87,9 +86,9 @@ class ZeroShot:
                     num_fewshot=self.num_fewshot,
                     limit=self.limit,
                     bootstrap_iters=1000,  # 0 would drop the analytic standard errors as well
-                    task_manager=TaskManager(
-                        include_path=str(package_path(self.include_path)) if self.include_path else None,
-                        include_defaults=bool(set(self.tasks) - set(local)),
+                    task_manager=_task_manager(
+                        str(package_path(self.include_path)) if self.include_path else None,
+                        bool(set(self.tasks) - set(local)),
                     ),
                     log_samples=True,  # carries the hashes of items, prompts and targets
                 )
@@ -218,13 +217,18 @@ def _strings(value: Any) -> list[str]:
     return [text for item in value for text in _strings(item)] if isinstance(value, list) else []
 
 
-@cache
 def _harness_tasks() -> set[str]:
-    """The harness's own task names; it reads thousands of files for them."""
+    """The harness's own task names."""
+    with _quiet_harness():
+        return set(_task_manager(None, True).all_tasks)
+
+
+@cache
+def _task_manager(include_path: str | None, include_defaults: bool) -> Any:
+    """The harness's index of tasks; for its own it reads thousands of files."""
     from lm_eval.tasks import TaskManager
 
-    with _quiet_harness():
-        return set(TaskManager().all_tasks)
+    return TaskManager(include_path=include_path, include_defaults=include_defaults)
 
 
 @contextlib.contextmanager

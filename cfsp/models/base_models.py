@@ -50,5 +50,6 @@ class BaseModels:
 
 
 def _narrows(prepared: Prepared) -> bool:
-    stored = min(torch.finfo(prepared.stored_dtype).bits, torch.finfo(prepared.dtype).bits)
-    return stored < torch.finfo(getattr(torch, prepared.source.stored_dtype)).bits
+    """Whether rounding to the stored dtype changes weights: narrower than the dtype in memory, and not their own."""
+    narrower = torch.finfo(prepared.stored_dtype).bits < torch.finfo(prepared.dtype).bits
+    return narrower and prepared.stored_dtype != getattr(torch, prepared.source.stored_dtype)

@@ -99,14 +99,10 @@ class Training:
                 f"recovery.warmup_steps={self.warmup_steps}: recovery.max_steps={self.max_steps} steps end before the "
                 "learning rate is reached; use fewer warm-up steps"
             )
-        if self.packing and self.data.kind != "instructions":
-            raise ValueError(
-                f"recovery.packing=true: recovery/data={self.data.name} is cut into full windows already; packing is "
-                "for instructions, use recovery.packing=false"
-            )
-        for key, usual, unread in self._unread():
-            if getattr(self, key) != usual:
-                raise ValueError(f"recovery.{key}={shown(getattr(self, key))}: {unread}; leave it out")
+        described = cast(Any, type(self)).__dataclass_fields__
+        for key, reason in self.unread():
+            if getattr(self, key) != getattr(described[key].default, "default", described[key].default):
+                raise ValueError(f"recovery.{key}={shown(getattr(self, key))}: {reason}; leave it out")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"recovery.batch_size={self.batch_size}: must be a multiple of "
@@ -114,17 +110,16 @@ class Training:
             )
         return self
 
-    def _unread(self) -> Iterator[tuple[str, Any, str]]:
-        """(key, its default, why nothing looks at it) with this objective and data."""
-        described = cast(Any, type(self)).__dataclass_fields__
-        defaults = {name: getattr(field.default, "default", field.default) for name, field in described.items()}
+    def unread(self) -> Iterator[tuple[str, str]]:
+        """(key, why) for every key that nothing looks at with this objective and data: it has its default."""
         if self.objective == "lm":
             for key in ("teacher", "top_k", "distill_temperature", "distill_weight"):
-                yield key, defaults[key], "is of recovery.objective=distill, and this is lm"
+                yield key, "is of recovery.objective=distill, and this is lm"
         elif self.teacher == "memory":
-            yield "top_k", defaults["top_k"], "is of recovery.teacher=disk"
+            yield "top_k", "is of recovery.teacher=disk"
         if self.data.kind != "instructions":
-            yield "response_only", True, f"recovery/data={self.data.name} has no responses, every token is learnt"
+            yield "packing", f"is for instructions, recovery/data={self.data.name} is cut into full windows already"
+            yield "response_only", f"recovery/data={self.data.name} has no responses, every token is learnt"
 
 
 #: Settings that decide how a training is called and watched, not what comes out; data are identified by content.

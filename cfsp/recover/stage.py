@@ -112,7 +112,7 @@ def _train(
         limits=prepared.limits,
         plan=job.plan,
         importance=job.importance,
-        folder=job.out / "training",
+        folder=prepared.progress / "training",
         adapter=job.out / "adapter",
         base=base,
         cache=Path(config.paths.cache_dir),

@@ -99,13 +99,7 @@ def _deciding(settings: Training) -> dict[str, Any]:
     """The settings that decide the result, without those that this kind of data and objective does not look at."""
     from dataclasses import asdict
 
-    unread = set(EXECUTION)
-    if settings.data.kind != "instructions":
-        unread |= {"packing", "response_only"}
-    if settings.objective == "lm":
-        unread |= {"distill_temperature", "distill_weight", "teacher", "top_k"}
-    elif settings.teacher == "memory":
-        unread.add("top_k")
+    unread = {*EXECUTION, *(key for key, _ in settings.unread())}
     return {name: value for name, value in asdict(cast(Any, settings)).items() if name not in unread}
 
 
@@ -144,11 +138,6 @@ def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dic
     teacher = _teacher(settings, context, examples, trained=model is context.model)
     context.folder.mkdir(parents=True, exist_ok=True)
     resumed = processes.shared(lambda: last_whole(context.folder, context.run_id))
-    log.info(
-        "recovery: a checkpoint every %d steps; after a kill the same command with paths.output_dir=%s goes on",
-        settings.checkpoint_every,
-        context.folder.parent,
-    )
     if resumed is not None and resumed[1]["sharded"] != sharded():
         how = "with FSDP (accelerate launch --use_fsdp)" if resumed[1]["sharded"] else "without FSDP"
         raise RunError(

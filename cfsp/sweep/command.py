@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,19 +59,25 @@ class Request:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Sweep; returns the exit code."""
+    usage = USAGE.format(experiments=_options("experiment"), launchers=_options("launcher"))
+    return command("sweep", usage, words, lambda given: _sweep(request_of(given)))
+
+
+def command(name: str, usage: str, words: Sequence[str] | None, body: Callable[[list[str]], int]) -> int:
+    """Call ``body`` with the words of the command line; errors become lines on stderr and an exit code."""
     given = sys.argv[1:] if words is None else list(words)
     if not given or given[0] in ("-h", "--help"):
-        print(USAGE.format(experiments=_options("experiment"), launchers=_options("launcher")))
+        print(usage)
         return 0 if given else 2
     quiet()
     try:
-        return _sweep(request_of(given))
+        return body(given)
     except CfspError as error:
-        for problem in getattr(error, "problems", (str(error),)):
-            print(f"sweep: {' '.join(problem.split())}", file=sys.stderr)
+        for problem in error.problems:
+            print(f"{name}: {' '.join(problem.split())}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("sweep: interrupted; the same command goes on", file=sys.stderr)
+        print(f"{name}: interrupted; the same command goes on", file=sys.stderr)
         return 1
 
 
@@ -89,7 +95,8 @@ def request_of(words: Sequence[str]) -> Request:
     variant = str(own.get("variant", "bundled"))
     cells = experiment.cells(variant, {**_usual(experiment.name, variant, given), **given})
     points = [cell.point for cell in cells]
-    varying = [key for key in points[0] if len({point.get(key) for point in points}) > 1]
+    keys = dict.fromkeys(key for point in points for key in point)
+    varying = [key for key in keys if len({point[key] for point in points if key in point}) > 1]
     return Request(
         experiment,
         variant,
@@ -133,15 +140,11 @@ def _sweep(request: Request) -> int:
     def report(job: Job, outcome: Outcome) -> None:
         nonlocal over
         over += 1
-        what = f"[{over}/{len(wanted)}] {_name(request, job.cell)}: "
         if outcome.name == "failed":
             failed.append(job.run_id)
-            print(f"{what}FAILED: {outcome.reason}", flush=True)
-        else:
-            print(
-                f"{what}{'done by another process' if outcome.name == 'busy' else f'{outcome.seconds:.1f} s'}",
-                flush=True,
-            )
+        said = {"failed": f"FAILED: {outcome.reason}", "busy": "done by another process"}
+        ended = said.get(outcome.name, f"{outcome.seconds:.1f} s")
+        print(f"[{over}/{len(wanted)}] {_name(request, job.cell)}: {ended}", flush=True)
 
     if wanted:
         request.launcher.launch(wanted, report)

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 
-from cfsp.components import problems_of, shown, suggest
+from cfsp.components import problems_of, suggest
 from cfsp.config import Section
 from cfsp.errors import ConfigError
 from cfsp.package import config_folder
@@ -129,6 +129,12 @@ def _choices(key: str, values: Values) -> list[tuple[str, str, tuple[str, ...]]]
     """(key, label, words) for each value."""
     if isinstance(values, dict):
         return [(key, label, tuple(words)) for label, words in values.items()]
-    return [
-        (key, shown(value), (f"{key}={shown(value)}",)) for value in (values if isinstance(values, list) else [values])
-    ]
+    texts = [_text(value) for value in (values if isinstance(values, list) else [values])]
+    return [(key, text, (f"{key}={text}",)) for text in texts]
+
+
+def _text(value: str | float | bool | None) -> str:
+    """A value as Hydra reads it on the command line; a string is one already, with its quotes or brackets."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,26 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """A run that the sweep wants; ``shares``: what it calibrates on, the same for all runs that share statistics."""
+    """A run that the sweep wants; ``shares``: what it calibrates on, the same for all runs that share statistics;
+    ``saves``: it leaves a model folder."""
 
     cell: Cell
     run_id: str
     out: Path
     record: Path
     shares: str
+    saves: bool
+
+    @property
+    def is_done(self) -> bool:
+        """Its record says success, and the model is there if one is wanted.
+
+        Raises:
+            CheckpointError: what stands in the record's place is none.
+        """
+        record = RunRecord.read(self.record)
+        done = record is not None and record.status == "success"
+        return done and (not self.saves or (self.out / "model" / "config.json").is_file())
 
 
 @dataclass(frozen=True)
@@ -62,19 +76,20 @@ def jobs_of(cells: Iterable[Cell]) -> list[Job]:
         try:
             configs.append((cell, parse(compose(cell.words))))
         except CfspError as error:
-            problems.update(dict.fromkeys(getattr(error, "problems", (str(error),))))
+            problems.update(dict.fromkeys(error.problems))
     found: dict[str, Job] = {}
     for cell, config in progress(configs, "check", unit="run"):
         try:
             prepared = prepare(config)
         except CfspError as error:
-            problems.update(dict.fromkeys(getattr(error, "problems", (str(error),))))
+            problems.update(dict.fromkeys(error.problems))
             continue
         pruning = prepared.identity["pruning"] or {}
         shares = digest([prepared.identity["model"], prepared.identity["dtype"], pruning.get("calibration")])
         out = Path(config.paths.output_dir) / prepared.run_id
         record = Path(config.paths.records_dir) / f"{prepared.run_id}.json"
-        found.setdefault(prepared.run_id, Job(cell, prepared.run_id, out, record, shares))
+        saves = config.save.model and config.pruner.instance.prunes
+        found.setdefault(prepared.run_id, Job(cell, prepared.run_id, out, record, shares, saves))
     if problems:
         raise ConfigError(*problems)
     return list(found.values())
@@ -83,19 +98,16 @@ def jobs_of(cells: Iterable[Cell]) -> list[Job]:
 def state_of(job: Job) -> State:
     """What is done of a job."""
     try:
-        record = RunRecord.read(job.record)
-        if record is not None and record.status == "success":
+        if job.is_done:
             return State("done")
-        record = RunRecord.read(job.out / "record.json") or record
+        record = RunRecord.read(job.out / "record.json")
     except CheckpointError as error:
         return State("failed", str(error))
     who = holder(job.out / LEASE)
     if who is not None:
         return State("running", who)
-    if record is None:
+    if record is None or record.status == "success":  # or one of its files is gone
         return State("missing")
-    if record.status == "success":
-        return State("done")
     said = record.error or {}
     if said.get("type") == UNFINISHED["type"]:
         stage = f" in the stage after {record.stages[-1]['name']}" if record.stages else ""
@@ -105,8 +117,6 @@ def state_of(job: Job) -> State:
 
 def do(words: Sequence[str], bases: BaseModels) -> Outcome:
     """Run what the words say; an error becomes its one line, the record holds the rest."""
-    import time
-
     start = time.perf_counter()
     try:
         run(parse(compose(words)), multirun=True, bases=bases)

@@ -15,7 +15,8 @@ from pydantic import Field
 
 from cfsp.components import component
 from cfsp.models.base_models import BaseModels
-from cfsp.sweep.job import Job, Outcome, do, mark_failed, state_of
+from cfsp.record.environment import cores
+from cfsp.sweep.job import Job, Outcome, do, mark_failed
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -82,39 +83,33 @@ class Local:
 class Queue:
     """The jobs that are not done, those first that calibrate what others share.
 
-    While a job calibrates, those that need the same statistics wait; a job that another sweep is at comes back until it
-    is done or free.
+    A job that needs what another is calibrating comes later where there is other work; where there is none it starts,
+    and waits for the statistics alone (their lease). One that another sweep is at comes back until it is done or free.
     """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.waiting = list(jobs)
-        self._active: list[Job] = []
-        self._calibrated: set[str] = set()
+        self._begun: set[str] = set()
         self._again: dict[str, float] = {}
 
     def next(self) -> Job | None:
         """The next job to start now; None where all that wait have to."""
-        calibrating = {job.shares for job in self._active} - self._calibrated
         now = time.monotonic()
-        ready = [job for job in self.waiting if self._again.get(job.run_id, 0) <= now and job.shares not in calibrating]
+        ready = [job for job in self.waiting if self._again.get(job.run_id, 0) <= now]
         if not ready:
             return None
-        first = next((job for job in ready if job.shares not in self._calibrated), ready[0])
+        first = next((job for job in ready if job.shares not in self._begun), ready[0])
+        self._begun.add(first.shares)
         self.waiting.remove(first)
-        self._active.append(first)
         return first
 
     def ended(self, job: Job, outcome: Outcome) -> bool:
-        """Take note of how it ended; False where it is to be looked at again."""
-        self._active.remove(job)
-        if outcome.name == "busy":
-            if state_of(job).name != "done":
-                self._again[job.run_id] = time.monotonic() + LOOK
-                self.waiting.append(job)
-                return False
-        elif outcome.name == "done":
-            self._calibrated.add(job.shares)
-        return True
+        """Whether it is over; a job that another sweep is still at comes back."""
+        if outcome.name != "busy" or job.is_done:
+            return True
+        self._again[job.run_id] = time.monotonic() + LOOK
+        self.waiting.append(job)
+        return False
 
 
 class _Worker:
@@ -195,7 +190,7 @@ def _shares(number: int, of: int) -> dict[str, str]:
         return {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
     if "OMP_NUM_THREADS" in os.environ:
         return {}
-    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // of))}
+    return {"OMP_NUM_THREADS": str(max(1, cores() // of))}
 
 
 @contextlib.contextmanager

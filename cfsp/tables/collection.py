@@ -56,21 +56,19 @@ def collect(cells: Sequence[Cell], folder: Path) -> Collection:
     for record in _read(folder, damaged):
         if record.status == "success":
             by_science.setdefault(science(record.configuration), []).append(record)
-    found, missing, taken = [], [], set()
+    found, missing = [], []
     for cell in cells:
-        wanted = science(parse(compose(cell.words)).raw)
-        records = by_science.get(wanted, [])
+        records = by_science.get(science(parse(compose(cell.words)).raw), [])
         if len(records) > 1:
             names = ", ".join(sorted(record.run_id for record in records))
             raise ConfigError(
-                f"{cell}: several records in {folder} are of this run ({names}): they differ in content"
-                " or dtype; keep one"
+                f"{cell}: several records in {folder} are of this run ({names}): they differ in content or dtype; "
+                "keep one"
             )
-        if not records:
-            missing.append(cell)
-        elif wanted not in taken:
+        if records:
             found.append(Found(cell, records[0]))
-        taken.add(wanted)
+        else:
+            missing.append(cell)
     _one_version([one.record for one in found])
     return Collection(found, missing, damaged)
 

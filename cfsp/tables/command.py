@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cfsp.errors import CfspError, ConfigError
-from cfsp.sweep.command import Request, quiet, records_folder, request_of
+from cfsp.errors import ConfigError
+from cfsp.sweep.command import Request, command, records_folder, request_of
 from cfsp.sweep.experiment import given_values
 from cfsp.tables.collection import Collection, collect
 from cfsp.tables.figures import draw
@@ -22,30 +22,21 @@ Render the tables (Markdown, LaTeX, CSV) and figures (PNG, SVG) of an experiment
 
 The layout is experiments/NAME/tables.yaml, the records are in results/records/NAME/VARIANT (paths.records_dir), what is
 made goes to results/tables/NAME/VARIANT and results/figures/NAME/VARIANT (results=FOLDER). Other key=value choose among
-the experiment's runs as they do for scripts/sweep.py. Exit codes: 0; 1 a damaged record was
-left out; 2 wrong input.
+the experiment's runs as they do for scripts/sweep.py. Exit codes: 0; 1 a damaged record
+was left out; 2 wrong input.
 """
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Make the tables; returns the exit code."""
-    given = sys.argv[1:] if words is None else list(words)
-    if not given or given[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if given else 2
-    quiet()
-    try:
-        return _tables(given)
-    except CfspError as error:
-        for problem in getattr(error, "problems", (str(error),)):
-            print(f"tables: {' '.join(problem.split())}", file=sys.stderr)
-        return error.exit_code
+    return command("tables", USAGE, words, _tables)
 
 
 def _tables(words: Sequence[str]) -> int:
     values = given_values(words)
     results = Path(str(values.get("results", "results")))
-    request = request_of([word for word in words if not word.startswith("results=")])
+    words = [word for word in words if not word.startswith("results=")]
+    request = request_of(words)
     name, variant = request.experiment.name, request.variant
     records = Path(str(values.get("paths.records_dir", records_folder(name, variant))))
     layout = load_layout(Path("experiments") / name)
@@ -54,8 +45,7 @@ def _tables(words: Sequence[str]) -> int:
         print(f"tables: warning: {line}; left out", file=sys.stderr)
     if not collection.found:
         raise ConfigError(f"paths.records_dir={records}: no record there is of {name} ({variant}); run the sweep first")
-    command = "python scripts/tables.py " + " ".join(words)
-    files = contents(request, layout, collection, command)
+    files = contents(request, layout, collection, "python scripts/tables.py " + " ".join(words))
     for path, content in files.items():
         target = results / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -69,16 +59,16 @@ def _tables(words: Sequence[str]) -> int:
     return 1 if collection.damaged else 0
 
 
-def contents(request: Request, layout: Layout, collection: Collection, command: str) -> dict[Path, bytes]:
+def contents(request: Request, layout: Layout, collection: Collection, made_by: str) -> dict[Path, bytes]:
     """Path below results/ -> content of every file of the experiment."""
     place = Path(request.experiment.name) / request.variant
     files: dict[Path, bytes] = {}
     for name, one in layout.tables.items():
         made = table(name, one, collection.found)
-        files[Path("tables") / place / f"{name}.md"] = markdown(made, command).encode()
-        files[Path("tables") / place / f"{name}.tex"] = latex(made, command).encode()
+        files[Path("tables") / place / f"{name}.md"] = markdown(made, made_by).encode()
+        files[Path("tables") / place / f"{name}.tex"] = latex(made, made_by).encode()
         files[Path("tables") / place / f"{name}.csv"] = comma_separated(made).encode()
     for name, figure in layout.figures.items():
-        for ending, content in draw(name, figure, collection.found).items():
-            files[Path("figures") / place / f"{name}.{ending}"] = content
+        for file, content in draw(name, figure, collection.found).items():
+            files[Path("figures") / place / file] = content
     return files

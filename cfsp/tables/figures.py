@@ -8,7 +8,7 @@ from typing import Any
 
 from cfsp.errors import ConfigError
 from cfsp.tables.collection import Found
-from cfsp.tables.grid import Column, column_of, value_of
+from cfsp.tables.grid import Column, by, column_of, nothing_hidden, value_of
 from cfsp.tables.layout import FigureLayout
 
 _COLOURS = (
@@ -19,18 +19,27 @@ _MARKERS = "osD^vP*XphH<>"
 
 
 def draw(name: str, layout: FigureLayout, found: Sequence[Found]) -> dict[str, bytes]:
-    """ending -> content of the file.
+    """Name of a file -> its content.
 
     Raises:
-        ConfigError: a key is missing, or no record has what is to be shown.
+        ConfigError: a key is missing, no record has what is to be shown, or runs would hide each other.
     """
+    chosen = [one for one in found if all(one.cell.point.get(k) == v for k, v in layout.where.items())]
+    if not chosen:
+        raise ConfigError(f"{name}: where={layout.where}: no record of the experiment is there")
+    parts = by(chosen, layout.each)
+    files: dict[str, bytes] = {}
+    for values, runs in parts.items():
+        file = "-".join([name, *(values if len(parts) > 1 else ())])
+        files |= {f"{file}.{ending}": content for ending, content in _files(name, layout, runs).items()}
+    return files
+
+
+def _files(name: str, layout: FigureLayout, found: Sequence[Found]) -> dict[str, bytes]:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    chosen = [one for one in found if all(one.cell.point.get(k) == v for k, v in layout.where.items())]
-    if not chosen:
-        raise ConfigError(f"{name}: where={layout.where}: no record of the experiment is there")
     # Fonts that come with matplotlib, ids from a fixed salt and no date: nothing of the machine or the day.
     with matplotlib.rc_context(
         {"font.family": "DejaVu Sans", "svg.hashsalt": "cfsp", "svg.fonttype": "path", "axes.spines.top": False,
@@ -38,7 +47,7 @@ def draw(name: str, layout: FigureLayout, found: Sequence[Found]) -> dict[str, b
     ):  # fmt: skip
         figure = Figure(figsize=(6.4, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
-        {"curve": _curve, "pareto": _pareto, "blocks": _blocks}[layout.kind](figure, name, layout, chosen)
+        {"curve": _curve, "pareto": _pareto, "blocks": _blocks}[layout.kind](figure, name, layout, found)
         files = {}
         for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
             stream = io.BytesIO()
@@ -48,12 +57,14 @@ def draw(name: str, layout: FigureLayout, found: Sequence[Found]) -> dict[str, b
 
 
 def _curve(figure: Any, name: str, layout: FigureLayout, found: Sequence[Found]) -> None:
+    """The mean over seeds, in a band from the lowest to the highest."""
     x, column = _needed(name, "x", layout.x), column_of(name, _needed(name, "metric", layout.metric), found)
+    nothing_hidden(name, [*layout.lines, x], found)
     axes = figure.subplots()
     dense = next((value for one in found if (value := value_of(one.record, column, "dense")) is not None), None)
     if dense is not None:
         axes.axhline(dense, color="black", linewidth=0.8, linestyle="--", label="dense")
-    for at, (label, runs) in enumerate(_lines(layout, found).items()):
+    for at, (label, runs) in enumerate(_labelled(found, layout.lines).items()):
         by_x: dict[float, list[float]] = {}
         for one in runs:
             value = value_of(one.record, column)
@@ -62,13 +73,8 @@ def _curve(figure: Any, name: str, layout: FigureLayout, found: Sequence[Found])
         places = sorted(by_x)
         means = [sum(by_x[place]) / len(by_x[place]) for place in places]
         axes.plot(places, means, **_style(at), label=label)
-        axes.fill_between(
-            places,
-            [min(by_x[p]) for p in places],
-            [max(by_x[p]) for p in places],
-            color=_style(at)["color"],
-            alpha=0.15,
-        )
+        lowest, highest = [min(by_x[place]) for place in places], [max(by_x[place]) for place in places]
+        axes.fill_between(places, lowest, highest, color=_style(at)["color"], alpha=0.15)
     _finish(axes, layout, x, column)
 
 
@@ -83,7 +89,7 @@ def _pareto(figure: Any, name: str, layout: FigureLayout, found: Sequence[Found]
             sum(a for a, _ in known) / len(known), known[0][1], marker="*", markersize=12, color="black", linestyle="",
             label="dense",
         )  # fmt: skip
-    for at, (label, runs) in enumerate(_lines(layout, found).items()):
+    for at, (label, runs) in enumerate(_labelled(found, layout.lines).items()):
         points = sorted(
             (a, b)
             for one in runs
@@ -95,9 +101,8 @@ def _pareto(figure: Any, name: str, layout: FigureLayout, found: Sequence[Found]
 
 def _blocks(figure: Any, name: str, layout: FigureLayout, found: Sequence[Found]) -> None:
     """Of the first seed: bars for the kept share of each block's neurons, a line for its angular distance."""
-    panels: dict[str, Found] = {}
-    for one in found:
-        panels.setdefault(", ".join(one.cell.point.get(key, "") for key in layout.panels), one)
+    nothing_hidden(name, layout.panels, found)
+    panels = {label: runs[0] for label, runs in _labelled(found, layout.panels).items()}
     figure.set_size_inches(6.4, 1.7 * len(panels) + 0.6)
     for axes, (label, one) in zip(
         figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0], panels.items(), strict=True
@@ -118,11 +123,8 @@ def _blocks(figure: Any, name: str, layout: FigureLayout, found: Sequence[Found]
     figure.suptitle(layout.caption, fontsize=9)
 
 
-def _lines(layout: FigureLayout, found: Sequence[Found]) -> dict[str, list[Found]]:
-    lines: dict[str, list[Found]] = {}
-    for one in found:
-        lines.setdefault(", ".join(one.cell.point.get(key, "") for key in layout.lines), []).append(one)
-    return lines
+def _labelled(found: Sequence[Found], keys: Sequence[str]) -> dict[str, list[Found]]:
+    return {", ".join(values): runs for values, runs in by(found, keys).items()}
 
 
 def _style(at: int) -> dict[str, Any]:
@@ -140,8 +142,6 @@ def _finish(axes: Any, layout: FigureLayout, across: str, column: Column) -> Non
     axes.set_title(layout.caption, fontsize=9)
     if layout.log:
         axes.set_yscale("log")
-    if layout.highest is not None:
-        axes.set_ylim(top=layout.highest)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=7, ncols=2)
 

@@ -16,6 +16,8 @@ from cfsp.tables.metrics import Metric, count, describe, share
 
 #: What two figures must agree in to stand in one column.
 _SETTINGS = ("seq_len", "n", "split", "num_fewshot", "version", "limit", "unit", "task_hash")
+#: Of these, by suite, what follows from the model: tokens of a text, the longest window that the harness may use.
+_OF_THE_MODEL = {"perplexity": "n", "zero_shot": "seq_len"}
 
 #: Dense figures of one model may differ by this much, relatively: other processors sum in other orders.
 DENSE_TOLERANCE = 1e-4
@@ -68,6 +70,11 @@ class Table:
     sections: list[tuple[str, list[Row]]]
     records: list[RunRecord]
 
+    @property
+    def seeds(self) -> int:
+        """Of the row that has most."""
+        return max(len(entry.values) for _, rows in self.sections for row in rows for entry in row.entries)
+
 
 def table(name: str, layout: TableLayout, found: Sequence[Found]) -> Table:
     """Lay ``found`` out.
@@ -76,19 +83,20 @@ def table(name: str, layout: TableLayout, found: Sequence[Found]) -> Table:
         ConfigError: a metric that no record has; records in one table that differ in more than the table shows, or
             that were measured in other ways.
     """
-    _nothing_hidden(name, layout, found)
+    nothing_hidden(name, [*layout.groups, *layout.rows], found)
     columns = [column for spec in layout.metrics for column in _columns(name, spec, found)]
     _same_settings(name, columns, found)
     sections: list[tuple[str, list[Row]]] = []
-    for group, members in _by(found, layout.groups).items():
+    for group, members in by(found, layout.groups).items():
         rows = [_dense_row(name, group, columns, members)]
-        for values, runs in _by(members, layout.rows).items():
+        for values, runs in by(members, layout.rows).items():
             label = _label(layout.rows, values, layout.labels, names=False)
             rows.append(Row(label, [_entry(column, runs) for column in columns], [one.record.run_id for one in runs]))
         _rank(columns, rows[1:])
         sections.append((_label(layout.groups, group, layout.labels, names=True), rows))
     head = ", ".join(layout.labels.get(key, key) for key in layout.rows)
-    return Table(name, layout.caption, head, columns, sections, [one.record for one in found])
+    records = list({one.record.run_id: one.record for one in found}.values())
+    return Table(name, layout.caption, head, columns, sections, records)
 
 
 def value_of(record: RunRecord, column: Column, side: str | None = None) -> float | None:
@@ -121,7 +129,7 @@ def _columns(name: str, spec: MetricSpec, found: Sequence[Found]) -> Iterator[Co
         return
     pattern = spec.mean if isinstance(spec, MeanOf) else spec
     known = {key: None for one in found for key in _figures(one.record, result_side(one.record))}
-    members = [key for key in known if fnmatchcase("/".join(key), pattern)]
+    members = [key for key in known if any(fnmatchcase("/".join(key), one.strip()) for one in pattern.split("|"))]
     if not members:
         have = ", ".join("/".join(key) for key in known)
         raise ConfigError(f"{name}: metrics={pattern}: no record has such a figure; there are {have}")
@@ -176,7 +184,8 @@ def _rank(columns: Sequence[Column], rows: Sequence[Row]) -> None:
                 entry.rank = rank
 
 
-def _by(found: Sequence[Found], keys: Sequence[str]) -> dict[tuple[str, ...], list[Found]]:
+def by(found: Sequence[Found], keys: Sequence[str]) -> dict[tuple[str, ...], list[Found]]:
+    """Runs by the values of ``keys``, in order."""
     groups: dict[tuple[str, ...], list[Found]] = {}
     for one in found:
         groups.setdefault(tuple(one.cell.point.get(key, "") for key in keys), []).append(one)
@@ -191,37 +200,56 @@ def _label(keys: Sequence[str], values: Sequence[str], labels: Mapping[str, str]
     return ", ".join(part for part in parts if part)
 
 
-def _nothing_hidden(name: str, layout: TableLayout, found: Sequence[Found]) -> None:
-    """Runs that a table would merge must differ in the seed alone."""
-    shown = [*layout.groups, *layout.rows]
-    for values, runs in _by(found, shown).items():
+def nothing_hidden(name: str, shown: Sequence[str], found: Sequence[Found]) -> None:
+    """Runs that stand in one place must differ in the seed alone.
+
+    Raises:
+        ConfigError: names the keys that are not ``shown``.
+    """
+    for values, runs in by(found, shown).items():
         seeds = [one.seed for one in runs]
         if len(set(seeds)) < len(seeds):
             keys = {key for one in runs for key in one.cell.point}
             hidden = sorted(k for k in keys if len({one.cell.point.get(k) for one in runs}) > 1 and k != "seed")
             raise ConfigError(
-                f"{name}: runs that differ in {', '.join(hidden)} would stand in one cell ({', '.join(values)}); "
-                "add it to groups or rows, or choose one value on the command line"
+                f"{name}: runs that differ in {', '.join(hidden)} would stand in one place ({', '.join(values)}); "
+                "let the layout show it, or choose one value on the command line"
             )
 
 
 def _same_settings(name: str, columns: Sequence[Column], found: Sequence[Found]) -> None:
-    for column in columns:
-        for key in column.members:
-            seen: dict[tuple[Any, ...], str] = {}
-            for one in found:
-                for side in ("dense", result_side(one.record)):
-                    row = _figures(one.record, side).get(key)
-                    if row is not None:
-                        seen.setdefault(tuple(_setting(row, name) for name in _SETTINGS), one.record.run_id)
-            if len(seen) > 1:
-                (first, second), ids = list(seen)[:2], list(seen.values())
-                unlike = [s for s, a, b in zip(_SETTINGS, first, second, strict=True) if a != b]
-                values = "; ".join(f"{s}: {first[_SETTINGS.index(s)]} and {second[_SETTINGS.index(s)]}" for s in unlike)
-                raise ConfigError(
-                    f"{name}: {'/'.join(key)} was measured in two ways ({values}; {ids[0]} and {ids[1]}), which do not "
-                    "belong into one table; run one of them again"
-                )
+    """All records agree in how a figure was measured; those of one model also in what follows from the model."""
+    models = _by_model(found)
+    for key in dict.fromkeys(key for column in columns for key in column.members):
+        general = [setting for setting in _SETTINGS if setting != _OF_THE_MODEL.get(key[0])]
+        _agree(name, key, general, found)
+        for runs in models.values():
+            _agree(name, key, _SETTINGS, runs)
+
+
+def _by_model(found: Sequence[Found]) -> dict[str, list[Found]]:
+    """Runs by the model's content."""
+    models: dict[str, list[Found]] = {}
+    for one in found:
+        models.setdefault(one.record.model["fingerprint"], []).append(one)
+    return models
+
+
+def _agree(name: str, key: tuple[str, str, str], settings: Sequence[str], found: Sequence[Found]) -> None:
+    seen: dict[tuple[Any, ...], str] = {}
+    for one in found:
+        for side in ("dense", result_side(one.record)):
+            row = _figures(one.record, side).get(key)
+            if row is not None:
+                seen.setdefault(tuple(_setting(row, setting) for setting in settings), one.record.run_id)
+    if len(seen) > 1:
+        (first, second), ids = list(seen)[:2], list(seen.values())
+        pairs = zip(settings, first, second, strict=True)
+        values = "; ".join(f"{setting}: {a} and {b}" for setting, a, b in pairs if a != b)
+        raise ConfigError(
+            f"{name}: {'/'.join(key)} was measured in two ways ({values}; {ids[0]} and {ids[1]}), which do not belong "
+            "into one table; run one of them again"
+        )
 
 
 def _setting(row: Mapping[str, Any], name: str) -> Any:

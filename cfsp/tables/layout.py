@@ -22,7 +22,8 @@ class MeanOf(Section):
     label: str
 
 
-#: ``suite/task/metric`` with * and ?, the mean of several, ``removed`` (of the scope) or ``trained``.
+#: ``suite/task/metric`` with * and ? (several of them with | between), the mean of such, ``removed`` (of the scope) or
+#: ``trained``.
 MetricSpec = str | MeanOf
 
 
@@ -41,7 +42,9 @@ class TableLayout(Section):
 
 class FigureLayout(Section):
     """``curve``: a metric against ``x``, a line per value of ``lines``; ``pareto``: ``metric`` against ``x_metric``;
-    ``blocks``: importance and kept width by block, a panel per value of ``panels``."""
+    ``blocks``: importance and kept width by block, a panel per value of ``panels``. ``each``: a file per value of these
+    keys, where there are several.
+    """
 
     kind: Literal["curve", "pareto", "blocks"]
     caption: str
@@ -50,9 +53,9 @@ class FigureLayout(Section):
     metric: str | None = None
     lines: list[str] = Field(default=[])
     panels: list[str] = Field(default=[])
+    each: list[str] = Field(default=[])
     where: dict[str, str] = Field(default={})
     log: bool = False
-    highest: float | None = Field(default=None, description="where the axis ends; what lies beyond is not shown")
 
 
 class Layout(Section):

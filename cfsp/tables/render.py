@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cfsp.record.run_record import RunRecord
 from cfsp.tables.grid import Column, Entry, Row, Table
+from cfsp.tables.methods import line
 
 _ARROWS = {1: "↑", -1: "↓", 0: ""}
 _PACKAGES = ("cfsp", "torch", "transformers", "lm-eval", "peft")
@@ -25,8 +27,8 @@ def markdown(table: Table, command: str) -> str:
     head = [table.head, *(f"{column.metric.label} {_ARROWS[column.metric.better]}".strip() for column in table.columns)]
     lines = [f"### {table.caption}", ""]
     for label, rows in table.sections:
-        lines += [*([f"**{label}**", ""] if label else []), _line(head), _line(["---", *["--:"] * len(table.columns)])]
-        lines += [_line([row.label, *_cells(table.columns, row, _MARKDOWN)]) for row in rows]
+        lines += [*([f"**{label}**", ""] if label else []), line(head), line(["---", *["--:"] * len(table.columns)])]
+        lines += [line([row.label, *_cells(table, row, _MARKDOWN)]) for row in rows]
         lines.append("")
     lines += [f"{sentence}  " for sentence in _said(table, command)]
     ids = ", ".join(f"`{record.run_id}`" for record in table.records)
@@ -46,7 +48,7 @@ def latex(table: Table, command: str) -> str:
         lines.append(r"\midrule")
         if label:
             lines.append(rf"\multicolumn{{{len(table.columns) + 1}}}{{l}}{{\emph{{{_tex(label)}}}}} \\")
-        lines += [" & ".join([_tex(row.label), *_cells(table.columns, row, _TEX)]) + r" \\" for row in rows]
+        lines += [" & ".join([_tex(row.label), *_cells(table, row, _TEX)]) + r" \\" for row in rows]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
 
 
@@ -90,53 +92,36 @@ def _commit(git: dict[str, Any] | None) -> str:
     return git["commit"][:12] + ("+changes" if git["dirty"] else "")
 
 
-class _Markdown:
-    plus_minus = " ± "
+@dataclass(frozen=True)
+class _Form:
+    """How a cell is written; the marks hold the text at {}."""
 
-    @staticmethod
-    def escape(text: str) -> str:
-        return text
-
-    @staticmethod
-    def best(text: str) -> str:
-        return f"**{text}**"
-
-    @staticmethod
-    def second(text: str) -> str:
-        return f"<u>{text}</u>"
+    plus_minus: str
+    best: str
+    second: str
+    escape: Callable[[str], str]
 
 
-class _Tex:
-    plus_minus = r" $\pm$ "
-
-    @staticmethod
-    def escape(text: str) -> str:
-        return _tex(text)
-
-    @staticmethod
-    def best(text: str) -> str:
-        return rf"\textbf{{{text}}}"
-
-    @staticmethod
-    def second(text: str) -> str:
-        return rf"\underline{{{text}}}"
+def _tex(text: str) -> str:
+    return "".join(_LATEX.get(character, character) for character in text)
 
 
-_MARKDOWN, _TEX = _Markdown(), _Tex()
+_MARKDOWN = _Form(" ± ", "**{}**", "<u>{}</u>", str)
+_TEX = _Form(r" $\pm$ ", r"\textbf{{{}}}", r"\underline{{{}}}", _tex)
 
 
-def _cells(columns: Sequence[Column], row: Row, form: _Markdown | _Tex) -> list[str]:
-    most = max((len(entry.values) for entry in row.entries), default=0)
-    return [_cell(column, entry, most, form) for column, entry in zip(columns, row.entries, strict=True)]
+def _cells(table: Table, row: Row, form: _Form) -> list[str]:
+    seeds = table.seeds if row.run_ids else 1
+    return [_cell(column, entry, seeds, form) for column, entry in zip(table.columns, row.entries, strict=True)]
 
 
-def _cell(column: Column, entry: Entry, seeds: int, form: _Markdown | _Tex) -> str:
+def _cell(column: Column, entry: Entry, seeds: int, form: _Form) -> str:
     if entry.mean is None:
         return ""
     text = form.escape(column.metric.show(entry.mean))
     if entry.spread is not None and column.metric.better:
         text += form.plus_minus + form.escape(column.metric.show(entry.spread))
-    text = {1: form.best, 2: form.second}.get(entry.rank, str)(text)
+    text = {1: form.best, 2: form.second}.get(entry.rank, "{}").format(text)
     return text if len(entry.values) == seeds else f"{text} ({len(entry.values)} of {seeds} seeds)"
 
 
@@ -148,14 +133,5 @@ def _said(table: Table, command: str) -> list[str]:
     return [" ".join(part for part in (spread, marks) if part), *provenance(table.records), f"Made by: {command}"]
 
 
-def _several(values: object) -> str:
-    found = dict.fromkeys(str(value) for value in values if value is not None)  # type: ignore[attr-defined]
-    return ", ".join(sorted(found)) or "none"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _tex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text)
+def _several(values: Iterable[Any]) -> str:
+    return ", ".join(sorted({str(value) for value in values if value is not None})) or "none"

@@ -88,7 +88,7 @@ def test_killed_processes_go_on_together(words, tmp_path):
     process = launch(DDP, *given, f"paths.output_dir={out}")
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if list(out.glob("training/checkpoint-*/cfsp_complete.json")):
+        if list(tmp_path.glob("cache/progress/*/training/checkpoint-*/cfsp_complete.json")):
             break
         time.sleep(0.005)
     launcher = psutil.Process(process.pid)

@@ -69,6 +69,10 @@ def test_twelve_runs_calibrate_once_load_once_and_are_what_single_runs_are(tmp_p
         assert plans[0].read_bytes() == plans[1].read_bytes()
     assert command.main(words) == 0
     assert "12 runs, 12 done already" in capsys.readouterr().out
+    one = [*words, "allocator=uniform", "sparsity.ratio=0.2", "save.model=true"]
+    assert command.main(one) == 0  # a record is no model
+    assert "1 runs, 0 done already" in capsys.readouterr().out
+    assert len(list((tmp_path / "output_dir").glob("*/model/config.json"))) == 1
     finished = {name: record.finished for name, record in records.items()}
     time.sleep(1.1)
     assert command.main([*words, "force=true", "sparsity.ratio=0.2"]) == 0
@@ -213,7 +217,7 @@ def test_what_a_killed_run_had_planned_and_measured_is_not_done_again(tmp_path, 
     record = RunRecord.read(tmp_path / "out" / "record.json")
     assert record is not None
     assert [row["task"] for row in record.measurements["pruned"]] == ["bundled", "text", "ptb"]
-    assert not (tmp_path / "out" / "measured").exists()
+    assert not list((tmp_path / "cache" / "progress").iterdir())
     code, _, err = run_cfsp(*words, "force=true")
     assert code == 0, err
     assert measured[7:] == ["bundled", "text", "ptb"] * 2

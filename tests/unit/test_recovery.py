@@ -181,7 +181,7 @@ def test_every_structure_trains_merges_and_reloads(run_cfsp, sound_words, tmp_pa
     assert record["steps"] == 6
     assert len(record["history"]) == 6
     assert json.loads((out / "model" / "cfsp_checkpoint.json").read_text())["state"] == "recovered"
-    assert not (out / "training").exists()
+    assert not list((tmp_path / "cache" / "progress").iterdir())
     merged, _ = cfsp.load(out / "model")
     if recovery == "full":
         return
@@ -281,7 +281,8 @@ def test_killed_at_any_moment_a_training_goes_on_and_ends_the_same(run_cfsp, sou
     assert code == 0, err
     killed = [*words, f"paths.output_dir={tmp_path / 'killed'}", f"paths.cache_dir={tmp_path / 'cache'}",
               f"paths.records_dir={tmp_path / 'other'}"]  # fmt: skip
-    training = tmp_path / "killed" / "training"
+    run_id = json.loads((tmp_path / "whole" / "record.json").read_text())["run_id"]
+    training = tmp_path / "cache" / "progress" / run_id / "training"
     chooser = random.Random(0)
     first, second = sorted(chooser.sample(range(1, 12), 2))
     ends = [("step", first), ("checkpoint", 3 * (second // 3) + 3), ("step", chooser.randrange(16, 21))]
@@ -331,7 +332,7 @@ def test_what_is_damaged_is_not_gone_on_from(run_cfsp, sound_words, tmp_path, pr
     with monkeypatch.context() as patch:  # killed, as it were, right after the training
         patch.setattr(pipeline, "draw_blocks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run_cfsp(*words)[0] == 1
-    training = tmp_path / "out" / "training"
+    (training,) = (tmp_path / "cache" / "progress").glob("*/training")
     if folder == "checkpoint-4":
         shutil.rmtree(training / "trained")
     damaged = training / folder / file
@@ -346,13 +347,30 @@ def test_what_is_damaged_is_not_gone_on_from(run_cfsp, sound_words, tmp_path, pr
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_a_killed_training_goes_on_in_another_folder(run_cfsp, sound_words, tmp_path, prose_file, monkeypatch):
+    """The default paths.output_dir is a new one each time."""
+    from cfsp import pipeline
+
+    words = [*sound_words, "recovery=lora", f"recovery.data.path={prose_file}", *TRAINS]
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "draw_blocks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run_cfsp(*words, f"paths.output_dir={tmp_path / 'first'}")[0] == 1
+    code, _, err = run_cfsp(*words, f"paths.output_dir={tmp_path / 'second'}")
+    assert code == 0, err
+    assert "6 steps were done before" in (tmp_path / "second" / "run.log").read_text()
+    assert (tmp_path / "second" / "plan.json").is_file()
+    assert not list((tmp_path / "cache" / "progress").iterdir())
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_force_begins_again(run_cfsp, sound_words, tmp_path, prose_file, monkeypatch):
     from cfsp import pipeline
 
     words = [*sound_words, "recovery=lora", f"recovery.data.path={prose_file}", *TRAINS, "recovery.checkpoint_every=4"]
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_state", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(pipeline, "draw_blocks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run_cfsp(*words)[0] == 1
+    assert list((tmp_path / "cache" / "progress").glob("*/training/trained"))
     code, _, err = run_cfsp(*words, "force=true")
     assert code == 0, err
     log = (tmp_path / "out" / "run.log").read_text()
@@ -686,7 +704,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     (line,) = [line for line in err.splitlines() if "not finite" in line]
     assert "the loss is not finite at step 4; the last good checkpoint is kept in" in line
     assert "recovery.learning_rate" in line
-    assert [path.name for path in (tmp_path / "out" / "training").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert [path.name for path in (tmp_path / "cache" / "progress").glob("*/training/checkpoint-*")] == ["checkpoint-2"]
     code, _, err = run_cfsp(*words)
     assert code == 0, err
     assert "going on from checkpoint-2" in (tmp_path / "out" / "run.log").read_text()
@@ -707,7 +725,7 @@ def test_weights_that_are_not_finite_are_no_checkpoint(run_cfsp, sound_words, tm
     code, _, err = run_cfsp(*words)
     assert code == 1
     assert "a weight is not finite at step 2" in err
-    assert not list((tmp_path / "out" / "training").glob("*/cfsp_complete.json"))
+    assert not list((tmp_path / "cache" / "progress").glob("*/training/*/cfsp_complete.json"))
     monkeypatch.setattr(Trainer, "_save_checkpoint", saved)
     code, _, err = run_cfsp(*words)
     assert code == 0, err

@@ -16,7 +16,7 @@ from cfsp.identity import METHOD_VERSION
 from cfsp.record.run_record import RunRecord
 from cfsp.sweep.experiment import Cell
 from cfsp.tables import command
-from cfsp.tables.collection import collect
+from cfsp.tables.collection import Found, collect
 from cfsp.tables.figures import draw
 from cfsp.tables.grid import table
 from cfsp.tables.layout import FigureLayout, MeanOf, TableLayout
@@ -137,7 +137,7 @@ def test_a_seed_that_is_missing_is_said_and_a_figure_that_is_missing_is_empty(fo
     assert "| cfsp | 50.0% | **51.00** (1 of 2 seeds) |" in text
     record.measurements["pruned"] = []
     text = markdown(table("main", LAYOUT, [*collect(cells[1:], path).found]), "c")
-    assert "| flap | 50.0% | <u>57.00</u> |" in text
+    assert "| flap | 50.0% (1 of 2 seeds) | <u>57.00</u> (1 of 2 seeds) |" in text
 
 
 def test_what_looks_alike_is_marked_alike(folder):
@@ -154,8 +154,6 @@ def test_what_looks_alike_is_marked_alike(folder):
 
 
 def _refuses(records, match: str, layout: TableLayout = LAYOUT) -> None:
-    from cfsp.tables.collection import Found
-
     with pytest.raises(ConfigError, match=match):
         table("main", layout, [Found(cell, record) for cell, record in records])
 
@@ -180,7 +178,38 @@ def test_what_does_not_belong_into_one_table_is_refused():
     wrong = LAYOUT.model_copy(update={"metrics": ["zero_shot/three/acc"]})
     _refuses([(a, good)], "zero_shot/three/acc: no record has such a figure; there are perplexity/bundled", wrong)
     c = _cell("cfsp", 0, **{"sparsity.round_to": "64"})
-    _refuses([(a, good), (c, _record(c, 50))], "runs that differ in sparsity.round_to would stand in one cell")
+    _refuses([(a, good), (c, _record(c, 50))], "runs that differ in sparsity.round_to would stand in one place")
+
+
+def test_what_follows_from_the_model_may_differ_between_models():
+    """Another tokenizer makes other numbers of tokens of one text; the window is the table's choice."""
+    layout = LAYOUT.model_copy(update={"groups": ["model"]})
+    found = []
+    for name, tokens, window in (("llama2_7b", 100, 4096), ("qwen3_8b", 90, 40960)):
+        cell = _cell("cfsp", 0, model=name)
+        record = _record(cell, 50, model={"fingerprint": name, "dtype": "float32"})
+        for rows in record.measurements.values():
+            rows[0]["n"] = tokens
+            rows[1]["seq_len"] = rows[2]["seq_len"] = window
+        found.append(Found(cell, record))
+    assert [label for label, _ in table("main", layout, found).sections] == ["model llama2_7b", "model qwen3_8b"]
+    found[1].record.measurements["pruned"][0]["n"] = 91
+    with pytest.raises(ConfigError, match="measured in two ways .n: 90 and 91"):
+        table("main", layout, found)
+    for rows in found[1].record.measurements.values():
+        rows[0] |= {"n": 90, "seq_len": 2048}
+    with pytest.raises(ConfigError, match="measured in two ways .seq_len: 256 and 2048"):
+        table("main", layout, found)
+
+
+def test_alternatives_of_a_metric_and_two_rows_of_one_configuration(folder):
+    path, cells = folder
+    both = LAYOUT.model_copy(update={"metrics": ["zero_shot/none/acc | zero_shot/t*/acc"], "rows": ["arm"]})
+    same = [Cell(cells[0].words, {**cells[0].point, "arm": arm}) for arm in ("a", "b")]
+    made = table("main", both, collect(same, path).found)
+    assert [column.metric.label for column in made.columns] == ["two, acc"]
+    assert [row.label for row in made.sections[0][1]] == ["dense", "a", "b"]
+    assert len(made.records) == 1
 
 
 def test_two_records_of_one_run_and_other_schemas_and_versions_are_refused(folder):
@@ -245,8 +274,13 @@ def test_figures_are_the_same_bytes_again(folder, kind):
     )  # fmt: skip
     first, second = draw("f", layout, found), draw("f", layout, found)
     assert first == second
-    assert first["png"].startswith(b"\x89PNG")
-    assert b"<dc:date>" not in first["svg"]
+    assert first["f.png"].startswith(b"\x89PNG")
+    assert b"<dc:date>" not in first["f.svg"]
+    each = draw("f", layout.model_copy(update={"each": ["pruner"]}), found)
+    assert {file for file in each if file.endswith("svg")} == {"f-cfsp.svg", "f-flap.svg", "f-uniform.svg"}
+    if kind != "pareto":
+        with pytest.raises(ConfigError, match="runs that differ in pruner would stand in one place"):
+            draw("f", layout.model_copy(update={"lines": [], "panels": []}), found)
     with pytest.raises(ConfigError, match="no record of the experiment is there"):
         draw("f", layout.model_copy(update={"where": {"pruner": "shortgpt"}}), found)
     if kind != "blocks":
