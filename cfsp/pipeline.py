@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cfsp.calibrate.cache import StatisticsCache, read_or_compute
+from cfsp.calibrate.cache import StatisticsCache, read_or_compute, saved_seconds
 from cfsp.config import RunConfig, SelfCalibration
 from cfsp.data.calibration import CalibrationSet
 from cfsp.data.self_generated import sampled
@@ -155,10 +155,10 @@ def _stages(
             record.measurements["dense"], stage["cached"] = _evaluate_dense(prepared, model)
             _add(record.measurements, _side_by_side(prepared, model, [_side("dense", prepared)]))
         return
-    with stages("calibrate") as stage:
+    with stages("calibrate") as stage, saved_seconds(stage):
         context, stage["cached"] = _context(prepared, view)
         record.calibration = context.calibration.describe()
-    with stages("plan") as stage:
+    with stages("plan") as stage, saved_seconds(stage):
         plan, stage["cached"] = read_or_compute(
             prepared.progress / "plan.json",
             PruningPlan.load,

@@ -6,10 +6,13 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cfsp.data.calibration import CalibrationSet
 from cfsp.lease import waited
@@ -18,6 +21,9 @@ from cfsp.models.driver import BlockDriver
 log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
+
+#: What the values that were read instead of computed had cost, in seconds; None: not known of one of them.
+_saved: ContextVar[list[float | None] | None] = ContextVar("saved", default=None)
 
 
 @dataclass(frozen=True)
@@ -51,23 +57,54 @@ def read_or_compute(
     """The value in ``path``, or a new one, which is then kept there atomically; returns (value, cached?).
 
     Of several processes that want it at the same time one computes it, the others wait and read. ``path`` None: nothing
-    is kept. A file that cannot be read is made again.
+    is kept. A file that cannot be read is made again. Beside the file stands how many seconds it took
+    (:func:`saved_seconds`).
     """
     if path is None:
         return compute(), False
     found = _kept(path, read)
     if found:
+        _note_saved(path)
         return found[0], True
     kind = path.parent.name
     with waited(path.with_name(f".{path.stem}.lease"), lambda who: log.info("waiting for %s (%s)", kind, who)):
         found = _kept(path, read, quiet=True)
         if found:
+            _note_saved(path)
             return found[0], True
+        start = time.perf_counter()
         value = compute()
+        _cost_of(path).write_text(f"{time.perf_counter() - start:.6f}\n", encoding="utf-8")
         partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
         write(value, partial)
         os.replace(partial, path)
     return value, False
+
+
+@contextmanager
+def saved_seconds(entry: dict[str, Any]) -> Iterator[None]:
+    """Put into ``entry["saved_seconds"]`` what all that was read inside had taken to compute; None: not known."""
+    token = _saved.set([])
+    try:
+        yield
+    finally:
+        costs = _saved.get() or []
+        _saved.reset(token)
+        known = [cost for cost in costs if cost is not None]
+        entry["saved_seconds"] = sum(known) if len(known) == len(costs) else None
+
+
+def _cost_of(path: Path) -> Path:
+    return path.with_suffix(".seconds")
+
+
+def _note_saved(path: Path) -> None:
+    costs = _saved.get()
+    if costs is not None:
+        cost = None
+        with suppress(OSError, ValueError):
+            cost = float(_cost_of(path).read_text(encoding="utf-8"))
+        costs.append(cost)
 
 
 def _kept(path: Path, read: Callable[[Path], Value], *, quiet: bool = False) -> tuple[Value] | None:

@@ -1,15 +1,17 @@
-"""Cost: parameters, MACs, checkpoint bytes, prefill and decode speed; timed in alternation, reported as medians."""
+"""Cost: parameters, MACs, checkpoint bytes, prefill and decode speed, peak memory; timed in alternation, as medians."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from cfsp.components import component
+from cfsp.evaluate.live_tensors import LiveTensors
 from cfsp.evaluate.measurement import Measurement
 from cfsp.progress import progress
 
@@ -66,8 +68,18 @@ class Cost:
                 found[side.name] = [
                     *size_of(model, side.storage_dtype),
                     *self._speeds(times[side.name], device),
+                    self._memory(model, prompt),
                 ]
         return found
+
+    def _memory(self, model: nn.Module, prompt: Tensor) -> Measurement:
+        """The weights and what the same generation holds beside them at most: hidden states, logits, KV cache."""
+        tensors = [*model.parameters(), *model.buffers()]
+        weights = sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+        beside = peak_beside(tensors, prompt, lambda: time_generation(model, prompt, self.new_tokens))
+        detail = {"batch_size": 1, "device": prompt.device.type, "weights": weights}
+        length = self.prompt_tokens + self.new_tokens
+        return Measurement("cost", "memory", "peak_bytes", weights + beside, "bytes", seq_len=length, detail=detail)
 
     def _speeds(self, times: list[tuple[float, float]], device: torch.device) -> list[Measurement]:
         import torch
@@ -108,6 +120,26 @@ def time_generation(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[
             output = model(token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
         synchronise()
         return prefilled - start, time.perf_counter() - prefilled
+
+
+def peak_beside(weights: Sequence[Tensor], prompt: Tensor, call: Callable[[], object]) -> int:
+    """Most bytes of tensors beside ``weights`` that are alive at one time during ``call``.
+
+    CUDA: by its allocator, kernels' work space included. Elsewhere by counting the tensors that operations return,
+    which is the same on every machine.
+    """
+    import torch
+
+    if prompt.is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with LiveTensors([*weights, prompt]) as live:
+        call()
+    return live.peak
 
 
 def size_of(model: nn.Module, storage_dtype: torch.dtype) -> list[Measurement]:

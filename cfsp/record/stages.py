@@ -12,7 +12,10 @@ log = logging.getLogger(__name__)
 
 
 class Stages:
-    """``with stages("calibrate") as stage: ...``; entries are {name, seconds, peak_bytes, cached}."""
+    """``with stages("calibrate") as stage: ...``; entries are {name, seconds, peak_bytes, cached}.
+
+    Those that prune also have ``saved_seconds``: what was read from the cache had taken so long to compute.
+    """
 
     def __init__(self) -> None:
         self.entries: list[dict[str, Any]] = []

@@ -33,8 +33,8 @@ Run what is missing of an experiment, or list what is done.
 
 Every other key=value goes to each run and replaces what the experiment says of that key (key=a,b,c: several values;
 ~key: left out). What is finished is skipped; force=true does it again. Records: results/records/NAME/VARIANT
-(paths.records_dir); the runs' own folders: outputs/sweeps/NAME (paths.output_dir). Exit codes: 0 all done, 1 a run
-failed, 2 wrong input.
+(paths.records_dir); the runs' own folders: outputs/sweeps/NAME/VARIANT (paths.output_dir). Exit codes: 0 all done,
+1 a run failed, 2 wrong input.
 
 Experiments: {experiments}
 Launchers: {launchers}
@@ -179,7 +179,7 @@ def _usual(name: str, variant: str, given: Mapping[str, Values]) -> dict[str, Va
     """What a sweep sets unless the command line does."""
     usual: dict[str, Values] = {
         "save.model": "false",
-        "paths.output_dir": f"outputs/sweeps/{name}",
+        "paths.output_dir": f"outputs/sweeps/{name}/{variant}",
         "paths.records_dir": str(records_folder(name, variant)),
     }
     if given.get("logger", "wandb") == "wandb":

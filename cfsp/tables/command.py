@@ -64,7 +64,7 @@ def contents(request: Request, layout: Layout, collection: Collection, made_by: 
     place = Path(request.experiment.name) / request.variant
     files: dict[Path, bytes] = {}
     for name, one in layout.tables.items():
-        made = table(name, one, collection.found)
+        made = table(name, one, collection.found, layout.reported)
         files[Path("tables") / place / f"{name}.md"] = markdown(made, made_by).encode()
         files[Path("tables") / place / f"{name}.tex"] = latex(made, made_by).encode()
         files[Path("tables") / place / f"{name}.csv"] = comma_separated(made).encode()

@@ -8,7 +8,7 @@ from typing import Any
 
 from cfsp.errors import ConfigError
 from cfsp.tables.collection import Found
-from cfsp.tables.grid import Column, by, column_of, nothing_hidden, value_of
+from cfsp.tables.grid import Column, by, chosen, column_of, nothing_hidden, value_of
 from cfsp.tables.layout import FigureLayout
 
 _COLOURS = (
@@ -24,10 +24,7 @@ def draw(name: str, layout: FigureLayout, found: Sequence[Found]) -> dict[str, b
     Raises:
         ConfigError: a key is missing, no record has what is to be shown, or runs would hide each other.
     """
-    chosen = [one for one in found if all(one.cell.point.get(k) == v for k, v in layout.where.items())]
-    if not chosen:
-        raise ConfigError(f"{name}: where={layout.where}: no record of the experiment is there")
-    parts = by(chosen, layout.each)
+    parts = by(chosen(name, layout.where, found), layout.each)
     files: dict[str, bytes] = {}
     for values, runs in parts.items():
         file = "-".join([name, *(values if len(parts) > 1 else ())])

@@ -12,7 +12,8 @@ from cfsp.errors import ConfigError
 from cfsp.record.run_record import RunRecord
 from cfsp.tables.collection import Found
 from cfsp.tables.layout import MeanOf, MetricSpec, TableLayout
-from cfsp.tables.metrics import Metric, count, describe, share
+from cfsp.tables.metrics import Metric, count, describe, seconds, share
+from cfsp.tables.reported import DENSE, Published, published
 
 #: What two figures must agree in to stand in one column.
 _SETTINGS = ("seq_len", "n", "split", "num_fewshot", "version", "limit", "unit", "task_hash")
@@ -33,16 +34,24 @@ class Column:
 
 _REMOVED = Column(share("removed"), (("plan", "achieved", "ratio"),))
 _TRAINED = Column(count("trained parameters"), (("recovery", "trainable_parameters", "count"),))
-#: Metrics that are no measurement: the removed share of the scope's parameters, the parameters that a recovery trains.
-_OF_THE_RUN = {"removed": _REMOVED, "trained": _TRAINED}
+_PRUNING = Column(seconds("pruning, s"), (("stages", "pruning", "seconds"),))
+#: Metrics that are no measurement: the removed share of the scope's parameters, the parameters that a recovery trains,
+#: the seconds of calibration, plan and slicing.
+_OF_THE_RUN = {"removed": _REMOVED, "trained": _TRAINED, "pruning_time": _PRUNING}
+#: The stages that prune.
+_PRUNES = ("calibrate", "plan", "apply")
 
 
 @dataclass
 class Entry:
-    """Values by seed. ``rank``: 1 the best of its section's column, 2 the second best, 0 others and the dense row."""
+    """Values by seed. ``rank``: 1 the best of its section's column, 2 the second best, 0 others and the dense row.
+
+    ``published``: somebody else's figure, measured in the same way.
+    """
 
     values: dict[int, float] = field(default_factory=dict)
     rank: int = 0
+    published: Published | None = None
 
     @property
     def mean(self) -> float | None:
@@ -52,6 +61,11 @@ class Entry:
     def spread(self) -> float | None:
         """Standard deviation over the seeds."""
         return stdev(self.values.values()) if len(self.values) > 1 else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Ours less the published."""
+        return None if self.mean is None or self.published is None else self.mean - self.published.value
 
 
 @dataclass
@@ -75,23 +89,39 @@ class Table:
         """Of the row that has most."""
         return max(len(entry.values) for _, rows in self.sections for row in rows for entry in row.entries)
 
+    @property
+    def rows(self) -> list[Row]:
+        return [row for _, rows in self.sections for row in rows]
 
-def table(name: str, layout: TableLayout, found: Sequence[Found]) -> Table:
-    """Lay ``found`` out.
+    def is_published(self, at: int) -> bool:
+        """Whether a figure of the column ``at`` has a published one beside it."""
+        return any(row.entries[at].published for row in self.rows)
+
+    @property
+    def sources(self) -> list[str]:
+        """Of the published figures, in the order in which they appear."""
+        return list(dict.fromkeys(e.published.source for row in self.rows for e in row.entries if e.published))
+
+
+def table(name: str, layout: TableLayout, found: Sequence[Found], reported: Sequence[Published] = ()) -> Table:
+    """Lay ``found`` out, with what is ``reported`` of the same beside it.
 
     Raises:
         ConfigError: a metric that no record has; records in one table that differ in more than the table shows, or
             that were measured in other ways.
     """
+    found = chosen(name, layout.where, found)
     nothing_hidden(name, [*layout.groups, *layout.rows], found)
     columns = [column for spec in layout.metrics for column in _columns(name, spec, found)]
     _same_settings(name, columns, found)
     sections: list[tuple[str, list[Row]]] = []
     for group, members in by(found, layout.groups).items():
         rows = [_dense_row(name, group, columns, members)]
+        _beside(rows[0], columns, members, reported, DENSE)
         for values, runs in by(members, layout.rows).items():
             label = _label(layout.rows, values, layout.labels, names=False)
             rows.append(Row(label, [_entry(column, runs) for column in columns], [one.record.run_id for one in runs]))
+            _beside(rows[-1], columns, runs, reported, result_side(runs[0].record))
         _rank(columns, rows[1:])
         sections.append((_label(layout.groups, group, layout.labels, names=True), rows))
     head = ", ".join(layout.labels.get(key, key) for key in layout.rows)
@@ -105,9 +135,21 @@ def value_of(record: RunRecord, column: Column, side: str | None = None) -> floa
         return record.plan["achieved"]["ratio"] if record.plan and side != "dense" else 0.0
     if column.members == _TRAINED.members:
         return record.recovery["trainable_parameters"] if record.recovery and side is None else None
+    if column.members == _PRUNING.members:
+        return pruning_seconds(record) if side is None else None
     rows = _figures(record, side or result_side(record))
     values = [rows[key]["value"] for key in column.members if key in rows]
     return mean(values) if len(values) == len(column.members) else None
+
+
+def pruning_seconds(record: RunRecord) -> float | None:
+    """Of calibration, plan and slicing, as if nothing had been there; None where the cost of what was is not known."""
+    stages = [stage for stage in record.stages if stage["name"] in _PRUNES]
+    saved = [stage.get("saved_seconds", None if stage["cached"] else 0.0) for stage in stages]
+    known = [cost for cost in saved if cost is not None]
+    if not stages or len(known) < len(saved):
+        return None
+    return sum(stage["seconds"] for stage in stages) + sum(known)
 
 
 def result_side(record: RunRecord) -> str:
@@ -168,6 +210,13 @@ def _dense_row(name: str, group: tuple[str, ...], columns: Sequence[Column], run
     return Row("dense", entries, [])
 
 
+def _beside(
+    row: Row, columns: Sequence[Column], runs: Sequence[Found], reported: Sequence[Published], side: str
+) -> None:
+    for entry, column in zip(row.entries, columns, strict=True):
+        entry.published = published(reported, column.members, runs[0], side)
+
+
 def _rank(columns: Sequence[Column], rows: Sequence[Row]) -> None:
     for at, column in enumerate(columns):
         if column.metric.better == 0 or len(rows) < 3:
@@ -182,6 +231,18 @@ def _rank(columns: Sequence[Column], rows: Sequence[Row]) -> None:
         for rank, same in enumerate(ordered[:2], start=1):
             for _, entry in same:
                 entry.rank = rank
+
+
+def chosen(name: str, where: Mapping[str, str], found: Sequence[Found]) -> list[Found]:
+    """Those whose keys have the values ``where`` asks for.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    kept = [one for one in found if all(one.cell.point.get(key) == value for key, value in where.items())]
+    if not kept:
+        raise ConfigError(f"{name}: where={dict(where)}: no record of the experiment is there")
+    return kept
 
 
 def by(found: Sequence[Found], keys: Sequence[str]) -> dict[tuple[str, ...], list[Found]]:

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 from cfsp.components import problems_of
 from cfsp.config import Section
 from cfsp.errors import ConfigError
+from cfsp.tables.reported import Published, load_reported
 
 
 class MeanOf(Section):
@@ -22,18 +23,19 @@ class MeanOf(Section):
     label: str
 
 
-#: ``suite/task/metric`` with * and ? (several of them with | between), the mean of such, ``removed`` (of the scope) or
-#: ``trained``.
+#: ``suite/task/metric`` with * and ? (several of them with | between), the mean of such, or of the run: ``removed`` (of
+#: the scope's parameters), ``trained`` (parameters), ``pruning_time``.
 MetricSpec = str | MeanOf
 
 
 class TableLayout(Section):
     """``groups``: keys with a section of rows for each value; ``rows``: keys that name a row; ``metrics``: columns.
 
-    Seeds are averaged. Every other key must have one value.
+    Seeds are averaged. Every other key must have one value. ``where``: the runs that it is about (key: value).
     """
 
     caption: str
+    where: dict[str, str] = Field(default={})
     groups: list[str] = Field(default=[])
     rows: list[str] = Field(min_length=1)
     metrics: list[MetricSpec] = Field(min_length=1)
@@ -59,12 +61,15 @@ class FigureLayout(Section):
 
 
 class Layout(Section):
+    """``reported``: what is published of it, from ``reported.csv`` beside the layout."""
+
     tables: dict[str, TableLayout] = Field(default={})
     figures: dict[str, FigureLayout] = Field(default={})
+    reported: list[Published] = Field(default=[], exclude=True)
 
 
 def load_layout(folder: Path) -> Layout:
-    """The layout in ``folder``.
+    """The layout in ``folder``, with its published figures.
 
     Raises:
         ConfigError: there is none, or it is wrong: the key and what is expected.
@@ -76,8 +81,9 @@ def load_layout(folder: Path) -> Layout:
         values: Any = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, ValueError, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
+    reported = load_reported(folder / "reported.csv")
     try:
-        return Layout(**values)
+        return Layout(**values, reported=reported)
     except (ValidationError, TypeError) as error:
         lines = problems_of(error, "", Layout) if isinstance(error, ValidationError) else [str(error)]
         raise ConfigError(*(f"{path}: {line}" for line in lines)) from error

@@ -15,6 +15,10 @@ class Metric:
     show: Callable[[float], str]
     unit: str = ""
 
+    def deviation(self, difference: float) -> str:
+        """A difference of two values, with its sign; of fractions in percentage points."""
+        return f"{100 * difference:+.2f} pp" if self.unit == "fraction" else f"{difference:+.2f}"
+
 
 def _count(value: float) -> str:
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -36,6 +40,7 @@ _COST = {
     "linear_macs": Metric("MACs per token (linear layers)", -1, _count, "MACs per token"),
     "prefill": Metric("prefill, tokens/s", 1, lambda value: f"{value:,.0f}", "tokens/s"),
     "decode": Metric("decode, tokens/s", 1, lambda value: f"{value:,.1f}", "tokens/s"),
+    "memory": Metric("peak memory", -1, _bytes, "bytes"),
 }
 _SUITES = ("cost-size", "perplexity", "zero_shot", "cost-speed")
 
@@ -56,6 +61,11 @@ def share(label: str) -> Metric:
     return Metric(label, 0, lambda value: f"{value:.1%}", "fraction")
 
 
+def seconds(label: str) -> Metric:
+    """Wall-clock time."""
+    return Metric(label, -1, lambda value: f"{value:.1f}" if value < 100 else f"{value:,.0f}", "s")
+
+
 def count(label: str) -> Metric:
     """A whole number that is neither good nor bad."""
     return Metric(label, 0, lambda value: f"{value:,.0f}", "count")
@@ -64,5 +74,5 @@ def count(label: str) -> Metric:
 def order(suite: str, task: str) -> int:
     """Rows: size, perplexity, tasks, speed."""
     if suite == "cost":
-        return _SUITES.index("cost-speed" if task in ("prefill", "decode") else "cost-size")
+        return _SUITES.index("cost-speed" if task in ("prefill", "decode", "memory") else "cost-size")
     return _SUITES.index(suite) if suite in _SUITES else len(_SUITES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ from cfsp.record.run_record import RunRecord
 from cfsp.tables.grid import Column, Entry, Row, Table
 from cfsp.tables.methods import line
 
-_ARROWS = {1: "↑", -1: "↓", 0: ""}
 _PACKAGES = ("cfsp", "torch", "transformers", "lm-eval", "peft")
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -24,10 +23,10 @@ _LATEX = {
 
 def markdown(table: Table, command: str) -> str:
     """A Markdown table per section; best in bold, second best underlined."""
-    head = [table.head, *(f"{column.metric.label} {_ARROWS[column.metric.better]}".strip() for column in table.columns)]
+    head = [table.head, *_heads(table, _MARKDOWN)]
     lines = [f"### {table.caption}", ""]
     for label, rows in table.sections:
-        lines += [*([f"**{label}**", ""] if label else []), line(head), line(["---", *["--:"] * len(table.columns)])]
+        lines += [*([f"**{label}**", ""] if label else []), line(head), line(["---", *["--:"] * (len(head) - 1)])]
         lines += [line([row.label, *_cells(table, row, _MARKDOWN)]) for row in rows]
         lines.append("")
     lines += [f"{sentence}  " for sentence in _said(table, command)]
@@ -40,27 +39,29 @@ def latex(table: Table, command: str) -> str:
     lines = [f"% {sentence}" for sentence in _said(table, command)]
     lines += [f"% records: {' '.join(record.run_id for record in table.records)}"]
     lines += [r"\begin{table}", r"\centering", rf"\caption{{{_tex(table.caption)}}}", rf"\label{{tab:{table.name}}}"]
-    lines += [rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}", r"\toprule"]
-    arrows = {1: r" $\uparrow$", -1: r" $\downarrow$", 0: ""}
-    heads = [_tex(table.head), *(_tex(c.metric.label) + arrows[c.metric.better] for c in table.columns)]
-    lines.append(" & ".join(heads) + r" \\")
+    heads = [_tex(table.head), *_heads(table, _TEX)]
+    lines += [rf"\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}", r"\toprule", " & ".join(heads) + r" \\"]
     for label, rows in table.sections:
         lines.append(r"\midrule")
         if label:
-            lines.append(rf"\multicolumn{{{len(table.columns) + 1}}}{{l}}{{\emph{{{_tex(label)}}}}} \\")
+            lines.append(rf"\multicolumn{{{len(heads)}}}{{l}}{{\emph{{{_tex(label)}}}}} \\")
         lines += [" & ".join([_tex(row.label), *_cells(table, row, _TEX)]) + r" \\" for row in rows]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
 
 
 def comma_separated(table: Table) -> str:
-    """One line per figure, unrounded: section, row, figure, unit, direction, mean, std, number of seeds, records."""
+    """One line per figure, unrounded: section, row, figure, unit, direction, mean, std, number of seeds, records; where
+
+    the table has published figures also the published one, ours less it, and its source.
+    """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["section", table.head, "metric", "unit", "better", "mean", "std", "seeds", "records"])
+    beside = ["published", "deviation", "source"] if table.sources else []
+    writer.writerow(["section", table.head, "metric", "unit", "better", "mean", "std", "seeds", "records", *beside])
     for label, rows in table.sections:
         for row in rows:
             for column, entry in zip(table.columns, row.entries, strict=True):
-                if entry.mean is None:
+                if entry.mean is None and entry.published is None:
                     continue
                 better = {1: "higher", -1: "lower", 0: ""}[column.metric.better]
                 spread = "" if entry.spread is None else repr(entry.spread)
@@ -68,7 +69,8 @@ def comma_separated(table: Table) -> str:
                 writer.writerow(
                     [
                         label, row.label, column.metric.label, column.metric.unit, better,
-                        repr(entry.mean), spread, seeds, " ".join(row.run_ids),
+                        "" if entry.mean is None else repr(entry.mean), spread, seeds, " ".join(row.run_ids),
+                        *(_published_values(entry) if beside else ()),
                     ]
                 )  # fmt: skip
     return stream.getvalue()
@@ -94,8 +96,9 @@ def _commit(git: dict[str, Any] | None) -> str:
 
 @dataclass(frozen=True)
 class _Form:
-    """How a cell is written; the marks hold the text at {}."""
+    """How a cell is written; the marks hold the text at {}. ``arrows``: by the direction that is better."""
 
+    arrows: Mapping[int, str]
     plus_minus: str
     best: str
     second: str
@@ -106,13 +109,44 @@ def _tex(text: str) -> str:
     return "".join(_LATEX.get(character, character) for character in text)
 
 
-_MARKDOWN = _Form(" ± ", "**{}**", "<u>{}</u>", str)
-_TEX = _Form(r" $\pm$ ", r"\textbf{{{}}}", r"\underline{{{}}}", _tex)
+_MARKDOWN = _Form({1: " ↑", -1: " ↓", 0: ""}, " ± ", "**{}**", "<u>{}</u>", str)
+_TEX = _Form({1: r" $\uparrow$", -1: r" $\downarrow$", 0: ""}, r" $\pm$ ", r"\textbf{{{}}}", r"\underline{{{}}}", _tex)
+
+
+def _heads(table: Table, form: _Form) -> list[str]:
+    heads = []
+    for at, column in enumerate(table.columns):
+        heads.append(form.escape(column.metric.label) + form.arrows[column.metric.better])
+        heads += ["published", "deviation"] if table.is_published(at) else []
+    return heads
 
 
 def _cells(table: Table, row: Row, form: _Form) -> list[str]:
     seeds = table.seeds if row.run_ids else 1
-    return [_cell(column, entry, seeds, form) for column, entry in zip(table.columns, row.entries, strict=True)]
+    cells = []
+    for at, (column, entry) in enumerate(zip(table.columns, row.entries, strict=True)):
+        cells.append(_cell(column, entry, seeds, form))
+        if table.is_published(at):
+            cells += [_published(table, column, entry, form), _deviation(column, entry, form)]
+    return cells
+
+
+def _published(table: Table, column: Column, entry: Entry, form: _Form) -> str:
+    if entry.published is None:
+        return ""
+    source = f" [{table.sources.index(entry.published.source) + 1}]" if len(table.sources) > 1 else ""
+    return form.escape(column.metric.show(entry.published.value)) + source
+
+
+def _deviation(column: Column, entry: Entry, form: _Form) -> str:
+    return "" if entry.deviation is None else form.escape(column.metric.deviation(entry.deviation))
+
+
+def _published_values(entry: Entry) -> list[str]:
+    if entry.published is None:
+        return ["", "", ""]
+    deviation = "" if entry.deviation is None else repr(entry.deviation)
+    return [repr(entry.published.value), deviation, entry.published.source]
 
 
 def _cell(column: Column, entry: Entry, seeds: int, form: _Form) -> str:
@@ -130,7 +164,20 @@ def _said(table: Table, command: str) -> list[str]:
     spread = (
         "Mean ± standard deviation over seeds." if len({r.configuration["seed"] for r in table.records}) > 1 else ""
     )
-    return [" ".join(part for part in (spread, marks) if part), *provenance(table.records), f"Made by: {command}"]
+    return [
+        " ".join(part for part in (spread, marks) if part),
+        *_sources(table),
+        *provenance(table.records),
+        f"Made by: {command}",
+    ]
+
+
+def _sources(table: Table) -> list[str]:
+    if not table.sources:
+        return []
+    numbered = [f"[{at}] {source}" for at, source in enumerate(table.sources, start=1)]
+    said = "; ".join(numbered if len(numbered) > 1 else table.sources)
+    return [f"Published: {said}. Deviation: ours less the published one."]
 
 
 def _several(values: Iterable[Any]) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cfsp.allocate.budget import Budget, Sizes, keep_fraction, to_widths
+from cfsp.allocate.chosen_blocks import ChosenBlocks
 from cfsp.allocate.coarse import Coarse
 from cfsp.allocate.global_rank import GlobalRank
 from cfsp.allocate.uniform import Uniform
@@ -91,7 +92,26 @@ def test_global_rank_survives_a_block_of_equal_scores():
     assert GlobalRank().allocate(given, sizes(32, 32), 0.5).keep.isfinite().all()
 
 
-@pytest.mark.parametrize("allocator", [Uniform(), Coarse(), Coarse(temperature=8), GlobalRank()], ids=str)
+@pytest.mark.parametrize(("choose", "chosen"), [("most", [0, 6]), ("least", [1, 3])])
+@pytest.mark.parametrize("round_to", [1, 32])
+def test_chosen_blocks_lose_alike_and_the_others_nothing(choose, chosen, round_to):
+    widths, budget = (768,) * 8, Budget(0.2, round_to=round_to)
+    size = sizes(*widths)
+    allocation = ChosenBlocks(choose).allocate(scores(widths), size, keep_fraction(budget, size))
+    found = to_widths([k * 768 for k in allocation.keep.tolist()], budget, size)
+    assert [at for at, width in enumerate(found.per_block) if width < 768] == chosen
+    assert allocation.keep[chosen].tolist() == pytest.approx([0.2, 0.2])
+    assert abs(removed(found, size) - 0.2 * size.ffn_parameters) <= round_to * 768
+
+
+def test_chosen_blocks_refuse_more_than_they_hold():
+    with pytest.raises(BudgetError, match=r"allocator\.share=0\.25: the 2 blocks hold 25\.0% .* asks for 30\.0%"):
+        ChosenBlocks().allocate(scores((768,) * 8), sizes(*(768,) * 8), 0.7)
+
+
+@pytest.mark.parametrize(
+    "allocator", [Uniform(), Coarse(), Coarse(temperature=8), GlobalRank(), ChosenBlocks(share=1)], ids=str
+)
 @pytest.mark.parametrize("round_to", [1, 32, 128, 100])
 @pytest.mark.parametrize("ratio", [0.1, 0.33, 0.5, 0.77])
 @pytest.mark.parametrize("widths", [(768,) * 8, (172, 96, 300, 512), (11008, 5504, 8000, 1024)], ids=str)

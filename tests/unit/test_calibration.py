@@ -5,14 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from cfsp.calibrate import calibrate as calibrate_module
-from cfsp.calibrate.cache import StatisticsCache
+from cfsp.calibrate.cache import StatisticsCache, read_or_compute, saved_seconds
 from cfsp.calibrate.calibrate import calibrate
 from cfsp.calibrate.statistics import Statistics
 from cfsp.config import SelfCalibration, TextCalibration, TokensCalibration
@@ -257,3 +259,21 @@ def test_self_generated_windows_follow_the_seed_and_the_model(tokenizer):
     greedy = sample_windows(model, tokenizer, cold, LIMITS, 0).input_ids
     with torch.no_grad():
         assert greedy[0, 1:].tolist() == model(greedy[:1]).logits[0, :-1].argmax(-1).tolist()
+
+
+def test_what_is_read_from_the_cache_says_what_it_cost(tmp_path):
+    def slow() -> str:
+        time.sleep(0.05)
+        return "value"
+
+    def once() -> dict[str, object]:
+        entry: dict[str, object] = {}
+        with saved_seconds(entry):
+            assert read_or_compute(path, Path.read_text, slow, lambda value, file: file.write_text(value))[0] == "value"
+        return entry
+
+    path = tmp_path / "kind" / "name.txt"
+    assert once() == {"saved_seconds": 0}, "computed here: nothing was saved"
+    assert once()["saved_seconds"] >= 0.05  # type: ignore[operator]
+    path.with_suffix(".seconds").unlink()
+    assert once() == {"saved_seconds": None}, "a value from before costs were kept"

@@ -14,6 +14,7 @@ from cfsp.data.calibration import Limits
 from cfsp.errors import DataError
 from cfsp.evaluate.base import Side
 from cfsp.evaluate.cost import Cost, size_of
+from cfsp.evaluate.live_tensors import LiveTensors
 from cfsp.evaluate.perplexity import Perplexity, negative_log_likelihood
 from cfsp.models.load import load_tokenizer
 from cfsp.models.source import _from_folder
@@ -99,6 +100,26 @@ def test_cost_counts_and_times_both_sides():
         speeds = [m for m in found[side] if m.metric == "tokens_per_second"]
         assert [m.task for m in speeds] == ["prefill", "decode"]
         assert all(m.n == 3 and len(m.detail["seconds"]) == 3 and m.value > 0 for m in speeds)
+        (memory,) = [m for m in found[side] if m.metric == "peak_bytes"]
+        assert memory.detail["weights"] == 4 * rows["parameters", "count"] + 4 * 8  # and RoPE's inverse frequencies
+        assert memory.value > memory.detail["weights"]
+
+
+def test_memory_counts_tensors_that_are_alive_at_one_time():
+    known = torch.zeros(1000)
+    with LiveTensors([known]) as live:
+        first = known + 1
+        second = first * 2
+        del first
+        view = second.view(10, 100).t()
+        third = view + 1
+        del second, view
+        known.add_(third.reshape(1000))  # reshape of a transposed tensor copies
+    assert live.peak == 2 * 4000
+
+    model = tiny_model()
+    short, long = (Cost(prompt_tokens=n, new_tokens=4, repeats=1).measure(model, None)[-1].value for n in (16, 64))
+    assert long > short
 
 
 def test_the_table_reads_dense_beside_pruned():

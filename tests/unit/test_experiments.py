@@ -39,12 +39,11 @@ def test_every_word_of_every_variant_composes_and_parses(name):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_layouts_name_keys_of_the_grid(name):
-    layout = load_layout(ROOT / "experiments" / name)
+    layout, experiment = load_layout(ROOT / "experiments" / name), load_experiment(name)
     assert layout.tables
-    keys = {
-        key for variant in ("bundled", "paper") for cell in load_experiment(name).cells(variant) for key in cell.point
-    }
-    named = [key for table in layout.tables.values() for key in [*table.groups, *table.rows]]
+    keys = {key for variant in experiment.variants for cell in experiment.cells(variant) for key in cell.point}
+    named = [key for table in layout.tables.values() for key in [*table.groups, *table.rows, *table.where]]
+    named += [key for figure in layout.reported for key in figure.where]
     named += [key for figure in layout.figures.values() for key in [*figure.lines, *figure.panels, *figure.where]]
     assert set(named) <= keys
 

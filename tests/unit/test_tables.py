@@ -18,9 +18,10 @@ from cfsp.sweep.experiment import Cell
 from cfsp.tables import command
 from cfsp.tables.collection import Found, collect
 from cfsp.tables.figures import draw
-from cfsp.tables.grid import table
+from cfsp.tables.grid import pruning_seconds, table
 from cfsp.tables.layout import FigureLayout, MeanOf, TableLayout
 from cfsp.tables.render import comma_separated, latex, markdown
+from cfsp.tables.reported import load_reported
 
 ENVIRONMENT = {
     "git": {"commit": "0123456789abcdef", "dirty": False},
@@ -286,3 +287,83 @@ def test_figures_are_the_same_bytes_again(folder, kind):
     if kind != "blocks":
         with pytest.raises(ConfigError, match="metric is not set"):
             draw("f", layout.model_copy(update={"metric": None}), found)
+
+
+REPORTED = """\
+model,pruner,sparsity.ratio,sparsity.scope,metric,seq_len,value,source
+bundled,dense,,,perplexity/bundled/perplexity,256,41,Paper A
+bundled,cfsp,0.50,ffn,perplexity/bundled/perplexity,256,51.00,Paper A
+bundled,flap,0.5,decoder,perplexity/bundled/perplexity,256,1,another scope
+bundled,uniform,0.5,ffn,perplexity/bundled/perplexity,128,2,another window
+other,uniform,0.5,ffn,perplexity/bundled/perplexity,256,3,another model
+bundled,flap,0.5,ffn,zero_shot/one/acc | zero_shot/two/acc,,0.6,Paper B
+"""
+
+
+def test_a_published_figure_stands_beside_ours_only_where_it_was_measured_in_the_same_way(folder, tmp_path_factory):
+    path, cells = folder
+    file = tmp_path_factory.mktemp("reported") / "reported.csv"
+    file.write_text(REPORTED, encoding="utf-8")
+    made = table("main", LAYOUT, collect(cells, path).found, load_reported(file))
+    lines = markdown(made, "c").splitlines()
+    head = "| pruner | removed | perplexity, bundled ↓ | published | deviation | mean acc ↑ | published | deviation |"
+    assert head in lines
+    assert "| dense | 0.0% | 40.00 | 41.00 [1] | -1.00 | 0.800 |  |  |" in lines
+    assert "| cfsp | 50.0% | **50.50 ± 0.71** | 51.00 [1] | -0.50 | **0.695 ± 0.007** |  |  |" in lines
+    assert "| flap | 50.0% | <u>56.00 ± 1.41</u> |  |  | <u>0.675 ± 0.007</u> | 0.600 [2] | +7.50 pp |" in lines
+    assert "| uniform | 50.0% | 90.50 ± 0.71 |  |  | 0.655 ± 0.007 |  |  |" in lines
+    assert "Published: [1] Paper A; [2] Paper B. Deviation: ours less the published one.  " in lines
+    rows = [line for line in latex(made, "c").splitlines() if line.startswith(("cfsp &", "pruner &"))]
+    assert {row.count(" & ") for row in rows} == {7}
+    (cfsp,) = [
+        row
+        for row in csv.DictReader(io.StringIO(comma_separated(made)))
+        if row["pruner"] == "cfsp" and row["metric"].startswith("perplexity")
+    ]
+    assert (cfsp["published"], cfsp["deviation"], cfsp["source"]) == ("51.0", "-0.5", "Paper A")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model,metric,seq_len,value\n", "the column source is missing"),
+        (REPORTED.replace("51.00", "fifty"), "line 3: could not convert string to float: 'fifty'; value and seq_len"),
+        (REPORTED.replace("51.00,Paper A", "51.00,"), "line 3: no source"),
+    ],
+)
+def test_published_figures_that_cannot_be_used_are_refused(tmp_path, text, message):
+    (tmp_path / "reported.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_reported(tmp_path / "reported.csv")
+
+
+def test_two_published_figures_for_one_cell_are_refused(folder, tmp_path_factory):
+    path, cells = folder
+    file = tmp_path_factory.mktemp("reported") / "reported.csv"
+    file.write_text(REPORTED + REPORTED.splitlines()[2].replace("Paper A", "Paper C") + "\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"several figures for perplexity/bundled/perplexity .*\(Paper A; Paper C\)"):
+        table("main", LAYOUT, collect(cells, path).found, load_reported(file))
+
+
+def test_a_table_may_be_about_some_of_the_runs(folder):
+    path, cells = folder
+    found = collect(cells, path).found
+    made = table("main", LAYOUT.model_copy(update={"where": {"pruner": "flap"}}), found)
+    assert [row.label for row in made.rows] == ["dense", "flap"]
+    with pytest.raises(ConfigError, match=r"where=\{'pruner': 'none'\}: no record"):
+        table("main", LAYOUT.model_copy(update={"where": {"pruner": "none"}}), found)
+
+
+def _stage(name: str, seconds: float, cached: bool = False, **more: float | None) -> dict[str, object]:
+    return {"name": name, "seconds": seconds, "cached": cached, **more}
+
+
+def test_pruning_time_counts_what_the_cache_saved_and_is_empty_where_that_is_not_known():
+    def time_of(*stages: dict[str, object]) -> float | None:
+        return pruning_seconds(_record(_cell("cfsp", 0), 50.0, stages=list(stages)))
+
+    rest = (_stage("plan", 2.0, saved_seconds=0.0), _stage("apply", 0.5), _stage("evaluate pruned", 100.0))
+    assert time_of(_stage("calibrate", 1.0, saved_seconds=0.0), *rest) == 3.5
+    assert time_of(_stage("calibrate", 1.0, True, saved_seconds=20.0), *rest) == 23.5
+    assert time_of(_stage("calibrate", 1.0, True, saved_seconds=None), *rest) is None
+    assert time_of(_stage("calibrate", 1.0, True), *rest) is None, "a record from before the cost was kept"

@@ -1,0 +1,41 @@
+"""Everything from the most, or from the least, important blocks: a check of what a block distance says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from cfsp.allocate.base import Allocation
+from cfsp.components import component
+from cfsp.errors import BudgetError
+
+if TYPE_CHECKING:
+    from cfsp.allocate.budget import Sizes
+    from cfsp.importance.base import Scores
+
+
+@component
+class ChosenBlocks:
+    """The ``share`` of the blocks with the highest (``most``) or lowest (``least``) distance loses alike, the others
+    nothing."""
+
+    choose: Literal["most", "least"] = "least"
+    metric: Literal["angular", "cosine", "mse", "mae"] = "angular"
+    share: float = Field(default=0.25, gt=0, le=1)
+
+    def allocate(self, scores: Scores, sizes: Sizes, keep: float) -> Allocation:
+        distance = scores.distances[self.metric]
+        order = distance.argsort(descending=self.choose == "most", stable=True)
+        chosen = order[: max(1, round(self.share * len(distance)))]
+        parameters = distance.new_tensor(sizes.parameters)
+        kept = 1 - (1 - keep) * sizes.removable / parameters[chosen].sum().item()
+        if kept < 0:
+            most = parameters[chosen].sum().item() / sizes.removable
+            raise BudgetError(
+                f"allocator.share={self.share}: the {len(chosen)} blocks hold {most:.1%} of what may go, the budget "
+                f"asks for {1 - keep:.1%}; lower sparsity.ratio or raise allocator.share"
+            )
+        shares = distance.new_ones(len(distance))
+        shares[chosen] = kept
+        return Allocation(shares)

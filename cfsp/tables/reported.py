@@ -1,0 +1,110 @@
+"""Published figures that stand beside ours: ``experiments/<name>/reported.csv``, each with its source."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfsp.errors import ConfigError
+from cfsp.tables.collection import Found
+
+#: What a file must have beside the keys that its figures are told apart by.
+COLUMNS = ("metric", "seq_len", "value", "source")
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure of somebody else.
+
+    ``where``: key of the configuration -> value, of those that the source states; ``pruner`` dense: the model as it
+    was. ``metric``: ``suite/task/metric``, several with | between for their mean; ``seq_len``: tokens of a window, None
+    where there are none; ``value``: in the unit of our metric (accuracies as fractions).
+    """
+
+    where: Mapping[str, str]
+    metric: frozenset[str]
+    seq_len: int | None
+    value: float
+    source: str
+
+
+def load_reported(path: Path) -> list[Published]:
+    """The figures in a file; none where there is no file.
+
+    Raises:
+        ConfigError: a column is missing, a value is no number, a figure has no source.
+    """
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as stream:
+        reader = csv.DictReader(stream)
+        lacking = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+        if lacking:
+            raise ConfigError(f"{path}: the column {lacking[0]} is missing; the first line names the columns")
+        return [_published(row, f"{path}, line {number}") for number, row in enumerate(reader, start=2)]
+
+
+def published(
+    figures: Sequence[Published], members: Sequence[Sequence[str]], one: Found, side: str
+) -> Published | None:
+    """The figure that was measured as ours: the same model, method and scope, metric and window; or None.
+
+    Raises:
+        ConfigError: there are several.
+    """
+    names = frozenset("/".join(member) for member in members)
+    lengths = {
+        row["seq_len"]
+        for row in one.record.measurements.get(side, ())
+        if row["suite"] == "perplexity" and "/".join((row["suite"], row["task"], row["metric"])) in names
+    }
+    matching = [
+        figure
+        for figure in figures
+        if figure.metric == names and lengths <= {figure.seq_len} and _describes(figure, one, dense=side == DENSE)
+    ]
+    if len(matching) > 1:
+        sources = "; ".join(figure.source for figure in matching)
+        raise ConfigError(f"reported.csv: several figures for {' | '.join(sorted(names))} of {one.cell} ({sources})")
+    return matching[0] if matching else None
+
+
+def _published(row: Mapping[str, str], place: str) -> Published:
+    try:
+        value = float(row["value"])
+        seq_len = int(row["seq_len"]) if row["seq_len"] else None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{place}: {error}; value and seq_len are numbers") from error
+    if not (row["source"] or "").strip():
+        raise ConfigError(f"{place}: no source; a published figure is shown with the place it is from")
+    where = {key: text for key, text in row.items() if key not in COLUMNS and text}
+    metric = frozenset(part.strip() for part in row["metric"].split("|"))
+    return Published(where, metric, seq_len, value, row["source"].strip())
+
+
+def _describes(figure: Published, one: Found, *, dense: bool) -> bool:
+    if dense != (figure.where.get("pruner") == DENSE):
+        return False
+    keys = [key for key in figure.where if not (dense and key == "pruner")]
+    return all(_same(figure.where[key], _value(one, key)) for key in keys)
+
+
+def _value(one: Found, key: str) -> str | None:
+    """As the grid names it, else as the run's configuration has it."""
+    if key in one.cell.point:
+        return one.cell.point[key]
+    found: Any = one.record.configuration
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return str(found.get("name")) if isinstance(found, Mapping) else (None if found is None else str(found))
+
+
+def _same(wanted: str, value: str | None) -> bool:
+    try:
+        return value is not None and float(wanted) == float(value)
+    except ValueError:
+        return wanted == value
