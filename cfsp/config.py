@@ -185,7 +185,7 @@ _COMPONENTS = {
     "allocator": ("allocate",),
     "pruner": ("name", "prunes", "plan"),
     "recovery": ("name", "trains", "check", "recover"),
-    "logger": ("start", "log", "image", "finish"),
+    "logger": ("start", "log", "finish", "files"),
 }
 _EVALUATOR = ("side_by_side", "check", "measure")
 _ROOT_KEYS = {*_SECTIONS, *_COMPONENTS, "calibration", "evaluation", "seed", "force", "debug"}

@@ -86,6 +86,7 @@ def _run(prepared: Prepared, out: Path, bases: BaseModels) -> RunRecord:
         shutil.rmtree(prepared.progress, ignore_errors=True)  # it was killed after its record and before this
         copy = Path(config.paths.records_dir) / f"{earlier.run_id}.json"
         if not copy.is_file():
+            _mirror(config, earlier, out)
             earlier.write(copy)
         return earlier
     record = RunRecord(
@@ -105,21 +106,14 @@ def _run(prepared: Prepared, out: Path, bases: BaseModels) -> RunRecord:
     )
     if config.force:
         shutil.rmtree(prepared.progress, ignore_errors=True)
-    logger = config.logger.instance
     # A repeated run must not cost the record of its success: until it ends well, its own stands beside it.
     repeated = earlier is not None and earlier.status == "success"
     unfinished = out / ("record.repeat.json" if repeated else "record.json")
     with _log_file(out), _recorded(record, out, prepared, unfinished):
         record.write(unfinished)
         _write_config(config, out)
-        logger.start(prepared.run_id, out, config.raw)
-        success = False
-        try:
-            _execute(prepared, record, out, logger.log, bases)
-            _mirror(logger, record, out)
-            success = True
-        finally:
-            logger.finish(success=success)
+        config.logger.instance.start(prepared.run_id, out, config.raw)
+        _execute(prepared, record, out, config.logger.instance.log, bases)
     return record
 
 
@@ -381,12 +375,14 @@ def _recorded(record: RunRecord, out: Path, prepared: Prepared, unfinished: Path
         log.debug("run failed", exc_info=error)
         record.finished = _now()
         record.write(unfinished)
+        _mirror(config, record, out)
         if _out_of_memory(error):
             raise RunError(_out_of_memory_hint(config, record)) from error
         raise
     record.status, record.error = "success", None
     record.finished = _now()
     record.write(out / "record.json")
+    _mirror(config, record, out)  # before the copy, whose absence says that this is still to be done
     shutil.rmtree(prepared.progress, ignore_errors=True)
     if unfinished.name != "record.json":
         unfinished.unlink()
@@ -429,21 +425,17 @@ def _write_config(config: RunConfig, out: Path) -> None:
     (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config.raw)), encoding="utf-8")
 
 
-def _mirror(logger: Any, record: RunRecord, out: Path) -> None:
-    figures = {
-        f"{side}/{row['suite']}/{row['task']}/{row['metric']}": row["value"]
-        for side, rows in record.measurements.items()
-        for row in rows
-    }
-    if record.plan is not None:
-        figures |= {f"achieved/{key}": value for key, value in record.plan["achieved"].items()}
-    ranks = (record.recovery or {}).get("ranks", ())
-    figures |= {f"recovery/rank/block {at}": rank for at, rank in enumerate(ranks) if rank is not None}
-    figures |= {f"seconds/{stage['name']}": stage["seconds"] for stage in record.stages}
-    logger.log(figures)
-    for name in ("blocks", "recovery"):
-        if (out / f"{name}.png").is_file():
-            logger.image(name, out / f"{name}.png")
+def _mirror(config: RunConfig, record: RunRecord, out: Path) -> None:
+    """The record is the truth: what is wrong with its mirror costs no run."""
+    try:
+        config.logger.instance.finish(record, out)
+    except Exception as error:
+        log.warning(
+            "logger: %s could not be finished (%s: %s); the run is whole without it",
+            config.logger.instance.__class__.__name__,
+            type(error).__name__,
+            " ".join(str(error).split()),
+        )
 
 
 def _now() -> str:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from cfsp.components import component
+from cfsp.record.run_record import RunRecord
 
 
 class RunLogger(Protocol):
     """Started once per run, finished once, whatever happens in between."""
 
-    def start(self, run_id: str, folder: Path, configuration: dict[str, Any]) -> None: ...
-    def log(self, values: dict[str, Any]) -> None: ...
-    def image(self, name: str, path: Path) -> None: ...
-    def finish(self, *, success: bool) -> None: ...
+    def start(self, run_id: str, folder: Path, configuration: dict[str, Any]) -> None:
+        """A run begins; what is wrong with the logger is said here, before any work."""
+        ...
+
+    def log(self, values: dict[str, Any]) -> None:
+        """A step of the training."""
+        ...
+
+    def finish(self, record: RunRecord, folder: Path) -> None:
+        """The run has ended, well or not: ``record`` is what OUT holds of it. May be called again for the same run."""
+        ...
+
+    def files(self, name: str, folder: Path, files: Mapping[str, Path]) -> None:
+        """What was made from several runs, such as tables: name -> file; ``folder`` is for what the logger writes."""
+        ...
 
 
 @component
@@ -27,8 +40,8 @@ class NullLogger:
     def log(self, values: dict[str, Any]) -> None:
         """Nothing to log to."""
 
-    def image(self, name: str, path: Path) -> None:
-        """Nothing to show it on."""
-
-    def finish(self, *, success: bool) -> None:
+    def finish(self, record: RunRecord, folder: Path) -> None:
         """Nothing to finish."""
+
+    def files(self, name: str, folder: Path, files: Mapping[str, Path]) -> None:
+        """Nothing to keep them in."""

@@ -5,17 +5,28 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cfsp.components import component
 
+if TYPE_CHECKING:
+    from cfsp.record.run_record import RunRecord
+
 log = logging.getLogger(__name__)
+
+#: Files of OUT that go with a run, as far as they are there; a model folder does not.
+_FILES = ("record.json", "plan.json", "config.yaml", "blocks.png", "recovery.png")
 
 
 @component
 class WandbLogger:
-    """One W&B run per run of cfsp; a process with several runs finishes each before the next starts."""
+    """One W&B run per run of cfsp: its id is the run_id; config, summary, curves, figures and files are the record's.
+
+    Online it is there from the start and gets the training's curves as they come. Offline it is written at the end,
+    from the record, so that a killed run leaves none; ``wandb sync OUT/wandb/offline-run-*`` uploads it later.
+    """
 
     project: str = "cfsp"
     entity: str | None = None
@@ -24,33 +35,76 @@ class WandbLogger:
     mode: Literal["auto", "online", "offline"] = "auto"
 
     def start(self, run_id: str, folder: Path, configuration: dict[str, Any]) -> None:
-        import wandb
-
-        mode = self._mode()
-        # A repeated run replaces what its earlier attempt left here: one W&B run per run.
-        for earlier in (folder / "wandb").glob(f"offline-run-*-{run_id}"):
-            shutil.rmtree(earlier)
-        wandb.init(
-            project=self.project, entity=self.entity, group=self.group, tags=list(self.tags), id=run_id, name=run_id,
-            dir=str(folder), config=configuration, mode=mode, reinit="finish_previous",
-            resume="allow" if mode == "online" else None,
-            settings=wandb.Settings(silent=True, console="off", save_code=False),
-        )  # fmt: skip
+        if self._mode() == "online":
+            self._init(run_id, folder, configuration)
 
     def log(self, values: dict[str, Any]) -> None:
         import wandb
 
-        wandb.log(values)
+        if wandb.run is not None:
+            wandb.log(values)
 
-    def image(self, name: str, path: Path) -> None:
+    def finish(self, record: RunRecord, folder: Path) -> None:
+        if self._mode() == "disabled":
+            return
         import wandb
 
-        wandb.log({name: wandb.Image(str(path))})
+        if wandb.run is None or wandb.run.id != record.run_id:
+            self._init(record.run_id, folder, record.configuration)
+            for row in (record.recovery or {}).get("history", ()):
+                self.log({f"recovery/{key}": value for key, value in row.items()})
+        run = wandb.run
+        assert run is not None
+        run.summary.update({"status": record.status, **_summary(record)})
+        if record.error is not None:
+            run.summary.update({"error": f"{record.error['type']}: {record.error['message']}"})
+        rows = [(side, row) for side, figures in record.measurements.items() for row in figures]
+        if rows:
+            columns = ["suite", "task", "metric", "value", "stderr", "n", "seq_len", "unit"]
+            data = [[side, *(row.get(column) for column in columns)] for side, row in rows]
+            wandb.log({"measurements": wandb.Table(columns=["side", *columns], data=data)})
+        for image in ("blocks", "recovery"):
+            if (folder / f"{image}.png").is_file():
+                wandb.log({image: wandb.Image(str(folder / f"{image}.png"))})
+        present = {name: folder / name for name in _FILES if (folder / name).is_file()}
+        self._keep(record.run_id, "run", present)
+        wandb.finish(exit_code=0 if record.status == "success" else 1)
 
-    def finish(self, *, success: bool) -> None:
+    def files(self, name: str, folder: Path, files: Mapping[str, Path]) -> None:
+        if self._mode() == "disabled":
+            return
         import wandb
 
-        wandb.finish(exit_code=0 if success else 1)
+        self._init(name, folder, {"files": sorted(files)}, job_type="tables")
+        self._keep(name, "tables", files)
+        for file, path in files.items():
+            if path.suffix == ".png":
+                wandb.log({file.removesuffix(".png"): wandb.Image(str(path))})
+        wandb.finish()
+
+    def _init(self, name: str, folder: Path, configuration: dict[str, Any], job_type: str = "run") -> None:
+        import wandb
+
+        # What an earlier attempt left here is replaced: one W&B run per run.
+        for earlier in (folder / "wandb").glob(f"offline-run-*-{name}"):
+            shutil.rmtree(earlier)
+        folder.mkdir(parents=True, exist_ok=True)
+        mode = self._mode()
+        wandb.init(
+            project=self.project, entity=self.entity, group=self.group, tags=list(self.tags), id=name, name=name,
+            job_type=job_type, dir=str(folder.resolve()), config=configuration, mode=mode, reinit="finish_previous",
+            resume="allow" if mode == "online" else None,
+            settings=wandb.Settings(silent=True, console="off", save_code=False),
+        )  # fmt: skip
+
+    def _keep(self, name: str, kind: str, files: Mapping[str, Path]) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(name, type=kind)
+        for file, path in files.items():
+            # immutable: uploaded from where it is, where a copy would stay in the home folder until it is synced.
+            artifact.add_file(str(path.resolve()), name=file, policy="immutable")
+        wandb.log_artifact(artifact)
 
     def _mode(self) -> Literal["online", "offline", "disabled"]:
         if self.mode != "auto":
@@ -61,6 +115,19 @@ class WandbLogger:
         if asked == "dryrun" or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
             return "offline" if asked == "dryrun" else "disabled"
         return "online" if os.environ.get("WANDB_API_KEY") or _has_login() else "offline"
+
+
+def _summary(record: RunRecord) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        f"{side}/{row['suite']}/{row['task']}/{row['metric']}": row["value"]
+        for side, rows in record.measurements.items()
+        for row in rows
+    }
+    if record.plan is not None:
+        figures |= {f"achieved/{key}": value for key, value in record.plan["achieved"].items()}
+    ranks = (record.recovery or {}).get("ranks", ())
+    figures |= {f"recovery/rank/block {at}": rank for at, rank in enumerate(ranks) if rank is not None}
+    return figures | {f"seconds/{stage['name']}": stage["seconds"] for stage in record.stages}
 
 
 def _has_login() -> bool:

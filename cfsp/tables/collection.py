@@ -82,6 +82,8 @@ def science(configuration: Mapping[str, Any]) -> str:
 
 def _without_places(value: Any) -> Any:
     if isinstance(value, Mapping):
+        if {"texts", "datasets"} <= set(value):  # texts that are there to be chosen, and are not
+            value = {**value, "texts": {name: value["texts"].get(name) for name in value["datasets"]}}
         return {key: _without_places(inner) for key, inner in value.items() if key not in _PLACES}
     return [_without_places(inner) for inner in value] if isinstance(value, list) else value
 

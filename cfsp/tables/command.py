@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cfsp.compose import compose
+from cfsp.config import parse
 from cfsp.errors import ConfigError
 from cfsp.sweep.command import Request, command, records_folder, request_of
 from cfsp.sweep.experiment import given_values
@@ -22,8 +24,9 @@ Render the tables (Markdown, LaTeX, CSV) and figures (PNG, SVG) of an experiment
 
 The layout is experiments/NAME/tables.yaml, the records are in results/records/NAME/VARIANT (paths.records_dir), what is
 made goes to results/tables/NAME/VARIANT and results/figures/NAME/VARIANT (results=FOLDER). Other key=value choose among
-the experiment's runs as they do for scripts/sweep.py. Exit codes: 0; 1 a damaged record
-was left out; 2 wrong input.
+the experiment's runs as they do for scripts/sweep.py. logger=wandb keeps what is made as an artifact of a W&B run in
+the sweep's group (offline: in outputs/tables/NAME/VARIANT). Exit codes: 0; 1 a damaged record was left out; 2 wrong
+input.
 """
 
 
@@ -54,6 +57,10 @@ def _tables(words: Sequence[str]) -> int:
         if path.suffix == ".md":
             print(content.decode())
     print("Written: " + " ".join(str(results / path) for path in files))
+    if values.get("logger", "none") != "none":
+        logger = parse(compose(request.cells[0].words)).logger.instance
+        made = {"/".join(path.parts): (results / path) for path in files}
+        logger.files(f"tables-{name}-{variant}", Path("outputs") / "tables" / name / variant, made)
     if collection.missing:
         print(f"tables: {len(collection.missing)} of {len(request.cells)} runs have no record, their cells are empty")
     return 1 if collection.damaged else 0

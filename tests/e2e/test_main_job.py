@@ -12,6 +12,7 @@ import torch
 import cfsp
 from cfsp import run
 from tests.conftest import shared
+from tests.offline_wandb import offline_run
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,16 @@ def test_exactly_one_wandb_run_mirrors_the_record(demo):
     assert len(runs) == 1
     assert next(runs[0].glob("run-*.wandb")).stat().st_size > 1000
     assert list(runs[0].glob("files/media/images/blocks*.png"))
+    record = record_of(demo[0] / "out")
+    kept = offline_run(runs[0])
+    assert kept["run"]["run_id"] == record["run_id"]
+    assert kept["config"]["sparsity"] == record["configuration"]["sparsity"]
+    own = figures(record, "pruned", "perplexity", "zero_shot", "cost")
+    for (suite, task, metric), value in own.items():
+        assert kept["summary"][f"pruned/{suite}/{task}/{metric}"] == pytest.approx(value)
+    assert kept["summary"]["status"] == "success"
+    names = {"record.json", "plan.json", "config.yaml", "blocks.png"}
+    assert kept["artifact"] == {"name": record["run_id"], "type": "run", "files": names}
 
 
 def test_evaluating_the_folder_gives_the_runs_own_figures(demo, run_cfsp, tmp_path):
@@ -254,10 +265,37 @@ def test_one_wandb_run_per_run_in_a_multirun_after_a_failure_and_when_forced(run
         patch.setattr("cfsp.pipeline.probe", lambda *_, **__: 1 / 0)
         assert run_cfsp(*given, single)[0] == 1
     assert len(offline_runs(tmp_path / "single")) == 1
+    (failed,) = (tmp_path / "single" / "wandb").glob("offline-run-*")
+    summary = offline_run(failed)["summary"]
+    assert (summary["status"], summary["error"]) == ("failed", "ZeroDivisionError: division by zero")
     for words in ([], ["force=true"]):
         code, _, err = run_cfsp(*given, *words, single)
         assert code == 0, err
         assert len(offline_runs(tmp_path / "single")) == 1
+
+
+def test_a_killed_run_leaves_no_wandb_run_and_the_next_launch_writes_what_is_lacking(run_cfsp, tmp_path, monkeypatch):
+    from cfsp.record.wandb_logger import WandbLogger
+
+    given = ["logger=wandb", "evaluation=none", "save.model=false", "calibration.n_samples=4"]
+    out = tmp_path / "out"
+    seen = []
+
+    def killed(self, record, folder):
+        seen.append((record.status, offline_runs(folder)))
+        raise KeyboardInterrupt  # stands for the kill: nothing after it is done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WandbLogger, "finish", killed)
+        code, _, _ = run_cfsp(*given)
+    assert code == 1
+    assert seen[0] == ("success", [])
+    assert record_of(out)["status"] == "success"
+    code, _, err = run_cfsp(*given)
+    assert code == 0, err
+    assert len(offline_runs(out)) == 1
+    code, _, err = run_cfsp(*given)
+    assert len(offline_runs(out)) == 1
 
 
 def test_wandb_goes_online_only_where_it_may(monkeypatch):

@@ -16,6 +16,7 @@ from cfsp.config import parse
 from cfsp.errors import ConfigError
 from cfsp.pruning import context
 from cfsp.record.logger import NullLogger
+from cfsp.record.run_record import RunRecord
 from tests.conftest import mentions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,7 +206,7 @@ def test_an_output_folder_whose_record_is_none(refused, sound_words, tmp_path, c
 def finished(monkeypatch) -> list[bool]:
     """What the logger was told at the end of each run."""
     told: list[bool] = []
-    monkeypatch.setattr(NullLogger, "finish", lambda self, *, success: told.append(success))
+    monkeypatch.setattr(NullLogger, "finish", lambda self, record, folder: told.append(record.status == "success"))
     return told
 
 
@@ -214,6 +215,16 @@ def _failing(monkeypatch, error: BaseException) -> None:
         raise error
 
     monkeypatch.setattr(context, "calibrate", fail)
+
+
+def test_a_logger_that_breaks_at_the_end_costs_no_run(run_cfsp, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(NullLogger, "finish", lambda *_: 1 / 0)
+    code, _, err = run_cfsp("evaluation=none", "save.model=false", "calibration.n_samples=4")
+    assert code == 0, err
+    record = RunRecord.read(tmp_path / "out" / "record.json")
+    assert record is not None
+    assert record.status == "success"
+    assert "NullLogger could not be finished (ZeroDivisionError: division by zero); the run is whole" in caplog.text
 
 
 def _failure_lines(err: str) -> list[str]:

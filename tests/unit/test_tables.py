@@ -83,6 +83,7 @@ def test_records_are_found_by_what_they_decide_not_by_name_or_place(folder):
     elsewhere.configuration["paths"]["cache_dir"] = "/other"
     elsewhere.configuration["model"]["path"] = "/a/copy/of/the/model"
     elsewhere.configuration["logger"] = {}
+    elsewhere.configuration["evaluation"]["perplexity"]["texts"]["another"] = {"path": "that was not measured"}
     elsewhere.write(path / "9.json")
     found = collect([*cells, _cell("cfsp", 7)], path)
     assert [one.cell for one in found.found] == cells

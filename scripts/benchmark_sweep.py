@@ -1,0 +1,196 @@
+"""What twelve runs of a sweep cost beside one: CFSP at four ratios with three allocators, against one of the twelve.
+
+    python scripts/benchmark_sweep.py [repeats=5] [work=outputs/benchmark_sweep] [results=results]
+
+A randomly initialised LLaMA (hidden 1024, FFN 2816, 8 blocks, the bundled tokenizer) is pruned without evaluation and
+without saving (evaluation=none save.model=false), once with 8 and once with 64 windows of 512 tokens. Every measurement
+is a process of its own with an empty cache: it checks its runs, loads the model, calibrates, plans and slices; its
+seconds are counted from the first check to the last record, imports left out. The two are measured in alternation; the
+ratio is the median of the pairs' ratios. Writes benchmarks/sweep.json and tables/benchmark_sweep.md under results.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from cfsp.errors import ConfigError, RunError
+from cfsp.sweep.command import command
+from cfsp.sweep.experiment import Experiment, Values, given_values
+from cfsp.tables.methods import line
+
+RATIOS = [0.2, 0.3, 0.4, 0.5]
+ALLOCATORS = ["coarse", "uniform", "global_rank"]
+WINDOWS = (8, 64)
+SEQ_LEN = 512
+SHAPE: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+}
+#: A sweep of twelve may cost so much more than one run.
+LIMIT = 1.5
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 1 where a ratio is above the limit."""
+    given = sys.argv[1:] if words is None else list(words)
+    return command("benchmark_sweep", str(__doc__), given or ["repeats=5"], _benchmark)
+
+
+def make_model(folder: Path) -> None:
+    """The benchmark's model, in fp32, with the bundled tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from cfsp.package import ROOT
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets" / "books7m")
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=2 * SEQ_LEN, **SHAPE)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def measured(model: Path, folder: Path, windows: int, ratios: list[float], allocators: list[str]) -> dict[str, Any]:
+    """In this process: the runs' seconds, and what their records say of load and calibration."""
+    from cfsp.record.run_record import RunRecord
+    from cfsp.sweep.job import jobs_of
+    from cfsp.sweep.launch import Sequential
+
+    experiment = Experiment(
+        name="benchmark",
+        title="",
+        runs=[{"pruner": "cfsp", "sparsity.ratio": list(ratios), "allocator": list(allocators)}],
+        variants={"one": {}},
+    )
+    words: dict[str, Values] = {
+        "model": "local", "model.path": str(model), "calibration": "bundled", "calibration.seq_len": SEQ_LEN,
+        "calibration.n_samples": windows, "evaluation": "none", "save.model": False, "logger": "none",
+        **{f"paths.{key}": str(folder / key) for key in ("output_dir", "records_dir", "cache_dir")},
+    }  # fmt: skip
+    failed: list[str] = []
+    import cfsp.pipeline  # noqa: F401  # imports are not what is measured
+
+    start = time.perf_counter()
+    jobs = jobs_of(experiment.cells("one", words))
+    checked = time.perf_counter()
+    Sequential().launch(jobs, lambda job, outcome: failed.extend([outcome.reason] if outcome.name != "done" else []))
+    seconds = time.perf_counter() - start
+    if failed:
+        raise RunError(f"a run of the benchmark failed: {failed[0]}")
+    records = [record for job in jobs if (record := RunRecord.read(job.record)) is not None]
+    stages = [stage for record in records for stage in record.stages]
+
+    def spent(name: str) -> float:
+        return sum(stage["seconds"] for stage in stages if stage["name"] == name)
+
+    return {
+        "runs": len(records),
+        "seconds": seconds,
+        "check": checked - start,
+        **{name: spent(name) for name in ("load", "calibrate", "plan", "apply")},
+        "loads": sum(stage["name"] == "load" and not stage["cached"] for stage in stages),
+        "calibrations": sum(stage["name"] == "calibrate" and not stage["cached"] for stage in stages),
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown of what :func:`_benchmark` records."""
+    head = ["windows", "one run, s", "twelve runs, s", "ratio (lowest to highest)", "loads", "calibrations"]
+    lines = ["### Twelve runs of a sweep beside one", "", line(head), line(["---", *["--:"] * (len(head) - 1)])]
+    for part in found["parts"]:
+        one, twelve = part["one"], part["twelve"]
+        spread = f"**{part['ratio']:.2f}** ({min(part['ratios']):.2f} to {max(part['ratios']):.2f})"
+        lines.append(
+            line(
+                [
+                    f"{part['windows']} x {SEQ_LEN}", f"{_median(one):.1f}", f"{_median(twelve):.1f}", spread,
+                    str(twelve[0]["loads"]), str(twelve[0]["calibrations"]),
+                ]
+            )
+        )  # fmt: skip
+    environment, packages = found["environment"], found["environment"]["packages"]
+    git = environment["git"] or {"commit": "an installed wheel", "dirty": False}
+    lines += [
+        "",
+        f"Medians of {found['repeats']} measurements each, in alternation. CFSP at ratios {RATIOS} with the allocators "
+        f"{', '.join(ALLOCATORS)}; the one run: {RATIOS[-1]}, {ALLOCATORS[0]}. Hidden {SHAPE['hidden_size']}, FFN "
+        f"{SHAPE['intermediate_size']}, {SHAPE['num_hidden_layers']} blocks, float32, no evaluation, nothing saved.  ",
+        f"Commit: {git['commit'][:12]}{'+changes' if git['dirty'] else ''}. torch {packages['torch']}, transformers "
+        f"{packages['transformers']}. {environment['cpu']}, {environment['cores']} cores.  ",
+        "Made by: python scripts/benchmark_sweep.py",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _median(rows: Sequence[dict[str, Any]]) -> float:
+    return median(row["seconds"] for row in rows)
+
+
+def _benchmark(words: Sequence[str]) -> int:
+    from cfsp.record import environment
+
+    given = {"repeats": "5", "work": "outputs/benchmark_sweep", "results": "results", **given_values(words)}
+    unknown = sorted(set(given) - {"repeats", "work", "results"})
+    if unknown:
+        raise ConfigError(
+            f"{unknown[0]}={given[unknown[0]]}: there is no such key; there are repeats, work and results"
+        )
+    if not str(given["repeats"]).isdigit() or int(str(given["repeats"])) < 1:
+        raise ConfigError(f"repeats={given['repeats']}: give a whole number from 1")
+    work, results, repeats = Path(str(given["work"])), Path(str(given["results"])), int(str(given["repeats"]))
+    model = work / "model"
+    if not (model / "config.json").is_file():
+        make_model(model)
+    parts = []
+    for windows in WINDOWS:
+        pairs: dict[str, list[dict[str, Any]]] = {"one": [], "twelve": []}
+        for repeat in range(repeats):
+            for name in ("one", "twelve") if repeat % 2 == 0 else ("twelve", "one"):
+                pairs[name].append(_in_a_process(model, work / "runs", windows, name))
+            one, twelve = pairs["one"][-1], pairs["twelve"][-1]
+            print(f"{windows} windows: {one['seconds']:.1f} s, {twelve['seconds']:.1f} s", flush=True)
+        ratios = [b["seconds"] / a["seconds"] for a, b in zip(pairs["one"], pairs["twelve"], strict=True)]
+        parts.append({"windows": windows, **pairs, "ratios": ratios, "ratio": median(ratios)})
+    found = {"repeats": repeats, "parts": parts, "environment": environment.describe()}
+    for path, content in (
+        (results / "benchmarks" / "sweep.json", json.dumps(found, indent=2) + "\n"),
+        (results / "tables" / "benchmark_sweep.md", table(found)),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    print(table(found))
+    above = [part for part in parts if part["ratio"] > LIMIT]
+    if above:
+        print(f"benchmark_sweep: above {LIMIT}: {above[0]['ratio']:.2f}", file=sys.stderr)
+    return 1 if above else 0
+
+
+def _in_a_process(model: Path, folder: Path, windows: int, name: str) -> dict[str, Any]:
+    shutil.rmtree(folder, ignore_errors=True)
+    ratios, allocators = (RATIOS, ALLOCATORS) if name == "twelve" else (RATIOS[-1:], ALLOCATORS[:1])
+    request = json.dumps([str(model), str(folder), windows, ratios, allocators])
+    done = subprocess.run([sys.executable, __file__, "--measure", request], capture_output=True, text=True)
+    if done.returncode:
+        raise RunError(f"a measurement ended with exit code {done.returncode}: {done.stderr.strip()[-300:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        from cfsp.sweep.command import quiet
+
+        quiet()
+        at_model, at_folder, *rest = json.loads(sys.argv[2])
+        print(json.dumps(measured(Path(at_model), Path(at_folder), *rest)))
+        sys.exit(0)
+    sys.exit(main())
