@@ -74,10 +74,15 @@ def comma_separated(table: Table) -> str:
     return stream.getvalue()
 
 
+def plain_cells(table: Table, row: Row) -> list[str]:
+    """The texts of a row without marks for best and second best."""
+    return _cells(table, row, _PLAIN)
+
+
 def provenance(records: Sequence[RunRecord]) -> list[str]:
     """Sentences: seeds, commits, versions and machines of the records."""
     environments = [record.environment for record in records]
-    commits = sorted({_commit(environment["git"]) for environment in environments})
+    commits = sorted({commit_of(environment["git"]) for environment in environments})
     versions = [f"{name} {_several(e['packages'].get(name) for e in environments)}" for name in _PACKAGES]
     machines = [f"{e['gpus'][0] if e['gpus'] else e['cpu']}, {e['cores']} cores" for e in environments]
     return [
@@ -86,7 +91,8 @@ def provenance(records: Sequence[RunRecord]) -> list[str]:
     ]
 
 
-def _commit(git: dict[str, Any] | None) -> str:
+def commit_of(git: dict[str, Any] | None) -> str:
+    """A commit as tables name it; ``git`` is that of a record's environment."""
     if git is None:
         return "an installed wheel"
     return git["commit"][:12] + ("+changes" if git["dirty"] else "")
@@ -107,6 +113,7 @@ def _tex(text: str) -> str:
 
 
 _MARKDOWN = _Form(" ± ", "**{}**", "<u>{}</u>", str)
+_PLAIN = _Form(" ± ", "{}", "{}", str)
 _TEX = _Form(r" $\pm$ ", r"\textbf{{{}}}", r"\underline{{{}}}", _tex)
 
 
