@@ -64,7 +64,10 @@ function filter() {
 }
 
 for (const event of ["input", "change"]) form.addEventListener(event, filter);
-form.addEventListener("reset", () => setTimeout(filter));
+form.querySelector("button").addEventListener("click", () => {
+  form.reset();
+  filter();
+});
 form.addEventListener("submit", (event) => event.preventDefault());
 form.hidden = false;
 filter();
