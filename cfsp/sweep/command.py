@@ -56,6 +56,10 @@ class Request:
     status: bool
     force: bool
 
+    def named(self, cell: Cell) -> str:
+        """What tells a run from the others of the grid."""
+        return " ".join(f"{key}={cell.point[key]}" for key in self.varying if key in cell.point) or str(cell)
+
 
 def main(words: Sequence[str] | None = None) -> int:
     """Sweep; returns the exit code."""
@@ -144,7 +148,7 @@ def _sweep(request: Request) -> int:
             failed.append(job.run_id)
         said = {"failed": f"FAILED: {outcome.reason}", "busy": "done by another process"}
         ended = said.get(outcome.name, f"{outcome.seconds:.1f} s")
-        print(f"[{over}/{len(wanted)}] {_name(request, job.cell)}: {ended}", flush=True)
+        print(f"[{over}/{len(wanted)}] {request.named(job.cell)}: {ended}", flush=True)
 
     if wanted:
         request.launcher.launch(wanted, report)
@@ -164,15 +168,11 @@ def _show(request: Request, jobs: Sequence[Any], states: Mapping[str, Any]) -> N
     table = Table("state", "run", "run_id", "reason", box=None, pad_edge=False)
     for job in jobs:
         state = states[job.run_id]
-        table.add_row(state.name, _name(request, job.cell), job.run_id, state.reason)
+        table.add_row(state.name, request.named(job.cell), job.run_id, state.reason)
     console.print(table)
     counts = Counter(state.name for state in states.values())
     summary = ", ".join(f"{counts[name]} {name}" for name in ("done", "running", "failed", "interrupted", "missing"))
     console.print(f"{request.experiment.name} ({request.variant}): {len(jobs)} runs: {summary}")
-
-
-def _name(request: Request, cell: Cell) -> str:
-    return " ".join(f"{key}={cell.point[key]}" for key in request.varying if key in cell.point) or str(cell)
 
 
 def _usual(name: str, variant: str, given: Mapping[str, Values]) -> dict[str, Values]:

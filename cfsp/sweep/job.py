@@ -100,10 +100,18 @@ def state_of(job: Job) -> State:
     try:
         if job.is_done:
             return State("done")
-        record = RunRecord.read(job.out / "record.json")
     except CheckpointError as error:
         return State("failed", str(error))
-    who = holder(job.out / LEASE)
+    return state_in(job.out)
+
+
+def state_in(out: Path) -> State:
+    """What the folder of a run says that has no record of a success in the records' folder."""
+    try:
+        record = RunRecord.read(out / "record.json")
+    except CheckpointError as error:
+        return State("failed", str(error))
+    who = holder(out / LEASE)
     if who is not None:
         return State("running", who)
     if record is None or record.status == "success":  # or one of its files is gone

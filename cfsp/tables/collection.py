@@ -34,11 +34,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Collection:
-    """``found``: cells with a record, in the grid's order; ``missing``: those without; ``damaged``: a line per file."""
+    """``found``: cells with a record, in the grid's order; ``missing``: those without; ``damaged``: a line per file;
+    ``files``: where each record is, by its run_id."""
 
     found: list[Found]
     missing: list[Cell]
     damaged: list[str]
+    files: dict[str, Path]
 
 
 def collect(cells: Sequence[Cell], folder: Path) -> Collection:
@@ -53,12 +55,14 @@ def collect(cells: Sequence[Cell], folder: Path) -> Collection:
         )
     damaged: list[str] = []
     by_science: dict[str, list[RunRecord]] = {}
-    for record in _read(folder, damaged):
+    files: dict[str, Path] = {}
+    for path, record in _read(folder, damaged):
         if record.status == "success":
+            files[record.run_id] = path
             by_science.setdefault(science(record.configuration), []).append(record)
     found, missing = [], []
     for cell in cells:
-        records = by_science.get(science(parse(compose(cell.words)).raw), [])
+        records = by_science.get(science_of(cell), [])
         if len(records) > 1:
             names = ", ".join(sorted(record.run_id for record in records))
             raise ConfigError(
@@ -70,7 +74,12 @@ def collect(cells: Sequence[Cell], folder: Path) -> Collection:
         else:
             missing.append(cell)
     _one_version([one.record for one in found])
-    return Collection(found, missing, damaged)
+    return Collection(found, missing, damaged, files)
+
+
+def science_of(cell: Cell) -> str:
+    """:func:`science` of the run that a cell asks for."""
+    return science(parse(compose(cell.words)).raw)
 
 
 def science(configuration: Mapping[str, Any]) -> str:
@@ -88,7 +97,7 @@ def _without_places(value: Any) -> Any:
     return [_without_places(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _read(folder: Path, damaged: list[str]) -> Iterator[RunRecord]:
+def _read(folder: Path, damaged: list[str]) -> Iterator[tuple[Path, RunRecord]]:
     for path in sorted(folder.glob("*.json")):
         try:
             schema = json.loads(path.read_text(encoding="utf-8")).get("schema")
@@ -106,7 +115,7 @@ def _read(folder: Path, damaged: list[str]) -> Iterator[RunRecord]:
             damaged.append(str(error))
             continue
         if record is not None:
-            yield record
+            yield path, record
 
 
 def _one_version(records: Sequence[RunRecord]) -> None:

@@ -39,15 +39,7 @@ def _tables(words: Sequence[str]) -> int:
     values = given_values(words)
     results = Path(str(values.get("results", "results")))
     words = [word for word in words if not word.startswith("results=")]
-    request = request_of(words)
-    name, variant = request.experiment.name, request.variant
-    records = Path(str(values.get("paths.records_dir", records_folder(name, variant))))
-    layout = load_layout(Path("experiments") / name)
-    collection = collect(request.cells, records)
-    for line in collection.damaged:
-        print(f"tables: warning: {line}; left out", file=sys.stderr)
-    if not collection.found:
-        raise ConfigError(f"paths.records_dir={records}: no record there is of {name} ({variant}); run the sweep first")
+    request, layout, collection = gather("tables", words)
     files = contents(request, layout, collection, "python scripts/tables.py " + " ".join(words))
     for path, content in files.items():
         target = results / path
@@ -60,10 +52,29 @@ def _tables(words: Sequence[str]) -> int:
     if values.get("logger", "none") != "none":
         logger = parse(compose(request.cells[0].words)).logger.instance
         made = {"/".join(path.parts): (results / path) for path in files}
-        logger.files(f"tables-{name}-{variant}", Path("outputs") / "tables" / name / variant, made)
+        folder = Path("outputs") / "tables" / request.experiment.name / request.variant
+        logger.files(f"tables-{request.experiment.name}-{request.variant}", folder, made)
     if collection.missing:
         print(f"tables: {len(collection.missing)} of {len(request.cells)} runs have no record, their cells are empty")
     return 1 if collection.damaged else 0
+
+
+def gather(tool: str, words: Sequence[str]) -> tuple[Request, Layout, Collection]:
+    """What the words ask for, its layout and its records; says on stderr, as ``tool``, what is damaged.
+
+    Raises:
+        ConfigError: the words are wrong, there is no layout, or no record.
+    """
+    request = request_of(words)
+    name, variant = request.experiment.name, request.variant
+    records = Path(str(given_values(words).get("paths.records_dir", records_folder(name, variant))))
+    layout = load_layout(Path("experiments") / name)
+    collection = collect(request.cells, records)
+    for line in collection.damaged:
+        print(f"{tool}: warning: {line}; left out", file=sys.stderr)
+    if not collection.found:
+        raise ConfigError(f"paths.records_dir={records}: no record there is of {name} ({variant}); run the sweep first")
+    return request, layout, collection
 
 
 def contents(request: Request, layout: Layout, collection: Collection, made_by: str) -> dict[Path, bytes]:

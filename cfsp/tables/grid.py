@@ -39,7 +39,7 @@ _PRUNING = Column(seconds("pruning, s"), (("stages", "pruning", "seconds"),))
 #: the seconds of calibration, plan and slicing.
 _OF_THE_RUN = {"removed": _REMOVED, "trained": _TRAINED, "pruning_time": _PRUNING}
 #: The stages that prune.
-_PRUNES = ("calibrate", "plan", "apply")
+PRUNING = ("calibrate", "plan", "apply")
 
 
 @dataclass
@@ -144,7 +144,7 @@ def value_of(record: RunRecord, column: Column, side: str | None = None) -> floa
 
 def pruning_seconds(record: RunRecord) -> float | None:
     """Of calibration, plan and slicing, as if nothing had been there; None where the cost of what was is not known."""
-    stages = [stage for stage in record.stages if stage["name"] in _PRUNES]
+    stages = [stage for stage in record.stages if stage["name"] in PRUNING]
     saved = [stage.get("saved_seconds", None if stage["cached"] else 0.0) for stage in stages]
     known = [cost for cost in saved if cost is not None]
     if not stages or len(known) < len(saved):

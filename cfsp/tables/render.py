@@ -76,10 +76,15 @@ def comma_separated(table: Table) -> str:
     return stream.getvalue()
 
 
+def plain_cells(table: Table, row: Row) -> list[str]:
+    """The texts of a row without marks for best and second best."""
+    return _cells(table, row, _PLAIN)
+
+
 def provenance(records: Sequence[RunRecord]) -> list[str]:
     """Sentences: seeds, commits, versions and machines of the records."""
     environments = [record.environment for record in records]
-    commits = sorted({_commit(environment["git"]) for environment in environments})
+    commits = sorted({commit_of(environment["git"]) for environment in environments})
     versions = [f"{name} {_several(e['packages'].get(name) for e in environments)}" for name in _PACKAGES]
     machines = [f"{e['gpus'][0] if e['gpus'] else e['cpu']}, {e['cores']} cores" for e in environments]
     return [
@@ -88,7 +93,8 @@ def provenance(records: Sequence[RunRecord]) -> list[str]:
     ]
 
 
-def _commit(git: dict[str, Any] | None) -> str:
+def commit_of(git: dict[str, Any] | None) -> str:
+    """A commit as tables name it; ``git`` is that of a record's environment."""
     if git is None:
         return "an installed wheel"
     return git["commit"][:12] + ("+changes" if git["dirty"] else "")
@@ -110,6 +116,7 @@ def _tex(text: str) -> str:
 
 
 _MARKDOWN = _Form({1: " ↑", -1: " ↓", 0: ""}, " ± ", "**{}**", "<u>{}</u>", str)
+_PLAIN = _Form({}, " ± ", "{}", "{}", str)
 _TEX = _Form({1: r" $\uparrow$", -1: r" $\downarrow$", 0: ""}, r" $\pm$ ", r"\textbf{{{}}}", r"\underline{{{}}}", _tex)
 
 
@@ -166,13 +173,14 @@ def _said(table: Table, command: str) -> list[str]:
     )
     return [
         " ".join(part for part in (spread, marks) if part),
-        *_sources(table),
+        *sources(table),
         *provenance(table.records),
         f"Made by: {command}",
     ]
 
 
-def _sources(table: Table) -> list[str]:
+def sources(table: Table) -> list[str]:
+    """A sentence on where the published figures are from; none where there are none."""
     if not table.sources:
         return []
     numbered = [f"[{at}] {source}" for at, source in enumerate(table.sources, start=1)]

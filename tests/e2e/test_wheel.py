@@ -31,7 +31,8 @@ def installed(tmp_path_factory):
 def test_conf_and_assets_travel_and_nothing_else_does(installed):
     for name in ("py.typed", "conf/config.yaml", "conf/pruner/cfsp.yaml", "assets/books7m/model.safetensors"):
         assert (installed / "cfsp" / name).is_file(), name
-    for kind in ("text/evaluation.txt", "tasks/books_cloze.jsonl", "tasks/books_cloze.yaml"):
+    kinds = ("text/evaluation.txt", "tasks/books_cloze.jsonl", "tasks/books_cloze.yaml")
+    for kind in (*kinds, "report/page.html", "report/page.css", "report/page.js"):
         assert (installed / "cfsp" / "assets" / kind).is_file(), kind
     assert sorted(path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")) == ["cfsp"]
 
