@@ -18,8 +18,11 @@ def draw_blocks(plan: PruningPlan, metric: str, path: Path) -> Path:
     rows = plan.details
     heads = any(row["kv_groups"] != row["base_kv_groups"] for row in rows)
     size = (max(6.0, 0.28 * len(rows) + 3), 5.2 if heads else 3.8)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size)
     FigureCanvasAgg(figure)
+    # Margins in inches: a layout engine draws everything twice, and a sweep draws many of these.
+    margins = {"left": 0.75 / size[0], "right": 1 - 0.75 / size[0], "bottom": 0.5 / size[1], "top": 1 - 0.65 / size[1]}
+    figure.subplots_adjust(**margins, hspace=0.12)
     panels: Any = figure.subplots(1 + heads, 1, sharex=True, squeeze=False, height_ratios=[2, 1][: 1 + heads])
     widths = panels[0, 0]
     _bars(widths, [row["base_width"] for row in rows], [row["width"] for row in rows], "FFN neurons")
@@ -31,7 +34,7 @@ def draw_blocks(plan: PruningPlan, metric: str, path: Path) -> Path:
         _bars(panels[1, 0], [row["base_kv_groups"] for row in rows], [row["kv_groups"] for row in rows], "KV groups")
     panels[-1, 0].set(xlabel="block")
     handles = [*widths.get_legend_handles_labels()[0], *distances.get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
+    figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     scope = plan.requested["scope"].replace("ffn", "FFN")
     title = f"{plan.method.get('name', '')}: {plan.achieved['ratio']:.1%} of the {scope} parameters removed"
     widths.set_title(title, fontsize=10)

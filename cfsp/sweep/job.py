@@ -29,6 +29,7 @@ class Job:
     ``saves``: it leaves a model folder."""
 
     cell: Cell
+    config: RunConfig
     run_id: str
     out: Path
     record: Path
@@ -89,7 +90,7 @@ def jobs_of(cells: Iterable[Cell]) -> list[Job]:
         out = Path(config.paths.output_dir) / prepared.run_id
         record = Path(config.paths.records_dir) / f"{prepared.run_id}.json"
         saves = config.save.model and config.pruner.instance.prunes
-        found.setdefault(prepared.run_id, Job(cell, prepared.run_id, out, record, shares, saves))
+        found.setdefault(prepared.run_id, Job(cell, config, prepared.run_id, out, record, shares, saves))
     if problems:
         raise ConfigError(*problems)
     return list(found.values())
@@ -123,11 +124,11 @@ def state_in(out: Path) -> State:
     return State("failed", f"{said.get('type')}: {_line(said.get('message', ''))}")
 
 
-def do(words: Sequence[str], bases: BaseModels) -> Outcome:
-    """Run what the words say; an error becomes its one line, the record holds the rest."""
+def do(what: RunConfig | Sequence[str], bases: BaseModels) -> Outcome:
+    """Run a configuration, or what the words say; an error becomes its one line, the record holds the rest."""
     start = time.perf_counter()
     try:
-        run(parse(compose(words)), multirun=True, bases=bases)
+        run(what if isinstance(what, RunConfig) else parse(compose(what)), multirun=True, bases=bases)
     except BusyError as error:
         return Outcome("busy", str(error))
     except Exception as error:  # whatever one run does, the others go on

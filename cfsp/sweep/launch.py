@@ -46,7 +46,7 @@ class Sequential:
             if job is None:
                 time.sleep(LOOK)
                 continue
-            outcome = do(job.cell.words, bases)
+            outcome = do(job.config, bases)
             if queue.ended(job, outcome):
                 report(job, outcome)
 

@@ -23,8 +23,8 @@ every run with its figures, seconds, commit and configuration.
 
 The page is outputs/reports/NAME-VARIANT.html; with report=FILE that file, with results=FOLDER
 FOLDER/reports/NAME/VARIANT.html. Records and other key=value as for scripts/tables.py; why a run has no record is read
-in the runs' own folders, outputs/sweeps/NAME/VARIANT (paths.output_dir). Exit codes: 0; 1 a damaged record was left out,
-or a table or figure that cannot be made while runs are missing; 2 wrong input.
+in the runs' own folders, outputs/sweeps/NAME/VARIANT (paths.output_dir). Exit codes: 0; 1 a damaged record was left
+out, or a table or figure that cannot be made while runs are missing; 2 wrong input.
 """
 
 #: Keys of the report itself; their values are paths, taken as they are.
