@@ -13,6 +13,12 @@ class Raises(Magnitude):
         raise ValueError("this metric does not work")
 
 
+class Same(Magnitude): ...
+
+
+class Twin(Magnitude): ...
+
+
 class Dies(Magnitude):
     def score(self, channels, activation):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -110,7 +110,8 @@ def test_one_array_one_calibration_and_a_failed_run(start, tmp_path):
 def test_scancel_and_the_end_of_time_cost_one_run(start, tmp_path):
     words = ["sparsity.ratio=0.3", f"{MAGNITUDE},failing_importance.Waits"]
     process = start(*words)
-    _until(lambda: len(list((tmp_path / "output_dir").glob("*/run.log"))) == 2 and len(_queue("RUNNING")) == 1)
+    _until(lambda: sum("plan ..." in path.read_text() for path in (tmp_path / "output_dir").glob("*/run.log")) == 2)
+    _until(lambda: len(_queue("RUNNING")) == 1)
     subprocess.run(["scancel", *_queue("RUNNING")], check=True)
     out = _ended(process, 1)
     assert "1 of 2 runs failed" in out
