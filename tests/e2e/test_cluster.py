@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -138,3 +140,18 @@ def test_what_sbatch_is_told(monkeypatch, tmp_path):
     assert "export SRUN_CPUS_PER_TASK=4\nmodule load cuda\nulimit -c 0\n" in text
     usual = _sbatch(tmp_path)
     assert not re.search(r"--(mem|gpus|cpus|partition|qos)", usual)
+
+
+def test_hydras_own_launcher_does_not_hide_a_failed_run(tmp_path):
+    words = [
+        "hydra/launcher=submitit_local", "importance=magnitude", "plugins.allow=[failing_importance]",
+        "importance._target_=failing_importance.Raises", "calibration.n_samples=4", "calibration.seq_len=32",
+        "evaluation=none", "logger=none", "save.model=false",
+    ]  # fmt: skip
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'e2e'}", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "cfsp.run", "-m", *words], cwd=tmp_path, env={**os.environ, **environment}, text=True,
+        capture_output=True, timeout=100,
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert "cfsp: the run failed (ValueError: this metric does not work)" in ended.stderr

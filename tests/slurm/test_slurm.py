@@ -117,7 +117,7 @@ def test_scancel_and_the_end_of_time_cost_one_run(start, tmp_path):
     assert "1 of 2 runs failed" in out
     assert "ended without a result: CANCELLED (by scancel or an administrator)" in out
     assert "CANCELLED" in _ended(start(*words, "status=true"), 0)
-    out = _ended(start(*words, "launcher.timeout_min=1", "launcher.signal_delay_s=50"), 1)
+    out = _ended(start(*words, "launcher.timeout_min=1", "launcher.signal_delay_s=20"), 1)
     assert "2 runs, 1 done already" in out
     assert "its time was up (raise launcher.timeout_min)" in out
     assert "its time was up" in _ended(start(*words, "status=true"), 0)
