@@ -39,22 +39,23 @@ COMMANDS = ("prune",)
 
 @dataclass
 class _Session:
-    """One call of the command line: its overrides, --config-dir and -m, the exit code of each of its runs."""
+    """One call of the command line: its overrides, --config-dir and -m, its process, the exit code of each run."""
 
     words: Sequence[str] = ()
     folder: Path | None = None
     sweep: bool = False
     debug: bool = False
+    process: int = field(default_factory=os.getpid)
     codes: list[int] = field(default_factory=list)
 
 
-#: None in a process that a launcher started: there errors travel back to the command line as exceptions.
+#: None, or a copy, in a process that a launcher started: there errors travel back to the command line as exceptions.
 _session: _Session | None = None
 
 
 @hydra.main(config_path=str(config_folder().resolve()), config_name="config", version_base="1.3")
 def _task(config: DictConfig) -> None:
-    if _session is None:
+    if _session is None or _session.process != os.getpid():
         _run(config)
         return
     try:

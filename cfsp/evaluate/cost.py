@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from cfsp.components import component
-from cfsp.evaluate.live_tensors import LiveTensors
 from cfsp.evaluate.measurement import Measurement
 from cfsp.progress import progress
 
@@ -137,6 +136,8 @@ def peak_beside(weights: Sequence[Tensor], prompt: Tensor, call: Callable[[], ob
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    from cfsp.evaluate.live_tensors import LiveTensors
+
     with LiveTensors([*weights, prompt]) as live:
         call()
     return live.peak

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +29,7 @@ Run what is missing of an experiment, or list what is done.
   python scripts/sweep.py experiment=NAME variant=paper      the named models of the hub
   python scripts/sweep.py experiment=NAME status=true        done, missing, failed with the reason; runs nothing
   python scripts/sweep.py experiment=NAME launcher=local launcher.processes=4
+  python scripts/sweep.py experiment=NAME launcher=slurm launcher.partition=P launcher.timeout_min=240 launcher.gpus=1
   python scripts/sweep.py experiment=NAME sparsity.ratio=0.3,0.4 model=local model.path=FOLDER
 
 Every other key=value goes to each run and replaces what the experiment says of that key (key=a,b,c: several values;
@@ -131,6 +132,8 @@ def records_folder(name: str, variant: str) -> Path:
 def _sweep(request: Request) -> int:
     from cfsp.sweep.job import Job, Outcome, jobs_of, state_of
 
+    if not request.status:
+        request.launcher.check()
     jobs = jobs_of(request.cells)
     states = {job.run_id: state_of(job) for job in jobs}
     if request.status:
@@ -198,8 +201,19 @@ def _launcher(own: Mapping[str, Values]) -> Any:
     values: Any = OmegaConf.to_container(OmegaConf.load(path))
     for key, value in own.items():
         if key.startswith("launcher."):
-            values[key.removeprefix("launcher.")] = yaml.safe_load(str(value))
-    return build("launcher", values, needs=("launch",)).instance
+            values[key.removeprefix("launcher.")] = _value(key, value)
+    return build("launcher", values, needs=("check", "launch")).instance
+
+
+def _value(key: str, value: Values) -> Any:
+    """As Hydra reads it, lists and mappings too.
+
+    Raises:
+        ConfigError: several values, or none.
+    """
+    if isinstance(value, list | dict):
+        raise ConfigError(f"{key}: a launcher's key has one value; write a list as {key}=[a,b]")
+    return OverridesParser.create().parse_override(f"{key}={value}").value()
 
 
 def _flag(own: Mapping[str, Values], key: str) -> bool:

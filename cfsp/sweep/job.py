@@ -140,8 +140,8 @@ def do(what: RunConfig | Sequence[str], bases: BaseModels) -> Outcome:
 
 def mark_failed(job: Job, reason: str) -> None:
     """Say in its folder's record why a run ended whose process cannot say so any more."""
-    record = RunRecord.read(job.out / "record.json")
-    if record is not None and record.status != "success":
+    record = RunRecord.read(job.out / "record.json") or RunRecord(job.run_id)  # or it died before it wrote one
+    if record.status != "success":
         record.error = {"type": "ProcessDied", "message": reason}
         record.write(job.out / "record.json")
 

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
@@ -30,13 +30,21 @@ LOOK = 1.0
 class Launcher(Protocol):
     """One class and one YAML under ``conf/launcher``."""
 
+    def check(self) -> None:
+        """Whether what it needs is here, before any work.
+
+        Raises:
+            ConfigError: what is missing, and how to get it.
+        """
+        return None
+
     def launch(self, jobs: Sequence[Job], report: Report) -> None:
         """Do every job; what another process does meanwhile is waited for, not repeated."""
         ...
 
 
 @component
-class Sequential:
+class Sequential(Launcher):
     """In this process, in order; the base model is loaded once."""
 
     def launch(self, jobs: Sequence[Job], report: Report) -> None:
@@ -52,7 +60,7 @@ class Sequential:
 
 
 @component
-class Local:
+class Local(Launcher):
     """``processes`` processes; each takes a GPU of its own where there are any, in turn, else its share of the cores.
 
     A process that dies is replaced; its run has failed, no other.
@@ -124,7 +132,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self.connection, theirs = context.Pipe()
         self.process: SpawnProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
-        with _environment(_shares(self._number, self._of)):
+        with environment(_shares(self._number, self._of)):
             self.process.start()
         theirs.close()
 
@@ -194,7 +202,8 @@ def _shares(number: int, of: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """These variables inside, for processes that are started there."""
     before = {key: os.environ.get(key) for key in values}
     os.environ.update(values)
     try:

@@ -368,8 +368,8 @@ def test_help(tmp_path):
         "wanda_sp",
     ):
         assert part in ended.stdout
-    # The list of pruners is the longest line.
-    assert max(len(line) for line in ended.stdout.splitlines()) <= 180
+    # The list of experiments is the longest line.
+    assert max(len(line) for line in ended.stdout.splitlines()) <= 200
     assert not list(tmp_path.iterdir())
 
 
