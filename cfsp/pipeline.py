@@ -37,7 +37,6 @@ from cfsp.pruning.apply import apply
 from cfsp.pruning.base import PlanContext, removes_heads
 from cfsp.pruning.context import plan_context
 from cfsp.pruning.plan import COMPENSATION_IN_FOLDER, PruningPlan
-from cfsp.pruning.probe import probe
 from cfsp.record import environment
 from cfsp.record.figure import draw_blocks, draw_recovery
 from cfsp.record.run_record import RunRecord
@@ -130,7 +129,7 @@ def _execute(
         with stages("load") as stage:
             model, stage["cached"] = until_the_end.enter_context(bases.lent(prepared))
             view = resolve(model)
-            probe(view, heads=removes_heads(prepared.config.pruner.instance))
+            bases.probe(view, heads=removes_heads(prepared.config.pruner.instance))
         _stages(prepared, record, out, report, model, view, stages)
 
 

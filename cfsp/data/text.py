@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -156,8 +157,29 @@ def tokenise(text: str, tokenizer: Any, bos: str) -> np.ndarray:
     """Token ids [n] of the whole text, tokenised once.
 
     ``bos="start"`` adds what the tokenizer adds by default (LLaMA: one BOS; Qwen: nothing), as the published
-    perplexities do; ``none`` and ``window`` add nothing here.
+    perplexities do; ``none`` and ``window`` add nothing here. Of the tokenizers of model folders
+    (:func:`cfsp.models.load.load_tokenizer`) the last results are kept: the runs of a sweep tokenise the same texts.
     """
+    content = getattr(tokenizer, "of_content", None)
+    key = None if content is None else (content, hashlib.sha256(text.encode()).hexdigest(), bos == "start")
+    if key is not None and key in _tokenised:
+        _tokenised[key] = _tokenised.pop(key)  # the latest is the last
+        return _tokenised[key]
+    ids = _token_ids(text, tokenizer, bos)
+    if key is not None and len(ids) <= KEPT_TOKENS:
+        ids.setflags(write=False)
+        _tokenised[key] = ids
+        while len(_tokenised) > KEPT_TEXTS:
+            del _tokenised[next(iter(_tokenised))]
+    return ids
+
+
+#: Token ids of texts by content; so many texts, and none of more tokens (8 bytes each).
+_tokenised: dict[tuple[str, str, bool], np.ndarray] = {}
+KEPT_TEXTS, KEPT_TOKENS = 4, 8_000_000
+
+
+def _token_ids(text: str, tokenizer: Any, bos: str) -> np.ndarray:
     encoded = tokenizer(text, add_special_tokens=bos == "start", return_attention_mask=False, verbose=False)
     return np.asarray(encoded["input_ids"], dtype=np.int64)
 

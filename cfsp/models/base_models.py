@@ -10,8 +10,10 @@ import torch
 
 from cfsp.models.load import load_model
 from cfsp.models.snapshot import Snapshot
+from cfsp.pruning.probe import probe
 
 if TYPE_CHECKING:
+    from cfsp.models.views import DecoderView
     from cfsp.prepare import Prepared
 
 
@@ -21,6 +23,7 @@ class BaseModels:
     def __init__(self, *, keep: bool = False) -> None:
         self._keep = keep
         self._kept: tuple[Any, Any] | None = None
+        self._probed: set[bool] = set()
 
     @contextmanager
     def lent(self, prepared: Prepared) -> Iterator[tuple[Any, bool]]:
@@ -36,6 +39,7 @@ class BaseModels:
         model: Any = found[1] if found is not None and here else None
         del found
         if model is None:
+            self._probed.clear()
             model = load_model(
                 prepared.source,
                 dtype=prepared.dtype,
@@ -47,6 +51,12 @@ class BaseModels:
         if as_it_was is not None and not config.recovery.instance.trains and not _narrows(prepared):
             as_it_was.restore()
             self._kept = (key, model)
+
+    def probe(self, view: DecoderView, *, heads: bool) -> None:
+        """Probe the view of the lent model, once for all its runs (:func:`cfsp.pruning.probe.probe`)."""
+        if heads not in self._probed:
+            probe(view, heads=heads)
+            self._probed.add(heads)
 
 
 def _narrows(prepared: Prepared) -> bool:

@@ -150,11 +150,15 @@ def round_to_stored(model: nn.Module, dtype: torch.dtype) -> None:
     Raises:
         RunError: a weight does not fit into the dtype.
     """
+    narrowed = [
+        parameter
+        for parameter in model.parameters()
+        if parameter.is_floating_point() and torch.finfo(dtype).bits < torch.finfo(parameter.dtype).bits
+    ]
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point() and torch.finfo(dtype).bits < torch.finfo(parameter.dtype).bits:
-                parameter.copy_(parameter.to(dtype))
-    name = first_non_finite(model)
+        for parameter in narrowed:
+            parameter.copy_(parameter.to(dtype))
+    name = first_non_finite(model) if narrowed else None
     if name is not None:
         raise RunError(f"{name} does not fit into {dtype}; use save.dtype=bfloat16 or float32")
 

@@ -127,11 +127,13 @@ def _first_line(error: Exception) -> str:
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model folder."""
+    """The tokenizer of a model folder, a new one each time: what uses it may change it (its padding)."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        tokenizer.of_content = source.fingerprint  # :func:`cfsp.data.text.tokenise`
+        return tokenizer
     except Exception as error:
         raise CheckpointError(
             f"model.path={source.origin}: the folder has no tokenizer that transformers loads "

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from functools import cache
 from typing import Any
 
 from cfsp.package import ROOT
@@ -24,6 +25,7 @@ PACKAGES = (
 )
 
 
+@cache
 def versions() -> dict[str, str]:
     """Installed versions of what the project stands on."""
     found = {}
@@ -42,7 +44,7 @@ def describe() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "git": _git(),
-        "packages": versions(),
+        "packages": dict(versions()),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu(),
@@ -72,6 +74,7 @@ def _git() -> dict[str, Any] | None:
         return None
 
 
+@cache
 def _cpu() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as stream:

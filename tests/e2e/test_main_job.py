@@ -262,7 +262,7 @@ def test_one_wandb_run_per_run_in_a_multirun_after_a_failure_and_when_forced(run
     assert all(len(offline_runs(folder)) == 1 for folder in folders)
     single = f"paths.output_dir={tmp_path / 'single'}"
     with monkeypatch.context() as patch:
-        patch.setattr("cfsp.pipeline.probe", lambda *_, **__: 1 / 0)
+        patch.setattr("cfsp.models.base_models.probe", lambda *_, **__: 1 / 0)
         assert run_cfsp(*given, single)[0] == 1
     assert len(offline_runs(tmp_path / "single")) == 1
     (failed,) = (tmp_path / "single" / "wandb").glob("offline-run-*")
@@ -347,7 +347,7 @@ def test_a_repeat_that_fails_does_not_cost_the_record_of_success(run_cfsp, tmp_p
     assert run_cfsp(*given)[0] == 0
     success = (tmp_path / "out" / "record.json").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("cfsp.pipeline.probe", lambda *_, **__: 1 / 0)
+        patch.setattr("cfsp.models.base_models.probe", lambda *_, **__: 1 / 0)
         assert run_cfsp(*given, "force=true")[0] == 1
     assert (tmp_path / "out" / "record.json").read_bytes() == success
     failed = json.loads((tmp_path / "out" / "record.repeat.json").read_text())

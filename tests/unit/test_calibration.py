@@ -18,6 +18,7 @@ from cfsp.calibrate.cache import StatisticsCache, read_or_compute, saved_seconds
 from cfsp.calibrate.calibrate import calibrate
 from cfsp.calibrate.statistics import Statistics
 from cfsp.config import SelfCalibration, TextCalibration, TokensCalibration
+from cfsp.data import text as text_module
 from cfsp.data.calibration import CalibrationSet, Limits, from_text, from_tokens, identity
 from cfsp.data.self_generated import sample_windows
 from cfsp.importance.block_distance import block_distances
@@ -277,3 +278,18 @@ def test_what_is_read_from_the_cache_says_what_it_cost(tmp_path):
     assert once()["saved_seconds"] >= 0.05  # type: ignore[operator]
     path.with_suffix(".seconds").unlink()
     assert once() == {"saved_seconds": None}, "a value from before costs were kept"
+
+
+def test_a_text_is_tokenised_once_for_a_model_folder_and_each_tokenizer_is_its_own(monkeypatch):
+    source = _from_folder("bundled", ROOT / "assets" / "books7m", origin="bundled")
+    first, second = load_tokenizer(source), load_tokenizer(source)
+    assert first is not second
+    monkeypatch.setattr(text_module, "_tokenised", {})
+    ids = text_module.tokenise("The sea was grey.", first, "none")
+    monkeypatch.setattr(text_module, "_token_ids", lambda *_: np.array([7]))
+    assert text_module.tokenise("The sea was grey.", second, "none") is ids
+    assert text_module.tokenise("The sea was blue.", second, "none").tolist() == [7]
+    second.of_content = "sha256:another"
+    assert text_module.tokenise("The sea was grey.", second, "none").tolist() == [7]
+    with pytest.raises(ValueError, match="read-only"):
+        ids[0] = 1
