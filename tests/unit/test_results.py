@@ -10,6 +10,7 @@ from cfsp.sweep.command import request_of
 from cfsp.tables.collection import collect
 from cfsp.tables.command import contents
 from cfsp.tables.layout import load_layout
+from scripts import benchmark_sweep
 from tests.conftest import ROOT
 
 RESULTS = ROOT / "results"
@@ -47,4 +48,14 @@ def test_nothing_lies_there_that_no_experiment_or_script_made():
     known = {*EXPERIMENTS, "demo", "pruners", "recoveries"}
     assert {path.name for path in (RESULTS / "records").iterdir()} <= known
     tables = {path.name for path in (RESULTS / "tables").iterdir()}
-    assert tables <= {*EXPERIMENTS, "recoveries.md", "pruners-books7m.md", "pruners-stories260K.md"}
+    assert tables <= {*EXPERIMENTS, "recoveries.md", "pruners-books7m.md", "pruners-stories260K.md", "benchmark_sweep.md"}
+    assert {path.name for path in (RESULTS / "benchmarks").iterdir()} == {"sweep.json"}
+
+
+def test_the_benchmark_of_a_sweep_is_what_its_table_says_and_holds_its_limit():
+    found = json.loads((RESULTS / "benchmarks" / "sweep.json").read_text(encoding="utf-8"))
+    assert (RESULTS / "tables" / "benchmark_sweep.md").read_text(encoding="utf-8") == benchmark_sweep.table(found)
+    assert found["environment"]["git"]["dirty"] is False
+    for part in found["parts"]:
+        assert part["ratio"] <= benchmark_sweep.LIMIT
+        assert {(row["loads"], row["calibrations"]) for row in [*part["one"], *part["twelve"]]} == {(1, 1)}
