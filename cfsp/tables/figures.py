@@ -76,6 +76,7 @@ def _curve(figure: Any, name: str, layout: FigureLayout, found: Sequence[Found])
 
 
 def _pareto(figure: Any, name: str, layout: FigureLayout, found: Sequence[Found]) -> None:
+    """Joined in the grid's order: a point that is worse in both is seen as a step back."""
     across = column_of(name, _needed(name, "x_metric", layout.x_metric), found)
     column = column_of(name, _needed(name, "metric", layout.metric), found)
     axes = figure.subplots()
@@ -87,11 +88,11 @@ def _pareto(figure: Any, name: str, layout: FigureLayout, found: Sequence[Found]
             label="dense",
         )  # fmt: skip
     for at, (label, runs) in enumerate(_labelled(found, layout.lines).items()):
-        points = sorted(
+        points = [
             (a, b)
             for one in runs
             if (a := value_of(one.record, across)) is not None and (b := value_of(one.record, column)) is not None
-        )
+        ]
         axes.plot([a for a, _ in points], [b for _, b in points], **_style(at), label=label)
     _finish(axes, layout, across.metric.label, column)
 

@@ -48,7 +48,13 @@ def test_nothing_lies_there_that_no_experiment_or_script_made():
     known = {*EXPERIMENTS, "demo", "pruners", "recoveries"}
     assert {path.name for path in (RESULTS / "records").iterdir()} <= known
     tables = {path.name for path in (RESULTS / "tables").iterdir()}
-    assert tables <= {*EXPERIMENTS, "recoveries.md", "pruners-books7m.md", "pruners-stories260K.md", "benchmark_sweep.md"}
+    assert tables <= {
+        *EXPERIMENTS,
+        "recoveries.md",
+        "pruners-books7m.md",
+        "pruners-stories260K.md",
+        "benchmark_sweep.md",
+    }
     assert {path.name for path in (RESULTS / "benchmarks").iterdir()} == {"sweep.json"}
 
 
