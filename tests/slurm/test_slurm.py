@@ -96,13 +96,14 @@ def _finished(tmp_path) -> dict[str, RunRecord]:
 
 
 def test_one_array_one_calibration_and_a_failed_run(start, tmp_path):
-    arms = f"{MAGNITUDE},failing_importance.Raises"
+    arms = f"{MAGNITUDE},failing_importance.Same,failing_importance.Raises,failing_importance.Twin"
     out = _ended(start("sparsity.ratio=0.3", arms), 1)
-    assert "2 runs submitted to Slurm" in out
-    assert "1 of 2 runs failed; the same command tries them again" in out
-    out = _ended(start("sparsity.ratio=0.2,0.3,0.4,0.5", MAGNITUDE), 0)
-    assert "4 runs, 1 done already" in out
-    assert len(_finished(tmp_path)) == 4
+    assert "4 runs submitted to Slurm" in out
+    assert "1 of 4 runs failed; the same command tries them again" in out
+    assert len(_finished(tmp_path)) == 3
+    out = _ended(start("sparsity.ratio=0.3", arms), 1)
+    assert "4 runs, 3 done already" in out
+    assert "1 runs submitted to Slurm" in out
     out = _ended(start("sparsity.ratio=0.3", arms, "status=true"), 0)
     assert re.search(r"failed +.*Raises .*ValueError: this metric does not work", out)
 
