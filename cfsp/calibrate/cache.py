@@ -66,11 +66,11 @@ def read_or_compute(
     if found:
         _note_saved(path)
         return found[0], True
-    kind = path.parent.name
+    kind, asked = path.parent.name, time.perf_counter()
     with waited(path.with_name(f".{path.stem}.lease"), lambda who: log.info("waiting for %s (%s)", kind, who)):
         found = _kept(path, read, quiet=True)
         if found:
-            _note_saved(path)
+            _note_saved(path, waited=time.perf_counter() - asked)
             return found[0], True
         start = time.perf_counter()
         value = compute()
@@ -98,13 +98,19 @@ def _cost_of(path: Path) -> Path:
     return path.with_suffix(".seconds")
 
 
-def _note_saved(path: Path) -> None:
+def note_saved(seconds: float | None) -> None:
+    """Something that took so long to compute was read instead; None: not known how long."""
     costs = _saved.get()
     if costs is not None:
-        cost = None
-        with suppress(OSError, ValueError):
-            cost = float(_cost_of(path).read_text(encoding="utf-8"))
-        costs.append(cost)
+        costs.append(seconds)
+
+
+def _note_saved(path: Path, *, waited: float = 0.0) -> None:
+    """``waited``: seconds in which another process made it, which are in the time of the stage already."""
+    cost = None
+    with suppress(OSError, ValueError):
+        cost = max(0.0, float(_cost_of(path).read_text(encoding="utf-8")) - waited)
+    note_saved(cost)
 
 
 def _kept(path: Path, read: Callable[[Path], Value], *, quiet: bool = False) -> tuple[Value] | None:

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from cfsp.calibrate.cache import note_saved
 from cfsp.errors import DataError, RunError
 from cfsp.models.driver import BlockDriver, Entry, forward_replaced, run_block
 from cfsp.models.views import BlockView
@@ -32,21 +34,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 #: Part of the key of kept losses: raise it whenever how they are measured changes.
-SEARCH_VERSION = 1
+SEARCH_VERSION = 2
 
 #: A submodule: block index and "attention" or "ffn".
 Candidate = tuple[int, str]
 
 
 class KnownLosses:
-    """Losses that were measured, by what was removed; kept in ``path`` (None: in memory alone)."""
+    """Losses that were measured, by what was removed, with the seconds that each took; kept in ``path`` (None: in
+    memory alone)."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
-        self.values: dict[str, float] = {}
+        self.values: dict[str, tuple[float, float]] = {}
+        self._own: set[str] = set()  # measured here, or counted as saved
         if path is not None and path.is_file():
             try:
-                self.values = {str(key): float(value) for key, value in json.loads(path.read_text()).items()}
+                kept = json.loads(path.read_text()).items()
+                self.values = {str(key): (float(loss), float(seconds)) for key, (loss, seconds) in kept}
             except (OSError, ValueError, AttributeError, TypeError) as error:
                 log.warning("kept losses %s cannot be read (%s); measuring them again", path.name, error)
 
@@ -68,11 +73,19 @@ class KnownLosses:
         return KnownLosses(context.cache.folder / "search" / f"{digest[:32]}.json")
 
     def get(self, removed: Sequence[Candidate]) -> float | None:
-        return self.values.get(self._key(removed))
+        """A loss that an earlier search measured, or this one."""
+        found = self.values.get(self._key(removed))
+        if found is None:
+            return None
+        if self._key(removed) not in self._own:
+            note_saved(found[1])
+            self._own.add(self._key(removed))
+        return found[0]
 
-    def put(self, removed: Sequence[Candidate], loss: float) -> None:
+    def put(self, removed: Sequence[Candidate], loss: float, seconds: float) -> None:
         """Keep a loss, on disk at once: a search that is killed goes on from here."""
-        self.values[self._key(removed)] = loss
+        self.values[self._key(removed)] = (loss, seconds)
+        self._own.add(self._key(removed))
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_suffix(f".{os.getpid()}")
@@ -135,9 +148,10 @@ class SubmoduleSearch:
         """Mean NLL, nats per predicted token, without what was removed and ``candidate``; inf where not finite."""
         kept = self.known.get([*self.removed, candidate])
         if kept is None:
+            start = time.perf_counter()
             with nulled(self.driver.view.blocks[candidate[0]], candidate[1]):
                 kept = self._loss_from(candidate[0])
-            self.known.put([*self.removed, candidate], kept)
+            self.known.put([*self.removed, candidate], kept, time.perf_counter() - start)
         return kept
 
     def remove(self, candidate: Candidate) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -293,3 +294,25 @@ def test_a_text_is_tokenised_once_for_a_model_folder_and_each_tokenizer_is_its_o
     assert text_module.tokenise("The sea was grey.", second, "none").tolist() == [7]
     with pytest.raises(ValueError, match="read-only"):
         ids[0] = 1
+
+
+def test_waiting_for_what_another_computes_is_not_counted_twice(tmp_path):
+    path = tmp_path / "kind" / "name.txt"
+    started = threading.Event()
+
+    def slow() -> str:
+        started.set()
+        time.sleep(0.5)
+        return "value"
+
+    def made() -> str:
+        return read_or_compute(path, Path.read_text, slow, lambda value, file: file.write_text(value))[0]
+
+    other = threading.Thread(target=made)
+    other.start()
+    started.wait()
+    entry: dict[str, float] = {}
+    with saved_seconds(entry):
+        assert made() == "value"
+    other.join()
+    assert entry["saved_seconds"] < 0.25

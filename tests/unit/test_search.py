@@ -13,7 +13,7 @@ import torch
 
 import cfsp
 from cfsp.allocate.budget import Budget
-from cfsp.calibrate.cache import StatisticsCache
+from cfsp.calibrate.cache import StatisticsCache, saved_seconds
 from cfsp.calibrate.calibrate import calibrate
 from cfsp.data.calibration import CalibrationSet
 from cfsp.errors import BudgetError, ConfigError, DataError, RunError, UnsupportedModelError
@@ -143,10 +143,10 @@ def test_kept_losses_belong_to_one_model_ids_and_state(tmp_path, caplog):
 def test_a_loss_that_is_not_finite_is_never_chosen():
     model = tiny_model()
     with search_of(model) as search:
-        search.known.put([(1, "ffn")], math.inf)
+        search.known.put([(1, "ffn")], math.inf, 0.0)
         search.greedy(lambda removed: [] if removed else [(1, "ffn"), (2, "ffn")])
         assert search.removed == [(2, "ffn")]
-        search.known.put([(1, "ffn"), (2, "ffn")], math.inf)
+        search.known.put([(1, "ffn"), (2, "ffn")], math.inf, 0.0)
         with pytest.raises(RunError, match="not finite whatever is removed"):
             search.greedy(lambda removed: [(1, "ffn")])
 
@@ -307,3 +307,16 @@ def test_a_killed_two_ssp_leaves_the_model_as_it_was(monkeypatch):
         TwoSSP("two_ssp").plan(context)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_search_that_reads_losses_says_what_they_had_cost(tmp_path):
+    path = tmp_path / "kept.json"
+    KnownLosses(path).put([(1, "ffn")], 2.0, 3.5)
+    again, entry = KnownLosses(path), {}
+    with saved_seconds(entry):
+        assert again.get([(1, "ffn")]) == 2.0
+        assert again.get([(1, "ffn")]) == 2.0
+        again.put([(2, "ffn")], 1.0, 5.0)
+        assert again.get([(2, "ffn")]) == 1.0
+        assert again.get([(3, "ffn")]) is None
+    assert entry["saved_seconds"] == 3.5, "once, and not what this search measured itself"
