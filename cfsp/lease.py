@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import threading
@@ -18,6 +19,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 #: Seconds between two heartbeats, and without any after which a lease of another machine is over.
 BEAT, STALE = 5.0, 60.0
@@ -43,6 +46,9 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT):
+            if _read(self.path).get("token", self._token) != self._token:
+                log.warning("%s: this process was away for too long, another has it now", self.path.name)
+                return
             with suppress(OSError):
                 os.utime(self.path)
 

@@ -63,7 +63,7 @@ def run(config: RunConfig, *, multirun: bool = False, bases: BaseModels | None =
     prepared = prepare(config)
     parent = Path(config.paths.output_dir)
     out = parent / prepared.run_id if multirun else parent
-    _check_owner(out, prepared.run_id)
+    _check_owner(out, prepared.run_id, force=config.force)
     if config.save.model and config.pruner.instance.prunes:
         for name in ("model", "pruned") if config.recovery.instance.trains else ("model",):
             check_destination(out / name)
@@ -84,7 +84,7 @@ def _run(prepared: Prepared, out: Path, bases: BaseModels) -> RunRecord:
         log.info("this run is finished (%s); force=true repeats it", out / "record.json")
         shutil.rmtree(prepared.progress, ignore_errors=True)  # it was killed after its record and before this
         copy = Path(config.paths.records_dir) / f"{earlier.run_id}.json"
-        if not copy.is_file():
+        if not _is_copied(copy):
             _mirror(config, earlier, out)
             earlier.write(copy)
         return earlier
@@ -334,8 +334,8 @@ def _distance_shown(config: RunConfig) -> str:
     return {"none": "angular", "euclidean": "mse"}.get(metric, metric)
 
 
-def _check_owner(out: Path, run_id: str) -> None:
-    """Make OUT, or find it ours; another run's folder is refused."""
+def _check_owner(out: Path, run_id: str, *, force: bool = False) -> None:
+    """Make OUT, or find it ours; another run's folder is refused. ``force`` sets a record aside that cannot be read."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe_file = out / f".write-test-{os.getpid()}"
@@ -345,7 +345,13 @@ def _check_owner(out: Path, run_id: str) -> None:
         raise CheckpointError(
             f"paths.output_dir={out}: cannot be written ({error.strerror}); give another folder"
         ) from error
-    earlier = RunRecord.read(out / "record.json")
+    try:
+        earlier = RunRecord.read(out / "record.json")
+    except CheckpointError:
+        if not force:
+            raise
+        os.replace(out / "record.json", out / "record.unreadable.json")
+        earlier = None
     if earlier is not None and earlier.run_id != run_id:
         raise ConfigError(
             f"paths.output_dir={out}: holds another run ({earlier.run_id}; this one is {run_id}); give another folder "
@@ -353,9 +359,19 @@ def _check_owner(out: Path, run_id: str) -> None:
         )
 
 
+def _is_copied(copy: Path) -> bool:
+    """Whether the record is there, whole and of a success."""
+    try:
+        found = RunRecord.read(copy)
+    except CheckpointError:
+        return False
+    return found is not None and found.status == "success" and found.problem() is None
+
+
 def _is_finished(earlier: RunRecord, out: Path, prepared: Prepared) -> bool:
     wants_model = prepared.config.save.model and prepared.config.pruner.instance.prunes
-    return earlier.status == "success" and (not wants_model or (out / "model" / "config.json").is_file())
+    whole = earlier.status == "success" and earlier.problem() is None
+    return whole and (not wants_model or (out / "model" / "config.json").is_file())
 
 
 @contextlib.contextmanager

@@ -46,6 +46,36 @@ class RunRecord:
         partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
         os.replace(partial, path)
 
+    def problem(self) -> str | None:
+        """What a success lacks that everything which reads records counts on; None where it is whole."""
+        if self.status != "success":
+            return None
+        needed = {
+            "configuration": ("seed",), "identity": ("version",),
+            "environment": ("git", "packages", "cpu", "cores", "gpus"),
+            "model": ("fingerprint", "dtype"),
+        }  # fmt: skip
+        for name, keys in needed.items():
+            value = getattr(self, name)
+            lacking = [key for key in keys if not isinstance(value, dict) or key not in value]
+            if lacking:
+                return f"{name}.{lacking[0]} is missing"
+        if not isinstance(self.measurements, dict) or not all(isinstance(v, list) for v in self.measurements.values()):
+            return "measurements are no lists of figures"
+        for row in (row for rows in self.measurements.values() for row in rows):
+            if (
+                not isinstance(row, dict)
+                or not {"suite", "task", "metric"} <= row.keys()
+                or not _is_number(row.get("value"))
+            ):
+                return f"a figure without name or value: {row}"
+        if not isinstance(self.stages, list) or not all(isinstance(s, dict) and "seconds" in s for s in self.stages):
+            return "stages are no list of stages"
+        plan = self.plan
+        if plan is not None and not (isinstance(plan, dict) and "ratio" in (plan.get("achieved") or {})):
+            return "plan.achieved.ratio is missing"
+        return None
+
     @staticmethod
     def read(path: Path) -> RunRecord | None:
         """The record at ``path``; None where there is none.
@@ -62,3 +92,7 @@ class RunRecord:
             return None
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: not a run record ({error}); remove it or use another folder") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value  # NaN is none

@@ -230,7 +230,9 @@ def _free(queue: Queue, report: Report, room: int | None) -> Iterator[Job]:
     """The next ``room`` jobs that no other process is at: one that only found its run busy would cost a place."""
     while (room is None or room > 0) and (job := queue.next()) is not None:
         who = holder(job.out / LEASE)
-        if who is None:
+        if (over := queue.elsewhere(job)) is not None:
+            report(job, over)
+        elif who is None:
             room = None if room is None else room - 1
             yield job
         elif queue.ended(job, busy := Outcome("busy", f"{who} is at it")):

@@ -56,6 +56,7 @@ class Request:
     launcher: Any
     status: bool
     force: bool
+    given: Mapping[str, Values]
 
     def named(self, cell: Cell) -> str:
         """What tells a run from the others of the grid."""
@@ -81,6 +82,9 @@ def command(name: str, usage: str, words: Sequence[str] | None, body: Callable[[
         for problem in error.problems:
             print(f"{name}: {' '.join(problem.split())}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # whoever reads has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on", file=sys.stderr)
         return 1
@@ -110,6 +114,7 @@ def request_of(words: Sequence[str]) -> Request:
         _launcher(own),
         status=_flag(own, "status"),
         force=str(given.get("force", "false")).lower() == "true",
+        given=given,
     )
 
 
@@ -134,7 +139,10 @@ def _sweep(request: Request) -> int:
 
     if not request.status:
         request.launcher.check()
-    jobs = jobs_of(request.cells)
+    try:
+        jobs = jobs_of(request.cells)
+    except CfspError as error:
+        raise ConfigError(*(_whose(problem, request) for problem in error.problems)) from error
     states = {job.run_id: state_of(job) for job in jobs}
     if request.status:
         _show(request, jobs, states)
@@ -164,8 +172,17 @@ def _sweep(request: Request) -> int:
     return 1 if failed else 0
 
 
+def _whose(problem: str, request: Request) -> str:
+    """What is wrong with the runs, and where the key is from if not from the command line."""
+    key = problem.partition(":")[0].partition("=")[0]
+    said = {*(key for entry in request.experiment.runs for key in entry), *request.experiment.variants[request.variant]}
+    if key not in said or key in request.given:
+        return problem
+    return f"{problem} (experiment={request.experiment.name} says {key}; ~{key} on the command line leaves it out)"
+
+
 def _show(request: Request, jobs: Sequence[Any], states: Mapping[str, Any]) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = max(console.width, 160)
     table = Table("state", "run", "run_id", "reason", box=None, pad_edge=False)

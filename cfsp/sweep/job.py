@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterable, Sequence
@@ -44,7 +45,7 @@ class Job:
             CheckpointError: what stands in the record's place is none.
         """
         record = RunRecord.read(self.record)
-        done = record is not None and record.status == "success"
+        done = record is not None and record.status == "success" and record.problem() is None
         return done and (not self.saves or (self.out / "model" / "config.json").is_file())
 
 
@@ -100,7 +101,8 @@ def state_of(job: Job) -> State:
     """What is done of a job."""
     try:
         if job.is_done:
-            return State("done")
+            repeat = RunRecord.read(job.out / "record.repeat.json")
+            return State("done", f"its repeat failed: {_error_of(repeat)}" if repeat is not None else "")
     except CheckpointError as error:
         return State("failed", str(error))
     return state_in(job.out)
@@ -118,10 +120,15 @@ def state_in(out: Path) -> State:
     if record is None or record.status == "success":  # or one of its files is gone
         return State("missing")
     said = record.error or {}
-    if said.get("type") == UNFINISHED["type"]:
-        stage = f" in the stage after {record.stages[-1]['name']}" if record.stages else ""
-        return State("interrupted", f"it was killed{stage}; the next launch goes on with it")
-    return State("failed", f"{said.get('type')}: {_line(said.get('message', ''))}")
+    ways = {UNFINISHED["type"]: "killed", "KeyboardInterrupt": "stopped"}
+    if said.get("type") in ways:
+        return State("interrupted", f"it was {ways[said['type']]}; the next launch goes on with it")
+    return State("failed", _error_of(record))
+
+
+def _error_of(record: RunRecord) -> str:
+    said = record.error or {}
+    return f"{said.get('type')}: {_line(said.get('message', ''))}"
 
 
 def do(what: RunConfig | Sequence[str], bases: BaseModels) -> Outcome:
@@ -140,7 +147,10 @@ def do(what: RunConfig | Sequence[str], bases: BaseModels) -> Outcome:
 
 def mark_failed(job: Job, reason: str) -> None:
     """Say in its folder's record why a run ended whose process cannot say so any more."""
-    record = RunRecord.read(job.out / "record.json") or RunRecord(job.run_id)  # or it died before it wrote one
+    record = None
+    with contextlib.suppress(CheckpointError):
+        record = RunRecord.read(job.out / "record.json")
+    record = record or RunRecord(job.run_id)  # it died before it wrote one, or while it did
     if record.status != "success":
         record.error = {"type": "ProcessDied", "message": reason}
         record.write(job.out / "record.json")

@@ -16,7 +16,7 @@ from pydantic import Field
 from cfsp.components import component
 from cfsp.models.base_models import BaseModels
 from cfsp.record.environment import cores
-from cfsp.sweep.job import Job, Outcome, do, mark_failed
+from cfsp.sweep.job import Job, Outcome, do, mark_failed, state_of
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -54,7 +54,7 @@ class Sequential(Launcher):
             if job is None:
                 time.sleep(LOOK)
                 continue
-            outcome = do(job.config, bases)
+            outcome = queue.elsewhere(job) or do(job.config, bases)
             if queue.ended(job, outcome):
                 report(job, outcome)
 
@@ -75,7 +75,10 @@ class Local(Launcher):
             while queue.waiting or any(worker.job for worker in workers):
                 for worker in workers:
                     if worker.job is None and (job := queue.next()) is not None:
-                        worker.give(job)
+                        if (over := queue.elsewhere(job)) is not None:
+                            report(job, over)
+                        else:
+                            worker.give(job)
                 busy = [worker for worker in workers if worker.job]
                 if not busy:
                     time.sleep(LOOK)
@@ -99,6 +102,19 @@ class Queue:
         self.waiting = list(jobs)
         self._begun: set[str] = set()
         self._again: dict[str, float] = {}
+        self._began = time.time()
+
+    def elsewhere(self, job: Job) -> Outcome | None:
+        """How another sweep has ended a job that came back; None where it is this one's to do.
+
+        What failed there since this sweep began is not tried again: it would fail in the same way.
+        """
+        if job.run_id not in self._again:
+            return None
+        state, record = state_of(job), job.out / "record.json"
+        if state.name == "failed" and record.is_file() and record.stat().st_mtime >= self._began:
+            return Outcome("failed", state.reason)
+        return None
 
     def next(self) -> Job | None:
         """The next job to start now; None where all that wait have to."""

@@ -10,22 +10,25 @@ from typing import Any
 
 from cfsp.compose import compose
 from cfsp.config import parse
-from cfsp.errors import CheckpointError, ConfigError
+from cfsp.errors import CfspError, CheckpointError, ConfigError
 from cfsp.identity import METHOD_VERSION, digest
 from cfsp.record.run_record import SCHEMA, RunRecord
 from cfsp.sweep.experiment import Cell
 
 #: Keys that say where something is, who watches, or how a run is repeated: they decide no figure.
 _PLACES = {"path", "include_path", "output_dir", "records_dir", "cache_dir", "revision", "device", "trust_remote_code"}
+#: Of these, what names an input.
+_OF_INPUTS = {"path", "include_path", "revision"}
 _NOT_SCIENCE = {"force", "debug", "logger", "paths", "plugins"}
 
 
 @dataclass(frozen=True)
 class Found:
-    """A run of the grid with its record."""
+    """A run of the grid with its record; ``as_shipped``: the command line changed nothing that decides its figures."""
 
     cell: Cell
     record: RunRecord
+    as_shipped: bool = True
 
     @property
     def seed(self) -> int:
@@ -62,7 +65,10 @@ def collect(cells: Sequence[Cell], folder: Path) -> Collection:
             by_science.setdefault(science(record.configuration), []).append(record)
     found, missing = [], []
     for cell in cells:
-        records = by_science.get(science_of(cell), [])
+        raw = parse(compose(cell.words)).raw
+        records = [record for record in by_science.get(science(raw), ()) if _same_inputs(cell, raw, record)]
+        current = [record for record in records if record.identity["version"] == METHOD_VERSION]
+        records = current or records
         if len(records) > 1:
             names = ", ".join(sorted(record.run_id for record in records))
             raise ConfigError(
@@ -75,6 +81,38 @@ def collect(cells: Sequence[Cell], folder: Path) -> Collection:
             missing.append(cell)
     _one_version([one.record for one in found])
     return Collection(found, missing, damaged, files)
+
+
+def _same_inputs(cell: Cell, raw: Mapping[str, Any], record: RunRecord) -> bool:
+    """Whether the record is of what lies at the cell's paths: the same paths, or others with the same content."""
+    if _places(raw) == _places(record.configuration):
+        return True
+    from cfsp.prepare import prepare
+
+    try:
+        identity = prepare(parse(compose(cell.words))).identity
+    except CfspError:  # what the cell names is not here: nothing says that the record is of it
+        return False
+    of_machine = {"dtype", "version"}
+    return all(identity[key] == record.identity.get(key) for key in identity.keys() - of_machine)
+
+
+def _places(value: Any, key: str = "") -> dict[str, Any]:
+    """Dotted key -> value of every path and revision of an input."""
+    if not isinstance(value, Mapping):
+        return {}
+    found = {f"{key}.{name}": inner for name, inner in value.items() if name in _OF_INPUTS}
+    for name, inner in _chosen_texts(value).items():
+        if key or name not in _NOT_SCIENCE:
+            found |= _places(inner, f"{key}.{name}")
+    return found
+
+
+def _chosen_texts(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Without the texts that are there to be chosen, and are not."""
+    if {"texts", "datasets"} <= set(value):
+        return {**value, "texts": {name: value["texts"].get(name) for name in value["datasets"]}}
+    return value
 
 
 def science_of(cell: Cell) -> str:
@@ -91,17 +129,15 @@ def science(configuration: Mapping[str, Any]) -> str:
 
 def _without_places(value: Any) -> Any:
     if isinstance(value, Mapping):
-        if {"texts", "datasets"} <= set(value):  # texts that are there to be chosen, and are not
-            value = {**value, "texts": {name: value["texts"].get(name) for name in value["datasets"]}}
-        return {key: _without_places(inner) for key, inner in value.items() if key not in _PLACES}
+        return {key: _without_places(inner) for key, inner in _chosen_texts(value).items() if key not in _PLACES}
     return [_without_places(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _read(folder: Path, damaged: list[str]) -> Iterator[tuple[Path, RunRecord]]:
     for path in sorted(folder.glob("*.json")):
         try:
-            schema = json.loads(path.read_text(encoding="utf-8")).get("schema")
-        except (OSError, ValueError, AttributeError) as error:
+            schema = json.loads(path.read_text(encoding="utf-8"))["schema"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
             damaged.append(f"{path}: not a run record ({' '.join(str(error).split())})")
             continue
         if schema != SCHEMA:
@@ -114,12 +150,15 @@ def _read(folder: Path, damaged: list[str]) -> Iterator[tuple[Path, RunRecord]]:
         except CheckpointError as error:
             damaged.append(str(error))
             continue
-        if record is not None:
+        problem = record.problem() if record is not None else None
+        if problem is not None:
+            damaged.append(f"{path}: not a whole run record ({problem})")
+        elif record is not None:
             yield path, record
 
 
 def _one_version(records: Sequence[RunRecord]) -> None:
-    versions = {record.identity["version"]: record.run_id for record in records}
+    versions = {record.identity.get("version"): record.run_id for record in records}
     if len(versions) > 1 or (versions and METHOD_VERSION not in versions):
         said = ", ".join(f"{run_id} of version {version}" for version, run_id in sorted(versions.items()))
         raise ConfigError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cfsp.compose import compose
@@ -11,9 +13,9 @@ from cfsp.config import parse
 from cfsp.errors import ConfigError
 from cfsp.sweep.command import Request, command, records_folder, request_of
 from cfsp.sweep.experiment import given_values
-from cfsp.tables.collection import Collection, collect
+from cfsp.tables.collection import Collection, collect, science, science_of
 from cfsp.tables.figures import draw
-from cfsp.tables.grid import table
+from cfsp.tables.grid import NothingToShowError, table
 from cfsp.tables.layout import Layout, load_layout
 from cfsp.tables.render import comma_separated, latex, markdown
 
@@ -38,55 +40,106 @@ def main(words: Sequence[str] | None = None) -> int:
 def _tables(words: Sequence[str]) -> int:
     values = given_values(words)
     results = Path(str(values.get("results", "results")))
+    if not values.get("results", "results"):
+        raise ConfigError("results= is empty: give a folder")
     words = [word for word in words if not word.startswith("results=")]
     request, layout, collection = gather("tables", words)
-    files = contents(request, layout, collection, "python scripts/tables.py " + " ".join(words))
-    for path, content in files.items():
+    made = contents(request, layout, collection, "python scripts/tables.py " + " ".join(words))
+    for line in made.left_out:
+        print(f"tables: {line}; left out", file=sys.stderr)
+    for path, content in made.files.items():
         target = results / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
-    for path, content in files.items():
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        except OSError as error:
+            raise ConfigError(f"results={results}: {target} cannot be written ({error.strerror})") from error
+    for path, content in made.files.items():
         if path.suffix == ".md":
             print(content.decode())
-    print("Written: " + " ".join(str(results / path) for path in files))
+    print("Written: " + " ".join(str(results / path) for path in made.files))
     if values.get("logger", "none") != "none":
         logger = parse(compose(request.cells[0].words)).logger.instance
-        made = {"/".join(path.parts): (results / path) for path in files}
+        kept = {"/".join(path.parts): (results / path) for path in made.files}
         folder = Path("outputs") / "tables" / request.experiment.name / request.variant
-        logger.files(f"tables-{request.experiment.name}-{request.variant}", folder, made)
+        logger.files(f"tables-{request.experiment.name}-{request.variant}", folder, kept)
     if collection.missing:
         print(f"tables: {len(collection.missing)} of {len(request.cells)} runs have no record, their cells are empty")
     return 1 if collection.damaged else 0
 
 
-def gather(tool: str, words: Sequence[str]) -> tuple[Request, Layout, Collection]:
+def gather(tool: str, words: Sequence[str], *, empty: bool = False) -> tuple[Request, Layout, Collection]:
     """What the words ask for, its layout and its records; says on stderr, as ``tool``, what is damaged.
+
+    ``empty``: there may be no record.
 
     Raises:
         ConfigError: the words are wrong, there is no layout, or no record.
     """
     request = request_of(words)
-    name, variant = request.experiment.name, request.variant
-    records = Path(str(given_values(words).get("paths.records_dir", records_folder(name, variant))))
-    layout = load_layout(Path("experiments") / name)
+    records = records_of(request, words)
+    layout = load_layout(Path("experiments") / request.experiment.name)
+    if empty and not records.is_dir():
+        return request, layout, Collection([], list(request.cells), [], {})
     collection = collect(request.cells, records)
     for line in collection.damaged:
         print(f"{tool}: warning: {line}; left out", file=sys.stderr)
-    if not collection.found:
-        raise ConfigError(f"paths.records_dir={records}: no record there is of {name} ({variant}); run the sweep first")
+    if not collection.found and not empty:
+        raise no_record(request, records)
+    if layout.reported:
+        shipped = {science_of(cell) for cell in request.experiment.cells(request.variant)}
+        found = [replace(one, as_shipped=science(one.record.configuration) in shipped) for one in collection.found]
+        collection = replace(collection, found=found)
     return request, layout, collection
 
 
-def contents(request: Request, layout: Layout, collection: Collection, made_by: str) -> dict[Path, bytes]:
-    """Path below results/ -> content of every file of the experiment."""
+def records_of(request: Request, words: Sequence[str]) -> Path:
+    """Where the records are that the words ask for."""
+    usual = records_folder(request.experiment.name, request.variant)
+    return Path(str(given_values(words).get("paths.records_dir", usual)))
+
+
+def no_record(request: Request, records: Path) -> ConfigError:
+    """What is said where nothing is to be shown."""
+    there = (
+        f"no record there is of {request.experiment.name} ({request.variant})" if records.is_dir() else "no such folder"
+    )
+    return ConfigError(f"paths.records_dir={records}: {there}; run the sweep first")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """``files``: path below results/ -> content; ``left_out``: why a table or figure has nothing to show."""
+
+    files: dict[Path, bytes]
+    left_out: list[str]
+
+
+def contents(request: Request, layout: Layout, collection: Collection, made_by: str) -> Contents:
+    """Every file of the experiment.
+
+    Raises:
+        ConfigError: the records do not belong into one table, or none has what a table shows.
+    """
     place = Path(request.experiment.name) / request.variant
-    files: dict[Path, bytes] = {}
+    made = Contents({}, [])
     for name, one in layout.tables.items():
-        made = table(name, one, collection.found, layout.reported)
-        files[Path("tables") / place / f"{name}.md"] = markdown(made, made_by).encode()
-        files[Path("tables") / place / f"{name}.tex"] = latex(made, made_by).encode()
-        files[Path("tables") / place / f"{name}.csv"] = comma_separated(made).encode()
+        with nothing_to_show(made.left_out):
+            shown = table(name, one, collection.found, layout.reported, request.cells)
+            made.files[Path("tables") / place / f"{name}.md"] = markdown(shown, made_by).encode()
+            made.files[Path("tables") / place / f"{name}.tex"] = latex(shown, made_by).encode()
+            made.files[Path("tables") / place / f"{name}.csv"] = comma_separated(shown).encode()
     for name, figure in layout.figures.items():
-        for file, content in draw(name, figure, collection.found).items():
-            files[Path("figures") / place / file] = content
-    return files
+        with nothing_to_show(made.left_out):
+            for file, content in draw(name, figure, collection.found).items():
+                made.files[Path("figures") / place / file] = content
+    return made
+
+
+@contextmanager
+def nothing_to_show(left_out: list[str]) -> Iterator[None]:
+    """Note what a table or figure says that none of the chosen runs belongs to."""
+    try:
+        yield
+    except NothingToShowError as error:
+        left_out.extend(error.problems)

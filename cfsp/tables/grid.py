@@ -10,15 +10,21 @@ from typing import Any
 
 from cfsp.errors import ConfigError
 from cfsp.record.run_record import RunRecord
+from cfsp.sweep.experiment import Cell
 from cfsp.tables.collection import Found
 from cfsp.tables.layout import MeanOf, MetricSpec, TableLayout
 from cfsp.tables.metrics import Metric, count, describe, seconds, share
-from cfsp.tables.reported import DENSE, Published, published
+from cfsp.tables.reported import DENSE, Published, published, same_value
 
 #: What two figures must agree in to stand in one column.
-_SETTINGS = ("seq_len", "n", "split", "num_fewshot", "version", "limit", "unit", "task_hash")
+_SETTINGS = ("seq_len", "n", "split", "num_fewshot", "version", "limit", "unit", "task_hash", "device", "threads")
 #: Of these, by suite, what follows from the model: tokens of a text, the longest window that the harness may use.
 _OF_THE_MODEL = {"perplexity": "n", "zero_shot": "seq_len"}
+
+
+class NothingToShowError(ConfigError):
+    """None of the chosen runs is what a table or figure is about."""
+
 
 #: Dense figures of one model may differ by this much, relatively: other processors sum in other orders.
 DENSE_TOLERANCE = 1e-4
@@ -34,10 +40,10 @@ class Column:
 
 _REMOVED = Column(share("removed"), (("plan", "achieved", "ratio"),))
 _TRAINED = Column(count("trained parameters"), (("recovery", "trainable_parameters", "count"),))
-_PRUNING = Column(seconds("pruning, s"), (("stages", "pruning", "seconds"),))
+PRUNING_TIME = Column(seconds("pruning, s"), (("stages", "pruning", "seconds"),))
 #: Metrics that are no measurement: the removed share of the scope's parameters, the parameters that a recovery trains,
 #: the seconds of calibration, plan and slicing.
-_OF_THE_RUN = {"removed": _REMOVED, "trained": _TRAINED, "pruning_time": _PRUNING}
+_OF_THE_RUN = {"removed": _REMOVED, "trained": _TRAINED, "pruning_time": PRUNING_TIME}
 #: The stages that prune.
 PRUNING = ("calibrate", "plan", "apply")
 
@@ -83,6 +89,9 @@ class Table:
     columns: list[Column]
     sections: list[tuple[str, list[Row]]]
     records: list[RunRecord]
+    #: Runs with a record, and runs that there should be.
+    done: int
+    wanted: int
 
     @property
     def seeds(self) -> int:
@@ -103,8 +112,16 @@ class Table:
         return list(dict.fromkeys(e.published.source for row in self.rows for e in row.entries if e.published))
 
 
-def table(name: str, layout: TableLayout, found: Sequence[Found], reported: Sequence[Published] = ()) -> Table:
+def table(
+    name: str,
+    layout: TableLayout,
+    found: Sequence[Found],
+    reported: Sequence[Published] = (),
+    cells: Sequence[Cell] = (),
+) -> Table:
     """Lay ``found`` out, with what is ``reported`` of the same beside it.
+
+    ``cells``: all runs that there should be, in order; the rows of those without a record are empty.
 
     Raises:
         ConfigError: a metric that no record has; records in one table that differ in more than the table shows, or
@@ -115,18 +132,27 @@ def table(name: str, layout: TableLayout, found: Sequence[Found], reported: Sequ
     columns = [column for spec in layout.metrics for column in _columns(name, spec, found)]
     _same_settings(name, columns, found)
     sections: list[tuple[str, list[Row]]] = []
-    for group, members in by(found, layout.groups).items():
+    cells = [cell for cell in cells if _is_there(cell, layout.where)] or [one.cell for one in found]
+    keys = {tuple(cell.point.get(key, "") for key in (*layout.groups, *layout.rows)): None for cell in cells}
+    by_group = by(found, layout.groups)
+    for group in dict.fromkeys(key[: len(layout.groups)] for key in keys):
+        if group not in by_group:  # not one of its runs is there, so no dense figures either
+            continue
+        members = by_group[group]
         rows = [_dense_row(name, group, columns, members)]
         _beside(rows[0], columns, members, reported, DENSE)
-        for values, runs in by(members, layout.rows).items():
+        runs_of = by(members, layout.rows)
+        for values in [key[len(layout.groups) :] for key in keys if key[: len(layout.groups)] == group]:
+            runs = runs_of.get(values, [])
             label = _label(layout.rows, values, layout.labels, names=False)
             rows.append(Row(label, [_entry(column, runs) for column in columns], [one.record.run_id for one in runs]))
-            _beside(rows[-1], columns, runs, reported, result_side(runs[0].record))
+            if runs:
+                _beside(rows[-1], columns, runs, reported, result_side(runs[0].record))
         _rank(columns, rows[1:])
         sections.append((_label(layout.groups, group, layout.labels, names=True), rows))
     head = ", ".join(layout.labels.get(key, key) for key in layout.rows)
     records = list({one.record.run_id: one.record for one in found}.values())
-    return Table(name, layout.caption, head, columns, sections, records)
+    return Table(name, layout.caption, head, columns, sections, records, len(found), len(cells))
 
 
 def value_of(record: RunRecord, column: Column, side: str | None = None) -> float | None:
@@ -135,7 +161,7 @@ def value_of(record: RunRecord, column: Column, side: str | None = None) -> floa
         return record.plan["achieved"]["ratio"] if record.plan and side != "dense" else 0.0
     if column.members == _TRAINED.members:
         return record.recovery["trainable_parameters"] if record.recovery and side is None else None
-    if column.members == _PRUNING.members:
+    if column.members == PRUNING_TIME.members:
         return pruning_seconds(record) if side is None else None
     rows = _figures(record, side or result_side(record))
     values = [rows[key]["value"] for key in column.members if key in rows]
@@ -223,9 +249,10 @@ def _rank(columns: Sequence[Column], rows: Sequence[Row]) -> None:
             continue
         # By what is shown: figures that look alike are alike.
         shown: dict[str, list[tuple[float, Entry]]] = {}
+        seeds = max(len(row.entries[at].values) for row in rows)
         for row in rows:
             value = row.entries[at].mean
-            if value is not None:
+            if value is not None and len(row.entries[at].values) == seeds:
                 shown.setdefault(column.metric.show(value), []).append((value, row.entries[at]))
         ordered = sorted(shown.values(), key=lambda same: same[0][0], reverse=column.metric.better > 0)
         for rank, same in enumerate(ordered[:2], start=1):
@@ -239,10 +266,14 @@ def chosen(name: str, where: Mapping[str, str], found: Sequence[Found]) -> list[
     Raises:
         ConfigError: there is none.
     """
-    kept = [one for one in found if all(one.cell.point.get(key) == value for key, value in where.items())]
+    kept = [one for one in found if _is_there(one.cell, where)]
     if not kept:
-        raise ConfigError(f"{name}: where={dict(where)}: no record of the experiment is there")
+        raise NothingToShowError(f"{name}: where={dict(where)}: no record of the experiment is there")
     return kept
+
+
+def _is_there(cell: Cell, where: Mapping[str, str]) -> bool:
+    return all(same_value(value, cell.point.get(key)) for key, value in where.items())
 
 
 def by(found: Sequence[Found], keys: Sequence[str]) -> dict[tuple[str, ...], list[Found]]:

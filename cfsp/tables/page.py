@@ -27,7 +27,17 @@ from cfsp.sweep.experiment import Cell
 from cfsp.sweep.job import State
 from cfsp.tables.collection import Collection, Found
 from cfsp.tables.figures import draw
-from cfsp.tables.grid import PRUNING, Column, Row, Table, pruning_seconds, table, value_of
+from cfsp.tables.grid import (
+    PRUNING,
+    PRUNING_TIME,
+    Column,
+    NothingToShowError,
+    Row,
+    Table,
+    pruning_seconds,
+    table,
+    value_of,
+)
 from cfsp.tables.layout import FigureLayout, Layout
 from cfsp.tables.metrics import describe
 from cfsp.tables.render import commit_of, plain_cells, provenance, sources
@@ -76,16 +86,18 @@ class Run:
     stages: list[tuple[str, str, str]]
 
 
-def contents(layout: Layout, collection: Collection) -> Contents:
-    """What can be made of the records that there are.
+def contents(layout: Layout, collection: Collection, cells: Sequence[Cell]) -> Contents:
+    """What can be made of the records that there are; ``cells``: the runs that there should be.
 
     Raises:
         ConfigError: there are all, and yet a table or figure cannot be made of them.
     """
     made = Contents([], [], [])
+    if not collection.found:
+        return made
     for name, one in layout.tables.items():
         with _refusal(made, collection):
-            made.tables.append(table(name, one, collection.found, layout.reported))
+            made.tables.append(table(name, one, collection.found, layout.reported, cells))
     for name, figure in layout.figures.items():
         with _refusal(made, collection):
             made.pictures.extend(_pictures(name, figure, collection.found))
@@ -96,6 +108,9 @@ def contents(layout: Layout, collection: Collection) -> Contents:
 def _refusal(made: Contents, collection: Collection) -> Iterator[None]:
     try:
         yield
+    except NothingToShowError as error:
+        if collection.missing:
+            made.refused.extend(error.problems)
     except ConfigError as error:
         if not collection.missing:
             raise
@@ -117,6 +132,7 @@ def page(
         words: of the command line, for the commands that the page names.
     """
     columns = list({column.metric.label: column for one in made.tables for column in one.columns}.values())
+    columns = [column for column in columns if column != PRUNING_TIME]  # has a column of its own
     home = package_path("pkg://cfsp/assets/report")
     script, style = ((home / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     environment = Environment(
@@ -144,7 +160,9 @@ def page(
         columns=columns,
         runs=[_run(one, request.varying, columns, collection.files, folder) for one in collection.found],
         pruning=", ".join(PRUNING),
-        provenance=provenance(list({one.record.run_id: one.record for one in collection.found}.values())),
+        provenance=provenance(list({one.record.run_id: one.record for one in collection.found}.values()))
+        if collection.found
+        else [],
         words=shlex.join(words),
     )
     return (html + "\n").encode()

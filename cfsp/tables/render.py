@@ -173,9 +173,19 @@ def _said(table: Table, command: str) -> list[str]:
     )
     return [
         " ".join(part for part in (spread, marks) if part),
+        *_missing(table),
         *sources(table),
         *provenance(table.records),
         f"Made by: {command}",
+    ]
+
+
+def _missing(table: Table) -> list[str]:
+    if table.done == table.wanted:
+        return []
+    return [
+        f"{table.done} of {table.wanted} runs have a record; cells of the others are empty, and rows that lack a "
+        "seed do not compete."
     ]
 
 

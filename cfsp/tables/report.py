@@ -12,7 +12,7 @@ from cfsp.sweep.command import command
 from cfsp.sweep.experiment import Cell
 from cfsp.sweep.job import State, state_in
 from cfsp.tables.collection import science, science_of
-from cfsp.tables.command import gather
+from cfsp.tables.command import gather, no_record, records_of
 from cfsp.tables.page import contents, page
 
 USAGE = """\
@@ -42,12 +42,15 @@ def _report(words: Sequence[str]) -> int:
     for key in own:
         if not own[key]:
             raise ConfigError(f"{key}= is empty: give a {'file' if key == 'report' else 'folder'}")
-    request, layout, collection = gather("report", words)
+    request, layout, collection = gather("report", words, empty=True)
+    unfinished = states(collection.missing)
+    if not collection.found and all(state.name == "missing" for _, state in unfinished):
+        raise no_record(request, records_of(request, words))
     file = _file(own, request.experiment.name, request.variant)
-    made = contents(layout, collection)
+    made = contents(layout, collection, request.cells)
     for line in made.refused:
         print(f"report: warning: {line}; left out while runs are missing", file=sys.stderr)
-    content = page(request, made, collection, states(collection.missing), file.parent, words)
+    content = page(request, made, collection, unfinished, file.parent, words)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)

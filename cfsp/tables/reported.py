@@ -14,6 +14,8 @@ from cfsp.tables.collection import Found
 #: What a file must have beside the keys that its figures are told apart by.
 COLUMNS = ("metric", "seq_len", "value", "source")
 DENSE = "dense"
+#: What the other columns begin with.
+SECTIONS = ("model", "calibration", "sparsity", "importance", "allocator", "pruner", "recovery")
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,15 @@ def load_reported(path: Path) -> list[Published]:
         return []
     with path.open(encoding="utf-8", newline="") as stream:
         reader = csv.DictReader(stream)
-        lacking = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+        names = reader.fieldnames or ()
+        lacking = [name for name in COLUMNS if name not in names]
         if lacking:
             raise ConfigError(f"{path}: the column {lacking[0]} is missing; the first line names the columns")
+        unknown = [name for name in names if name not in COLUMNS and name.split(".")[0] not in SECTIONS]
+        if unknown:
+            raise ConfigError(
+                f"{path}: the column {unknown[0]} is no key of a run; keys begin with {', '.join(SECTIONS)}"
+            )
         return [_published(row, f"{path}, line {number}") for number, row in enumerate(reader, start=2)]
 
 
@@ -53,9 +61,13 @@ def published(
 ) -> Published | None:
     """The figure that was measured as ours: the same model, method and scope, metric and window; or None.
 
+    Only beside runs as the experiment ships them, whose other settings are the source's (its README names what is not).
+
     Raises:
         ConfigError: there are several.
     """
+    if not one.as_shipped:
+        return None
     names = frozenset("/".join(member) for member in members)
     lengths = {
         row["seq_len"]
@@ -90,7 +102,7 @@ def _describes(figure: Published, one: Found, *, dense: bool) -> bool:
     if dense != (figure.where.get("pruner") == DENSE):
         return False
     keys = [key for key in figure.where if not (dense and key == "pruner")]
-    return all(_same(figure.where[key], _value(one, key)) for key in keys)
+    return all(same_value(figure.where[key], _value(one, key)) for key in keys)
 
 
 def _value(one: Found, key: str) -> str | None:
@@ -103,7 +115,8 @@ def _value(one: Found, key: str) -> str | None:
     return str(found.get("name")) if isinstance(found, Mapping) else (None if found is None else str(found))
 
 
-def _same(wanted: str, value: str | None) -> bool:
+def same_value(wanted: str, value: str | None) -> bool:
+    """Numbers are compared as numbers."""
     try:
         return value is not None and float(wanted) == float(value)
     except ValueError:

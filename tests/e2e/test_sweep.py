@@ -16,6 +16,8 @@ import pytest
 
 from cfsp.record.run_record import RunRecord
 from cfsp.sweep import command
+from cfsp.sweep.job import Outcome, jobs_of, mark_failed
+from cfsp.sweep.launch import Queue
 from tests.conftest import ROOT
 
 SMALL = (
@@ -222,3 +224,52 @@ def test_what_a_killed_run_had_planned_and_measured_is_not_done_again(tmp_path, 
     assert code == 0, err
     assert measured[7:] == ["bundled", "text", "ptb"] * 2
     assert len(planned) == 2
+
+
+def test_a_damaged_record_is_written_again_and_another_schema_with_force(tmp_path, capsys):
+    words = [*SMALL, "sparsity.ratio=0.5", *_places(tmp_path)]
+    assert command.main(words) == 0
+    (copy,) = (tmp_path / "records_dir").glob("*.json")
+    whole = copy.read_bytes()
+    for damage in (whole[:100], whole.replace(b'"schema": 1', b'"schema": 99'), b"{}"):
+        copy.write_bytes(damage)
+        assert command.main(words) == 0
+        assert copy.read_bytes() == whole
+    (own,) = (tmp_path / "output_dir").glob("*/record.json")
+    for path in (own, copy):
+        path.write_bytes(whole.replace(b'"schema": 1', b'"schema": 99'))
+    assert command.main(words) == 1
+    assert "not a run record (schema 99" in capsys.readouterr().out
+    assert command.main([*words, "force=true"]) == 0
+    assert _records(tmp_path / "records_dir")[copy.stem].status == "success"
+
+
+def test_reasons_are_shown_as_they_are(tmp_path, capsys):
+    words = [*SMALL, "sparsity.ratio=0.5", *_places(tmp_path)]
+    job = jobs_of(command.request_of(words).cells)[0]
+    mark_failed(job, "size [3, 4] of [layer] at [/data/x]")
+    assert command.main([*words, "status=true"]) == 0
+    assert "ProcessDied: size [3, 4] of [layer] at [/data/x]" in capsys.readouterr().out
+    record = RunRecord(job.run_id, error={"type": "KeyboardInterrupt", "message": ""})
+    record.write(job.out / "record.json")
+    assert command.main([*words, "status=true"]) == 0
+    assert re.search("interrupted .*it was stopped; the next launch goes on", capsys.readouterr().out)
+
+
+def test_what_fails_under_another_sweeps_hands_is_not_tried_again(tmp_path):
+    (job,) = jobs_of(command.request_of([*SMALL, "sparsity.ratio=0.5", *_places(tmp_path)]).cells)
+    mark_failed(job, "before this sweep began")
+    time.sleep(0.1)
+    queue = Queue([job])
+    assert queue.next() is job
+    assert queue.elsewhere(job) is None
+    assert not queue.ended(job, Outcome("busy"))
+    assert queue.elsewhere(job) is None, "it failed before: it is to be tried"
+    mark_failed(job, "after")
+    assert queue.elsewhere(job) == Outcome("failed", "ProcessDied: after")
+
+
+def test_a_key_of_the_experiment_is_named_as_such(tmp_path, capsys):
+    assert command.main(["experiment=block_metric", "evaluation=none", *_places(tmp_path)]) == 2
+    line = capsys.readouterr().err
+    assert "(experiment=block_metric says evaluation.cost; ~evaluation.cost on the command line leaves it out)" in line

@@ -120,3 +120,18 @@ def test_many_processes_take_turns(tmp_path):
     running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(8)]
     assert [process.wait(60) for process in running] == [0] * 8
     assert (tmp_path / "n").read_text() == "160"
+
+
+def test_who_has_lost_it_does_not_keep_it_alive_for_the_next(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(lease, "BEAT", 0.02)
+    first = take(tmp_path / "work")
+    assert first is not None
+    values = json.loads((tmp_path / "work").read_text()) | {"token": "another", "machine": "another"}
+    (tmp_path / "work").write_text(json.dumps(values))
+    time.sleep(0.1)
+    os.utime(tmp_path / "work", (1, 1))
+    time.sleep(0.1)
+    assert (tmp_path / "work").stat().st_mtime == 1
+    first.release()
+    assert (tmp_path / "work").is_file(), "the other's lease stays"
+    assert "another has it now" in caplog.text

@@ -206,7 +206,9 @@ def test_what_is_not_done_is_listed_with_its_reason(place, capsys):
     assert text.count("<script") == 1
     rows = page.texts["tr"]
     assert any(row.startswith("failed") and f"OutOfMemory: no memory; {HOSTILE}" in row for row in rows)
-    assert any(row.startswith("interrupted") and "it was killed in the stage after plan" in row for row in rows)
+    assert any(
+        row.startswith("interrupted") and "it was killed; the next launch goes on with it" in row for row in rows
+    )
     assert "missingallocator.metric=angular seed=2" in rows
     assert len(page.texts["summary"]) == 2
 
@@ -267,3 +269,16 @@ def test_numbers_are_written_as_a_script_reads_them():
     assert [_number(value) for value in (None, float("nan"), float("inf"), -float("inf"), 0.5, 3)] == [
         "", "", "Infinity", "-Infinity", "0.5", "3",
     ]  # fmt: skip
+
+
+def test_a_sweep_without_a_success_has_a_page_too(place):
+    record = json.loads(_records(place)[0].read_text())
+    record |= {"status": "failed", "error": {"type": "OutOfMemory", "message": "no memory"}}
+    folder = place / "outputs" / "sweeps" / "block_metric" / "bundled" / record["run_id"]
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text(json.dumps(record))
+    shutil.rmtree(place / "results" / "records")
+    assert report.main(WORDS) == 0
+    text, _ = _page(place)
+    assert "0 of 4 runs done, 1 failed, 3 missing" in text
+    assert "OutOfMemory: no memory" in text

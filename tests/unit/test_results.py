@@ -29,7 +29,9 @@ def test_tables_and_figures_are_those_of_the_records(name, variant):
     assert not collection.missing
     assert len(collection.found) == len(list((RESULTS / "records" / name / variant).glob("*.json")))
     layout = load_layout(ROOT / "experiments" / name)
-    made = contents(request, layout, collection, "python scripts/tables.py " + " ".join(words))
+    written = contents(request, layout, collection, "python scripts/tables.py " + " ".join(words))
+    assert not written.left_out
+    made = written.files
     assert made == {path: (RESULTS / path).read_bytes() for path in made}
     kept = [path for kind in ("tables", "figures") for path in (RESULTS / kind / name / variant).glob("*")]
     assert {path.relative_to(RESULTS) for path in kept} == set(made)

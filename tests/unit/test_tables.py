@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,7 @@ from cfsp.compose import compose
 from cfsp.config import parse
 from cfsp.errors import ConfigError
 from cfsp.identity import METHOD_VERSION
+from cfsp.prepare import prepare
 from cfsp.record.run_record import RunRecord
 from cfsp.sweep.experiment import Cell
 from cfsp.tables import command
@@ -22,6 +24,7 @@ from cfsp.tables.grid import pruning_seconds, table
 from cfsp.tables.layout import FigureLayout, MeanOf, TableLayout
 from cfsp.tables.render import comma_separated, latex, markdown
 from cfsp.tables.reported import load_reported
+from tests.conftest import ROOT
 
 ENVIRONMENT = {
     "git": {"commit": "0123456789abcdef", "dirty": False},
@@ -82,6 +85,7 @@ def test_records_are_found_by_what_they_decide_not_by_name_or_place(folder):
     assert elsewhere is not None
     elsewhere.configuration["paths"]["cache_dir"] = "/other"
     elsewhere.configuration["model"]["path"] = "/a/copy/of/the/model"
+    elsewhere.identity |= {**prepare(parse(compose(cells[0].words))).identity, "dtype": "another machine's"}
     elsewhere.configuration["logger"] = {}
     elsewhere.configuration["evaluation"]["perplexity"]["texts"]["another"] = {"path": "that was not measured"}
     elsewhere.write(path / "9.json")
@@ -136,10 +140,10 @@ def test_a_seed_that_is_missing_is_said_and_a_figure_that_is_missing_is_empty(fo
     record.write(path / "9.json")
     (path / "7.json").unlink()
     text = markdown(table("main", LAYOUT, collect(cells, path).found), "c")
-    assert "| cfsp | 50.0% | **51.00** (1 of 2 seeds) |" in text
+    assert "| cfsp | 50.0% | 51.00 (1 of 2 seeds) |" in text
     record.measurements["pruned"] = []
     text = markdown(table("main", LAYOUT, [*collect(cells[1:], path).found]), "c")
-    assert "| flap | 50.0% (1 of 2 seeds) | <u>57.00</u> (1 of 2 seeds) |" in text
+    assert "| flap | 50.0% (1 of 2 seeds) | 57.00 (1 of 2 seeds) |" in text
 
 
 def test_what_looks_alike_is_marked_alike(folder):
@@ -368,3 +372,95 @@ def test_pruning_time_counts_what_the_cache_saved_and_is_empty_where_that_is_not
     assert time_of(_stage("calibrate", 1.0, True, saved_seconds=20.0), *rest) == 23.5
     assert time_of(_stage("calibrate", 1.0, True, saved_seconds=None), *rest) is None
     assert time_of(_stage("calibrate", 1.0, True), *rest) is None, "a record from before the cost was kept"
+
+
+def test_a_record_of_another_text_or_model_is_not_taken(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"{name} text of words " * 200, encoding="utf-8")
+    (tmp_path / "c.txt").write_text((tmp_path / "a.txt").read_text(), encoding="utf-8")
+    small = {"calibration.n_samples": "2", "calibration.seq_len": "16", "evaluation": "none", "calibration": "text"}
+    a, b, c, gone = (
+        _cell("cfsp", 0, **small, **{"calibration.path": str(tmp_path / f"{name}.txt")})
+        for name in ("a", "b", "c", "gone")
+    )
+    _record(a, 50.0, identity=prepare(parse(compose(a.words))).identity).write(tmp_path / "records" / "a.json")
+    found = collect([a, b, c, gone], tmp_path / "records")
+    assert [one.cell for one in found.found] == [a, c], "the same file, and one with the same content"
+    assert found.missing == [b, gone]
+
+
+def test_no_published_figure_beside_a_run_that_the_command_line_changed(folder, tmp_path_factory):
+    path, cells = folder
+    file = tmp_path_factory.mktemp("reported") / "reported.csv"
+    file.write_text(REPORTED, encoding="utf-8")
+    found = [replace(one, as_shipped=False) for one in collect(cells, path).found]
+    assert table("main", LAYOUT, found, load_reported(file)).sources == []
+
+
+def test_what_is_missing_has_an_empty_row_and_competes_with_nobody(folder):
+    path, cells = folder
+    found = [one for one in collect(cells, path).found if one.cell not in (cells[0], cells[1], cells[2])]
+    text = markdown(table("main", LAYOUT, found, (), cells), "c")
+    lines = text.splitlines()
+    assert lines.index("| cfsp |  |  |  |") < lines.index("| flap | 50.0% (1 of 2 seeds) | 57.00 (1 of 2 seeds) | "
+                                                           "0.670 (1 of 2 seeds) |")  # fmt: skip
+    assert "| uniform | 50.0% | **90.50 ± 0.71** | **0.655 ± 0.007** |" in lines
+    assert "3 of 6 runs have a record; cells of the others are empty" in text
+
+
+def test_times_of_two_machines_are_not_mixed():
+    found = []
+    for seed, device in ((0, "cpu"), (1, "cuda")):
+        cell = _cell("cfsp", seed)
+        record = _record(cell, 50)
+        for rows in record.measurements.values():
+            rows.append(_row("cost", "prefill", "tokens_per_second", 10.0, detail={"device": device, "threads": 2}))
+        found.append(Found(cell, record))
+    with pytest.raises(
+        ConfigError, match="cost/prefill/tokens_per_second was measured in two ways .device: cpu and cu"
+    ):
+        table("main", LAYOUT.model_copy(update={"metrics": ["cost/*"]}), found)
+
+
+DAMAGES = [
+    ("configuration", None), ("configuration", {}), ("identity", {}), ("environment", {}), ("model", {}),
+    ("measurements", None), ("measurements", {"dense": None}), ("stages", None), ("plan", {}),
+    ("measurements", {"dense": [{"suite": "a", "task": "b", "metric": "c"}]}),
+    ("measurements", {"dense": [{"suite": "a", "task": "b", "metric": "c", "value": float("nan")}]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), DAMAGES, ids=lambda value: str(value)[:30])
+def test_a_record_that_lacks_something_is_damaged(folder, name, value):
+    path, cells = folder
+    values = json.loads((path / "9.json").read_text()) | {name: value}
+    (path / "9.json").write_text(json.dumps(values))
+    collection = collect(cells, path)
+    (line,) = collection.damaged
+    assert "9.json: not a whole run record (" in line
+    assert collection.missing == [cells[0]]
+
+
+def test_a_record_of_nothing_is_damaged_too(folder):
+    path, cells = folder
+    (path / "9.json").write_text("{}")
+    assert len(collect(cells, path).damaged) == 1
+
+
+@pytest.mark.parametrize("results", ["", "/dev/null", "/proc/x"])
+def test_a_folder_that_cannot_be_written_is_one_line(monkeypatch, capsys, results):
+    monkeypatch.chdir(ROOT)
+    assert command.main(["experiment=block_metric", f"results={results}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"tables: results={results}")
+
+
+def test_a_choice_among_the_runs_gives_the_tables_that_it_has(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(ROOT)
+    assert command.main(["experiment=block_metric", "sparsity.ratio=0.2", f"results={tmp_path}"]) == 0
+    said = capsys.readouterr()
+    assert "tables: blocks: where=" in said.err
+    assert "have no record" not in said.out
+    assert [path.name for path in tmp_path.rglob("*.md")] == ["main.md"]
+    assert command.main(["experiment=block_metric", "sparsity.ratio=0.50", f"results={tmp_path}"]) == 0
+    assert list(tmp_path.rglob("*.png"))
