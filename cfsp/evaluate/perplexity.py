@@ -77,7 +77,7 @@ class Perplexity:
 
         windows, first = self._windows(name, tokenizer)
         version = f"sha256:{locate_text(self.texts[name], self._key(name)).identity['sha256'][:16]}"
-        total, count = negative_log_likelihood(model, torch.from_numpy(windows), self.batch_size, name)
+        total, count = negative_log_likelihood(model, torch.tensor(windows), self.batch_size, name)
         if not math.isfinite(total):
             raise RunError(f"perplexity on {name} is not finite; try model.dtype=float32")
         section = self.texts[name]

@@ -148,15 +148,34 @@ def test_two_sweeps_at_the_same_time_do_nothing_twice(tmp_path):
     )
 
 
-def _killed_and_relaunched(tmp_path, kills: int, seed: int) -> None:
-    words = [*SMALL, *GRID, *_places(tmp_path), "launcher=local", "launcher.processes=2"]
+def _unfinished_work(cache, done) -> dict[str, float]:
+    """What the runs that are not done have left: when a plan or a figure was written, how far a training was sealed."""
+    found: dict[str, float] = {}
+    for folder in (cache / "progress").glob("*"):
+        if not folder.is_dir() or folder.name in done:
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            for path in [*folder.glob("plan.json"), *folder.glob("measured/*.json")]:
+                found[f"{folder.name} {path.name}"] = path.stat().st_mtime_ns
+        for path in folder.glob("training/*/cfsp_complete.json"):
+            step = float(path.parent.name.removeprefix("checkpoint-").replace("trained", "inf"))
+            key = f"{folder.name} training"
+            found[key] = max(step, found.get(key, 0))
+    return found
+
+
+def _killed_and_relaunched(tmp_path, kills: int, seed: int, small=SMALL, grid=GRID, within=2.0) -> set[str]:
+    """Nothing that was finished is lost or done again: a run, statistics, a plan, a figure, a training's checkpoint."""
+    words = [*small, *grid, *_places(tmp_path), "launcher=local", "launcher.processes=2"]
     rng, done = random.Random(seed), {}
     statistics: dict[str, int] = {}
+    unfinished: dict[str, float] = {}
+    seen: set[str] = set()
     for _ in range(kills):
         process = _start(words)
         while process.poll() is None and not list((tmp_path / "output_dir").glob("*/.lease")):
             time.sleep(0.02)
-        time.sleep(rng.uniform(0, 2))  # a run takes about half a second
+        time.sleep(rng.uniform(0, within))  # a run without training and evaluation takes about half a second
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
@@ -167,21 +186,50 @@ def _killed_and_relaunched(tmp_path, kills: int, seed: int) -> None:
         found = {path.name: path.stat().st_mtime_ns for path in files}
         assert statistics.items() <= found.items()
         statistics = found
+        work = _unfinished_work(tmp_path / "cache_dir", done)
+        for name, value in unfinished.items():
+            if name.split()[0] not in done:
+                assert work[name] >= value if name.endswith("training") else work[name] == value, name
+        unfinished = work
+        seen |= {name.split()[1] for name in work}
     process = _start(words)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=500)
     assert process.returncode == 0, err
-    assert f"12 runs, {len(done)} done already" in out
-    _whole(tmp_path, 12)
+    assert re.search(rf" runs, {len(done)} done already", out)
+    if "training" in seen:
+        logs = [(folder / "run.log").read_text() for folder in (tmp_path / "output_dir").iterdir()]
+        assert any("going on from checkpoint-" in log for log in logs)
+    return seen
 
 
 def test_killed_at_random_moments_the_same_command_goes_on(tmp_path):
     _killed_and_relaunched(tmp_path, kills=2, seed=0)
+    _whole(tmp_path, 12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_killed_many_times(tmp_path, seed):
     _killed_and_relaunched(tmp_path, kills=12, seed=seed)
+    _whole(tmp_path, 12)
+
+
+@pytest.mark.slow
+def test_killed_many_times_while_it_trains_and_evaluates(tmp_path):
+    texts = [
+        f"evaluation.perplexity.texts.{name}.path=pkg://cfsp/assets/text/evaluation.txt" for name in ("text", "ptb")
+    ]
+    small = [
+        *(word for word in SMALL if not word.startswith(("evaluation", "~", "seed"))), *texts,
+        "evaluation=perplexity", "evaluation.perplexity.datasets=[bundled,text,ptb]", "~evaluation.cost",
+        "evaluation.perplexity.seq_len=64", "evaluation.perplexity.windows=[0,40]",
+        "recovery=lora", "recovery/data=text", "recovery.data.path=pkg://cfsp/assets/text/calibration.txt",
+        "recovery.max_steps=12", "recovery.batch_size=4", "recovery.micro_batch_size=2", "recovery.cutoff=32",
+        "recovery.checkpoint_every=2",
+    ]  # fmt: skip
+    seen = _killed_and_relaunched(tmp_path, kills=14, seed=3, small=small, grid=("seed=0,1,2,3",), within=12)
+    assert {"plan.json", "training"} <= seen, "it was killed too early for this to mean something"
+    assert len(seen) > 2, "not one figure had been measured when it was killed"
 
 
 def test_what_a_killed_run_had_planned_and_measured_is_not_done_again(tmp_path, run_cfsp, monkeypatch):
