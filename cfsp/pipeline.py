@@ -365,13 +365,12 @@ def _is_copied(copy: Path) -> bool:
         found = RunRecord.read(copy)
     except CheckpointError:
         return False
-    return found is not None and found.status == "success" and found.problem() is None
+    return found is not None and found.succeeded
 
 
 def _is_finished(earlier: RunRecord, out: Path, prepared: Prepared) -> bool:
     wants_model = prepared.config.save.model and prepared.config.pruner.instance.prunes
-    whole = earlier.status == "success" and earlier.problem() is None
-    return whole and (not wants_model or (out / "model" / "config.json").is_file())
+    return earlier.succeeded and (not wants_model or (out / "model" / "config.json").is_file())
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -70,25 +71,12 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
+@lru_cache(maxsize=4)
 def outline(source: ModelSource, *, trust_remote_code: bool = False) -> DecoderView:
     """The model's structure on the meta device: shapes without a byte of weights; to be read, not changed.
 
     The last ones are kept, by the folder and its content: the runs of a sweep ask for the same.
     """
-    key = (source.folder, source.fingerprint, trust_remote_code)
-    if key not in _outlines:
-        view = _outline(source, trust_remote_code)
-        while len(_outlines) >= KEPT_OUTLINES:
-            del _outlines[next(iter(_outlines))]
-        _outlines[key] = view
-    return _outlines[key]
-
-
-_outlines: dict[tuple[Path, str, bool], DecoderView] = {}
-KEPT_OUTLINES = 4
-
-
-def _outline(source: ModelSource, trust_remote_code: bool) -> DecoderView:
     from transformers import AutoModelForCausalLM
 
     config = load_config(source, trust_remote_code=trust_remote_code)

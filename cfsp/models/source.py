@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
@@ -40,7 +40,7 @@ class ModelSource:
     name: str
     origin: str
     folder: Path
-    config: dict[str, Any]
+    config: dict[str, Any] = field(hash=False)  # in the fingerprint
     fingerprint: str
 
     @property

@@ -46,6 +46,11 @@ class RunRecord:
         partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
         os.replace(partial, path)
 
+    @property
+    def succeeded(self) -> bool:
+        """Whether it is of a success, and whole."""
+        return self.status == "success" and self.problem() is None
+
     def problem(self) -> str | None:
         """What a success lacks that everything which reads records counts on; None where it is whole."""
         if self.status != "success":

@@ -45,8 +45,11 @@ class Job:
             CheckpointError: what stands in the record's place is none.
         """
         record = RunRecord.read(self.record)
-        done = record is not None and record.status == "success" and record.problem() is None
-        return done and (not self.saves or (self.out / "model" / "config.json").is_file())
+        return (
+            record is not None
+            and record.succeeded
+            and (not self.saves or (self.out / "model" / "config.json").is_file())
+        )
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,9 @@ def latex(table: Table, command: str) -> str:
 
 
 def comma_separated(table: Table) -> str:
-    """One line per figure, unrounded: section, row, figure, unit, direction, mean, std, number of seeds, records; where
+    """One line per figure, unrounded: section, row, figure, unit, direction, mean, std, number of seeds, records.
 
-    the table has published figures also the published one, ours less it, and its source.
+    Where the table has published figures: also the published one, ours less it, and its source.
     """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
