@@ -1,10 +1,14 @@
-"""Cost: parameters, MACs, checkpoint bytes, prefill and decode speed, peak memory; timed in alternation, as medians."""
+"""Cost: parameters, MACs, checkpoint bytes, prefill and decode speed, peak memory.
+
+Timed in alternation on shapes that stay the same; reported as medians with their spread.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
 
 @component
 class Cost:
-    """Batch 1: prefill of ``prompt_tokens``, then greedy decoding of ``new_tokens`` with the KV cache.
+    """Batch 1: prefill of ``prompt_tokens``, then greedy decoding of ``new_tokens`` (:func:`time_generation`).
 
     Each of the ``repeats`` times every side once, after one warm-up round.
     """
@@ -54,13 +58,7 @@ class Cost:
         device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(vocabulary, (1, self.prompt_tokens), generator=generator).to(device)
-        times: dict[str, list[tuple[float, float]]] = {side.name: [] for side in sides}
-        for repeat in progress(range(self.repeats + 1), "time prefill and decode", unit="round"):
-            for side in sides:
-                with side.active():
-                    timed = time_generation(model, prompt, self.new_tokens)
-                if repeat:
-                    times[side.name].append(timed)
+        times = time_sides(model, sides, prompt, self.new_tokens, self.repeats)
         found = {}
         for side in sides:
             with side.active():
@@ -80,7 +78,7 @@ class Cost:
         length = self.prompt_tokens + self.new_tokens
         return Measurement("cost", "memory", "peak_bytes", weights + beside, "bytes", seq_len=length, detail=detail)
 
-    def _speeds(self, times: list[tuple[float, float]], device: torch.device) -> list[Measurement]:
+    def _speeds(self, times: list[Timing], device: torch.device) -> list[Measurement]:
         import torch
 
         detail = {
@@ -91,20 +89,52 @@ class Cost:
         }
         figures = []
         for task, tokens, seconds in (
-            ("prefill", self.prompt_tokens, [prefill for prefill, _ in times]),
-            ("decode", self.new_tokens, [decode for _, decode in times]),
+            ("prefill", self.prompt_tokens, [timing.prefill for timing in times]),
+            ("decode", self.new_tokens, [timing.decode for timing in times]),
         ):
+            spread = {"min": tokens / max(seconds), "max": tokens / min(seconds)}
+            cache = {"cache": times[0].cache} if task == "decode" else {}
             figures.append(
                 Measurement(
                     "cost", task, "tokens_per_second", tokens / median(seconds), "tokens/s",
-                    n=len(seconds), seq_len=tokens, detail={**detail, "seconds": seconds},
+                    n=len(seconds), seq_len=tokens, detail={**detail, **cache, "spread": spread, "seconds": seconds},
                 )
             )  # fmt: skip
         return figures
 
 
-def time_generation(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds for the prefill of ``prompt`` [1, T] and for ``new_tokens`` greedy steps after it."""
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one prefill and of the decoding after it; ``cache``: static or dynamic, the KV cache of the steps."""
+
+    prefill: float
+    decode: float
+    cache: str
+
+
+def time_sides(
+    model: nn.Module, sides: Sequence[Side], prompt: Tensor, new_tokens: int, repeats: int
+) -> dict[str, list[Timing]]:
+    """Side -> its ``repeats`` timings; in each round every side once, the first round for warming up alone."""
+    times: dict[str, list[Timing]] = {side.name: [] for side in sides}
+    for repeat in progress(range(repeats + 1), "time prefill and decode", unit="round"):
+        for side in sides:
+            with side.active():
+                timed = time_generation(model, prompt, new_tokens)
+            if repeat:
+                times[side.name].append(timed)
+    return times
+
+
+def time_generation(model: nn.Module, prompt: Tensor, new_tokens: int) -> Timing:
+    """Time the prefill of ``prompt`` [1, T] and ``new_tokens`` greedy steps after it.
+
+    Every step has the same shapes: its KV cache has T + ``new_tokens`` places from the start, all of which it reads,
+    the empty ones masked (transformers' StaticCache). On a CPU that takes as long as a cache that grows to this
+    length, give or take a few percent. The prefill has one shape anyway and writes T places; carrying them over to
+    the cache of the steps is not timed. Where a model has no static cache that can be filled so (a window shorter
+    than the prompt, a state that is no cache of keys), the cache grows, and ``cache`` of the result says dynamic.
+    """
     import torch
 
     synchronise = torch.cuda.synchronize if prompt.is_cuda else (lambda: None)
@@ -114,11 +144,54 @@ def time_generation(model: nn.Module, prompt: Tensor, new_tokens: int) -> tuple[
         output = model(prompt, use_cache=True, logits_to_keep=1)
         synchronise()
         prefilled = time.perf_counter()
-        for _ in range(new_tokens):
-            token = output.logits[:, -1:].argmax(-1)
-            output = model(token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+        grown, logits = output.past_key_values, output.logits
+        del output
+        static = _static_cache(model, grown, prompt.shape[1], new_tokens)
+        cache = grown if static is None else static
+        del grown
         synchronise()
-        return prefilled - start, time.perf_counter() - prefilled
+        started = time.perf_counter()
+        for _ in range(new_tokens):
+            token = logits[:, -1:].argmax(-1)
+            logits = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        synchronise()
+        ended = time.perf_counter()
+    return Timing(prefilled - start, ended - started, "dynamic" if static is None else "static")
+
+
+def _static_cache(model: nn.Module, grown: Any, length: int, new_tokens: int) -> Any:
+    """A static cache of ``length`` + ``new_tokens`` places with what is in ``grown``; None where it cannot be made.
+
+    Layers that hold nothing (removed attentions have no slot) hold nothing in it either. Keys and values of ``grown``
+    go layer by layer, so that the two are never in memory at once.
+    """
+    from transformers import DynamicCache, StaticCache
+    from transformers.cache_utils import (
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+        StaticLayer,
+        StaticSlidingWindowLayer,
+    )
+
+    if type(grown) is not DynamicCache:
+        return None
+    try:
+        static = StaticCache(config=model.config, max_cache_len=length + new_tokens)
+    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError):  # a kind of layer that has none
+        return None
+    known = {DynamicLayer: StaticLayer, DynamicSlidingWindowLayer: StaticSlidingWindowLayer}
+    for ours, theirs in zip(static.layers, grown.layers, strict=False):
+        # A window that is full already keeps less than the prompt, from which a static one cannot go on.
+        held = theirs.keys.shape[-2] if theirs.is_initialized else length
+        if known.get(type(theirs)) is not type(ours) or held != length:
+            return None
+    if len(static.layers) < len(grown.layers):
+        return None
+    for ours, theirs in zip(static.layers, grown.layers, strict=False):
+        if theirs.is_initialized:
+            ours.update(theirs.keys, theirs.values)
+            theirs.keys = theirs.values = None
+    return static
 
 
 def peak_beside(weights: Sequence[Tensor], prompt: Tensor, call: Callable[[], object]) -> int:

@@ -40,6 +40,9 @@ def summary(record: RunRecord) -> Table | None:
         if compared:
             cells.append(_change(suite, rows.get(sides[0]), rows.get(sides[-1])))
         table.add_row(_label(shown.label, next(iter(rows.values()))), *cells)
+        if any(_spread(row) for row in rows.values()):
+            ranges = [_range(rows.get(side), shown.show) for side in sides]
+            table.add_row("  lowest to highest", *ranges, *([""] if compared else []), style="dim")
     return table
 
 
@@ -68,6 +71,16 @@ def _label(label: str, row: dict[str, Any]) -> str:
 def _cell(row: dict[str, Any], show: Any) -> str:
     stderr = row.get("stderr")
     return f"{show(row['value'])} ± {stderr:.3f}" if stderr is not None else show(row["value"])
+
+
+def _spread(row: dict[str, Any] | None) -> dict[str, float] | None:
+    """Of repeated timings; records from before they were kept have none."""
+    return ((row or {}).get("detail") or {}).get("spread")
+
+
+def _range(row: dict[str, Any] | None, show: Any) -> str:
+    spread = _spread(row)
+    return "" if spread is None else f"{show(spread['min'])} to {show(spread['max'])}"
 
 
 def _change(suite: str, before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
