@@ -175,19 +175,21 @@ def _static_cache(model: nn.Module, grown: Any, length: int, new_tokens: int) ->
 
     if type(grown) is not DynamicCache:
         return None
+    config: Any = model.config
     try:
-        static = StaticCache(config=model.config, max_cache_len=length + new_tokens)
+        static = StaticCache(config=config, max_cache_len=length + new_tokens)
     except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError):  # a kind of layer that has none
         return None
-    known = {DynamicLayer: StaticLayer, DynamicSlidingWindowLayer: StaticSlidingWindowLayer}
-    for ours, theirs in zip(static.layers, grown.layers, strict=False):
+    known: dict[type, type] = {DynamicLayer: StaticLayer, DynamicSlidingWindowLayer: StaticSlidingWindowLayer}
+    pairs: list[tuple[Any, Any]] = list(zip(static.layers, grown.layers, strict=False))
+    for ours, theirs in pairs:
         # A window that is full already keeps less than the prompt, from which a static one cannot go on.
         held = theirs.keys.shape[-2] if theirs.is_initialized else length
         if known.get(type(theirs)) is not type(ours) or held != length:
             return None
     if len(static.layers) < len(grown.layers):
         return None
-    for ours, theirs in zip(static.layers, grown.layers, strict=False):
+    for ours, theirs in pairs:
         if theirs.is_initialized:
             ours.update(theirs.keys, theirs.values)
             theirs.keys = theirs.values = None
