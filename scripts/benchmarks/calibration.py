@@ -1,0 +1,249 @@
+"""What calibration, scoring and planning cost beside a bare forward pass over the same tokens, and their memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.alternation import alternated, pairwise, seconds_of
+from benchmarks.part import Check, Found, Settings, markdown, span
+from benchmarks.shapes import (
+    GPU_SEQ_LEN,
+    GPU_SHAPE,
+    GPU_WINDOWS,
+    SEQ_LEN,
+    SHAPES,
+    describe,
+    dtypes_on,
+    in_memory,
+    random_ids,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Calibration + scoring + planning may cost so many bare forward passes.
+LIMIT = 1.10
+#: The peak of calibration may be above that of the bare forward pass by this share of the weights.
+MEMORY_SHARE = 0.05
+BATCH_SIZES = (1, 2, 4, 8)
+RATIO = 0.5
+#: The stages on their own are timed in so many of the repeats at most: each pass is a calibration more.
+STAGE_REPEATS = 3
+STAGES = ("calibrate", "score", "plan", "apply", "save")
+
+
+def measure(settings: Settings) -> Found:
+    """Rows: one for each shape, dtype and number of windows."""
+    import torch
+
+    from cfsp.models.load import resolve_device
+
+    device = resolve_device(settings.device)
+    found = Found("calibration")
+    cases = [(name, windows, SEQ_LEN) for name in settings.shapes for windows in settings.windows]
+    if device.type == "cuda":
+        cases.append((GPU_SHAPE, GPU_WINDOWS, GPU_SEQ_LEN))
+    for name in dict.fromkeys(name for name, *_ in cases):
+        for dtype in dtypes_on(device, settings.dtypes):
+            model = in_memory(SHAPES[name], getattr(torch, dtype), device)
+            batch: int | None = None
+            for _, windows, length in (case for case in cases if case[0] == name):
+                ids = random_ids(windows, length, SHAPES[name].vocab)
+                row: dict[str, Any] = {
+                    "shape": name,
+                    "dtype": dtype,
+                    "device": device.type,
+                    "windows": windows,
+                    "seq_len": length,
+                }
+                tried = {} if batch else tried_batches(model, ids)
+                batch = batch or min(tried, key=lambda size: tried[size])
+                row |= {"batch_size": batch, "tried_batch_sizes": tried}
+                row |= compared(model, ids, batch, settings)
+                found.rows.append(row)
+                found.checks += _checks(row, limited=dtype == "float32" or device.type == "cuda")
+                print(f"calibration: {_name(row)}: {row['ratio']:.3f} ({span(row['ratios'], 3)})", flush=True)
+            del model
+    return found
+
+
+def bare(model: Any, ids: Tensor, batch_size: int) -> None:
+    """The forward pass that calibration is measured against: the decoder without the LM head, without a hook."""
+    import torch
+
+    with torch.no_grad():
+        for batch in ids.split(batch_size):
+            model.model(batch.to(model.device), use_cache=False)
+
+
+def tried_batches(model: Any, ids: Tensor) -> dict[int, float]:
+    """Batch size -> seconds per window of the bare forward pass, the better of two."""
+    cuda = model.device.type == "cuda"
+    found = {}
+    for size in (size for size in BATCH_SIZES if size <= len(ids)):
+        some = ids[: max(BATCH_SIZES)]
+        bare(model, some[:size], size)
+        found[size] = min(seconds_of(partial(bare, model, some, size), cuda) for _ in range(2)) / len(some)
+    return found
+
+
+def compared(model: Any, ids: Tensor, batch_size: int, settings: Settings) -> dict[str, Any]:
+    """Seconds of the two in alternation, of our stages on their own, and the peak memory of each."""
+    import cfsp
+
+    prune = partial(cfsp.prune, model, ids, ratio=RATIO, batch_size=batch_size)
+    cfsp.prune(model, ids[:batch_size], ratio=RATIO, batch_size=batch_size)  # imports and configuration
+    cuda = model.device.type == "cuda"
+    calls: dict[str, Callable[[], object]] = {"bare": lambda: bare(model, ids, batch_size), "ours": prune}
+    seconds = alternated(calls, settings.repeats, cuda)
+    ratio, ratios = pairwise(seconds["ours"], seconds["bare"])
+    tokens = ids.numel()
+    folder = settings.work / "calibration-saved"
+    passes = [stages(model, ids, batch_size, folder) for _ in range(min(STAGE_REPEATS, settings.repeats))]
+    alone = {name: median(one[name]["seconds"] for one in passes) for name in STAGES}
+    resident = "peak_gpu_bytes" if cuda else "peak_bytes"
+    peaks, lm_head_calls = peak_bytes(model, ids[: 2 * batch_size], batch_size, folder)
+    return {
+        "seconds": seconds,
+        "ratio": ratio,
+        "ratios": ratios,
+        "stages_ratio": (alone["calibrate"] + alone["plan"]) / median(seconds["bare"]),
+        "tokens": tokens,
+        "tokens_per_second": {name: tokens / median(values) for name, values in seconds.items()},
+        "microseconds_per_token": {name: 1e6 * median(values) / tokens for name, values in seconds.items()},
+        "stage_seconds": alone,
+        "stage_peak_bytes": {name: max(one[name][resident] or 0 for one in passes) for name in STAGES},
+        "weights_bytes": weights_bytes(model),
+        "peak_beside_weights": peaks,
+        "lm_head_calls": lm_head_calls,
+    }
+
+
+def stages(model: Any, ids: Tensor, batch_size: int, folder: Path) -> dict[str, dict[str, Any]]:
+    """Stage -> seconds and peak memory of the process; plan scores too. The model is put back at the end."""
+    from cfsp.record.stages import Stages
+
+    recorded = Stages()
+    try:
+        for name, call in _stage_calls(model, ids, batch_size, folder):
+            with recorded(name):
+                call()
+                if model.device.type == "cuda":
+                    import torch
+
+                    torch.cuda.synchronize()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return {entry["name"]: entry for entry in recorded.entries}
+
+
+def peak_bytes(model: Any, ids: Tensor, batch_size: int, folder: Path) -> tuple[dict[str, int], int]:
+    """Most bytes beside the weights, of the bare forward pass and of each stage; and calls of the LM head in ours."""
+    from cfsp.evaluate.cost import peak_beside
+
+    weights = [*model.parameters(), *model.buffers()]
+    peaks = {"bare": peak_beside(weights, ids, lambda: bare(model, ids, batch_size))}
+    calls: list[object] = []
+    handle = model.lm_head.register_forward_hook(lambda *_: calls.append(None))
+    try:
+        for name, call in _stage_calls(model, ids, batch_size, folder):
+            held = [*model.parameters(), *model.buffers()]
+            peaks[name] = peak_beside([*weights, *held], ids.to(model.device), call)
+    finally:
+        handle.remove()
+        shutil.rmtree(folder, ignore_errors=True)
+    return peaks, len(calls)
+
+
+def weights_bytes(model: Any) -> int:
+    """Parameters and buffers, tied ones once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+
+
+def _stage_calls(model: Any, ids: Tensor, batch_size: int, folder: Path) -> Any:
+    """The stages in order, each to be called before the next one is asked for."""
+    from cfsp.compose import compose
+    from cfsp.config import parse
+    from cfsp.data.calibration import Limits, from_ids
+    from cfsp.importance.base import score
+    from cfsp.models.checkpoint import save_checkpoint
+    from cfsp.models.driver import BlockDriver
+    from cfsp.models.snapshot import restored
+    from cfsp.models.views import resolve
+    from cfsp.pruning.apply import apply
+    from cfsp.pruning.context import plan_context
+
+    config = parse(compose(["pruner=cfsp", f"sparsity.ratio={RATIO}"]))
+    view = resolve(model)
+    driver = BlockDriver(view, batch_size)
+    calibration = from_ids(ids, Limits(model.config.vocab_size, model.config.max_position_embeddings))
+    kept: dict[str, Any] = {}
+
+    def calibrate() -> None:
+        kept["context"], _ = plan_context(
+            config, driver, calibration, base_model="benchmark", base_fingerprint="benchmark"
+        )
+
+    def plan() -> None:
+        kept["plan"] = config.pruner.instance.plan(kept["context"])
+
+    yield "calibrate", calibrate
+    yield "score", lambda: score(view, kept["context"].statistics, config.importance.instance)
+    yield "plan", plan
+    with restored(model):
+        yield "apply", lambda: apply(model, kept["plan"])
+        yield "save", lambda: save_checkpoint(model, folder)
+
+
+def _checks(row: dict[str, Any], *, limited: bool) -> list[Check]:
+    peaks = row["peak_beside_weights"]
+    allowed = peaks["bare"] + MEMORY_SHARE * row["weights_bytes"]
+    checks = [Check(f"{_name(row)}, calls of the LM head", row["lm_head_calls"], 0)]
+    if limited:
+        checks.append(Check(f"{_name(row)}, calibration + scoring + planning / bare forward", row["ratio"], LIMIT))
+    checks.append(
+        Check(f"{_name(row)}, MiB of calibration beside the weights", peaks["calibrate"] / 2**20, allowed / 2**20)
+    )
+    return checks
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['shape']} {row['dtype']} {row['device']} {row['windows']} x {row['seq_len']}"
+
+
+def table(found: Found) -> str:
+    """Markdown."""
+    head = [
+        "model, dtype, device, tokens", "batch", "bare forward, s", "ours, s", "ratio (lowest to highest)", "tokens/s",
+        "µs/token", *(f"{name}, s" for name in STAGES), *(f"{name}, MiB" for name in ("bare", *STAGES)),
+    ]  # fmt: skip
+    rows = [
+        [
+            _name(row),
+            str(row["batch_size"]),
+            f"{median(row['seconds']['bare']):.2f}",
+            f"{median(row['seconds']['ours']):.2f}",
+            f"**{row['ratio']:.2f}** ({span(row['ratios'])})",
+            f"{row['tokens_per_second']['ours']:,.0f}",
+            f"{row['microseconds_per_token']['ours']:,.1f}",
+            *(f"{row['stage_seconds'][name]:.2f}" for name in STAGES),
+            *(f"{row['peak_beside_weights'][name] / 2**20:,.0f}" for name in ("bare", *STAGES)),
+        ]
+        for row in found.rows
+    ]
+    shapes = "; ".join(describe(name) for name in dict.fromkeys(row["shape"] for row in found.rows))
+    explained = (
+        "bare forward: model.model(ids, use_cache=False) with SDPA at its own best batch size, found among "
+        f"{', '.join(map(str, BATCH_SIZES))}. ours: cfsp.prune at {RATIO:.0%} and the same batch size, which "
+        "calibrates, scores and plans; both over the same tokens, in alternation, medians; ratio: median of the "
+        "pairs' ratios. The stages on their own (plan scores again) are medians too. MiB: most bytes alive beside "
+        "the weights, counted where tensors are made (on a GPU by its allocator); buffers of the file writing are "
+        f"outside of it. Resident peaks are in the record. {shapes}."
+    )
+    return markdown("Calibration beside a bare forward pass", head, rows, found, explained)

@@ -1,0 +1,146 @@
+"""One peer prunes half of the FFN neurons of a model folder, in a process of its own.
+
+``python peer_job.py REQUEST`` prints one line of JSON. It runs in the peers' environment, where cfsp is not installed,
+and imports nothing of the project; for the job ``cfsp`` it runs in ours. REQUEST: {"job", "model" (a folder), "ids" (a
+.npy of [n, T]), "batch_size", "percent"}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+#: Job -> what it is, and whether it uses the calibration tokens.
+JOBS = {
+    "cfsp": ("cfsp", "activations and weights (pruner=cfsp), a width for each block", True),
+    "optipfair": ("optipfair", "weights (MAW: their range in gate and up)", False),
+    "optipfair-data": ("optipfair", "weights x activations (MAW with a dataloader)", True),
+    "torch-pruning": ("torch-pruning", "weights (GroupMagnitudeImportance, L2)", False),
+    "torch-pruning-taylor": ("torch-pruning", "gradients (GroupTaylorImportance)", True),
+}
+
+
+def cfsp_job(model: Any, ids: Any, request: dict[str, Any]) -> Any:
+    import cfsp
+
+    plan = cfsp.prune(model, ids, ratio=request["percent"] / 100, batch_size=request["batch_size"])
+    return cfsp.apply(model, plan)
+
+
+def optipfair_job(model: Any, ids: Any, request: dict[str, Any], *, with_data: bool) -> Any:
+    import optipfair
+
+    loader = None
+    if with_data:
+        from torch.utils.data import DataLoader, TensorDataset
+
+        loader = DataLoader(TensorDataset(ids), batch_size=request["batch_size"])
+    return optipfair.prune_model(
+        model,
+        pruning_type="MLP_GLU",
+        neuron_selection_method="MAW",
+        pruning_percentage=request["percent"],
+        dataloader=loader,
+        show_progress=False,
+    )
+
+
+def torch_pruning_job(model: Any, ids: Any, request: dict[str, Any], *, gradients: bool) -> Any:
+    import torch_pruning
+
+    model.config.use_cache = False
+    if gradients:
+        for batch in ids.split(request["batch_size"]):
+            model(batch, labels=batch).loss.backward()
+        importance = torch_pruning.importance.GroupTaylorImportance()
+    else:
+        importance = torch_pruning.importance.GroupMagnitudeImportance(p=2, group_reduction="mean")
+    layers = [layer.mlp for layer in model.model.layers]
+    pruner = torch_pruning.pruner.BasePruner(
+        model,
+        example_inputs=ids[:1, :8],  # for its graph, which does not depend on the length
+        importance=importance,
+        global_pruning=False,
+        pruning_ratio=0.0,
+        pruning_ratio_dict={
+            linear: request["percent"] / 100 for mlp in layers for linear in (mlp.gate_proj, mlp.up_proj)
+        },
+        output_transform=lambda output: output.logits,
+    )
+    pruner.step()
+    model.zero_grad(set_to_none=True)
+    return model
+
+
+RUN: dict[str, Callable[[Any, Any, dict[str, Any]], Any]] = {
+    "cfsp": cfsp_job,
+    "optipfair": lambda *given: optipfair_job(*given, with_data=False),
+    "optipfair-data": lambda *given: optipfair_job(*given, with_data=True),
+    "torch-pruning": lambda *given: torch_pruning_job(*given, gradients=False),
+    "torch-pruning-taylor": lambda *given: torch_pruning_job(*given, gradients=True),
+}
+
+
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    """Seconds and peak memory of the pruning alone: the model is loaded and the packages are imported before."""
+    import numpy
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    package, _, uses_tokens = JOBS[request["job"]]
+    __import__(package.replace("-", "_"))
+    model = AutoModelForCausalLM.from_pretrained(request["model"], dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # off the mapped file: a page is not read while the clock runs
+    ids = torch.from_numpy(numpy.load(request["ids"]))
+    before = _parameters(model)
+    _reset_high_water()
+    at_start = _status("VmRSS")
+    start = time.perf_counter()
+    pruned = RUN[request["job"]](model, ids, request)
+    seconds = time.perf_counter() - start
+    peak = _status("VmHWM")
+    with torch.no_grad():
+        finite = bool(torch.isfinite(pruned(ids[:1, :8]).logits).all())
+    widths = [layer.mlp.down_proj.in_features for layer in pruned.model.layers]
+    return {
+        "job": request["job"],
+        "package": package,
+        "version": importlib.metadata.version(package),
+        "seconds": seconds,
+        "tokens": ids.numel() if uses_tokens else 0,
+        "peak_bytes": peak,
+        "beside_bytes": None if peak is None or at_start is None else peak - at_start,
+        "parameters": {"before": before, "after": _parameters(pruned)},
+        "widths": widths,
+        "finite": finite,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _parameters(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _reset_high_water() -> None:
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))

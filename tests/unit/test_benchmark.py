@@ -1,0 +1,209 @@
+"""The benchmark on tiny models: every part measures what it says, its table shows it, and a missed limit is named."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import replace
+
+import benchmark
+import pytest
+import torch
+from benchmarks import calibration, growth, peer_job, peers, processes, shapes, speed, streaming
+from benchmarks.part import Check, Found, Settings, write
+from make_checkpoint import Shape
+
+from cfsp.errors import RunError
+
+TINY = Shape(hidden=32, ffn=256, blocks=2, heads=4, kv_heads=4, vocab=4096, positions=128, dtype="float32")
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch, one_thread):
+    """Of a command line that measures tiny models on the CPU."""
+    monkeypatch.setitem(shapes.SHAPES, "small", TINY)
+    for module in (shapes, calibration, growth, streaming, peers):
+        if hasattr(module, "SEQ_LEN"):
+            monkeypatch.setattr(module, "SEQ_LEN", 16)
+    return Settings(
+        repeats=2, work=tmp_path / "work", results=tmp_path / "results", device="cpu", shapes=("small",), windows=(4,)
+    )
+
+
+def test_calibration_is_measured_beside_a_bare_forward_pass(settings):
+    found = calibration.measure(settings)
+    assert [row["dtype"] for row in found.rows] == ["float32", "bfloat16"]
+    for row in found.rows:
+        assert row["tokens"] == 4 * 16
+        assert set(row["tried_batch_sizes"]) == {1, 2, 4}
+        assert row["batch_size"] == min(row["tried_batch_sizes"], key=row["tried_batch_sizes"].get)
+        assert len(row["ratios"]) == 2
+        expected = [a / b for a, b in zip(row["seconds"]["ours"], row["seconds"]["bare"], strict=True)]
+        assert row["ratios"] == expected
+        assert set(row["stage_seconds"]) == set(row["stage_peak_bytes"]) == set(calibration.STAGES)
+        assert row["peak_beside_weights"].keys() == {"bare", *calibration.STAGES}
+        assert row["peak_beside_weights"]["bare"] > 0
+        assert row["lm_head_calls"] == 0
+    limited = [check.name for check in found.checks if check.limit == calibration.LIMIT]
+    assert len(limited) == 1
+    assert limited[0].startswith("small float32 cpu 4 x 16")
+    assert "| small bfloat16 cpu 4 x 16 |" in calibration.table(found)
+    assert not (settings.work / "calibration-saved").exists()
+
+
+def test_stages_leave_the_model_as_it_was(settings, tmp_path):
+    model = shapes.in_memory(TINY, torch.float32, torch.device("cpu"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    entries = calibration.stages(model, shapes.random_ids(2, 16, TINY.vocab), 2, tmp_path / "saved")
+    assert list(entries) == list(calibration.STAGES)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_head_that_runs_is_counted(settings, tmp_path, monkeypatch):
+    model = shapes.in_memory(TINY, torch.float32, torch.device("cpu"))
+    ids = shapes.random_ids(2, 16, TINY.vocab)
+    monkeypatch.setattr(calibration, "_stage_calls", lambda model, ids, *_: [("calibrate", lambda: model(ids))])
+    assert calibration.peak_bytes(model, ids, 2, tmp_path)[1] == 1
+
+
+def test_speed_is_measured_against_what_sizes_promise(settings, monkeypatch):
+    monkeypatch.setattr(speed, "PROMPT_TOKENS", 12)
+    monkeypatch.setattr(speed, "NEW_TOKENS", 3)
+    monkeypatch.setattr(speed, "PLAN_SEQ_LEN", 16)
+    found = speed.measure(replace(settings, dtypes=("float32",)))
+    variants = [(row["pruner"], row["ratio"], row["round_to"]) for row in found.rows]
+    assert variants == [(v.pruner, v.ratio, v.round_to) for group in speed.GROUPS for v in group]
+    uniform = found.rows[0]
+    assert uniform["widths"] == [128, 128]
+    linears = 2 * (4 * 32 * 32 + 3 * 32 * 256)
+    attention = 2 * 32 * 12 * 13
+    assert uniform["prefill"]["macs"]["dense"] == 12 * linears + 32 * 4096 + attention
+    norms, keys_and_values = 5 * 32, 2 * 2 * 32 * 15
+    assert uniform["decode"]["bytes_per_step"]["dense"] == 4 * (linears + norms + 32 * 4096 + 32 + keys_and_values)
+    removed = 2 * 3 * 32 * 128
+    assert uniform["prefill"]["macs"]["pruned"] == uniform["prefill"]["macs"]["dense"] - 12 * removed
+    assert uniform["decode"]["of_predicted"] == uniform["decode"]["speedup"] / uniform["decode"]["predicted"]
+    assert len(found.checks) == 2 * 3, "prefill and decode; uniform in 32s, cfsp in 32s and in 128s"
+    assert all(check.at_least and "50%" in check.name for check in found.checks)
+    assert "| small float32 cpu cfsp 20% in 32s |" in speed.table(found)
+
+
+def test_growth_fits_an_exponent(settings, monkeypatch):
+    assert growth.exponent([1, 2, 4, 8], [3.0, 6.0, 12.0, 24.0]) == pytest.approx(1)
+    assert growth.exponent([1, 2, 4, 8], [3.0 * n**1.3 for n in (1, 2, 4, 8)]) == pytest.approx(1.3)
+    for name, values in {"WINDOWS": (2, 4), "BLOCKS": (1, 2), "FFN": (64, 128), "HIDDEN": (32, 64)}.items():
+        monkeypatch.setattr(growth, name, values)
+    found = growth.measure(settings)
+    assert [row["grows"] for row in found.rows] == ["windows", "blocks", "FFN width", "hidden and FFN width"]
+    assert all(math.isfinite(row["exponent"]) and len(row["seconds"]) == 2 for row in found.rows)
+    assert [check.name.split(",")[0] for check in found.checks] == ["windows", "blocks"]
+    one, two = found.rows[1]["parameters_of_blocks"]
+    assert two == 2 * one
+    assert "| FFN width | 64, 128 |" in growth.table(found)
+
+
+def test_a_checkpoint_is_pruned_in_a_process_that_is_watched(settings, monkeypatch):
+    monkeypatch.setattr(streaming, "SHAPE", replace(TINY, dtype="bfloat16"))
+    run = streaming.measured
+    monkeypatch.setattr(streaming, "measured", lambda *given: {**run(*given[:3], None), "mode": given[3]})
+    monkeypatch.setattr(streaming, "WINDOWS", 2)
+    found = streaming.measure(replace(settings, blocks=2, modes=("off",)))
+    (row,) = found.rows
+    assert row["peak_bytes"] > 50e6
+    assert row["stages"].keys() >= {"load", "calibrate", "plan", "apply", "save"}
+    assert 0 < row["stages_seconds"] < row["seconds"]
+    assert not (settings.work / "streaming" / "run").exists()
+    assert row["same_plan"]
+    found.rows.append({**row, "mode": "on", "peak_bytes": int(3e9), "same_plan": False})
+    checks = {check.name: check.met for check in streaming._checks(found)}
+    assert list(checks.values()) == [False, True, False]
+    assert "| on |" in streaming.table(found)
+
+
+def test_a_run_that_fails_is_one_line(settings, tmp_path):
+    with pytest.raises(RunError, match="the run ended with exit code 2: cfsp: model.path="):
+        streaming.measured(tmp_path / "no such", tmp_path / "ids.npy", tmp_path / "run", None)
+
+
+def test_memory_of_a_process_is_its_highest(tmp_path):
+    code = "import time; x = bytearray(150_000_000); time.sleep(.2); del x; time.sleep(.2); print('done')"
+    ended = processes.watched([sys.executable, "-c", code], tmp_path / "log")
+    assert (ended.code, ended.out, ended.err) == (0, "done\n", "")
+    assert 150e6 < ended.peak_bytes < 400e6
+    assert ended.seconds > 0.4
+
+
+def test_ours_is_measured_as_a_peer_is(settings, monkeypatch, tmp_path):
+    """The peers themselves need their own environment; what they are given and give back is the same."""
+    assert peer_job.RUN.keys() == peer_job.JOBS.keys()
+    monkeypatch.setattr(peer_job, "JOBS", {"cfsp": peer_job.JOBS["cfsp"]})
+    monkeypatch.setattr(peers, "environment", lambda _: None)
+    found = peers.measure(replace(settings, repeats=1))
+    (row,) = found.rows
+    assert row["package"] == "cfsp"
+    assert row["tokens"] == peers.WINDOWS * 16
+    assert row["microseconds_per_token"] == pytest.approx(1e6 * row["seconds"][0] / row["tokens"])
+    assert sum(row["widths"]) == 256
+    assert all(check.met for check in found.checks)
+    assert "| small cfsp |" in peers.table(found)
+    weights_alone = peers.summed([{**row, "tokens": 0, "seconds": 1.0, "beside_bytes": None, "peak_bytes": None}])
+    assert weights_alone["tokens_per_second"] is None
+    assert "| none |  |  |  |" in peers.table(replace(found, rows=[weights_alone]))
+
+
+def test_a_missed_limit_is_named_and_exits_with_1(settings, monkeypatch, capsys):
+    class Part:
+        @staticmethod
+        def measure(_):
+            return Found("growth", checks=[Check("windows", 1.2, 0.05), Check("blocks", 0.01, 0.05)])
+
+        @staticmethod
+        def table(_):
+            return "a table"
+
+    monkeypatch.setitem(sys.modules, "benchmarks.growth", Part)
+    words = ["parts=growth", "device=cpu", f"results={settings.results}"]
+    assert benchmark.main(words) == 1
+    printed = capsys.readouterr()
+    assert "a table" in printed.out
+    assert printed.err.splitlines() == ["benchmark: limit missed: growth: windows: 1.2, must be at most 0.05"]
+    monkeypatch.setattr(Part, "measure", lambda _: Found("growth"))
+    assert benchmark.main(words) == 0
+
+
+def test_the_record_says_what_holds_and_where_it_was_measured(settings):
+    write(Found("speed", [{"a": 1}], [Check("x", float("nan"), 1)], {"note": 2}), "text\n", settings)
+    record = json.loads((settings.results / "benchmarks" / "speed.json").read_text())
+    assert record["rows"] == [{"a": 1}]
+    assert record["note"] == 2
+    assert not record["checks"][0]["met"]
+    assert record["environment"]["cores"] >= 1
+    assert (settings.results / "tables" / "benchmark_speed.md").read_text() == "text\n"
+
+
+def test_a_command_line_is_read():
+    parts, settings = benchmark.read(["parts=speed,growth", "windows=8", "work=x", "runs=2", "modes=on"])
+    assert parts == ("speed", "growth")
+    assert (settings.windows, str(settings.work), settings.runs, settings.modes) == ((8,), "x", 2, ("on",))
+    assert benchmark.read([]) == (benchmark.PARTS, Settings())
+
+
+@pytest.mark.parametrize(
+    ("words", "lines"),
+    [
+        (["repeat=3"], ["repeat=3: there is no such key; did you mean repeats?; there are parts, repeats, "]),
+        (["parts=sped"], ["parts=sped: there is no such choice; did you mean speed?; there are calibration, "]),
+        (
+            ["repeats=few", "windows=8,0"],
+            ["repeats=few: give a whole number from 1", "windows=8,0: give whole numbers from 1"],
+        ),
+        (["device=abacus"], ["model.device=abacus: not usable here"]),
+    ],
+)
+def test_bad_input_is_a_line_each(capsys, words, lines):
+    assert benchmark.main(words) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(lines)
+    for one, expected in zip(said, lines, strict=True):
+        assert one.startswith(f"benchmark: {expected}")
