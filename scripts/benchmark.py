@@ -9,7 +9,8 @@
   speed         prefill and decode of pruned models beside the dense one, against prediction from MACs and bytes
   growth        the exponents with which the cost of calibration grows with windows, blocks and width
   streaming     a sharded checkpoint (6 GB with blocks=58) pruned from its shards and in memory (model.streaming in
-                modes, runs times each): peak resident memory, time, equal plans
+                modes, runs times each): peak resident memory, time, equal plans; another number of blocks has a
+                record of its own
   peers         optipfair and torch-pruning at the same job; installs them into an environment of their own in work
 
 Randomly initialised LLaMAs (small: hidden 1024, FFN 2816, 8 blocks; large: hidden 2048, FFN 5632, 16 blocks). dtypes

@@ -44,7 +44,7 @@ def measure(settings: Settings) -> Found:
     from cfsp.models.load import resolve_device
 
     device = resolve_device(settings.device)
-    found = Found("calibration")
+    found = Found("calibration", "parts=calibration")
     cases = [(name, windows, SEQ_LEN) for name in settings.shapes for windows in settings.windows]
     if device.type == "cuda":
         cases.append((GPU_SHAPE, GPU_WINDOWS, GPU_SEQ_LEN))
@@ -146,14 +146,14 @@ def peak_bytes(model: Any, ids: Tensor, batch_size: int, folder: Path) -> tuple[
     """Most bytes beside the weights, of the bare forward pass and of each stage; and calls of the LM head in ours."""
     from cfsp.evaluate.cost import peak_beside
 
-    weights = [*model.parameters(), *model.buffers()]
-    peaks = {"bare": peak_beside(weights, ids, lambda: bare(model, ids, batch_size))}
+    weights, here = [*model.parameters(), *model.buffers()], ids.to(model.device)
+    peaks = {"bare": peak_beside(weights, here, lambda: bare(model, here, batch_size))}
     calls: list[object] = []
     handle = model.lm_head.register_forward_hook(lambda *_: calls.append(None))
     try:
         for name, call in _stage_calls(model, ids, batch_size, folder):
             held = [*model.parameters(), *model.buffers()]
-            peaks[name] = peak_beside([*weights, *held], ids.to(model.device), call)
+            peaks[name] = peak_beside([*weights, *held], here, call)
     finally:
         handle.remove()
         shutil.rmtree(folder, ignore_errors=True)
@@ -220,8 +220,9 @@ def _name(row: dict[str, Any]) -> str:
 def table(found: Found) -> str:
     """Markdown."""
     head = [
-        "model, dtype, device, tokens", "batch", "bare forward, s", "ours, s", "ratio (lowest to highest)", "tokens/s",
-        "µs/token", *(f"{name}, s" for name in STAGES), *(f"{name}, MiB" for name in ("bare", *STAGES)),
+        "model, dtype, device, tokens", "batch", "bare forward, s", "ours, s", "ratio (lowest to highest)",
+        "stages alone", "tokens/s", "µs/token", *(f"{name}, s" for name in STAGES),
+        *(f"{name}, MiB" for name in ("bare", *STAGES)),
     ]  # fmt: skip
     rows = [
         [
@@ -230,6 +231,7 @@ def table(found: Found) -> str:
             f"{median(row['seconds']['bare']):.2f}",
             f"{median(row['seconds']['ours']):.2f}",
             f"**{row['ratio']:.2f}** ({span(row['ratios'])})",
+            f"{row['stages_ratio']:.2f}",
             f"{row['tokens_per_second']['ours']:,.0f}",
             f"{row['microseconds_per_token']['ours']:,.1f}",
             *(f"{row['stage_seconds'][name]:.2f}" for name in STAGES),
@@ -242,8 +244,8 @@ def table(found: Found) -> str:
         "bare forward: model.model(ids, use_cache=False) with SDPA at its own best batch size, found among "
         f"{', '.join(map(str, BATCH_SIZES))}. ours: cfsp.prune at {RATIO:.0%} and the same batch size, which "
         "calibrates, scores and plans; both over the same tokens, in alternation, medians; ratio: median of the "
-        "pairs' ratios. The stages on their own (plan scores again) are medians too. MiB: most bytes alive beside "
-        "the weights, counted where tensors are made (on a GPU by its allocator); buffers of the file writing are "
-        f"outside of it. Resident peaks are in the record. {shapes}."
+        "pairs' ratios; stages alone: calibrate and plan (which scores) without checks and fingerprint. The stages "
+        "are medians too. MiB: most bytes alive beside the weights, counted where tensors are made (on a GPU by its "
+        f"allocator); buffers of the file writing are outside of it. Resident peaks are in the record. {shapes}."
     )
     return markdown("Calibration beside a bare forward pass", head, rows, found, explained)

@@ -34,7 +34,11 @@ def measure(settings: Settings) -> Found:
     dtype = dtypes_on(device, settings.dtypes)[0]
     build = partial(in_memory, SHAPES[SHAPE], getattr(torch, dtype), device)
     per_hidden = SHAPES[SHAPE].ffn / SHAPES[SHAPE].hidden
-    found = Found("growth", notes={"seq_len": SEQ_LEN, "batch_size": BATCH_SIZE, "dtype": dtype, "device": device.type})
+    found = Found(
+        "growth",
+        "parts=growth",
+        notes={"seq_len": SEQ_LEN, "batch_size": BATCH_SIZE, "dtype": dtype, "device": device.type},
+    )
     cases: dict[str, Callable[[], list[tuple[int, Any, int]]]] = {
         "windows": lambda: [(n, model, n) for model in [build(blocks=FIXED_BLOCKS)] for n in WINDOWS],
         "blocks": lambda: [(n, build(blocks=n), WINDOWS[0]) for n in BLOCKS],

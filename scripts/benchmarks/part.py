@@ -52,9 +52,13 @@ class Check:
 
 @dataclass
 class Found:
-    """What a part measured: ``rows`` for its table, and what must hold of them."""
+    """What a part measured: ``rows`` for its table, and what must hold of them.
 
-    part: str
+    name: of its files; ``words``: of the command line that measures it.
+    """
+
+    name: str
+    words: str
     rows: list[dict[str, Any]] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
@@ -66,7 +70,8 @@ def write(found: Found, table: str, settings: Settings) -> None:
 
     checks = [{**asdict(check), "met": check.met} for check in found.checks]
     record = {
-        "part": found.part,
+        "part": found.name,
+        "made_by": f"python scripts/benchmark.py {found.words}",
         "repeats": settings.repeats,
         **found.notes,
         "rows": found.rows,
@@ -74,8 +79,8 @@ def write(found: Found, table: str, settings: Settings) -> None:
         "environment": environment.describe(),
     }
     for path, content in (
-        (settings.results / "benchmarks" / f"{found.part}.json", json.dumps(record, indent=2) + "\n"),
-        (settings.results / "tables" / f"benchmark_{found.part}.md", table),
+        (settings.results / "benchmarks" / f"{found.name}.json", json.dumps(record, indent=2) + "\n"),
+        (settings.results / "tables" / f"benchmark_{found.name}.md", table),
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content, encoding="utf-8")
@@ -96,7 +101,7 @@ def markdown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], fou
         f"{explained}  ",
         f"Commit: {git['commit'][:12]}{'+changes' if git['dirty'] else ''}. torch {packages['torch']}, transformers "
         f"{packages['transformers']}. {here['cpu']}, {here['cores']} cores, {here['threads']} threads{gpus}.  ",
-        f"Made by: python scripts/benchmark.py parts={found.part}",
+        f"Made by: python scripts/benchmark.py {found.words}",
     ]
     return "\n".join(lines) + "\n"
 

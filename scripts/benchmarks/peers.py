@@ -34,7 +34,9 @@ def measure(settings: Settings) -> Found:
     python = environment(work)
     repeats = min(settings.repeats, MOST_REPEATS)
     found = Found(
-        "peers", notes={"windows": WINDOWS, "seq_len": SEQ_LEN, "batch_size": BATCH_SIZE, "processes": repeats}
+        "peers",
+        "parts=peers",
+        notes={"windows": WINDOWS, "seq_len": SEQ_LEN, "batch_size": BATCH_SIZE, "processes": repeats},
     )
     for name in settings.shapes:
         shape = SHAPES[name]

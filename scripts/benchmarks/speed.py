@@ -47,7 +47,7 @@ def measure(settings: Settings) -> Found:
     from cfsp.models.load import resolve_device
 
     device = resolve_device(settings.device)
-    found = Found("speed", notes={"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS})
+    found = Found("speed", "parts=speed", notes={"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS})
     for name in settings.shapes:
         for dtype in dtypes_on(device, settings.dtypes):
             model = in_memory(SHAPES[name], getattr(torch, dtype), device)

@@ -40,7 +40,12 @@ def measure(settings: Settings) -> Found:
     ids = work / f"ids-{shape.vocab}.npy"
     numpy.save(ids, random_ids(WINDOWS, min(SEQ_LEN, shape.positions), shape.vocab).numpy())
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    found = Found("streaming", notes={"checkpoint_bytes": size, "blocks": shape.blocks, "windows": WINDOWS})
+    # Each size has a record of its own.
+    usual = shape.blocks == Settings.blocks
+    name = "streaming" if usual else f"streaming_{shape.blocks}_blocks"
+    words = "parts=streaming" + ("" if usual else f" blocks={shape.blocks}")
+    notes = {"checkpoint_bytes": size, "blocks": shape.blocks, "windows": WINDOWS}
+    found = Found(name, f"{words} modes={','.join(settings.modes)}", notes=notes)
     plans: dict[str, Any] = {}
     for run in range(settings.runs):
         for mode in settings.modes if run % 2 == 0 else tuple(reversed(settings.modes)):

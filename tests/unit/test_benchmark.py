@@ -115,6 +115,7 @@ def test_a_checkpoint_is_pruned_in_a_process_that_is_watched(settings, monkeypat
     assert 0 < row["stages_seconds"] < row["seconds"]
     assert not (settings.work / "streaming" / "run").exists()
     assert row["same_plan"]
+    assert found.name == "streaming_2_blocks", "beside the record of the usual size"
     found.rows.append({**row, "mode": "on", "peak_bytes": int(3e9), "same_plan": False})
     checks = {check.name: check.met for check in streaming._checks(found)}
     assert list(checks.values()) == [False, True, False]
@@ -156,7 +157,7 @@ def test_a_missed_limit_is_named_and_exits_with_1(settings, monkeypatch, capsys)
     class Part:
         @staticmethod
         def measure(_):
-            return Found("growth", checks=[Check("windows", 1.2, 0.05), Check("blocks", 0.01, 0.05)])
+            return Found("growth", "parts=growth", checks=[Check("windows", 1.2, 0.05), Check("blocks", 0.01, 0.05)])
 
         @staticmethod
         def table(_):
@@ -168,12 +169,12 @@ def test_a_missed_limit_is_named_and_exits_with_1(settings, monkeypatch, capsys)
     printed = capsys.readouterr()
     assert "a table" in printed.out
     assert printed.err.splitlines() == ["benchmark: limit missed: growth: windows: 1.2, must be at most 0.05"]
-    monkeypatch.setattr(Part, "measure", lambda _: Found("growth"))
+    monkeypatch.setattr(Part, "measure", lambda _: Found("growth", "parts=growth"))
     assert benchmark.main(words) == 0
 
 
 def test_the_record_says_what_holds_and_where_it_was_measured(settings):
-    write(Found("speed", [{"a": 1}], [Check("x", float("nan"), 1)], {"note": 2}), "text\n", settings)
+    write(Found("speed", "parts=speed", [{"a": 1}], [Check("x", float("nan"), 1)], {"note": 2}), "text\n", settings)
     record = json.loads((settings.results / "benchmarks" / "speed.json").read_text())
     assert record["rows"] == [{"a": 1}]
     assert record["note"] == 2
