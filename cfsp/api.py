@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from cfsp.allocate.budget import Scope
 from cfsp.compose import compose
-from cfsp.config import parse
+from cfsp.config import RunConfig, parse
 from cfsp.data.calibration import Limits, from_ids
 from cfsp.errors import ConfigError, UnsupportedModelError
 from cfsp.models.driver import BlockDriver
@@ -22,6 +23,9 @@ from cfsp.pruning.base import removes_heads
 from cfsp.pruning.context import plan_context
 from cfsp.pruning.plan import PruningPlan
 from cfsp.pruning.probe import probe
+
+#: Bytes of one checksum of :func:`memory_fingerprint`.
+_CHECKED_BYTES = 16384
 
 
 def prune(
@@ -55,7 +59,7 @@ def prune(
         f"sparsity.round_to={round_to}",
         *([] if scope is None else [f"sparsity.scope={scope}"]),
     ]
-    config = parse(compose([*settings, *overrides]))
+    config = _configuration((*settings, *overrides))
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: 1 or more sequences at a time are needed")
     check_adoptable(model)  # type: ignore[arg-type]
@@ -80,6 +84,12 @@ def prune(
         return pruner_instance.plan(context)
 
 
+@lru_cache(maxsize=64)
+def _configuration(words: tuple[str, ...]) -> RunConfig:
+    """Composing takes about as long as calibrating a small model; the last ones are kept."""
+    return parse(compose(list(words)))
+
+
 def _fingerprint(view: DecoderView) -> str:
     """The folder's, for a model that cfsp.load gave and nobody has edited since; else one of the memory's content."""
     loaded = getattr(view.model, "_cfsp_loaded", None)
@@ -89,12 +99,23 @@ def _fingerprint(view: DecoderView) -> str:
 
 
 def memory_fingerprint(model: nn.Module) -> str:
-    """sha256 of every parameter and buffer in memory, for models that did not come from a folder through cfsp."""
+    """Of every parameter and buffer in memory, for models that did not come from a folder through cfsp.
+
+    sha256 over names, dtypes, shapes and a checksum of each 16 KiB, a sum of 64-bit words: at the memory's speed, where
+    hashing every byte would take a good part of a calibration pass.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+        flat = tensor.detach().contiguous().reshape(-1)
+        if flat.numel():
+            data = flat.view(torch.uint8)
+            whole = len(data) - len(data) % _CHECKED_BYTES
+            # A slice that does not begin on a word cannot be seen as words.
+            aligned = data if data.storage_offset() % 8 == 0 else data.clone()
+            sums = aligned[:whole].view(torch.int64).view(-1, _CHECKED_BYTES // 8).sum(1)
+            for part in (sums.cpu().view(torch.uint8), data[whole:].cpu()):
+                digest.update(part.numpy())
     return f"memory:{digest.hexdigest()}"
 
 

@@ -15,7 +15,7 @@ from cfsp.models.driver import entering, hidden_of
 from cfsp.models.views import BlockView
 
 #: Part of the cache key: raise it whenever what is collected, or how, changes.
-COLLECTOR_VERSION = 1
+COLLECTOR_VERSION = 2
 
 
 class InputSums:
@@ -27,10 +27,10 @@ class InputSums:
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         activation = args[0].detach()
         dtype = torch.promote_types(activation.dtype, torch.float32)
-        norms = torch.linalg.vector_norm(activation, dim=1, dtype=dtype).double()
         totals = activation.sum(1, dtype=dtype).double()
-        for total, norm in zip(totals, norms, strict=True):
-            self.sums += torch.stack([total, norm.square(), norm])
+        squares = _sums_of_squares(activation, dtype).double()
+        for sequence in torch.stack([totals, squares, squares.sqrt()], dim=1):
+            self.sums += sequence
 
     def report(self, n_sequences: int, seq_len: int) -> InputStatistics:
         tokens = n_sequences * seq_len
@@ -38,18 +38,27 @@ class InputSums:
         return InputStatistics(total / tokens, squares / tokens, norms / (n_sequences * seq_len**0.5))
 
 
+def _sums_of_squares(activation: Tensor, dtype: torch.dtype) -> Tensor:
+    """Over the tokens of each sequence: [B, T, N] -> [B, N]."""
+    if activation.device.type != "cpu":
+        return torch.linalg.vector_norm(activation, dim=1, dtype=dtype).square()
+    # A norm along a strided dimension is not vectorised there; one sequence at a time stays in the processor's cache.
+    return torch.stack([sequence.to(dtype).square().sum(0) for sequence in activation])
+
+
 class BlockSums:
     """The collectors of one block."""
 
     def __init__(self, block: BlockView) -> None:
         self.block = block
-        device = next(block.module.parameters()).device
+        device = next(block.module.parameters()).device  # of a streamed block too, while it is in memory
         self.distances = torch.zeros(len(DISTANCES), dtype=torch.float64, device=device)
         self.inputs = {kind: InputSums(channels.n, device) for kind, channels in block.channels.items()}
 
     def _distance(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        for sequence in block_distances(entering(args, kwargs), hidden_of(output)):
-            self.distances += sequence
+        # A sequence at a time, so that what is made on the way is small.
+        for x, y in zip(entering(args, kwargs), hidden_of(output), strict=True):
+            self.distances += block_distances(x[None], y[None])[0]
 
     def attach(self) -> list[Callable[[], None]]:
         """Register the hooks; returns what removes them."""

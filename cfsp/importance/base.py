@@ -81,16 +81,23 @@ def score(
     importance: NeuronImportance,
     structure: Structure = "ffn",
     gradients: GradientTerms | None = None,
+    scored: Mapping[int, tuple[Tensor, Tensor]] | None = None,
 ) -> Scores:
-    """The scoring stage: statistics and weights -> Scores.
+    """The scoring stage: statistics and weights -> Scores; blocks in ``scored`` are taken from there.
 
     Raises:
         RunError: a score is not finite; names the block.
     """
+    from cfsp.models.streamed import resident
+
     neurons, kv_groups = [], []
     for block, found in zip(view.blocks, statistics.blocks, strict=True):
         terms = None if gradients is None else gradients.blocks[block.index]
-        neurons_of, groups_of = score_block(block, found, importance, structure, terms)
+        if scored and block.index in scored:
+            neurons_of, groups_of = scored[block.index]
+        else:
+            with resident(view, block):
+                neurons_of, groups_of = score_block(block, found, importance, structure, terms)
         neurons.append(neurons_of)
         kv_groups.append(groups_of)
     distances = {metric: statistics.distance(metric) for metric in statistics.blocks[0].distances}

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cfsp.errors import CheckpointError, RunError
 from cfsp.models.remote_code import PRUNED_PREFIX, pruned_family, stock_type
+from cfsp.models.shard_writer import Outgoing, write_file
+from cfsp.models.shards import INDEX, WEIGHTS, read_header, weight_files, weight_map
+from cfsp.models.streamed import state_tensors, streamed, values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
 MARKER = "cfsp_checkpoint.json"
 MAX_SHARD_BYTES = 5_000_000_000
 
-_WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -112,25 +112,15 @@ def check_safetensors(folder: Path) -> None:
         CheckpointError: names the file that is missing, truncated or no safetensors file.
     """
     folder = Path(folder)
-    if (folder / _WEIGHTS).is_file() or not (folder / _INDEX).is_file():
-        files = [folder / _WEIGHTS] if (folder / _WEIGHTS).is_file() else sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{folder}: there is no safetensors file; fetch or save the model again")
-        for file in files:
-            _read_header(file)
-        return
-    try:
-        weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / _INDEX}: not a readable index ({error!r}); fetch the model again") from error
-    for name in names:
-        header = _read_header(folder / name)
-        lost = [weight for weight, file in weight_map.items() if file == name and weight not in header]
+    files = weight_files(folder)
+    if not files:
+        raise CheckpointError(f"{folder}: there is no safetensors file; fetch or save the model again")
+    expected = {} if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file() else weight_map(folder)
+    for file in files:
+        header, _ = read_header(file)
+        lost = [weight for weight, name in expected.items() if name == file.name and weight not in header]
         if lost:
-            raise CheckpointError(
-                f"{folder / name}: lacks {lost[0]}, which {_INDEX} expects there; fetch the model again"
-            )
+            raise CheckpointError(f"{file}: lacks {lost[0]}, which {INDEX} expects there; fetch the model again")
 
 
 def first_non_finite(model: nn.Module) -> str | None:
@@ -201,20 +191,32 @@ def _check_described(model: PreTrainedModel) -> None:
 
 
 def _write_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> int:
-    """Only tensors that change on the way out (dtype, device, layout) are copied, one shard at a time."""
-    shards = list(_shards(_unique_tensors(model), dtype))
-    weight_map, total = {}, 0
-    for number, names in enumerate(shards, start=1):
-        file = _WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _outgoing(tensor, dtype) for name, tensor in names.items()}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        # safetensors leaves its files readable by their owner alone, whatever the umask.
-        (folder / file).chmod(folder.stat().st_mode & 0o666)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        weight_map.update(dict.fromkeys(names, file))
+    """One tensor at a time is copied (dtype, device, layout) or, of a streamed model, one block read."""
+    found = _described(model, dtype)
+    shards = list(_shards(found))
+    order = [outgoing.name for shard in shards for outgoing in shard]
+    if streamed(model) is not None:
+        source = values(model, order)
+    else:
+        tensors = _unique_tensors(model)
+        source = ((name, tensors[name]) for name in order)
+    by_file, total = {}, 0
+    for number, shard in enumerate(shards, start=1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(folder / file, shard, source)
+        total += sum(outgoing.size for outgoing in shard)
+        by_file.update({outgoing.name: file for outgoing in shard})
     if len(shards) > 1:
-        _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": by_file})
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _described(model: PreTrainedModel, dtype: torch.dtype | None) -> list[Outgoing]:
+    if streamed(model) is not None:
+        entries = list(state_tensors(model))
+    else:
+        entries = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in _unique_tensors(model).items()]
+    return [Outgoing(name, shape, dtype if dtype and kind.is_floating_point else kind) for name, shape, kind in entries]
 
 
 def _unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -237,22 +239,14 @@ def _unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return unique
 
 
-def _shards(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors.items():
-        itemsize = dtype.itemsize if dtype is not None and tensor.is_floating_point() else tensor.itemsize
-        if shard and size + tensor.numel() * itemsize > MAX_SHARD_BYTES:
+def _shards(tensors: list[Outgoing]) -> Iterator[list[Outgoing]]:
+    shard: list[Outgoing] = []
+    for outgoing in tensors:
+        if shard and sum(other.size for other in shard) + outgoing.size > MAX_SHARD_BYTES:
             yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.numel() * itemsize
+            shard = []
+        shard.append(outgoing)
     yield shard
-
-
-def _outgoing(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    return tensor.detach().to(device="cpu", dtype=target).contiguous()
 
 
 def _config_dict(model: PreTrainedModel, dtype: str) -> dict[str, Any]:
@@ -309,27 +303,3 @@ def _replace(scratch: Path, folder: Path) -> None:
         retired.rename(folder)
         raise
     shutil.rmtree(retired)
-
-
-def _read_header(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file: 8 bytes of length, JSON, and data up to the last ``data_offsets``."""
-    remedy = "fetch or save the model again"
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            start = stream.read(8)
-            if start == b"version ":
-                raise CheckpointError(f"{file}: is a Git LFS pointer, not the weights; run `git lfs pull`")
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or length > size - 8:
-                raise CheckpointError(f"{file}: truncated or no safetensors file ({size} bytes); {remedy}")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        claimed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file}: is missing; {remedy}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: its header cannot be read ({error!r}); {remedy}") from error
-    if claimed != size:
-        raise CheckpointError(f"{file}: {size} bytes where its header says {claimed}: truncated; {remedy}")
-    return header

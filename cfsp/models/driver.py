@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from cfsp.models.streamed import resident, streamed
 from cfsp.models.views import BlockView, DecoderView
 from cfsp.progress import progress
 
@@ -63,7 +64,7 @@ class BlockDriver:
     @torch.no_grad()
     def run(self, input_ids: Tensor, label: str = "calibrate") -> None:
         """Every token through every block once; results are what the caller's hooks collect."""
-        if self.mode == "blocks":
+        if self.mode == "blocks" or streamed(self.view.model) is not None:
             for step in self.steps(input_ids, label):
                 step.run()
             return
@@ -77,8 +78,9 @@ class BlockDriver:
         hidden = entry.hidden
         for block in progress(self.view.blocks, label, unit="block"):
             step = BlockStep(block, hidden, entry.kwargs[block.index])
-            yield step
-            hidden = step._outputs or step.run()
+            with resident(self.view, block):
+                yield step
+                hidden = step._outputs or step.run()
 
     @torch.no_grad()
     def entry(self, input_ids: Tensor) -> Entry:
@@ -91,16 +93,32 @@ class BlockDriver:
                 self.view.decoder(batch, use_cache=False)
             hidden.append(calls[0][0])
             for index, (_, call_kwargs) in enumerate(calls):
-                kwargs[index].append(call_kwargs)
+                before = kwargs[index][-1] if kwargs[index] else None
+                kwargs[index].append(before if before is not None and _equal(before, call_kwargs) else call_kwargs)
         return Entry(batches, hidden, kwargs)
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """What the model makes of ``hidden`` [B, T, d] leaving the last block: logits [B, T, V]. Keeps gradients."""
         with _blocks_skipped(self.view, hidden):
+            if (
+                streamed(self.view.model) is not None
+            ):  # the hidden state in the place of the embedding, which is not read
+                return self.view.model(inputs_embeds=hidden, use_cache=False).logits
             return self.view.model(ids, use_cache=False).logits
 
     def _batches(self, input_ids: Tensor) -> list[Tensor]:
         return [batch.to(self.view.device) for batch in input_ids.split(self.batch_size)]
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two batches give a block the same arguments (masks, positions), of which one copy is enough then."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, tuple | list) and type(one) is type(other):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return bool(one is other or (isinstance(one, str | int | float | bool) and one == other))
 
 
 def run_block(block: BlockView, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -11,6 +11,7 @@ import hashlib
 import torch
 from torch import nn
 
+from cfsp.models.streamed import resident, streamed
 from cfsp.models.views import BlockView, DecoderView
 
 _VALUES = 256
@@ -19,13 +20,25 @@ _VALUES = 256
 def weight_sample(view: DecoderView) -> str:
     """sha256 of 256 evenly spaced values of each FFN and attention matrix, in bfloat16 so that no dtype matters."""
     digest = hashlib.sha256()
+    store = streamed(view.model)
     for block in view.blocks:
-        for linear in _matrices(block):
-            flat = linear.weight.detach().flatten()
-            at = torch.linspace(0, flat.numel() - 1, min(_VALUES, flat.numel()), dtype=torch.float64).long()
-            values = flat[at.to(flat.device)].to("cpu", torch.bfloat16)
-            digest.update(f"{tuple(linear.weight.shape)}".encode() + values.view(torch.int16).numpy().tobytes())
+        known = None if store is None else store.samples.get(store.origin(block))
+        if known is None:
+            with resident(view, block):
+                known = block_sample(block)
+        digest.update(known)
     return f"sample:{digest.hexdigest()[:32]}"
+
+
+def block_sample(block: BlockView) -> bytes:
+    """The part of one block in :func:`weight_sample`."""
+    found = b""
+    for linear in _matrices(block):
+        flat = linear.weight.detach().flatten()
+        at = torch.linspace(0, flat.numel() - 1, min(_VALUES, flat.numel()), dtype=torch.float64).long()
+        values = flat[at.to(flat.device)].to("cpu", torch.bfloat16)
+        found += f"{tuple(linear.weight.shape)}".encode() + values.view(torch.int16).numpy().tobytes()
+    return found
 
 
 def _matrices(block: BlockView) -> list[nn.Linear]:

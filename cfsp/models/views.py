@@ -224,7 +224,7 @@ def resolve(model: Any) -> DecoderView:
             f"hold linear layers, found lists: {', '.join(name for name, _ in lists) or 'none'}"
         )
     name, blocks = max(candidates, key=lambda item: len(item[1]))
-    views = tuple(_block(model, f"{name}.{index}", index, block) for index, block in enumerate(blocks))
+    views = tuple(view_block(model, f"{name}.{index}", index, block) for index, block in enumerate(blocks))
     return DecoderView(model, decoder, views)
 
 
@@ -237,7 +237,8 @@ def is_removed(module: nn.Module, kind: Literal["attention", "mlp"]) -> bool:
     return getattr(module, "removed", None) == kind
 
 
-def _block(model: Any, name: str, index: int, block: nn.Module) -> BlockView:
+def view_block(model: Any, name: str, index: int, block: nn.Module) -> BlockView:
+    """What is recognised in one block; ``name`` is for messages."""
     found = [ffn for module in block.modules() if (ffn := _gated(module)) is not None]
     attention_removed = any(is_removed(module, "attention") for module in block.modules())
     if not found and any(is_removed(module, "mlp") for module in block.modules()):

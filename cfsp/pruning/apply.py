@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.models.remote_code import adopt, check_adoptable, pruned_family, remove_layers, remove_submodule, stock_type
 from cfsp.models.sample import weight_sample
+from cfsp.models.streamed import streamed
 from cfsp.models.views import BlockView, DecoderView, resolve
 from cfsp.pruning.plan import BlockPlan, PruningPlan, tensor_name
 from cfsp.pruning.slicing import set_output_bias, slice_attention, slice_ffn
@@ -40,6 +41,9 @@ def apply(model: Model, plan: PruningPlan) -> Model:
     if gone:
         remove_layers(view.model, gone)
     adopt(view.model)
+    store = streamed(view.model)
+    if store is not None:
+        store.follow(plan, resolve(view.model))
     return model
 
 

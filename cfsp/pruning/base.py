@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cfsp.allocate.base import Allocator
     from cfsp.allocate.budget import Budget
     from cfsp.calibrate.cache import StatisticsCache
@@ -22,7 +25,8 @@ if TYPE_CHECKING:
 class PlanContext:
     """Everything a pruner may use. ``driver`` is for methods that must run the model while planning.
 
-    ``gradients``: where the metric requires them. ``cache``: where what is dear may be kept; None: nowhere.
+    ``gradients``: where the metric requires them. ``scored``: blocks of a streamed model that were scored while they
+    were in memory for the calibration pass. ``cache``: where what is dear may be kept; None: nowhere.
     """
 
     driver: BlockDriver
@@ -36,6 +40,7 @@ class PlanContext:
     base_fingerprint: str
     cache: StatisticsCache | None = None
     gradients: GradientTerms | None = None
+    scored: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class Pruner(Protocol):

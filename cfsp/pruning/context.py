@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING
 from cfsp.calibrate.cache import StatisticsCache
 from cfsp.calibrate.calibrate import calibrate
 from cfsp.identity import method_of
-from cfsp.importance.base import required
+from cfsp.importance.base import required, score_block
 from cfsp.pruning.base import PlanContext
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cfsp.calibrate.statistics import BlockStatistics
     from cfsp.config import RunConfig
     from cfsp.data.calibration import CalibrationSet
     from cfsp.models.driver import BlockDriver
+    from cfsp.models.views import BlockView
 
 
 def plan_context(
@@ -26,8 +30,15 @@ def plan_context(
     cache: StatisticsCache | None = None,
 ) -> tuple[PlanContext, bool]:
     """Calibrate, or read what an earlier run left; returns (context, everything cached?)."""
-    statistics, cached = calibrate(driver, calibration, cache)
     importance, gradients = config.importance.instance, None
+    scored: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def visit(block: BlockView, found: BlockStatistics) -> None:
+        scored[block.index] = score_block(block, found, importance, structure)
+
+    structure = getattr(config.pruner.instance, "structure", None)
+    scores_now = structure is not None and "importance" in config.plans_with and not required(importance)
+    statistics, cached = calibrate(driver, calibration, cache, visit if scores_now else None)
     if "gradients" in required(importance) and "importance" in config.plans_with:
         from cfsp.calibrate.gradients import gradient_terms
 
@@ -46,5 +57,6 @@ def plan_context(
         base_fingerprint=base_fingerprint,
         cache=cache,
         gradients=gradients,
+        scored=scored,
     )
     return context, cached

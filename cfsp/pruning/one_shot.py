@@ -60,10 +60,11 @@ class OneShotPruner:
 
     def plan(self, context: PlanContext) -> PruningPlan:
         """See :class:`cfsp.pruning.base.Pruner`."""
+        from cfsp.models.streamed import resident
         from cfsp.pruning.complete import complete
 
         view, importance = context.driver.view, context.importance
-        scores = score(view, context.statistics, importance, self.structure, context.gradients)
+        scores = score(view, context.statistics, importance, self.structure, context.gradients, context.scored)
         widths, keep_ratios = self._allocate(context, scores)
         if self.sequential:
             decisions, tensors = self._one_after_another(context, widths)
@@ -72,7 +73,9 @@ class OneShotPruner:
             for block, found in zip(view.blocks, context.statistics.blocks, strict=True):
                 neurons, groups = scores.neurons[block.index], scores.kv_groups[block.index]
                 decisions.append(_best(block, neurons, groups, widths))
-                tensors |= self._compensate(block, decisions[-1], found)
+                if self.compensation != "none":
+                    with resident(view, block):
+                        tensors |= self._compensate(block, decisions[-1], found)
         return complete(context, decisions, keep_ratios=keep_ratios, tensors=tensors)
 
     def _allocate(self, context: PlanContext, scores: Scores) -> tuple[Widths, list[float]]:

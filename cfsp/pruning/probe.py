@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cfsp.errors import UnsupportedModelError
 from cfsp.models.driver import BlockDriver, run_block
+from cfsp.models.streamed import resident
 from cfsp.models.views import BlockView, DecoderView, GatedFFN, attention_of
 from cfsp.pruning.slicing import slice_attention, slice_ffn
 
@@ -30,18 +33,26 @@ def probe(view: DecoderView, *, heads: bool = False) -> None:
     """
     seen: set[tuple[object, ...]] = set()
     for block in view.blocks:
+        _probe_block(view, block, heads, seen)
+
+
+def _probe_block(view: DecoderView, block: BlockView, heads: bool, seen: set[tuple[object, ...]]) -> None:
+    with ExitStack() as weights:
+
+        def judge(kind: tuple[object, ...], *args: Any) -> None:
+            if kind not in seen:
+                weights.enter_context(resident(view, block))
+                _judge(view, block, *args)
+            seen.add(kind)
+
         if block.ffn is not None:
             kind = ("ffn", type(block.ffn.module), block.ffn.width, block.ffn.down.out_features)
-            if kind not in seen:
-                _judge(view, block, "a gated FFN", block.ffn.module, "neuron", block.ffn.width, _ffn_deviation)
-            seen.add(kind)
+            judge(kind, "a gated FFN", block.ffn.module, "neuron", block.ffn.width, _ffn_deviation)
         attention = block.attention
         if heads and attention is not None and attention.n_kv_heads > 1:
             kind = ("attention", type(attention.module), attention.n_heads, attention.n_kv_heads)
-            if kind not in seen:
-                width = attention.o_proj.in_features
-                _judge(view, block, "attention", attention.module, "KV group", width, _attention_deviation(view))
-            seen.add(kind)
+            width = attention.o_proj.in_features
+            judge(kind, "attention", attention.module, "KV group", width, _attention_deviation(view))
 
 
 def _judge(

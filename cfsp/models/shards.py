@@ -1,0 +1,185 @@
+"""Reading tensors out of a folder's safetensors files one by one, with plain reads: no file is mapped into memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cfsp.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+#: safetensors' names of what a checkpoint before quantisation holds.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_REMEDY = "fetch or save the model again"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers reads in ``folder``: the single one, those of the index, or all.
+
+    Raises:
+        CheckpointError: an index that cannot be read.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        return [folder / name for name in sorted(set(weight_map(folder).values()))]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name, as the index of a sharded checkpoint says.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        found: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        {**found}, set(found.values())
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / INDEX}: not a readable index ({error!r}); fetch the model again") from error
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies: its file, dtype, shape, first byte and number of bytes."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+class Shards:
+    """The tensors of a checkpoint folder by name. Any thread may read."""
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            CheckpointError: a file is missing, truncated or no safetensors file, or holds a dtype that is not known.
+        """
+        self.folder = folder
+        self._places: dict[str, _Place] = {}
+        self._open: dict[Path, int] = {}
+        for file in weight_files(folder):
+            header, start = read_header(file)
+            for name, entry in header.items():
+                if entry["dtype"] not in DTYPES:
+                    raise CheckpointError(f"{file}: {name} is {entry['dtype']}, which cannot be pruned; {_REMEDY}")
+                begin, end = entry["data_offsets"]
+                self._places[name] = _Place(
+                    file, DTYPES[entry["dtype"]], tuple(entry["shape"]), start + begin, end - begin
+                )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._places[name].shape
+
+    def in_order(self, names: Iterable[str]) -> list[str]:
+        """``names`` in the order in which they lie on disk."""
+        return sorted(names, key=lambda name: (self._places[name].file, self._places[name].start))
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as it is stored, on the CPU.
+
+        Raises:
+            CheckpointError: names file and tensor.
+        """
+        place = self._places[name]
+        buffer = torch.empty(place.size, dtype=torch.uint8)
+        self._read_into(name, place, buffer, place.start)
+        return _typed(buffer, place.dtype, place.shape)
+
+    def read_rows(self, name: str, rows: list[int]) -> Tensor:
+        """The given rows of a matrix alone, [len(rows), ...].
+
+        Raises:
+            CheckpointError: names file and tensor.
+        """
+        place = self._places[name]
+        size = place.size // place.shape[0]
+        buffer = torch.empty(len(rows), size, dtype=torch.uint8)
+        for at, row in enumerate(rows):
+            self._read_into(name, place, buffer[at], place.start + row * size)
+        return _typed(buffer.flatten(), place.dtype, (len(rows), *place.shape[1:]))
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _read_into(self, name: str, place: _Place, buffer: Tensor, start: int) -> None:
+        target = memoryview(buffer.numpy())
+        done = 0
+        try:
+            descriptor = self._open.get(place.file)
+            if descriptor is None:
+                # setdefault: should two threads open it at once, one of the two descriptors is kept and both are fine.
+                descriptor = self._open.setdefault(place.file, os.open(place.file, os.O_RDONLY))
+            while done < len(target):
+                got = os.preadv(descriptor, [target[done:]], start + done)
+                if not got:
+                    raise CheckpointError(
+                        f"{place.file}: ends within {name} ({done} of its {len(target)} bytes are there); {_REMEDY}"
+                    )
+                done += got
+        except OSError as error:
+            raise CheckpointError(f"{place.file}: {name} cannot be read ({error.strerror}); {_REMEDY}") from error
+
+
+def _typed(buffer: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    return buffer.view(dtype).view(shape)
+
+
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """(name -> dtype, shape, data_offsets; where the data start), checked against the file's size.
+
+    A safetensors file is 8 bytes of length, JSON, and data up to the last of the ``data_offsets``.
+
+    Raises:
+        CheckpointError: missing, truncated, or no safetensors file.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            if start == b"version ":
+                raise CheckpointError(f"{file}: is a Git LFS pointer, not the weights; run `git lfs pull`")
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > size - 8:
+                raise CheckpointError(f"{file}: truncated or no safetensors file ({size} bytes); {_REMEDY}")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        claimed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: is missing; {_REMEDY}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file}: its header cannot be read ({error!r}); {_REMEDY}") from error
+    if claimed != size:
+        raise CheckpointError(f"{file}: {size} bytes where its header says {claimed}: truncated; {_REMEDY}")
+    return header, 8 + length

@@ -1,0 +1,409 @@
+"""A model whose weights stay on disk: each block is in memory while it runs, the next one is read meanwhile.
+
+The modules are transformers' own, with parameters on the meta device; while a block (or the head) runs, its parameters
+are real. A plan that is applied is a transformation of what is read, by the same slicing as in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cfsp.errors import CheckpointError, UnsupportedModelError
+from cfsp.models.shards import Shards
+from cfsp.models.views import BlockView, DecoderView, resolve
+
+if TYPE_CHECKING:
+    from cfsp.models.source import ModelSource
+    from cfsp.pruning.plan import PruningPlan
+
+_ATTRIBUTE = "_cfsp_streamed"
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where a block comes from: its index in the checkpoint, its modules as stored (meta), what a plan keeps of it."""
+
+    index: int
+    stored: BlockView
+    plan: PruningPlan | None = None
+
+
+class StreamedWeights:
+    """The weights of ``model``, read from ``shards`` when they are needed, as ``dtype`` on ``device``.
+
+    ``rounded_to``: a narrower dtype that the values are rounded to, as a checkpoint of it would hold them.
+    ``reads``: how often each block was read.
+    """
+
+    def __init__(self, model: Any, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
+        self.model, self.shards, self.dtype, self.device = model, shards, dtype, device
+        self.rounded_to: torch.dtype | None = None
+        self.reads: list[int] = []
+        #: Content samples by index in the checkpoint (:func:`cfsp.models.sample.block_sample`).
+        self.samples: dict[int, bytes] = {}
+        self._names = _stored_names(model, shards)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="cfsp-read")
+        self._coming: dict[int, Future[dict[str, Tensor]]] = {}
+        self._here: dict[int, int] = {}
+        self._hooked: list[Any] = []
+        view = resolve(model)
+        prefixes = {module: name for name, module in model.named_modules()}
+        self._prefixes = [f"{prefixes[block.module]}." for block in view.blocks]
+        self._dense = tuple(
+            _Origin(block.index, replace(block, module=_meta_copy(block.module))) for block in view.blocks
+        )
+        self._origins = self._dense
+        self.reads = [0] * len(view.blocks)
+        self._attach(view)
+
+    def follow(self, plan: PruningPlan | None, view: DecoderView) -> None:
+        """From now on the blocks are what ``plan`` leaves of the stored ones (None: all), as ``view`` has them."""
+        self._forget()
+        if plan is None:
+            self._origins = self._dense
+            self.rounded_to = None
+        else:
+            staying = [origin for origin in self._dense if plan.blocks[origin.index].keeps_block]
+            self._origins = tuple(replace(origin, plan=plan) for origin in staying)
+        self._attach(view)
+
+    def origin(self, block: BlockView) -> int:
+        """Index in the checkpoint."""
+        return self._origins[block.index].index
+
+    @contextmanager
+    def resident(self, block: BlockView) -> Iterator[None]:
+        """The parameters of ``block`` are real inside; the block after it is read meanwhile.
+
+        Raises:
+            CheckpointError: a tensor cannot be read or is not finite; names file, block and tensor.
+        """
+        self._enter(block)
+        try:
+            yield
+        finally:
+            self._leave(block)
+
+    @contextmanager
+    def resident_rest(self) -> Iterator[None]:
+        """What is neither a block nor the embedding (final norm, head) is real inside."""
+        before = []
+        try:
+            for module, name, parameter in self._rest():
+                before.append((module, name, parameter))
+                module._parameters[name] = nn.Parameter(self._rest_tensor(module, name), requires_grad=False)
+            yield
+        finally:
+            for module, name, parameter in before:
+                module._parameters[name] = parameter
+
+    def tensors(self, block: BlockView) -> dict[str, Tensor]:
+        """The parameters and buffers of a block by name within it, as they are now; reads the block after it meanwhile."""
+        coming = self._coming.pop(block.index, None)
+        found = coming.result() if coming is not None else self._read(block.index)
+        if block.index + 1 < len(self._origins) and block.index + 1 not in self._coming:
+            self._coming[block.index + 1] = self._reader.submit(self._read, block.index + 1)
+        return found
+
+    def outside_blocks(self, name: str) -> Tensor:
+        """A tensor of the state dict that belongs to no block, as it is stored."""
+        return self.shards.read(self._names[name])
+
+    def _attach(self, view: DecoderView) -> None:
+        for handle in self._hooked:
+            handle.remove()
+        self._hooked = []
+        self._blocks = {block.module for block in view.blocks}
+        self._within = {module for block in view.blocks for module in block.module.modules()}
+
+        for block in view.blocks:
+
+            def enter(_: nn.Module, args: Any, block: BlockView = block) -> None:
+                self._enter(block)
+
+            def leave(_: nn.Module, args: Any, output: Any, block: BlockView = block) -> None:
+                self._leave(block)
+
+            self._hooked.append(block.module.register_forward_pre_hook(enter))
+            self._hooked.append(block.module.register_forward_hook(leave, always_call=True))
+        self._embedding = self.model.get_input_embeddings()
+        self._hooked.append(self._embedding.register_forward_pre_hook(self._embed))
+        self._hooked.append(self._embedding.register_forward_hook(self._embedded, always_call=True))
+        for module in {module for module, _, _ in self._rest()}:
+            stack = ExitStack()
+
+            def put(module: nn.Module, args: Any, stack: ExitStack = stack) -> None:
+                for name, parameter in list(module._parameters.items()):
+                    if parameter is not None and parameter.is_meta:
+                        real = nn.Parameter(self._rest_tensor(module, name), requires_grad=False)
+                        stack.callback(module._parameters.__setitem__, name, parameter)
+                        module._parameters[name] = real
+
+            def take(module: nn.Module, args: Any, output: Any, stack: ExitStack = stack) -> None:
+                stack.pop_all().close()
+
+            self._hooked.append(module.register_forward_pre_hook(put))
+            self._hooked.append(module.register_forward_hook(take, always_call=True))
+
+    def _rest(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
+        return [
+            (module, name, parameter)
+            for module in self.model.modules()
+            if module not in self._within and module is not self.model.get_input_embeddings()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+
+    def _rest_tensor(self, module: nn.Module, name: str) -> Tensor:
+        prefix = next(at for at, other in self.model.named_modules() if other is module)
+        full = f"{prefix}.{name}" if prefix else name
+        return self._as_computed(full, self.shards.read(self._names[full]))
+
+    def _embed(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Only the rows of the tokens at hand are read."""
+        ids, positions = args[0].unique(return_inverse=True)
+        prefix = next(at for at, other in self.model.named_modules() if other is module)
+        rows = self.shards.read_rows(self._names[f"{prefix}.weight"], ids.tolist())
+        self._embedding_weight = module._parameters["weight"]
+        module._parameters["weight"] = nn.Parameter(self._as_computed(f"{prefix}.weight", rows), requires_grad=False)
+        self._padding, module.padding_idx = module.padding_idx, None  # type: ignore[assignment]
+        return (positions.to(self.device), *args[1:])
+
+    def _embedded(self, module: nn.Module, args: Any, output: Any) -> None:
+        module._parameters["weight"] = self._embedding_weight
+        module.padding_idx = self._padding  # type: ignore[assignment]
+
+    def _enter(self, block: BlockView) -> None:
+        index = block.index
+        self._here[index] = self._here.get(index, 0) + 1
+        if self._here[index] > 1:
+            return
+        try:
+            found = self.tensors(block)
+        except BaseException:
+            del self._here[index]
+            raise
+        for module, name, path in _places(block.module):
+            module._parameters[name] = nn.Parameter(found[path], requires_grad=False)
+
+    def _leave(self, block: BlockView) -> None:
+        index = block.index
+        if not self._here.get(index):
+            return
+        self._here[index] -= 1
+        if self._here[index]:
+            return
+        del self._here[index]
+        for module, name, _ in _places(block.module):
+            parameter = module._parameters[name]
+            assert parameter is not None
+            module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+
+    def _forget(self) -> None:
+        for future in self._coming.values():
+            if not future.cancel():
+                future.exception()
+        self._coming.clear()
+
+    def _read(self, at: int) -> dict[str, Tensor]:
+        from cfsp.models.sample import block_sample
+        from cfsp.pruning.apply import slice_block
+
+        origin = self._origins[at]
+        self.reads[origin.index] += 1
+        prefix = self._prefixes[origin.index]
+        decision = None if origin.plan is None else origin.plan.blocks[origin.index]
+        block = replace(origin.stored, module=_meta_copy(origin.stored.module))
+        block = _seen_again(self.model, block)
+        places = {self._names[prefix + path]: (module, name) for module, name, path in _places(block.module)}
+        for stored in self.shards.in_order(places):
+            tensor = self._as_computed(stored, self.shards.read(stored), block=origin.index)
+            module, name = places[stored]
+            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        if origin.index not in self.samples:
+            self.samples[origin.index] = block_sample(block)
+        if decision is not None and origin.plan is not None:
+            slice_block(block, decision, origin.plan.tensors)
+        found = {path: module._parameters[name].detach() for module, name, path in _places(block.module)}
+        return {path: self._rounded(tensor) for path, tensor in found.items()}
+
+    def _as_computed(self, name: str, tensor: Tensor, block: int | None = None) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.to(self.device)
+        tensor = tensor.to(self.dtype)
+        if tensor.numel():
+            low, high = torch.aminmax(tensor)
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                where = "" if block is None else f"block {block}: "
+                raise CheckpointError(
+                    f"{self.shards.folder}: {where}{name} holds NaN or infinite values as {self.dtype}; the checkpoint "
+                    "is damaged (fetch it again), or its values need model.dtype=float32"
+                )
+        return tensor.to(self.device) if block is not None else self._rounded(tensor).to(self.device)
+
+    def _rounded(self, tensor: Tensor) -> Tensor:
+        if self.rounded_to is None or not tensor.is_floating_point():
+            return tensor
+        return tensor.to(self.rounded_to).to(tensor.dtype)
+
+
+def streamed(model: Any) -> StreamedWeights | None:
+    """The weights of a streamed model; None for a model that is in memory."""
+    return getattr(model, _ATTRIBUTE, None)
+
+
+@contextmanager
+def resident(view: DecoderView, block: BlockView) -> Iterator[None]:
+    """The weights of ``block`` are in memory inside, wherever the model's are."""
+    store = streamed(view.model)
+    if store is None:
+        yield
+        return
+    with store.resident(block):
+        yield
+
+
+def load_streamed(
+    source: ModelSource, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> Any:
+    """A model in eval mode whose weights are read from the folder of ``source`` block by block.
+
+    Raises:
+        CheckpointError: weights are missing. UnsupportedModelError: this architecture cannot be streamed.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from cfsp.models.load import load_config
+
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    _fill_buffers(model, device)
+    model.eval().requires_grad_(False)
+    store = StreamedWeights(model, Shards(source.folder), dtype, device)
+    object.__setattr__(model, _ATTRIBUTE, store)
+    return model
+
+
+def _fill_buffers(model: Any, device: torch.device) -> None:
+    """Buffers that no checkpoint holds (rotary frequencies), by the model's own initialisation."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True
+    made = []
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                persistent = name not in module._non_persistent_buffers_set
+                if persistent:
+                    raise UnsupportedModelError(
+                        f"{type(model).__name__}: keeps buffers in its checkpoint ({name}), which streaming does not "
+                        "read; use model.streaming=off"
+                    )
+                filled = (
+                    torch.full(buffer.shape, float("nan"))
+                    if buffer.is_floating_point()
+                    else torch.zeros_like(buffer, device="cpu")
+                )
+                module._buffers[name] = filled.to(buffer.dtype)
+                made.append((module, name))
+    with torch.no_grad():
+        model.initialize_weights()
+    for module, name in made:
+        buffer = module._buffers[name]
+        if buffer.is_floating_point() and not buffer.isfinite().all():
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: {type(module).__name__}.{name} is not set by its initialisation, so the model "
+                "cannot be streamed; use model.streaming=off"
+            )
+        module._buffers[name] = buffer.to(device)
+
+
+def _stored_names(model: Any, shards: Shards) -> dict[str, str]:
+    """Name in the model -> name in the checkpoint; a tied parameter is read under the name it is stored by.
+
+    Raises:
+        CheckpointError: a weight is not there.
+    """
+    same: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        same.setdefault(id(parameter), []).append(name)
+    found = {}
+    for names in same.values():
+        stored = [name for name in names if name in shards]
+        if not stored:
+            raise CheckpointError(
+                f"{shards.folder}: {names[0]} is not in the safetensors files under the model's own name; use "
+                "model.streaming=off, or fetch the model again"
+            )
+        found.update(dict.fromkeys(names, stored[0]))
+    return found
+
+
+def _places(module: nn.Module) -> list[tuple[nn.Module, str, str]]:
+    """(module, attribute, dotted name within) of every parameter."""
+    return [
+        (child, name, f"{prefix}.{name}" if prefix else name)
+        for prefix, child in module.named_modules()
+        for name, parameter in child._parameters.items()
+        if parameter is not None
+    ]
+
+
+def _meta_copy(module: nn.Module) -> nn.Module:
+    """A copy without hooks; parameters on the meta device cost nothing."""
+    hooks = [(child, child._forward_hooks, child._forward_pre_hooks) for child in module.modules()]
+    for child, _, _ in hooks:
+        child._forward_hooks, child._forward_pre_hooks = type(child._forward_hooks)(), type(child._forward_pre_hooks)()
+    try:
+        return copy.deepcopy(module)
+    finally:
+        for child, after, before in hooks:
+            child._forward_hooks, child._forward_pre_hooks = after, before
+
+
+def _seen_again(model: Any, block: BlockView) -> BlockView:
+    """The view of a block whose module was copied."""
+    from cfsp.models.views import view_block
+
+    return view_block(model, f"block {block.index}", block.index, block.module)
+
+
+def state_tensors(model: Any) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Name, shape and dtype of what a streamed model's checkpoint holds, tied tensors once, blocks in order."""
+    seen: set[int] = set()
+    tied = set(model._tied_weights_keys or ())
+    parameters = sorted(model.named_parameters(remove_duplicate=False), key=lambda item: item[0] in tied)
+    for name, parameter in parameters:
+        if id(parameter) not in seen:
+            yield name, tuple(parameter.shape), parameter.dtype
+        seen.add(id(parameter))
+
+
+def values(model: Any, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of ``names``, which stand together by block; each block is read once."""
+    store = streamed(model)
+    assert store is not None
+    view = resolve(model)
+    prefixes = {
+        f"{name}.": block for name, module in model.named_modules() for block in view.blocks if block.module is module
+    }
+    current: tuple[str, Mapping[str, Tensor]] | None = None
+    for name in names:
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        if prefix is None:
+            yield name, store.outside_blocks(name)
+            continue
+        if current is None or current[0] != prefix:
+            current = None
+            current = (prefix, store.tensors(prefixes[prefix]))
+        yield name, current[1][name.removeprefix(prefix)]
