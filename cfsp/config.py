@@ -58,6 +58,7 @@ class ModelSection(Section):
     dtype: DType = "auto"
     device: Annotated[str, AfterValidator(_device)] = "auto"
     trust_remote_code: bool = False
+    streaming: Literal["auto", "on", "off"] = "auto"
 
 
 class HubFile(Section):

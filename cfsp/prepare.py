@@ -16,9 +16,15 @@ from cfsp.data import calibration as calibration_data
 from cfsp.data.calibration import CalibrationSet, Limits
 from cfsp.errors import CfspError, ConfigError, DataError
 from cfsp.identity import identity_of, run_id_of
+from cfsp.importance.base import required
+from cfsp.memory import available
 from cfsp.models.load import load_tokenizer, outline, resolve_device, resolve_dtype
 from cfsp.models.remote_code import check_adoptable
 from cfsp.models.source import ModelSource, locate
+from cfsp.models.views import DecoderView
+
+#: Weights that take more of the free memory leave too little for what a pass holds beside them.
+_SHARE_OF_MEMORY = 0.8
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Prepared:
     device: torch.device
     dtype: torch.dtype
     stored_dtype: torch.dtype
+    streaming: bool
     calibration: CalibrationSet | None
     evaluation: dict[str, dict[str, Any]]
     identity: dict[str, Any]
@@ -85,8 +92,11 @@ def prepare(config: RunConfig) -> Prepared:
         with _collected(problems):
             code = {key: value for key, value in evaluator.identity().items() if key in ("class", "source")}
             evaluation[name] = {**code, **evaluator.instance.check(tokenizer, limits)}
-    _refuse(problems)
     dtype = resolve_dtype(config.model.dtype, device, source)
+    streaming = False
+    with _collected(problems):
+        streaming = streams(config, view, dtype, device)
+    _refuse(problems)
     stored_dtype = config.save.dtype or source.stored_dtype
     identity = identity_of(
         config,
@@ -98,9 +108,44 @@ def prepare(config: RunConfig) -> Prepared:
         evaluation=evaluation,
     )
     return Prepared(
-        config, source, tokenizer, limits, device, dtype, getattr(torch, stored_dtype), calibration,
+        config, source, tokenizer, limits, device, dtype, getattr(torch, stored_dtype), streaming, calibration,
         evaluation, identity, run_id_of(config, identity),
     )  # fmt: skip
+
+
+def streams(config: RunConfig, view: DecoderView, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the weights stay on disk: as ``model.streaming`` says, or (auto) because they do not fit into memory.
+
+    Raises:
+        ConfigError: what the run asks for needs the whole model in memory.
+    """
+    needed, free = view.model_parameters * dtype.itemsize, available(device)
+    if config.model.streaming == "off" or (config.model.streaming == "auto" and needed < _SHARE_OF_MEMORY * free):
+        return False
+    if config.model.streaming == "on":
+        why = "model.streaming=on"
+    else:
+        why = (
+            f"model.streaming=auto: the weights take {needed / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')} and "
+            f"{free / 1e9:.1f} GB are free"
+        )
+    pruner, importance = config.pruner.instance, config.importance.instance
+    if pruner.prunes and "gradients" in required(importance) and "importance" in config.plans_with:
+        raise ConfigError(
+            f"{why}: gradients (importance={type(importance).__name__.lower()}) need the whole model in memory; use a "
+            "metric of activations (importance=cfsp, wanda, flap), or model.streaming=off"
+        )
+    if pruner.prunes and config.recovery.instance.trains:
+        raise ConfigError(
+            f"{why}: recovery={config.recovery.instance.name} trains the model in memory; use recovery=none, or "
+            "model.streaming=off"
+        )
+    if isinstance(config.calibration, SelfCalibration) and pruner.prunes:
+        raise ConfigError(
+            f"{why}: calibration=self samples token by token, which would read the whole model for each; use "
+            "calibration=bundled, text or tokens, or model.streaming=off"
+        )
+    return True
 
 
 @contextmanager

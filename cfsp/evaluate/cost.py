@@ -6,6 +6,7 @@ Timed in alternation on shapes that stay the same; reported as medians with thei
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
     from cfsp.data.calibration import Limits
     from cfsp.evaluate.base import Side
+
+
+log = logging.getLogger(__name__)
 
 
 @component
@@ -54,12 +58,21 @@ class Cost:
     def measure_sides(self, model: nn.Module, sides: list[Side]) -> dict[str, list[Measurement]]:
         import torch
 
+        from cfsp.models.streamed import streamed
+
+        found = {}
+        if streamed(model) is not None:
+            log.info("cost: the weights are read from disk for each token, so speed and memory are not measured")
+            for side in sides:
+                with side.active():
+                    found[side.name] = size_of(model, side.storage_dtype)
+            return found
+
         vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(vocabulary, (1, self.prompt_tokens), generator=generator).to(device)
         times = time_sides(model, sides, prompt, self.new_tokens, self.repeats)
-        found = {}
         for side in sides:
             with side.active():
                 found[side.name] = [

@@ -115,6 +115,10 @@ def negative_log_likelihood(model: nn.Module, windows: Tensor, batch_size: int, 
     import torch
     from torch.nn.functional import cross_entropy
 
+    from cfsp.models.streamed import streamed
+
+    if streamed(model) is not None:
+        return _block_by_block(model, windows, batch_size, label)
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     total = torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
@@ -122,5 +126,29 @@ def negative_log_likelihood(model: nn.Module, windows: Tensor, batch_size: int, 
             ids = batch.to(device)
             logits = model(ids, use_cache=False).logits
             for sequence, target in zip(logits, ids, strict=True):
+                total += cross_entropy(sequence[:-1].float(), target[1:], reduction="sum").double().cpu()
+    return float(total), windows.shape[0] * (windows.shape[1] - 1)
+
+
+def _block_by_block(model: nn.Module, windows: Tensor, batch_size: int, label: str) -> tuple[float, int]:
+    """The same of a streamed model: each block is read once for all windows, whose hidden states are held meanwhile."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from cfsp.models.driver import BlockDriver
+    from cfsp.models.streamed import streamed
+    from cfsp.models.views import resolve
+
+    store = streamed(model)
+    assert store is not None
+    driver = BlockDriver(resolve(model), batch_size)
+    hidden: list[Tensor] = []
+    for step in driver.steps(windows, f"perplexity {label}"):
+        hidden = step.run()
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad(), store.resident_rest():
+        for states, batch in zip(hidden, windows.split(batch_size), strict=True):
+            logits = driver.logits(batch, states)
+            for sequence, target in zip(logits, batch.to(logits.device), strict=True):
                 total += cross_entropy(sequence[:-1].float(), target[1:], reduction="sum").double().cpu()
     return float(total), windows.shape[0] * (windows.shape[1] - 1)

@@ -10,6 +10,8 @@ import torch
 
 from cfsp.models.load import load_model
 from cfsp.models.snapshot import Snapshot
+from cfsp.models.streamed import load_streamed, streamed
+from cfsp.models.views import resolve
 from cfsp.pruning.probe import probe
 
 if TYPE_CHECKING:
@@ -33,14 +35,21 @@ class BaseModels:
         the model is not kept.
         """
         config = prepared.config
-        key = (prepared.source.fingerprint, prepared.dtype, prepared.device, config.model.trust_remote_code)
+        key = (
+            prepared.source.fingerprint,
+            prepared.dtype,
+            prepared.device,
+            prepared.streaming,
+            config.model.trust_remote_code,
+        )
         found, self._kept = self._kept, None  # never two base models at a time
         here = found is not None and found[0] == key
         model: Any = found[1] if found is not None and here else None
         del found
         if model is None:
             self._probed.clear()
-            model = load_model(
+            load = load_streamed if prepared.streaming else load_model
+            model = load(
                 prepared.source,
                 dtype=prepared.dtype,
                 device=prepared.device,
@@ -50,6 +59,9 @@ class BaseModels:
         yield model, here
         if as_it_was is not None and not config.recovery.instance.trains and not _narrows(prepared):
             as_it_was.restore()
+            store = streamed(model)
+            if store is not None:
+                store.follow(None, resolve(model))
             self._kept = (key, model)
 
     def probe(self, view: DecoderView, *, heads: bool) -> None:

@@ -140,6 +140,10 @@ def round_to_stored(model: nn.Module, dtype: torch.dtype) -> None:
     Raises:
         RunError: a weight does not fit into the dtype.
     """
+    store = streamed(model)
+    if store is not None:  # what is read later is rounded then
+        store.rounded_to = dtype if torch.finfo(dtype).bits < torch.finfo(store.dtype).bits else None
+        return
     narrowed = [
         parameter
         for parameter in model.parameters()

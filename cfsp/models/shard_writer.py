@@ -54,4 +54,4 @@ def write_file(file: Path, tensors: Sequence[Outgoing], source: Iterator[tuple[s
             assert (name, tuple(tensor.shape)) == (outgoing.name, outgoing.shape)
             whole = tensor.detach().to(device="cpu", dtype=outgoing.dtype).contiguous()
             if whole.numel():
-                stream.write(memoryview(whole.reshape(-1).view(torch.uint8).numpy()))
+                stream.write(whole.reshape(-1).view(torch.uint8).numpy().data)

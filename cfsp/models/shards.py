@@ -134,7 +134,7 @@ class Shards:
         self.close()
 
     def _read_into(self, name: str, place: _Place, buffer: Tensor, start: int) -> None:
-        target = memoryview(buffer.numpy())
+        target = buffer.numpy().data
         done = 0
         try:
             descriptor = self._open.get(place.file)

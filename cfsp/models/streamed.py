@@ -107,7 +107,7 @@ class StreamedWeights:
                 module._parameters[name] = parameter
 
     def tensors(self, block: BlockView) -> dict[str, Tensor]:
-        """The parameters and buffers of a block by name within it, as they are now; reads the block after it meanwhile."""
+        """The parameters of a block by name within it, as they are now; the block after it is read meanwhile."""
         coming = self._coming.pop(block.index, None)
         found = coming.result() if coming is not None else self._read(block.index)
         if block.index + 1 < len(self._origins) and block.index + 1 not in self._coming:
@@ -233,7 +233,7 @@ class StreamedWeights:
             self.samples[origin.index] = block_sample(block)
         if decision is not None and origin.plan is not None:
             slice_block(block, decision, origin.plan.tensors)
-        found = {path: module._parameters[name].detach() for module, name, path in _places(block.module)}
+        found = {path: getattr(module, name).detach() for module, name, path in _places(block.module)}
         return {path: self._rounded(tensor) for path, tensor in found.items()}
 
     def _as_computed(self, name: str, tensor: Tensor, block: int | None = None) -> Tensor:
@@ -322,7 +322,7 @@ def _fill_buffers(model: Any, device: torch.device) -> None:
         buffer = module._buffers[name]
         if buffer.is_floating_point() and not buffer.isfinite().all():
             raise UnsupportedModelError(
-                f"{type(model).__name__}: {type(module).__name__}.{name} is not set by its initialisation, so the model "
+                f"{type(model).__name__}: {type(module).__name__}.{name} is not set by its initialisation, so it "
                 "cannot be streamed; use model.streaming=off"
             )
         module._buffers[name] = buffer.to(device)

@@ -13,6 +13,7 @@ from cfsp.pruning.base import PlanContext
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cfsp.allocate.budget import Structure
     from cfsp.calibrate.statistics import BlockStatistics
     from cfsp.config import RunConfig
     from cfsp.data.calibration import CalibrationSet
@@ -31,14 +32,14 @@ def plan_context(
 ) -> tuple[PlanContext, bool]:
     """Calibrate, or read what an earlier run left; returns (context, everything cached?)."""
     importance, gradients = config.importance.instance, None
+    structure: Structure | None = getattr(config.pruner.instance, "structure", None)
     scored: dict[int, tuple[Tensor, Tensor]] = {}
 
     def visit(block: BlockView, found: BlockStatistics) -> None:
-        scored[block.index] = score_block(block, found, importance, structure)
+        if structure is not None and "importance" in config.plans_with and not required(importance):
+            scored[block.index] = score_block(block, found, importance, structure)
 
-    structure = getattr(config.pruner.instance, "structure", None)
-    scores_now = structure is not None and "importance" in config.plans_with and not required(importance)
-    statistics, cached = calibrate(driver, calibration, cache, visit if scores_now else None)
+    statistics, cached = calibrate(driver, calibration, cache, visit)
     if "gradients" in required(importance) and "importance" in config.plans_with:
         from cfsp.calibrate.gradients import gradient_terms
 

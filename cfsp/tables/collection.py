@@ -16,7 +16,17 @@ from cfsp.record.run_record import SCHEMA, RunRecord
 from cfsp.sweep.experiment import Cell
 
 #: Keys that say where something is, who watches, or how a run is repeated: they decide no figure.
-_PLACES = {"path", "include_path", "output_dir", "records_dir", "cache_dir", "revision", "device", "trust_remote_code"}
+_PLACES = {
+    "path",
+    "include_path",
+    "output_dir",
+    "records_dir",
+    "cache_dir",
+    "revision",
+    "device",
+    "trust_remote_code",
+    "streaming",
+}
 #: Of these, what names an input.
 _OF_INPUTS = {"path", "include_path", "revision"}
 _NOT_SCIENCE = {"force", "debug", "logger", "paths", "plugins"}

@@ -375,7 +375,7 @@ def test_a_failed_save_leaves_the_old_folder(saved: Path, monkeypatch: pytest.Mo
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    monkeypatch.setattr(checkpoint, "write_file", full_disk)
     with pytest.raises(CheckpointError, match=r"model.*No space left"):
         save_checkpoint(pruned(), saved)
     assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
