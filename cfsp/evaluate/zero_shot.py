@@ -72,8 +72,13 @@ class ZeroShot:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
+        from cfsp.models.streamed import streamed
+
         with _quiet_harness():
             harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=self.batch_size)
+            store = streamed(model)
+            if store is not None:  # the parameters themselves are nowhere
+                harness._device = store.device
             if not watched():  # the harness draws its bars whatever tqdm's own switch says
                 for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
                     setattr(harness, name, partial(getattr(harness, name), disable_tqdm=True))

@@ -100,9 +100,7 @@ class BlockDriver:
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """What the model makes of ``hidden`` [B, T, d] leaving the last block: logits [B, T, V]. Keeps gradients."""
         with _blocks_skipped(self.view, hidden):
-            if (
-                streamed(self.view.model) is not None
-            ):  # the hidden state in the place of the embedding, which is not read
+            if streamed(self.view.model) is not None:  # so that no embedding is read
                 return self.view.model(inputs_embeds=hidden, use_cache=False).logits
             return self.view.model(ids, use_cache=False).logits
 

@@ -180,7 +180,7 @@ class StreamedWeights:
 
     def _embedded(self, module: nn.Module, args: Any, output: Any) -> None:
         module._parameters["weight"] = self._embedding_weight
-        module.padding_idx = self._padding  # type: ignore[assignment]
+        module.padding_idx = self._padding
 
     def _enter(self, block: BlockView) -> None:
         index = block.index

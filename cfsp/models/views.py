@@ -185,7 +185,10 @@ class DecoderView:
 
     @property
     def device(self) -> torch.device:
-        """Where the token ids go: the device of the embeddings."""
+        """Where the token ids go: the device of the embeddings; of a streamed model, where it computes."""
+        store = getattr(self.model, "_cfsp_streamed", None)  # :mod:`cfsp.models.streamed`, which builds on views
+        if store is not None:
+            return store.device
         return self.decoder.get_input_embeddings().weight.device
 
     @property
