@@ -7,6 +7,7 @@ Equal FFN widths give a plain folder of the stock model type, unequal ones a fol
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shutil
 import uuid
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 MARKER = "cfsp_checkpoint.json"
 MAX_SHARD_BYTES = 5_000_000_000
+#: Of a streamed model: a file that is whole need not be written again after a kill.
+STREAMED_SHARD_BYTES = 1_000_000_000
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -64,6 +67,8 @@ def save_checkpoint(
 ) -> SavedCheckpoint:
     """Write ``model`` to ``folder``, all or nothing; a folder that cfsp wrote earlier is replaced.
 
+    Of a streamed model, whole files that a killed process has left are not written again.
+
     Args:
         dtype: cast floating-point tensors to it on the way out; the model itself is left as it is.
         source: folder whose tokenizer files are copied.
@@ -79,9 +84,9 @@ def save_checkpoint(
     _check_described(model)
     pruned = model.config.model_type.startswith(PRUNED_PREFIX)
     written = str(dtype or model.dtype).removeprefix("torch.")
-    scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    scratch = folder.with_name(f".{folder.name}.{_scratch_key(model, written, source, files)}")
     try:
-        scratch.mkdir(parents=True)
+        scratch.mkdir(parents=True, exist_ok=True)
         size = _write_weights(model, scratch, dtype)
         _write_json(scratch / "config.json", _config_dict(model, written))
         if model.generation_config is not None:
@@ -196,23 +201,37 @@ def _check_described(model: PreTrainedModel) -> None:
 
 def _write_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> int:
     """One tensor at a time is copied (dtype, device, layout) or, of a streamed model, one block read."""
-    found = _described(model, dtype)
-    shards = list(_shards(found))
-    order = [outgoing.name for shard in shards for outgoing in shard]
-    if streamed(model) is not None:
+    store = streamed(model)
+    shards = list(_shards(_described(model, dtype), MAX_SHARD_BYTES if store is None else STREAMED_SHARD_BYTES))
+    names = [
+        WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number in range(1, len(shards) + 1)
+    ]
+    missing = {name: shard for name, shard in zip(names, shards, strict=True) if not (folder / name).is_file()}
+    order = [outgoing.name for shard in missing.values() for outgoing in shard]
+    if store is not None:
         source = values(model, order)
     else:
         tensors = _unique_tensors(model)
         source = ((name, tensors[name]) for name in order)
-    by_file, total = {}, 0
-    for number, shard in enumerate(shards, start=1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / file, shard, source)
-        total += sum(outgoing.size for outgoing in shard)
-        by_file.update({outgoing.name: file for outgoing in shard})
+    for name, shard in missing.items():
+        write_file(folder / f"{name}.partial", shard, source)
+        (folder / f"{name}.partial").rename(folder / name)
+    by_file = {outgoing.name: name for name, shard in zip(names, shards, strict=True) for outgoing in shard}
+    total = sum(outgoing.size for shard in shards for outgoing in shard)
     if len(shards) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": by_file})
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _scratch_key(model: PreTrainedModel, written: str, source: Path | None, files: Mapping[str, bytes] | None) -> str:
+    """The same for the same checkpoint of a streamed model (its plan is among ``files``), else one of its own."""
+    if streamed(model) is None or not files:
+        return uuid.uuid4().hex[:8]
+    digest = hashlib.sha256(f"{written} {source} {MAX_SHARD_BYTES} {STREAMED_SHARD_BYTES}".encode())
+    for name in sorted(files):
+        digest.update(name.encode() + files[name])
+    return digest.hexdigest()[:16]
 
 
 def _described(model: PreTrainedModel, dtype: torch.dtype | None) -> list[Outgoing]:
@@ -243,10 +262,10 @@ def _unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return unique
 
 
-def _shards(tensors: list[Outgoing]) -> Iterator[list[Outgoing]]:
+def _shards(tensors: list[Outgoing], limit: int) -> Iterator[list[Outgoing]]:
     shard: list[Outgoing] = []
     for outgoing in tensors:
-        if shard and sum(other.size for other in shard) + outgoing.size > MAX_SHARD_BYTES:
+        if shard and sum(other.size for other in shard) + outgoing.size > limit:
             yield shard
             shard = []
         shard.append(outgoing)

@@ -72,11 +72,16 @@ class BlockDriver:
             self.view.decoder(batch, use_cache=False)
 
     @torch.no_grad()
-    def steps(self, input_ids: Tensor, label: str = "calibrate") -> Iterator[BlockStep]:
-        """Block after block. A step that was not run is run before the next one, so no block is left out."""
+    def steps(
+        self, input_ids: Tensor, label: str = "calibrate", *, hidden: list[Tensor] | None = None, first: int = 0
+    ) -> Iterator[BlockStep]:
+        """Block after block. A step that was not run is run before the next one, so no block is left out.
+
+        ``first``: the block to begin with, which the states ``hidden`` [B, T, d] enter.
+        """
         entry = self.entry(input_ids)
-        hidden = entry.hidden
-        for block in progress(self.view.blocks, label, unit="block"):
+        hidden = [state.to(self.view.device) for state in hidden or ()] if first else entry.hidden
+        for block in progress(self.view.blocks[first:], label, unit="block"):
             step = BlockStep(block, hidden, entry.kwargs[block.index])
             with resident(self.view, block):
                 yield step

@@ -1,0 +1,101 @@
+"""The calibration pass over a streamed model: block after block, kept on disk on the way against a kill."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cfsp.calibrate.collectors import collecting
+from cfsp.calibrate.statistics import BlockStatistics, Statistics
+from cfsp.models.driver import BlockDriver
+from cfsp.models.views import BlockView
+
+log = logging.getLogger(__name__)
+
+#: What is kept on the way may take this share of the time.
+_SHARE_OF_TIME = 0.1
+
+Visit = Callable[[BlockView, BlockStatistics], None]
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """A folder ``<number of blocks done>/`` with their statistics and the hidden states leaving the last of them."""
+
+    folder: Path | None
+
+    def read(self) -> tuple[list[BlockStatistics], list[Tensor]]:
+        """What is there of a pass that was killed; ([], []) where there is nothing, or nothing that can be read."""
+        if self.folder is None or not self.folder.is_dir():
+            return [], []
+        done = max((int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), default=0)
+        if not done:
+            return [], []
+        try:
+            from safetensors.torch import load_file
+
+            statistics = Statistics.load(self.folder / str(done) / "statistics.safetensors")
+            states = load_file(self.folder / str(done) / "hidden.safetensors")
+            # A copy: the file goes, and what is mapped of it with it.
+            hidden = [states[str(batch)].clone() for batch in range(len(states))]
+        except Exception as error:  # any damage: the pass begins anew
+            log.warning("what a killed calibration left cannot be read (%s); beginning anew", error)
+            return [], []
+        log.info("calibration goes on after block %d", done - 1)
+        return list(statistics.blocks), hidden
+
+    def write(self, blocks: list[BlockStatistics], hidden: list[Tensor], shape: torch.Size) -> None:
+        """Put the state of the pass in the place of the one before."""
+        if self.folder is None:
+            return
+        from safetensors.torch import save_file
+
+        done, partial = self.folder / str(len(blocks)), self.folder / f".{os.getpid()}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        Statistics(tuple(blocks), *shape).save(partial / "statistics.safetensors", {})
+        states = {str(batch): state.cpu().contiguous() for batch, state in enumerate(hidden)}
+        save_file(states, partial / "hidden.safetensors")
+        shutil.rmtree(done, ignore_errors=True)
+        partial.rename(done)
+        for path in self.folder.iterdir():
+            if path != done:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def remove(self) -> None:
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def block_by_block(driver: BlockDriver, input_ids: Tensor, folder: Path | None, visit: Visit | None) -> Statistics:
+    """Each block is read once and sees every sequence before the next one is.
+
+    Args:
+        input_ids: [n, T].
+        folder: where the state of the pass is kept until it ends; None: nowhere.
+        visit: called with each block while its weights are in memory, and its statistics.
+    """
+    progress = _Progress(folder)
+    blocks, hidden = progress.read()
+    last, cost = 0.0, 0.0
+    for step in driver.steps(input_ids, "calibrate", hidden=hidden, first=len(blocks)):
+        with collecting([step.block]) as sums:
+            hidden = step.run()
+        blocks.append(sums[0].report(*input_ids.shape))
+        if visit is not None:
+            visit(step.block, blocks[-1])
+        if len(blocks) < len(driver.view.blocks) and time.perf_counter() - last > cost / _SHARE_OF_TIME:
+            start = time.perf_counter()
+            progress.write(blocks, hidden, input_ids.shape)
+            last = time.perf_counter()
+            cost = last - start
+    progress.remove()
+    return Statistics(tuple(blocks), *input_ids.shape)

@@ -1,0 +1,266 @@
+"""A model whose weights stay on disk: the same plan, weights and figures, and a block at a time in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cfsp.calibrate import passing
+from cfsp.config import ModelSection
+from cfsp.errors import CheckpointError
+from cfsp.models import base_models, checkpoint
+from cfsp.models.load import load_model
+from cfsp.models.source import locate
+from cfsp.models.streamed import load_streamed, streamed
+from tests.conftest import VOCABULARY, mentions, save_with_tokenizer
+from tests.tiny import tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BLOCKS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Four blocks in several files, behind an index."""
+    torch.manual_seed(0)
+    model = tiny_model(vocab_size=VOCABULARY, max_position_embeddings=64, width=64, blocks=BLOCKS)
+    at = save_with_tokenizer(model, tmp_path_factory.mktemp("streamed") / "model")
+    for file in at.glob("*.safetensors"):
+        file.unlink()
+    model.save_pretrained(at, max_shard_size="100KB")
+    assert (at / "model.safetensors.index.json").is_file()
+    return at
+
+
+@pytest.fixture
+def words(folder, prose_file) -> list[str]:
+    return [
+        "model=local", f"model.path={folder}", "calibration=text", f"calibration.path={prose_file}",
+        "calibration.n_samples=6", "calibration.seq_len=32", "calibration.batch_size=2", "sparsity.round_to=8",
+        "evaluation=none",
+    ]  # fmt: skip
+
+
+def both(run_cfsp, words, tmp_path, *more: str) -> tuple[Path, Path]:
+    """OUT of a run in memory and of one that streams."""
+    places = []
+    for mode in ("off", "on"):
+        place = tmp_path / mode
+        code, _, err = run_cfsp(
+            *words, *more, f"model.streaming={mode}", f"paths.output_dir={place / 'out'}",
+            f"paths.cache_dir={place / 'cache'}",
+        )  # fmt: skip
+        assert code == 0, err
+        places.append(place / "out")
+    return places[0], places[1]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("pruner=cfsp",),
+        ("pruner=cfsp", "save.dtype=bfloat16"),
+        ("pruner=flap",),
+        ("pruner=flap_al_am",),
+        ("pruner=wanda_sp_sequential",),
+        ("pruner=two_ssp", "sparsity.ratio=0.4"),
+        ("pruner=block_pruner", "sparsity.ratio=0.3"),
+        ("pruner=shortgpt", "sparsity.scope=decoder"),
+        ("pruner=sliding_window", "sparsity.scope=decoder"),
+        ("pruner=magnitude_sp",),
+    ],
+    ids=" ".join,
+)
+def test_a_streamed_run_is_the_run_in_memory(run_cfsp, words, tmp_path, more) -> None:
+    memory, streaming = both(run_cfsp, words, tmp_path, *more)
+    plans = [json.loads((out / "plan.json").read_text()) for out in (memory, streaming)]
+    assert plans[0] == plans[1]
+    found = [weights(out / "model") for out in (memory, streaming)]
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+    records = [json.loads((out / "record.json").read_text()) for out in (memory, streaming)]
+    assert records[0]["run_id"] == records[1]["run_id"]
+
+
+def test_evaluation_of_a_streamed_model(run_cfsp, words, tmp_path, prose_file) -> None:
+    text = [
+        "evaluation=perplexity", "evaluation.perplexity.datasets=[t]", "evaluation.perplexity.seq_len=16",
+        f"evaluation.perplexity.texts.t.path={prose_file}", "evaluation.perplexity.batch_size=4",
+    ]  # fmt: skip
+    asked = [word for word in words if word != "evaluation=none"]
+    found = both(run_cfsp, [*asked, *[f"+{w}" if ".texts.t." in w else w for w in text]], tmp_path)
+    rows = [json.loads((out / "record.json").read_text())["measurements"] for out in found]
+    for side in ("dense", "pruned"):
+        values = [{r["task"]: r["value"] for r in row[side] if r["suite"] == "perplexity"} for row in rows]
+        # bit for bit the same forward; the logits are taken from the same hidden states
+        assert values[0] == values[1]
+        assert values[0]
+
+
+def test_logits_and_generation(folder) -> None:
+    source = locate(ModelSection(name="m", path=str(folder)))
+    cpu = torch.device("cpu")
+    memory = load_model(source, dtype=torch.float32, device=cpu)
+    disk = load_streamed(source, dtype=torch.float32, device=cpu)
+    ids = torch.randint(VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(memory(ids).logits, disk(ids).logits)
+    assert all(parameter.is_meta for parameter in disk.parameters())
+
+
+def test_each_block_is_read_once_to_calibrate_and_once_to_write(run_cfsp, words, monkeypatch) -> None:
+    made = []
+
+    def watched(*args, **keys):
+        made.append(load_streamed(*args, **keys))
+        return made[-1]
+
+    monkeypatch.setattr(base_models, "load_streamed", watched)
+    code, _, err = run_cfsp(*words, "model.streaming=on", "pruner=cfsp")
+    assert code == 0, err
+    # The probe looks at the first block before.
+    assert streamed(made[0]).reads == [3] + [2] * (BLOCKS - 1) or streamed(made[0]).reads == [3, 3] + [2] * (BLOCKS - 2)
+
+
+def test_a_killed_calibration_goes_on(run_cfsp, words, tmp_path, monkeypatch) -> None:
+    seen = []
+    real = passing.collecting
+
+    def dying(blocks):
+        seen.append(blocks[0].index)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return real(blocks)
+
+    monkeypatch.setattr(passing, "collecting", dying)
+    monkeypatch.setattr(passing, "_SHARE_OF_TIME", 1e9)
+    out = tmp_path / "again"
+    given = [*words, "model.streaming=on", f"paths.output_dir={out}", f"paths.cache_dir={tmp_path / 'c'}"]
+    code, _, _ = run_cfsp(*given)
+    assert code != 0
+    assert not (out / "model").exists()
+    code, _, err = run_cfsp(*given)
+    assert code == 0, err
+    assert seen == [0, 1, 2, 2, 3]
+    assert not list((tmp_path / "c").rglob("*.progress"))
+    whole, _ = both(run_cfsp, words, tmp_path)
+    assert json.loads((out / "plan.json").read_text()) == json.loads((whole / "plan.json").read_text())
+
+
+def test_a_kill_while_writing_leaves_no_folder_and_no_file_is_written_twice(
+    run_cfsp, words, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "STREAMED_SHARD_BYTES", 100_000)
+    given = [*words, "model.streaming=on"]
+    real, written = checkpoint.write_file, []
+
+    def dying(file, *args):
+        if file.name.startswith("model-00003"):
+            os._exit(9)
+        real(file, *args)
+
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(checkpoint, "write_file", dying)
+        run_cfsp(*given)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    out = tmp_path / "out"
+    assert not (out / "model").exists()
+
+    def watched(file, *args):
+        written.append(file.name)
+        real(file, *args)
+
+    monkeypatch.setattr(checkpoint, "write_file", watched)
+    code, _, err = run_cfsp(*given)
+    assert code == 0, err
+    assert written
+    assert not [name for name in written if name.startswith(("model-00001", "model-00002"))]
+    assert [path.name for path in out.iterdir() if path.name.startswith(".model")] == []
+    memory, _ = both(run_cfsp, words, tmp_path)
+    found = [weights(place / "model") for place in (memory, out)]
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        (("importance=taylor", "pruner=one_shot"), ("model.streaming=on", "gradients", "model.streaming=off")),
+        (("recovery=lora",), ("model.streaming=on", "recovery=lora", "recovery=none")),
+        (("calibration=self", "calibration.seq_len=32"), ("model.streaming=on", "calibration=self")),
+    ],
+)
+def test_what_needs_the_model_in_memory_is_refused(refused, words, more, parts) -> None:
+    asked = [word for word in words if not (more[0] == "calibration=self" and word.startswith("calibration"))]
+    mentions(refused(*asked, *more, "model.streaming=on"), *parts)
+
+
+def test_auto_streams_what_does_not_fit(run_cfsp, words, monkeypatch) -> None:
+    from cfsp import prepare
+
+    made = []
+    monkeypatch.setattr(prepare, "available", lambda device: 100_000)
+    monkeypatch.setattr(
+        base_models, "load_streamed", lambda *args, **keys: made.append(1) or load_streamed(*args, **keys)
+    )
+    code, _, err = run_cfsp(*words)
+    assert code == 0, err
+    assert made
+
+
+@pytest.fixture
+def damaged(folder, tmp_path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "damaged"))
+
+
+def _file_of(at: Path, name: str) -> Path:
+    return at / json.loads((at / "model.safetensors.index.json").read_text())["weight_map"][name]
+
+
+def test_a_nan_names_block_and_tensor(run_cfsp, words, damaged) -> None:
+    name = "model.layers.2.mlp.up_proj.weight"
+    file = _file_of(damaged, name)
+    tensors = {key: value.clone() for key, value in load_file(file).items()}
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    code, _, err = run_cfsp(*words, "model.streaming=on", f"model.path={damaged}")
+    assert code != 0
+    assert "block 2" in err
+    assert name in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_file_that_is_cut_off_while_it_is_read(damaged) -> None:
+    source = locate(ModelSection(name="m", path=str(damaged)))
+    model = load_streamed(source, dtype=torch.float32, device=torch.device("cpu"))
+    name = "model.layers.3.mlp.down_proj.weight"
+    file = _file_of(damaged, name)
+    with file.open("r+b") as stream:
+        stream.truncate(100)
+    with pytest.raises(CheckpointError, match=rf"{file.name}.*ends within model\.layers\.\d"):
+        model(torch.arange(4)[None])
+
+
+def test_a_full_disk_is_one_line(run_cfsp, words, tmp_path, monkeypatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_file", full)
+    code, _, err = run_cfsp(*words, "model.streaming=on")
+    assert code == 1 or code == 2
+    assert "No space left" in err
+    assert len(err.strip().splitlines()) == 1
+    assert not [path for path in (tmp_path / "out").iterdir() if "model" in path.name]
