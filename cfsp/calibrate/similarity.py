@@ -67,7 +67,7 @@ def _compute(driver: BlockDriver, input_ids: Tensor) -> BlockSimilarity:
     handles = [block.module.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
     handles.append(blocks[-1].module.register_forward_hook(leave, with_kwargs=True))
     try:
-        # Block by block every batch would be held at once.
+        # Block by block every batch would be held at once. A streamed model is read once for each batch.
         BlockDriver(driver.view, driver.batch_size).run(input_ids, "similarity of blocks")
     finally:
         for handle in handles:

@@ -61,7 +61,7 @@ class BaseModels:
             as_it_was.restore()
             store = streamed(model)
             if store is not None:
-                store.follow(None, resolve(model))
+                store.follow(resolve(model), None)
             self._kept = (key, model)
 
     def probe(self, view: DecoderView, *, heads: bool) -> None:

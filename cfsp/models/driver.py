@@ -64,7 +64,7 @@ class BlockDriver:
     @torch.no_grad()
     def run(self, input_ids: Tensor, label: str = "calibrate") -> None:
         """Every token through every block once; results are what the caller's hooks collect."""
-        if self.mode == "blocks" or streamed(self.view.model) is not None:
+        if self.mode == "blocks":
             for step in self.steps(input_ids, label):
                 step.run()
             return

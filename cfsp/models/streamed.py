@@ -18,23 +18,24 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.errors import CheckpointError, UnsupportedModelError
+from cfsp.memory import return_large_blocks
 from cfsp.models.shards import Shards
 from cfsp.models.views import BlockView, DecoderView, resolve
 
 if TYPE_CHECKING:
     from cfsp.models.source import ModelSource
-    from cfsp.pruning.plan import PruningPlan
+    from cfsp.pruning.plan import BlockPlan
 
 _ATTRIBUTE = "_cfsp_streamed"
 
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where a block comes from: its index in the checkpoint, its modules as stored (meta), what a plan keeps of it."""
+    """Where a block comes from: its index in the checkpoint, its modules as stored (meta), what stays of it."""
 
     index: int
     stored: BlockView
-    plan: PruningPlan | None = None
+    decision: BlockPlan | None = None
 
 
 class StreamedWeights:
@@ -62,18 +63,25 @@ class StreamedWeights:
             _Origin(block.index, replace(block, module=_meta_copy(block.module))) for block in view.blocks
         )
         self._origins = self._dense
+        self._tensors: Mapping[str, Tensor] = {}
         self.reads = [0] * len(view.blocks)
         self._attach(view)
 
-    def follow(self, plan: PruningPlan | None, view: DecoderView) -> None:
-        """From now on the blocks are what ``plan`` leaves of the stored ones (None: all), as ``view`` has them."""
+    def follow(
+        self, view: DecoderView, decisions: Sequence[BlockPlan] | None, tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """From now on the blocks are what ``decisions`` leave of the stored ones (None: all), as ``view`` has them.
+
+        ``tensors``: a plan's replaced biases.
+        """
         self._forget()
-        if plan is None:
+        self._tensors = tensors or {}
+        if decisions is None:
             self._origins = self._dense
             self.rounded_to = None
         else:
-            staying = [origin for origin in self._dense if plan.blocks[origin.index].keeps_block]
-            self._origins = tuple(replace(origin, plan=plan) for origin in staying)
+            staying = [origin for origin in self._dense if decisions[origin.index].keeps_block]
+            self._origins = tuple(replace(origin, decision=decisions[origin.index]) for origin in staying)
         self._attach(view)
 
     def origin(self, block: BlockView) -> int:
@@ -221,7 +229,6 @@ class StreamedWeights:
         origin = self._origins[at]
         self.reads[origin.index] += 1
         prefix = self._prefixes[origin.index]
-        decision = None if origin.plan is None else origin.plan.blocks[origin.index]
         block = replace(origin.stored, module=_meta_copy(origin.stored.module))
         block = _seen_again(self.model, block)
         places = {self._names[prefix + path]: (module, name) for module, name, path in _places(block.module)}
@@ -231,8 +238,8 @@ class StreamedWeights:
             module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         if origin.index not in self.samples:
             self.samples[origin.index] = block_sample(block)
-        if decision is not None and origin.plan is not None:
-            slice_block(block, decision, origin.plan.tensors)
+        if origin.decision is not None:
+            slice_block(block, origin.decision, self._tensors)
         found = {path: getattr(module, name).detach() for module, name, path in _places(block.module)}
         return {path: self._rounded(tensor) for path, tensor in found.items()}
 
@@ -284,6 +291,7 @@ def load_streamed(
 
     from cfsp.models.load import load_config
 
+    return_large_blocks()
     config = load_config(source, trust_remote_code=trust_remote_code)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)

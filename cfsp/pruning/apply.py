@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.models.remote_code import adopt, check_adoptable, pruned_family, remove_layers, remove_submodule, stock_type
 from cfsp.models.sample import weight_sample
+from cfsp.models.snapshot import restored
 from cfsp.models.streamed import streamed
 from cfsp.models.views import BlockView, DecoderView, resolve
 from cfsp.pruning.plan import BlockPlan, PruningPlan, tensor_name
@@ -43,7 +45,7 @@ def apply(model: Model, plan: PruningPlan) -> Model:
     adopt(view.model)
     store = streamed(view.model)
     if store is not None:
-        store.follow(plan, resolve(view.model))
+        store.follow(resolve(view.model), plan.blocks, plan.tensors)
     return model
 
 
@@ -59,6 +61,22 @@ def slice_block(block: BlockView, decision: BlockPlan, tensors: Mapping[str, Ten
         name = tensor_name(block.index, kind)
         if name in tensors:
             set_output_bias(channels, tensors[name])
+
+
+@contextmanager
+def sliced(view: DecoderView, decisions: Sequence[BlockPlan]) -> Iterator[None]:
+    """The blocks of ``view`` have lost what ``decisions`` say for a while; none of them goes as a whole."""
+    store = streamed(view.model)
+    with restored(view.model):
+        for block, decision in zip(view.blocks, decisions, strict=True):
+            slice_block(block, decision, {})
+        if store is not None:
+            store.follow(view, decisions)
+        try:
+            yield
+        finally:
+            if store is not None:
+                store.follow(view, None)
 
 
 def check_fits(view: DecoderView, plan: PruningPlan) -> None:

@@ -65,8 +65,7 @@ class TwoSSP:
         """See :class:`cfsp.pruning.base.Pruner`."""
         from cfsp.importance.base import score
         from cfsp.importance.sequence_norm import SequenceNorm
-        from cfsp.models.snapshot import restored
-        from cfsp.pruning.apply import slice_block
+        from cfsp.pruning.apply import sliced
         from cfsp.pruning.complete import complete
         from cfsp.pruning.search import KnownLosses, SubmoduleSearch
 
@@ -83,9 +82,8 @@ class TwoSSP:
         def allowed(removed: Sequence[Candidate]) -> list[Candidate]:
             return [c for c in everything if c not in removed] if len(removed) < share.n_attention else []
 
-        with restored(view.model), SubmoduleSearch(context.driver, ids, known) as search:
-            for block, neurons in zip(view.blocks, kept, strict=True):
-                slice_block(block, BlockPlan(neurons), {})
+        decisions = [BlockPlan(neurons) for neurons in kept]
+        with sliced(view, decisions), SubmoduleSearch(context.driver, ids, known) as search:
             search.greedy(allowed)
         gone = {block for block, _ in search.removed}
         blocks = [BlockPlan(neurons, attention=index not in gone) for index, neurons in enumerate(kept)]

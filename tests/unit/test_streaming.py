@@ -199,7 +199,7 @@ def test_a_kill_while_writing_leaves_no_folder_and_no_file_is_written_twice(
     ("more", "parts"),
     [
         (("importance=taylor", "pruner=one_shot"), ("model.streaming=on", "gradients", "model.streaming=off")),
-        (("recovery=lora",), ("model.streaming=on", "recovery=lora", "recovery=none")),
+        (("recovery=lora", "recovery.cutoff=32"), ("model.streaming=on", "recovery=lora", "recovery=none")),
         (("calibration=self", "calibration.seq_len=32"), ("model.streaming=on", "calibration=self")),
     ],
 )
