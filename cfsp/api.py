@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.allocate.budget import Scope
+from cfsp.calibrate.batching import batch_size as chosen
 from cfsp.compose import compose
 from cfsp.config import RunConfig, parse
 from cfsp.data.calibration import Limits, from_ids
@@ -36,7 +37,7 @@ def prune(
     scope: Scope | None = None,
     round_to: int = 32,
     *,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     overrides: Sequence[str] = (),
 ) -> PruningPlan:
     """Plan the pruning of ``model`` (a transformers causal language model, left untouched).
@@ -47,6 +48,7 @@ def prune(
         ratio: fraction of the parameters of ``scope`` to remove.
         scope: ffn, decoder or model; None: the pruner's own (ffn where FFN neurons go, decoder where more does).
         round_to: kept widths are multiples of it.
+        batch_size: sequences at a time; None: what suits device and memory.
         overrides: more configuration, as on the command line: ``["allocator.temperature=2"]``.
 
     Raises:
@@ -60,7 +62,7 @@ def prune(
         *([] if scope is None else [f"sparsity.scope={scope}"]),
     ]
     config = _configuration((*settings, *overrides))
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: 1 or more sequences at a time are needed")
     check_adoptable(model)  # type: ignore[arg-type]
     view = resolve(model)
@@ -76,7 +78,7 @@ def prune(
         probe(view, heads=removes_heads(pruner_instance))
         context, _ = plan_context(
             config,
-            BlockDriver(view, batch_size),
+            BlockDriver(view, chosen(batch_size or "auto", view, calibration.input_ids.shape[1])),
             calibration,
             base_model=str(getattr(model, "name_or_path", "")) or type(model).__name__,
             base_fingerprint=_fingerprint(view),

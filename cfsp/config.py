@@ -45,6 +45,16 @@ def _protect(value: Any) -> Protect:
     raise ValueError("blocks that stay whole: use none, auto or [first,last], e.g. sparsity.protect=[4,2]")
 
 
+def _batch_size(value: Any) -> int | Literal["auto"]:
+    # One sentence where a union of types would give one per type.
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError("sequences at a time: give auto or a whole number from 1")
+
+
+BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size)]
+
+
 class Section(BaseModel):
     """A group of keys; unknown keys are errors."""
 
@@ -88,7 +98,7 @@ class TextCalibration(TextSection):
     sampling: Literal["random", "sequential"] = "random"
     n_samples: PositiveInt
     seq_len: int = Field(ge=2)
-    batch_size: PositiveInt = 8
+    batch_size: BatchSize = "auto"
 
 
 class TokensCalibration(Section):
@@ -97,7 +107,7 @@ class TokensCalibration(Section):
     path: str | None = Field(description="a .npy file of token ids, shape [n, T]")
     n_samples: PositiveInt | None = None
     seq_len: Annotated[int, Field(ge=2)] | None = None
-    batch_size: PositiveInt = 8
+    batch_size: BatchSize = "auto"
 
 
 class SelfCalibration(Section):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cfsp.calibrate.batching import batch_size
 from cfsp.calibrate.cache import StatisticsCache, read_or_compute, saved_seconds
 from cfsp.config import RunConfig, SelfCalibration
 from cfsp.data.calibration import CalibrationSet
@@ -150,7 +151,7 @@ def _stages(
         return
     with stages("calibrate") as stage, saved_seconds(stage):
         context, stage["cached"] = _context(prepared, view)
-        record.calibration = context.calibration.describe()
+        record.calibration = {**context.calibration.describe(), "batch_size": context.driver.batch_size}
     with stages("plan") as stage, saved_seconds(stage):
         plan, stage["cached"] = read_or_compute(
             prepared.progress / "plan.json",
@@ -216,7 +217,7 @@ def _state(plan: PruningPlan) -> str:
 def _context(prepared: Prepared, view: DecoderView) -> tuple[PlanContext, bool]:
     config = prepared.config
     calibration = prepared.calibration or _sampled(prepared, view.model)
-    driver = BlockDriver(view, config.calibration.batch_size)
+    driver = BlockDriver(view, batch_size(config.calibration.batch_size, view, calibration.input_ids.shape[1]))
     cache = StatisticsCache(Path(config.paths.cache_dir), prepared.source.fingerprint)
     return plan_context(
         config,

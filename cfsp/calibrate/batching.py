@@ -1,0 +1,29 @@
+"""How many sequences go through the model at a time: as many as run fastest, and as the memory holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from cfsp.memory import available
+
+if TYPE_CHECKING:
+    from cfsp.models.views import DecoderView
+
+BatchSize = int | Literal["auto"]
+
+#: More tokens at a time are no faster: on a CPU the activations leave its caches, a GPU is busy already.
+_TOKENS = {"cpu": 2048, "other": 16384}
+#: The share of the free memory that one batch may take.
+_SHARE_OF_MEMORY = 0.5
+
+
+def batch_size(asked: BatchSize, view: DecoderView, seq_len: int) -> int:
+    """``asked``, or (auto) the number of sequences of ``seq_len`` tokens that suits device and memory; at least 1."""
+    if asked != "auto":
+        return asked
+    wanted = _TOKENS.get(view.device.type, _TOKENS["other"]) // seq_len
+    # In a block at once: a few hidden states, and in the FFN gate, up and their product.
+    hidden = view.model.get_input_embeddings().weight.shape[-1]
+    per_token = (6 * hidden + 3 * max(view.widths)) * view.model.dtype.itemsize
+    fitting = int(_SHARE_OF_MEMORY * available(view.device)) // (per_token * seq_len)
+    return max(1, min(wanted, fitting))
