@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfsp.config import CalibrationSection, SelfCalibration, TextCalibration, TokensCalibration
+from cfsp.config import CalibrationSection, TextCalibration, TokensCalibration
 from cfsp.data.text import bos_of, cut_windows, locate_text, read_text, tokenise, with_bos
 from cfsp.errors import DataError
 from cfsp.models.source import file_digest
@@ -158,8 +158,6 @@ def from_tokens(section: TokensCalibration, limits: Limits, seed: int) -> Calibr
 def identity(section: CalibrationSection) -> dict[str, Any]:
     """What decides the set, by content, before anything is tokenised: for the run's identity."""
     settings = section.model_dump(exclude={"path", "hub"})
-    if not isinstance(section, SelfCalibration):  # where it decides which text is sampled
-        del settings["batch_size"]
     if isinstance(section, TextCalibration):
         settings |= locate_text(section, "calibration").identity
     elif isinstance(section, TokensCalibration):

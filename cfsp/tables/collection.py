@@ -27,6 +27,8 @@ _PLACES = {
     "trust_remote_code",
     "streaming",
 }
+#: The default of calibration.batch_size before it was auto.
+_BATCH_BEFORE_AUTO = 8
 #: Of these, what names an input.
 _OF_INPUTS = {"path", "include_path", "revision"}
 _NOT_SCIENCE = {"force", "debug", "logger", "paths", "plugins"}
@@ -135,8 +137,9 @@ def science(configuration: Mapping[str, Any]) -> str:
     kept = {key: value for key, value in configuration.items() if key not in _NOT_SCIENCE}
     kept["save"] = {key: value for key, value in kept.get("save", {}).items() if key != "model"}
     calibration = kept.get("calibration")
-    if isinstance(calibration, Mapping) and calibration.get("kind") != "self":  # moves sums in their last digits alone
-        kept["calibration"] = {key: value for key, value in calibration.items() if key != "batch_size"}
+    if isinstance(calibration, Mapping) and calibration.get("batch_size") == _BATCH_BEFORE_AUTO:
+        # Records from before there was auto: how many at a time moves sums in their last digits alone.
+        kept["calibration"] = {**calibration, "batch_size": "auto"}
     return digest(_without_places(kept))
 
 

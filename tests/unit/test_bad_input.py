@@ -70,7 +70,7 @@ def test_ratio(ratio):
         ("model.trust_remote_code=perhaps", "boolean"),
         ("calibration.n_samples=0", "greater than or equal to 1"),
         ("calibration.seq_len=1", "greater than or equal to 2"),
-        ("calibration.batch_size=0", "greater than or equal to 1"),
+        ("calibration.batch_size=0", "auto or a whole number from 1"),
         ("calibration.sampling=sequental", "did you mean sequential?"),
         ("allocator.metric=anglar", "did you mean angular?"),
         ("allocator.temperature=nan", "finite"),
