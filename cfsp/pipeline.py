@@ -61,7 +61,7 @@ def run(config: RunConfig, *, multirun: bool = False, bases: BaseModels | None =
         BusyError: another process is at this run.
         CfspError: an input is wrong (nothing was started), or a stage failed (the record says which).
     """
-    prepared = prepare(config)
+    prepared = prepare(config, held=bases.held if bases is not None else 0)
     parent = Path(config.paths.output_dir)
     out = parent / prepared.run_id if multirun else parent
     _check_owner(out, prepared.run_id, force=config.force)

@@ -50,8 +50,11 @@ class Prepared:
         return Path(self.config.paths.cache_dir) / "progress" / self.run_id
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
     """Find and check every input of a run.
+
+    Args:
+        held: bytes of memory that a base model kept from an earlier run takes, which this run may have.
 
     Raises:
         CfspError: what is wrong, with the key and the way out; inputs that do not depend on each other are
@@ -95,7 +98,7 @@ def prepare(config: RunConfig) -> Prepared:
     dtype = resolve_dtype(config.model.dtype, device, source)
     streaming = False
     with _collected(problems):
-        streaming = streams(config, view, dtype, device)
+        streaming = streams(config, view, dtype, device, held)
     _refuse(problems)
     stored_dtype = config.save.dtype or source.stored_dtype
     identity = identity_of(
@@ -113,13 +116,13 @@ def prepare(config: RunConfig) -> Prepared:
     )  # fmt: skip
 
 
-def streams(config: RunConfig, view: DecoderView, dtype: torch.dtype, device: torch.device) -> bool:
+def streams(config: RunConfig, view: DecoderView, dtype: torch.dtype, device: torch.device, held: int = 0) -> bool:
     """Whether the weights stay on disk: as ``model.streaming`` says, or (auto) because they do not fit into memory.
 
     Raises:
         ConfigError: what the run asks for needs the whole model in memory.
     """
-    needed, free = view.model_parameters * dtype.itemsize, available(device)
+    needed, free = view.model_parameters * dtype.itemsize, available(device) + held
     if config.model.streaming == "off" or (config.model.streaming == "auto" and needed < _SHARE_OF_MEMORY * free):
         return False
     if config.model.streaming == "on":

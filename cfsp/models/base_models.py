@@ -27,6 +27,13 @@ class BaseModels:
         self._kept: tuple[Any, Any] | None = None
         self._probed: set[bool] = set()
 
+    @property
+    def held(self) -> int:
+        """Bytes of the weights that are kept in memory."""
+        if self._kept is None:
+            return 0
+        return sum(p.numel() * p.element_size() for p in self._kept[1].parameters() if not p.is_meta)
+
     @contextmanager
     def lent(self, prepared: Prepared) -> Iterator[tuple[Any, bool]]:
         """(the model, was it here?). Slicing swaps modules and parameters, which a snapshot undoes.

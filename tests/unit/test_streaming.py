@@ -221,6 +221,31 @@ def test_auto_streams_what_does_not_fit(run_cfsp, words, monkeypatch) -> None:
     assert made
 
 
+def test_the_base_model_that_a_sweep_keeps_is_not_counted_against_its_next_run(words, monkeypatch, tmp_path) -> None:
+    from cfsp import prepare
+    from cfsp.compose import compose
+    from cfsp.config import parse
+    from cfsp.models.base_models import BaseModels
+    from cfsp.pipeline import run
+
+    bases = BaseModels(keep=True)
+    total = 10_000_000
+    monkeypatch.setattr(prepare, "available", lambda device: total - bases.held)
+    monkeypatch.setattr(base_models, "load_streamed", lambda *args, **keys: pytest.fail("it fits"))
+    for ratio in (0.3, 0.5):
+        more = [
+            f"sparsity.ratio={ratio}",
+            "logger=none",
+            "save.model=false",
+            f"paths.output_dir={tmp_path / str(ratio)}",
+        ]
+        folders = {"output_dir": str(ratio), "cache_dir": "c", "records_dir": "r"}
+        places = [f"paths.{key}={tmp_path / name}" for key, name in folders.items()]
+        run(parse(compose([*words, *more, *places])), bases=bases)
+        total = int(bases.held / 0.7)  # the weights fit, beside themselves they do not
+    assert bases.held
+
+
 @pytest.fixture
 def damaged(folder, tmp_path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "damaged"))
