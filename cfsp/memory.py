@@ -10,7 +10,6 @@ import torch
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
-_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def available(device: torch.device) -> int:
@@ -25,14 +24,14 @@ def available(device: torch.device) -> int:
     return max(0, min(free))
 
 
-def return_large_blocks() -> None:
-    """Have glibc give memory from 4 MiB on back to the system when it is freed (it keeps up to 32 MiB a piece).
+def return_freed() -> None:
+    """Have glibc give freed memory back to the system, of which it keeps pieces up to 32 MiB.
 
     Else the tensors of one block, freed one by one, leave holes that those of the next do not fit into, and a process
     that holds two blocks grows to many.
     """
     with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _machine() -> int:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.errors import CheckpointError, UnsupportedModelError
-from cfsp.memory import return_large_blocks
+from cfsp.memory import return_freed
 from cfsp.models.shards import Shards
 from cfsp.models.views import BlockView, DecoderView, resolve
 
@@ -215,6 +215,8 @@ class StreamedWeights:
             parameter = module._parameters[name]
             assert parameter is not None
             module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        if self.device.type == "cpu":
+            return_freed()
 
     def _forget(self) -> None:
         for future in self._coming.values():
@@ -291,7 +293,6 @@ def load_streamed(
 
     from cfsp.models.load import load_config
 
-    return_large_blocks()
     config = load_config(source, trust_remote_code=trust_remote_code)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
