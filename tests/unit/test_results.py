@@ -15,6 +15,7 @@ from tests.conftest import ROOT
 
 RESULTS = ROOT / "results"
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+BENCHMARKS = {"calibration", "streaming", "sweep"}
 RECORDED = sorted(
     (name, path.name) for name in EXPERIMENTS for path in (RESULTS / "records" / name).glob("*") if path.is_dir()
 )
@@ -55,9 +56,16 @@ def test_nothing_lies_there_that_no_experiment_or_script_made():
         "recoveries.md",
         "pruners-books7m.md",
         "pruners-stories260K.md",
-        "benchmark_sweep.md",
+        *(f"benchmark_{name}.md" for name in BENCHMARKS),
     }
-    assert {path.name for path in (RESULTS / "benchmarks").iterdir()} == {"sweep.json"}
+    assert {path.stem for path in (RESULTS / "benchmarks").iterdir()} == BENCHMARKS
+
+
+@pytest.mark.parametrize("name", sorted(BENCHMARKS - {"sweep"}))
+def test_a_benchmark_holds_its_limits_in_the_table_that_is_committed(name):
+    found = json.loads((RESULTS / "benchmarks" / f"{name}.json").read_text(encoding="utf-8"))
+    assert found["environment"]["git"]["dirty"] is False
+    assert "MISSED" not in (RESULTS / "tables" / f"benchmark_{name}.md").read_text(encoding="utf-8")
 
 
 def test_the_benchmark_of_a_sweep_is_what_its_table_says_and_holds_its_limit():
