@@ -202,18 +202,23 @@ def _check_described(model: PreTrainedModel) -> None:
 def _write_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> int:
     """One tensor at a time is copied (dtype, device, layout) or, of a streamed model, one block read."""
     store = streamed(model)
-    shards = list(_shards(_described(model, dtype), MAX_SHARD_BYTES if store is None else STREAMED_SHARD_BYTES))
+    tensors = _unique_tensors(model) if store is None else {}
+    entries = (
+        state_tensors(model)
+        if store is not None
+        else [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    )
+    described = [
+        Outgoing(name, shape, dtype if dtype and kind.is_floating_point else kind) for name, shape, kind in entries
+    ]
+    shards = list(_shards(described, MAX_SHARD_BYTES if store is None else STREAMED_SHARD_BYTES))
     names = [
         WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         for number in range(1, len(shards) + 1)
     ]
     missing = {name: shard for name, shard in zip(names, shards, strict=True) if not (folder / name).is_file()}
     order = [outgoing.name for shard in missing.values() for outgoing in shard]
-    if store is not None:
-        source = values(model, order)
-    else:
-        tensors = _unique_tensors(model)
-        source = ((name, tensors[name]) for name in order)
+    source = values(model, order) if store is not None else ((name, tensors[name]) for name in order)
     for name, shard in missing.items():
         write_file(folder / f"{name}.partial", shard, source)
         (folder / f"{name}.partial").rename(folder / name)
@@ -232,14 +237,6 @@ def _scratch_key(model: PreTrainedModel, written: str, source: Path | None, file
     for name in sorted(files):
         digest.update(name.encode() + files[name])
     return digest.hexdigest()[:16]
-
-
-def _described(model: PreTrainedModel, dtype: torch.dtype | None) -> list[Outgoing]:
-    if streamed(model) is not None:
-        entries = list(state_tensors(model))
-    else:
-        entries = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in _unique_tensors(model).items()]
-    return [Outgoing(name, shape, dtype if dtype and kind.is_floating_point else kind) for name, shape, kind in entries]
 
 
 def _unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ def weight_map(folder: Path) -> dict[str, str]:
     """
     try:
         found: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        {**found}, set(found.values())
+        set(found.values())  # names, not lists
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / INDEX}: not a readable index ({error!r}); fetch the model again") from error
@@ -94,9 +94,6 @@ class Shards:
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._places[name].shape
 
     def in_order(self, names: Iterable[str]) -> list[str]:
         """``names`` in the order in which they lie on disk."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.memory import return_freed
 from cfsp.models.shards import Shards
-from cfsp.models.views import BlockView, DecoderView, resolve
+from cfsp.models.views import BlockView, DecoderView, resolve, view_block
 
 if TYPE_CHECKING:
     from cfsp.models.source import ModelSource
@@ -34,7 +34,7 @@ class _Origin:
     """Where a block comes from: its index in the checkpoint, its modules as stored (meta), what stays of it."""
 
     index: int
-    stored: BlockView
+    stored: nn.Module
     decision: BlockPlan | None = None
 
 
@@ -48,7 +48,6 @@ class StreamedWeights:
     def __init__(self, model: Any, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
         self.model, self.shards, self.dtype, self.device = model, shards, dtype, device
         self.rounded_to: torch.dtype | None = None
-        self.reads: list[int] = []
         #: Content samples by index in the checkpoint (:func:`cfsp.models.sample.block_sample`).
         self.samples: dict[int, bytes] = {}
         self._names = _stored_names(model, shards)
@@ -59,9 +58,7 @@ class StreamedWeights:
         view = resolve(model)
         prefixes = {module: name for name, module in model.named_modules()}
         self._prefixes = [f"{prefixes[block.module]}." for block in view.blocks]
-        self._dense = tuple(
-            _Origin(block.index, replace(block, module=_meta_copy(block.module))) for block in view.blocks
-        )
+        self._dense = tuple(_Origin(block.index, _meta_copy(block.module)) for block in view.blocks)
         self._origins = self._dense
         self._tensors: Mapping[str, Tensor] = {}
         self.reads = [0] * len(view.blocks)
@@ -130,7 +127,6 @@ class StreamedWeights:
         for handle in self._hooked:
             handle.remove()
         self._hooked = []
-        self._blocks = {block.module for block in view.blocks}
         self._within = {module for block in view.blocks for module in block.module.modules()}
 
         for block in view.blocks:
@@ -231,8 +227,7 @@ class StreamedWeights:
         origin = self._origins[at]
         self.reads[origin.index] += 1
         prefix = self._prefixes[origin.index]
-        block = replace(origin.stored, module=_meta_copy(origin.stored.module))
-        block = _seen_again(self.model, block)
+        block = view_block(self.model, f"block {origin.index}", origin.index, _meta_copy(origin.stored))
         places = {self._names[prefix + path]: (module, name) for module, name, path in _places(block.module)}
         for stored in self.shards.in_order(places):
             tensor = self._as_computed(stored, self.shards.read(stored), block=origin.index)
@@ -378,13 +373,6 @@ def _meta_copy(module: nn.Module) -> nn.Module:
     finally:
         for child, after, before in hooks:
             child._forward_hooks, child._forward_pre_hooks = after, before
-
-
-def _seen_again(model: Any, block: BlockView) -> BlockView:
-    """The view of a block whose module was copied."""
-    from cfsp.models.views import view_block
-
-    return view_block(model, f"block {block.index}", block.index, block.module)
 
 
 def state_tensors(model: Any) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
