@@ -65,7 +65,7 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
     with _collected(problems):
         device = resolve_device(config.model.device)
     with _collected(problems):
-        source = locate(config.model)
+        source = locate(config.model, Path(config.paths.cache_dir) / "digests")
     for key, folder in (("cache_dir", config.paths.cache_dir), ("records_dir", config.paths.records_dir)):
         with _collected(problems):
             check_writable(f"paths.{key}", Path(folder))

@@ -10,21 +10,20 @@ import copy
 import hashlib
 import json
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cfsp.errors import CheckpointError, RunError
 from cfsp.models.remote_code import PRUNED_PREFIX, pruned_family, stock_type
-from cfsp.models.shard_writer import Outgoing, write_file
+from cfsp.models.shard_writer import Outgoing, write_shards
 from cfsp.models.shards import INDEX, WEIGHTS, read_header, weight_files, weight_map
 from cfsp.models.streamed import state_tensors, streamed, values
+from cfsp.models.whole_folder import whole_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,11 +83,9 @@ def save_checkpoint(
     _check_described(model)
     pruned = model.config.model_type.startswith(PRUNED_PREFIX)
     written = str(dtype or model.dtype).removeprefix("torch.")
-    scratch = folder.with_name(f".{folder.name}.{_scratch_key(model, written, source, files)}")
-    try:
-        scratch.mkdir(parents=True, exist_ok=True)
+    with whole_folder(folder, _scratch_key(model, written, source, files)) as scratch:
         size = _write_weights(model, scratch, dtype)
-        _write_json(scratch / "config.json", _config_dict(model, written))
+        write_json(scratch / "config.json", _config_dict(model, written))
         if model.generation_config is not None:
             # Not save_pretrained: it refuses settings that published models do have.
             model.generation_config.to_json_file(scratch / "generation_config.json")
@@ -96,17 +93,12 @@ def save_checkpoint(
             for name, text in pruned_family(stock_type(model.config.model_type)).files.items():
                 (scratch / name).write_text(text, encoding="utf-8")
         if source is not None:
-            _copy_tokenizer(Path(source), scratch)
+            copy_tokenizer(Path(source), scratch)
         form = "remote_code" if pruned else "plain"
-        _write_json(scratch / MARKER, {"schema": 1, "form": form, "dtype": written, "state": state})
+        write_json(scratch / MARKER, {"schema": 1, "form": form, "dtype": written, "state": state})
         for name, content in (files or {}).items():
             (scratch / name).parent.mkdir(exist_ok=True)
             (scratch / name).write_bytes(content)
-        _replace(scratch, folder)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: the model cannot be saved there ({error})") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return SavedCheckpoint(folder, form, size, written)
 
 
@@ -211,28 +203,21 @@ def _write_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype | No
     described = [
         Outgoing(name, shape, dtype if dtype and kind.is_floating_point else kind) for name, shape, kind in entries
     ]
-    shards = list(_shards(described, MAX_SHARD_BYTES if store is None else STREAMED_SHARD_BYTES))
-    names = [
-        WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        for number in range(1, len(shards) + 1)
-    ]
-    missing = {name: shard for name, shard in zip(names, shards, strict=True) if not (folder / name).is_file()}
-    order = [outgoing.name for shard in missing.values() for outgoing in shard]
-    source = values(model, order) if store is not None else ((name, tensors[name]) for name in order)
-    for name, shard in missing.items():
-        write_file(folder / f"{name}.partial", shard, source)
-        (folder / f"{name}.partial").rename(folder / name)
-    by_file = {outgoing.name: name for name, shard in zip(names, shards, strict=True) for outgoing in shard}
-    total = sum(outgoing.size for shard in shards for outgoing in shard)
-    if len(shards) > 1:
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": by_file})
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    limit = MAX_SHARD_BYTES if store is None else STREAMED_SHARD_BYTES
+    return write_shards(
+        folder,
+        described,
+        lambda order: values(model, order) if store is not None else ((name, tensors[name]) for name in order),
+        limit,
+    )
 
 
-def _scratch_key(model: PreTrainedModel, written: str, source: Path | None, files: Mapping[str, bytes] | None) -> str:
-    """The same for the same checkpoint of a streamed model (its plan is among ``files``), else one of its own."""
+def _scratch_key(
+    model: PreTrainedModel, written: str, source: Path | None, files: Mapping[str, bytes] | None
+) -> str | None:
+    """The same for the same checkpoint of a streamed model (its plan is among ``files``); None: one of its own."""
     if streamed(model) is None or not files:
-        return uuid.uuid4().hex[:8]
+        return None
     digest = hashlib.sha256(f"{written} {source} {MAX_SHARD_BYTES} {STREAMED_SHARD_BYTES}".encode())
     for name in sorted(files):
         digest.update(name.encode() + files[name])
@@ -259,16 +244,6 @@ def _unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return unique
 
 
-def _shards(tensors: list[Outgoing], limit: int) -> Iterator[list[Outgoing]]:
-    shard: list[Outgoing] = []
-    for outgoing in tensors:
-        if shard and sum(other.size for other in shard) + outgoing.size > limit:
-            yield shard
-            shard = []
-        shard.append(outgoing)
-    yield shard
-
-
 def _config_dict(model: PreTrainedModel, dtype: str) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(model.config.to_json_string())
     config["architectures"] = [type(model).__name__]
@@ -276,10 +251,10 @@ def _config_dict(model: PreTrainedModel, dtype: str) -> dict[str, Any]:
     config.pop("auto_map", None)
     if model.config.model_type.startswith(PRUNED_PREFIX):
         config["auto_map"] = pruned_family(stock_type(model.config.model_type)).auto_map
-    return config | _legacy_rope(config.get("rope_parameters"))
+    return config | legacy_rope(config.get("rope_parameters"))
 
 
-def _legacy_rope(rope: dict[str, Any] | None) -> dict[str, Any]:
+def legacy_rope(rope: dict[str, Any] | None) -> dict[str, Any]:
     """The spelling of transformers 4, which ignores ``rope_parameters`` and silently takes its own theta."""
     if not rope:
         return {}
@@ -294,7 +269,8 @@ def _legacy_rope(rope: dict[str, Any] | None) -> dict[str, Any]:
     return legacy
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer files of one model folder to another."""
     for pattern in _TOKENIZER_FILES:
         for file in source.glob(pattern):
             if file.is_file():
@@ -307,19 +283,6 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
         settings.write_text(text, encoding="utf-8")
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """As a model folder has its JSON files."""
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _replace(scratch: Path, folder: Path) -> None:
-    if not folder.exists():
-        scratch.rename(folder)
-        return
-    retired = scratch.with_name(scratch.name + ".old")
-    folder.rename(retired)
-    try:
-        scratch.rename(folder)
-    except OSError:
-        retired.rename(folder)
-        raise
-    shutil.rmtree(retired)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.memory import return_freed
+from cfsp.models.hidden_states import Room
 from cfsp.models.shards import Shards
 from cfsp.models.views import BlockView, DecoderView, resolve, view_block
 
@@ -42,12 +43,14 @@ class StreamedWeights:
     """The weights of ``model``, read from ``shards`` when they are needed, as ``dtype`` on ``device``.
 
     ``rounded_to``: a narrower dtype that the values are rounded to, as a checkpoint of it would hold them.
-    ``reads``: how often each block was read.
+    ``room``: where hidden states between two blocks are held. ``reads``: how often each block was read.
     """
 
     def __init__(self, model: Any, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
         self.model, self.shards, self.dtype, self.device = model, shards, dtype, device
         self.rounded_to: torch.dtype | None = None
+        #: Where the hidden states between two blocks are held; None: on ``device``.
+        self.room: Room | None = None
         #: Content samples by index in the checkpoint (:func:`cfsp.models.sample.block_sample`).
         self.samples: dict[int, bytes] = {}
         self._names = _stored_names(model, shards)
