@@ -25,6 +25,7 @@ from cfsp.models.remote_code import PRUNED_PREFIX, pruned_family, stock_type
 from cfsp.models.shard_writer import Outgoing, write_file
 from cfsp.models.shards import INDEX, WEIGHTS, read_header, weight_files, weight_map
 from cfsp.models.streamed import state_tensors, streamed, values
+from cfsp.verify.reference import place_of, reference_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,6 +65,7 @@ def save_checkpoint(
     source: Path | None = None,
     state: str = "pruned",
     files: Mapping[str, bytes] | None = None,
+    reference: bool = True,
 ) -> SavedCheckpoint:
     """Write ``model`` to ``folder``, all or nothing; a folder that cfsp wrote earlier is replaced.
 
@@ -74,10 +76,13 @@ def save_checkpoint(
         source: folder whose tokenizer files are copied.
         state: what happened to the weights: pruned, compensated or recovered.
         files: name -> content of further files (the plan), written together with the rest.
+        reference: write what the model computes of fixed tokens, which ``cfsp verify`` compares other tools with. A
+            streamed model is read once more for it.
 
     Raises:
         CheckpointError: the folder holds other things or cannot be written, or the model's class and
             configuration do not describe its parameters (``remote_code.adopt`` makes them).
+        RunError: the model computes values that are not finite.
     """
     folder = Path(folder).resolve()
     check_destination(folder)
@@ -102,6 +107,8 @@ def save_checkpoint(
         for name, content in (files or {}).items():
             (scratch / name).parent.mkdir(exist_ok=True)
             (scratch / name).write_bytes(content)
+        if reference and not place_of(scratch).is_file():
+            reference_of(model, dtype=dtype, tokenizer=scratch).write(place_of(scratch))
         _replace(scratch, folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: the model cannot be saved there ({error})") from error
