@@ -20,7 +20,7 @@ log-probabilities of fixed tokens with those that the model had in memory when i
 
   cfsp verify path=OUT/model                     the folder that a run wrote (path=OUT will do), or an export of it
   cfsp verify path=FILE.gguf                     a GGUF file that cfsp exported
-  cfsp verify path=DIR tools=transformers,peft   these tools alone; there are {", ".join(TOOLS)}
+  cfsp verify path=DIR tools=transformers,peft   these tools alone, of {", ".join(TOOLS)}
   cfsp verify path=DIR python.vllm=PYTHON        look for vLLM in another environment: /path/to/venv/bin/python
   cfsp verify path=DIR record=FILE.json          write the table as JSON too
 
@@ -98,6 +98,7 @@ def _model_at(path: Path) -> Path:
 
 def _verify(request: Request) -> int:
     from cfsp.progress import progress
+    from cfsp.verify.comparison import Finding, compare, tolerance_of
     from cfsp.verify.reference import place_of, read_reference
 
     reference = read_reference(place_of(request.path))
@@ -113,7 +114,18 @@ def _verify(request: Request) -> int:
     }
     findings = []
     for tool in progress(request.tools, "verify", unit="tool"):
-        findings.append(_finding(tool, request, asked, reference, form, weights, there[tool.name]))
+        unread = _unread(tool, form, request.path)
+        if unread:
+            findings.append(Finding(tool.name, "another form", note=unread))
+        elif not there[tool.name]:
+            findings.append(Finding(tool.name, "not installed"))
+        else:
+            try:
+                answer = ask(tool, asked, request.pythons.get(tool.name, sys.executable))
+                allowed = tolerance_of(tool.float32, reference.computed, weights)
+                findings.append(compare(tool.name, answer, reference, allowed))
+            except RunError as error:
+                findings.append(Finding(tool.name, "fails", note=str(error)))
     if request.record is not None:
         _write(request.record, request.path, reference, findings)
     if not any(finding.tried for finding in findings):
@@ -125,24 +137,17 @@ def _verify(request: Request) -> int:
     return _show(request.path, findings)
 
 
-def _finding(
-    tool: Tool, request: Request, asked: dict[str, Any], reference: Any, form: str, weights: str, there: bool
-) -> Any:
-    from cfsp.verify.comparison import Finding, compare, tolerance_of
-
-    if tool.reads == "gguf" and form != "gguf":
-        return Finding(tool.name, "another form", note="reads GGUF files: cfsp export path=DIR format=gguf")
-    if form == "gguf" and tool.reads != "gguf":
-        return Finding(tool.name, "another form", note="reads model folders")
+def _unread(tool: Tool, form: str, path: Path) -> str:
+    """Why the tool does not read this kind of export; empty where it should."""
+    if tool.reads == "gguf":
+        return "" if form == "gguf" else "reads GGUF files: cfsp export path=DIR format=gguf"
+    if form == "gguf":
+        return "reads model folders"
     if form == "decilm" and tool.name != "vllm":
-        return Finding(tool.name, "another form", note="has no class for this folder, which is for vLLM")
-    if not there:
-        return Finding(tool.name, "not installed")
-    try:
-        answer = ask(tool, asked, request.pythons.get(tool.name, sys.executable))
-    except RunError as error:
-        return Finding(tool.name, "fails", note=str(error))
-    return compare(tool.name, answer, reference, tolerance_of(tool.float32, reference.computed, weights))
+        return "has no class for this folder, which is made for vLLM"
+    if tool.name == "lm_eval" and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return "needs a tokenizer, and the folder has none"
+    return ""
 
 
 def _form(path: Path) -> tuple[str, str]:
