@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,12 @@ from cfsp.models.shard_writer import Outgoing, write_shards
 from cfsp.models.shards import INDEX, WEIGHTS, read_header, weight_files, weight_map
 from cfsp.models.streamed import state_tensors, streamed, values
 from cfsp.models.whole_folder import whole_folder
+from cfsp.verify.reference import StreamedReference, place_of, reference_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from cfsp.models.views import BlockView
 
 MARKER = "cfsp_checkpoint.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -63,6 +66,7 @@ def save_checkpoint(
     source: Path | None = None,
     state: str = "pruned",
     files: Mapping[str, bytes] | None = None,
+    reference: bool = True,
 ) -> SavedCheckpoint:
     """Write ``model`` to ``folder``, all or nothing; a folder that cfsp wrote earlier is replaced.
 
@@ -73,10 +77,12 @@ def save_checkpoint(
         source: folder whose tokenizer files are copied.
         state: what happened to the weights: pruned, compensated or recovered.
         files: name -> content of further files (the plan), written together with the rest.
+        reference: write what the model computes of fixed tokens, which ``cfsp verify`` compares other tools with.
 
     Raises:
         CheckpointError: the folder holds other things or cannot be written, or the model's class and
             configuration do not describe its parameters (``remote_code.adopt`` makes them).
+        RunError: the model computes values that are not finite.
     """
     folder = Path(folder).resolve()
     check_destination(folder)
@@ -84,7 +90,12 @@ def save_checkpoint(
     pruned = model.config.model_type.startswith(PRUNED_PREFIX)
     written = str(dtype or model.dtype).removeprefix("torch.")
     with whole_folder(folder, _scratch_key(model, written, source, files)) as scratch:
-        size = _write_weights(model, scratch, dtype)
+        if source is not None:
+            copy_tokenizer(Path(source), scratch)
+        # The blocks that are read to be written compute the reference on the way.
+        wanted = reference and streamed(model) is not None and not place_of(scratch).is_file()
+        walk = StreamedReference(model, dtype=dtype, tokenizer=scratch) if wanted else None
+        size = _write_weights(model, scratch, dtype, walk)
         write_json(scratch / "config.json", _config_dict(model, written))
         if model.generation_config is not None:
             # Not save_pretrained: it refuses settings that published models do have.
@@ -92,13 +103,14 @@ def save_checkpoint(
         if pruned:
             for name, text in pruned_family(stock_type(model.config.model_type)).files.items():
                 (scratch / name).write_text(text, encoding="utf-8")
-        if source is not None:
-            copy_tokenizer(Path(source), scratch)
         form = "remote_code" if pruned else "plain"
         write_json(scratch / MARKER, {"schema": 1, "form": form, "dtype": written, "state": state})
         for name, content in (files or {}).items():
             (scratch / name).parent.mkdir(exist_ok=True)
             (scratch / name).write_bytes(content)
+        if reference and not place_of(scratch).is_file():
+            found = walk.found() if walk is not None else None
+            (found or reference_of(model, dtype=dtype, tokenizer=scratch)).write(place_of(scratch))
     return SavedCheckpoint(folder, form, size, written)
 
 
@@ -191,7 +203,9 @@ def _check_described(model: PreTrainedModel) -> None:
             )
 
 
-def _write_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> int:
+def _write_weights(
+    model: PreTrainedModel, folder: Path, dtype: torch.dtype | None, visit: Callable[[BlockView], None] | None
+) -> int:
     """One tensor at a time is copied (dtype, device, layout) or, of a streamed model, one block read."""
     store = streamed(model)
     tensors = _unique_tensors(model) if store is None else {}
@@ -207,7 +221,7 @@ def _write_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype | No
     return write_shards(
         folder,
         described,
-        lambda order: values(model, order) if store is not None else ((name, tensors[name]) for name in order),
+        lambda order: values(model, order, visit) if store is not None else ((name, tensors[name]) for name in order),
         limit,
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -389,8 +389,13 @@ def state_tensors(model: Any) -> Iterator[tuple[str, tuple[int, ...], torch.dtyp
         seen.add(id(parameter))
 
 
-def values(model: Any, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of ``names``, which stand together by block; each block is read once."""
+def values(
+    model: Any, names: Sequence[str], visit: Callable[[BlockView], None] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of ``names``, which stand together by block; each block is read once.
+
+    ``visit`` is called with each block while its weights are in memory.
+    """
     store = streamed(model)
     assert store is not None
     view = resolve(model)
@@ -405,5 +410,9 @@ def values(model: Any, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
             continue
         if current is None or current[0] != prefix:
             current = None
-            current = (prefix, store.tensors(prefixes[prefix]))
+            block = prefixes[prefix]
+            with store.resident(block):
+                if visit is not None:
+                    visit(block)
+                current = (prefix, {path: parameter.detach() for path, parameter in block.module.named_parameters()})
         yield name, current[1][name.removeprefix(prefix)]

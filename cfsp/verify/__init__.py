@@ -1,0 +1,1 @@
+"""Whether a saved model computes in other tools what it computed in memory when it was saved."""
