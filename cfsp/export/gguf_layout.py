@@ -32,14 +32,17 @@ _LINEARS = (*_OF_ATTENTION, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", 
 _BIASES: dict[str, tuple[str, ...]] = {
     "llama": _LINEARS, "deci": _LINEARS, "qwen2": _OF_ATTENTION, "qwen3": _OF_ATTENTION, "openelm": (),
 }  # fmt: skip
-#: Which ways to scale RoPE are known there.
-_SCALED: dict[str, tuple[str, ...]] = {
-    "llama": ("default", "linear", "llama3"),
-    "deci": ("default", "linear", "llama3"),
-    "qwen2": ("default", "linear"),
-    "qwen3": ("default", "linear"),
-    "openelm": ("default", "linear"),
+#: Which ways to scale RoPE are known there. llama3: a tensor of factors, that the others do not read.
+_EVERYWHERE = ("default", "linear", "yarn")
+_SCALED = {
+    "llama": (*_EVERYWHERE, "llama3"),
+    "deci": (*_EVERYWHERE, "llama3"),
+    "qwen2": _EVERYWHERE,
+    "qwen3": _EVERYWHERE,
+    "openelm": _EVERYWHERE,
 }
+#: Settings of YaRN that programs on llama.cpp do not take from the file, with the values that they assume.
+_YARN_ASSUMED = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None, "mscale": None}
 _NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -190,6 +193,11 @@ def _rope(source: ModelFolder, config: Mapping[str, Any]) -> dict[str, Any]:
             f"{source.folder}: RoPE of rope_type={kind} cannot be written for {source.family}; GGUF takes "
             f"{', '.join(sorted(known))} (qwen3: {', '.join(_SCALED['qwen3'])}); use format=hf"
         )
+    for key, assumed in _YARN_ASSUMED.items() if kind == "yarn" else ():
+        if rope.get(key) not in (None, assumed):
+            raise UnsupportedModelError(
+                f"{source.folder}: YaRN with {key}={rope[key]} has no form in GGUF, only {assumed} has; use format=hf"
+            )
     if part != 1.0:
         raise UnsupportedModelError(
             f"{source.folder}: partial_rotary_factor={part} has no form in GGUF, where whole heads turn; use format=hf"
@@ -244,8 +252,10 @@ def _values(
     }
     if architecture in _STOCK.values():
         values |= {key: value[0] for key, value in values.items() if isinstance(value, list)}
-    if rope["rope_type"] == "linear":
-        values |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    if rope["rope_type"] in ("linear", "yarn"):
+        values |= {"rope.scaling.type": rope["rope_type"], "rope.scaling.factor": float(rope["factor"])}
+    if rope["rope_type"] == "yarn":
+        values["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
     return values
 
 

@@ -228,6 +228,13 @@ def test_qwen2_whose_heads_are_no_square_becomes_deci(tmp_path, folder_of):
     assert (file.architecture, file["attention.head_count"]) == ("deci", [2, 2, 2])
 
 
+def test_yarn_is_written_with_the_length_it_extends(tmp_path, folder_of):
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+    file = written(tmp_path, folder_of("qwen2", UNEQUAL, rope_parameters=rope)[1])
+    assert (file["rope.scaling.type"], file["rope.scaling.factor"]) == ("yarn", 4.0)
+    assert file["rope.scaling.original_context_length"] == 32
+
+
 @pytest.mark.parametrize(("family", "architecture"), [("llama", "llama"), ("qwen2", "deci")])
 def test_llama3_rope_is_a_tensor_of_factors(tmp_path, folder_of, family, architecture):
     model, source = folder_of(family, rope_parameters=dict(LLAMA3))
@@ -345,6 +352,11 @@ def test_a_bias_that_openelm_cannot_hold_is_refused(tmp_path, folder_of):
     ("family", "rope", "parts"),
     [
         ("llama", {"rope_type": "dynamic", "factor": 2.0}, ("rope_type=dynamic", "linear, llama3")),
+        (
+            "llama",
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 16},
+            ("YaRN with beta_fast=16",),
+        ),
         ("qwen3", LLAMA3, ("rope_type=llama3", "qwen3")),
         ("llama", {"rope_type": "default", "partial_rotary_factor": 0.5}, ("partial_rotary_factor=0.5",)),
     ],
