@@ -141,7 +141,7 @@ class SparsitySection(Section):
 
 class SaveSection(Section):
     model: bool = True
-    format: Literal["hf"] = "hf"
+    format: Literal["hf", "padded", "gguf", "decilm"] = "hf"
     dtype: SavedDType | None = None
 
 
