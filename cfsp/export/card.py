@@ -165,7 +165,8 @@ def _base(origin: str) -> tuple[str, str | None]:
 
 
 def _calibration(found: Mapping[str, Any]) -> str:
-    sizes = f"{found['n']} windows of {found['seq_len']} tokens" if {"n", "seq_len"} <= found.keys() else ""
+    known = {"n_samples", "seq_len"} <= found.keys()
+    sizes = f"{found['n_samples']} windows of {found['seq_len']} tokens" if known else ""
     return ", ".join(part for part in (str(found.get("name", "")), sizes) if part) or "none"
 
 

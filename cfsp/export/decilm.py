@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cfsp.errors import UnsupportedModelError
-from cfsp.export.filling import Wanted, filled_up, layer_tensors, other_tensors, sizes, up_to
+from cfsp.export.filling import Wanted, filled_up, has_biases, layer_tensors, other_tensors, sizes, up_to
 from cfsp.export.folder import ModelFolder
 from cfsp.export.plain_folder import write_plain_folder
 from cfsp.export.result import Exported
@@ -99,7 +99,7 @@ def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, m
         "intermediate_size": max(w.width for w in wanted),
         "block_configs": blocks,
     }
-    if source.has("model.layers.0.self_attn.q_proj.bias"):
+    if has_biases(source, "self_attn.q_proj"):
         config["qkv_bias"] = True
     tensors = [*other_tensors(source)]
     for index, sized in enumerate(wanted):

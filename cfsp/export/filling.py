@@ -70,7 +70,7 @@ def layer_tensors(source: ModelFolder, index: int, wanted: Wanted) -> Iterator[L
         if not there["mlp" if name.startswith("mlp") else "attention"]:
             continue
         yield _tensor(source, f"{prefix}{name}.weight", shape)
-        if name in wanted.biases or source.has(f"{prefix}{name}.bias"):
+        if name in wanted.biases or has_biases(source, name):
             yield _tensor(source, f"{prefix}{name}.bias", shape[:1])
     if there["attention"]:
         for name in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
@@ -79,6 +79,15 @@ def layer_tensors(source: ModelFolder, index: int, wanted: Wanted) -> Iterator[L
     for name, kind in _NORMS.items():
         if there[kind]:
             yield _tensor(source, prefix + name, (hidden,), fill=1.0)
+
+
+def has_biases(source: ModelFolder, projection: str) -> bool:
+    """Whether the base architecture gives ``projection`` ("mlp.down_proj") a bias in every layer."""
+    return any(
+        source.has(f"model.layers.{index}.{projection}.bias")
+        for index, layer in enumerate(source.layers)
+        if projection not in layer.added_bias
+    )
 
 
 def other_tensors(source: ModelFolder) -> Iterator[LayerTensor]:
