@@ -370,7 +370,10 @@ def test_only_own_folders_are_replaced(saved: Path, tmp_path: Path) -> None:
 
 
 def test_a_failed_save_leaves_the_old_folder(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {file.name: file.read_bytes() for file in saved.rglob("*") if file.is_file()}
+    def content() -> dict[Path, bytes]:
+        return {file: file.read_bytes() for file in saved.rglob("*") if file.is_file()}
+
+    before = content()
 
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -378,7 +381,7 @@ def test_a_failed_save_leaves_the_old_folder(saved: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(shard_writer, "write_file", full_disk)
     with pytest.raises(CheckpointError, match=r"model.*No space left"):
         save_checkpoint(pruned(), saved)
-    assert {file.name: file.read_bytes() for file in saved.rglob("*") if file.is_file()} == before
+    assert content() == before
     assert [file.name for file in saved.parent.iterdir()] == [saved.name]
 
 
