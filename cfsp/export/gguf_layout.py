@@ -407,17 +407,17 @@ def _notes(
         )
     empty = [block.index for block in blocks if block.zero_ffn]
     if empty:
-        yield f"An FFN of {CHUNK} zero neurons stands where there is none, in block {_listed(empty)}."
+        yield f"An FFN of {CHUNK} zero neurons stands where there is none, in {_listed(empty)}."
     stubs = [block.index for block in blocks if block.zero_attention]
     if stubs:
-        yield f"One attention head of zeros stands where there is no attention, in block {_listed(stubs)}."
+        yield f"One attention head of zeros stands where there is no attention, in {_listed(stubs)}."
     window = _window(config)
     if window and window < int(config["max_position_embeddings"]):
         yield f"Exact for texts of up to {window} tokens, the sliding window, which llama.cpp does not slide."
 
 
 def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
+    return f"block{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def model_config(source: ModelFolder) -> dict[str, Any]:

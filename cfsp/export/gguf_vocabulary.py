@@ -274,19 +274,20 @@ def _added(file: Path, content: Mapping[str, Any], special: dict[str, int]) -> t
 def _sentencepiece_bpe(
     file: Path, content: Mapping[str, Any], tokens: list[str], merges: list[tuple[str, ...]], shared: dict[str, Any]
 ) -> Vocabulary:
-    prefix = _space_prefix(file, content)
+    prefix, notes = _space_prefix(file, content)
     model = file.with_name("tokenizer.model")
     pieces = read_sentencepieces(model).pieces if model.is_file() else []
     if pieces and len(pieces) <= len(tokens) and all(p.text == t for p, t in zip(pieces, tokens, strict=False)):
         scores = [piece.score for piece in pieces] + [0.0] * (len(tokens) - len(pieces))
     else:
         scores = _scores(file, tokens, shared["types"], merges)
-    return Vocabulary("llama", tokens, scores=scores, space_prefix=prefix, **shared)
+    return Vocabulary("llama", tokens, scores=scores, space_prefix=prefix, notes=notes, **shared)
 
 
-def _space_prefix(file: Path, content: Mapping[str, Any]) -> bool:
-    """Whether a space goes before a text; both ways in which tokenizer.json says so."""
+def _space_prefix(file: Path, content: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]]:
+    """Whether a space goes before a text (tokenizer.json has two ways to say so), and what the user should know."""
     prefix = False
+    notes: tuple[str, ...] = ()
     for step in _steps(content.get("normalizer"), "normalizers"):
         if step["type"] == "Prepend" and step["prepend"] == _SPACE:
             prefix = True
@@ -295,8 +296,10 @@ def _space_prefix(file: Path, content: Mapping[str, Any]) -> bool:
     for step in _steps(content.get("pre_tokenizer"), "pretokenizers"):
         if step["type"] != "Metaspace" or step.get("replacement") != _SPACE or step.get("split", True):
             raise _unsupported(file, f"has an unknown pre-tokenizer ({json.dumps(step)[:200]})")
-        prefix = prefix or step.get("prepend_scheme", "always") != "never"
-    return prefix
+        if step.get("prepend_scheme", "always") != "never":
+            prefix = True
+            notes = ("llama.cpp puts a space before each text, the tokenizer not before one that begins with a space.",)
+    return prefix, notes
 
 
 def _scores(file: Path, tokens: list[str], types: list[int], merges: list[tuple[str, ...]]) -> list[float]:

@@ -47,7 +47,7 @@ STRUCTURES = {
     "dense": (),
     "ffn": {"pruner": "cfsp"},
     "ffn_to_1": {"pruner": "cfsp", "round_to": 1},
-    "heads": {"pruner": "cfsp", "scope": "decoder", "ratio": 0.2, "overrides": ["pruner.structure=heads"]},
+    "heads": {"pruner": "cfsp", "scope": "decoder", "ratio": 0.1, "overrides": ["pruner.structure=heads"]},
     "heads_ffn": {"pruner": "cfsp", "scope": "decoder", "overrides": ["pruner.structure=heads_ffn"]},
     "biases": {"pruner": "flap", "round_to": 8, "scope": "decoder", "overrides": ["pruner.structure=heads_ffn"]},
     "blocks": {"pruner": "shortgpt", "ratio": 0.3},
@@ -142,6 +142,79 @@ def test_the_tokens_of_a_long_text_are_the_tokenizer_s(python, tmp_path, name):
     long = data.read_text(encoding="utf-8")[:100_000]
     texts = [*TEXTS[name], *(long[at : at + 2000] for at in range(0, len(long), 2000))]
     reply, _ = answered(python, tmp_path, file, [[1]], texts, greedy=0)
+    assert reply["ids"] == [tokenizer(text).input_ids for text in texts]
+
+
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+#: llama.cpp's name -> what text is split by, and ignore_merges.
+PRE_TOKENIZERS = {
+    "gpt-2": (None, False),
+    "smollm": ("digits", False),
+    "qwen2": (_QWEN2, False),
+    "llama-bpe": (_QWEN2.replace(r"\p{N}| ?", r"\p{N}{1,3}| ?"), True),
+    "smaug-bpe": (_QWEN2.replace(r"\p{N}| ?", r"\p{N}{1,3}| ?"), False),
+    "tekken": (_TEKKEN, True),
+}
+
+
+def trained(folder: Path, text: str, expression: str | None, whole_words: bool) -> None:
+    """A byte-level BPE tokenizer of 1000 tokens with that pre-tokenizer."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(ignore_merges=whole_words))
+    steps = {
+        None: [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+        "digits": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    }.get(expression) or [
+        pre_tokenizers.Split(Regex(expression), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator([text], trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+def test_llama_cpp_splits_text_as_the_pre_tokenizer_does(python, tmp_path, name):
+    text = shared("data", "text", "books_heldout.txt").read_text(encoding="utf-8")[:60_000]
+    trained(tmp_path, text, *PRE_TOKENIZERS[name])
+    save_checkpoint(tiny_model(vocab_size=1000), tmp_path / "model", source=tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    found = export(read_folder(tmp_path / "model"), tmp_path / "model.gguf")
+    texts = [
+        *TEXTS["books7m"],
+        "Route 66, 1984: I'VE 12345 cats\t\tand 3.14159 DOGS!!\r\n\r\n  x = y/2;\n",
+        text[-8000:],
+    ]
+    reply, _ = answered(python, tmp_path, found.place, [[1]], texts, greedy=0)
+    for one, ids in zip(texts, reply["ids"], strict=True):
+        assert ids == tokenizer(one).input_ids, one[:80]
+
+
+def test_a_space_prefix_of_a_metaspace_is_one_of_sentencepiece(python, tmp_path):
+    source = shared("models", "stories260K")
+    content = json.loads((source / "tokenizer.json").read_text())
+    content["normalizer"] = None
+    content["pre_tokenizer"] = {
+        "type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False,
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text((source / "tokenizer_config.json").read_text())
+    save_checkpoint(tiny_model(vocab_size=512), tmp_path / "model", source=tmp_path)
+    found = export(read_folder(tmp_path / "model"), tmp_path / "model.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert any("begins with a space" in note for note in found.notes)
+    texts = [text.lstrip() for text in TEXTS["stories260K"]]
+    reply, _ = answered(python, tmp_path, found.place, [[1]], texts, greedy=0)
     assert reply["ids"] == [tokenizer(text).input_ids for text in texts]
 
 
