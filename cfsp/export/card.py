@@ -136,7 +136,7 @@ def model_card(facts: Mapping[str, Any], form: str, name: str) -> str:
         "",
         f"# {base}, {achieved['ratio']:.1%} of the {scope} parameters pruned",
         "",
-        f"{base} after structured pruning by `{facts['method']}` with [cfsp](https://arxiv.org/abs/2409.13199){after}: "
+        f"{base} after structured pruning with cfsp (method `{facts['method']}`){after}: "
         f"{parameters['before']:,} parameters before, {parameters['after']:,} after.",
         "",
         f"- requested: {requested.get('ratio')} of the {scope} parameters; widths in multiples of "

@@ -92,6 +92,10 @@ def request_of(words: Sequence[str]) -> Request:
         problems.append(f"multiple={multiple}: give a whole number from 1")
     elif multiple is not None and form == "decilm" and int(multiple) % 256:
         problems.append(f"multiple={multiple}: format=decilm needs a multiple of 256; leave it out")
+    elif multiple is not None and form == "gguf" and int(multiple) % 32:
+        problems.append(
+            f"multiple={multiple}: format=gguf needs a multiple of 32; leave it out, or use 256 for K-quants"
+        )
     elif multiple is not None and form == "hf":
         problems.append("multiple: format=hf fills nothing up; use format=padded, or leave it out")
     for key in ("path", "format"):

@@ -18,6 +18,7 @@ from cfsp.export.gguf_layout import CHUNK, GgufTensor, Layout, lay_out, model_co
 from cfsp.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from cfsp.export.result import Exported
 from cfsp.progress import progress
+from cfsp.verify.reference import copy_reference
 
 if TYPE_CHECKING:
     import gguf
@@ -65,10 +66,12 @@ def check(source: ModelFolder, dtype: GgufDType) -> None:
     _prepare(source, dtype)
 
 
-def export(source: ModelFolder, to: Path, *, dtype: GgufDType = "auto") -> Exported:
+def export(source: ModelFolder, to: Path, *, dtype: GgufDType = "auto", multiple: int = CHUNK) -> Exported:
     """Write ``source`` to the file ``to``, all or nothing; a file that cfsp wrote earlier is replaced.
 
-    Norms and biases stay float32; dtype is that of the matrices ("auto": the folder's own).
+    Norms and biases stay float32; dtype is that of the matrices ("auto": the folder's own). ``multiple``: of the FFN
+    widths, a multiple of 32 (K-quants, which llama.cpp's own tools make of the file, need 256). The folder's reference
+    goes beside the file.
 
     Raises:
         CheckpointError: the file exists and is not ours, cannot be written, or the disk is full; a value is too large
@@ -76,13 +79,14 @@ def export(source: ModelFolder, to: Path, *, dtype: GgufDType = "auto") -> Expor
     """
     to = Path(to)
     check_file(to)
-    layout, vocabulary, stored = _prepare(source, dtype)
+    layout, vocabulary, stored = _prepare(source, dtype, multiple)
     tensors = [_Outgoing(tensor, _stored_as(tensor, stored)) for tensor in layout.tensors]
     scratch = to.with_name(f".{to.name}.{uuid.uuid4().hex[:8]}")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         _write(scratch, to.stem, source, layout, vocabulary, tensors, stored)
         os.replace(scratch, to)
+        copy_reference(source.folder, to)
     except OSError as error:
         raise CheckpointError(
             f"{to}: the file cannot be written there ({error.strerror or error}); free some space or give another place"
@@ -115,11 +119,11 @@ def check_file(to: Path) -> None:
         raise CheckpointError(f"{to}: cannot be read ({error.strerror}); give another file") from error
 
 
-def _prepare(source: ModelFolder, dtype: GgufDType) -> tuple[Layout, Vocabulary, str]:
+def _prepare(source: ModelFolder, dtype: GgufDType, multiple: int = CHUNK) -> tuple[Layout, Vocabulary, str]:
     if dtype not in get_args(GgufDType):
         raise ConfigError(f"dtype={dtype}: a GGUF file is written in {', '.join(get_args(GgufDType))}")
     config = model_config(source)
-    layout = lay_out(source, config)
+    layout = lay_out(source, config, multiple)
     return layout, read_vocabulary(source.folder, config), _AUTO[source.dtype] if dtype == "auto" else dtype
 
 

@@ -17,7 +17,7 @@ from cfsp.models.checkpoint import (
     MARKER,
     MAX_SHARD_BYTES,
     check_destination,
-    copy_tokenizer,
+    copy_companions,
     legacy_rope,
     write_json,
 )
@@ -67,7 +67,7 @@ def write_plain_folder(
         if (source.folder / "generation_config.json").is_file():
             shutil.copyfile(source.folder / "generation_config.json", scratch / "generation_config.json")
         copy_reference(source.folder, scratch)
-        copy_tokenizer(source.folder, scratch)
+        copy_companions(source.folder, scratch)
         for file, text in (files or {}).items():
             (scratch / file).write_text(text, encoding="utf-8")
         state = source.source.state or "dense"

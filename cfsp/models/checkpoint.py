@@ -46,6 +46,7 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template*",
 )
+_LICENCE_FILES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def save_checkpoint(
 
     Args:
         dtype: cast floating-point tensors to it on the way out; the model itself is left as it is.
-        source: folder whose tokenizer files are copied.
+        source: folder whose tokenizer and licence files are copied.
         state: what happened to the weights: pruned, compensated or recovered.
         files: name -> content of further files (the plan), written together with the rest.
         reference: write what the model computes of fixed tokens, which ``cfsp verify`` compares other tools with.
@@ -91,7 +92,7 @@ def save_checkpoint(
     written = str(dtype or model.dtype).removeprefix("torch.")
     with whole_folder(folder, _scratch_key(model, written, source, files)) as scratch:
         if source is not None:
-            copy_tokenizer(Path(source), scratch)
+            copy_companions(Path(source), scratch)
         # The blocks that are read to be written compute the reference on the way.
         wanted = reference and streamed(model) is not None and not place_of(scratch).is_file()
         walk = StreamedReference(model, dtype=dtype, tokenizer=scratch) if wanted else None
@@ -283,9 +284,9 @@ def legacy_rope(rope: dict[str, Any] | None) -> dict[str, Any]:
     return legacy
 
 
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer files of one model folder to another."""
-    for pattern in _TOKENIZER_FILES:
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy what belongs to the weights of one model folder to another: tokenizer and licence files."""
+    for pattern in (*_TOKENIZER_FILES, *_LICENCE_FILES):
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)

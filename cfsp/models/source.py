@@ -35,7 +35,7 @@ _TOKENIZER_FILES = (
 #: Files that are hashed at the same time; smaller files than this many bytes are not worth a note.
 _READERS, _LARGE = 4, 16_000_000
 _WRITTEN_BY_CFSP = "cfsp_checkpoint.json"
-_HUB_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+_HUB_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*"]
 
 
 @dataclass(frozen=True)
