@@ -53,6 +53,7 @@ def _batch_size(value: Any) -> int | Literal["auto"]:
 
 
 BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size)]
+Share = Annotated[float, Field(gt=0, le=1)]
 Gigabytes = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -101,6 +102,7 @@ class TextCalibration(TextSection):
     seq_len: int = Field(ge=2)
     batch_size: BatchSize = "auto"
     memory_gb: Gigabytes | None = None
+    gram_share: Share = 1.0
 
 
 class TokensCalibration(Section):
@@ -111,6 +113,7 @@ class TokensCalibration(Section):
     seq_len: Annotated[int, Field(ge=2)] | None = None
     batch_size: BatchSize = "auto"
     memory_gb: Gigabytes | None = None
+    gram_share: Share = 1.0
 
 
 class SelfCalibration(Section):
@@ -120,6 +123,7 @@ class SelfCalibration(Section):
     seq_len: int = Field(ge=2)
     sampling_temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     batch_size: PositiveInt = 8
+    gram_share: Share = 1.0
 
 
 CalibrationSection = TextCalibration | TokensCalibration | SelfCalibration

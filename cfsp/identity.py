@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from cfsp.config import RunConfig
@@ -21,9 +22,15 @@ def method_of(config: RunConfig) -> dict[str, Any]:
     return {
         "name": pruner.instance.name,
         **{group: parts[group].identity() for group in config.plans_with},
-        "pruner": pruner.identity(),
+        "pruner": without_unused(pruner.identity()),
         "version": METHOD_VERSION,
     }
+
+
+def without_unused(pruner: Mapping[str, Any]) -> dict[str, Any]:
+    """A pruner's settings without those that decide nothing beside the others."""
+    unused = {"ridge"} if pruner.get("compensation") != "least_squares" else set()
+    return {key: value for key, value in pruner.items() if key not in unused}
 
 
 def identity_of(

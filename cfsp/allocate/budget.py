@@ -229,6 +229,12 @@ def _slots(budget: Budget, sizes: Sizes) -> list[_Slot]:
     return slots
 
 
+def legal_widths(budget: Budget, sizes: Sizes) -> list[list[int]]:
+    """Of each block, ascending; [0] where it has no FFN to prune."""
+    found = {slot.block: slot.legal for slot in _slots(budget, sizes) if slot.kind == "ffn"}
+    return [found.get(block, [0]) for block in range(len(sizes.widths))]
+
+
 def to_widths(
     desired: Sequence[float],
     budget: Budget,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cfsp.calibrate.cache import StatisticsCache, read_or_compute
 from cfsp.calibrate.collectors import COLLECTOR_VERSION, collecting, report
+from cfsp.calibrate.gram import GramCollection, gram_sums
 from cfsp.calibrate.passing import Visit, block_by_block
 from cfsp.calibrate.statistics import Statistics
 from cfsp.data.calibration import CalibrationSet
@@ -16,8 +17,12 @@ def calibrate(
     calibration: CalibrationSet,
     cache: StatisticsCache | None = None,
     visit: Visit | None = None,
+    grams: GramCollection | None = None,
 ) -> tuple[Statistics, bool]:
     """Run the decoder once over the set, or read what an earlier run left; returns (statistics, cached?).
+
+    ``grams``: matrices to be collected on the way; where statistics are there and some of these are not, in a pass of
+    their own.
 
     ``visit`` is called with each block of a streamed model while its weights are in memory, with its statistics.
 
@@ -25,13 +30,22 @@ def calibrate(
     """
 
     def compute() -> Statistics:
-        if streamed(driver.view.model) is not None:
+        if streamed(driver.view.model) is not None or (grams is not None and not grams.fits):
             kept = None if path is None else path.with_suffix(".progress")
-            return block_by_block(driver, calibration.input_ids, kept, visit)
-        with collecting(driver.view.blocks) as sums:
+            return block_by_block(driver, calibration.input_ids, kept, visit, grams)
+        with (
+            collecting(driver.view.blocks) as sums,
+            gram_sums(driver.view.blocks, None if grams is None else grams.wanted) as matrices,
+        ):
             driver.run(calibration.input_ids)
+        if grams is not None:
+            grams.keep(matrices)
         return report(sums, *calibration.input_ids.shape)
 
     header = {"name": calibration.name, "collectors": COLLECTOR_VERSION}
     path = None if cache is None else cache.path("statistics", driver, calibration, COLLECTOR_VERSION)
-    return read_or_compute(path, Statistics.load, compute, lambda found, file: found.save(file, header))
+    found, cached = read_or_compute(path, Statistics.load, compute, lambda found, file: found.save(file, header))
+    if grams is not None and not grams.complete:
+        path, cached = None, False
+        compute()
+    return found, cached

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cfsp.calibrate.collectors import collecting
+from cfsp.calibrate.gram import GramCollection, gram_sums
 from cfsp.calibrate.statistics import BlockStatistics, Statistics
 from cfsp.models.driver import BlockDriver
 from cfsp.models.hidden_states import HiddenStates
@@ -80,12 +81,19 @@ class _Progress:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def block_by_block(driver: BlockDriver, input_ids: Tensor, folder: Path | None, visit: Visit | None) -> Statistics:
+def block_by_block(
+    driver: BlockDriver,
+    input_ids: Tensor,
+    folder: Path | None,
+    visit: Visit | None,
+    grams: GramCollection | None = None,
+) -> Statistics:
     """Each block is read once and sees every sequence before the next one is.
 
     Args:
         input_ids: [n, T].
         folder: where the state of the pass is kept until it ends; None: nowhere.
+        grams: matrices to be collected on the way.
         visit: called with each block while its weights are in memory, and its statistics.
     """
     progress = _Progress(folder)
@@ -93,8 +101,13 @@ def block_by_block(driver: BlockDriver, input_ids: Tensor, folder: Path | None, 
     blocks = progress.read(kept, -(-len(input_ids) // driver.batch_size))
     last, cost = 0.0, 0.0
     for step in driver.steps(input_ids, "calibrate", hidden=kept if blocks else None, first=len(blocks)):
-        with collecting([step.block]) as sums:
+        with (
+            collecting([step.block]) as sums,
+            gram_sums([step.block], None if grams is None else grams.wanted) as matrices,
+        ):
             hidden = step.advance()
+        if grams is not None:
+            grams.keep(matrices, first=step.block.index)
         blocks.append(sums[0].report(*input_ids.shape))
         if visit is not None:
             visit(step.block, blocks[-1])

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from cfsp.allocate.budget import Structure
     from cfsp.calibrate.gradients import GradientTerms
+    from cfsp.calibrate.gram import GramMatrices
     from cfsp.calibrate.statistics import BlockStatistics, InputStatistics, Statistics
     from cfsp.models.views import BlockView, Channels, DecoderView
 
@@ -23,7 +24,8 @@ class Activation:
 
     rms: root mean square over all tokens; mean and (population) variance over all tokens; mean_norm: mean over the
     sequences of the L2 norm over a sequence's tokens, divided by sqrt(T). ``gradients``: projection name ->
-    gradient terms (:mod:`cfsp.calibrate.gradients`), only for a metric whose ``requires`` names them.
+    gradient terms (:mod:`cfsp.calibrate.gradients`); ``gram``: X^T X per token, [N, N] (:mod:`cfsp.calibrate.gram`);
+    both only for a metric whose ``requires`` names them.
     """
 
     rms: Tensor
@@ -31,12 +33,13 @@ class Activation:
     variance: Tensor
     mean_norm: Tensor
     gradients: Mapping[str, Tensor] | None = None
+    gram: Tensor | None = None
 
 
 class NeuronImportance(Protocol):
     """A metric: one class, one file, one YAML. Higher scores are kept.
 
-    A class attribute ``requires = ("gradients",)`` asks for what the calibration pass does not collect anyway.
+    A class attribute ``requires``, of "gradients" and "gram", asks for what the calibration pass does not collect anyway.
     """
 
     def score(self, channels: Channels, activation: Activation) -> Tensor:
@@ -82,6 +85,7 @@ def score(
     structure: Structure = "ffn",
     gradients: GradientTerms | None = None,
     scored: Mapping[int, tuple[Tensor, Tensor]] | None = None,
+    grams: GramMatrices | None = None,
 ) -> Scores:
     """The scoring stage: statistics and weights -> Scores; blocks in ``scored`` are taken from there.
 
@@ -97,7 +101,7 @@ def score(
             neurons_of, groups_of = scored[block.index]
         else:
             with resident(view, block):
-                neurons_of, groups_of = score_block(block, found, importance, structure, terms)
+                neurons_of, groups_of = score_block(block, found, importance, structure, terms, grams)
         neurons.append(neurons_of)
         kv_groups.append(groups_of)
     distances = {metric: statistics.distance(metric) for metric in statistics.blocks[0].distances}
@@ -110,6 +114,7 @@ def score_block(
     importance: NeuronImportance,
     structure: Structure,
     gradients: Mapping[str, Tensor] | None = None,
+    grams: GramMatrices | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores of one block: neurons [N] and KV groups [groups, channels of a group]; empty where not asked for."""
     import torch
@@ -117,9 +122,9 @@ def score_block(
     neurons, kv_groups = torch.zeros(0, dtype=torch.float64), torch.zeros(0, 1, dtype=torch.float64)
     channels = block.channels
     if structure != "heads" and "ffn" in channels and found.ffn is not None:
-        neurons = _scored(channels["ffn"], found.ffn, importance, gradients)
+        neurons = _scored(channels["ffn"], found.ffn, importance, gradients, grams)
     if structure != "ffn" and block.attention is not None and found.attention is not None:
-        values = _scored(channels["attention"], found.attention, importance, gradients)
+        values = _scored(channels["attention"], found.attention, importance, gradients, grams)
         kv_groups = values.unflatten(0, (block.attention.n_kv_heads, -1))
     return neurons, kv_groups
 
@@ -129,12 +134,15 @@ def _scored(
     inputs: InputStatistics,
     importance: NeuronImportance,
     gradients: Mapping[str, Tensor] | None,
+    grams: GramMatrices | None,
 ) -> Tensor:
     device = channels.output.weight.device
     rms, mean, variance, mean_norm = (
         value.to(device).float() for value in (inputs.rms, inputs.mean, inputs.variance, inputs.mean_norm)
     )
-    activation = Activation(rms, mean, variance, mean_norm, gradients)
+    wanted = grams is not None and "gram" in required(importance)
+    gram = grams.read(channels.block, channels.kind).matrix.to(device) if wanted and grams is not None else None
+    activation = Activation(rms, mean, variance, mean_norm, gradients, gram)
     values = importance.score(channels, activation).double().cpu()
     if not values.isfinite().all():
         raise RunError(

@@ -16,7 +16,7 @@ from cfsp.models.snapshot import restored
 from cfsp.models.streamed import streamed
 from cfsp.models.views import BlockView, DecoderView, resolve
 from cfsp.pruning.plan import BlockPlan, PruningPlan, tensor_name
-from cfsp.pruning.slicing import set_output_bias, slice_attention, slice_ffn
+from cfsp.pruning.slicing import set_output_bias, set_output_weight, slice_attention, slice_ffn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -50,7 +50,7 @@ def apply(model: Model, plan: PruningPlan) -> Model:
 
 
 def slice_block(block: BlockView, decision: BlockPlan, tensors: Mapping[str, Tensor]) -> None:
-    """Slice the neurons and KV groups of one block in place, and give its outputs the biases of ``tensors``."""
+    """Slice the neurons and KV groups of one block in place; its outputs get what ``tensors`` replace."""
     if decision.ffn_kept is not None and decision.ffn and block.ffn is not None:
         slice_ffn(block.ffn, torch.tensor(decision.ffn_kept, device=block.ffn.down.weight.device))
     if decision.kv_groups_kept is not None and decision.attention and block.attention is not None:
@@ -58,9 +58,11 @@ def slice_block(block: BlockView, decision: BlockPlan, tensors: Mapping[str, Ten
             block.attention, torch.tensor(decision.kv_groups_kept, device=block.attention.o_proj.weight.device)
         )
     for kind, channels in block.channels.items():
-        name = tensor_name(block.index, kind)
-        if name in tensors:
-            set_output_bias(channels, tensors[name])
+        weight, bias = (tensors.get(tensor_name(block.index, kind, what)) for what in ("weight", "bias"))
+        if weight is not None:
+            set_output_weight(channels, weight)
+        if bias is not None:
+            set_output_bias(channels, bias)
 
 
 @contextmanager
@@ -94,7 +96,7 @@ def check_fits(view: DecoderView, plan: PruningPlan) -> None:
         )
     if plan.compensation and not plan.tensors:
         raise CheckpointError(
-            "the plan replaces biases, but its tensors are not there; read it with PruningPlan.load, with "
+            "the plan replaces weights or biases, but its tensors are not there; read it with PruningPlan.load, with "
             "compensation.safetensors beside plan.json"
         )
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cfsp.allocate.budget import Budget
     from cfsp.calibrate.cache import StatisticsCache
     from cfsp.calibrate.gradients import GradientTerms
+    from cfsp.calibrate.gram import GramMatrices, GramWanted
     from cfsp.calibrate.statistics import Statistics
     from cfsp.data.calibration import CalibrationSet
     from cfsp.importance.base import NeuronImportance
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 class PlanContext:
     """Everything a pruner may use. ``driver`` is for methods that must run the model while planning.
 
-    ``gradients``: where the metric requires them. ``scored``: blocks of a streamed model that were scored while they
+    ``gradients``, ``grams``: where metric or compensation require them. ``scored``: blocks of a streamed model that were scored while they
     were in memory for the calibration pass. ``cache``: where what is dear may be kept; None: nowhere.
     """
 
@@ -40,6 +41,8 @@ class PlanContext:
     base_fingerprint: str
     cache: StatisticsCache | None = None
     gradients: GradientTerms | None = None
+    grams: GramMatrices | None = None
+    gram_wanted: GramWanted | None = None
     scored: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 

@@ -29,7 +29,7 @@ def complete(
     Args:
         keep_ratios: per block, what an allocator asked for before rounding; None: what the decisions keep.
         notes: what the method decided on the way.
-        tensors: biases that replace the base model's; what they add counts in the decoder's and model's ratios.
+        tensors: weights and biases that replace the base model's; what they add counts in the decoder's and model's ratios.
     """
     view, budget = context.driver.view, context.budget
     removed = [removed_parameters(view, block, plan) for block, plan in zip(view.blocks, blocks, strict=True)]
@@ -103,8 +103,10 @@ def _count(block: BlockView, names: Sequence[str]) -> int:
 
 
 def _added(view: DecoderView, name: str, tensor: Tensor) -> int:
-    """Parameters that a replaced bias adds: none where the base model has one there."""
-    _, index, kind, _ = name.split(".")
+    """Parameters that a replaced bias adds: none where the base model has one there; a refitted weight adds none."""
+    _, index, kind, what = name.split(".")
+    if what != "bias":
+        return 0
     return 0 if view.blocks[int(index)].channels[kind].output.bias is not None else tensor.numel()
 
 

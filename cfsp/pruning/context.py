@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from cfsp.calibrate.cache import StatisticsCache
 from cfsp.calibrate.calibrate import calibrate
+from cfsp.calibrate.gram import GRAM_VERSION, GramCollection, GramWanted
 from cfsp.identity import method_of
 from cfsp.importance.base import required, score_block
+from cfsp.memory import available
 from cfsp.pruning.base import PlanContext
 
 if TYPE_CHECKING:
@@ -39,7 +44,13 @@ def plan_context(
         if structure is not None and "importance" in config.plans_with and not required(importance):
             scored[block.index] = score_block(block, found, importance, structure)
 
-    statistics, cached = calibrate(driver, calibration, cache, visit)
+    wanted = _gram_wanted(config, structure)
+    grams = (
+        None
+        if wanted is None
+        else GramCollection(driver.view.blocks, wanted, _gram_folder(driver, calibration, wanted, cache))
+    )
+    statistics, cached = calibrate(driver, calibration, cache, visit, grams)
     if "gradients" in required(importance) and "importance" in config.plans_with:
         from cfsp.calibrate.gradients import gradient_terms
 
@@ -58,6 +69,29 @@ def plan_context(
         base_fingerprint=base_fingerprint,
         cache=cache,
         gradients=gradients,
+        grams=None if grams is None else grams.matrices,
+        gram_wanted=wanted,
         scored=scored,
     )
     return context, cached
+
+
+def _gram_wanted(config: RunConfig, structure: Structure | None) -> GramWanted | None:
+    """The Gram matrices that metric or pruner require, of the parts that may go."""
+    asked = [*(required(config.importance.instance) if "importance" in config.plans_with else ())]
+    asked += getattr(config.pruner.instance, "requires", ())
+    if "gram" not in asked or structure is None:
+        return None
+    kinds = {"ffn": ("ffn",), "heads": ("attention",), "heads_ffn": ("ffn", "attention")}[structure]
+    memory = getattr(config.calibration, "memory_gb", None)
+    limit = available(torch.device("cpu")) // 2 if memory is None else int(memory * 1e9)
+    return GramWanted(kinds, config.calibration.gram_share, limit)
+
+
+def _gram_folder(
+    driver: BlockDriver, calibration: CalibrationSet, wanted: GramWanted, cache: StatisticsCache | None
+) -> Path | None:
+    if cache is None:
+        return None
+    place = cache.path("gram", driver, calibration, GRAM_VERSION)
+    return place.with_name(f"{place.stem}-{wanted.stride}-{'-'.join(wanted.kinds)}")

@@ -6,9 +6,12 @@ CFSP, FLAP, Wanda-SP, LLM-Pruner, magnitude, uniform and random are settings of 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from cfsp.allocate.budget import Sizes, Structure, Widths, check_scope, keep_fraction, to_widths
+from pydantic import Field
+
+from cfsp.allocate.budget import Sizes, Structure, Widths, check_scope, keep_fraction, legal_widths, to_widths
+from cfsp.allocate.search import Search
 from cfsp.components import component
 from cfsp.errors import UnsupportedModelError
 from cfsp.importance.base import Scores, score, score_block
@@ -17,7 +20,9 @@ from cfsp.pruning.plan import BlockPlan
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cfsp.allocate.base import Allocation
     from cfsp.allocate.budget import Budget
+    from cfsp.calibrate.gram import GramMatrices
     from cfsp.calibrate.statistics import BlockStatistics
     from cfsp.models.views import BlockView, DecoderView
     from cfsp.pruning.base import PlanContext
@@ -29,21 +34,29 @@ class OneShotPruner:
     """Score, allocate, round, keep the best units of each block.
 
     structure: what may go: FFN neurons (ffn), whole KV groups of attention heads (heads), or both (heads_ffn).
-    compensation: bias adds what the removed units gave on average to the biases of down_proj and o_proj.
+    compensation: bias adds what the removed units gave on average to the biases of down_proj and o_proj; least_squares
+    refits their kept columns to give what all gave (``ridge``: towards the original columns, relative to the mean
+    square of the inputs).
     sequential: the units of a block are chosen (and compensated) on what the pruned blocks before it give, as FLAP's
     repository does for Wanda-SP; how much each block keeps still comes from the dense pass.
     """
 
     name: str
     structure: Structure = "ffn"
-    compensation: Literal["none", "bias"] = "none"
+    compensation: Literal["none", "bias", "least_squares"] = "none"
     sequential: bool = False
+    ridge: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
 
     prunes: ClassVar[bool] = True
 
     @property
     def needs_model(self) -> bool:
         return self.sequential
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """What it needs of the calibration beside the core statistics and what the metric requires."""
+        return ("gram",) if self.compensation == "least_squares" else ()
 
     def check(self, view: DecoderView, budget: Budget) -> None:
         """See :class:`cfsp.pruning.base.Pruner`."""
@@ -64,7 +77,9 @@ class OneShotPruner:
         from cfsp.pruning.complete import complete
 
         view, importance = context.driver.view, context.importance
-        scores = score(view, context.statistics, importance, self.structure, context.gradients, context.scored)
+        scores = score(
+            view, context.statistics, importance, self.structure, context.gradients, context.scored, context.grams
+        )
         widths, keep_ratios = self._allocate(context, scores)
         if self.sequential:
             decisions, tensors = self._one_after_another(context, widths)
@@ -75,7 +90,7 @@ class OneShotPruner:
                 decisions.append(_best(block, neurons, groups, widths))
                 if self.compensation != "none":
                     with resident(view, block):
-                        tensors |= self._compensate(block, decisions[-1], found)
+                        tensors |= self._compensate(block, decisions[-1], found, context.grams)
         return complete(context, decisions, keep_ratios=keep_ratios, tensors=tensors)
 
     def _allocate(self, context: PlanContext, scores: Scores) -> tuple[Widths, list[float]]:
@@ -85,20 +100,60 @@ class OneShotPruner:
         sizes = Sizes.of(view, self.structure)
         free = budget.free_blocks(len(view.blocks))
         part = sizes.only(free)
-        allocation = context.allocator.allocate(scores.only(free), part, keep_fraction(budget, part))
-        keep_groups = allocation.keep if allocation.keep_groups is None else allocation.keep_groups
-        chosen = to_widths(
-            [share * n for share, n in zip(allocation.keep.tolist(), part.widths, strict=True)],
-            budget,
-            part,
-            groups=[share * n for share, n in zip(keep_groups.tolist(), part.kv_groups, strict=True)],
-            counted=allocation.counted,
-        )
-        neurons, groups, shares = list(sizes.widths), list(sizes.kv_groups), [1.0] * len(view.blocks)
+        keep = keep_fraction(budget, part)
+        if isinstance(context.allocator, Search):
+            allocations = [one.allocate(scores.only(free), part, keep) for one in context.allocator.allocators()]
+        else:
+            allocations = [context.allocator.allocate(scores.only(free), part, keep)]
+        chosen = [_rounded(allocation, budget, part) for allocation in allocations]
+        shares = allocations[0].keep.tolist()
+        neurons = chosen[0].per_block
+        if isinstance(context.allocator, Search):
+            neurons = self._searched(context, context.allocator, scores, chosen, budget, part, free)
+            shares = [width / n if n else 1.0 for width, n in zip(neurons, part.widths, strict=True)]
+        widths, groups, kept = list(sizes.widths), list(sizes.kv_groups), [1.0] * len(view.blocks)
         for at, block in enumerate(free):
-            neurons[block], groups[block] = chosen.per_block[at], chosen.kv_groups[at]
-            shares[block] = float(allocation.keep[at])
-        return Widths(tuple(neurons), tuple(groups)), shares
+            widths[block], groups[block] = neurons[at], chosen[0].kv_groups[at]
+            kept[block] = float(shares[at])
+        return Widths(tuple(widths), tuple(groups)), kept
+
+    def _searched(
+        self,
+        context: PlanContext,
+        search: Search,
+        scores: Scores,
+        starts: list[Widths],
+        budget: Budget,
+        part: Sizes,
+        free: list[int],
+    ) -> tuple[int, ...]:
+        """FFN widths of the free blocks with the lowest loss; the KV groups are those of the first start."""
+        from cfsp.models.snapshot import restored
+        from cfsp.pruning.width_search import WidthLosses
+
+        view, found = context.driver.view, context.statistics.blocks
+        sizes = [block.ffn.width if block.ffn is not None else 0 for block in view.blocks]
+
+        def cut(block: BlockView, width: int) -> tuple[BlockPlan, dict[str, Tensor]]:
+            decision = BlockPlan(_top(scores.neurons[block.index], width))
+            return decision, self._compensate(block, decision, found[block.index], context.grams)
+
+        ids = context.calibration.input_ids[: search.n_samples]
+        with restored(view.model):
+            losses = WidthLosses(
+                context, ids, cut, {**context.method, "allocator": None, "set": context.calibration.fingerprint}
+            )
+
+            def loss(widths: tuple[int, ...]) -> float:
+                every = list(sizes)
+                for at, block in enumerate(free):
+                    every[block] = widths[at]
+                return losses(tuple(every))
+
+            chosen, _ = search.search(
+                [start.per_block for start in starts], legal_widths(budget, part), part.neuron_parameters, loss
+            )
+        return chosen
 
     def _with_biases(self, view: DecoderView, budget: Budget) -> Budget:
         """The budget of the units alone: what the added biases cost (d each) goes in units too.
@@ -106,7 +161,7 @@ class OneShotPruner:
         Every block is reckoned to get them; one that loses nothing of a kind will not. Not in the FFN's scope, which
         counts what goes with the neurons.
         """
-        if self.compensation == "none" or budget.scope == "ffn":
+        if self.compensation != "bias" or budget.scope == "ffn":
             return budget
         kinds = {"ffn": ("ffn",), "heads": ("attention",), "heads_ffn": ("ffn", "attention")}[self.structure]
         channels = [view.blocks[block].channels for block in budget.free_blocks(len(view.blocks))]
@@ -117,22 +172,26 @@ class OneShotPruner:
     def _one_after_another(self, context: PlanContext, widths: Widths) -> tuple[list[BlockPlan], dict[str, Tensor]]:
         """Choose in each block on the outputs of the pruned blocks before it; the model is put back at the end."""
         from cfsp.calibrate.collectors import collecting
+        from cfsp.calibrate.gram import InMemory, gram_sums
         from cfsp.models.snapshot import restored
         from cfsp.pruning.apply import slice_block
 
         driver, ids = context.driver, context.calibration.input_ids
+        wanted = context.gram_wanted
         decisions: list[BlockPlan] = []
         tensors: dict[str, Tensor] = {}
         with restored(driver.view.model):
             for step in driver.steps(ids, "prune in sequence"):
                 block = step.block
-                with collecting([block]) as sums:
+                grams = InMemory()
+                with collecting([block]) as sums, gram_sums([block], wanted) as of_grams:
                     step.run()
                 found = sums[0].report(*ids.shape)
+                grams.keep(block.index, {kind: gram.report() for kind, gram in of_grams[0].items()})
                 terms = None if context.gradients is None else context.gradients.blocks[block.index]
-                neurons, groups = score_block(block, found, context.importance, self.structure, terms)
+                neurons, groups = score_block(block, found, context.importance, self.structure, terms, grams)
                 decision = _best(block, neurons, groups, widths)
-                replaced = self._compensate(block, decision, found)
+                replaced = self._compensate(block, decision, found, grams)
                 decisions.append(decision)
                 tensors |= replaced
                 if decision != BlockPlan():
@@ -140,10 +199,28 @@ class OneShotPruner:
                     step.run()
         return decisions, tensors
 
-    def _compensate(self, block: BlockView, decision: BlockPlan, found: BlockStatistics) -> dict[str, Tensor]:
+    def _compensate(
+        self, block: BlockView, decision: BlockPlan, found: BlockStatistics, grams: GramMatrices | None
+    ) -> dict[str, Tensor]:
         from cfsp.pruning.compensation import bias_compensation
+        from cfsp.pruning.least_squares import least_squares_compensation
 
-        return bias_compensation(block, decision, found) if self.compensation == "bias" else {}
+        if self.compensation == "bias":
+            return bias_compensation(block, decision, found)
+        if self.compensation == "least_squares" and grams is not None:
+            return least_squares_compensation(block, decision, grams, self.ridge)
+        return {}
+
+
+def _rounded(allocation: Allocation, budget: Budget, part: Sizes) -> Widths:
+    groups = allocation.keep if allocation.keep_groups is None else allocation.keep_groups
+    return to_widths(
+        [share * n for share, n in zip(allocation.keep.tolist(), part.widths, strict=True)],
+        budget,
+        part,
+        groups=[share * n for share, n in zip(groups.tolist(), part.kv_groups, strict=True)],
+        counted=allocation.counted,
+    )
 
 
 def _best(block: BlockView, neurons: Tensor, groups: Tensor, widths: Widths) -> BlockPlan:

@@ -52,8 +52,8 @@ class PruningPlan:
 
     ``requested`` and ``achieved`` state the budget; ``parameters`` the counts before and after; ``details`` holds per
     block what led to the decision (width, keep ratio, distance), ``notes`` what the method decided on the way.
-    ``tensors`` are biases that replace the base model's (name: :func:`tensor_name`, [d] fp32); they are kept in
-    compensation.safetensors beside plan.json, whose hash ``compensation`` is. Replayed on the base model by
+    ``tensors`` are biases [d] and weights [d, kept] of output projections that replace the base model's (name:
+    :func:`tensor_name`); they are kept in compensation.safetensors beside plan.json, whose hash ``compensation`` is. Replayed on the base model by
     :func:`cfsp.pruning.apply.apply`, a plan gives the same weights bit for bit.
     """
 
@@ -141,13 +141,15 @@ class PruningPlan:
         for index, then in zip(staying, self.blocks, strict=True):
             blocks[index] = _composed(blocks[index], then)
         renamed = {_moved(name, staying): tensor for name, tensor in self.tensors.items()}
+        kept = _still_there(earlier, dict(zip(staying, self.blocks, strict=True)))
         needed = {
-            tensor_name(index, kind)
+            tensor_name(index, kind, what)
             for index, block in enumerate(blocks)
             for kind, stays in (("ffn", block.ffn), ("attention", block.attention))
+            for what in ("bias", "weight")
             if stays
         }
-        tensors = {name: tensor for name, tensor in {**earlier.tensors, **renamed}.items() if name in needed}
+        tensors = {name: tensor for name, tensor in {**kept, **renamed}.items() if name in needed}
         return PruningPlan(
             earlier.base_model,
             earlier.base_fingerprint,
@@ -163,9 +165,25 @@ class PruningPlan:
         )
 
 
-def tensor_name(block: int, kind: str) -> str:
-    """The name of a block's replaced bias: of down_proj (kind ffn) or o_proj (attention)."""
-    return f"blocks.{block}.{kind}.bias"
+def tensor_name(block: int, kind: str, what: str = "bias") -> str:
+    """The name of a block's replaced bias, or refitted weight, of down_proj (kind ffn) or o_proj (attention)."""
+    return f"blocks.{block}.{kind}.{what}"
+
+
+def _still_there(earlier: PruningPlan, then: Mapping[int, BlockPlan]) -> dict[str, Tensor]:
+    """The tensors of ``earlier``, its refitted weights without the columns that ``then`` takes away."""
+    tensors = dict(earlier.tensors)
+    for index, later in then.items():
+        first = earlier.blocks[index]
+        for kind, before, after in (
+            ("ffn", first.ffn_kept, later.ffn_kept),
+            ("attention", first.kv_groups_kept, later.kv_groups_kept),
+        ):
+            name = tensor_name(index, kind, "weight")
+            if name in tensors and before is not None and after is not None:
+                by_unit = tensors[name].unflatten(1, (len(before), -1))
+                tensors[name] = by_unit[:, list(after)].flatten(1).contiguous()
+    return tensors
 
 
 def _moved(name: str, staying: list[int]) -> str:

@@ -66,6 +66,14 @@ def set_output_bias(channels: Channels, bias: Tensor) -> None:
     setattr(part.module, name, with_bias(channels.output, bias))
 
 
+def set_output_weight(channels: Channels, weight: Tensor) -> None:
+    """Give down_proj (or o_proj), sliced already, the refitted weight [d, K], in place."""
+    part, old = channels.part, channels.output
+    name = part.down_name if isinstance(part, GatedFFN) else "o_proj"
+    bias = None if old.bias is None else old.bias.detach()
+    setattr(part.module, name, _linear(old, weight.to(old.weight.device, old.weight.dtype), bias))
+
+
 def _spans(groups: Tensor, size: int) -> Tensor:
     """Indices of all channels of ``groups``, each of which spans ``size`` channels."""
     return (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()

@@ -11,7 +11,7 @@ from typing import Any
 from cfsp.compose import compose
 from cfsp.config import parse
 from cfsp.errors import CfspError, CheckpointError, ConfigError
-from cfsp.identity import METHOD_VERSION, digest
+from cfsp.identity import METHOD_VERSION, digest, without_unused
 from cfsp.record.run_record import SCHEMA, RunRecord
 from cfsp.sweep.experiment import Cell
 
@@ -140,7 +140,12 @@ def science(configuration: Mapping[str, Any]) -> str:
     calibration = kept.get("calibration")
     if isinstance(calibration, Mapping) and calibration.get("batch_size") == _BATCH_BEFORE_AUTO:
         # Records from before there was auto: how many at a time moves sums in their last digits alone.
-        kept["calibration"] = {**calibration, "batch_size": "auto"}
+        calibration = {**calibration, "batch_size": "auto"}
+    if isinstance(calibration, Mapping):
+        usual = {"gram_share"} if calibration.get("gram_share") == 1.0 else set()
+        kept["calibration"] = {key: value for key, value in calibration.items() if key not in usual}
+    if isinstance(kept.get("pruner"), Mapping):
+        kept["pruner"] = without_unused(kept["pruner"])
     return digest(_without_places(kept))
 
 

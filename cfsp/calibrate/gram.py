@@ -1,0 +1,198 @@
+"""Gram matrices of the inputs of down_proj and o_proj: what least squares and second-order selection go by.
+
+An item of its own beside the core statistics: collected only when asked, in fp32, on a share of the tokens, and kept in
+a file that is read one matrix at a time, since those of a large model do not fit into memory together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cfsp.errors import RunError
+from cfsp.models.shard_writer import Outgoing, write_file
+from cfsp.models.shards import Shards
+
+if TYPE_CHECKING:
+    from cfsp.models.views import BlockView
+
+#: Part of the cache key: raise it whenever what is collected, or how, changes.
+GRAM_VERSION = 1
+#: Rows of the product that are computed at a time: only blocks on and right of the diagonal are.
+_PANEL = 512
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Of the channels of one linear: ``matrix`` [N, N] fp32 = X^T X / tokens, symmetric; ``mean`` [N]; of ``tokens``."""
+
+    matrix: Tensor
+    mean: Tensor
+    tokens: int
+
+
+class GramSums:
+    """Adds up X^T X of what enters one linear, in fp32, from every ``stride``-th token of each sequence."""
+
+    def __init__(self, channels: int, device: torch.device, stride: int) -> None:
+        self.matrix = torch.zeros(channels, channels, dtype=torch.float32, device=device)
+        self.sums = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.stride, self.tokens = stride, 0
+
+    def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows = args[0].detach()[:, :: self.stride].flatten(0, 1).float()
+        self.tokens += len(rows)
+        self.sums += rows.sum(0)
+        for start in range(0, rows.shape[1], _PANEL):
+            panel = slice(start, start + _PANEL)
+            self.matrix[panel, start:].addmm_(rows[:, panel].T, rows[:, start:])
+
+    def report(self) -> Gram:
+        """The lower triangle is filled from the upper one."""
+        tokens = max(self.tokens, 1)
+        upper = self.matrix.triu_().div_(tokens)
+        return Gram((upper + upper.triu(1).T).cpu(), (self.sums / tokens).float().cpu(), self.tokens)
+
+
+class GramMatrices(Protocol):
+    """Of every block; kind is ffn or attention."""
+
+    def read(self, block: int, kind: str) -> Gram: ...
+
+    def keep(self, block: int, found: Mapping[str, Gram]) -> None: ...
+
+    def has(self, block: int, kinds: Sequence[str]) -> bool: ...
+
+
+@dataclass(frozen=True)
+class GramWanted:
+    """kinds: of ffn and attention; share: of the tokens, taken evenly; limit: bytes that may be in memory together."""
+
+    kinds: tuple[str, ...]
+    share: float
+    limit: int
+
+    @property
+    def stride(self) -> int:
+        return max(1, round(1 / self.share))
+
+
+class InMemory:
+    """Matrices that fit into memory together."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, str], Gram] = {}
+
+    def has(self, block: int, kinds: Sequence[str]) -> bool:
+        return all((block, kind) in self._found for kind in kinds)
+
+    def keep(self, block: int, found: Mapping[str, Gram]) -> None:
+        self._found |= {(block, kind): gram for kind, gram in found.items()}
+
+    def read(self, block: int, kind: str) -> Gram:
+        return self._found[block, kind]
+
+
+class OnDisk:
+    """A folder with one safetensors file for each block, read one matrix at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def keep(self, block: int, found: Mapping[str, Gram]) -> None:
+        """
+        Raises:
+            OSError: the disk is full.
+        """
+        place = self._place(block)
+        place.mkdir(parents=True, exist_ok=True)
+        tensors = {kind: gram.matrix for kind, gram in found.items()}
+        tensors |= {f"{kind}.mean": gram.mean for kind, gram in found.items()}
+        described = [Outgoing(kind, tuple(tensor.shape), tensor.dtype) for kind, tensor in tensors.items()]
+        write_file(place / "gram.safetensors", described, iter(tensors.items()))
+        (place / "tokens.json").write_text(json.dumps({kind: gram.tokens for kind, gram in found.items()}))
+
+    def read(self, block: int, kind: str) -> Gram:
+        place = self._place(block)
+        tokens = json.loads((place / "tokens.json").read_text(encoding="utf-8"))
+        shards = Shards(place)
+        return Gram(shards.read(kind), shards.read(f"{kind}.mean"), int(tokens[kind]))
+
+    def has(self, block: int, kinds: Sequence[str]) -> bool:
+        """Whether the matrices of a block are there, whole."""
+        try:
+            return all(kind in Shards(self._place(block)) for kind in kinds) and bool(
+                json.loads((self._place(block) / "tokens.json").read_text(encoding="utf-8")) or not kinds
+            )
+        except Exception:  # any damage: they are collected again
+            return False
+
+    def _place(self, block: int) -> Path:
+        return self.folder / str(block)
+
+
+@contextmanager
+def gram_sums(blocks: Sequence[BlockView], wanted: GramWanted | None) -> Iterator[list[dict[str, GramSums]]]:
+    """Collect while the model runs: for each block, kind -> sums (``wanted`` None: nothing). Hooks always go away."""
+    sums: list[dict[str, GramSums]] = []
+    handles: list[Callable[[], None]] = []
+    try:
+        for block in blocks:
+            of_block = {}
+            for kind, channels in block.channels.items():
+                if wanted is not None and kind in wanted.kinds:
+                    made = GramSums(channels.n, channels.output.weight.device, wanted.stride)
+                    handles.append(channels.output.register_forward_pre_hook(made).remove)
+                    of_block[kind] = made
+            sums.append(of_block)
+        yield sums
+    finally:
+        for remove in handles:
+            remove()
+
+
+def gram_bytes(blocks: Sequence[BlockView], wanted: GramWanted) -> int:
+    """Of the matrices of all blocks together."""
+    channels = [found for block in blocks for kind, found in block.channels.items() if kind in wanted.kinds]
+    return sum(4 * one.n**2 for one in channels)
+
+
+def kinds_of(block: BlockView, wanted: GramWanted) -> list[str]:
+    """The kinds of matrices that a block has."""
+    return [kind for kind in block.channels if kind in wanted.kinds]
+
+
+class GramCollection:
+    """The matrices of a model's blocks in the making: what is wanted, and where they are kept."""
+
+    def __init__(self, blocks: Sequence[BlockView], wanted: GramWanted, folder: Path | None) -> None:
+        """``folder``: where they stay for other runs; None: in memory, which must hold them."""
+        self.wanted, self._blocks = wanted, blocks
+        self.fits = gram_bytes(blocks, wanted) <= wanted.limit
+        self.matrices: GramMatrices = InMemory() if folder is None else OnDisk(folder)
+
+    @property
+    def complete(self) -> bool:
+        return all(self.matrices.has(block.index, kinds_of(block, self.wanted)) for block in self._blocks)
+
+    def keep(self, sums: Sequence[Mapping[str, GramSums]], first: int = 0) -> None:
+        """Take over what was collected of the blocks from ``first`` on.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        try:
+            for at, of_block in enumerate(sums):
+                self.matrices.keep(first + at, {kind: found.report() for kind, found in of_block.items()})
+        except OSError as error:
+            raise RunError(
+                f"paths.cache_dir: the Gram matrices of block {first} cannot be written ({error.strerror}); make room or "
+                "give another folder"
+            ) from error

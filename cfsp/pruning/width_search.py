@@ -1,0 +1,111 @@
+"""The loss of candidate widths: FFNs are cut and compensated in the loaded model, which is put back for the next one."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cfsp.errors import ConfigError
+from cfsp.models.driver import run_block
+from cfsp.models.streamed import streamed
+from cfsp.pruning.plan import BlockPlan
+from cfsp.pruning.search import KnownLosses, _nll
+
+if TYPE_CHECKING:
+    from cfsp.models.views import BlockView
+    from cfsp.pruning.base import PlanContext
+
+#: Cut FFNs of a block that are kept for other candidates.
+_KEPT = 6
+
+Cut = Callable[["BlockView", int], tuple[BlockPlan, dict[str, Tensor]]]
+
+
+class WidthLosses:
+    """Mean NLL on ``input_ids`` [n, T] of the model with given FFN widths; a candidate runs from its first new block on.
+
+    Inside ``with restored(model)``: the blocks are changed.
+    """
+
+    def __init__(self, context: PlanContext, input_ids: Tensor, cut: Cut, before: dict[str, Any]) -> None:
+        """
+        Args:
+            cut: block, width -> what stays of it, and its compensation.
+            before: what decides the losses beside widths and ids, for those that are kept on disk.
+
+        Raises:
+            ConfigError: the model is streamed.
+        """
+        if streamed(context.driver.view.model) is not None:
+            raise ConfigError(
+                "allocator=search runs the model for each candidate, which model.streaming=on would read each time; use "
+                "allocator=coarse or reconstruction, or model.streaming=off"
+            )
+        self._driver, self._ids, self._cut = context.driver, input_ids, cut
+        self._known = KnownLosses.of(context, input_ids, before)
+        self._entry = self._driver.entry(input_ids)
+        self._linears: dict[int, dict[int, dict[str, nn.Module]]] = {}
+        self._base = [self._now(block) for block in self._driver.view.blocks]
+        #: Of the widths whose states are held: hidden states entering each block.
+        self._widths: list[int | None] = []
+        self._states: list[list[Tensor]] = [[state.cpu() for state in self._entry.hidden]]
+
+    @torch.no_grad()
+    def __call__(self, widths: tuple[int, ...]) -> float:
+        key = [(block, f"width{width}") for block, width in enumerate(widths)]
+        found = self._known.get(key)
+        if found is None:
+            start = time.perf_counter()
+            found = self._measured(widths)
+            self._known.put(key, found, time.perf_counter() - start)
+        return found
+
+    def _measured(self, widths: tuple[int, ...]) -> float:
+        view, device = self._driver.view, self._driver.view.device
+        same = 0
+        while same < len(self._widths) and self._widths[same] == widths[same]:
+            same += 1
+        del self._widths[same:], self._states[same + 1 :]
+        for block in view.blocks[same:]:
+            self._install(block, widths[block.index])
+            try:
+                left = [
+                    run_block(block, hidden.to(device), kwargs).cpu()
+                    for hidden, kwargs in zip(self._states[-1], self._entry.kwargs[block.index], strict=True)
+                ]
+            finally:
+                self._put(block, self._base[block.index])
+            self._states.append(left)
+            self._widths.append(widths[block.index])
+        total, count = 0.0, 0
+        for ids, hidden in zip(self._entry.ids, self._states[-1], strict=True):
+            total += _nll(self._driver.logits(ids, hidden.to(device)), ids)
+            count += ids[:, 1:].numel()
+        return total / count if math.isfinite(total) else math.inf
+
+    def _install(self, block: BlockView, width: int) -> None:
+        from cfsp.pruning.apply import slice_block
+
+        if block.ffn is None or width == block.ffn.width:
+            return
+        kept = self._linears.setdefault(block.index, {})
+        if width not in kept:
+            decision, tensors = self._cut(block, width)
+            slice_block(block, decision, tensors)
+            if len(kept) >= _KEPT:
+                kept.pop(next(iter(kept)))
+            kept[width] = self._now(block)
+        self._put(block, kept[width])
+
+    def _now(self, block: BlockView) -> dict[str, nn.Module]:
+        ffn = block.ffn
+        return {} if ffn is None else {n: getattr(ffn.module, n) for n in (ffn.gate_name, ffn.up_name, ffn.down_name)}
+
+    def _put(self, block: BlockView, linears: dict[str, nn.Module]) -> None:
+        for name, linear in linears.items():
+            setattr(block.ffn.module, name, linear)  # type: ignore[union-attr]
