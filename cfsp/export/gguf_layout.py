@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.export.folder import ModelFolder
 
-#: llama.cpp computes at full speed, and Q8_0 holds, rows of a multiple of it.
+#: Q8_0 holds rows of a multiple of it, and llama.cpp computes others at a fraction of its speed.
 CHUNK = 32
 _STOCK = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 #: They pair neighbouring elements of a head in RoPE, where transformers pairs the halves.
@@ -93,10 +93,11 @@ class Layout:
     notes: tuple[str, ...] = field(default=())
 
 
-def lay_out(source: ModelFolder, config: Mapping[str, Any]) -> Layout:
+def lay_out(source: ModelFolder, config: Mapping[str, Any], multiple: int = CHUNK) -> Layout:
     """
     Args:
         config: the base architecture's, with transformers' defaults where config.json says nothing.
+        multiple: FFN widths are filled up to multiples of it.
 
     Raises:
         UnsupportedModelError: llama.cpp cannot hold the model; names the block or the key.
@@ -107,8 +108,8 @@ def lay_out(source: ModelFolder, config: Mapping[str, Any]) -> Layout:
             f"{source.folder}: hidden_act={config.get('hidden_act')} has no form in GGUF, only silu has; use format=hf"
         )
     rope = _rope(source, config)
-    architecture = _architecture(source, rope)
-    blocks = tuple(_block(source, index, architecture) for index in range(len(source.layers)))
+    architecture = _architecture(source, rope, multiple)
+    blocks = tuple(_block(source, index, architecture, multiple) for index in range(len(source.layers)))
     _check_biases(source, architecture)
     tensors = tuple(_tensors(source, config, architecture, blocks, rope))
     _check_there(source, blocks)
@@ -116,17 +117,17 @@ def lay_out(source: ModelFolder, config: Mapping[str, Any]) -> Layout:
         architecture,
         _values(source, config, architecture, blocks, rope),
         tensors,
-        tuple(_notes(source, config, architecture, blocks)),
+        tuple(_notes(source, config, architecture, blocks, multiple)),
     )
 
 
 # Which architecture
 
 
-def _architecture(source: ModelFolder, rope: Mapping[str, Any]) -> str:
+def _architecture(source: ModelFolder, rope: Mapping[str, Any], multiple: int) -> str:
     """The family's own where all blocks are alike, else one that gives each block its own sizes."""
     stock = _STOCK[source.family]
-    blocks = [_block(source, index, stock) for index in range(len(source.layers))]
+    blocks = [_block(source, index, stock, multiple) for index in range(len(source.layers))]
     odd = next((block.index for block in blocks if block.sizes != blocks[0].sizes), None)
     holds = rope["rope_type"] in _SCALED[stock] and all(
         name in _BIASES[stock] for block in blocks for name in _biases(source, block.index)
@@ -147,13 +148,13 @@ def _architecture(source: ModelFolder, rope: Mapping[str, Any]) -> str:
     return "openelm"
 
 
-def _block(source: ModelFolder, index: int, architecture: str) -> Block:
+def _block(source: ModelFolder, index: int, architecture: str, multiple: int) -> Block:
     layer = source.layers[index]
     # deci takes the size of a head from block 0; openelm knows no block without attention.
     zero_attention = not layer.heads and (index == 0 or architecture != "deci")
     return Block(
         index,
-        width=max(CHUNK, math.ceil(layer.width / CHUNK) * CHUNK),
+        width=max(1, math.ceil(layer.width / multiple)) * multiple,
         heads=1 if zero_attention else layer.heads,
         kv_heads=1 if zero_attention else layer.kv_heads,
         zero_attention=zero_attention,
@@ -394,7 +395,7 @@ def _joined(tensors: list[GgufTensor]) -> Tensor:
 
 
 def _notes(
-    source: ModelFolder, config: Mapping[str, Any], architecture: str, blocks: tuple[Block, ...]
+    source: ModelFolder, config: Mapping[str, Any], architecture: str, blocks: tuple[Block, ...], multiple: int
 ) -> Iterator[str]:
     if architecture not in _STOCK.values():
         yield f"llama.cpp runs it as {architecture}, the form that gives each block sizes of its own."
@@ -403,11 +404,11 @@ def _notes(
         added = sum(block.width - source.layers[block.index].width for block in filled)
         yield (
             f"{added} zero neurons in {len(filled)} of {len(blocks)} blocks fill the FFN widths up to multiples of "
-            f"{CHUNK}; they change no output."
+            f"{multiple}; they change no output."
         )
     empty = [block.index for block in blocks if block.zero_ffn]
     if empty:
-        yield f"An FFN of {CHUNK} zero neurons stands where there is none, in {_listed(empty)}."
+        yield f"An FFN of {multiple} zero neurons stands where there is none, in {_listed(empty)}."
     stubs = [block.index for block in blocks if block.zero_attention]
     if stubs:
         yield f"One attention head of zeros stands where there is no attention, in {_listed(stubs)}."
