@@ -29,4 +29,4 @@ test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu and not hub"
 
 clean:
-	rm -rf outputs $(VENV) dist
+	rm -rf outputs $(VENV) $(VENV)-* dist

@@ -8,6 +8,7 @@ ended to the exit code.
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -33,8 +34,12 @@ from cfsp.config import parse
 from cfsp.errors import CfspError, ConfigError
 from cfsp.package import config_folder
 
-#: First words that are not overrides.
-COMMANDS = ("prune",)
+#: First words that are not overrides -> the function, of the words after it, that gives the exit code; None: Hydra's.
+COMMANDS = {
+    "prune": None,
+    "export": "cfsp.export.command:main",
+    "verify": "cfsp.verify.command:main",
+}
 
 
 @dataclass
@@ -103,7 +108,9 @@ def _main(argv: list[str]) -> int:
         if "--version" in argv:
             print(f"cfsp {__version__}")
             return 0
-        _strip_command(argv)
+        command = _command(argv)
+        if command is not None:
+            return _other(command, argv[2:], session)
         flags = _arguments(argv)
         session.words, session.sweep = list(flags.overrides), flags.multirun
         session.folder = Path(flags.config_dir) if flags.config_dir else None
@@ -122,18 +129,42 @@ def _main(argv: list[str]) -> int:
     return max(failed, default=0)
 
 
-def _strip_command(argv: list[str]) -> None:
+def _command(argv: list[str]) -> str | None:
+    """The command that the first word names, where it is not a run; ``prune`` is taken out of ``argv``."""
     if len(argv) < 2 or argv[1].startswith(("-", "+", "~")) or "=" in argv[1]:
-        return
+        return None
     if argv[1] not in COMMANDS:
         word = argv[1]
         if "." in word:
             raise explain(ValueError(word), [word])
         raise ConfigError(
             f"{word}: neither a command nor key=value{suggest(word, COMMANDS)}; commands: "
-            f"{', '.join(COMMANDS)} (the default), then key=value ...; see cfsp --help"
+            f"{', '.join(COMMANDS)} (the first is the default), then key=value ...; see cfsp --help"
         )
+    if COMMANDS[argv[1]] is not None:
+        return argv[1]
     del argv[1]
+    return None
+
+
+def _other(command: str, words: list[str], session: _Session) -> int:
+    """A command that is none of Hydra's; it reports its own errors, and what it does not expect is said here."""
+    module, _, function = str(COMMANDS[command]).partition(":")
+    if session.debug:
+        logging.getLogger("cfsp").setLevel(logging.DEBUG)
+        words = [word for word in words if word.lower() != "debug=true"]
+    try:
+        code: int = getattr(importlib.import_module(module), function)(words)
+        return code
+    except CfspError as error:
+        return _report(error, session)
+    except Exception as error:
+        if session.debug:
+            traceback.print_exception(error)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        where = "" if session.debug else "; debug=true shows where"
+        print(f"cfsp: {command} failed ({type(error).__name__}: {reason}){where}", file=sys.stderr)
+        return 1
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:

@@ -18,6 +18,7 @@ from cfsp.export.gguf_layout import CHUNK, GgufTensor, Layout, lay_out, model_co
 from cfsp.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from cfsp.export.result import Exported
 from cfsp.progress import progress
+from cfsp.verify.reference import copy_reference
 
 if TYPE_CHECKING:
     import gguf
@@ -72,7 +73,7 @@ def export(source: ModelFolder, to: Path, *, dtype: GgufDType = "auto", multiple
 
     Norms and biases stay float32; dtype is that of the matrices ("auto": the folder's own). FFN widths are filled up
     to multiples of ``multiple``: None: those of full speed, 64 in f16 and bf16, else 32; 256 suits files that
-    llama-quantize turns into K-quants.
+    llama-quantize turns into K-quants. The folder's reference goes beside the file.
 
     Raises:
         CheckpointError: the file exists and is not ours, cannot be written, or the disk is full; a value is too large
@@ -87,6 +88,7 @@ def export(source: ModelFolder, to: Path, *, dtype: GgufDType = "auto", multiple
         to.parent.mkdir(parents=True, exist_ok=True)
         _write(scratch, to.stem, source, layout, vocabulary, tensors, stored)
         os.replace(scratch, to)
+        copy_reference(source.folder, to)
     except OSError as error:
         raise CheckpointError(
             f"{to}: the file cannot be written there ({error.strerror or error}); free some space or give another place"

@@ -126,7 +126,8 @@ def quiet() -> None:
     handler = logging.StreamHandler()
     handler.setLevel(logging.WARNING)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    logging.getLogger("cfsp").setLevel(logging.INFO)
+    ours = logging.getLogger("cfsp")
+    ours.setLevel(ours.level or logging.INFO)  # debug=true may have set it
 
 
 def records_folder(name: str, variant: str) -> Path:

@@ -1,1 +1,1 @@
-"""A folder that a run wrote, loaded in other tools and compared with the model that was in memory."""
+"""Whether a saved model computes in other tools what it computed in memory when it was saved."""

@@ -198,7 +198,7 @@ def _stage_calls(model: Any, ids: Tensor, batch_size: int, folder: Path) -> Any:
     yield "plan", plan
     with restored(model):
         yield "apply", lambda: apply(model, kept["plan"])
-        yield "save", lambda: save_checkpoint(model, folder)
+        yield "save", lambda: save_checkpoint(model, folder, reference=False)  # which is another forward pass
 
 
 def _checks(row: dict[str, Any], *, limited: bool) -> list[Check]:

@@ -96,7 +96,7 @@ def compare(
     python: Path, tmp_path: Path, model, file: Path, ids: list[list[int]], texts=(), tolerance=TOLERANCE
 ) -> dict:
     reply, logits = answered(python, tmp_path, file, ids, texts)
-    for one, theirs, continued in zip(ids, logits, reply["tokens"], strict=True):
+    for one, theirs, continued in zip(ids, logits, reply["greedy"], strict=True):
         with torch.no_grad():
             ours = model(torch.tensor([one])).logits[0]
         assert (ours - theirs).abs().max() <= tolerance
@@ -127,7 +127,7 @@ def test_a_pruned_model_gives_the_same_logits_text_and_token_ids(python, tmp_pat
     ids = [tokenizer(text).input_ids for text in TEXTS[name]]
     reply = compare(python, tmp_path, model, found.place, ids, TEXTS[name])
     assert reply["ids"] == ids
-    for said, continued in zip(reply["continuations"], reply["tokens"], strict=True):
+    for said, continued in zip(reply["continuations"], reply["greedy"], strict=True):
         # A SentencePiece decoder takes the space off a text's first word.
         expected = tokenizer.decode(continued, clean_up_tokenization_spaces=False)
         assert said.strip() == expected.strip()

@@ -3,11 +3,12 @@
 ``python llama_cpp.py REQUEST`` prints one line of JSON last; both are objects.
 
 The request: "file" (a GGUF), "token_ids" (lists of ids, each a text of its own), and what may be left out: "greedy" (so
-many tokens follow each), "logits" (true: as they are, not as log-probabilities), "save" (FILE.npz for them) and "texts"
+many tokens follow each), "logits" (true: whole, and not as log-probabilities), "save" (FILE.npz for them) and "texts"
 (to tokenise).
-The reply: "version" of llama_cpp, "logprobs" (of each text [T, V]; where saved, the file, whose arrays are 0, 1, ...),
-"tokens" (the greedy ids after each), "continuations" (those as text), "ids" (of each of the texts, with the special
-ones that the file asks for). Where llama.cpp does not take the file: "version", "error", and exit code 1.
+The reply: "version" of llama_cpp, "logprobs" (of the tokens 1..T-1 of each text, [T-1]; with "logits" or "save" of the
+whole vocabulary, [T, V]; where saved, the file, whose arrays are 0, 1, ...), "greedy" (the ids after each),
+"continuations" (those as text), "ids" (of each of the texts, with the special ones that the file asks for). Where
+llama.cpp does not take the file: "version", "error", and exit code 1.
 
 Float32 throughout, the key-value cache too: llama.cpp's own choice, float16, alone moves logits by 5e-3.
 """
@@ -105,12 +106,15 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     except (ValueError, RuntimeError) as error:
         return {**reply, "error": "; ".join(said) or str(error)}
     arrays = []
-    reply["tokens"] = []
+    reply["greedy"] = []
     for ids in texts:
         values = logits(model, ids)
-        arrays.append(values if request.get("logits") else log_probabilities(values))
-        reply["tokens"].append(greedy(model, values[-1], n))
-    reply["continuations"] = [model.detokenize(ids).decode("utf-8", "replace") for ids in reply["tokens"]]
+        array = values if request.get("logits") else log_probabilities(values)
+        if not request.get("logits") and "save" not in request:
+            array = array[numpy.arange(len(ids) - 1), ids[1:]]
+        arrays.append(array)
+        reply["greedy"].append(greedy(model, values[-1], n))
+    reply["continuations"] = [model.detokenize(ids).decode("utf-8", "replace") for ids in reply["greedy"]]
     reply["ids"] = [model.tokenize(text.encode(), special=True) for text in request.get("texts", ())]
     if "save" in request:
         numpy.savez(request["save"], **{str(at): array for at, array in enumerate(arrays)})

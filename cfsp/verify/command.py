@@ -1,0 +1,228 @@
+"""``cfsp verify path=DIR``: is what other tools load from a folder the model that was saved there?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cfsp.components import suggest
+from cfsp.errors import CfspError, CheckpointError, ConfigError, RunError
+from cfsp.sweep.command import command
+from cfsp.verify.tool import TOOLS, Tool, ask, is_installed
+
+USAGE = f"""\
+Load a saved model in the tools that are installed, each in a process of its own and without cfsp, and compare the
+log-probabilities of fixed tokens with those that the model had in memory when it was saved.
+
+  cfsp verify path=OUT/model                     the folder that a run wrote (path=OUT will do), or an export of it
+  cfsp verify path=FILE.gguf                     a GGUF file that cfsp exported
+  cfsp verify path=DIR tools=transformers,peft   these tools alone, of {", ".join(TOOLS)}
+  cfsp verify path=DIR python.vllm=PYTHON        look for vLLM in another environment: /path/to/venv/bin/python
+  cfsp verify path=DIR record=FILE.json          write the table as JSON too
+
+A tool that is not installed is listed and does not count. Exit codes: 0 all that were tried compute the same, 1 one
+differs or cannot load the model, 2 wrong input.
+"""
+
+_KEYS = ("path", "tools", "record", *(f"python.{name}" for name in TOOLS))
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked command line; ``pythons``: tool -> the Python that has it."""
+
+    path: Path
+    tools: tuple[Tool, ...]
+    pythons: Mapping[str, str] = field(default_factory=dict)
+    record: Path | None = None
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Verify; returns the exit code."""
+    return command("cfsp", USAGE, words, lambda given: _verify(request_of(given)))
+
+
+def request_of(words: Sequence[str]) -> Request:
+    """Read the command line.
+
+    Raises:
+        ConfigError: everything that is wrong with its keys and values.
+    """
+    problems, given = [], {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            problems.append(f"{word}: is not key=value; see cfsp verify --help")
+        elif key not in _KEYS:
+            problems.append(f"{key}: unknown key{suggest(key, _KEYS)}; keys: {', '.join(_KEYS)}")
+        elif not value:
+            problems.append(f"{key}=: has no value; see cfsp verify --help")
+        else:
+            given[key] = value
+    names = [name.strip() for name in given.get("tools", ",".join(TOOLS)).strip("[]").split(",")]
+    problems += [
+        f"tools={name}: there is no such tool{suggest(name, TOOLS)}; tools: {', '.join(TOOLS)}"
+        for name in names
+        if name not in TOOLS
+    ]
+    if "path" not in given and not problems:
+        problems.append("path is not set: give path=DIR, the folder of a saved model; see cfsp verify --help")
+    if problems:
+        raise ConfigError(*problems)
+    pythons = {key.removeprefix("python."): value for key, value in given.items() if key.startswith("python.")}
+    return Request(
+        _model_at(Path(given["path"]).expanduser()),
+        tuple(TOOLS[name] for name in dict.fromkeys(names)),
+        {name: str(Path(python).expanduser()) for name, python in pythons.items()},
+        Path(given["record"]).expanduser() if "record" in given else None,
+    )
+
+
+def _model_at(path: Path) -> Path:
+    """A model folder or GGUF file; of a run's OUT, its model."""
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if not path.exists():
+        raise CheckpointError(f"path={path}: there is no such folder; give the folder of a saved model")
+    if not path.is_dir():
+        raise CheckpointError(f"path={path}: is neither a folder nor a GGUF file; give the folder of a saved model")
+    for folder in (path, path / "model"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise CheckpointError(f"path={path}: holds no model (no config.json); give the folder of a saved model")
+
+
+def _verify(request: Request) -> int:
+    from cfsp.progress import progress
+    from cfsp.verify.comparison import Finding, compare, tolerance_of
+    from cfsp.verify.reference import place_of, read_reference
+
+    reference = read_reference(place_of(request.path))
+    form, weights = _form(request.path)
+    # Asked before a model is loaded, so that a wrong python.TOOL is said at once.
+    there = {tool.name: is_installed(tool, request.pythons.get(tool.name, sys.executable)) for tool in request.tools}
+    asked = {
+        "path": str(request.path.resolve()),
+        "file": str(request.path.resolve()),
+        "token_ids": reference.token_ids.tolist(),
+        "greedy": reference.greedy.shape[1],
+        "dtype": reference.computed,
+    }
+    findings = []
+    for tool in progress(request.tools, "verify", unit="tool"):
+        unread = _unread(tool, form, request.path)
+        if unread:
+            findings.append(Finding(tool.name, "another form", note=unread))
+        elif not there[tool.name]:
+            findings.append(Finding(tool.name, "not installed"))
+        else:
+            try:
+                answer = ask(tool, asked, request.pythons.get(tool.name, sys.executable))
+                allowed = tolerance_of(tool.float32, reference.computed, weights)
+                findings.append(compare(tool.name, answer, reference, allowed))
+            except RunError as error:
+                findings.append(Finding(tool.name, "fails", note=str(error)))
+    if request.record is not None:
+        _write(request.record, request.path, reference, findings)
+    if not any(finding.tried for finding in findings):
+        raise ConfigError(
+            f"tools={','.join(tool.name for tool in request.tools)}: none of them can be tried on {request.path} ("
+            + "; ".join(f"{finding.tool}: {finding.note or finding.outcome}" for finding in findings)
+            + "); install one, or name the Python that has it with python.TOOL=..."
+        )
+    return _show(request.path, findings)
+
+
+def _unread(tool: Tool, form: str, path: Path) -> str:
+    """Why the tool does not read this kind of export; empty where it should."""
+    if tool.reads == "gguf":
+        return "" if form == "gguf" else "reads GGUF files: cfsp export path=DIR format=gguf"
+    if form == "gguf":
+        return "reads model folders"
+    if form == "decilm" and tool.name != "vllm":
+        return "has no class for this folder, which is made for vLLM"
+    if tool.name == "lm_eval" and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return "needs a tokenizer, and the folder has none"
+    return ""
+
+
+def _form(path: Path) -> tuple[str, str]:
+    """(gguf, decilm or folder; what the weights may have been rounded to beyond what the reference was computed of)."""
+    if path.suffix == ".gguf":
+        return "gguf", _gguf_weights(path)
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / 'config.json'}: cannot be read ({error}); save the model again") from error
+    brings = config.get("auto_map") or {}
+    # It brings a configuration, and no class that transformers could make of it.
+    return ("decilm" if brings and "AutoModelForCausalLM" not in brings else "folder"), "float32"
+
+
+def _gguf_weights(file: Path) -> str:
+    """The dtype that general.file_type names; what is not known is compared as the coarsest."""
+    try:
+        from gguf import GGUFReader, LlamaFileType
+
+        stated: Any = GGUFReader(file).get_field("general.file_type")
+        found = LlamaFileType(stated.contents())
+    except ImportError:
+        return "unknown"
+    except Exception as error:  # a damaged file fails in any place of the reader
+        raise CheckpointError(f"{file}: is no GGUF file that can be read ({error}); export the model again") from error
+    return {"ALL_F32": "float32", "MOSTLY_F16": "float16", "MOSTLY_BF16": "bfloat16", "MOSTLY_Q8_0": "q8_0"}.get(
+        found.name, "unknown"
+    )
+
+
+def _show(path: Path, findings: Sequence[Any]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 160)
+    table = Table(
+        "tool", "version", "loads", "maximum difference", "allowed", "tokens equal", "result", "note",
+        box=None, pad_edge=False,
+    )  # fmt: skip
+    for finding in findings:
+        loads = {"fails": "no"}.get(finding.outcome, "yes" if finding.tried else "")
+        table.add_row(
+            finding.tool,
+            finding.version,
+            loads,
+            "" if finding.difference is None else f"{finding.difference:.2g}",
+            "" if finding.tolerance is None else f"{finding.tolerance:g}",
+            finding.tokens,
+            finding.outcome,
+            finding.note,
+        )
+    console.print(table)
+    tried = [finding for finding in findings if finding.tried]
+    wrong = [finding.tool for finding in tried if finding.outcome != "equal"]
+    if wrong:
+        print(f"{path}: is not the saved model in {', '.join(wrong)}")
+        return 1
+    print(f"{path}: the saved model in {', '.join(finding.tool for finding in tried)}")
+    return 0
+
+
+def _write(file: Path, path: Path, reference: Any, findings: Sequence[Any]) -> None:
+    content = {
+        "schema": 1,
+        "model": path.name,
+        "windows": list(reference.token_ids.shape),
+        "computed": reference.computed,
+        "stored": reference.stored,
+        "tools": [finding.as_dict() for finding in findings],
+    }
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CfspError(f"record={file}: cannot be written ({error.strerror}); give another file") from error

@@ -1,0 +1,360 @@
+"""What a model computes of fixed tokens when it is saved, kept in its folder to be compared with what tools make of it.
+
+The file lies in a folder within the model's: tools take every safetensors file at the top for weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cfsp import __version__
+from cfsp.errors import CheckpointError, RunError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from cfsp.models.driver import BlockDriver
+    from cfsp.models.views import BlockView
+
+SCHEMA = "1"
+REFERENCE_IN_FOLDER = "verify/reference.safetensors"
+#: Beside a GGUF file, in the place of its suffix.
+REFERENCE_OF_FILE = ".reference.safetensors"
+
+WINDOWS, LENGTH, SEED = 2, 48, 20240913
+#: Of a streamed model it is one: each token after it would read the whole model again.
+GREEDY = 16
+_ARRAYS = {"token_ids": "int64", "logprobs": "float32", "top": "int64", "greedy": "int64", "margins": "float32"}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """
+    token_ids: [n, T] int64.
+    logprobs: [n, T-1] fp32, natural logarithm, of the tokens 1..T-1 of each window.
+    top: [n, T] int64, the likeliest token after each one.
+    greedy: [n, G] int64, the likeliest continuation of each window, token by token.
+    margins: [n, G] fp32, by how much each of them is likelier than the second; a tool may choose the other where it is
+        smaller than what the tool's arithmetic gives away.
+    computed: the dtype that the model computed in; stored: the dtype of the folder's weights.
+    """
+
+    token_ids: np.ndarray
+    logprobs: np.ndarray
+    top: np.ndarray
+    greedy: np.ndarray
+    margins: np.ndarray
+    computed: str
+    stored: str
+
+    def write(self, file: Path) -> None:
+        """Atomically."""
+        from safetensors.numpy import save_file
+
+        settings = {"schema": SCHEMA, "computed": self.computed, "stored": self.stored, "cfsp": __version__}
+        digest = ids_digest(self.token_ids)
+        arrays = {name: np.ascontiguousarray(getattr(self, name), dtype=kind) for name, kind in _ARRAYS.items()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"{file.name}.partial")
+        save_file(arrays, partial, metadata={**settings, "token_ids": digest})
+        os.replace(partial, file)
+
+
+def place_of(path: str | Path) -> Path:
+    """Where the reference of a model folder, or of a GGUF file, is kept."""
+    path = Path(path)
+    return path.with_suffix(REFERENCE_OF_FILE) if path.suffix == ".gguf" else path / REFERENCE_IN_FOLDER
+
+
+def copy_reference(source: Path, export: Path) -> bool:
+    """Give an export (a folder or a GGUF file) the reference of the folder it is made from; False: there is none."""
+    file = place_of(source)
+    if not file.is_file():
+        return False
+    place_of(export).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, place_of(export))
+    return True
+
+
+def read_reference(file: Path) -> Reference:
+    """
+    Raises:
+        CheckpointError: it is missing or damaged, or its tokens are not those that it was computed of.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as stream:
+            settings = stream.metadata() or {}
+            arrays = {name: stream.get_tensor(name) for name in _ARRAYS}
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{file}: there is no reference to compare with; a run writes it with the model, so save the model again "
+            "with this version of cfsp"
+        ) from error
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{file}: the reference cannot be read ({error}); save the model again") from error
+    if settings.get("schema") != SCHEMA:
+        raise CheckpointError(
+            f"{file}: a reference of schema {settings.get('schema')}, this version of cfsp reads {SCHEMA}; save the "
+            "model again"
+        )
+    found = Reference(**arrays, computed=settings.get("computed", ""), stored=settings.get("stored", ""))
+    n, length = found.token_ids.shape
+    shapes = {"logprobs": (n, length - 1), "top": (n, length), "margins": found.greedy.shape}
+    wrong = [name for name, shape in shapes.items() if getattr(found, name).shape != shape]
+    if wrong or settings.get("token_ids") != ids_digest(found.token_ids):
+        raise CheckpointError(f"{file}: the reference is damaged ({', '.join(wrong) or 'token_ids'}); save it again")
+    return found
+
+
+def ids_digest(token_ids: np.ndarray) -> str:
+    """sha256 of the ids [n, T] as little-endian int64."""
+    return f"sha256:{hashlib.sha256(np.ascontiguousarray(token_ids, dtype='<i8').tobytes()).hexdigest()}"
+
+
+def reference_of(model: Any, *, dtype: torch.dtype | None = None, tokenizer: Path | None = None) -> Reference:
+    """What ``model`` computes with its weights as a folder of ``dtype`` holds them; the model is left as it is.
+
+    Of a model in memory this is a forward pass over a hundred tokens and ``GREEDY`` more; a streamed model is read
+    for it, block by block (:class:`StreamedReference` needs no read of its own).
+
+    Args:
+        tokenizer: folder of the tokenizer files, whose special tokens are left out of the windows.
+
+    Raises:
+        RunError: the model gives values that are not finite.
+    """
+    import torch
+
+    from cfsp.models.streamed import streamed
+
+    ids = torch.from_numpy(token_windows(model, tokenizer))
+    compute = _in_memory if streamed(model) is None else _block_by_block
+    with torch.no_grad(), _evaluating(model), _as_stored(model, dtype):
+        return _reference(model, dtype, ids, compute(model, ids))
+
+
+class StreamedReference:
+    """The reference of a streamed model, from the blocks that somebody else reads: call it with each of them."""
+
+    def __init__(self, model: Any, *, dtype: torch.dtype | None = None, tokenizer: Path | None = None) -> None:
+        import torch
+
+        from cfsp.models.driver import BlockDriver
+        from cfsp.models.views import resolve
+
+        self._model, self._dtype = model, dtype
+        self._ids = torch.from_numpy(token_windows(model, tokenizer))
+        self._driver = BlockDriver(resolve(model), len(self._ids))
+        with _as_stored(model, dtype):
+            self._entry = self._driver.entry(self._ids)
+        self._hidden = self._entry.hidden[0]
+        self._seen = 0
+
+    def __call__(self, block: BlockView) -> None:
+        import torch
+
+        from cfsp.models.driver import run_block
+
+        if block.index == self._seen:
+            with torch.no_grad(), _as_stored(self._model, self._dtype):
+                self._hidden = run_block(block, self._hidden, self._entry.kwargs[block.index][0])
+            self._seen += 1
+
+    def found(self) -> Reference | None:
+        """None where blocks were left out, e.g. because a killed process had written them already.
+
+        Raises:
+            RunError: as :func:`reference_of`.
+        """
+        import torch
+
+        if self._seen < len(self._driver.view.blocks):
+            return None
+        with torch.no_grad(), _as_stored(self._model, self._dtype):
+            return _reference(
+                self._model, self._dtype, self._ids, _of_hidden(self._model, self._driver, self._ids, self._hidden)
+            )
+
+
+def _reference(
+    model: Any, dtype: torch.dtype | None, ids: Tensor, figures: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> Reference:
+    import torch
+
+    logprobs, top, greedy, margins = figures
+    if not (torch.isfinite(logprobs).all() and torch.isfinite(margins).all()):
+        raise RunError(
+            f"{type(model).__name__}: its logits on {WINDOWS} windows of random tokens are not finite, so nobody could "
+            "use what is saved; try model.dtype=float32"
+        )
+    computed, stored = (str(kind).removeprefix("torch.") for kind in (model.dtype, dtype or model.dtype))
+    return Reference(ids.numpy(), logprobs.numpy(), top.numpy(), greedy.numpy(), margins.numpy(), computed, stored)
+
+
+def token_windows(model: Any, tokenizer: Path | None = None) -> np.ndarray:
+    """Ids [WINDOWS, T] that are the same whenever vocabulary and special tokens are; T = LENGTH where positions allow.
+
+    Random ids: no text is needed, and none would be in the vocabulary of every tokenizer.
+    """
+    config = model.config.get_text_config()
+    size = int(config.vocab_size)
+    special = {
+        value
+        for settings in (config, model.generation_config)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+        for value in _as_list(getattr(settings, name, None))
+    }
+    known, reserved = _tokenizer_ids(tokenizer)
+    usual = [at for at in range(size) if at not in special and at not in reserved and (not known or at in known)]
+    candidates = np.array(usual or range(size))
+    positions = getattr(config, "max_position_embeddings", None) or LENGTH + GREEDY
+    length = max(2, min(LENGTH, positions - GREEDY))
+    return candidates[np.random.default_rng(SEED).integers(len(candidates), size=(WINDOWS, length))].astype(np.int64)
+
+
+def _tokenizer_ids(folder: Path | None) -> tuple[set[int], set[int]]:
+    """(ids that tokenizer.json has a token for, ids of the tokens that were added to it); empty where there is none."""
+    try:
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")) if folder else {}
+        vocabulary = content.get("model", {}).get("vocab", {})
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        return set(ids), {token["id"] for token in content.get("added_tokens", ())}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set(), set()
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _in_memory(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprobs, top, greedy, margins) of :class:`Reference`, on the CPU."""
+    import torch
+
+    device = model.get_input_embeddings().weight.device
+    ids = ids.to(device)
+    output = model(ids, use_cache=True)
+    logprobs, top = _scored(output.logits, ids)
+    tokens, margins = [], []
+    for at in range(GREEDY):
+        token, margin = _likeliest(output.logits)
+        tokens.append(token)
+        margins.append(margin)
+        if at + 1 < GREEDY:
+            output = model(token[:, None].to(device), past_key_values=output.past_key_values, use_cache=True)
+    return logprobs, top, torch.stack(tokens, dim=1), torch.stack(margins, dim=1)
+
+
+def _block_by_block(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same of a streamed model, each of whose blocks is read once; a single greedy token."""
+    from cfsp.models.driver import BlockDriver
+    from cfsp.models.views import resolve
+
+    driver = BlockDriver(resolve(model), len(ids))
+    hidden = driver.hidden_states()
+    for step in driver.steps(ids, "reference"):
+        hidden = step.advance()
+    return _of_hidden(model, driver, ids, hidden[0])
+
+
+def _of_hidden(model: Any, driver: BlockDriver, ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from cfsp.models.streamed import streamed
+
+    store = streamed(model)
+    assert store is not None
+    with store.resident_rest():
+        logits = driver.logits(ids, hidden)
+    logprobs, top = _scored(logits, ids.to(logits.device))
+    token, margin = _likeliest(logits)
+    return logprobs, top, token[:, None], margin[:, None]
+
+
+def _scored(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [n, T-1] of the next tokens and the likeliest ones [n, T]; log-softmax in fp32."""
+    import torch
+
+    rows = []
+    for sequence, window in zip(logits, ids, strict=True):  # one window's vocabulary in fp32 at a time
+        rows.append(sequence[:-1].float().log_softmax(-1).gather(-1, window[1:, None])[:, 0])
+    return torch.stack(rows).cpu(), logits.argmax(-1).cpu()
+
+
+def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """After the last position: the likeliest token [n], and by how much its log-probability exceeds the second's."""
+    values, tokens = logits[:, -1].float().topk(2, dim=-1)
+    return tokens[:, 0].cpu(), (values[:, 0] - values[:, 1]).cpu()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was in training:
+            module.training = was
+
+
+@contextmanager
+def _as_stored(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Each module's parameters are rounded to ``dtype`` while it runs, where they are not of its values already."""
+    import torch
+
+    from cfsp.models.streamed import streamed
+
+    def narrows(parameter: Tensor | None) -> bool:
+        return (
+            dtype is not None
+            and parameter is not None
+            and parameter.is_floating_point()
+            and torch.finfo(dtype).bits < torch.finfo(parameter.dtype).bits
+        )
+
+    def rounded(parameter: Tensor) -> Tensor:
+        return parameter.to(dtype).to(parameter.dtype)
+
+    store = streamed(model)
+    if store is not None:
+        before = store.rounded_to
+        store.rounded_to = dtype if dtype and torch.finfo(dtype).bits < torch.finfo(store.dtype).bits else before
+        try:
+            yield
+        finally:
+            store.rounded_to = before
+        return
+    if not any(narrows(p) and not torch.equal(p, rounded(p)) for p in model.parameters()):
+        yield
+        return
+    exact: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
+
+    def enter(module: nn.Module, args: Any) -> None:
+        exact[module] = dict(module._parameters)
+        for name, parameter in exact[module].items():
+            if parameter is not None and narrows(parameter):
+                module._parameters[name] = torch.nn.Parameter(rounded(parameter), requires_grad=False)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        module._parameters.update(exact.pop(module, {}))
+
+    own = [module for module in model.modules() if module._parameters]
+    hooks = [module.register_forward_pre_hook(enter) for module in own]
+    hooks += [module.register_forward_hook(leave, always_call=True) for module in own]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,30 @@
+"""lm-evaluation-harness: its ``hf`` model, as ``lm_eval --model hf`` makes it, and its log-likelihoods."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.metadata import version
+from typing import Any
+
+
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    harness = HFLM(
+        pretrained=request["path"], trust_remote_code=True, dtype=request["dtype"], device=device, batch_size=1
+    )
+    windows = request["token_ids"]
+    rows = []
+    for window in windows:
+        # The context grows by a token at a time: each prediction goes the way of a scored answer.
+        asked = [(("", ""), window[:at], window[at : at + 1]) for at in range(1, len(window))]
+        rows.append([found for found, _ in harness._loglikelihood_tokens(asked, disable_tqdm=True)])
+    return {"version": version("lm_eval"), "logprobs": rows, "greedy": []}
+
+
+if __name__ == "__main__":
+    sys.modules["cfsp"] = None  # type: ignore[assignment]  # the folder has to load without it
+    print(json.dumps(main(json.loads(sys.argv[1]))))

@@ -1,0 +1,43 @@
+"""transformers: ``AutoModelForCausalLM.from_pretrained`` with the folder's own code, and ``generate``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        request["path"],
+        trust_remote_code=True,
+        dtype=getattr(torch, request["dtype"]),
+        output_loading_info=True,
+    )
+    model, report = loaded
+    lost = sorted(name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[kind])
+    if lost:
+        raise ValueError(f"{len(lost)} weights are missing, unexpected or of another shape, first {lost[0]}")
+    model = model.to(device).eval()
+    ids = torch.tensor(request["token_ids"], device=device)
+    # Only what is asked for here: a folder's own settings may sample, or stop at an end-of-text token.
+    plain = GenerationConfig(do_sample=False, max_new_tokens=request["greedy"], eos_token_id=None, pad_token_id=0)
+    model.generation_config = plain
+    with torch.no_grad():
+        logprobs = model(ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        text = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain)
+    return {
+        "version": transformers.__version__,
+        "logprobs": logprobs.tolist(),
+        "greedy": text[:, ids.shape[1] :].tolist(),
+    }
+
+
+if __name__ == "__main__":
+    sys.modules["cfsp"] = None  # type: ignore[assignment]  # the folder has to load without it
+    print(json.dumps(main(json.loads(sys.argv[1]))))
