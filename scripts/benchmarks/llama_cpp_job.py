@@ -38,6 +38,7 @@ def main() -> int:
             n_batch=counts["prompt"],
             n_threads=request["threads"],
             n_threads_batch=request["threads"],
+            flash_attn=True,  # llama.cpp's default, not that of its Python package
             verbose=False,
         )
         for name, file in request["files"].items()
