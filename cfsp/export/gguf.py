@@ -87,8 +87,8 @@ def export(source: ModelFolder, to: Path, *, dtype: GgufDType = "auto", multiple
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         _write(scratch, to.stem, source, layout, vocabulary, tensors, stored)
+        copy_reference(source.folder, to)  # a full disk meets it before the file has its name
         os.replace(scratch, to)
-        copy_reference(source.folder, to)
     except OSError as error:
         raise CheckpointError(
             f"{to}: the file cannot be written there ({error.strerror or error}); free some space or give another place"

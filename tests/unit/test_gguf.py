@@ -434,7 +434,25 @@ def test_a_full_disk_leaves_nothing_and_keeps_the_file_that_was_there(tmp_path, 
     with pytest.raises(CheckpointError, match="model.gguf: the file cannot be written there \\(No space left"):
         export(source, place, dtype="bf16")
     assert place.read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.gguf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "model", "model.gguf", "model.reference.safetensors",
+    ]  # fmt: skip
+
+
+def test_a_disk_that_fills_up_with_the_reference_leaves_what_was_there(tmp_path, folder_of, monkeypatch):
+    _, source = folder_of()
+    place = export(source, tmp_path / "model.gguf").place
+    names = ("model.gguf", "model.reference.safetensors")
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+
+    def full(_, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("cfsp.verify.reference.shutil.copyfile", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        export(source, place, dtype="bf16")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
