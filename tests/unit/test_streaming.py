@@ -17,10 +17,12 @@ from cfsp.errors import CheckpointError
 from cfsp.evaluate.zero_shot import ZeroShot
 from cfsp.models import base_models, checkpoint, shard_writer
 from cfsp.models import source as source_module
+from cfsp.models.driver import BlockDriver
 from cfsp.models.hidden_states import HiddenStates, Room
 from cfsp.models.load import load_model, load_tokenizer
 from cfsp.models.source import folder_fingerprint, locate
 from cfsp.models.streamed import load_streamed, streamed
+from cfsp.models.views import resolve
 from tests.conftest import VOCABULARY, mentions, save_with_tokenizer
 from tests.tiny import tiny_model
 
@@ -413,3 +415,71 @@ def test_a_model_that_accelerate_dispatched_is_pruned_and_evaluated_as_it_is(fol
     half = len(found) // 2
     for one, other in zip(found[:half], found[half:], strict=True):
         assert one[1:] == other[1:]
+
+
+def test_a_streamed_folder_is_the_whole_folder_in_memory(run_cfsp, words, folder, tmp_path) -> None:
+    """Generation settings, tokenizer, code, plan and card too; only the reference's greedy part is shorter."""
+    settings = {"eos_token_id": [2, 5, 6], "temperature": 0.6, "do_sample": True, "pad_token_id": 3}
+    copied = Path(shutil.copytree(folder, tmp_path / "base"))
+    (copied / "generation_config.json").write_text(json.dumps(settings))
+    memory, streaming = both(run_cfsp, [*words, f"model.path={copied}"], tmp_path)
+    found = [{p.relative_to(out): p for p in (out / "model").rglob("*") if p.is_file()} for out in (memory, streaming)]
+    names = [{path.relative_to("model") for path in one} for one in found]
+    assert names[0] == names[1]
+    assert json.loads((streaming / "model" / "generation_config.json").read_text())["eos_token_id"] == [2, 5, 6]
+    for name in names[0]:
+        if name.suffix != ".safetensors":
+            assert (memory / "model" / name).read_bytes() == (streaming / "model" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "more", "parts"),
+    [
+        ("model.embed_tokens.weight", float("nan"), (), ("model.embed_tokens.weight", "NaN")),
+        ("model.embed_tokens.weight", 1e6, ("save.dtype=float16",), ("does not fit into torch.float16",)),
+        (
+            "model.layers.1.self_attn.q_proj.weight",
+            1e6,
+            ("save.dtype=float16",),
+            ("layers.1.self_attn.q_proj", "float16"),
+        ),
+    ],
+)
+def test_damaged_and_unfitting_weights_are_found_wherever_they_are(
+    run_cfsp, words, damaged, tmp_path, name, value, more, parts
+) -> None:
+    file = _file_of(damaged, name)
+    tensors = {key: found.clone() for key, found in load_file(file).items()}
+    tensors[name][-1, 0] = value  # of an embedding: the row of a token that no text has
+    save_file(tensors, file, metadata={"format": "pt"})
+    code, _, err = run_cfsp(*words, "model.streaming=on", f"model.path={damaged}", *more, "pruner=magnitude_sp")
+    assert code != 0
+    mentions(err.strip().splitlines(), *parts)
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_all_hidden_states_share_one_limit(tmp_path) -> None:
+    room, cpu = Room(100, tmp_path), torch.device("cpu")
+    first = HiddenStates([torch.zeros(1, 5, 4)], device=cpu, room=room)
+    second = HiddenStates([torch.zeros(1, 5, 4)], device=cpu, room=room)
+    assert (first.in_file, second.in_file) == (0, 80)
+    del first
+    third = HiddenStates([torch.ones(1, 5, 4)], device=cpu, room=room)
+    assert third.in_file == 0
+    second[0] = torch.ones(1, 7, 4)  # of another size than what lies there
+    assert second[0].shape == (1, 7, 4)
+
+
+def test_hidden_states_of_a_resumed_pass_are_held_once(folder, tmp_path) -> None:
+    source = locate(ModelSection(name="m", path=str(folder)))
+    disk = load_streamed(source, dtype=torch.float32, device=torch.device("cpu"))
+    ids = torch.randint(VOCABULARY, (6, 32), generator=torch.Generator().manual_seed(1))
+    size = 6 * 32 * 32 * 4
+    streamed(disk).room = Room(10 * size, tmp_path)
+    driver = BlockDriver(resolve(disk), 2)
+    kept = HiddenStates(driver.entry(ids).hidden, device=torch.device("cpu"), room=streamed(disk).room)
+    most = 0
+    for step in driver.steps(ids, hidden=kept, first=2):
+        step.advance()
+        most = max(most, streamed(disk).room.used)
+    assert most == size
