@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from rich.console import Console
+from torch._subclasses import FakeTensorMode
 
 from cfsp.config import TextSection
 from cfsp.data.calibration import Limits
@@ -116,6 +117,13 @@ def test_memory_counts_tensors_that_are_alive_at_one_time():
         del second, view
         known.add_(third.reshape(1000))  # reshape of a transposed tensor copies
     assert live.peak == 2 * 4000
+
+    with LiveTensors([known]) as live:
+        described = torch.zeros(10**6, device="meta") + 1
+        with FakeTensorMode():
+            torch.zeros(10**6)
+        made = torch.zeros_like(described, device="cpu")[:10].clone()
+    assert live.peak == 4 * 10**6 + made.nbytes, "what is only described takes no memory"
 
     model = tiny_model()
     short, long = (Cost(prompt_tokens=n, new_tokens=4, repeats=1).measure(model, None)[-1].value for n in (16, 64))
