@@ -294,6 +294,65 @@ def test_a_full_disk_is_one_line(run_cfsp, words, tmp_path, monkeypatch) -> None
     assert not [path for path in (tmp_path / "out").iterdir() if "model" in path.name]
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["Ctrl-C", "full"])
+def test_a_save_that_is_stopped_keeps_its_finished_files(run_cfsp, words, tmp_path, monkeypatch, stop) -> None:
+    monkeypatch.setattr(checkpoint, "STREAMED_SHARD_BYTES", 100_000)
+    given = [*words, "model.streaming=on"]
+    real, written = shard_writer.write_file, []
+
+    def stopping(file, *args):
+        if file.name.startswith("model-00003"):
+            file.write_bytes(b"begun")
+            raise stop
+        real(file, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_writer, "write_file", stopping)
+        code, _, err = run_cfsp(*given)
+    assert code != 0
+    out = tmp_path / "out"
+    (scratch,) = (path for path in out.iterdir() if path.name.startswith(".model"))
+    assert sorted(path.name[:11] for path in scratch.glob("model-*")) == ["model-00001", "model-00002"]
+    if isinstance(stop, OSError):
+        mentions(err.strip().splitlines(), "No space left", "2 finished weight files", str(scratch))
+    # One of them is another than it is to be, though of the same size.
+    damaged = next(scratch.glob("model-00002*"))
+    damaged.write_bytes(damaged.read_bytes().replace(b'"F32"', b'"I32"', 1))
+
+    def watched(file, *args):
+        written.append(file.name[:11])
+        real(file, *args)
+
+    monkeypatch.setattr(shard_writer, "write_file", watched)
+    code, _, err = run_cfsp(*given)
+    assert code == 0, err
+    assert written[:2] == ["model-00002", "model-00003"]
+    assert not scratch.exists()
+    memory, _ = both(run_cfsp, words, tmp_path)
+    found = [weights(place / "model") for place in (memory, out)]
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_a_disk_that_cannot_hold_the_state_of_the_pass_does_not_end_it(
+    run_cfsp, words, tmp_path, monkeypatch, caplog
+) -> None:
+    tried = []
+
+    def full(file, *_: object) -> None:
+        tried.append(file)
+        file.write_bytes(b"begun")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(passing, "write_file", full)
+    monkeypatch.setattr(passing, "_SHARE_OF_TIME", 1e9)
+    code, _, err = run_cfsp(*words, "model.streaming=on", f"paths.cache_dir={tmp_path / 'c'}")
+    assert code == 0, err
+    assert len(tried) == 1
+    assert [record.getMessage() for record in caplog.records if "No space left" in record.getMessage()]
+    assert not tried[0].parent.exists()
+    assert not list((tmp_path / "c").rglob("*.progress"))
+
+
 @pytest.mark.parametrize("memory", ["0", "0.000004"], ids=["all in the file", "some in the file"])
 @pytest.mark.parametrize("pruner", ["cfsp", "wanda_sp_sequential"])
 def test_hidden_states_beyond_the_memory_limit_lie_in_a_file(
