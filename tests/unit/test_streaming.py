@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -417,6 +418,26 @@ def test_tasks_read_each_block_once(tmp_path) -> None:
     # Requests of one kind are asked together; one read ahead of the end may be dropped.
     assert max(streamed(disk).reads) <= 2
     assert all(parameter.is_meta for parameter in disk.parameters())
+
+
+def test_rolling_requests_read_each_block_once(tmp_path, capsys) -> None:
+    """The harness takes their windows batch by batch; here they are longer than a batch, and of several requests."""
+    from lm_eval.models.huggingface import HFLM
+
+    from cfsp.evaluate.streamed_harness import BlockByBlock
+
+    source = locate(ModelSection(name="books7m", path="pkg://cfsp/assets/books7m"))
+    cpu = torch.device("cpu")
+    settings = {"tokenizer": load_tokenizer(source), "batch_size": 2, "max_length": 16}
+    requests = [SimpleNamespace(args=(text,)) for text in ("It was a dark and stormy night. " * 12, "Call me Ishmael.")]
+    memory = HFLM(pretrained=load_model(source, dtype=torch.float32, device=cpu), **settings)
+    expected = memory.loglikelihood_rolling(requests, disable_tqdm=True)
+    store = streamed(load_streamed(source, dtype=torch.float32, device=cpu))
+    harness = BlockByBlock(store, **settings)
+    capsys.readouterr()
+    assert harness.loglikelihood_rolling(requests, disable_tqdm=True) == expected
+    assert max(store.reads) <= 2, "one read ahead of the end may be dropped"
+    assert capsys.readouterr().err == ""
 
 
 def test_a_model_is_hashed_once_for_all_processes(folder, tmp_path, monkeypatch) -> None:
