@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from cfsp.calibrate import passing
 from cfsp.config import ModelSection
-from cfsp.errors import CheckpointError
+from cfsp.errors import CheckpointError, ConfigError
 from cfsp.evaluate.zero_shot import ZeroShot
 from cfsp.models import base_models, checkpoint, shard_writer
 from cfsp.models import source as source_module
@@ -225,6 +225,29 @@ def test_auto_streams_what_does_not_fit(run_cfsp, words, monkeypatch) -> None:
     assert made
 
 
+@pytest.mark.parametrize(("gpu", "cpu", "expected"), [(10, 10, False), (1, 10, True), (10, 1, True)])
+def test_auto_looks_at_the_memory_that_weights_pass_on_their_way_to_a_gpu(
+    words, folder, monkeypatch, gpu, cpu, expected
+) -> None:
+    from cfsp import prepare
+    from cfsp.compose import compose
+    from cfsp.config import parse
+    from cfsp.models.load import outline
+
+    view = outline(locate(ModelSection(name="m", path=str(folder))))
+    weights = view.model_parameters * 4
+    monkeypatch.setattr(prepare, "available", lambda device: weights * (cpu if device.type == "cpu" else gpu))
+
+    def streams(*more: str) -> bool:
+        return prepare.streams(parse(compose([*words, *more])), view, torch.float32, torch.device("cuda"))
+
+    assert streams() is expected
+    if expected:
+        least = "cuda" if gpu < cpu else "cpu"
+        with pytest.raises(ConfigError, match=f"GB are free on {least}"):
+            streams("recovery=lora")
+
+
 def test_the_base_model_that_a_sweep_keeps_is_not_counted_against_its_next_run(words, monkeypatch, tmp_path) -> None:
     from cfsp import prepare
     from cfsp.compose import compose
@@ -398,6 +421,27 @@ def test_a_disk_that_cannot_hold_the_hidden_states_is_one_line(run_cfsp, words, 
     code, _, err = run_cfsp(*words, "model.streaming=on", "calibration.memory_gb=0")
     assert code == 1
     mentions(err.strip().splitlines(), "No space left", "calibration.memory_gb", "paths.cache_dir")
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ((), True),
+        (("model.streaming=on",), False),
+        (("recovery=lora",), False),
+        (("calibration=self",), False),
+        (("calibration=self", "pruner=none"), True),
+        (("importance=taylor", "pruner=one_shot"), False),
+    ],
+)
+def test_out_of_memory_names_streaming_where_it_is_a_way_out(more, named) -> None:
+    from cfsp.compose import compose
+    from cfsp.config import parse
+    from cfsp.pipeline import _out_of_memory_hint
+
+    hint = _out_of_memory_hint(parse(compose(more)), SimpleNamespace(stages=[{"name": "load"}]))
+    assert ("model.streaming=on" in hint) is named
+    mentions([hint], "out of memory", "calibration.batch_size", "model.dtype=bfloat16")
 
 
 def test_a_memory_limit_that_is_none(refused, words) -> None:
