@@ -97,7 +97,11 @@ def _benchmark(words: Sequence[str]) -> int:
     from cfsp.models.load import resolve_device
 
     parts, settings = read(words)
-    resolve_device(settings.device)
+    device = resolve_device(settings.device)
+    if device.index is not None:  # what is timed is waited for on the current device
+        import torch
+
+        torch.cuda.set_device(device)
     missed: list[str] = []
     for name in parts:
         part = importlib.import_module(f"benchmarks.{name}")
