@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -33,7 +34,20 @@ def available(device: torch.device) -> int:
     """Bytes free on ``device``; of the CPU, what the machine and the process's control groups leave."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return max(0, min([_machine(), *_left_by_groups()]))
+    free = [_machine("MemAvailable")]
+    for folder, files, limit in _limits():
+        used = _number(folder / files.used)
+        if used is not None:
+            # What files occupy is given back on demand.
+            free.append(limit - used + _reclaimable(folder, files))
+    return max(0, min(free))
+
+
+def capacity(device: torch.device) -> int:
+    """Bytes that ``device`` has, taken or free; of the CPU, what machine and control groups let the process have."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return min([_machine("MemTotal"), *(limit for _, _, limit in _limits())])
 
 
 def return_freed() -> None:
@@ -46,8 +60,8 @@ def return_freed() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _left_by_groups() -> Iterator[int]:
-    """What each of the process's control groups leaves that has a limit: the one it is in and all above it."""
+def _limits() -> Iterator[tuple[Path, _Files, int]]:
+    """The process's control groups that have a limit (the one it is in and all above it): folder, files, limit."""
     try:
         lines = _MEMBERSHIP.read_text().splitlines()
     except OSError:
@@ -63,22 +77,22 @@ def _left_by_groups() -> Iterator[int]:
         # In a container the path may be the machine's, of which only the last folders, or none, are to be seen here.
         group = root.joinpath(*(part for part in path.split("/") if part not in ("", "..")))
         for folder in (group, *group.parents):
-            limit, used = _number(folder / files.limit), _number(folder / files.used)
-            if limit is not None and used is not None:
-                # What files occupy is given back on demand.
-                yield limit - used + _reclaimable(folder, files)
+            limit = _number(folder / files.limit)
+            if limit is not None:
+                yield folder, files, limit
             if folder == root:
                 break
 
 
-def _machine() -> int:
+def _machine(name: Literal["MemTotal", "MemAvailable"]) -> int:
     if _MEMINFO.is_file():
         for line in _MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
+            if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
     import psutil  # of accelerate's requirements
 
-    return int(psutil.virtual_memory().available)
+    found = psutil.virtual_memory()
+    return int(found.total if name == "MemTotal" else found.available)
 
 
 def _number(path: Path) -> int | None:

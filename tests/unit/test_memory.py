@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from cfsp import memory
+from cfsp.calibrate.batching import batch_size
+from cfsp.models.views import resolve
+from tests.tiny import tiny_model
 
 CPU, GB = torch.device("cpu"), 10**9
 
@@ -18,7 +22,7 @@ def system(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(memory, "_CGROUP", tmp_path / "cgroup")
     monkeypatch.setattr(memory, "_MEMBERSHIP", tmp_path / "self")
-    (tmp_path / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {64 * GB // 1024} kB\n")
+    (tmp_path / "meminfo").write_text(f"MemTotal: {128 * GB // 1024} kB\nMemAvailable: {64 * GB // 1024} kB\n")
 
     def write(membership: str | None, files: dict[str, object]) -> None:
         if membership is not None:
@@ -34,6 +38,7 @@ def system(tmp_path, monkeypatch):
 def test_no_group_leaves_what_the_machine_has(system) -> None:
     system(None, {})
     assert memory.available(CPU) == pytest.approx(64 * GB, abs=1024)
+    assert memory.capacity(CPU) == pytest.approx(128 * GB, abs=1024)
 
 
 def test_the_group_of_the_process_and_those_above_it_limit(system) -> None:
@@ -49,10 +54,27 @@ def test_the_group_of_the_process_and_those_above_it_limit(system) -> None:
         },
     )
     assert memory.available(CPU) == 15 * GB
+    assert memory.capacity(CPU) == 20 * GB
     system(None, {"user.slice/job/memory.max": 9 * GB, "user.slice/job/memory.stat": f"anon 7\nactive_file {2 * GB}"})
     assert memory.available(CPU) == 10 * GB, "what files occupy is given back on demand"
     system(None, {"user.slice/job/memory.current": 12 * GB})
     assert memory.available(CPU) == 0
+
+
+def test_the_batch_size_does_not_go_with_what_happens_to_be_free(system) -> None:
+    """A killed calibration is found under its batch size, so the rerun must come to the same one."""
+    view = resolve(tiny_model(width=64))
+    asked = partial(batch_size, "auto", view, 256)
+    system("0::/\n", {"memory.max": 2 * GB, "memory.current": 0})
+    whole = asked()
+    assert whole == 8, "2048 tokens at a time"
+    system(None, {"memory.current": 2 * GB - 10**5})
+    assert asked() == whole
+    weights = sum(parameter.nbytes for parameter in view.model.parameters())
+    per_sequence = 4 * 256 * (6 * view.model.get_input_embeddings().weight.shape[1] + 3 * 64)
+    system(None, {"memory.max": weights + 2 * 3 * per_sequence + 1000})
+    assert asked() == 3, "half of what is beside the weights"
+    assert batch_size(5, view, 256) == 5
 
 
 @pytest.mark.parametrize("path", ["/", "/../..", "/seen/by/the/machine/only"])
