@@ -88,7 +88,7 @@ def _matrix(rows: Any, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _tokens(rows: Sequence[Sequence[int]], reference: Reference, tolerance: float) -> tuple[bool, str, str]:
-    """(equal, "32 of 32", note). Tokens after one that differs have another past and are not compared."""
+    """(equal, "16 of 16", note). Tokens after one that differs have another past and are not compared."""
     if not rows:
         return True, "", ""
     wanted, margins = reference.greedy, reference.margins

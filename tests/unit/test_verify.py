@@ -179,7 +179,7 @@ def reference() -> Reference:
 def test_what_counts_as_the_same_model(reference):
     sound = {"version": "1", "logprobs": reference.logprobs.tolist(), "greedy": reference.greedy.tolist()}
     finding = compare("vllm", sound, reference, 1e-3)
-    assert (finding.outcome, finding.difference, finding.tokens) == ("equal", 0.0, "32 of 32")
+    assert (finding.outcome, finding.difference, finding.tokens) == ("equal", 0.0, "16 of 16")
     assert compare("lm_eval", {**sound, "greedy": []}, reference, 1e-3).tokens == ""
     off = reference.logprobs.copy()
     off[1, 3] -= 0.01
@@ -202,10 +202,10 @@ def test_greedy_tokens_may_part_where_two_are_as_likely(reference):
     answer = {"logprobs": reference.logprobs.tolist(), "greedy": other.tolist()}
     reference.margins[:] = 1.0
     finding = compare("vllm", answer, reference, 1e-3)
-    assert (finding.outcome, finding.tokens) == ("differs", "21 of 32")
+    assert (finding.outcome, finding.tokens) == ("differs", "13 of 16")
     reference.margins[1, 5] = 1e-3
     finding = compare("vllm", answer, reference, 1e-3)
-    assert (finding.outcome, finding.tokens) == ("equal", "21 of 32")
+    assert (finding.outcome, finding.tokens) == ("equal", "13 of 16")
     assert "tie" in finding.note
     for short in (other[:, :3].tolist(), other[:1].tolist()):
         assert compare("vllm", {**answer, "greedy": short}, reference, 1e-3).outcome == "differs"
@@ -228,7 +228,7 @@ def test_transformers_makes_the_saved_model_of_each_structure(structure, tmp_pat
     script = importlib.import_module("cfsp.verify.tools.transformers")
     finding = compare("transformers", script.main(asked_of(reference, folder)), reference, 1e-5)
     assert finding.outcome == "equal", finding
-    assert finding.tokens == "32 of 32"
+    assert finding.tokens == "16 of 16"
 
 
 def test_the_command_line_in_processes_of_their_own(run_cfsp, saved, tmp_path):
@@ -239,8 +239,8 @@ def test_the_command_line_in_processes_of_their_own(run_cfsp, saved, tmp_path):
     rows = json.loads((tmp_path / "a" / "r.json").read_text())["tools"]
     assert [(row["tool"], row["outcome"]) for row in rows] == [("transformers", "equal"), ("peft", "equal")]
     assert all(row["difference"] <= 1e-5 for row in rows)
-    assert rows[0]["tokens"] == "32 of 32"
-    for part in ("transformers", "peft", "32 of 32", "the saved model in transformers, peft"):
+    assert rows[0]["tokens"] == "16 of 16"
+    for part in ("transformers", "peft", "16 of 16", "the saved model in transformers, peft"):
         assert part in out
 
 
@@ -317,7 +317,7 @@ def test_an_answer_is_found_between_a_tools_own_words(run_cfsp, saved, pretender
     python = pretender(json.dumps(answer) + "\ngoodbye\n")
     code, out, err = run_cfsp("verify", f"path={saved}", "tools=vllm", f"python.vllm={python}", defaults=False)
     assert code == 0, err
-    assert "32 of 32" in out
+    assert "16 of 16" in out
     request = json.loads((tmp_path / "request").read_text())
     assert request["token_ids"] == reference.token_ids.tolist()
     assert (request["path"], request["greedy"], request["dtype"]) == (str(saved), GREEDY, "float32")
