@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cfsp.registration import register as _register
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ _PUBLIC = {
     "load": "cfsp.models.load",
     "PruningPlan": "cfsp.pruning.plan",
 }
+
+_register()
 
 __all__ = ["PruningPlan", "__version__", "apply", "load", "prune"]
 

@@ -53,6 +53,7 @@ def _batch_size(value: Any) -> int | Literal["auto"]:
 
 
 BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size)]
+Gigabytes = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -99,6 +100,7 @@ class TextCalibration(TextSection):
     n_samples: PositiveInt
     seq_len: int = Field(ge=2)
     batch_size: BatchSize = "auto"
+    memory_gb: Gigabytes | None = None
 
 
 class TokensCalibration(Section):
@@ -108,6 +110,7 @@ class TokensCalibration(Section):
     n_samples: PositiveInt | None = None
     seq_len: Annotated[int, Field(ge=2)] | None = None
     batch_size: BatchSize = "auto"
+    memory_gb: Gigabytes | None = None
 
 
 class SelfCalibration(Section):
@@ -138,7 +141,7 @@ class SparsitySection(Section):
 
 class SaveSection(Section):
     model: bool = True
-    format: Literal["hf"] = "hf"
+    format: Literal["hf", "padded", "gguf", "decilm"] = "hf"
     dtype: SavedDType | None = None
 
 

@@ -25,12 +25,14 @@ from cfsp.data.self_generated import sampled
 from cfsp.errors import BusyError, CheckpointError, ConfigError, RunError
 from cfsp.evaluate.base import Side, parts_of
 from cfsp.evaluate.measurement import Measurement
+from cfsp.export import card
 from cfsp.identity import METHOD_VERSION, digest, method_of
 from cfsp.importance.base import required
 from cfsp.lease import holder, take
 from cfsp.models.base_models import BaseModels
 from cfsp.models.checkpoint import SavedCheckpoint, check_destination, round_to_stored, save_checkpoint
 from cfsp.models.driver import BlockDriver
+from cfsp.models.remote_code import PRUNED_PREFIX
 from cfsp.models.snapshot import Snapshot
 from cfsp.models.views import DecoderView, resolve
 from cfsp.prepare import Prepared, prepare
@@ -182,8 +184,12 @@ def _stages(
     if config.save.model:
         with stages("save"):
             state = "recovered" if "recovered" in sides else _state(plan)
-            saved = _save(prepared, model, plan, out / "model", state)
+            facts = _facts(prepared, plan, record)
+            saved = _save(prepared, model, plan, out / "model", state, facts)
             record.checkpoint = {"form": saved.form, "bytes": saved.bytes, "dtype": saved.dtype, "state": state}
+        if config.save.format != "hf":
+            with stages("export"):
+                record.checkpoint["export"] = _export(config.save.format, out)
     if prepared.evaluation:
         with stages(f"evaluate {sides[-1]}"):
             record.measurements[sides[-1]] = _measured(prepared, model, sides[-1])
@@ -192,13 +198,47 @@ def _stages(
             dense = Side("dense", as_it_was.active, prepared.stored_dtype)
             others = [_side(side, prepared) for side in sides]
             _add(record.measurements, _side_by_side(prepared, model, [dense, *others]))
+    if config.save.model and record.checkpoint:
+        card.write_card(out / "model", _facts(prepared, plan, record), record.checkpoint["form"])
     draw_blocks(plan, _distance_shown(config), out / "blocks.png")
     if record.recovery and record.recovery.get("history"):
         draw_recovery(record.recovery, out / "recovery.png")
 
 
-def _save(prepared: Prepared, model: Any, plan: PruningPlan, folder: Path, state: str) -> SavedCheckpoint:
+def _export(form: str, out: Path) -> dict[str, Any]:
+    from cfsp.export.command import Request, exported
+
+    result = exported(Request(out / "model", form))
+    for note in result.notes:
+        log.info("%s: %s", form, note)
+    return {"place": result.place.name, "form": form, "bytes": result.bytes, "notes": list(result.notes)}
+
+
+def _facts(prepared: Prepared, plan: PruningPlan, record: RunRecord) -> dict[str, Any]:
+    recovered = bool(record.recovery)
+    return card.facts_of_run(
+        base_model=prepared.source.origin,
+        licence=card.licence_of(prepared.source.folder),
+        plan=plan,
+        calibration=record.calibration or {},
+        state="recovered" if recovered else _state(plan),
+        recovery=prepared.config.recovery.instance.name if recovered else None,
+        measurements=record.measurements if "pruned" in record.measurements else None,
+    )
+
+
+def _save(
+    prepared: Prepared,
+    model: Any,
+    plan: PruningPlan,
+    folder: Path,
+    state: str,
+    facts: dict[str, Any] | None = None,
+) -> SavedCheckpoint:
     files = _plan_in_folder(plan, prepared).files(tensors=COMPENSATION_IN_FOLDER)
+    if facts is not None:
+        form = "remote_code" if model.config.model_type.startswith(PRUNED_PREFIX) else "plain"
+        files |= card.card_files(facts, form, folder.name)
     dtype, source = prepared.stored_dtype, prepared.source.folder
     return save_checkpoint(model, folder, dtype=dtype, source=source, state=state, files=files)
 
@@ -370,8 +410,10 @@ def _is_copied(copy: Path) -> bool:
 
 
 def _is_finished(earlier: RunRecord, out: Path, prepared: Prepared) -> bool:
-    wants_model = prepared.config.save.model and prepared.config.pruner.instance.prunes
-    return earlier.succeeded and (not wants_model or (out / "model" / "config.json").is_file())
+    if not earlier.succeeded or not (prepared.config.save.model and prepared.config.pruner.instance.prunes):
+        return earlier.succeeded
+    export = (earlier.checkpoint or {}).get("export")
+    return (out / "model" / "config.json").is_file() and (export is None or (out / export["place"]).exists())
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from cfsp.config import RunConfig, SelfCalibration, TextCalibration, TokensCalib
 from cfsp.data import calibration as calibration_data
 from cfsp.data.calibration import CalibrationSet, Limits
 from cfsp.errors import CfspError, ConfigError, DataError
+from cfsp.export.check import check_exportable
 from cfsp.identity import identity_of, run_id_of
 from cfsp.importance.base import required
 from cfsp.memory import available
@@ -65,7 +66,7 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
     with _collected(problems):
         device = resolve_device(config.model.device)
     with _collected(problems):
-        source = locate(config.model)
+        source = locate(config.model, Path(config.paths.cache_dir) / "digests")
     for key, folder in (("cache_dir", config.paths.cache_dir), ("records_dir", config.paths.records_dir)):
         with _collected(problems):
             check_writable(f"paths.{key}", Path(folder))
@@ -96,6 +97,9 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
             code = {key: value for key, value in evaluator.identity().items() if key in ("class", "source")}
             evaluation[name] = {**code, **evaluator.instance.check(tokenizer, limits)}
     dtype = resolve_dtype(config.model.dtype, device, source)
+    if config.save.model and config.pruner.instance.prunes:
+        with _collected(problems):
+            check_exportable(source, config.save.format, getattr(config.pruner.instance, "compensation", "none"))
     streaming = False
     with _collected(problems):
         streaming = streams(config, view, dtype, device, held)

@@ -6,7 +6,7 @@ The backward pass goes block by block, so that full weight gradients exist for o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +119,7 @@ def _compute(driver: BlockDriver, input_ids: Tensor, checkpointing: bool) -> Gra
     with _weights_require_grad(list(view.blocks)):
         inputs: list[list[Tensor]] = []
         outputs: list[list[Tensor]] = []
-        hidden = entry.hidden
+        hidden: Sequence[Tensor] = entry.hidden
         for block in progress(view.blocks, "forward for gradients", unit="block"):
             leaves = [state.detach().requires_grad_() for state in hidden]
             with torch.set_grad_enabled(not checkpointing):

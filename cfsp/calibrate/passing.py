@@ -16,6 +16,9 @@ from torch import Tensor
 from cfsp.calibrate.collectors import collecting
 from cfsp.calibrate.statistics import BlockStatistics, Statistics
 from cfsp.models.driver import BlockDriver
+from cfsp.models.hidden_states import HiddenStates
+from cfsp.models.shard_writer import Outgoing, write_file
+from cfsp.models.shards import Shards
 from cfsp.models.views import BlockView
 
 log = logging.getLogger(__name__)
@@ -28,42 +31,44 @@ Visit = Callable[[BlockView, BlockStatistics], None]
 
 @dataclass(frozen=True)
 class _Progress:
-    """A folder ``<number of blocks done>/`` with their statistics and the hidden states leaving the last of them."""
+    """A folder ``<number of blocks done>/`` with their statistics and the hidden states leaving the last of them.
+
+    The states are written and read batch by batch, like a checkpoint, so that they are not in memory once more.
+    """
 
     folder: Path | None
 
-    def read(self) -> tuple[list[BlockStatistics], list[Tensor]]:
-        """What is there of a pass that was killed; ([], []) where there is nothing, or nothing that can be read."""
+    def read(self, hidden: HiddenStates, batches: int) -> list[BlockStatistics]:
+        """What is there of a pass that was killed: statistics, and its states into ``hidden``; [] where nothing is."""
         if self.folder is None or not self.folder.is_dir():
-            return [], []
+            return []
         done = max((int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), default=0)
         if not done:
-            return [], []
+            return []
         try:
-            from safetensors.torch import load_file
-
             statistics = Statistics.load(self.folder / str(done) / "statistics.safetensors")
-            states = load_file(self.folder / str(done) / "hidden.safetensors")
-            # A copy: the file goes, and what is mapped of it with it.
-            hidden = [states[str(batch)].clone() for batch in range(len(states))]
+            states = Shards(self.folder / str(done) / "hidden")
+            for batch in range(batches):
+                hidden.append(states.read(str(batch)))
         except Exception as error:  # any damage: the pass begins anew
             log.warning("what a killed calibration left cannot be read (%s); beginning anew", error)
-            return [], []
+            hidden.clear()
+            return []
         log.info("calibration goes on after block %d", done - 1)
-        return list(statistics.blocks), hidden
+        return list(statistics.blocks)
 
-    def write(self, blocks: list[BlockStatistics], hidden: list[Tensor], shape: torch.Size) -> None:
+    def write(self, blocks: list[BlockStatistics], hidden: HiddenStates, shape: torch.Size) -> None:
         """Put the state of the pass in the place of the one before."""
         if self.folder is None:
             return
-        from safetensors.torch import save_file
-
         done, partial = self.folder / str(len(blocks)), self.folder / f".{os.getpid()}"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         Statistics(tuple(blocks), *shape).save(partial / "statistics.safetensors", {})
-        states = {str(batch): state.cpu().contiguous() for batch, state in enumerate(hidden)}
-        save_file(states, partial / "hidden.safetensors")
+        (partial / "hidden").mkdir()
+        described = [Outgoing(str(batch), *hidden.shape(batch)) for batch in range(len(hidden))]
+        states = ((str(batch), state) for batch, state in enumerate(hidden))
+        write_file(partial / "hidden" / "states.safetensors", described, states)
         shutil.rmtree(done, ignore_errors=True)
         partial.rename(done)
         for path in self.folder.iterdir():
@@ -84,11 +89,12 @@ def block_by_block(driver: BlockDriver, input_ids: Tensor, folder: Path | None, 
         visit: called with each block while its weights are in memory, and its statistics.
     """
     progress = _Progress(folder)
-    blocks, hidden = progress.read()
+    kept = driver.hidden_states()
+    blocks = progress.read(kept, -(-len(input_ids) // driver.batch_size))
     last, cost = 0.0, 0.0
-    for step in driver.steps(input_ids, "calibrate", hidden=hidden, first=len(blocks)):
+    for step in driver.steps(input_ids, "calibrate", hidden=kept if blocks else None, first=len(blocks)):
         with collecting([step.block]) as sums:
-            hidden = step.run()
+            hidden = step.advance()
         blocks.append(sums[0].report(*input_ids.shape))
         if visit is not None:
             visit(step.block, blocks[-1])

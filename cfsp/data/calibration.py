@@ -157,7 +157,7 @@ def from_tokens(section: TokensCalibration, limits: Limits, seed: int) -> Calibr
 
 def identity(section: CalibrationSection) -> dict[str, Any]:
     """What decides the set, by content, before anything is tokenised: for the run's identity."""
-    settings = section.model_dump(exclude={"path", "hub"})
+    settings = section.model_dump(exclude={"path", "hub", "memory_gb"})
     if isinstance(section, TextCalibration):
         settings |= locate_text(section, "calibration").identity
     elif isinstance(section, TokensCalibration):

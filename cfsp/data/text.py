@@ -57,7 +57,7 @@ def locate_text(section: TextSection, key: str, forms: str = TEXT_FORMS) -> Text
     if path.stat().st_size == 0:
         raise DataError(f"{key}.path={path}: the file is empty; give one that holds text")
     prepared = section.model_dump(
-        exclude={"path", "hub", "kind", "name", "n_samples", "seq_len", "batch_size", "sampling"}
+        exclude={"path", "hub", "kind", "name", "n_samples", "seq_len", "batch_size", "memory_gb", "sampling"}
     )
     commit = (
         path.parts[path.parts.index("snapshots") + 1] if section.path is None and "snapshots" in path.parts else None

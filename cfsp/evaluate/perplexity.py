@@ -142,9 +142,9 @@ def _block_by_block(model: nn.Module, windows: Tensor, batch_size: int, label: s
     store = streamed(model)
     assert store is not None
     driver = BlockDriver(resolve(model), batch_size)
-    hidden: list[Tensor] = []
+    hidden = driver.hidden_states()
     for step in driver.steps(windows, f"perplexity {label}"):
-        hidden = step.run()
+        hidden = step.advance()
     total = torch.zeros((), dtype=torch.float64)
     with torch.no_grad(), store.resident_rest():
         for states, batch in zip(hidden, windows.split(batch_size), strict=True):

@@ -75,10 +75,14 @@ class ZeroShot:
         from cfsp.models.streamed import streamed
 
         with _quiet_harness():
-            harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=self.batch_size)
             store = streamed(model)
-            if store is not None:  # the parameters themselves are nowhere
-                harness._device = store.device
+            settings = {"tokenizer": copy.deepcopy(tokenizer), "batch_size": self.batch_size}
+            if store is None:
+                harness = HFLM(pretrained=model, **settings)
+            else:
+                from cfsp.evaluate.streamed_harness import BlockByBlock
+
+                harness = BlockByBlock(store, **settings)
             if not watched():  # the harness draws its bars whatever tqdm's own switch says
                 for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
                     setattr(harness, name, partial(getattr(harness, name), disable_tqdm=True))

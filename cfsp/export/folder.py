@@ -95,12 +95,20 @@ def read_folder(path: str | Path) -> ModelFolder:
         raise CheckpointError(
             f"path={path}: no such folder; give a model folder, or the folder of a run that saved one"
         )
-    source = locate(ModelSection(name=folder.name, path=str(folder.resolve())))
+    return read_source(locate(ModelSection(name=folder.name, path=str(folder.resolve()))))
+
+
+def read_source(source: ModelSource) -> ModelFolder:
+    """The same of a model that was located.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: as :func:`read_folder`.
+    """
     model_type = str(source.config.get("model_type", ""))
     family = stock_type(model_type)
     if family not in COMMON_FAMILIES:
         raise UnsupportedModelError(
-            f"path={path}: model_type={model_type or None} cannot be exported; {', '.join(COMMON_FAMILIES)} can"
+            f"{source.origin}: model_type={model_type or None} cannot be exported; {', '.join(COMMON_FAMILIES)} can"
         )
     per_layer = {int(index): entry for index, entry in (source.config.get("per_layer_config") or {}).items()}
     added = {int(index): tuple(names) for index, names in (source.config.get("added_bias") or {}).items()}

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cfsp.config import SelfCalibration
+from cfsp.memory import available
+from cfsp.models.hidden_states import Room
 from cfsp.models.load import load_model
 from cfsp.models.snapshot import Snapshot
 from cfsp.models.streamed import load_streamed, streamed
@@ -15,8 +19,13 @@ from cfsp.models.views import resolve
 from cfsp.pruning.probe import probe
 
 if TYPE_CHECKING:
+    from cfsp.config import RunConfig
     from cfsp.models.views import DecoderView
     from cfsp.prepare import Prepared
+
+
+#: Of the free memory, for the hidden states of a streamed model.
+_SHARE_OF_MEMORY = 0.5
 
 
 class BaseModels:
@@ -62,11 +71,13 @@ class BaseModels:
                 device=prepared.device,
                 trust_remote_code=config.model.trust_remote_code,
             )
+        store = streamed(model)
+        if store is not None:
+            store.room = _room(config)
         as_it_was = Snapshot(model) if self._keep else None
         yield model, here
         if as_it_was is not None and not config.recovery.instance.trains and not _narrows(prepared):
             as_it_was.restore()
-            store = streamed(model)
             if store is not None:
                 store.follow(resolve(model), None)
             self._kept = (key, model)
@@ -76,6 +87,15 @@ class BaseModels:
         if heads not in self._probed:
             probe(view, heads=heads)
             self._probed.add(heads)
+
+
+def _room(config: RunConfig) -> Room:
+    """In memory: what ``calibration.memory_gb`` says, or half of what is free now."""
+    section = config.calibration
+    asked = None if isinstance(section, SelfCalibration) else section.memory_gb
+    free = available(torch.device("cpu"))
+    limit = int(_SHARE_OF_MEMORY * free) if asked is None else int(asked * 1e9)
+    return Room(limit, Path(config.paths.cache_dir))
 
 
 def _narrows(prepared: Prepared) -> bool:

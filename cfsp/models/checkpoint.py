@@ -10,25 +10,26 @@ import copy
 import hashlib
 import json
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cfsp.errors import CheckpointError, RunError
 from cfsp.models.remote_code import PRUNED_PREFIX, pruned_family, stock_type
-from cfsp.models.shard_writer import Outgoing, write_file
+from cfsp.models.shard_writer import Outgoing, write_shards
 from cfsp.models.shards import INDEX, WEIGHTS, read_header, weight_files, weight_map
 from cfsp.models.streamed import state_tensors, streamed, values
-from cfsp.verify.reference import place_of, reference_of
+from cfsp.models.whole_folder import whole_folder
+from cfsp.verify.reference import StreamedReference, place_of, reference_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from cfsp.models.views import BlockView
 
 MARKER = "cfsp_checkpoint.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -45,6 +46,7 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template*",
 )
+_LICENCE_FILES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,10 @@ def save_checkpoint(
 
     Args:
         dtype: cast floating-point tensors to it on the way out; the model itself is left as it is.
-        source: folder whose tokenizer files are copied.
+        source: folder whose tokenizer and licence files are copied.
         state: what happened to the weights: pruned, compensated or recovered.
         files: name -> content of further files (the plan), written together with the rest.
-        reference: write what the model computes of fixed tokens, which ``cfsp verify`` compares other tools with. A
-            streamed model is read once more for it.
+        reference: write what the model computes of fixed tokens, which ``cfsp verify`` compares other tools with.
 
     Raises:
         CheckpointError: the folder holds other things or cannot be written, or the model's class and
@@ -89,31 +90,28 @@ def save_checkpoint(
     _check_described(model)
     pruned = model.config.model_type.startswith(PRUNED_PREFIX)
     written = str(dtype or model.dtype).removeprefix("torch.")
-    scratch = folder.with_name(f".{folder.name}.{_scratch_key(model, written, source, files)}")
-    try:
-        scratch.mkdir(parents=True, exist_ok=True)
-        size = _write_weights(model, scratch, dtype)
-        _write_json(scratch / "config.json", _config_dict(model, written))
+    with whole_folder(folder, _scratch_key(model, written, source, files)) as scratch:
+        if source is not None:
+            copy_companions(Path(source), scratch)
+        # The blocks that are read to be written compute the reference on the way.
+        wanted = reference and streamed(model) is not None and not place_of(scratch).is_file()
+        walk = StreamedReference(model, dtype=dtype, tokenizer=scratch) if wanted else None
+        size = _write_weights(model, scratch, dtype, walk)
+        write_json(scratch / "config.json", _config_dict(model, written))
         if model.generation_config is not None:
             # Not save_pretrained: it refuses settings that published models do have.
             model.generation_config.to_json_file(scratch / "generation_config.json")
         if pruned:
             for name, text in pruned_family(stock_type(model.config.model_type)).files.items():
                 (scratch / name).write_text(text, encoding="utf-8")
-        if source is not None:
-            _copy_tokenizer(Path(source), scratch)
         form = "remote_code" if pruned else "plain"
-        _write_json(scratch / MARKER, {"schema": 1, "form": form, "dtype": written, "state": state})
+        write_json(scratch / MARKER, {"schema": 1, "form": form, "dtype": written, "state": state})
         for name, content in (files or {}).items():
             (scratch / name).parent.mkdir(exist_ok=True)
             (scratch / name).write_bytes(content)
         if reference and not place_of(scratch).is_file():
-            reference_of(model, dtype=dtype, tokenizer=scratch).write(place_of(scratch))
-        _replace(scratch, folder)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: the model cannot be saved there ({error})") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            found = walk.found() if walk is not None else None
+            (found or reference_of(model, dtype=dtype, tokenizer=scratch)).write(place_of(scratch))
     return SavedCheckpoint(folder, form, size, written)
 
 
@@ -206,7 +204,9 @@ def _check_described(model: PreTrainedModel) -> None:
             )
 
 
-def _write_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> int:
+def _write_weights(
+    model: PreTrainedModel, folder: Path, dtype: torch.dtype | None, visit: Callable[[BlockView], None] | None
+) -> int:
     """One tensor at a time is copied (dtype, device, layout) or, of a streamed model, one block read."""
     store = streamed(model)
     tensors = _unique_tensors(model) if store is None else {}
@@ -218,28 +218,21 @@ def _write_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype | No
     described = [
         Outgoing(name, shape, dtype if dtype and kind.is_floating_point else kind) for name, shape, kind in entries
     ]
-    shards = list(_shards(described, MAX_SHARD_BYTES if store is None else STREAMED_SHARD_BYTES))
-    names = [
-        WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        for number in range(1, len(shards) + 1)
-    ]
-    missing = {name: shard for name, shard in zip(names, shards, strict=True) if not (folder / name).is_file()}
-    order = [outgoing.name for shard in missing.values() for outgoing in shard]
-    source = values(model, order) if store is not None else ((name, tensors[name]) for name in order)
-    for name, shard in missing.items():
-        write_file(folder / f"{name}.partial", shard, source)
-        (folder / f"{name}.partial").rename(folder / name)
-    by_file = {outgoing.name: name for name, shard in zip(names, shards, strict=True) for outgoing in shard}
-    total = sum(outgoing.size for shard in shards for outgoing in shard)
-    if len(shards) > 1:
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": by_file})
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    limit = MAX_SHARD_BYTES if store is None else STREAMED_SHARD_BYTES
+    return write_shards(
+        folder,
+        described,
+        lambda order: values(model, order, visit) if store is not None else ((name, tensors[name]) for name in order),
+        limit,
+    )
 
 
-def _scratch_key(model: PreTrainedModel, written: str, source: Path | None, files: Mapping[str, bytes] | None) -> str:
-    """The same for the same checkpoint of a streamed model (its plan is among ``files``), else one of its own."""
+def _scratch_key(
+    model: PreTrainedModel, written: str, source: Path | None, files: Mapping[str, bytes] | None
+) -> str | None:
+    """The same for the same checkpoint of a streamed model (its plan is among ``files``); None: one of its own."""
     if streamed(model) is None or not files:
-        return uuid.uuid4().hex[:8]
+        return None
     digest = hashlib.sha256(f"{written} {source} {MAX_SHARD_BYTES} {STREAMED_SHARD_BYTES}".encode())
     for name in sorted(files):
         digest.update(name.encode() + files[name])
@@ -266,16 +259,6 @@ def _unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     return unique
 
 
-def _shards(tensors: list[Outgoing], limit: int) -> Iterator[list[Outgoing]]:
-    shard: list[Outgoing] = []
-    for outgoing in tensors:
-        if shard and sum(other.size for other in shard) + outgoing.size > limit:
-            yield shard
-            shard = []
-        shard.append(outgoing)
-    yield shard
-
-
 def _config_dict(model: PreTrainedModel, dtype: str) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(model.config.to_json_string())
     config["architectures"] = [type(model).__name__]
@@ -283,10 +266,10 @@ def _config_dict(model: PreTrainedModel, dtype: str) -> dict[str, Any]:
     config.pop("auto_map", None)
     if model.config.model_type.startswith(PRUNED_PREFIX):
         config["auto_map"] = pruned_family(stock_type(model.config.model_type)).auto_map
-    return config | _legacy_rope(config.get("rope_parameters"))
+    return config | legacy_rope(config.get("rope_parameters"))
 
 
-def _legacy_rope(rope: dict[str, Any] | None) -> dict[str, Any]:
+def legacy_rope(rope: dict[str, Any] | None) -> dict[str, Any]:
     """The spelling of transformers 4, which ignores ``rope_parameters`` and silently takes its own theta."""
     if not rope:
         return {}
@@ -301,8 +284,9 @@ def _legacy_rope(rope: dict[str, Any] | None) -> dict[str, Any]:
     return legacy
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    for pattern in _TOKENIZER_FILES:
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy what belongs to the weights of one model folder to another: tokenizer and licence files."""
+    for pattern in (*_TOKENIZER_FILES, *_LICENCE_FILES):
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
@@ -314,19 +298,6 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
         settings.write_text(text, encoding="utf-8")
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """As a model folder has its JSON files."""
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _replace(scratch: Path, folder: Path) -> None:
-    if not folder.exists():
-        scratch.rename(folder)
-        return
-    retired = scratch.with_name(scratch.name + ".old")
-    folder.rename(retired)
-    try:
-        scratch.rename(folder)
-    except OSError:
-        retired.rename(folder)
-        raise
-    shutil.rmtree(retired)

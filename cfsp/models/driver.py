@@ -8,14 +8,15 @@ tensors either way. The LM head runs only where :meth:`BlockDriver.logits` is as
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from cfsp.models.hidden_states import HiddenStates
 from cfsp.models.streamed import resident, streamed
 from cfsp.models.views import BlockView, DecoderView
 from cfsp.progress import progress
@@ -31,7 +32,7 @@ class Entry:
     """
 
     ids: list[Tensor]
-    hidden: list[Tensor]
+    hidden: HiddenStates
     kwargs: list[list[dict[str, Any]]]
 
 
@@ -40,17 +41,27 @@ class BlockStep:
     """One block with the hidden states entering it, a tensor [B, T, d] per batch."""
 
     block: BlockView
-    inputs: list[Tensor]
+    inputs: HiddenStates
     _kwargs: list[dict[str, Any]]
-    _outputs: list[Tensor] = field(default_factory=list)
+    _outputs: HiddenStates | None = None
 
     @torch.no_grad()
-    def run(self) -> list[Tensor]:
+    def run(self) -> HiddenStates:
         """Run the block as it is now over all batches; the last run's outputs enter the next block."""
-        self._outputs = [
-            run_block(self.block, hidden, kwargs) for hidden, kwargs in zip(self.inputs, self._kwargs, strict=True)
-        ]
-        return self._outputs
+        self._outputs = None  # the last run's go first
+        outputs = self.inputs.like()
+        for hidden, kwargs in zip(self.inputs, self._kwargs, strict=True):
+            outputs.append(run_block(self.block, hidden, kwargs))
+        self._outputs = outputs
+        return outputs
+
+    @torch.no_grad()
+    def advance(self) -> HiddenStates:
+        """Run the block for the last time: each output takes the place of its input, so that one set is held."""
+        for batch, kwargs in enumerate(self._kwargs):
+            self.inputs[batch] = run_block(self.block, self.inputs[batch], kwargs)
+        self._outputs = self.inputs
+        return self.inputs
 
 
 @dataclass(frozen=True)
@@ -73,24 +84,31 @@ class BlockDriver:
 
     @torch.no_grad()
     def steps(
-        self, input_ids: Tensor, label: str = "calibrate", *, hidden: list[Tensor] | None = None, first: int = 0
+        self,
+        input_ids: Tensor | Sequence[Tensor],
+        label: str = "calibrate",
+        *,
+        hidden: HiddenStates | None = None,
+        first: int = 0,
     ) -> Iterator[BlockStep]:
         """Block after block. A step that was not run is run before the next one, so no block is left out.
 
-        ``first``: the block to begin with, which the states ``hidden`` [B, T, d] enter.
+        Args:
+            input_ids: [n, T], or batches [B, T] of any length.
+            hidden: the states that enter the block ``first``, which is the one to begin with.
         """
         entry = self.entry(input_ids)
-        hidden = [state.to(self.view.device) for state in hidden or ()] if first else entry.hidden
+        current = entry.hidden if hidden is None else hidden
         for block in progress(self.view.blocks[first:], label, unit="block"):
-            step = BlockStep(block, hidden, entry.kwargs[block.index])
+            step = BlockStep(block, current, entry.kwargs[block.index])
             with resident(self.view, block):
                 yield step
-                hidden = step._outputs or step.run()
+                current = step._outputs or step.advance()
 
     @torch.no_grad()
-    def entry(self, input_ids: Tensor) -> Entry:
+    def entry(self, input_ids: Tensor | Sequence[Tensor]) -> Entry:
         """Run what comes before the first block; the blocks are skipped."""
-        hidden: list[Tensor] = []
+        hidden = self.hidden_states()
         kwargs: list[list[dict[str, Any]]] = [[] for _ in self.view.blocks]
         batches = self._batches(input_ids)
         for batch in batches:
@@ -109,8 +127,14 @@ class BlockDriver:
                 return self.view.model(inputs_embeds=hidden, use_cache=False).logits
             return self.view.model(ids, use_cache=False).logits
 
-    def _batches(self, input_ids: Tensor) -> list[Tensor]:
-        return [batch.to(self.view.device) for batch in input_ids.split(self.batch_size)]
+    def hidden_states(self) -> HiddenStates:
+        """An empty set, held where this model's are: on its device, or where its weights are streamed from."""
+        store = streamed(self.view.model)
+        return HiddenStates(device=self.view.device, room=None if store is None else store.room)
+
+    def _batches(self, input_ids: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        batches = input_ids.split(self.batch_size) if isinstance(input_ids, Tensor) else input_ids
+        return [batch.to(self.view.device) for batch in batches]
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -1,9 +1,9 @@
-"""Writing a safetensors file tensor by tensor: what is written is never in memory as a whole."""
+"""Writing safetensors files tensor by tensor: what is written is never in memory as a whole."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cfsp.models.shards import DTYPES
+from cfsp.models.shards import DTYPES, INDEX, WEIGHTS
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -28,6 +28,46 @@ class Outgoing:
     def size(self) -> int:
         """Bytes."""
         return prod(self.shape) * self.dtype.itemsize
+
+
+def write_shards(
+    folder: Path,
+    tensors: Sequence[Outgoing],
+    values: Callable[[list[str]], Iterator[tuple[str, Tensor]]],
+    limit: int,
+) -> int:
+    """Write ``tensors`` to as many files of at most ``limit`` bytes as they need, with an index if there are several.
+
+    A file that is there already is kept: a killed process had written it whole. Returns the bytes of all files.
+
+    Args:
+        values: gives (name, tensor) for the names asked for, in their order.
+    """
+    shards = list(_shards(tensors, limit))
+    names = [
+        WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number in range(1, len(shards) + 1)
+    ]
+    missing = {name: shard for name, shard in zip(names, shards, strict=True) if not (folder / name).is_file()}
+    source = values([outgoing.name for shard in missing.values() for outgoing in shard])
+    for name, shard in missing.items():
+        write_file(folder / f"{name}.partial", shard, source)
+        (folder / f"{name}.partial").rename(folder / name)
+    if len(shards) > 1:
+        by_file = {outgoing.name: name for name, shard in zip(names, shards, strict=True) for outgoing in shard}
+        index = {"metadata": {"total_size": sum(outgoing.size for outgoing in tensors)}, "weight_map": by_file}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _shards(tensors: Sequence[Outgoing], limit: int) -> Iterator[list[Outgoing]]:
+    shard: list[Outgoing] = []
+    for outgoing in tensors:
+        if shard and sum(other.size for other in shard) + outgoing.size > limit:
+            yield shard
+            shard = []
+        shard.append(outgoing)
+    yield shard
 
 
 def write_file(file: Path, tensors: Sequence[Outgoing], source: Iterator[tuple[str, Tensor]]) -> None:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,8 +32,10 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+#: Files that are hashed at the same time; smaller files than this many bytes are not worth a note.
+_READERS, _LARGE = 4, 16_000_000
 _WRITTEN_BY_CFSP = "cfsp_checkpoint.json"
-_HUB_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+_HUB_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*"]
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,10 @@ class ModelSource:
         return next((section[key] for section in sections for key in keys if section.get(key) is not None), None)
 
 
-def locate(section: ModelSection) -> ModelSource:
+def locate(section: ModelSection, digests: Path | None = None) -> ModelSource:
     """Find the model of a configuration, fetching it from the hub if it is a hub id.
+
+    ``digests``: a folder that remembers the digests of large files from one process to the next.
 
     Raises:
         CheckpointError: no such folder, an incomplete or truncated one, no safetensors, a hub out of reach.
@@ -81,7 +88,7 @@ def locate(section: ModelSection) -> ModelSource:
         return _from_folder(section.name, package_path(path), origin=path)
     folder = Path(path).expanduser()
     if folder.exists() or not _is_hub_id(path):
-        return _from_folder(section.name, folder, origin=str(folder))
+        return _from_folder(section.name, folder, origin=str(folder), digests=digests)
     patterns = [*_HUB_SMALL_FILES, "*.safetensors", *(["*.py"] if section.trust_remote_code else [])]
     snapshot = _snapshot(path, section.revision, patterns)
     commit = snapshot.name
@@ -101,7 +108,9 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
 
 
-def _from_folder(name: str, folder: Path, *, origin: str, fingerprint: str | None = None) -> ModelSource:
+def _from_folder(
+    name: str, folder: Path, *, origin: str, fingerprint: str | None = None, digests: Path | None = None
+) -> ModelSource:
     from cfsp.models.checkpoint import check_safetensors
 
     where = f"model.path={origin}"
@@ -128,32 +137,53 @@ def _from_folder(name: str, folder: Path, *, origin: str, fingerprint: str | Non
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         raise CheckpointError(f"{where}: its weights are quantised ({method}); give the model before quantisation")
-    return ModelSource(name, origin, folder, config, fingerprint or folder_fingerprint(folder))
+    return ModelSource(name, origin, folder, config, fingerprint or folder_fingerprint(folder, digests))
 
 
-def folder_fingerprint(folder: Path) -> str:
+def folder_fingerprint(folder: Path, digests: Path | None = None) -> str:
     """sha256 over the content of weights, config, tokenizer and code; names of files count, folders' do not.
 
+    A first look at a model reads its files, several at a time; later ones go by ``digests`` (:func:`locate`).
     Code that a folder brings counts too, except where cfsp wrote it: then it is this package's own.
     """
     digest = hashlib.sha256()
     files = [*folder.glob("*.safetensors"), folder / "config.json"]
     files += [] if (folder / _WRITTEN_BY_CFSP).is_file() else folder.glob("*.py")
     files += [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
-    for path in sorted(files):
-        digest.update(path.name.encode() + b"\0" + file_digest(path).encode() + b"\0")
+    files.sort()
+    with ThreadPoolExecutor(min(_READERS, len(files))) as readers:
+        for path, found in zip(files, readers.map(partial(file_digest, kept=digests), files), strict=True):
+            digest.update(path.name.encode() + b"\0" + found.encode() + b"\0")
     return f"sha256:{digest.hexdigest()}"
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file's content; read once in a process while size, time of change and inode stay as they are."""
+def file_digest(path: Path, kept: Path | None = None) -> str:
+    """sha256 of a file's content; read once in a process while size, times of change and inode stay as they are.
+
+    ``kept``: a folder where the digests of large files are written down for other processes.
+    """
     found = path.stat()
-    if time.time() - found.st_mtime < 2:  # a second change within a tick of the file system's clock would not show
-        return _digest_of.__wrapped__(path, 0, 0, 0)
-    return _digest_of(path.resolve(), found.st_size, found.st_mtime_ns, found.st_ino)
+    # A second change within a tick of the file system's clock would not show.
+    if time.time() - max(found.st_mtime, found.st_ctime) < 2:
+        return _digest_of.__wrapped__(path, (), None)
+    state = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)
+    return _digest_of(path.resolve(), state, kept if found.st_size >= _LARGE else None)
 
 
 @lru_cache(maxsize=4096)
-def _digest_of(path: Path, _size: int, _changed: int, _inode: int) -> str:
+def _digest_of(path: Path, state: tuple[int, ...], kept: Path | None) -> str:
+    note = None if kept is None else kept / hashlib.sha256(f"{path} {state}".encode()).hexdigest()[:32]
+    if note is not None:
+        with suppress(OSError):
+            found = note.read_text(encoding="ascii")
+            if len(found) == 64:
+                return found
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if note is not None:
+        with suppress(OSError):  # the next process reads the file again
+            note.parent.mkdir(parents=True, exist_ok=True)
+            partial_note = note.with_name(f".{note.name}.{os.getpid()}")
+            partial_note.write_text(digest, encoding="ascii")
+            os.replace(partial_note, note)
+    return digest

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.memory import return_freed
+from cfsp.models.hidden_states import Room
 from cfsp.models.shards import Shards
 from cfsp.models.views import BlockView, DecoderView, resolve, view_block
 
@@ -42,12 +43,14 @@ class StreamedWeights:
     """The weights of ``model``, read from ``shards`` when they are needed, as ``dtype`` on ``device``.
 
     ``rounded_to``: a narrower dtype that the values are rounded to, as a checkpoint of it would hold them.
-    ``reads``: how often each block was read.
+    ``room``: where hidden states between two blocks are held. ``reads``: how often each block was read.
     """
 
     def __init__(self, model: Any, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
         self.model, self.shards, self.dtype, self.device = model, shards, dtype, device
         self.rounded_to: torch.dtype | None = None
+        #: Where the hidden states between two blocks are held; None: on ``device``.
+        self.room: Room | None = None
         #: Content samples by index in the checkpoint (:func:`cfsp.models.sample.block_sample`).
         self.samples: dict[int, bytes] = {}
         self._names = _stored_names(model, shards)
@@ -386,8 +389,13 @@ def state_tensors(model: Any) -> Iterator[tuple[str, tuple[int, ...], torch.dtyp
         seen.add(id(parameter))
 
 
-def values(model: Any, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of ``names``, which stand together by block; each block is read once."""
+def values(
+    model: Any, names: Sequence[str], visit: Callable[[BlockView], None] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of ``names``, which stand together by block; each block is read once.
+
+    ``visit`` is called with each block while its weights are in memory.
+    """
     store = streamed(model)
     assert store is not None
     view = resolve(model)
@@ -402,5 +410,9 @@ def values(model: Any, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
             continue
         if current is None or current[0] != prefix:
             current = None
-            current = (prefix, store.tensors(prefixes[prefix]))
+            block = prefixes[prefix]
+            with store.resident(block):
+                if visit is not None:
+                    visit(block)
+                current = (prefix, {path: parameter.detach() for path, parameter in block.module.named_parameters()})
         yield name, current[1][name.removeprefix(prefix)]

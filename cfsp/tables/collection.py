@@ -26,6 +26,7 @@ _PLACES = {
     "device",
     "trust_remote_code",
     "streaming",
+    "memory_gb",
 }
 #: The default of calibration.batch_size before it was auto.
 _BATCH_BEFORE_AUTO = 8

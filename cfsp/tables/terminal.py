@@ -10,7 +10,8 @@ from cfsp.record.run_record import RunRecord
 from cfsp.tables.summary import summary
 
 _FILES = (
-    "record.json", "plan.json", "compensation.safetensors", "model", "adapter", "pruned",
+    "record.json", "plan.json", "compensation.safetensors", "model", "model-padded", "model-decilm", "model.gguf",
+    "adapter", "pruned",
     "blocks.png", "recovery.png", "config.yaml", "run.log", "wandb",
 )  # fmt: skip
 
@@ -26,3 +27,7 @@ def show(record: RunRecord, out: Path) -> None:
         console.print(table)
     written = [name for name in _FILES if (out / name).exists()]
     console.print(f"Written to {out}: {', '.join(written)}", soft_wrap=True)
+    if (record.checkpoint or {}).get("form") == "plain":
+        console.print(
+            "model is a plain folder of the base architecture: all layers are alike, no remote code is needed"
+        )

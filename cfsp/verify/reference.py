@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from cfsp.models.driver import BlockDriver
+    from cfsp.models.views import BlockView
+
 SCHEMA = "1"
 REFERENCE_IN_FOLDER = "verify/reference.safetensors"
 #: Beside a GGUF file, in the place of its suffix.
@@ -125,7 +128,7 @@ def reference_of(model: Any, *, dtype: torch.dtype | None = None, tokenizer: Pat
     """What ``model`` computes with its weights as a folder of ``dtype`` holds them; the model is left as it is.
 
     Of a model in memory this is a forward pass over a hundred tokens and ``GREEDY`` more; a streamed model is read
-    once more, block by block.
+    for it, block by block (:class:`StreamedReference` needs no read of its own).
 
     Args:
         tokenizer: folder of the tokenizer files, whose special tokens are left out of the windows.
@@ -140,7 +143,58 @@ def reference_of(model: Any, *, dtype: torch.dtype | None = None, tokenizer: Pat
     ids = torch.from_numpy(token_windows(model, tokenizer))
     compute = _in_memory if streamed(model) is None else _block_by_block
     with torch.no_grad(), _evaluating(model), _as_stored(model, dtype):
-        logprobs, top, greedy, margins = compute(model, ids)
+        return _reference(model, dtype, ids, compute(model, ids))
+
+
+class StreamedReference:
+    """The reference of a streamed model, from the blocks that somebody else reads: call it with each of them."""
+
+    def __init__(self, model: Any, *, dtype: torch.dtype | None = None, tokenizer: Path | None = None) -> None:
+        import torch
+
+        from cfsp.models.driver import BlockDriver
+        from cfsp.models.views import resolve
+
+        self._model, self._dtype = model, dtype
+        self._ids = torch.from_numpy(token_windows(model, tokenizer))
+        self._driver = BlockDriver(resolve(model), len(self._ids))
+        with _as_stored(model, dtype):
+            self._entry = self._driver.entry(self._ids)
+        self._hidden = self._entry.hidden[0]
+        self._seen = 0
+
+    def __call__(self, block: BlockView) -> None:
+        import torch
+
+        from cfsp.models.driver import run_block
+
+        if block.index == self._seen:
+            with torch.no_grad(), _as_stored(self._model, self._dtype):
+                self._hidden = run_block(block, self._hidden, self._entry.kwargs[block.index][0])
+            self._seen += 1
+
+    def found(self) -> Reference | None:
+        """None where blocks were left out, e.g. because a killed process had written them already.
+
+        Raises:
+            RunError: as :func:`reference_of`.
+        """
+        import torch
+
+        if self._seen < len(self._driver.view.blocks):
+            return None
+        with torch.no_grad(), _as_stored(self._model, self._dtype):
+            return _reference(
+                self._model, self._dtype, self._ids, _of_hidden(self._model, self._driver, self._ids, self._hidden)
+            )
+
+
+def _reference(
+    model: Any, dtype: torch.dtype | None, ids: Tensor, figures: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> Reference:
+    import torch
+
+    logprobs, top, greedy, margins = figures
     if not (torch.isfinite(logprobs).all() and torch.isfinite(margins).all()):
         raise RunError(
             f"{type(model).__name__}: its logits on {WINDOWS} windows of random tokens are not finite, so nobody could "
@@ -207,17 +261,22 @@ def _in_memory(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 def _block_by_block(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same of a streamed model, each of whose blocks is read once; a single greedy token."""
     from cfsp.models.driver import BlockDriver
-    from cfsp.models.streamed import streamed
     from cfsp.models.views import resolve
+
+    driver = BlockDriver(resolve(model), len(ids))
+    hidden = driver.hidden_states()
+    for step in driver.steps(ids, "reference"):
+        hidden = step.advance()
+    return _of_hidden(model, driver, ids, hidden[0])
+
+
+def _of_hidden(model: Any, driver: BlockDriver, ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from cfsp.models.streamed import streamed
 
     store = streamed(model)
     assert store is not None
-    driver = BlockDriver(resolve(model), len(ids))
-    hidden: list[Tensor] = []
-    for step in driver.steps(ids, "reference"):
-        hidden = step.run()
     with store.resident_rest():
-        logits = driver.logits(ids, hidden[0])
+        logits = driver.logits(ids, hidden)
     logprobs, top = _scored(logits, ids.to(logits.device))
     token, margin = _likeliest(logits)
     return logprobs, top, token[:, None], margin[:, None]

@@ -54,7 +54,7 @@ class Check:
 class Found:
     """What a part measured: ``rows`` for its table, and what must hold of them.
 
-    name: of its files; ``words``: of the command line that measures it.
+    name: of its files; ``words``: of the command line that measures it; ``script``: of that command line.
     """
 
     name: str
@@ -62,6 +62,11 @@ class Found:
     rows: list[dict[str, Any]] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
+    script: str = "benchmark.py"
+
+    @property
+    def made_by(self) -> str:
+        return f"python scripts/{self.script} {self.words}".rstrip()
 
 
 def write(found: Found, table: str, settings: Settings) -> None:
@@ -71,7 +76,7 @@ def write(found: Found, table: str, settings: Settings) -> None:
     checks = [{**asdict(check), "met": check.met} for check in found.checks]
     record = {
         "part": found.name,
-        "made_by": f"python scripts/benchmark.py {found.words}",
+        "made_by": found.made_by,
         "repeats": settings.repeats,
         **found.notes,
         "rows": found.rows,
@@ -101,7 +106,7 @@ def markdown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], fou
         f"{explained}  ",
         f"Commit: {git['commit'][:12]}{'+changes' if git['dirty'] else ''}. torch {packages['torch']}, transformers "
         f"{packages['transformers']}. {here['cpu']}, {here['cores']} cores, {here['threads']} threads{gpus}.  ",
-        f"Made by: python scripts/benchmark.py {found.words}",
+        f"Made by: {found.made_by}",
     ]
     return "\n".join(lines) + "\n"
 

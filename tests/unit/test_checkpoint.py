@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from cfsp.errors import CheckpointError, UnsupportedModelError
-from cfsp.models import checkpoint
+from cfsp.models import checkpoint, shard_writer
 from cfsp.models.checkpoint import MARKER, check_safetensors, first_non_finite, save_checkpoint
 from cfsp.models.remote_code import adopt, pruned_family, register_pruned_families
 
@@ -378,7 +378,7 @@ def test_a_failed_save_leaves_the_old_folder(saved: Path, monkeypatch: pytest.Mo
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_file", full_disk)
+    monkeypatch.setattr(shard_writer, "write_file", full_disk)
     with pytest.raises(CheckpointError, match=r"model.*No space left"):
         save_checkpoint(pruned(), saved)
     assert content() == before

@@ -149,6 +149,29 @@ def test_folders_load_where_cfsp_is_not(tmp_path):
         assert torch.allclose(torch.tensor(found[name]), torch.tensor(values), rtol=1e-5, atol=1e-5), name
 
 
+@pytest.mark.parametrize("order", ["import cfsp; import transformers", "import transformers; import cfsp"])
+def test_importing_cfsp_is_enough_to_load_a_folder(order, tmp_path):
+    save_checkpoint(pruned("qwen2", "everything"), tmp_path / "model")
+    code = f"""
+import sys
+import cfsp
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+del sys.modules["cfsp"]
+{order}
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("model")
+assert type(model).__module__ == "cfsp_pruned_families.modeling_pruned_qwen2", type(model)
+assert type(AutoModel.from_pretrained("model")).__name__ == "PrunedQwen2Model"
+try:
+    AutoConfig.for_model("pruned_nothing")
+except ValueError as error:
+    assert "pruned_nothing" in str(error)
+else:
+    raise AssertionError
+"""
+    subprocess.run([sys.executable, "-W", "error::DeprecationWarning", "-c", code], check=True, cwd=tmp_path)
+
+
 def test_unknown_entries_of_a_folder_are_refused(tmp_path):
     from transformers import AutoModelForCausalLM
 

@@ -1,0 +1,63 @@
+"""Log-likelihood requests of the harness on a model whose weights stay on disk: each block is read once for all.
+
+The harness asks for the logits of one batch after the other. Here it asks twice: the first time its batches are noted
+and answered with nothing, then all of them go through the decoder block by block, and the second time the logits come
+from the hidden states that are left. Batches and their order are the harness's own both times.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+
+from cfsp.models.driver import BlockDriver
+from cfsp.models.views import resolve
+
+if TYPE_CHECKING:
+    from cfsp.models.streamed import StreamedWeights
+
+
+class BlockByBlock(HFLM):
+    """``HFLM`` for the model of ``store``; generation still reads the whole model for each token."""
+
+    def __init__(self, store: StreamedWeights, **settings: Any) -> None:
+        super().__init__(pretrained=store.model, **settings)
+        self._store = store
+        self._device = store.device  # the parameters themselves are nowhere
+        self._noted: list[Tensor] | None = None
+        self._answers: Any = None
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+        self._noted = []
+        try:
+            super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+            batches = self._noted
+        finally:
+            self._noted = None
+        driver = BlockDriver(resolve(self._store.model), self.batch_size)
+        hidden = driver.hidden_states()
+        if batches:
+            for step in driver.steps(batches, "zero-shot"):
+                hidden = step.advance()
+        self._answers = zip(batches, hidden, strict=True)
+        try:
+            with torch.no_grad(), self._store.resident_rest():
+                self._logits = driver.logits
+                return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        finally:
+            self._answers = None
+
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        if self._noted is not None:
+            self._noted.append(inps)
+            # One vocabulary of zeros, seen as [B, T, V].
+            vocabulary = self._store.model.get_output_embeddings().weight.shape[0]
+            return torch.zeros(1, 1, vocabulary, device=self._device).expand(*inps.shape, -1)
+        if self._answers is None:
+            return super()._model_call(inps, attn_mask, labels)
+        batch, hidden = next(self._answers)
+        assert torch.equal(batch, inps)
+        return self._logits(batch, hidden)

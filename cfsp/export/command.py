@@ -1,0 +1,144 @@
+"""``cfsp export path=DIR format=...``: a model folder in the form that another tool loads."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfsp.components import suggest
+from cfsp.errors import CheckpointError, ConfigError
+from cfsp.sweep.command import command
+
+#: Format -> its module, which has ``check(source)`` and ``export(source, to, dtype=, multiple=)``.
+FORMATS = {
+    "hf": "cfsp.export.hf",
+    "padded": "cfsp.export.padded",
+    "gguf": "cfsp.export.gguf",
+    "decilm": "cfsp.export.decilm",
+}
+#: As it is given -> torch's name; of GGUF alone: q8_0.
+DTYPES = {
+    "float32": "float32", "f32": "float32", "float16": "float16", "f16": "float16", "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+}  # fmt: skip
+_OF_GGUF = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_KEYS = ("path", "format", "to", "dtype", "multiple")
+
+USAGE = f"""\
+Write a model folder, pruned or dense, in the form that another tool loads.
+
+  cfsp export path=OUT/model format=padded       the base architecture, filled up with zeros: loads everywhere, no
+                                                 remote code, gives back a part of the speed
+  cfsp export path=OUT/model format=gguf         llama.cpp: a file; dtype=f32, f16, bf16 or q8_0
+  cfsp export path=OUT/model format=decilm       vLLM's own class; widths filled up to multiples of 256
+  cfsp export path=OUT/model format=hf dtype=bf16   the folder as a run writes it, in another dtype
+
+  to=PLACE       where to; default: beside the folder, NAME-FORMAT or NAME.gguf
+  dtype=         float32, float16, bfloat16 (f32, f16, bf16); default: that of the folder
+  multiple=N     fill up FFN widths to multiples of N with zero neurons (padded: 1, gguf: 32, decilm: 256)
+
+Formats: {", ".join(FORMATS)}. Exit codes: 0 written, 1 failed on the way, 2 wrong input, or a model that the format
+cannot hold.
+"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked command line; ``dtype`` is torch's name or q8_0, None: as stored; ``multiple`` None: the format's."""
+
+    path: Path
+    format: str
+    to: Path | None = None
+    dtype: str | None = None
+    multiple: int | None = None
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Export; returns the exit code."""
+    return command("cfsp", USAGE, words, lambda given: _export(request_of(given)))
+
+
+def request_of(words: Sequence[str]) -> Request:
+    """Read the command line.
+
+    Raises:
+        ConfigError: everything that is wrong with its keys and values.
+    """
+    problems, given = [], {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            problems.append(f"{word}: is not key=value; see cfsp export --help")
+        elif key not in _KEYS:
+            problems.append(f"{key}: unknown key{suggest(key, _KEYS)}; keys: {', '.join(_KEYS)}")
+        elif not value:
+            problems.append(f"{key}=: has no value; see cfsp export --help")
+        else:
+            given[key] = value
+    form = given.get("format", "")
+    if "format" in given and form not in FORMATS:
+        problems.append(
+            f"format={form}: there is no such format{suggest(form, FORMATS)}; formats: {', '.join(FORMATS)}"
+        )
+    dtype = given.get("dtype")
+    if dtype is not None and dtype not in DTYPES and (dtype != "q8_0" or form != "gguf"):
+        of_gguf = " (q8_0 is one of format=gguf)" if dtype == "q8_0" else ""
+        problems.append(f"dtype={dtype}: use float32, float16 or bfloat16{of_gguf}")
+    multiple = given.get("multiple")
+    if multiple is not None and (not multiple.isdigit() or int(multiple) < 1):
+        problems.append(f"multiple={multiple}: give a whole number from 1")
+    elif multiple is not None and form == "decilm" and int(multiple) % 256:
+        problems.append(f"multiple={multiple}: format=decilm needs a multiple of 256; leave it out")
+    elif multiple is not None and form == "gguf" and int(multiple) % 32:
+        problems.append(
+            f"multiple={multiple}: format=gguf needs a multiple of 32; leave it out, or use 256 for K-quants"
+        )
+    elif multiple is not None and form == "hf":
+        problems.append("multiple: format=hf fills nothing up; use format=padded, or leave it out")
+    for key in ("path", "format"):
+        if key not in given and not problems:
+            problems.append(f"{key} is not set: give path=DIR format=FORMAT; see cfsp export --help")
+    if problems:
+        raise ConfigError(*problems)
+    return Request(
+        Path(given["path"]).expanduser(),
+        form,
+        Path(given["to"]).expanduser() if "to" in given else None,
+        None if dtype is None else DTYPES.get(dtype, dtype),
+        None if multiple is None else int(multiple),
+    )
+
+
+def exported(request: Request) -> Any:
+    """Write what is asked for; returns :class:`cfsp.export.result.Exported`.
+
+    Raises:
+        CfspError: the folder cannot be read, the format cannot hold the model, or the result cannot be written.
+    """
+    import torch
+
+    from cfsp.export.folder import read_folder
+
+    source = read_folder(request.path)
+    module = importlib.import_module(FORMATS[request.format])
+    suffix = ".gguf" if request.format == "gguf" else f"-{request.format}"
+    to = request.to or source.folder.with_name(source.folder.name + suffix)
+    if to.resolve() == source.folder.resolve():
+        raise CheckpointError(f"to={to}: is the folder to be exported; give another place")
+    more: dict[str, Any] = {} if request.multiple is None else {"multiple": request.multiple}
+    if request.format == "gguf":
+        dtype: Any = _OF_GGUF.get(str(request.dtype), request.dtype) or "auto"
+    else:
+        dtype = None if request.dtype is None else getattr(torch, request.dtype)
+    return module.export(source, to, dtype=dtype, **more)
+
+
+def _export(request: Request) -> int:
+    result = exported(request)
+    print(f"{result.place}: {result.bytes / 2**20:,.1f} MiB, {result.form}")
+    for note in result.notes:
+        print(f"  {note}")
+    return 0

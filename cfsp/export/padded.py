@@ -1,0 +1,90 @@
+"""A plain folder of the base architecture: every layer as wide as the widest, filled up with zeros.
+
+Loads wherever the base architecture does, without remote code, and gives back a part of the speed that unequal widths
+gain. Which layers need what is left to the stock class: added biases become its own biases, zero elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfsp.errors import UnsupportedModelError
+from cfsp.export.filling import Wanted, filled_up, layer_tensors, other_tensors, sizes, up_to
+from cfsp.export.folder import ModelFolder
+from cfsp.export.plain_folder import write_plain_folder
+from cfsp.export.result import Exported
+
+#: A bias that compensation adds -> family -> the key of its configuration that gives all layers such biases, and
+#: the projections that then have one.
+_BIAS_KEYS: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]] = {
+    "mlp.down_proj": {"llama": ("mlp_bias", ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"))},
+    "self_attn.o_proj": {
+        family: ("attention_bias", tuple(f"self_attn.{name}_proj" for name in "qkvo")) for family in ("llama", "qwen3")
+    },
+}
+
+
+def check(source: ModelFolder) -> None:
+    """
+    Raises:
+        UnsupportedModelError: the base architecture has no place for an added bias; names the layer.
+    """
+    for index, layer in enumerate(source.layers):
+        for name in layer.added_bias:
+            if _family(source) not in _BIAS_KEYS[name]:
+                raise UnsupportedModelError(
+                    f"{source.folder}: layer {index} has a bias at {name} (pruner.compensation=bias), for which "
+                    f"{source.family} has no place; use format=hf, or prune with pruner.compensation=none"
+                )
+
+
+def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, multiple: int = 1) -> Exported:
+    """Write the folder ``to``, all or nothing.
+
+    Raises:
+        UnsupportedModelError: see :func:`check`. CheckpointError: it cannot be written.
+    """
+    check(source)
+    width, heads, kv_heads = sizes(source.layers)
+    width = up_to(max(width, 1), multiple)
+    if source.hidden % heads:  # what LLaMA's configuration refuses
+        heads, kv_heads = (int(source.config[key]) for key in ("num_attention_heads", "num_key_value_heads"))
+    config: dict[str, Any] = {
+        **source.config,
+        "model_type": _family(source),
+        "architectures": [_ARCHITECTURES[_family(source)]],
+        "intermediate_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": source.head_dim,
+    }
+    biases: set[str] = set()
+    for name in {name for layer in source.layers for name in layer.added_bias}:
+        key, projections = _BIAS_KEYS[name][_family(source)]
+        config[key] = True
+        biases |= set(projections)
+    wanted = [Wanted(width, heads, kv_heads, frozenset(biases)) for _ in source.layers]
+    tensors = [*other_tensors(source)]
+    for index, layer in enumerate(wanted):
+        tensors += layer_tensors(source, index, layer)
+    size = write_plain_folder(source, to, config, tensors, dtype=dtype, form="padded")
+    return Exported(to, "padded", size, filled_up(source, wanted))
+
+
+_ARCHITECTURES: Mapping[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+def _family(source: ModelFolder) -> str:
+    """Mistral without a sliding window is LLaMA, which has places for biases."""
+    added = any(layer.added_bias for layer in source.layers)
+    full = source.config.get("sliding_window") is None
+    return "llama" if source.family == "mistral" and added and full else source.family

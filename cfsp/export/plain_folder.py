@@ -1,0 +1,77 @@
+"""Writing a model folder of a stock architecture from tensors that are read, or filled up, one by one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfsp.errors import CheckpointError
+from cfsp.export.card import card_files, read_facts
+from cfsp.export.filling import LayerTensor
+from cfsp.export.folder import ModelFolder
+from cfsp.models.checkpoint import (
+    MARKER,
+    MAX_SHARD_BYTES,
+    check_destination,
+    copy_companions,
+    legacy_rope,
+    write_json,
+)
+from cfsp.models.shard_writer import Outgoing, write_shards
+from cfsp.models.whole_folder import whole_folder
+from cfsp.verify.reference import copy_reference
+
+
+def write_plain_folder(
+    source: ModelFolder,
+    to: Path,
+    config: Mapping[str, Any],
+    tensors: Sequence[LayerTensor],
+    *,
+    form: str,
+    dtype: torch.dtype | None = None,
+    files: Mapping[str, str] | None = None,
+) -> int:
+    """Write ``to``, all or nothing; a folder that cfsp wrote earlier is replaced. Returns the bytes of the weights.
+
+    Args:
+        config: config.json.
+        form: the format's name, for the marker file.
+        dtype: of the tensors; None: as they are.
+        files: name -> text of further files.
+
+    Raises:
+        CheckpointError: the folder holds other things, cannot be written, or a value does not fit into ``dtype``.
+    """
+    to = to.resolve()
+    check_destination(to)
+    stored = dtype or source.dtype
+    name = str(stored).removeprefix("torch.")
+    by_name = {tensor.name: tensor for tensor in tensors}
+
+    def values(order: Sequence[str]) -> Any:
+        for asked in order:
+            value = by_name[asked].value(source).to(stored)
+            if not value.isfinite().all():
+                raise CheckpointError(f"{asked} does not fit into {name}; use dtype=bfloat16 or float32")
+            yield asked, value
+
+    with whole_folder(to) as scratch:
+        described = [Outgoing(tensor.name, tensor.shape, stored) for tensor in tensors]
+        size = write_shards(scratch, described, values, MAX_SHARD_BYTES)
+        write_json(scratch / "config.json", {**config, "dtype": name, **legacy_rope(config.get("rope_parameters"))})
+        if (source.folder / "generation_config.json").is_file():
+            shutil.copyfile(source.folder / "generation_config.json", scratch / "generation_config.json")
+        copy_reference(source.folder, scratch)
+        copy_companions(source.folder, scratch)
+        for file, text in (files or {}).items():
+            (scratch / file).write_text(text, encoding="utf-8")
+        state = source.source.state or "dense"
+        write_json(scratch / MARKER, {"schema": 1, "form": form, "dtype": name, "state": state})
+        for file, content in card_files(read_facts(source.folder), form, to.name).items():
+            (scratch / file).write_bytes(content)
+    return size

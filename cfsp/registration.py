@@ -1,0 +1,82 @@
+"""``import cfsp`` makes pruned folders known to transformers: no ``trust_remote_code``, and nothing imported for it.
+
+The classes of a family take seconds to make, so they are made when transformers asks for their model_type.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any
+
+_AUTO = "transformers.models.auto.configuration_auto"
+_PREFIX = "pruned_"
+
+
+class _Families(dict[str, Any]):
+    """transformers' registered configurations; a pruned one is made when it is asked for."""
+
+    def __contains__(self, model_type: object) -> bool:
+        return super().__contains__(model_type) or self._is_ours(model_type)
+
+    def __missing__(self, model_type: str) -> Any:
+        if not self._is_ours(model_type):
+            raise KeyError(model_type)
+        from cfsp.models.remote_code import pruned_family
+
+        return pruned_family(model_type.removeprefix(_PREFIX)).config_class
+
+    @staticmethod
+    def _is_ours(model_type: object) -> bool:
+        if not isinstance(model_type, str) or not model_type.startswith(_PREFIX):
+            return False
+        from cfsp.models.remote_code import COMMON_FAMILIES
+
+        return model_type.removeprefix(_PREFIX) in COMMON_FAMILIES
+
+
+def register() -> None:
+    """Now where transformers is imported, else as soon as it is."""
+    module = sys.modules.get(_AUTO)
+    if module is not None:
+        _extend(module)
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _extend(module: ModuleType) -> None:
+    mapping = getattr(module, "CONFIG_MAPPING", None)
+    known = getattr(mapping, "_extra_content", None)
+    # Another version may keep them elsewhere; then cfsp.load and trust_remote_code=True still do.
+    if isinstance(known, dict) and not isinstance(known, _Families):
+        mapping._extra_content = _Families(known)  # type: ignore[union-attr]
+
+
+class _Finder(MetaPathFinder):
+    """Sees transformers' table of configurations being imported, and extends it afterwards."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != _AUTO:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Extending(spec.loader)
+        return spec
+
+
+class _Extending(Loader):
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        _extend(module)
+
+    def __getattr__(self, name: str) -> Any:  # get_source and the like, for tracebacks
+        return getattr(self._loader, name)

@@ -1,0 +1,235 @@
+"""How much faster a pruned model is in llama.cpp: prompt and generation, dense beside half of the FFN.
+
+    python scripts/benchmark_llama_cpp.py [repeats=5] [threads=1] [dtypes=f32,f16,q8_0] [environment=FOLDER]
+        [work=outputs/benchmark_llama_cpp] [results=results]
+
+A randomly initialised LLaMA (hidden 1024, FFN 4096, 16 blocks, 16 heads of which 8 KV, vocabulary 8192) and the same
+with FFN widths between 1056 and 3040, multiples of 32 whose mean is 2048, are exported as GGUF; each dtype's two files
+are timed in one process, in alternation. environment: where llama-cpp-python is, or is built first
+(scripts/llama_cpp_environment.py). Writes benchmarks/llama_cpp.json and tables/benchmark_llama_cpp.md under results.
+Exit codes: 0 all limits hold, 1 one is missed or a measurement failed, 2 wrong input.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any, get_args
+
+from benchmarks import llama_cpp_job
+from benchmarks.alternation import pairwise
+from benchmarks.part import Check, Found, Settings, markdown, span, write
+from llama_cpp_environment import default_folder, environment
+from make_checkpoint import Shape, make_checkpoint
+
+from cfsp.components import suggest
+from cfsp.errors import ConfigError, RunError
+from cfsp.export.gguf import GgufDType
+from cfsp.models.shards import read_header, weight_files
+from cfsp.package import ROOT
+from cfsp.sweep.command import command
+from cfsp.sweep.experiment import given_values
+
+SHAPE = Shape(hidden=1024, ffn=4096, blocks=16, heads=16, kv_heads=8, vocab=8192, dtype="float32")
+STEP = 32
+PROMPT, GENERATE = 256, 24
+#: Both must be so many times faster than dense.
+LIMIT = 1.5
+TOOL = ROOT / "verify" / "tools" / "llama_cpp.py"
+_KEYS = ("repeats", "threads", "dtypes", "environment", "work", "results")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The checked command line."""
+
+    repeats: int = 5
+    threads: int = 1
+    dtypes: tuple[str, ...] = ("f32", "f16", "q8_0")
+    environment: Path = field(default_factory=default_folder)
+    work: Path = Path("outputs/benchmark_llama_cpp")
+    results: Path = Path("results")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    given = sys.argv[1:] if words is None else list(words)
+    return command("benchmark_llama_cpp", str(__doc__), given or ["repeats=5"], _benchmark)
+
+
+def read(words: Sequence[str]) -> Request:
+    """
+    Raises:
+        ConfigError: everything that is wrong with the command line.
+    """
+    problems, found = [], dict[str, Any]()
+    for key, value in given_values(words).items():
+        values = [str(one) for one in value] if isinstance(value, list) else [str(value)]
+        if key not in _KEYS:
+            problems.append(f"{key}: there is no such key{suggest(key, _KEYS)}; there are {', '.join(_KEYS)}")
+        elif key == "dtypes":
+            known = [dtype for dtype in get_args(GgufDType) if dtype != "auto"]
+            problems += [f"dtypes={one}: give {', '.join(known)}" for one in values if one not in known]
+            found[key] = tuple(dict.fromkeys(values))
+        elif len(values) != 1 or not values[0]:
+            problems.append(f"{key}={','.join(values)}: give one value")
+        elif key in ("repeats", "threads"):
+            if not values[0].isdigit() or int(values[0]) < 1:
+                problems.append(f"{key}={values[0]}: give a whole number from 1")
+            else:
+                found[key] = int(values[0])
+        else:
+            found[key] = Path(values[0]).expanduser()
+    if problems:
+        raise ConfigError(*problems)
+    return Request(**found)
+
+
+def widths(shape: Shape) -> list[int]:
+    """One for each block: half of the FFN on average, in multiples of 32, from a quarter to three quarters."""
+    found = []
+    for index in range(shape.blocks):
+        # Pairs of blocks, one as much below the mean as the other is above; no two pairs alike.
+        away = STEP * round((index // 2 + 1) / (shape.blocks // 2) * shape.ffn / 4 / STEP - 1)
+        found.append(shape.ffn // 2 + (away if index % 2 else -away))
+    return found
+
+
+def folders(work: Path, shape: Shape) -> dict[str, Path]:
+    """The dense folder and the pruned one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import cfsp
+    from cfsp.models.checkpoint import save_checkpoint
+    from cfsp.pruning.plan import BlockPlan, PruningPlan
+
+    dense, pruned = work / "dense", work / "pruned"
+    make_checkpoint(dense, shape)
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    blocks = tuple(BlockPlan(tuple(range(width))) for width in widths(shape))
+    cfsp.apply(model, PruningPlan("dense", "", {"name": "widths"}, blocks, {}, {}))
+    save_checkpoint(model, pruned, source=dense)
+    return {"dense": dense, "pruned": pruned}
+
+
+def measured(python: Path, request: Request, files: dict[str, Path]) -> dict[str, Any]:
+    """The reply of a job.
+
+    Raises:
+        RunError: it failed; its last words.
+    """
+    asked = {
+        "tool": str(TOOL),
+        "files": {name: str(file) for name, file in files.items()},
+        "prompt": PROMPT,
+        "generate": GENERATE,
+        "repeats": request.repeats,
+        "threads": request.threads,
+    }
+    words = [str(python), llama_cpp_job.__file__, json.dumps(asked)]
+    process = subprocess.run(words, capture_output=True, text=True)
+    if process.returncode:
+        said = " ".join(process.stderr.split())[-300:] or "no word on stderr"
+        raise RunError(f"llama.cpp ended with exit code {process.returncode}: {said}")
+    found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return found
+
+
+def measure(request: Request, shape: Shape = SHAPE) -> Found:
+    """Rows: one for each dtype and of prompt and generation."""
+    from cfsp.export.folder import read_folder
+    from cfsp.export.gguf import export
+
+    python = environment(request.environment)
+    found = Found("llama_cpp", "", script="benchmark_llama_cpp.py")
+    models = folders(request.work, shape)
+    parameters = {name: _parameters(folder) for name, folder in models.items()}
+    found.notes = {"threads": request.threads, "widths": widths(shape), "parameters": parameters}
+    for dtype in request.dtypes:
+        files = {}
+        for name, folder in models.items():
+            files[name] = request.work / f"{name}-{dtype}.gguf"
+            export(read_folder(folder), files[name], dtype=dtype)  # type: ignore[arg-type]
+        reply = measured(python, request, files)
+        found.notes["llama_cpp_python"] = reply["version"]
+        for key, count in (("prompt", PROMPT), ("generate", GENERATE)):
+            seconds = {name: [one["cpu"] for one in reply["seconds"][name][key]] for name in files}
+            ratio, ratios = pairwise(seconds["dense"], seconds["pruned"])
+            row = {
+                "dtype": dtype,
+                "part": key,
+                "tokens": count,
+                "seconds": {name: reply["seconds"][name][key] for name in files},
+                "tokens_per_second": {name: count / median(values) for name, values in seconds.items()},
+                "speed_up": ratio,
+                "speed_ups": ratios,
+                "bytes": {name: file.stat().st_size for name, file in files.items()},
+            }
+            found.rows.append(row)
+            found.checks.append(Check(f"{dtype} {key}, times dense", ratio, LIMIT, at_least=True))
+            print(f"llama_cpp: {dtype} {key}: {ratio:.2f}", flush=True)
+        for file in files.values():
+            file.unlink()
+    return found
+
+
+def _parameters(folder: Path) -> int:
+    headers = [read_header(file)[0] for file in weight_files(folder)]
+    return sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
+
+
+def table(found: Found) -> str:
+    """Markdown."""
+    head = [
+        "dtype, tokens",
+        "dense, tokens/s",
+        "pruned, tokens/s",
+        "times dense (lowest to highest)",
+        "dense, MB",
+        "pruned, MB",
+    ]
+    rows = [
+        [
+            f"{row['dtype']} {row['part']} {row['tokens']}",
+            *(f"{row['tokens_per_second'][name]:.1f}" for name in ("dense", "pruned")),
+            f"**{row['speed_up']:.2f}** ({span(row['speed_ups'])})",
+            *(f"{row['bytes'][name] / 1e6:.0f}" for name in ("dense", "pruned")),
+        ]
+        for row in found.rows
+    ]
+    parameters, given = found.notes["parameters"], found.notes["widths"]
+    millions = {name: f"{count / 1e6:.0f} million" for name, count in parameters.items()}
+    explained = (
+        f"A randomly initialised LLaMA (hidden {SHAPE.hidden}, FFN {SHAPE.ffn}, {SHAPE.blocks} blocks, {SHAPE.heads} "
+        f"heads of which {SHAPE.kv_heads} KV, vocabulary {SHAPE.vocab}; {millions['dense']} parameters) and the same "
+        f"with half of its FFN neurons ({millions['pruned']}; widths from {min(given)} to {max(given)}, multiples of "
+        f"{STEP}), exported by cfsp. llama-cpp-python {found.notes['llama_cpp_python']}, threads: "
+        f"{found.notes['threads']}, without repacked weights (use_extra_bufts=False). Seconds of the process on the "
+        "CPU; medians of repeats in alternation."
+    )
+    return markdown("Pruned models in llama.cpp", head, rows, found, explained)
+
+
+def _benchmark(words: Sequence[str]) -> int:
+    request = read(words)
+    found = measure(request)
+    text = table(found)
+    write(found, text, Settings(repeats=request.repeats, results=request.results))
+    shutil.rmtree(request.work, ignore_errors=True)
+    print(f"\n{text}", flush=True)
+    missed = [str(check) for check in found.checks if not check.met]
+    for one in missed:
+        print(f"benchmark_llama_cpp: limit missed: {one}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

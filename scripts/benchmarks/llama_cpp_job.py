@@ -1,0 +1,61 @@
+"""Times GGUF files in llama.cpp beside each other, in a process of its own.
+
+``python llama_cpp_job.py REQUEST`` prints one line of JSON. It runs where llama_cpp is and imports nothing of the
+project; REQUEST: {"tool" (the path of cfsp/verify/tools/llama_cpp.py, which makes the package ready), "files" (name ->
+GGUF), "prompt", "generate" (tokens), "repeats", "threads"}. The reply: "version" and, of each file and "prompt" or
+"generate", the seconds of each repeat, of the clock and of this process on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+import time
+from typing import Any
+
+#: Ids of tokens; what they are changes nothing of the time.
+FIRST, STEP, RANGE = 5, 37, 4000
+
+
+def timed(model: Any, ids: list[int], *, one_by_one: bool) -> dict[str, float]:
+    """Seconds in which the model reads ``ids``."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    for part in [[number] for number in ids] if one_by_one else [ids]:
+        model.eval(part)
+    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+
+
+def main() -> int:
+    request = json.loads(sys.argv[1])
+    package, _ = runpy.run_path(request["tool"])["prepared"]()
+    counts = {"prompt": request["prompt"], "generate": request["generate"]}
+    models = {
+        name: package.Llama(
+            model_path=file,
+            n_ctx=sum(counts.values()) + 8,
+            n_batch=counts["prompt"],
+            n_threads=request["threads"],
+            n_threads_batch=request["threads"],
+            verbose=False,
+        )
+        for name, file in request["files"].items()
+    }
+    ids = [FIRST + STEP * n % RANGE for n in range(sum(counts.values()))]
+    found: dict[str, dict[str, list[dict[str, float]]]] = {name: {key: [] for key in counts} for name in models}
+    # The first round reads the files and is not counted; every other goes through them in the opposite order.
+    for repeat in range(request["repeats"] + 1):
+        for name in list(models) if repeat % 2 else reversed(models):
+            models[name].reset()
+            parts = {
+                "prompt": timed(models[name], ids[: counts["prompt"]], one_by_one=False),
+                "generate": timed(models[name], ids[counts["prompt"] :], one_by_one=True),
+            }
+            for key, seconds in parts.items():
+                found[name][key] += [seconds] if repeat else []
+    print(json.dumps({"version": package.__version__, "seconds": found}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

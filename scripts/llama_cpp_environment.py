@@ -1,0 +1,75 @@
+"""Build llama-cpp-python from its source distribution, in an environment of its own that nothing else shares.
+
+    python scripts/llama_cpp_environment.py [folder=FOLDER]
+
+Prints the path of its Python. What is there already is left. folder: where; without it $CFSP_LLAMA_CPP or
+~/.cache/cfsp/llama_cpp. It takes about 6 minutes on 2 cores, a C++ compiler and a package index. With it the slow tests
+(tests/e2e/test_llama_cpp.py) and scripts/benchmark_llama_cpp.py run. Exit codes: 0 it is there, 1 it cannot be built,
+2 wrong input.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cfsp.errors import ConfigError, RunError
+from cfsp.package import ROOT
+from cfsp.sweep.command import command
+from cfsp.sweep.experiment import given_values
+
+#: No dependency of the project.
+PACKAGES = ("llama-cpp-python==0.3.36", "numpy")
+VARIABLE = "CFSP_LLAMA_CPP"
+
+
+def default_folder() -> Path:
+    """Where the environment is looked for."""
+    return Path(os.environ.get(VARIABLE) or Path.home() / ".cache" / "cfsp" / "llama_cpp")
+
+
+def environment(folder: Path) -> Path:
+    """The Python of the environment in ``folder``, which is built where it is not there.
+
+    Raises:
+        RunError: it could not be built; what pip said.
+    """
+    python, done = folder / "bin" / "python", folder / ".installed"
+    wanted = "\n".join(PACKAGES) + "\n"
+    if done.is_file() and done.read_text(encoding="utf-8") == wanted:
+        return python
+    constraints = ROOT.parent / "constraints.txt"
+    pinned = ["--constraint", str(constraints)] if constraints.is_file() else []
+    for words in (
+        [sys.executable, "-m", "venv", "--clear", str(folder)],
+        [str(python), "-m", "pip", "install", "--no-binary", "llama-cpp-python", *pinned, *PACKAGES],
+    ):
+        process = subprocess.run(words, capture_output=True, text=True)
+        if process.returncode:
+            said = " ".join(process.stderr.split())[-300:]
+            raise RunError(
+                f"llama-cpp-python could not be built in {folder}: {said}; a compiler and pip's index are needed"
+            )
+    done.write_text(wanted, encoding="utf-8")
+    return python
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    given = sys.argv[1:] if words is None else list(words)
+    return command("llama_cpp_environment", str(__doc__), given or [f"folder={default_folder()}"], _build)
+
+
+def _build(words: Sequence[str]) -> int:
+    given = given_values(words)
+    if set(given) != {"folder"} or isinstance(given["folder"], list):
+        raise ConfigError("give folder=FOLDER alone, or nothing")
+    print(environment(Path(str(given["folder"])).expanduser()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
