@@ -274,6 +274,21 @@ def test_scripts_do_not_take_cfsp(tmp_path):
     assert "import of cfsp halted" in ended.stderr
 
 
+@pytest.mark.parametrize(("words", "allowed"), [(("format=padded",), 1e-4), (("format=hf", "dtype=bf16"), 0.5)])
+def test_an_export_is_verified_with_the_reference_of_the_folder(run_cfsp, tmp_path, words, allowed):
+    """Weights that the export rounded are allowed more than those that only moved."""
+    saved = save_checkpoint(pruned("llama", "widths"), tmp_path / "saved", source=ASSETS).folder
+    code, _, err = run_cfsp("export", f"path={saved}", f"to={tmp_path / 'export'}", *words, defaults=False)
+    assert code == 0, err
+    record = tmp_path / "record.json"
+    words = [f"path={tmp_path / 'export'}", "tools=transformers", f"record={record}"]
+    code, out, err = run_cfsp("verify", *words, defaults=False)
+    assert code == 0, out + err
+    (row,) = json.loads(record.read_text())["tools"]
+    assert row["tolerance"] == allowed
+    assert (row["difference"] <= 1e-5) == (allowed == 1e-4)
+
+
 @pytest.mark.parametrize("recovery", ["none", "lora"])
 def test_what_a_run_saves_is_verified(run_cfsp, sound_words, prose_file, tmp_path, recovery):
     trains = [] if recovery == "none" else [f"recovery.data.path={prose_file}", *TRAINS]
