@@ -188,8 +188,13 @@ def test_what_counts_as_the_same_model(reference):
     assert finding.difference == pytest.approx(0.01, rel=1e-3)
     assert "token 4 of window 1" in finding.note
     assert compare("vllm", {**sound, "logprobs": off.tolist()}, reference, 0.05).outcome == "equal"
+    finding = compare("vllm", {**sound, "logprobs": (reference.logprobs + 0.04).tolist()}, reference, 0.05)
+    assert finding.outcome == "differs", "all values are off a little"
+    assert "mean difference is 0.04, 0.01 are allowed" in finding.note
     off[0, 0] = np.nan
-    assert compare("vllm", {**sound, "logprobs": off.tolist()}, reference, 1.0).outcome == "differs"
+    finding = compare("vllm", {**sound, "logprobs": off.tolist()}, reference, 1.0)
+    assert (finding.outcome, finding.as_dict()["difference"]) == ("differs", None)
+    assert "not finite" in finding.note
     for wrong in (None, [], reference.logprobs[:, 1:].tolist(), "text", [["a"]]):
         assert compare("vllm", {**sound, "logprobs": wrong}, reference, 1.0).outcome == "fails"
     finding = compare("peft", {**sound, "checks": {"merging": 0.1}}, reference, 1e-3)
@@ -358,7 +363,7 @@ def test_a_gguf_file_is_for_llama_cpp(run_cfsp, saved, pretender, tmp_path):
     writer.close()
     assert copy_reference(saved, file)
     reference = read_reference(place_of(file))
-    off = {"version": "9", "logprobs": (reference.logprobs + 0.1).tolist(), "greedy": reference.greedy.tolist()}
+    off = {"version": "9", "logprobs": (reference.logprobs + 0.05).tolist(), "greedy": reference.greedy.tolist()}
     words = ["verify", f"path={file}", "tools=transformers,llama_cpp", f"python.llama_cpp={pretender(off)}"]
     code, out, err = run_cfsp(*words, defaults=False)
     assert code == 0, out + err
