@@ -115,6 +115,26 @@ def test_evaluation_of_a_streamed_model(run_cfsp, words, tmp_path, prose_file) -
         assert values[0]
 
 
+def test_logits_of_a_streamed_model_are_never_those_of_a_batch(folder, monkeypatch) -> None:
+    from cfsp.evaluate.perplexity import negative_log_likelihood
+    from cfsp.models.driver import BlockDriver
+
+    source, cpu = locate(ModelSection(name="m", path=str(folder))), torch.device("cpu")
+    ids = torch.randint(VOCABULARY, (7, 24), generator=torch.Generator().manual_seed(1))
+    shapes, real = [], BlockDriver.logits
+    monkeypatch.setattr(
+        BlockDriver, "logits", lambda self, ids, hidden: shapes.append(hidden.shape[:2]) or real(self, ids, hidden)
+    )
+    found = [
+        negative_log_likelihood(load(source, dtype=dtype, device=cpu), ids, 4, "")
+        for dtype in (torch.float32, torch.bfloat16)
+        for load in (load_model, load_streamed)
+    ]
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+    assert shapes == [(1, 24)] * 2 * 7
+
+
 def test_logits_and_generation(folder) -> None:
     source = locate(ModelSection(name="m", path=str(folder)))
     cpu = torch.device("cpu")
