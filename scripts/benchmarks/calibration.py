@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -60,6 +60,7 @@ def measure(settings: Settings) -> Found:
         for dtype in dtypes_on(device, settings.dtypes):
             limited = dtype == "float32" or device.type == "cuda"
             model = in_memory(SHAPES[name], getattr(torch, dtype), device)
+            tried: dict[int, float] = {}
             for _, windows, length in (case for case in cases if case[0] == name):
                 smallest = windows == fewest[name, length]
                 if not (limited or smallest):
@@ -72,7 +73,7 @@ def measure(settings: Settings) -> Found:
                     "windows": windows,
                     "seq_len": length,
                 }
-                tried = tried_batches(model, ids)
+                tried = tried_batches(model, ids, tried)
                 batch = min(tried, key=lambda size: tried[size])
                 row |= {"batch_size": batch, "tried_batch_sizes": tried}
                 row |= compared(model, ids, batch, settings, stages_alone=smallest)
@@ -92,17 +93,20 @@ def bare(model: Any, ids: Tensor, batch_size: int) -> None:
             model.model(batch.to(model.device), use_cache=False)
 
 
-def tried_batches(model: Any, ids: Tensor) -> dict[int, float]:
+def tried_batches(model: Any, ids: Tensor, known: Mapping[int, float] | None = None) -> dict[int, float]:
     """Batch size -> seconds per window of the bare forward pass, the better of two.
 
     The sizes double until one is no better than the best before it, or takes all windows, or more memory than there is:
-    the best of them is then not the last only because nobody looked further.
+    the best of them is then not the last only because nobody looked further. ``known``: the same of fewer windows, which
+    leaves the sizes beyond, where the largest of them was the best.
     """
     import torch
 
     cuda = model.device.type == "cuda"
-    found: dict[int, float] = {}
-    size = 1
+    found = dict(known or {})
+    size = 2 * max(found, default=0) or 1
+    if found and min(found, key=lambda tried: found[tried]) != max(found):
+        return found
     while size <= len(ids):
         some = ids[: max(size, TRIED_WINDOWS)]
         try:

@@ -80,7 +80,7 @@ def test_ratio(ratio):
         ("seed=1.5", "integer"),
         ("force=maybe", "boolean"),
         ("save.dtype=int8", "'bfloat16'"),
-        ("save.format=gguf", "'hf'"),
+        ("save.format=onnx", "'hf'"),
         ("plugins.allow=mine", "plugins.allow=[my_package]"),
         ("paths.cache_dir=''", "at least 1 character"),
         ("evaluation.perplexity.seq_len=1", "greater than or equal to 2"),
