@@ -102,7 +102,7 @@ def _verify(request: Request) -> int:
     from cfsp.verify.reference import place_of, read_reference
 
     reference = read_reference(place_of(request.path))
-    form, weights = _form(request.path)
+    form, weights = _form(request.path, reference.stored)
     # Asked before a model is loaded, so that a wrong python.TOOL is said at once.
     there = {tool.name: is_installed(tool, request.pythons.get(tool.name, sys.executable)) for tool in request.tools}
     asked = {
@@ -150,8 +150,8 @@ def _unread(tool: Tool, form: str, path: Path) -> str:
     return ""
 
 
-def _form(path: Path) -> tuple[str, str]:
-    """(gguf, decilm or folder; what the weights may have been rounded to beyond what the reference was computed of)."""
+def _form(path: Path, stored: str) -> tuple[str, str]:
+    """(gguf, decilm or folder; what an export rounded the weights to: float32 where they are ``stored`` as before)."""
     if path.suffix == ".gguf":
         return "gguf", _gguf_weights(path)
     try:
@@ -159,8 +159,10 @@ def _form(path: Path) -> tuple[str, str]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / 'config.json'}: cannot be read ({error}); save the model again") from error
     brings = config.get("auto_map") or {}
-    # It brings a configuration, and no class that transformers could make of it.
-    return ("decilm" if brings and "AutoModelForCausalLM" not in brings else "folder"), "float32"
+    now = str(config.get("dtype") or config.get("torch_dtype") or stored).removeprefix("torch.")
+    # Without such a class it brings a configuration that transformers can make nothing of.
+    form = "decilm" if brings and "AutoModelForCausalLM" not in brings else "folder"
+    return form, "float32" if now == stored else now
 
 
 def _gguf_weights(file: Path) -> str:
