@@ -29,7 +29,8 @@ def method_of(config: RunConfig) -> dict[str, Any]:
 
 def without_unused(pruner: Mapping[str, Any]) -> dict[str, Any]:
     """A pruner's settings without those that decide nothing beside the others."""
-    unused = {"ridge"} if pruner.get("compensation") != "least_squares" else set()
+    fits = pruner.get("compensation") == "least_squares"
+    unused = {key for key, used in (("ridge", fits), ("correction", fits and pruner.get("sequential"))) if not used}
     return {key: value for key, value in pruner.items() if key not in unused}
 
 

@@ -1,6 +1,6 @@
 """What pruning costs and what it gives, measured side by side, with the limits that must hold.
 
-    python scripts/benchmark.py [parts=calibration,speed,growth,streaming,peers] [repeats=5] [device=auto]
+    python scripts/benchmark.py [parts=calibration,speed,growth,streaming,compensation,peers] [repeats=5] [device=auto]
         [shapes=small,large] [dtypes=float32,bfloat16] [windows=8,64] [blocks=58] [modes=off,on] [runs=3]
         [work=outputs/benchmark] [results=results]
 
@@ -11,6 +11,7 @@
   streaming     a sharded checkpoint (6 GB with blocks=58) pruned from its shards and in memory (model.streaming in
                 modes, runs times each, every run with the checkpoint out of the page cache): peak resident memory,
                 time, equal plans; another number of blocks has a record of its own
+  compensation  least squares and second-order selection beside a bare forward pass; their kernels at a large width
   peers         optipfair and torch-pruning at the same job; installs them into an environment of their own in work
 
 Randomly initialised LLaMAs (small: hidden 1024, FFN 2816, 8 blocks; large: hidden 2048, FFN 5632, 16 blocks). dtypes
@@ -36,7 +37,7 @@ from cfsp.errors import ConfigError
 from cfsp.sweep.command import command
 from cfsp.sweep.experiment import given_values
 
-PARTS = ("calibration", "speed", "growth", "streaming", "peers")
+PARTS = ("calibration", "speed", "growth", "streaming", "compensation", "peers")
 MODES = ("off", "on")
 #: Lists, with what may be in them; whole numbers; the rest is text.
 _CHOICES: dict[str, tuple[str, ...]] = {

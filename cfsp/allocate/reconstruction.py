@@ -1,4 +1,4 @@
-"""Allocation by reconstruction error: the scores are what removals add to it, and the cheapest go, wherever they are."""
+"""Allocation by reconstruction error: scores say what a removal adds to it, and the cheapest go, wherever they are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Reconstruction:
 
     With ``importance=obs`` the error of a block as a function of its width is the sum of its lowest scores, which is
     convex, so taking the lowest scores of all blocks per parameter until the budget is met is the optimum.
-    ``weighted``: errors count relative to how much the block moves the hidden state (mse: its squared change, per token).
+    ``weighted``: errors count relative to how much the block moves the hidden state (mse: its squared change).
     """
 
     weighted: Literal["none", "mse"] = "mse"

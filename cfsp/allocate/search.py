@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -27,10 +28,10 @@ _TRIED = 4
 class Search:
     """Widths with the lowest loss on calibration windows that ``evaluations`` candidates find.
 
-    Each of ``starts`` is tried; from the best one on, ``step`` neurons at a time go from one block to another (an eighth
-    of the width at first, halved when no transfer helps, down to one legal step). What giving to or taking from a
-    single block changes tells which transfers to try. A loss is the mean NLL of the first ``n_samples`` calibration
-    windows (null: all) in the model with these widths, compensated as the pruner says.
+    Each of ``starts`` is tried; from the best one on, neurons go from one block to another (an eighth of the width at
+    first, halved when no transfer helps, down to one legal step). What giving to or taking from a single block changes
+    tells which transfers to try. A loss is the mean NLL of the first ``n_samples`` calibration windows (null: all) in
+    the model with these widths, compensated as the pruner says.
     """
 
     needs_model: ClassVar[bool] = True
@@ -59,7 +60,7 @@ class Search:
         legal: Sequence[Sequence[int]],
         costs: Sequence[int],
         loss: Callable[[tuple[int, ...]], float],
-    ) -> tuple[tuple[int, ...], list[dict[str, float | list[int]]]]:
+    ) -> tuple[tuple[int, ...], list[dict[str, Any]]]:
         """The best widths found, and how they were reached.
 
         Args:
@@ -69,10 +70,13 @@ class Search:
         spent = _Spent(loss, self.evaluations)
         found = {tuple(widths): spent(tuple(widths)) for widths in starts}
         best = min(found, key=lambda widths: found[widths])
+        history: list[dict[str, Any]]
         lowest, history = found[best], [{"widths": list(best), "nll": found[best]}]
         target = sum(width * cost for width, cost in zip(best, costs, strict=True))
-        slack = max((after - before) * cost for row, cost in zip(legal, costs, strict=True)
-                    for before, after in zip(row, row[1:], strict=False)) / 2  # fmt: skip
+        gaps = [
+            (after - before) * cost for row, cost in zip(legal, costs, strict=True) for before, after in pairwise(row)
+        ]
+        slack = max(gaps, default=0) / 2
         steps = max(1, max(len(row) for row in legal) // 8)
         while spent.left > 0:
             moves = {}

@@ -21,7 +21,7 @@ from cfsp.models.shard_writer import Outgoing, write_file
 from cfsp.models.shards import Shards
 
 if TYPE_CHECKING:
-    from cfsp.models.views import BlockView
+    from cfsp.models.views import BlockView, Channels
 
 #: Part of the cache key: raise it whenever what is collected, or how, changes.
 GRAM_VERSION = 1
@@ -31,7 +31,7 @@ _PANEL = 512
 
 @dataclass(frozen=True)
 class Gram:
-    """Of the channels of one linear: ``matrix`` [N, N] fp32 = X^T X / tokens, symmetric; ``mean`` [N]; of ``tokens``."""
+    """Of the channels of one linear: ``matrix`` [N, N] fp32 = X^T X / tokens, symmetric; ``mean`` [N]; ``tokens``."""
 
     matrix: Tensor
     mean: Tensor
@@ -138,6 +138,30 @@ class OnDisk:
         return self.folder / str(block)
 
 
+class CrossSums:
+    """Adds up X^T E / tokens, [N, d] fp32: X enters one linear, E is what is missing of its block's output."""
+
+    def __init__(self, channels: Channels, stride: int) -> None:
+        weight = channels.output.weight
+        self.matrix = torch.zeros(channels.n, weight.shape[0], dtype=torch.float32, device=weight.device)
+        self.stride, self.tokens = stride, 0
+        self._seen: Tensor | None = None
+
+    def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._seen = args[0].detach()
+
+    def add(self, missing: Tensor) -> None:
+        """``missing`` [B, T, d] of the batch that was seen last."""
+        assert self._seen is not None
+        x, e = (value[:, :: self.stride].flatten(0, 1).float() for value in (self._seen, missing))
+        self.matrix.addmm_(x.T, e)
+        self.tokens += len(x)
+        self._seen = None
+
+    def report(self) -> Tensor:
+        return self.matrix / max(self.tokens, 1)
+
+
 @contextmanager
 def gram_sums(blocks: Sequence[BlockView], wanted: GramWanted | None) -> Iterator[list[dict[str, GramSums]]]:
     """Collect while the model runs: for each block, kind -> sums (``wanted`` None: nothing). Hooks always go away."""
@@ -193,6 +217,6 @@ class GramCollection:
                 self.matrices.keep(first + at, {kind: found.report() for kind, found in of_block.items()})
         except OSError as error:
             raise RunError(
-                f"paths.cache_dir: the Gram matrices of block {first} cannot be written ({error.strerror}); make room or "
-                "give another folder"
+                f"paths.cache_dir: the Gram matrices of block {first} cannot be written ({error.strerror}); make room "
+                "or give another folder"
             ) from error

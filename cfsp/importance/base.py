@@ -39,7 +39,7 @@ class Activation:
 class NeuronImportance(Protocol):
     """A metric: one class, one file, one YAML. Higher scores are kept.
 
-    A class attribute ``requires``, of "gradients" and "gram", asks for what the calibration pass does not collect anyway.
+    A class attribute ``requires``, of "gradients" and "gram", asks for what is not collected anyway.
     """
 
     def score(self, channels: Channels, activation: Activation) -> Tensor:

@@ -1,4 +1,4 @@
-"""Optimal brain surgeon for neurons: what the least-squares error grows by when a neuron goes and the rest is refitted."""
+"""Optimal brain surgeon for neurons: what the output error grows by when one goes and the others are refitted."""
 
 from __future__ import annotations
 

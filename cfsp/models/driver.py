@@ -46,14 +46,26 @@ class BlockStep:
     _outputs: HiddenStates | None = None
 
     @torch.no_grad()
-    def run(self) -> HiddenStates:
-        """Run the block as it is now over all batches; the last run's outputs enter the next block."""
+    def run(self, each: Callable[[int, Tensor], None] | None = None) -> HiddenStates:
+        """Run the block as it is now over all batches; the last run's outputs enter the next block.
+
+        ``each`` is called with the number of a batch and its output, while hooks still hold what they saw of it.
+        """
         self._outputs = None  # the last run's go first
         outputs = self.inputs.like()
-        for hidden, kwargs in zip(self.inputs, self._kwargs, strict=True):
-            outputs.append(run_block(self.block, hidden, kwargs))
+        for batch, (hidden, kwargs) in enumerate(zip(self.inputs, self._kwargs, strict=True)):
+            output = run_block(self.block, hidden, kwargs)
+            outputs.append(output)
+            if each is not None:
+                each(batch, output)
         self._outputs = outputs
         return outputs
+
+    @torch.no_grad()
+    def beside(self, states: HiddenStates) -> None:
+        """Run the block as it is now over ``states`` instead of its inputs; each output takes its input's place."""
+        for batch, kwargs in enumerate(self._kwargs):
+            states[batch] = run_block(self.block, states[batch], kwargs)
 
     @torch.no_grad()
     def advance(self) -> HiddenStates:

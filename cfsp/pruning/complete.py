@@ -29,7 +29,7 @@ def complete(
     Args:
         keep_ratios: per block, what an allocator asked for before rounding; None: what the decisions keep.
         notes: what the method decided on the way.
-        tensors: weights and biases that replace the base model's; what they add counts in the decoder's and model's ratios.
+        tensors: weights and biases in the place of the base model's; added biases count in the wider scopes' ratios.
     """
     view, budget = context.driver.view, context.budget
     removed = [removed_parameters(view, block, plan) for block, plan in zip(view.blocks, blocks, strict=True)]

@@ -1,9 +1,9 @@
 """Least-squares compensation: the kept columns of down_proj (o_proj) are refitted to give what all columns gave.
 
-With G = X^T X / tokens of the layer's inputs, K the kept and R the removed columns of W [d, N], the new columns minimise
-||X W^T - X_K W'^T||^2 / tokens + ridge * mean(diag G) * ||W' - W_K||^2, whose solution is
-W' = W_K + W_R G_RK (G_KK + ridge mean(diag G) I)^-1. Shrunk towards the ORIGINAL columns, so that nothing removed changes
-nothing, and the error on the tokens of G is never above that of the plain columns.
+With G = X^T X / tokens of the layer's inputs, K the kept and R the removed columns of W [d, N], the new columns
+minimise ||X W^T - X_K W'^T||^2 / tokens + ridge * mean(diag G) * ||W' - W_K||^2, whose solution is
+W' = W_K + W_R G_RK (G_KK + ridge mean(diag G) I)^-1. Shrunk towards the ORIGINAL columns, so that nothing removed
+changes nothing, and the error on the tokens of G is never above that of the plain columns.
 """
 
 from __future__ import annotations
@@ -42,6 +42,17 @@ def refit(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float) -> Tensor:
     right = gram.index_select(0, kept).index_select(1, removed) @ weight.index_select(1, removed).T
     system = gram.index_select(0, kept).index_select(1, kept)
     return stay + solve(system, right, ridge * float(gram.diagonal().mean())).T
+
+
+def corrected(weight: Tensor, gram: Tensor, cross: Tensor, share: float, ridge: float) -> Tensor:
+    """W [d, N] plus what makes its output larger by ``share`` of E where X enters, in the least-squares sense, fp64.
+
+    Args:
+        gram: X^T X / tokens [N, N]; cross: X^T E / tokens [N, d]. ridge: as in :func:`refit`.
+    """
+    gram = gram.to(weight.device).double()
+    found = solve(gram, cross.to(weight.device).double(), ridge * float(gram.diagonal().mean()))
+    return weight.double() + share * found.T
 
 
 def solve(system: Tensor, right: Tensor, damping: float) -> Tensor:

@@ -5,7 +5,10 @@ CFSP, FLAP, Wanda-SP, LLM-Pruner, magnitude, uniform and random are settings of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -22,8 +25,9 @@ if TYPE_CHECKING:
 
     from cfsp.allocate.base import Allocation
     from cfsp.allocate.budget import Budget
-    from cfsp.calibrate.gram import GramMatrices
+    from cfsp.calibrate.gram import CrossSums, GramMatrices
     from cfsp.calibrate.statistics import BlockStatistics
+    from cfsp.models.hidden_states import HiddenStates
     from cfsp.models.views import BlockView, DecoderView
     from cfsp.pruning.base import PlanContext
     from cfsp.pruning.plan import PruningPlan
@@ -39,6 +43,8 @@ class OneShotPruner:
     square of the inputs).
     sequential: the units of a block are chosen (and compensated) on what the pruned blocks before it give, as FLAP's
     repository does for Wanda-SP; how much each block keeps still comes from the dense pass.
+    correction: with both, each FFN is also refitted to make up for this share of what the pruned blocks before it have
+    changed: 0: it gives what it would have given itself, 1: the dense model's hidden state leaves the block.
     """
 
     name: str
@@ -46,6 +52,7 @@ class OneShotPruner:
     compensation: Literal["none", "bias", "least_squares"] = "none"
     sequential: bool = False
     ridge: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
+    correction: Annotated[float, Field(ge=0, le=1)] = 0.5
 
     prunes: ClassVar[bool] = True
 
@@ -172,22 +179,39 @@ class OneShotPruner:
     def _one_after_another(self, context: PlanContext, widths: Widths) -> tuple[list[BlockPlan], dict[str, Tensor]]:
         """Choose in each block on the outputs of the pruned blocks before it; the model is put back at the end."""
         from cfsp.calibrate.collectors import collecting
-        from cfsp.calibrate.gram import InMemory, gram_sums
+        from cfsp.calibrate.gram import CrossSums, InMemory, gram_sums
         from cfsp.models.snapshot import restored
         from cfsp.pruning.apply import slice_block
+        from cfsp.pruning.least_squares import corrected
+        from cfsp.pruning.slicing import set_output_weight
 
         driver, ids = context.driver, context.calibration.input_ids
         wanted = context.gram_wanted
         decisions: list[BlockPlan] = []
         tensors: dict[str, Tensor] = {}
+        correcting = self.compensation == "least_squares" and self.correction > 0 and self.structure != "heads"
+        dense = driver.hidden_states() if correcting else None
         with restored(driver.view.model):
             for step in driver.steps(ids, "prune in sequence"):
-                block = step.block
+                block, cut = step.block, widths.per_block[step.block.index] < _width(step.block)
                 grams = InMemory()
-                with collecting([block]) as sums, gram_sums([block], wanted) as of_grams:
-                    step.run()
+                if dense is not None:
+                    if not len(dense):
+                        for state in step.inputs:
+                            dense.append(state.clone())
+                    step.beside(dense)
+                missing = (
+                    CrossSums(block.channels["ffn"], wanted.stride) if dense is not None and wanted and cut else None
+                )
+                with collecting([block]) as sums, gram_sums([block], wanted) as of_grams, _seeing(block, missing):
+                    step.run(None if missing is None else partial(_add_missing, missing, dense))
                 found = sums[0].report(*ids.shape)
                 grams.keep(block.index, {kind: gram.report() for kind, gram in of_grams[0].items()})
+                if missing is not None:
+                    channels, gram = block.channels["ffn"], grams.read(block.index, "ffn").matrix
+                    weight = channels.output.weight.detach()
+                    shifted = corrected(weight, gram, missing.report(), self.correction, self.ridge)
+                    set_output_weight(channels, shifted)
                 terms = None if context.gradients is None else context.gradients.blocks[block.index]
                 neurons, groups = score_block(block, found, context.importance, self.structure, terms, grams)
                 decision = _best(block, neurons, groups, widths)
@@ -210,6 +234,27 @@ class OneShotPruner:
         if self.compensation == "least_squares" and grams is not None:
             return least_squares_compensation(block, decision, grams, self.ridge)
         return {}
+
+
+def _width(block: BlockView) -> int:
+    return block.ffn.width if block.ffn is not None else 0
+
+
+@contextmanager
+def _seeing(block: BlockView, sums: CrossSums | None) -> Iterator[None]:
+    if sums is None:
+        yield
+        return
+    handle = block.channels["ffn"].output.register_forward_pre_hook(sums)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _add_missing(sums: CrossSums, dense: HiddenStates | None, batch: int, output: Tensor) -> None:
+    assert dense is not None
+    sums.add(dense[batch] - output)
 
 
 def _rounded(allocation: Allocation, budget: Budget, part: Sizes) -> Widths:

@@ -53,8 +53,8 @@ class PruningPlan:
     ``requested`` and ``achieved`` state the budget; ``parameters`` the counts before and after; ``details`` holds per
     block what led to the decision (width, keep ratio, distance), ``notes`` what the method decided on the way.
     ``tensors`` are biases [d] and weights [d, kept] of output projections that replace the base model's (name:
-    :func:`tensor_name`); they are kept in compensation.safetensors beside plan.json, whose hash ``compensation`` is. Replayed on the base model by
-    :func:`cfsp.pruning.apply.apply`, a plan gives the same weights bit for bit.
+    :func:`tensor_name`); they are kept in compensation.safetensors beside plan.json, whose hash ``compensation`` is.
+    Replayed on the base model by :func:`cfsp.pruning.apply.apply`, a plan gives the same weights bit for bit.
     """
 
     base_model: str

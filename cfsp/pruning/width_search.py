@@ -1,4 +1,4 @@
-"""The loss of candidate widths: FFNs are cut and compensated in the loaded model, which is put back for the next one."""
+"""The loss of candidate widths: FFNs are cut and compensated in the loaded model, then put back for the next one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Cut = Callable[["BlockView", int], tuple[BlockPlan, dict[str, Tensor]]]
 
 
 class WidthLosses:
-    """Mean NLL on ``input_ids`` [n, T] of the model with given FFN widths; a candidate runs from its first new block on.
+    """Mean NLL on ``input_ids`` [n, T] of the model with given FFN widths; run from the first new block on.
 
     Inside ``with restored(model)``: the blocks are changed.
     """
@@ -43,8 +43,8 @@ class WidthLosses:
         """
         if streamed(context.driver.view.model) is not None:
             raise ConfigError(
-                "allocator=search runs the model for each candidate, which model.streaming=on would read each time; use "
-                "allocator=coarse or reconstruction, or model.streaming=off"
+                "allocator=search runs the model for each candidate, which model.streaming=on would read each time; "
+                "use allocator=coarse or reconstruction, or model.streaming=off"
             )
         self._driver, self._ids, self._cut = context.driver, input_ids, cut
         self._known = KnownLosses.of(context, input_ids, before)

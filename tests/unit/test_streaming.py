@@ -627,3 +627,15 @@ def test_hidden_states_of_a_resumed_pass_are_held_once(folder, tmp_path) -> None
         step.advance()
         most = max(most, streamed(disk).room.used)
     assert most == size
+
+
+@pytest.mark.parametrize("memory", ["1", "0"], ids=["matrices fit", "matrices on disk"])
+@pytest.mark.parametrize("more", [(), ("pruner.sequential=true",), ("importance=obs", "allocator=reconstruction")])
+def test_least_squares_of_a_streamed_model(run_cfsp, words, tmp_path, memory, more) -> None:
+    given = [*words, f"calibration.memory_gb={memory}", "pruner=one_shot", "pruner.compensation=least_squares"]
+    memory_run, streaming = both(run_cfsp, given, tmp_path, *more)
+    plans = [json.loads((out / "plan.json").read_text()) for out in (memory_run, streaming)]
+    assert plans[0] == plans[1]
+    assert plans[0]["compensation"]
+    found = [weights(out / "model") for out in (memory_run, streaming)]
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())

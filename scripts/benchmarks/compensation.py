@@ -1,0 +1,120 @@
+"""What least squares costs: whole prunings beside a bare forward pass, and its kernels at the width of LLaMA-3-8B."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.alternation import alternated, pairwise, seconds_of
+from benchmarks.calibration import bare, tried_batches
+from benchmarks.part import Check, Found, Settings, markdown, span
+from benchmarks.shapes import SEQ_LEN, SHAPES, describe, in_memory, random_ids
+
+if TYPE_CHECKING:
+    import torch
+
+#: The whole pruning may cost so many bare forward passes.
+LIMIT = 1.6
+SHAPE, WINDOWS, RATIO, SHARE = "small", 8, 0.5, 0.25
+#: The widths that the kernels are measured at, and for how many tokens and blocks a whole model is reckoned.
+WIDE, TOKENS, BLOCKS = "llama3_8b", 128 * 1024, 32
+#: Selection on Gram matrices is timed once: it costs many forward passes.
+CASES: dict[str, tuple[str, ...]] = {
+    "cfsp": (),
+    "cfsp + least squares": ("pruner.compensation=least_squares",),
+    "obs + least squares": ("pruner.compensation=least_squares", "importance=obs"),
+}
+
+
+def measure(settings: Settings) -> Found:
+    """Rows: one for each way of pruning, then the kernels."""
+    import torch
+
+    import cfsp
+    from cfsp.models.load import resolve_device
+
+    device = resolve_device(settings.device)
+    found = Found("compensation", "parts=compensation", notes={"gram_share": SHARE, "windows": WINDOWS})
+    model = in_memory(SHAPES[SHAPE], torch.float32 if device.type == "cpu" else torch.bfloat16, device)
+    ids = random_ids(WINDOWS, SEQ_LEN, SHAPES[SHAPE].vocab)
+    tried = tried_batches(model, ids)
+    batch = min(tried, key=lambda size: tried[size])
+    cuda = device.type == "cuda"
+    for name, words in CASES.items():
+        overrides = [*words, f"calibration.gram_share={SHARE}"]
+        prune = partial(cfsp.prune, model, ids, ratio=RATIO, batch_size=batch, overrides=overrides)
+        repeats = 1 if "obs" in name else settings.repeats
+        if repeats > 1:
+            prune()
+        calls: dict[str, Callable[[], object]] = {"bare": partial(bare, model, ids, batch), "ours": prune}
+        seconds = alternated(calls, repeats, cuda)
+        ratio, ratios = pairwise(seconds["ours"], seconds["bare"])
+        found.rows.append({"what": name, "seconds": seconds, "ratio": ratio, "ratios": ratios})
+        if name == "cfsp + least squares":
+            found.checks.append(Check(f"{SHAPE} {WINDOWS} x {SEQ_LEN}, {name} / bare forward", ratio, LIMIT))
+        print(f"compensation: {name}: {ratio:.2f} bare forward passes", flush=True)
+    del model
+    found.notes["wide"] = wide(device)
+    return found
+
+
+def wide(device: torch.device) -> dict[str, Any]:
+    """Seconds and bytes of the kernels at the FFN width of ``WIDE``, and what a whole model would take."""
+    import torch
+
+    from cfsp.calibrate.gram import GramSums
+    from cfsp.pruning.least_squares import refit
+
+    shape = SHAPES[WIDE]
+    n, d, cuda = shape.ffn, shape.hidden, device.type == "cuda"
+    sums, x = GramSums(n, device, 1), torch.randn(1, SEQ_LEN, n, device=device)
+    add: Any = partial(sums, None, (x,))
+    add()
+    gram_seconds = median(seconds_of(add, cuda) for _ in range(3))
+    gram = sums.report().matrix.to(device)
+    del sums, x, add
+    gram.diagonal().add_(gram.diagonal().mean())
+    weight = torch.randn(d, n, device=device)
+    kept = torch.arange(0, n, 2, device=device)
+    fit_seconds = seconds_of(lambda: refit(weight, gram, kept, 1e-3), cuda)
+    tokens = TOKENS * SHARE
+    matrix = 4 * n * n
+    return {
+        "shape": WIDE,
+        "gram_seconds_per_1000_tokens": 1000 * gram_seconds / SEQ_LEN,
+        "refit_seconds_per_block": fit_seconds,
+        "estimated_seconds": BLOCKS * (tokens * gram_seconds / SEQ_LEN + fit_seconds),
+        "matrix_bytes": matrix,
+        "all_matrices_bytes": BLOCKS * matrix,
+        # The matrix in fp64, its kept part twice (damped, factored), the right-hand side twice.
+        "refit_bytes": 2 * matrix + 2 * matrix // 2 + 2 * 8 * (n // 2) * d,
+    }
+
+
+def table(found: Found) -> str:
+    """Markdown."""
+    rows = [
+        [
+            row["what"],
+            f"{median(row['seconds']['bare']):.2f}",
+            f"{median(row['seconds']['ours']):.2f}",
+            f"**{row['ratio']:.2f}** ({span(row['ratios'])})",
+        ]
+        for row in found.rows
+    ]
+    one = found.notes["wide"]
+    explained = (
+        f"Whole prunings of half of the FFN (calibrate, score, plan, refit) of {describe(SHAPE)}, {WINDOWS} windows of "
+        f"{SEQ_LEN} tokens, Gram matrices on {SHARE:.0%} of the tokens, beside model.model(ids, use_cache=False) at its "
+        f"own best batch size, in alternation; selection by obs once. At the width of {one['shape']}: "
+        f"{one['gram_seconds_per_1000_tokens']:.2f} s for the Gram matrix of 1,000 tokens, "
+        f"{one['refit_seconds_per_block']:.1f} s for the refit of a block; reckoned for {TOKENS:,} calibration tokens "
+        f"and {BLOCKS} blocks: {one['estimated_seconds'] / 60:.0f} minutes beside the forward pass, "
+        f"{one['matrix_bytes'] / 1e9:.2f} GB a matrix ({one['all_matrices_bytes'] / 1e9:.0f} GB on disk for all), "
+        f"{one['refit_bytes'] / 1e9:.1f} GB while one block is refitted."
+    )
+    return markdown(
+        "What least squares costs", ["pruning", "bare forward, s", "ours, s", "ratio"], rows, found, explained
+    )
