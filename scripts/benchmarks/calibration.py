@@ -97,8 +97,8 @@ def tried_batches(model: Any, ids: Tensor, known: Mapping[int, float] | None = N
     """Batch size -> seconds per window of the bare forward pass, the better of two.
 
     The sizes double until one is no better than the best before it, or takes all windows, or more memory than there is:
-    the best of them is then not the last only because nobody looked further. ``known``: the same of fewer windows, which
-    leaves the sizes beyond, where the largest of them was the best.
+    the best of them is then not the last only because nobody looked further. ``known``: the same of fewer windows,
+    which leaves the sizes beyond, where the largest of them was the best.
     """
     import torch
 
