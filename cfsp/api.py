@@ -67,7 +67,10 @@ def prune(
     check_adoptable(model)  # type: ignore[arg-type]
     view = resolve(model)
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise UnsupportedModelError(f"{type(model).__name__}: it has no weights (meta device); load it with cfsp.load")
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: some of its weights are not in memory (meta device, or offloaded by accelerate); "
+            "load it with cfsp.load, or prune the folder with the command line and model.streaming=on"
+        )
     positions = getattr(model.config, "max_position_embeddings", None)
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     calibration = from_ids(torch.as_tensor(input_ids), Limits(vocabulary, positions))

@@ -166,7 +166,9 @@ def _stages(
     if prepared.evaluation:
         with stages("evaluate dense") as stage:
             record.measurements["dense"], stage["cached"] = _evaluate_dense(prepared, model)
-    as_it_was = Snapshot(model)
+    compared = any(evaluator.instance.side_by_side for evaluator in config.evaluation.values())
+    # It keeps the dense weights, so only where somebody needs them: a teacher, the dense side of a comparison.
+    as_it_was = Snapshot(model) if compared or config.recovery.instance.trains else None
     with stages("apply"):
         apply(model, plan)
     round_to_stored(model, prepared.stored_dtype)
@@ -176,6 +178,7 @@ def _stages(
             with stages("evaluate pruned"):
                 record.measurements["pruned"] = _measured(prepared, model, "pruned")
         with stages("recover"):
+            assert as_it_was is not None
             base = partial(_save_base, prepared, model, plan, out)
             recovered = recover(prepared, as_it_was, context, plan, out, base=base, report=report)
             model, record.recovery = recovered.model, recovered.record
@@ -195,9 +198,8 @@ def _stages(
             record.measurements[sides[-1]] = _measured(prepared, model, sides[-1])
         with stages("measure cost"):
             # A recovery trains weights that the three share; what they cost does not depend on the values.
-            dense = Side("dense", as_it_was.active, prepared.stored_dtype)
-            others = [_side(side, prepared) for side in sides]
-            _add(record.measurements, _side_by_side(prepared, model, [dense, *others]))
+            dense = [Side("dense", as_it_was.active, prepared.stored_dtype)] if as_it_was is not None else []
+            _add(record.measurements, _side_by_side(prepared, model, [*dense, *(_side(s, prepared) for s in sides)]))
     if config.save.model and record.checkpoint:
         card.write_card(out / "model", _facts(prepared, plan, record), record.checkpoint["form"])
     draw_blocks(plan, _distance_shown(config), out / "blocks.png")
@@ -460,7 +462,10 @@ def _out_of_memory_hint(config: RunConfig, record: RunRecord) -> str:
     hint = "out of memory: lower calibration.batch_size and the evaluation's batch_size (e.g. 1), or use "
     if "gradients" in required(config.importance.instance):
         return f"{hint}importance.gradient_checkpointing=true, fewer calibration.n_samples or model.dtype=bfloat16"
-    return f"{hint}model.dtype=bfloat16"
+    sampled = isinstance(config.calibration, SelfCalibration) and config.pruner.instance.prunes
+    # What streaming refuses is no way out.
+    streams = config.model.streaming != "on" and not sampled and not config.recovery.instance.trains
+    return f"{hint}{'model.streaming=on (the weights stay on disk) or ' if streams else ''}model.dtype=bfloat16"
 
 
 @contextlib.contextmanager

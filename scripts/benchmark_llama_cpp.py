@@ -212,8 +212,9 @@ def table(found: Found) -> str:
         f"heads of which {SHAPE.kv_heads} KV, vocabulary {SHAPE.vocab}; {millions['dense']} parameters) and the same "
         f"with half of its FFN neurons ({millions['pruned']}; widths from {min(given)} to {max(given)}, multiples of "
         f"{STEP}), exported by cfsp. llama-cpp-python {found.notes['llama_cpp_python']}, threads: "
-        f"{found.notes['threads']}, without repacked weights (use_extra_bufts=False). Seconds of the process on the "
-        "CPU; medians of repeats in alternation."
+        f"{found.notes['threads']}, flash attention, no repacked weights (use_extra_bufts=False). Seconds of the "
+        "process on the CPU; medians of repeats in alternation; prompt and generation begin without a context, as in "
+        "llama-bench. The export fills widths up to multiples of 64 in f16 and bf16."
     )
     return markdown("Pruned models in llama.cpp", head, rows, found, explained)
 

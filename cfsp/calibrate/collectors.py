@@ -56,9 +56,13 @@ class BlockSums:
         self.inputs = {kind: InputSums(channels.n, device) for kind, channels in block.channels.items()}
 
     def _distance(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        # A sequence at a time, so that what is made on the way is small.
-        for x, y in zip(entering(args, kwargs), hidden_of(output), strict=True):
-            self.distances += block_distances(x[None], y[None])[0]
+        y = hidden_of(output)
+        # What accelerate spreads over devices enters a block before its own hooks have moved it there.
+        x = entering(args, kwargs).to(y.device)
+        # On a CPU a sequence at a time, so that what is made on the way is small; elsewhere few kernels count.
+        for before, after in zip(x.split(1), y.split(1), strict=True) if y.device.type == "cpu" else [(x, y)]:
+            for sequence in block_distances(before, after):
+                self.distances += sequence
 
     def attach(self) -> list[Callable[[], None]]:
         """Register the hooks; returns what removes them."""

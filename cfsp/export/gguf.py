@@ -28,6 +28,8 @@ GgufDType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 _AUTO = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 #: llama.cpp's general.file_type.
 _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
+#: llama.cpp's AVX-512 loops over these take so many values at a time and the rest of a row one by one.
+_STEPS = {"f16": 64, "bf16": 64}
 #: In the metadata, near the start of the file: it is ours and may be replaced.
 _MARKER = "cfsp.version"
 _MARKED_WITHIN = 1024
@@ -56,22 +58,22 @@ class _Outgoing:
         return int(torch.Size(self.tensor.shape).numel()) // elements * size
 
 
-def check(source: ModelFolder, dtype: GgufDType) -> None:
+def check(source: ModelFolder, dtype: GgufDType = "auto", *, multiple: int | None = None) -> None:
     """See from headers and small files alone that :func:`export` can write the model.
 
     Raises:
-        ConfigError: the dtype. UnsupportedModelError: llama.cpp cannot hold the model or its tokenizer; names the block
-            or the file. CheckpointError: the folder is not whole.
+        ConfigError: the dtype or the multiple. UnsupportedModelError: llama.cpp cannot hold the model or its
+            tokenizer; names the block or the file. CheckpointError: the folder is not whole.
     """
-    _prepare(source, dtype)
+    _prepare(source, dtype, multiple)
 
 
-def export(source: ModelFolder, to: Path, *, dtype: GgufDType = "auto", multiple: int = CHUNK) -> Exported:
+def export(source: ModelFolder, to: Path, *, dtype: GgufDType = "auto", multiple: int | None = None) -> Exported:
     """Write ``source`` to the file ``to``, all or nothing; a file that cfsp wrote earlier is replaced.
 
-    Norms and biases stay float32; dtype is that of the matrices ("auto": the folder's own). ``multiple``: of the FFN
-    widths, a multiple of 32 (K-quants, which llama.cpp's own tools make of the file, need 256). The folder's reference
-    goes beside the file.
+    Norms and biases stay float32; dtype is that of the matrices ("auto": the folder's own). FFN widths are filled up
+    to multiples of ``multiple``: None: those of full speed, 64 in f16 and bf16, else 32; 256 suits files that
+    llama-quantize turns into K-quants. The folder's reference goes beside the file.
 
     Raises:
         CheckpointError: the file exists and is not ours, cannot be written, or the disk is full; a value is too large
@@ -85,8 +87,8 @@ def export(source: ModelFolder, to: Path, *, dtype: GgufDType = "auto", multiple
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         _write(scratch, to.stem, source, layout, vocabulary, tensors, stored)
+        copy_reference(source.folder, to)  # a full disk meets it before the file has its name
         os.replace(scratch, to)
-        copy_reference(source.folder, to)
     except OSError as error:
         raise CheckpointError(
             f"{to}: the file cannot be written there ({error.strerror or error}); free some space or give another place"
@@ -119,12 +121,15 @@ def check_file(to: Path) -> None:
         raise CheckpointError(f"{to}: cannot be read ({error.strerror}); give another file") from error
 
 
-def _prepare(source: ModelFolder, dtype: GgufDType, multiple: int = CHUNK) -> tuple[Layout, Vocabulary, str]:
+def _prepare(source: ModelFolder, dtype: GgufDType, multiple: int | None) -> tuple[Layout, Vocabulary, str]:
     if dtype not in get_args(GgufDType):
         raise ConfigError(f"dtype={dtype}: a GGUF file is written in {', '.join(get_args(GgufDType))}")
+    if multiple is not None and (multiple < 1 or multiple % CHUNK):
+        raise ConfigError(f"multiple={multiple}: format=gguf needs a multiple of {CHUNK}; leave it out")
     config = model_config(source)
-    layout = lay_out(source, config, multiple)
-    return layout, read_vocabulary(source.folder, config), _AUTO[source.dtype] if dtype == "auto" else dtype
+    stored = _AUTO[source.dtype] if dtype == "auto" else dtype
+    layout = lay_out(source, config, multiple or _STEPS.get(stored, CHUNK))
+    return layout, read_vocabulary(source.folder, config), stored
 
 
 def _stored_as(tensor: GgufTensor, dtype: str) -> str:

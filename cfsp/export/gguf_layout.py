@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.export.folder import ModelFolder
 
-#: llama.cpp computes at full speed, and Q8_0 holds, rows of a multiple of it.
+#: Q8_0 holds rows of a multiple of it, and llama.cpp computes others at a fraction of its speed.
 CHUNK = 32
 _STOCK = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 #: They pair neighbouring elements of a head in RoPE, where transformers pairs the halves.
@@ -97,7 +97,7 @@ def lay_out(source: ModelFolder, config: Mapping[str, Any], multiple: int = CHUN
     """
     Args:
         config: the base architecture's, with transformers' defaults where config.json says nothing.
-        multiple: of the FFN widths; a multiple of ``CHUNK``.
+        multiple: FFN widths are filled up to multiples of it.
 
     Raises:
         UnsupportedModelError: llama.cpp cannot hold the model; names the block or the key.
@@ -154,7 +154,7 @@ def _block(source: ModelFolder, index: int, architecture: str, multiple: int) ->
     zero_attention = not layer.heads and (index == 0 or architecture != "deci")
     return Block(
         index,
-        width=max(multiple, math.ceil(layer.width / multiple) * multiple),
+        width=max(1, math.ceil(layer.width / multiple)) * multiple,
         heads=1 if zero_attention else layer.heads,
         kv_heads=1 if zero_attention else layer.kv_heads,
         zero_attention=zero_attention,

@@ -97,28 +97,30 @@ class BlockDriver:
             input_ids: [n, T], or batches [B, T] of any length.
             hidden: the states that enter the block ``first``, which is the one to begin with.
         """
-        entry = self.entry(input_ids)
-        current = entry.hidden if hidden is None else hidden
+        entry = self.entry(input_ids, hidden=hidden is None)
+        current, arguments = entry.hidden if hidden is None else hidden, entry.kwargs
+        del entry, hidden  # so that one set is held, not the first one too
         for block in progress(self.view.blocks[first:], label, unit="block"):
-            step = BlockStep(block, current, entry.kwargs[block.index])
+            step = BlockStep(block, current, arguments[block.index])
             with resident(self.view, block):
                 yield step
                 current = step._outputs or step.advance()
 
     @torch.no_grad()
-    def entry(self, input_ids: Tensor | Sequence[Tensor]) -> Entry:
-        """Run what comes before the first block; the blocks are skipped."""
-        hidden = self.hidden_states()
+    def entry(self, input_ids: Tensor | Sequence[Tensor], *, hidden: bool = True) -> Entry:
+        """Run what comes before the first block; the blocks are skipped. ``hidden`` False: its states are not held."""
+        entering_first = self.hidden_states()
         kwargs: list[list[dict[str, Any]]] = [[] for _ in self.view.blocks]
         batches = self._batches(input_ids)
         for batch in batches:
             with _blocks_skipped(self.view) as calls:
                 self.view.decoder(batch, use_cache=False)
-            hidden.append(calls[0][0])
+            if hidden:
+                entering_first.append(calls[0][0])
             for index, (_, call_kwargs) in enumerate(calls):
                 before = kwargs[index][-1] if kwargs[index] else None
                 kwargs[index].append(before if before is not None and _equal(before, call_kwargs) else call_kwargs)
-        return Entry(batches, hidden, kwargs)
+        return Entry(batches, entering_first, kwargs)
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """What the model makes of ``hidden`` [B, T, d] leaving the last block: logits [B, T, V]. Keeps gradients."""

@@ -15,12 +15,21 @@ from torch import Tensor
 from cfsp.errors import RunError
 
 
-@dataclass(frozen=True)
 class Room:
-    """Where hidden states are held: up to ``limit`` bytes in the CPU's memory, the rest in a file in ``folder``."""
+    """Where hidden states are held: up to ``limit`` bytes in the CPU's memory, the rest in a file in ``folder``.
 
-    limit: int
-    folder: Path
+    All sets that are held at the same time share the limit.
+    """
+
+    def __init__(self, limit: int, folder: Path) -> None:
+        self.limit, self.folder, self.used = limit, folder, 0
+
+    def take(self, size: int) -> bool:
+        """Whether ``size`` bytes more fit, which then count until they are given back."""
+        if self.used + size > self.limit:
+            return False
+        self.used += size
+        return True
 
 
 class HiddenStates(Sequence[Tensor]):
@@ -33,7 +42,7 @@ class HiddenStates(Sequence[Tensor]):
     def __init__(self, states: Iterable[Tensor] = (), *, device: torch.device, room: Room | None = None) -> None:
         self._device, self._room = device, room
         self._held: list[Tensor | _Place] = []
-        self._in_memory = self._in_file = 0
+        self._taken = self._in_file = 0
         self._file: IO[bytes] | None = None
         for state in states:
             self.append(state)
@@ -56,20 +65,30 @@ class HiddenStates(Sequence[Tensor]):
             self._held.append(state)
             return
         state, size = state.to("cpu").contiguous(), state.numel() * state.element_size()
-        if self._in_memory + size <= self._room.limit:
-            self._in_memory += size
+        if self._room.take(size):
+            self._taken += size
             self._held.append(state)
             return
-        place = _Place(self._in_file, size, tuple(state.shape), state.dtype)
-        self._in_file += size
+        place = self._next_place(state)
         self._held.append(place)
         self._write(place, state)
+
+    def _next_place(self, state: Tensor) -> _Place:
+        size = state.numel() * state.element_size()
+        place = _Place(self._in_file, size, tuple(state.shape), state.dtype)
+        self._in_file += size
+        return place
 
     def clear(self) -> None:
         """Let all go."""
         self._held.clear()
-        self._in_memory = self._in_file = 0
+        if self._room is not None:
+            self._room.used -= self._taken
+        self._taken = self._in_file = 0
         self._file = None
+
+    def __del__(self) -> None:
+        self.clear()
 
     def shape(self, batch: int) -> tuple[tuple[int, ...], torch.dtype]:
         """Of a batch, without reading it: [B, T, d] and the dtype."""
@@ -80,8 +99,11 @@ class HiddenStates(Sequence[Tensor]):
         held = self._held[batch]
         if isinstance(held, Tensor):
             self._held[batch] = state if self._room is None else state.to("cpu").contiguous()
-        else:
-            self._write(held, state.to("cpu").contiguous())
+            return
+        state = state.to("cpu").contiguous()
+        if (tuple(state.shape), state.dtype) != (held.shape, held.dtype):  # a block that changes the size of its input
+            held = self._held[batch] = self._next_place(state)
+        self._write(held, state)
 
     @overload
     def __getitem__(self, batch: int) -> Tensor: ...

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cfsp.errors import CheckpointError, UnsupportedModelError
+from cfsp.errors import CheckpointError, RunError, UnsupportedModelError
 from cfsp.memory import return_freed
 from cfsp.models.hidden_states import Room
 from cfsp.models.shards import Shards
@@ -123,8 +123,12 @@ class StreamedWeights:
         return found
 
     def outside_blocks(self, name: str) -> Tensor:
-        """A tensor of the state dict that belongs to no block, as it is stored."""
-        return self.shards.read(self._names[name])
+        """A tensor of the state dict that belongs to no block, on the CPU, with the values that are computed with.
+
+        Raises:
+            CheckpointError, RunError: as for a block.
+        """
+        return self._rounded(name, self._checked(name, self.shards.read(self._names[name])))
 
     def _attach(self, view: DecoderView) -> None:
         for handle in self._hooked:
@@ -233,7 +237,7 @@ class StreamedWeights:
         block = view_block(self.model, f"block {origin.index}", origin.index, _meta_copy(origin.stored))
         places = {self._names[prefix + path]: (module, name) for module, name, path in _places(block.module)}
         for stored in self.shards.in_order(places):
-            tensor = self._as_computed(stored, self.shards.read(stored), block=origin.index)
+            tensor = self._checked(stored, self.shards.read(stored), block=origin.index).to(self.device)
             module, name = places[stored]
             module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         if origin.index not in self.samples:
@@ -241,11 +245,15 @@ class StreamedWeights:
         if origin.decision is not None:
             slice_block(block, origin.decision, self._tensors)
         found = {path: getattr(module, name).detach() for module, name, path in _places(block.module)}
-        return {path: self._rounded(tensor) for path, tensor in found.items()}
+        return {path: self._rounded(prefix + path, tensor) for path, tensor in found.items()}
 
-    def _as_computed(self, name: str, tensor: Tensor, block: int | None = None) -> Tensor:
+    def _as_computed(self, name: str, tensor: Tensor) -> Tensor:
+        return self._rounded(name, self._checked(name, tensor)).to(self.device)
+
+    def _checked(self, name: str, tensor: Tensor, block: int | None = None) -> Tensor:
+        """In the dtype that is computed with, on the CPU; finite."""
         if not tensor.is_floating_point():
-            return tensor.to(self.device)
+            return tensor
         tensor = tensor.to(self.dtype)
         if tensor.numel():
             low, high = torch.aminmax(tensor)
@@ -255,12 +263,15 @@ class StreamedWeights:
                     f"{self.shards.folder}: {where}{name} holds NaN or infinite values as {self.dtype}; the checkpoint "
                     "is damaged (fetch it again), or its values need model.dtype=float32"
                 )
-        return tensor.to(self.device) if block is not None else self._rounded(tensor).to(self.device)
+        return tensor
 
-    def _rounded(self, tensor: Tensor) -> Tensor:
+    def _rounded(self, name: str, tensor: Tensor) -> Tensor:
         if self.rounded_to is None or not tensor.is_floating_point():
             return tensor
-        return tensor.to(self.rounded_to).to(tensor.dtype)
+        rounded = tensor.to(self.rounded_to).to(tensor.dtype)
+        if rounded.numel() and not all(map(torch.isfinite, torch.aminmax(rounded))):
+            raise RunError(f"{name} does not fit into {self.rounded_to}; use save.dtype=bfloat16 or float32")
+        return rounded
 
 
 def streamed(model: Any) -> StreamedWeights | None:
@@ -287,7 +298,7 @@ def load_streamed(
     Raises:
         CheckpointError: weights are missing. UnsupportedModelError: this architecture cannot be streamed.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     from cfsp.models.load import load_config
 
@@ -295,6 +306,8 @@ def load_streamed(
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    if (source.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
     _fill_buffers(model, device)
     model.eval().requires_grad_(False)
     store = StreamedWeights(model, Shards(source.folder), dtype, device)

@@ -24,7 +24,8 @@ def slice_linear(linear: nn.Linear, *, rows: Tensor | None = None, columns: Tens
 def with_bias(linear: nn.Linear, bias: Tensor) -> nn.Linear:
     """A new linear of the same weight with ``bias`` [out] in the weight's dtype; the old one is left as it is."""
     weight = linear.weight.detach()
-    return _linear(linear, weight, bias.to(weight.device, weight.dtype))
+    # A copy: what is written into the model's parameters later must not reach the plan's tensors.
+    return _linear(linear, weight, bias.to(weight.device, weight.dtype, copy=True))
 
 
 def _linear(like: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:

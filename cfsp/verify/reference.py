@@ -81,9 +81,16 @@ def copy_reference(source: Path, export: Path) -> bool:
     """Give an export (a folder or a GGUF file) the reference of the folder it is made from; False: there is none."""
     file = place_of(source)
     if not file.is_file():
+        place_of(export).unlink(missing_ok=True)  # of an earlier export to the same place
         return False
-    place_of(export).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(file, place_of(export))
+    place = place_of(export)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_name(f"{place.name}.partial")
+    try:
+        shutil.copyfile(file, partial)
+        os.replace(partial, place)
+    finally:
+        partial.unlink(missing_ok=True)
     return True
 
 

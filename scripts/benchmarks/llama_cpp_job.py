@@ -3,7 +3,8 @@
 ``python llama_cpp_job.py REQUEST`` prints one line of JSON. It runs where llama_cpp is and imports nothing of the
 project; REQUEST: {"tool" (the path of cfsp/verify/tools/llama_cpp.py, which makes the package ready), "files" (name ->
 GGUF), "prompt", "generate" (tokens), "repeats", "threads"}. The reply: "version" and, of each file and "prompt" or
-"generate", the seconds of each repeat, of the clock and of this process on the CPU.
+"generate", the seconds of each repeat, of the clock and of this process on the CPU. Both begin without a context, as
+llama-bench's pp and tg do.
 """
 
 from __future__ import annotations
@@ -33,25 +34,23 @@ def main() -> int:
     models = {
         name: package.Llama(
             model_path=file,
-            n_ctx=sum(counts.values()) + 8,
+            n_ctx=max(counts.values()) + 8,
             n_batch=counts["prompt"],
             n_threads=request["threads"],
             n_threads_batch=request["threads"],
+            flash_attn=True,  # llama.cpp's default, not that of its Python package
             verbose=False,
         )
         for name, file in request["files"].items()
     }
-    ids = [FIRST + STEP * n % RANGE for n in range(sum(counts.values()))]
+    ids = [FIRST + STEP * n % RANGE for n in range(max(counts.values()))]
     found: dict[str, dict[str, list[dict[str, float]]]] = {name: {key: [] for key in counts} for name in models}
     # The first round reads the files and is not counted; every other goes through them in the opposite order.
     for repeat in range(request["repeats"] + 1):
         for name in list(models) if repeat % 2 else reversed(models):
-            models[name].reset()
-            parts = {
-                "prompt": timed(models[name], ids[: counts["prompt"]], one_by_one=False),
-                "generate": timed(models[name], ids[counts["prompt"] :], one_by_one=True),
-            }
-            for key, seconds in parts.items():
+            for key, count in counts.items():
+                models[name].reset()
+                seconds = timed(models[name], ids[:count], one_by_one=key == "generate")
                 found[name][key] += [seconds] if repeat else []
     print(json.dumps({"version": package.__version__, "seconds": found}), flush=True)
     return 0

@@ -174,6 +174,15 @@ def test_widths_are_filled_up_with_zero_neurons_that_the_notes_count(tmp_path, f
     assert not file.tensors["blk.0.ffn_down.weight"][:, 43:].any()
 
 
+def test_widths_are_filled_up_to_another_multiple_on_request(tmp_path, folder_of):
+    _, source = folder_of(blocks=(BlockPlan(SOME), BlockPlan(ffn=False), BlockPlan()), width=300)
+    found = export(source, tmp_path / "model.gguf", multiple=256)
+    assert Written(found.place)["feed_forward_length"] == [256, 256, 512]
+    assert any("multiples of 256" in note for note in found.notes)
+    with pytest.raises(ConfigError, match="multiple=48: format=gguf needs a multiple of 32"):
+        check(source, multiple=48)
+
+
 def test_widths_that_are_alike_once_filled_up_need_no_other_architecture(tmp_path, folder_of):
     blocks = [BlockPlan(tuple(range(width))) for width in (64, 50, 33)]
     file = written(tmp_path, folder_of(blocks=blocks)[1])
@@ -292,7 +301,9 @@ def test_matrices_are_in_the_dtype_and_vectors_in_f32(tmp_path, folder_of, store
     for name, tensor in file.tensors.items():
         assert file.kinds[name] == ("F32" if tensor.dim() == 1 else kind), name
     expected = model.state_dict()["model.layers.1.mlp.up_proj.weight"]
-    error = (file.tensors["blk.1.ffn_up.weight"] - expected).abs()
+    found_there = file.tensors["blk.1.ffn_up.weight"]
+    assert len(found_there) == (128 if kind in ("F16", "BF16") else 96)
+    error = (found_there[:96] - expected).abs()
     largest = expected.abs().amax(-1, keepdim=True)  # a row is one chunk of 32
     limits = {
         "F32": 0 * expected,
@@ -423,7 +434,25 @@ def test_a_full_disk_leaves_nothing_and_keeps_the_file_that_was_there(tmp_path, 
     with pytest.raises(CheckpointError, match="model.gguf: the file cannot be written there \\(No space left"):
         export(source, place, dtype="bf16")
     assert place.read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.gguf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "model", "model.gguf", "model.reference.safetensors",
+    ]  # fmt: skip
+
+
+def test_a_disk_that_fills_up_with_the_reference_leaves_what_was_there(tmp_path, folder_of, monkeypatch):
+    _, source = folder_of()
+    place = export(source, tmp_path / "model.gguf").place
+    names = ("model.gguf", "model.reference.safetensors")
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+
+    def full(_, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("cfsp.verify.reference.shutil.copyfile", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        export(source, place, dtype="bf16")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -246,3 +246,16 @@ def test_a_pruned_folder_is_pruned_again(tmp_path):
 def test_a_plan_for_more_heads_than_there_are_is_refused():
     with pytest.raises(CheckpointError, match="keeps KV group 5, the model has 2"):
         cfsp.apply(tiny_model(), PruningPlan("m", "f", {}, (BlockPlan(None, (5,)), *[BlockPlan()] * 3), {}, {}))
+
+
+def test_rounding_the_model_leaves_the_plan_as_it_was(tmp_path):
+    from cfsp.models.checkpoint import round_to_stored
+
+    blocks = (BlockPlan(SOME), *[BlockPlan()] * 4)
+    plan = PruningPlan("m", "f", {"name": "hand"}, blocks, {}, {}, tensors={"blocks.0.ffn.bias": torch.randn(32)})
+    before = plan.tensors["blocks.0.ffn.bias"].clone()
+    model = cfsp.apply(tiny_model(blocks=5), plan)
+    round_to_stored(model, torch.bfloat16)
+    assert torch.equal(plan.tensors["blocks.0.ffn.bias"], before)
+    assert not torch.equal(model.model.layers[0].mlp.down_proj.bias, before)
+    assert PruningPlan.load(plan.save(tmp_path / "plan.json")).tensors

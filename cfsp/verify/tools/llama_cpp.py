@@ -6,8 +6,9 @@ The request: "file" (a GGUF), "token_ids" (lists of ids, each a text of its own)
 many tokens follow each), "logits" (true: whole, and not as log-probabilities), "save" (FILE.npz for them) and "texts"
 (to tokenise).
 The reply: "version" of llama_cpp, "logprobs" (of the tokens 1..T-1 of each text, [T-1]; with "logits" or "save" of the
-whole vocabulary, [T, V]; where saved, the file, whose arrays are 0, 1, ...), "greedy" (the ids after each), "continuations" (those as text), "ids" (of each of the texts, with the special
-ones that the file asks for). Where llama.cpp does not take the file: "version", "error", and exit code 1.
+whole vocabulary, [T, V]; where saved, the file, whose arrays are 0, 1, ...), "greedy" (the ids after each),
+"continuations" (those as text), "ids" (of each of the texts, with the special ones that the file asks for). Where
+llama.cpp does not take the file: "version", "error", and exit code 1.
 
 Float32 throughout, the key-value cache too: llama.cpp's own choice, float16, alone moves logits by 5e-3.
 """
