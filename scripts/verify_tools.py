@@ -90,8 +90,9 @@ def _rows(removed: str, work: Path, pythons: dict[str, str]) -> list[dict[str, A
         others = [f"python.{tool}={python}" for tool, python in pythons.items()]
         _cfsp("verify", f"path={place}", f"record={record}", *others, fails=True)
         findings = json.loads(record.read_text(encoding="utf-8"))["tools"]
-        rows += [{**about, **row} for row in findings if row["outcome"] in ("equal", "differs", "fails")]
-        print(removed, name, *(f"{row['tool']}: {row['outcome']}" for row in findings if row["tolerance"]), flush=True)
+        tried = [row for row in findings if row["outcome"] in ("equal", "differs", "fails")]
+        rows += [{**about, **row} for row in tried]
+        print(removed, name, *(f"{row['tool']}: {row['outcome']}" for row in tried), flush=True)
     return rows
 
 
