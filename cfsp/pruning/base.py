@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class PlanContext:
     """Everything a pruner may use. ``driver`` is for methods that must run the model while planning.
 
-    ``gradients``, ``grams``: where metric or compensation require them (``gram_wanted``: which). ``scored``: blocks of a
-    streamed model that were scored while they were in memory for the calibration pass. ``cache``: where what is dear
+    ``gradients``, ``grams``: where metric or compensation require them (``gram_wanted``: which). ``scored``: blocks of
+    a streamed model that were scored while they were in memory for the calibration pass. ``cache``: where what is dear
     may be kept; None: nowhere.
     """
 
