@@ -14,7 +14,7 @@ import torch
 
 from cfsp.errors import UnsupportedModelError
 from cfsp.export.filling import Wanted, filled_up, layer_tensors, other_tensors, sizes, up_to
-from cfsp.export.folder import ModelFolder
+from cfsp.export.folder import ModelFolder, check_there
 from cfsp.export.plain_folder import write_plain_folder
 from cfsp.export.result import Exported
 
@@ -32,7 +32,9 @@ def check(source: ModelFolder) -> None:
     """
     Raises:
         UnsupportedModelError: the base architecture has no place for an added bias; names the layer.
+        CheckpointError: the folder is not whole.
     """
+    check_there(source)
     for index, layer in enumerate(source.layers):
         for name in layer.added_bias:
             if _family(source) not in _BIAS_KEYS[name]:

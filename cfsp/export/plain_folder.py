@@ -34,7 +34,7 @@ def write_plain_folder(
     *,
     form: str,
     dtype: torch.dtype | None = None,
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> int:
     """Write ``to``, all or nothing; a folder that cfsp wrote earlier is replaced. Returns the bytes of the weights.
 
@@ -42,7 +42,7 @@ def write_plain_folder(
         config: config.json.
         form: the format's name, for the marker file.
         dtype: of the tensors; None: as they are.
-        files: name -> text of further files.
+        files: name -> content of further files.
 
     Raises:
         CheckpointError: the folder holds other things, cannot be written, or a value does not fit into ``dtype``.
@@ -68,8 +68,9 @@ def write_plain_folder(
             shutil.copyfile(source.folder / "generation_config.json", scratch / "generation_config.json")
         copy_reference(source.folder, scratch)
         copy_companions(source.folder, scratch)
-        for file, text in (files or {}).items():
-            (scratch / file).write_text(text, encoding="utf-8")
+        for file, content in (files or {}).items():
+            (scratch / file).parent.mkdir(exist_ok=True)
+            (scratch / file).write_bytes(content)
         state = source.source.state or "dense"
         write_json(scratch / MARKER, {"schema": 1, "form": form, "dtype": name, "state": state})
         for file, content in card_files(read_facts(source.folder), form, to.name).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -10,18 +11,21 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import cfsp
 from cfsp.errors import CheckpointError, ConfigError, UnsupportedModelError
 from cfsp.export import decilm, hf, padded
 from cfsp.export.card import licence_of
-from cfsp.export.command import main, request_of
+from cfsp.export.command import FORMATS, main, request_of
 from cfsp.export.decilm import ffn_mult, width_of
 from cfsp.export.folder import read_folder
 from cfsp.models import shard_writer
 from cfsp.models.checkpoint import MARKER, save_checkpoint
+from cfsp.pruning.plan import COMPENSATION_IN_FOLDER, PruningPlan
 from tests.conftest import mentions
-from tests.tiny import ARCHITECTURES, tokens
+from tests.tiny import ARCHITECTURES, tiny_model, tokens
 from tests.unit.test_structures import STRUCTURES, logits, pruned
 
 #: Not the exact function, only another order of the sums where zeros were put in between.
@@ -128,8 +132,6 @@ def test_decilm_holds_what_vllm_and_the_converter_read(architecture, structure, 
     assert all(width % 256 == 0 for width in widths)
     dense = kinds[1](kinds[0](**{key: raw[key] for key in keys}, intermediate_size=max(widths))).eval()
     state = {}
-    from safetensors.torch import load_file
-
     found = load_file(tmp_path / "decilm" / "model.safetensors")
     for name, value in dense.state_dict().items():
         if name in found:
@@ -192,6 +194,118 @@ def test_values_that_do_not_fit_are_refused(tmp_path) -> None:
     with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.up_proj\.weight does not fit into float16"):
         hf.export(read_folder(tmp_path / "model"), tmp_path / "again", dtype=torch.float16)
     assert not (tmp_path / "again").exists()
+
+
+# What is not there
+
+
+def without(folder: Path, *names: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    for name in names:
+        del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.2.mlp.up_proj.weight",
+        "model.layers.1.self_attn.q_proj.bias",
+        "model.layers.3.input_layernorm.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ],
+)
+def test_a_tensor_that_is_missing_is_named_and_never_zeros(form, name, tmp_path, run_cfsp) -> None:
+    _, source = folder_of(tmp_path, "qwen2", "equal_heads")
+    without(source.folder, name)
+    words = [f"path={source.folder}", f"format={form}", f"to={tmp_path / 'to.gguf'}"]
+    code, _, err = run_cfsp("export", *words, defaults=False)
+    assert code == 2
+    mentions(err.splitlines(), f"lacks {name}", "save the model again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_model_saved_without_its_head_is_refused(form, tmp_path) -> None:
+    tiny_model().model.save_pretrained(tmp_path / "model")  # names without "model."
+    source = read_folder(tmp_path / "model")
+    with pytest.raises(CheckpointError, match=r"lacks model\.embed_tokens\.weight.*saved without its LM head"):
+        importlib.import_module(FORMATS[form]).export(source, tmp_path / "to.gguf")
+    assert not (tmp_path / "to.gguf").exists()
+
+
+def test_a_tensor_of_another_shape_is_named(tmp_path) -> None:
+    _, source = folder_of(tmp_path, "llama", "widths")
+    weights = load_file(source.folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file({**weights, name: weights[name][:, 1:].contiguous()}, source.folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"down_proj.weight is \(32, 95\), its config.json says \(32, 96\)"):
+        padded.export(read_folder(source.folder), tmp_path / "padded")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_tied_head_need_not_be_stored(architecture, tmp_path) -> None:
+    model, source = folder_of(tmp_path, architecture, "widths", tie_word_embeddings=True, sliding_window=None)
+    assert source.tied
+    padded.export(source, tmp_path / "padded")
+    ids = tokens(2, seed=1)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "padded").eval()
+    torch.testing.assert_close(logits(loaded, ids), logits(model, ids), **CLOSE)
+
+
+@pytest.mark.parametrize("key", ["per_layer_config", "added_bias"])
+def test_a_stock_model_type_with_layers_of_its_own_is_refused(key, tmp_path) -> None:
+    """Stock classes would not see that modules are missing, and fill them with random weights."""
+    _, source = folder_of(tmp_path, "llama", "equal_heads")
+    config = json.loads((source.folder / "config.json").read_text())
+    entry = {"per_layer_config": {"1": {"skip": ["attention"]}}, "added_bias": {"1": ["mlp.down_proj"]}}[key]
+    (source.folder / "config.json").write_text(json.dumps({**config, key: entry}))
+    with pytest.raises(UnsupportedModelError, match=f"has {key} beside model_type=llama"):
+        read_folder(source.folder)
+
+
+def test_equal_layers_of_a_pruned_type_become_a_plain_folder(tmp_path) -> None:
+    """By what the layers are, whatever the folder calls itself."""
+    _, source = folder_of(tmp_path, "llama", "widths")
+    config = json.loads((source.folder / "config.json").read_text())
+    widths = {str(at): {"intermediate_size": 64} for at in range(5)}
+    (source.folder / "config.json").write_text(json.dumps({**config, "per_layer_config": widths}))
+    weights = load_file(source.folder / "model.safetensors")
+    for name, value in weights.items():
+        if ".mlp." in name:
+            at = 1 if "down_proj" in name else 0
+            wide = torch.cat([value, torch.zeros_like(value)], at).narrow(at, 0, 64)
+            weights[name] = wide.contiguous()
+    save_file(weights, source.folder / "model.safetensors", metadata={"format": "pt"})
+    result = hf.export(read_folder(source.folder), tmp_path / "plain")
+    assert "needs no remote code" in result.notes[0]
+    written = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert (written["model_type"], written["architectures"]) == ("llama", ["LlamaForCausalLM"])
+    assert written["intermediate_size"] == 64
+    assert not {"per_layer_config", "auto_map"} & written.keys()
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
+    assert not report["missing_keys"]
+    again = AutoModelForCausalLM.from_pretrained(source.folder)
+    ids = tokens(2, seed=1)
+    assert torch.equal(logits(loaded.eval(), ids), logits(again.eval(), ids))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_hf_copies_the_plan_with_its_tensors_or_neither(dtype, tmp_path) -> None:
+    plan = PruningPlan(
+        "m", "f", {"name": "hand"}, tuple(STRUCTURES["widths"]), {}, {}, tensors={"blocks.1.ffn.bias": torch.ones(32)}
+    )
+    model = cfsp.apply(tiny_model(blocks=5), plan)
+    save_checkpoint(model, tmp_path / "model", files=plan.files(tensors=COMPENSATION_IN_FOLDER))
+    hf.export(read_folder(tmp_path / "model"), tmp_path / "again", dtype=dtype)
+    if dtype == torch.bfloat16:  # replaying it would not give the rounded weights
+        assert not (tmp_path / "again" / "plan.json").exists()
+        assert not (tmp_path / "again" / "plan").exists()
+    else:
+        copied = PruningPlan.load(tmp_path / "again" / "plan.json")
+        assert torch.equal(copied.tensors["blocks.1.ffn.bias"], torch.ones(32))
 
 
 # The command line

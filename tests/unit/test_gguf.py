@@ -394,7 +394,7 @@ def test_another_dtype_is_refused(tmp_path, folder_of):
 def test_a_missing_or_misshapen_tensor_is_named(tmp_path, folder_of):
     _, source = folder_of()
     with pytest.MonkeyPatch.context() as patch:
-        patch.delitem(source.shards._places, "model.layers.1.mlp.up_proj.weight")
+        patch.delitem(source.shapes, "model.layers.1.mlp.up_proj.weight")
         mentions(refused(CheckpointError, source), "lacks model.layers.1.mlp.up_proj.weight")
     wrong = type(source)(**{**vars(source), "config": {**source.config, "hidden_size": 64}})
     with pytest.raises(CheckpointError, match=r"embed_tokens.weight is \(300, 32\), its config.json says \(300, 64\)"):
