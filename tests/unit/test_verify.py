@@ -454,7 +454,15 @@ def test_an_answer_is_found_between_a_tools_own_words(run_cfsp, saved, pretender
     assert (request["path"], request["greedy"], request["dtype"]) == (str(saved), GREEDY, "float32")
 
 
-@pytest.mark.parametrize(("answer", "code", "part"), [("", 0, "without an answer"), ("", 3, "ValueError: the cat")])
+@pytest.mark.parametrize(
+    ("answer", "code", "part"),
+    [
+        ("", 0, "without an answer"),
+        ("", 3, "ValueError: the cat"),
+        ('{"version": "9", "error": "blk.1 has wrong shape"}\n', 1, "blk.1 has wrong shape"),
+        ('{"version": "9"}\n{broken\n', 1, "ValueError: the cat"),
+    ],
+)
 def test_a_tool_that_fails(run_cfsp, saved, pretender, answer, code, part):
     python = pretender(answer, code)
     code, out, _ = run_cfsp("verify", f"path={saved}", "tools=vllm", f"python.vllm={python}", defaults=False)
