@@ -78,6 +78,17 @@ def place_of(path: str | Path) -> Path:
     return path.with_suffix(REFERENCE_OF_FILE) if path.suffix == ".gguf" else path / REFERENCE_IN_FOLDER
 
 
+def is_reference(file: Path) -> bool:
+    """Whether cfsp wrote the file, as far as its header says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as stream:
+            return {"schema", "computed", "cfsp", "token_ids"} <= (stream.metadata() or {}).keys()
+    except (OSError, SafetensorError):
+        return False
+
+
 def copy_reference(source: Path, export: Path) -> bool:
     """Give an export (a folder or a GGUF file) the reference of the folder it is made from; False: there is none."""
     file = place_of(source)
