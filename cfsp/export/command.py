@@ -88,7 +88,8 @@ def request_of(words: Sequence[str]) -> Request:
         of_gguf = " (q8_0 is one of format=gguf)" if dtype == "q8_0" else ""
         problems.append(f"dtype={dtype}: use float32, float16 or bfloat16{of_gguf}")
     multiple = given.get("multiple")
-    if multiple is not None and (not multiple.isdigit() or int(multiple) < 1):
+    # isdigit alone is true of "²" too
+    if multiple is not None and (not (multiple.isascii() and multiple.isdigit()) or int(multiple) < 1):
         problems.append(f"multiple={multiple}: give a whole number from 1")
     elif multiple is not None and form == "decilm" and int(multiple) % 256:
         problems.append(f"multiple={multiple}: format=decilm needs a multiple of 256; leave it out")
@@ -98,6 +99,8 @@ def request_of(words: Sequence[str]) -> Request:
         )
     elif multiple is not None and form == "hf":
         problems.append("multiple: format=hf fills nothing up; use format=padded, or leave it out")
+    if form == "gguf" and "to" in given and not given["to"].endswith(".gguf"):
+        problems.append(f"to={given['to']}: a GGUF file is named *.gguf; use to={given['to'].rstrip('/')}.gguf")
     for key in ("path", "format"):
         if key not in given and not problems:
             problems.append(f"{key} is not set: give path=DIR format=FORMAT; see cfsp export --help")
@@ -112,6 +115,27 @@ def request_of(words: Sequence[str]) -> Request:
     )
 
 
+def place_beside(folder: Path, form: str) -> Path:
+    """Where the export of a model folder is written if nobody says where."""
+    return folder.with_name(folder.name + (".gguf" if form == "gguf" else f"-{form}"))
+
+
+def check_place(to: Path, form: str) -> None:
+    """See that an export of this format may be written to ``to``.
+
+    Raises:
+        CheckpointError: there is something that cfsp did not write.
+    """
+    if form == "gguf":
+        from cfsp.export.gguf import check_file
+
+        check_file(to)
+    else:
+        from cfsp.models.checkpoint import check_destination
+
+        check_destination(to)
+
+
 def exported(request: Request) -> Any:
     """Write what is asked for; returns :class:`cfsp.export.result.Exported`.
 
@@ -124,10 +148,15 @@ def exported(request: Request) -> Any:
 
     source = read_folder(request.path)
     module = importlib.import_module(FORMATS[request.format])
-    suffix = ".gguf" if request.format == "gguf" else f"-{request.format}"
-    to = request.to or source.folder.with_name(source.folder.name + suffix)
-    if to.resolve() == source.folder.resolve():
+    to = request.to or place_beside(source.folder, request.format)
+    here, there = source.folder.resolve(), to.resolve()
+    if here == there:
         raise CheckpointError(f"to={to}: is the folder to be exported; give another place")
+    if here in there.parents or there in here.parents:  # the second would be replaced with the model in it
+        relation = "within" if here in there.parents else "around"
+        raise CheckpointError(
+            f"to={to}: lies {relation} the folder to be exported, {source.folder}; give another place"
+        )
     more: dict[str, Any] = {} if request.multiple is None else {"multiple": request.multiple}
     if request.format == "gguf":
         dtype: Any = _OF_GGUF.get(str(request.dtype), request.dtype) or "auto"
