@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cfsp.components import suggest
-from cfsp.errors import CheckpointError, ConfigError
+from cfsp.errors import CfspError, CheckpointError, ConfigError
 from cfsp.sweep.command import command
+
+if TYPE_CHECKING:
+    from cfsp.export.folder import ModelFolder
+
+log = logging.getLogger(__name__)
 
 #: Format -> its module, which has ``check(source)`` and ``export(source, to, dtype=, multiple=)``.
 FORMATS = {
@@ -25,6 +31,8 @@ DTYPES = {
     "bf16": "bfloat16",
 }  # fmt: skip
 _OF_GGUF = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+#: A model that takes more of the free memory is read block by block.
+_SHARE_OF_MEMORY = 0.6
 _KEYS = ("path", "format", "to", "dtype", "multiple")
 
 USAGE = f"""\
@@ -145,6 +153,7 @@ def exported(request: Request) -> Any:
     import torch
 
     from cfsp.export.folder import read_folder
+    from cfsp.verify.reference import place_of
 
     source = read_folder(request.path)
     module = importlib.import_module(FORMATS[request.format])
@@ -162,7 +171,29 @@ def exported(request: Request) -> Any:
         dtype: Any = _OF_GGUF.get(str(request.dtype), request.dtype) or "auto"
     else:
         dtype = None if request.dtype is None else getattr(torch, request.dtype)
-    return module.export(source, to, dtype=dtype, **more)
+    result = module.export(source, to, dtype=dtype, **more)
+    if not place_of(result.place).is_file() and source.dense:
+        _write_reference(source, result.place)
+    return result
+
+
+def _write_reference(source: ModelFolder, export: Path) -> None:
+    """No run has written what a dense folder computes, so its export would have nothing to be compared with."""
+    import torch
+
+    from cfsp.memory import available
+    from cfsp.models.load import load_model
+    from cfsp.models.shards import weight_files
+    from cfsp.models.streamed import load_streamed
+    from cfsp.verify.reference import place_of, reference_of
+
+    cpu = torch.device("cpu")
+    fits = sum(file.stat().st_size for file in weight_files(source.folder)) < _SHARE_OF_MEMORY * available(cpu)
+    try:
+        model = (load_model if fits else load_streamed)(source.source, dtype=source.dtype, device=cpu)
+        reference_of(model, dtype=source.dtype, tokenizer=source.folder).write(place_of(export))
+    except (CfspError, OSError) as error:  # the export is whole without it
+        log.warning("%s: has no reference for cfsp verify (%s)", export, error)
 
 
 def _export(request: Request) -> int:

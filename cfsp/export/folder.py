@@ -85,6 +85,12 @@ class ModelFolder:
         return (*_ALWAYS_BIASED.get(self.family, ()), *stated)
 
     @property
+    def dense(self) -> bool:
+        """Nobody has pruned it here: a folder of the base architecture without cfsp's mark."""
+        stock = self.source.config.get("model_type") == self.family
+        return stock and self.source.state in (None, "dense")
+
+    @property
     def uniform(self) -> bool:
         """All layers are alike, and nothing of them is missing or added."""
         first = self.layers[0]

@@ -335,6 +335,21 @@ def test_an_export_in_another_dtype_is_held_against_the_old_reference(run_cfsp, 
     assert row["tolerance"] == 0.25
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_dense_folder_s_export_is_verified_too(run_cfsp, tmp_path, monkeypatch, streams):
+    """No run has written a reference there, so the export comes with one of its own."""
+    if streams:
+        monkeypatch.setattr("cfsp.memory.available", lambda device: 1 << 20)
+    words = [f"path={ASSETS}", "format=padded", f"to={tmp_path / 'padded'}"]
+    code, _, err = run_cfsp("export", *words, defaults=False)
+    assert (code, err) == (0, "")
+    reference = read_reference(place_of(tmp_path / "padded"))
+    assert reference.greedy.shape[1] == (1 if streams else GREEDY)
+    monkeypatch.undo()
+    ask = importlib.import_module("cfsp.verify.tools.transformers").main(asked_of(reference, tmp_path / "padded"))
+    assert compare("transformers", ask, reference, 1e-4).outcome == "equal"
+
+
 def test_tools_compute_in_what_fits_into_memory(run_cfsp, in_bfloat16, pretender, monkeypatch, tmp_path):
     reference = read_reference(place_of(in_bfloat16))
     answer = {"logprobs": (reference.logprobs + 0.04).tolist(), "greedy": reference.greedy.tolist()}
