@@ -9,8 +9,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,8 @@ REFERENCE_OF_FILE = ".reference.safetensors"
 WINDOWS, LENGTH, SEED = 2, 48, 20240913
 #: Of a streamed model it is one: each token after it would read the whole model again.
 GREEDY = 16
+#: Elements of a matrix that are brought to float32 at a time: 256 MiB.
+_PIECE = 1 << 26
 _ARRAYS = {"token_ids": "int64", "logprobs": "float32", "top": "int64", "greedy": "int64", "margins": "float32"}
 
 
@@ -336,9 +338,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _as_stored(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """While a module runs its parameters are what a folder of ``dtype`` holds, in float32, which it then computes in.
 
-    A module at a time, so that there is never a second model in memory.
+    A module at a time, and of a large matrix some rows, so that there is never a second model (or head) in memory.
     """
     import torch
+    from torch.nn.functional import linear
+
+    from cfsp.models.driver import forward_replaced
 
     def bits(kind: torch.dtype) -> int:
         return torch.finfo(kind).bits
@@ -367,16 +372,32 @@ def _as_stored(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     def looked_up(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return exact(output)
 
+    def by_rows(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+        def forward(states: Tensor) -> Tensor:
+            weight, bias = module.weight, module.bias
+            rows = max(1, _PIECE // max(1, weight.shape[1]))
+            parts = [
+                linear(states, exact(piece), None if bias is None else exact(bias[at * rows : (at + 1) * rows]))
+                for at, piece in enumerate(weight.split(rows))
+            ]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+        return forward
+
     hooks = []
+    replaced = ExitStack()
     for module in model.modules():
         if type(module) is torch.nn.Embedding:  # its rows alone, not the vocabulary
             hooks.append(module.register_forward_hook(looked_up))
+        elif type(module) is torch.nn.Linear:
+            replaced.enter_context(forward_replaced(module, by_rows(module)))
         elif module._parameters:
             hooks.append(module.register_forward_pre_hook(enter))
             # Before those of a streamed model, which take away what was there when they put it there.
             hooks.append(module.register_forward_hook(leave, always_call=True, prepend=True))
     try:
-        yield
+        with replaced:
+            yield
     finally:
         for hook in hooks:
             hook.remove()

@@ -296,6 +296,10 @@ def test_the_reference_of_a_bfloat16_model_is_that_of_its_weights(in_bfloat16):
     found = reference_of(model)
     assert {name: parameter.dtype for name, parameter in model.named_parameters()} == names
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(references, "_PIECE", 1000)  # some rows of a matrix at a time
+        assert np.abs(reference_of(model).logprobs - found.logprobs).max() < 1e-4
     exact = reference_of(_bundled(torch.float32))
     assert np.abs(found.logprobs - exact.logprobs).max() < 1e-5
     assert np.array_equal(found.greedy, exact.greedy)
