@@ -91,8 +91,7 @@ def _run(prepared: Prepared, out: Path, bases: BaseModels) -> RunRecord:
         copy = Path(config.paths.records_dir) / f"{earlier.run_id}.json"
         if _lacks_export(earlier, out, config):  # the saved model does not depend on the format of its export
             log.info("this run is finished (%s); its export as %s is made", out / "record.json", config.save.format)
-            assert earlier.checkpoint is not None
-            earlier.checkpoint["export"] = _export(config.save.format, out)
+            earlier.checkpoint = {**(earlier.checkpoint or {}), "export": _export(config.save.format, out)}
             earlier.write(out / "record.json")
             _mirror(config, earlier, out)
             earlier.write(copy)

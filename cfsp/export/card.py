@@ -31,8 +31,10 @@ model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 ```
 
-`cfsp.load("{name}")` needs no remote code. {vllm} llama.cpp: `cfsp export path={name} format=gguf`, then
-`llama-server -m {name}.gguf`.
+`cfsp.load("{name}")` needs no remote code.
+
+- {vllm}
+- llama.cpp: `cfsp export path={name} format=gguf`, then `llama-server -m {name}.gguf`
 """,
     "plain": """\
 A folder of the base architecture, which needs no code of its own.
@@ -49,12 +51,15 @@ vLLM: `vllm serve {name}`.
     "decilm": """\
 The layout of DeciLM (nemotron-nas) for vLLM, which has a class for it: `vllm serve {name} --trust-remote-code`.
 
-llama.cpp's converter takes it where the tokenizer is that of Llama 3 (128,256 tokens) or a SentencePiece one; of the
-other tokenizers, and without this layout, `cfsp export format=gguf` makes a GGUF file.
+llama.cpp's converter takes it too where the tokenizer is that of Llama 3 (128,256 tokens) or a SentencePiece one. For
+any other, and shorter, `cfsp export format=gguf` makes the file of the pruned model itself.
 """,
 }
-_VLLM = "vLLM: `vllm serve {name} --trust-remote-code`."
-_NOT_VLLM = "vLLM cannot serve it as it is, because some layers have no attention: `cfsp export format=decilm` first."
+_VLLM = "vLLM: `vllm serve {name} --trust-remote-code`"
+_NOT_VLLM = (
+    "vLLM does not take it as it is, because some layers have no attention: `cfsp export path={name} format=padded`, "
+    "or decilm, first"
+)
 _LOADING["padded"] = _LOADING["plain"] + "\nAll layers are as wide as the widest one; what was pruned is zeros.\n"
 
 
@@ -169,8 +174,8 @@ def facts_of_folder(folder: Path) -> dict[str, Any]:
 def model_card(facts: Mapping[str, Any], form: str, name: str) -> str:
     """Markdown with the front matter of a hub card; ``form``: remote_code, plain, padded or decilm."""
     pruned = "method" in facts
-    vllm = _NOT_VLLM if pruned and _lacks_attention(facts) else _VLLM.format(name=name)
-    loading = _LOADING[form].format(name=name, vllm=vllm)
+    vllm = _NOT_VLLM if pruned and _lacks_attention(facts) else _VLLM
+    loading = _LOADING[form].format(name=name, vllm=vllm.format(name=name))
     licence = facts.get("licence") or {}
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if facts.get("hub_id"):
