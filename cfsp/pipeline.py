@@ -480,7 +480,10 @@ def _out_of_memory_hint(config: RunConfig, record: RunRecord) -> str:
     hint = "out of memory: lower calibration.batch_size and the evaluation's batch_size (e.g. 1), or use "
     if "gradients" in required(config.importance.instance):
         return f"{hint}importance.gradient_checkpointing=true, fewer calibration.n_samples or model.dtype=bfloat16"
-    return f"{hint}model.dtype=bfloat16"
+    sampled = isinstance(config.calibration, SelfCalibration) and config.pruner.instance.prunes
+    # What streaming refuses is no way out.
+    streams = config.model.streaming != "on" and not sampled and not config.recovery.instance.trains
+    return f"{hint}{'model.streaming=on (the weights stay on disk) or ' if streams else ''}model.dtype=bfloat16"
 
 
 @contextlib.contextmanager

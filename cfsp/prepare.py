@@ -126,15 +126,20 @@ def streams(config: RunConfig, view: DecoderView, dtype: torch.dtype, device: to
     Raises:
         ConfigError: what the run asks for needs the whole model in memory.
     """
-    needed, free = view.model_parameters * dtype.itemsize, available(device) + held
-    if config.model.streaming == "off" or (config.model.streaming == "auto" and needed < _SHARE_OF_MEMORY * free):
+    needed = view.model_parameters * dtype.itemsize
+    free = {str(device): available(device) + held}
+    if device.type != "cpu":  # where the weights are read before they go to the device
+        free["cpu"] = available(torch.device("cpu"))
+    least = min(free, key=lambda name: free[name])
+    fits = needed < _SHARE_OF_MEMORY * free[least]
+    if config.model.streaming == "off" or (config.model.streaming == "auto" and fits):
         return False
     if config.model.streaming == "on":
         why = "model.streaming=on"
     else:
         why = (
             f"model.streaming=auto: the weights take {needed / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')} and "
-            f"{free / 1e9:.1f} GB are free"
+            f"{free[least] / 1e9:.1f} GB are free on {least}"
         )
     pruner, importance = config.pruner.instance, config.importance.instance
     if pruner.prunes and "gradients" in required(importance) and "importance" in config.plans_with:

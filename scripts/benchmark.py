@@ -1,7 +1,7 @@
 """What pruning costs and what it gives, measured side by side, with the limits that must hold.
 
     python scripts/benchmark.py [parts=calibration,speed,growth,streaming,peers] [repeats=5] [device=auto]
-        [shapes=small,large] [dtypes=float32,bfloat16] [windows=8,64] [blocks=58] [modes=off,on] [runs=1]
+        [shapes=small,large] [dtypes=float32,bfloat16] [windows=8,64] [blocks=58] [modes=off,on] [runs=3]
         [work=outputs/benchmark] [results=results]
 
   calibration   calibration + scoring + planning beside a bare forward pass over the same tokens, stage by stage, and
@@ -9,8 +9,8 @@
   speed         prefill and decode of pruned models beside the dense one, against prediction from MACs and bytes
   growth        the exponents with which the cost of calibration grows with windows, blocks and width
   streaming     a sharded checkpoint (6 GB with blocks=58) pruned from its shards and in memory (model.streaming in
-                modes, runs times each): peak resident memory, time, equal plans; another number of blocks has a
-                record of its own
+                modes, runs times each, every run with the checkpoint out of the page cache): peak resident memory,
+                time, equal plans; another number of blocks has a record of its own
   peers         optipfair and torch-pruning at the same job; installs them into an environment of their own in work
 
 Randomly initialised LLaMAs (small: hidden 1024, FFN 2816, 8 blocks; large: hidden 2048, FFN 5632, 16 blocks). dtypes
@@ -97,7 +97,11 @@ def _benchmark(words: Sequence[str]) -> int:
     from cfsp.models.load import resolve_device
 
     parts, settings = read(words)
-    resolve_device(settings.device)
+    device = resolve_device(settings.device)
+    if device.index is not None:  # what is timed is waited for on the current device
+        import torch
+
+        torch.cuda.set_device(device)
     missed: list[str] = []
     for name in parts:
         part = importlib.import_module(f"benchmarks.{name}")

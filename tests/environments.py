@@ -20,7 +20,7 @@ def with_transformers(version: str) -> Path:
     environment's packages, whose own .pth files (an editable install of cfsp) are not followed from there. Where no
     package index is at hand the test skips, or fails where CFSP_REQUIRE_SHARED=1.
     """
-    folder = ROOT / f".venv-transformers-{version}"
+    folder = ROOT / f".venv-transformers-{version.removesuffix('.*')}"
     python, done = folder / "bin" / "python", folder / ".installed"
     wanted = f"transformers=={version} in {sys.version} beside {sysconfig.get_paths()['purelib']}\n"
     if done.is_file() and done.read_text(encoding="utf-8") == wanted:

@@ -1,10 +1,15 @@
-"""How many sequences go through the model at a time: as many as run fastest, and as the memory holds."""
+"""How many sequences go through the model at a time: as many as run fastest, and as the memory holds.
+
+The number is the same whenever the same model is calibrated on the same machine. It decides under which name a result,
+and what a killed calibration has left, are kept, so it must not go with the memory that happens to be free.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from cfsp.memory import available
+from cfsp.memory import capacity
+from cfsp.models.streamed import streamed
 
 if TYPE_CHECKING:
     from cfsp.models.views import DecoderView
@@ -13,7 +18,7 @@ BatchSize = int | Literal["auto"]
 
 #: More tokens at a time are no faster: on a CPU the activations leave its caches, a GPU is busy already.
 _TOKENS = {"cpu": 2048, "other": 16384}
-#: The share of the free memory that one batch may take.
+#: The share of the memory beside the weights that one batch may take.
 _SHARE_OF_MEMORY = 0.5
 
 
@@ -25,5 +30,12 @@ def batch_size(asked: BatchSize, view: DecoderView, seq_len: int) -> int:
     # In a block at once: a few hidden states, and in the FFN gate, up and their product.
     hidden = view.model.get_input_embeddings().weight.shape[-1]
     per_token = (6 * hidden + 3 * max(view.widths)) * view.model.dtype.itemsize
-    fitting = int(_SHARE_OF_MEMORY * available(view.device)) // (per_token * seq_len)
+    fitting = int(_SHARE_OF_MEMORY * (capacity(view.device) - _weights(view))) // (per_token * seq_len)
     return max(1, min(wanted, fitting))
+
+
+def _weights(view: DecoderView) -> int:
+    """Bytes of weights on the device of ``view`` during a pass: all of them, or two blocks of a streamed model."""
+    if streamed(view.model) is not None:
+        return 2 * max(sum(weight.nbytes for weight in block.module.parameters()) for block in view.blocks)
+    return sum(weight.nbytes for weight in view.model.parameters() if weight.device == view.device)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cfsp.calibrate.collectors import collecting
@@ -58,19 +59,27 @@ class _Progress:
         return list(statistics.blocks)
 
     def write(self, blocks: list[BlockStatistics], hidden: HiddenStates, shape: torch.Size) -> None:
-        """Put the state of the pass in the place of the one before."""
+        """Put the state of the pass in the place of the one before.
+
+        Raises:
+            OSError, SafetensorError: it cannot be written; the one before is still there.
+        """
         if self.folder is None:
             return
         done, partial = self.folder / str(len(blocks)), self.folder / f".{os.getpid()}"
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        Statistics(tuple(blocks), *shape).save(partial / "statistics.safetensors", {})
-        (partial / "hidden").mkdir()
-        described = [Outgoing(str(batch), *hidden.shape(batch)) for batch in range(len(hidden))]
-        states = ((str(batch), state) for batch, state in enumerate(hidden))
-        write_file(partial / "hidden" / "states.safetensors", described, states)
-        shutil.rmtree(done, ignore_errors=True)
-        partial.rename(done)
+        try:
+            partial.mkdir(parents=True)
+            Statistics(tuple(blocks), *shape).save(partial / "statistics.safetensors", {})
+            (partial / "hidden").mkdir()
+            described = [Outgoing(str(batch), *hidden.shape(batch)) for batch in range(len(hidden))]
+            states = ((str(batch), state) for batch, state in enumerate(hidden))
+            write_file(partial / "hidden" / "states.safetensors", described, states)
+            shutil.rmtree(done, ignore_errors=True)
+            partial.rename(done)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         for path in self.folder.iterdir():
             if path != done:
                 shutil.rmtree(path, ignore_errors=True)
@@ -91,16 +100,20 @@ def block_by_block(driver: BlockDriver, input_ids: Tensor, folder: Path | None, 
     progress = _Progress(folder)
     kept = driver.hidden_states()
     blocks = progress.read(kept, -(-len(input_ids) // driver.batch_size))
-    last, cost = 0.0, 0.0
+    last, cost, keeping = 0.0, 0.0, folder is not None
     for step in driver.steps(input_ids, "calibrate", hidden=kept if blocks else None, first=len(blocks)):
         with collecting([step.block]) as sums:
             hidden = step.advance()
         blocks.append(sums[0].report(*input_ids.shape))
         if visit is not None:
             visit(step.block, blocks[-1])
-        if len(blocks) < len(driver.view.blocks) and time.perf_counter() - last > cost / _SHARE_OF_TIME:
+        if keeping and len(blocks) < len(driver.view.blocks) and time.perf_counter() - last > cost / _SHARE_OF_TIME:
             start = time.perf_counter()
-            progress.write(blocks, hidden, input_ids.shape)
+            try:
+                progress.write(blocks, hidden, input_ids.shape)
+            except (OSError, SafetensorError) as error:  # the pass itself does not need it
+                keeping = False
+                log.warning("%s: the state of the calibration cannot be kept (%s); it goes on without", folder, error)
             last = time.perf_counter()
             cost = last - start
     progress.remove()

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -150,7 +151,7 @@ def time_generation(model: nn.Module, prompt: Tensor, new_tokens: int) -> Timing
     """
     import torch
 
-    synchronise = torch.cuda.synchronize if prompt.is_cuda else (lambda: None)
+    synchronise = partial(torch.cuda.synchronize, prompt.device) if prompt.is_cuda else (lambda: None)
     with torch.no_grad():
         synchronise()
         start = time.perf_counter()
@@ -212,18 +213,22 @@ def _static_cache(model: nn.Module, grown: Any, length: int, new_tokens: int) ->
 def peak_beside(weights: Sequence[Tensor], prompt: Tensor, call: Callable[[], object]) -> int:
     """Most bytes of tensors beside ``weights`` that are alive at one time during ``call``.
 
-    CUDA: by its allocator, kernels' work space included. Elsewhere by counting the tensors that operations return,
-    which is the same on every machine.
+    CUDA: by its allocator, kernels' work space included, summed over the GPUs that hold weights. Elsewhere by counting
+    the tensors that operations return, which is the same on every machine.
     """
     import torch
 
     if prompt.is_cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        devices = {tensor.device for tensor in (*weights, prompt) if tensor.is_cuda}
+        before = 0
+        for device in devices:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before += torch.cuda.memory_allocated(device)
         call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        for device in devices:
+            torch.cuda.synchronize(device)
+        return sum(torch.cuda.max_memory_allocated(device) for device in devices) - before
     from cfsp.evaluate.live_tensors import LiveTensors
 
     with LiveTensors([*weights, prompt]) as live:

@@ -29,7 +29,8 @@ class LiveTensors(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            # A tensor on meta, and a fake one, states the size of what it stands for and holds none of it.
+            if isinstance(leaf, Tensor) and leaf.untyped_storage().device.type != "meta":
                 self._see(leaf.untyped_storage())
         return result
 

@@ -131,7 +131,12 @@ def negative_log_likelihood(model: nn.Module, windows: Tensor, batch_size: int, 
 
 
 def _block_by_block(model: nn.Module, windows: Tensor, batch_size: int, label: str) -> tuple[float, int]:
-    """The same of a streamed model: each block is read once for all windows, whose hidden states are held meanwhile."""
+    """The same of a streamed model: each block is read once for all windows, whose hidden states are held meanwhile.
+
+    On a CPU the logits are those of one window at a time: of a batch they would be larger than the two blocks that
+    streaming holds, and a window's come out the same to the bit. A GPU chooses its kernels by the number of rows, so
+    there the batch is kept, for the figure to be that in memory.
+    """
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -148,7 +153,9 @@ def _block_by_block(model: nn.Module, windows: Tensor, batch_size: int, label: s
     total = torch.zeros((), dtype=torch.float64)
     with torch.no_grad(), store.resident_rest():
         for states, batch in zip(hidden, windows.split(batch_size), strict=True):
-            logits = driver.logits(batch, states)
-            for sequence, target in zip(logits, batch.to(logits.device), strict=True):
-                total += cross_entropy(sequence[:-1].float(), target[1:], reduction="sum").double().cpu()
+            rows = 1 if store.device.type == "cpu" else batch_size
+            for some, ids in zip(states.split(rows), batch.split(rows), strict=True):
+                logits = driver.logits(ids, some)
+                for sequence, target in zip(logits, ids.to(logits.device), strict=True):
+                    total += cross_entropy(sequence[:-1].float(), target[1:], reduction="sum").double().cpu()
     return float(total), windows.shape[0] * (windows.shape[1] - 1)

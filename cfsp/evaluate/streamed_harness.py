@@ -2,11 +2,13 @@
 
 The harness asks for the logits of one batch after the other. Here it asks twice: the first time its batches are noted
 and answered with nothing, then all of them go through the decoder block by block, and the second time the logits come
-from the hidden states that are left. Batches and their order are the harness's own both times.
+from the hidden states that are left. Batches and their order are the harness's own both times. Rolling requests are
+asked twice as a whole, because the harness takes their windows batch by batch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,10 +32,23 @@ class BlockByBlock(HFLM):
         self._noted: list[Tensor] | None = None
         self._answers: Any = None
 
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+        ask = super().loglikelihood_rolling
+        return self._asked_twice(lambda quiet: ask(requests, disable_tqdm=quiet or disable_tqdm))
+
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+        ask = super()._loglikelihood_tokens
+        if self._noted is not None or self._answers is not None:  # one batch of windows, whose bar is that of all
+            return ask(requests, disable_tqdm=True, override_bs=override_bs)
+        return self._asked_twice(
+            lambda quiet: ask(requests, disable_tqdm=quiet or disable_tqdm, override_bs=override_bs)
+        )
+
+    def _asked_twice(self, ask: Callable[[bool], Any]) -> Any:
+        """What ``ask``, given whether to be quiet, comes to with the logits of all its batches."""
         self._noted = []
         try:
-            super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+            ask(True)
             batches = self._noted
         finally:
             self._noted = None
@@ -46,7 +61,7 @@ class BlockByBlock(HFLM):
         try:
             with torch.no_grad(), self._store.resident_rest():
                 self._logits = driver.logits
-                return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+                return ask(False)
         finally:
             self._answers = None
 

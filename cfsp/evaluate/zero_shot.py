@@ -86,6 +86,11 @@ class ZeroShot:
             if not watched():  # the harness draws its bars whatever tqdm's own switch says
                 for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
                     setattr(harness, name, partial(getattr(harness, name), disable_tqdm=True))
+                # Rolling requests draw one for each batch of windows, whatever they are told.
+                asked = harness._loglikelihood_tokens
+                harness._loglikelihood_tokens = lambda requests, disable_tqdm=True, override_bs=None: asked(
+                    requests, disable_tqdm=True, override_bs=override_bs
+                )
             local = self._local_tasks()
             tasks = [_given(name, local[name]) if name in local else name for name in self.tasks]
             try:

@@ -16,6 +16,7 @@ from cfsp.errors import CheckpointError, ConfigError, UnsupportedModelError
 from cfsp.models.checkpoint import first_non_finite
 from cfsp.models.remote_code import PRUNED_PREFIX, pruned_family
 from cfsp.models.sample import weight_sample
+from cfsp.models.shards import read_header
 from cfsp.models.source import ModelSource, locate
 from cfsp.models.views import DecoderView, resolve
 from cfsp.processes import launched
@@ -102,12 +103,10 @@ def _check_weights(source: ModelSource, model: nn.Module) -> None:
     Names that the model does not have may be ones that transformers renames; then only shapes are compared here and
     :func:`load_model` sees what is missing.
     """
-    from safetensors import safe_open
-
     stored: dict[str, tuple[int, ...]] = {}
     for path in sorted(source.folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as stream:
-            stored |= {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118
+        header, _ = read_header(path)
+        stored |= {name: tuple(entry["shape"]) for name, entry in header.items()}
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     problem = "the folder's config.json and safetensors do not belong together"
     for name, shape in expected.items():

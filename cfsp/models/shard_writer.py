@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -38,7 +39,8 @@ def write_shards(
 ) -> int:
     """Write ``tensors`` to as many files of at most ``limit`` bytes as they need, with an index if there are several.
 
-    A file that is there already is kept: a killed process had written it whole. Returns the bytes of all files.
+    A file that is there already, as whole as it is to be, is kept: a run that was stopped had finished it. Returns the
+    bytes of all files.
 
     Args:
         values: gives (name, tensor) for the names asked for, in their order.
@@ -48,7 +50,7 @@ def write_shards(
         WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         for number in range(1, len(shards) + 1)
     ]
-    missing = {name: shard for name, shard in zip(names, shards, strict=True) if not (folder / name).is_file()}
+    missing = {name: shard for name, shard in zip(names, shards, strict=True) if not _holds(folder / name, shard)}
     source = values([outgoing.name for shard in missing.values() for outgoing in shard])
     for name, shard in missing.items():
         write_file(folder / f"{name}.partial", shard, source)
@@ -70,12 +72,41 @@ def _shards(tensors: Sequence[Outgoing], limit: int) -> Iterator[list[Outgoing]]
     yield shard
 
 
+def _holds(file: Path, tensors: Sequence[Outgoing]) -> bool:
+    """Whether ``file`` is there with the header that ``tensors`` get, and with as many bytes as they take."""
+    header = _header(tensors)
+    try:
+        with file.open("rb") as stream:
+            found = stream.read(len(header))
+            return found == header and os.fstat(stream.fileno()).st_size == len(header) + sum(
+                outgoing.size for outgoing in tensors
+            )
+    except OSError:
+        return False
+
+
 def write_file(file: Path, tensors: Sequence[Outgoing], source: Iterator[tuple[str, Tensor]]) -> None:
     """Write ``tensors`` to ``file``, taking as many from ``source``, which gives them in the same order.
 
     Raises:
         OSError: the disk is full, or the file cannot be written.
     """
+    with file.open("wb") as stream:
+        stream.write(_header(tensors))
+        for outgoing in tensors:
+            name, tensor = next(source)
+            assert (name, tuple(tensor.shape)) == (outgoing.name, outgoing.shape)
+            whole = tensor.detach().to(device="cpu", dtype=outgoing.dtype).contiguous()
+            if whole.numel():
+                stream.write(whole.reshape(-1).view(torch.uint8).numpy().data)
+        # On the disk before it gets its name: a machine that goes down must not leave a file of the right size without
+        # its content, which would be taken for a finished one.
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _header(tensors: Sequence[Outgoing]) -> bytes:
+    """The beginning of a file that holds ``tensors`` in their order: a length and JSON."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for outgoing in tensors:
@@ -87,11 +118,4 @@ def write_file(file: Path, tensors: Sequence[Outgoing], source: Iterator[tuple[s
         at += outgoing.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8 bytes
-    with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for outgoing in tensors:
-            name, tensor = next(source)
-            assert (name, tuple(tensor.shape)) == (outgoing.name, outgoing.shape)
-            whole = tensor.detach().to(device="cpu", dtype=outgoing.dtype).contiguous()
-            if whole.numel():
-                stream.write(whole.reshape(-1).view(torch.uint8).numpy().data)
+    return len(text).to_bytes(8, "little") + text

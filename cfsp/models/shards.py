@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +155,14 @@ def _typed(buffer: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """(name -> dtype, shape, data_offsets; where the data start), checked against the file's size.
+    """(name -> dtype, shape, data_offsets; where the data start), checked against the file's size and in itself.
 
-    A safetensors file is 8 bytes of length, JSON, and data up to the last of the ``data_offsets``.
+    A safetensors file is 8 bytes of length, JSON, and data up to the last of the ``data_offsets``, one tensor after the
+    other without a gap.
 
     Raises:
-        CheckpointError: missing, truncated, or no safetensors file.
+        CheckpointError: missing, truncated, or no safetensors file; a tensor that is not where or what it is said to
+            be, by name.
     """
     try:
         size = file.stat().st_size
@@ -173,10 +176,30 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         claimed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        wrong = _contradiction(header)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: is missing; {_REMEDY}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: its header cannot be read ({error!r}); {_REMEDY}") from error
     if claimed != size:
         raise CheckpointError(f"{file}: {size} bytes where its header says {claimed}: truncated; {_REMEDY}")
+    if wrong is not None:
+        raise CheckpointError(f"{file}: {wrong}: its header contradicts itself; {_REMEDY}")
     return header, 8 + length
+
+
+def _contradiction(header: dict[str, Any]) -> str | None:
+    """What a tensor's entry says that its shape or the entries beside it rule out; None where all fits together."""
+    free = 0
+    for name, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
+        (begin, end), dtype, shape = entry["data_offsets"], entry["dtype"], entry["shape"]
+        if not all(isinstance(number, int) and number >= 0 for number in (begin, end, *shape)):
+            return f"{name} has {shape} for its shape and {begin}, {end} for its place"
+        if begin != free or end < begin:
+            return f"{name} lies at bytes {begin} to {end} of the data where the tensor before it ends at {free}"
+        # Of a dtype that is not known here the size is not known either.
+        needed = prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else end - begin
+        if end - begin != needed:
+            return f"{name} takes {end - begin} bytes where {shape} in {dtype} are {needed}"
+        free = end
+    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -17,7 +17,8 @@ from cfsp.errors import CheckpointError
 def whole_folder(folder: Path, key: str | None = None) -> Iterator[Path]:
     """A scratch folder to write to, which takes the place of ``folder`` when the block ends well.
 
-    ``key``: names the scratch folder, so that what a killed process has left there is found again.
+    ``key``: names the scratch folder, so that the weight files that a run has finished there before it was stopped (a
+    kill, Ctrl-C, a full disk) are found again by the next one. They stay after an error too, which says where.
 
     Raises:
         CheckpointError: something cannot be written.
@@ -28,9 +29,24 @@ def whole_folder(folder: Path, key: str | None = None) -> Iterator[Path]:
         yield scratch
         _replace(scratch, folder)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: the model cannot be saved there ({error})") from error
+        said = f"{folder}: the model cannot be saved there ({error})"
+        finished = len(_finished(scratch)) if key else 0
+        if finished:
+            said += (
+                f"; {finished} finished weight files stay in {scratch}, from which the same run goes on: make room and "
+                "start it again, or delete that folder"
+            )
+        raise CheckpointError(said) from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if not (key and _finished(scratch)):
+            shutil.rmtree(scratch, ignore_errors=True)
+        for partial in scratch.glob("*.partial"):  # of no use, and as large as a weight file
+            with suppress(OSError):
+                partial.unlink()
+
+
+def _finished(scratch: Path) -> list[Path]:
+    return list(scratch.glob("*.safetensors"))
 
 
 def _replace(scratch: Path, folder: Path) -> None:

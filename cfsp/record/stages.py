@@ -12,8 +12,9 @@ log = logging.getLogger(__name__)
 
 
 class Stages:
-    """``with stages("calibrate") as stage: ...``; entries are {name, seconds, peak_bytes, cached}.
+    """``with stages("calibrate") as stage: ...``; entries are {name, seconds, peak_bytes, peak_gpu_bytes, cached}.
 
+    ``peak_gpu_bytes`` sums over the GPUs, whichever of them the run has; this process alone counts.
     Those that prune also have ``saved_seconds``: what was read from the cache had taken so long to compute.
     """
 
@@ -38,8 +39,8 @@ class Stages:
 def _reset_peak() -> None:
     import torch
 
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    for device in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        torch.cuda.reset_peak_memory_stats(device)
     try:
         with open("/proc/self/clear_refs", "w") as stream:  # Linux: resets the resident set's high-water mark
             stream.write("5")
@@ -50,7 +51,9 @@ def _reset_peak() -> None:
 def _peak() -> dict[str, int | None]:
     import torch
 
-    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    gpu = None
+    if torch.cuda.is_available():
+        gpu = sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
     resident = None
     try:
         with open("/proc/self/status", encoding="utf-8") as stream:

@@ -34,7 +34,7 @@ REFERENCE_OF_FILE = ".reference.safetensors"
 
 WINDOWS, LENGTH, SEED = 2, 48, 20240913
 #: Of a streamed model it is one: each token after it would read the whole model again.
-GREEDY = 16
+GREEDY = 8
 #: Elements of a matrix that are brought to float32 at a time: 256 MiB.
 _PIECE = 1 << 26
 _ARRAYS = {"token_ids": "int64", "logprobs": "float32", "top": "int64", "greedy": "int64", "margins": "float32"}

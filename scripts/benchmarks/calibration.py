@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 LIMIT = 1.10
 #: The peak of calibration may be above that of the bare forward pass by this share of the weights.
 MEMORY_SHARE = 0.05
-BATCH_SIZES = (1, 2, 4, 8)
+#: A batch size is tried over so many windows at least.
+TRIED_WINDOWS = 8
 RATIO = 0.5
 #: The stages on their own are timed in so many of the repeats at most: each pass is a calibration more.
 STAGE_REPEATS = 3
@@ -38,7 +39,11 @@ STAGES = ("calibrate", "score", "plan", "apply", "save")
 
 
 def measure(settings: Settings) -> Found:
-    """Rows: one for each shape, dtype and number of windows."""
+    """Rows: one for each shape, dtype and number of windows.
+
+    What is dear and grows with the windows is left out of the larger cases: the stages on their own, and on a CPU the
+    dtypes that no limit is set for.
+    """
     import torch
 
     from cfsp.models.load import resolve_device
@@ -48,11 +53,18 @@ def measure(settings: Settings) -> Found:
     cases = [(name, windows, SEQ_LEN) for name in settings.shapes for windows in settings.windows]
     if device.type == "cuda":
         cases.append((GPU_SHAPE, GPU_WINDOWS, GPU_SEQ_LEN))
+    fewest: dict[tuple[str, int], int] = {}
+    for name, windows, length in cases:
+        fewest[name, length] = min(windows, fewest.get((name, length), windows))
     for name in dict.fromkeys(name for name, *_ in cases):
         for dtype in dtypes_on(device, settings.dtypes):
+            limited = dtype == "float32" or device.type == "cuda"
             model = in_memory(SHAPES[name], getattr(torch, dtype), device)
-            batch: int | None = None
+            tried: dict[int, float] = {}
             for _, windows, length in (case for case in cases if case[0] == name):
+                smallest = windows == fewest[name, length]
+                if not (limited or smallest):
+                    continue
                 ids = random_ids(windows, length, SHAPES[name].vocab)
                 row: dict[str, Any] = {
                     "shape": name,
@@ -61,12 +73,12 @@ def measure(settings: Settings) -> Found:
                     "windows": windows,
                     "seq_len": length,
                 }
-                tried = {} if batch else tried_batches(model, ids)
-                batch = batch or min(tried, key=lambda size: tried[size])
+                tried = tried_batches(model, ids, tried)
+                batch = min(tried, key=lambda size: tried[size])
                 row |= {"batch_size": batch, "tried_batch_sizes": tried}
-                row |= compared(model, ids, batch, settings)
+                row |= compared(model, ids, batch, settings, stages_alone=smallest)
                 found.rows.append(row)
-                found.checks += _checks(row, limited=dtype == "float32" or device.type == "cuda")
+                found.checks += _checks(row, limited=limited)
                 print(f"calibration: {_name(row)}: {row['ratio']:.3f} ({span(row['ratios'], 3)})", flush=True)
             del model
     return found
@@ -81,19 +93,38 @@ def bare(model: Any, ids: Tensor, batch_size: int) -> None:
             model.model(batch.to(model.device), use_cache=False)
 
 
-def tried_batches(model: Any, ids: Tensor) -> dict[int, float]:
-    """Batch size -> seconds per window of the bare forward pass, the better of two."""
+def tried_batches(model: Any, ids: Tensor, known: Mapping[int, float] | None = None) -> dict[int, float]:
+    """Batch size -> seconds per window of the bare forward pass, the better of two.
+
+    The sizes double until one is no better than the best before it, or takes all windows, or more memory than there is:
+    the best of them is then not the last only because nobody looked further. ``known``: the same of fewer windows,
+    which leaves the sizes beyond, where the largest of them was the best.
+    """
+    import torch
+
     cuda = model.device.type == "cuda"
-    found = {}
-    for size in (size for size in BATCH_SIZES if size <= len(ids)):
-        some = ids[: max(BATCH_SIZES)]
-        bare(model, some[:size], size)
-        found[size] = min(seconds_of(partial(bare, model, some, size), cuda) for _ in range(2)) / len(some)
+    found = dict(known or {})
+    size = 2 * max(found, default=0) or 1
+    if found and min(found, key=lambda tried: found[tried]) != max(found):
+        return found
+    while size <= len(ids):
+        some = ids[: max(size, TRIED_WINDOWS)]
+        try:
+            bare(model, some[:size], size)
+            seconds = min(seconds_of(partial(bare, model, some, size), cuda) for _ in range(2)) / len(some)
+        except torch.OutOfMemoryError:
+            break
+        found[size], before = seconds, min(found.values(), default=float("inf"))
+        if seconds >= before:
+            break
+        size *= 2
     return found
 
 
-def compared(model: Any, ids: Tensor, batch_size: int, settings: Settings) -> dict[str, Any]:
-    """Seconds of the two in alternation, of our stages on their own, and the peak memory of each."""
+def compared(
+    model: Any, ids: Tensor, batch_size: int, settings: Settings, *, stages_alone: bool = True
+) -> dict[str, Any]:
+    """Seconds of the two in alternation, of our stages on their own (or None), and the peak memory of each."""
     import cfsp
 
     prune = partial(cfsp.prune, model, ids, ratio=RATIO, batch_size=batch_size)
@@ -104,20 +135,24 @@ def compared(model: Any, ids: Tensor, batch_size: int, settings: Settings) -> di
     ratio, ratios = pairwise(seconds["ours"], seconds["bare"])
     tokens = ids.numel()
     folder = settings.work / "calibration-saved"
-    passes = [stages(model, ids, batch_size, folder) for _ in range(min(STAGE_REPEATS, settings.repeats))]
-    alone = {name: median(one[name]["seconds"] for one in passes) for name in STAGES}
-    resident = "peak_gpu_bytes" if cuda else "peak_bytes"
+    alone: dict[str, float] | None = None
+    resident_peaks: dict[str, int] | None = None
+    if stages_alone:
+        passes = [stages(model, ids, batch_size, folder) for _ in range(min(STAGE_REPEATS, settings.repeats))]
+        resident = "peak_gpu_bytes" if cuda else "peak_bytes"
+        alone = {name: median(one[name]["seconds"] for one in passes) for name in STAGES}
+        resident_peaks = {name: max(one[name][resident] or 0 for one in passes) for name in STAGES}
     peaks, lm_head_calls = peak_bytes(model, ids[: 2 * batch_size], batch_size, folder)
     return {
         "seconds": seconds,
         "ratio": ratio,
         "ratios": ratios,
-        "stages_ratio": (alone["calibrate"] + alone["plan"]) / median(seconds["bare"]),
+        "stages_ratio": alone and (alone["calibrate"] + alone["plan"]) / median(seconds["bare"]),
         "tokens": tokens,
         "tokens_per_second": {name: tokens / median(values) for name, values in seconds.items()},
         "microseconds_per_token": {name: 1e6 * median(values) / tokens for name, values in seconds.items()},
         "stage_seconds": alone,
-        "stage_peak_bytes": {name: max(one[name][resident] or 0 for one in passes) for name in STAGES},
+        "stage_peak_bytes": resident_peaks,
         "weights_bytes": weights_bytes(model),
         "peak_beside_weights": peaks,
         "lm_head_calls": lm_head_calls,
@@ -231,21 +266,23 @@ def table(found: Found) -> str:
             f"{median(row['seconds']['bare']):.2f}",
             f"{median(row['seconds']['ours']):.2f}",
             f"**{row['ratio']:.2f}** ({span(row['ratios'])})",
-            f"{row['stages_ratio']:.2f}",
+            "" if row["stages_ratio"] is None else f"{row['stages_ratio']:.2f}",
             f"{row['tokens_per_second']['ours']:,.0f}",
             f"{row['microseconds_per_token']['ours']:,.1f}",
-            *(f"{row['stage_seconds'][name]:.2f}" for name in STAGES),
+            *("" if row["stage_seconds"] is None else f"{row['stage_seconds'][name]:.2f}" for name in STAGES),
             *(f"{row['peak_beside_weights'][name] / 2**20:,.0f}" for name in ("bare", *STAGES)),
         ]
         for row in found.rows
     ]
     shapes = "; ".join(describe(name) for name in dict.fromkeys(row["shape"] for row in found.rows))
     explained = (
-        "bare forward: model.model(ids, use_cache=False) with SDPA at its own best batch size, found among "
-        f"{', '.join(map(str, BATCH_SIZES))}. ours: cfsp.prune at {RATIO:.0%} and the same batch size, which "
-        "calibrates, scores and plans; both over the same tokens, in alternation, medians; ratio: median of the "
-        "pairs' ratios; stages alone: calibrate and plan (which scores) without checks and fingerprint. The stages "
-        "are medians too. MiB: most bytes alive beside the weights, counted where tensors are made (on a GPU by its "
-        f"allocator); buffers of the file writing are outside of it. Resident peaks are in the record. {shapes}."
+        "bare forward: model.model(ids, use_cache=False) with SDPA at its own best batch size for these windows: "
+        "sizes double from 1 until one is no faster than the best before it or holds all windows (each is in the "
+        f"record). ours: cfsp.prune at {RATIO:.0%} and the same batch size, which calibrates, scores and plans; both "
+        "over the same tokens, in alternation, medians; ratio: median of the pairs' ratios; stages alone: calibrate "
+        "and plan (which scores) without checks and fingerprint. The stages are medians too, and are timed for the "
+        "smallest number of windows only; so is, on a CPU, every dtype but float32. MiB: most bytes alive beside the "
+        "weights over two batches, counted where tensors are made (on a GPU by its allocator); buffers of the file "
+        f"writing are outside of it. Resident peaks are in the record. {shapes}."
     )
     return markdown("Calibration beside a bare forward pass", head, rows, found, explained)

@@ -28,7 +28,7 @@ class Settings:
     windows: tuple[int, ...] = (8, 64)
     blocks: int = 58
     modes: tuple[str, ...] = ("off", "on")
-    runs: int = 1
+    runs: int = 3
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -24,6 +26,8 @@ MEMORY_LIMIT = 2_000_000_000
 #: A streamed run may take so many times as long as one in memory.
 TIME_LIMIT = 1.3
 WINDOWS = 16
+#: Bytes between two looks at whether a file is in the page cache: each may read a little ahead.
+LOOK_EVERY = 2**24
 RATIO = 0.5
 #: As the files have it: model.dtype=auto would widen it on a CPU.
 DTYPE = "bfloat16"
@@ -44,18 +48,45 @@ def measure(settings: Settings) -> Found:
     usual = shape.blocks == Settings.blocks
     name = "streaming" if usual else f"streaming_{shape.blocks}_blocks"
     words = "parts=streaming" + ("" if usual else f" blocks={shape.blocks}")
+    words += f" modes={','.join(settings.modes)} runs={settings.runs}"
     notes = {"checkpoint_bytes": size, "blocks": shape.blocks, "windows": WINDOWS}
-    found = Found(name, f"{words} modes={','.join(settings.modes)}", notes=notes)
+    found = Found(name, words, notes=notes)
     plans: dict[str, Any] = {}
     for run in range(settings.runs):
         for mode in settings.modes if run % 2 == 0 else tuple(reversed(settings.modes)):
-            row = measured(folder, ids, work / "run", mode)
+            cached = drop_from_page_cache(sorted(folder.iterdir()))
+            row = {"cached_before": cached, **measured(folder, ids, work / "run", mode)}
             plan = row.pop("plan")
             row["same_plan"] = plan == plans.setdefault("first", plan)
             found.rows.append({"run": run, **row})
             print(f"streaming: {mode}: {row['seconds']:.1f} s, {row['peak_bytes'] / 1e9:.2f} GB resident", flush=True)
     found.checks = _checks(found)
     return found
+
+
+def drop_from_page_cache(files: Sequence[Path]) -> float | None:
+    """Make the next read of the files one of the disk; the share of looked at pages that are cached all the same.
+
+    Without it the first run would read the disk and the next one memory, which says nothing of their modes. None where
+    the system cannot do it or cannot tell (a file system in memory, one that is not Linux's).
+    """
+    if not (hasattr(os, "posix_fadvise") and hasattr(os, "RWF_NOWAIT")):
+        return None
+    cached, looks = 0, 0
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # what is not on the disk yet stays in memory
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            for offset in range(0, file.stat().st_size, LOOK_EVERY):
+                looks += 1
+                with suppress(BlockingIOError):  # not in memory
+                    cached += os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT)
+        except OSError:
+            return None
+        finally:
+            os.close(descriptor)
+    return cached / looks if looks else None
 
 
 def measured(folder: Path, ids: Path, run: Path, mode: str | None) -> dict[str, Any]:
@@ -130,10 +161,24 @@ def table(found: Found) -> str:
         f"A randomly initialised LLaMA of {found.notes['checkpoint_bytes'] / 1e9:.2f} GB in {DTYPE} (hidden "
         f"{SHAPE.hidden}, FFN {SHAPE.ffn}, {found.notes['blocks']} blocks) in shards, {found.notes['windows']} "
         f"windows of {SEQ_LEN} tokens, cfsp at {RATIO:.0%}, the pruned model written. Each run is a process of its "
-        "own with empty caches; seconds: of the whole process, imports and start included; peak resident: VmHWM, the "
-        "highest seen."
+        f"own with empty caches of cfsp, {max(row['run'] for row in found.rows) + 1} of each mode, in the order "
+        f"{', '.join(str(row['mode']) for row in found.rows)}; {_cache_state(found)}. Seconds: of the whole process, "
+        "imports and start included, medians; peak resident: VmHWM, the highest seen."
     )
     return markdown("Pruning a checkpoint from its shards", head, rows, found, explained)
+
+
+def _cache_state(found: Found) -> str:
+    """In what state of the page cache the runs started."""
+    shares = [row["cached_before"] for row in found.rows]
+    if None in shares:
+        return (
+            "the checkpoint could not be dropped from the page cache, so all runs but the first may find it in memory"
+        )
+    return (
+        "before each the checkpoint is dropped from the page cache (posix_fadvise), so that all read it from the disk: "
+        f"{max(shares):.0%} of it was still in memory at most"
+    )
 
 
 def _stage(runs: list[dict[str, Any]], name: str) -> float:

@@ -50,6 +50,8 @@ def models(tmp_path_factory) -> tuple[Path, dict[str, torch.nn.Module]]:
         for structure in (*STRUCTURES, "uniform"):
             plain = structure == "uniform"
             model = uniform(architecture) if plain else pruned(architecture, structure, vocab_size=VOCABULARY)
+            with torch.no_grad():
+                model.lm_head.weight.mul_(10)  # logits as large as a trained model's
             found[f"{architecture}-{structure}"] = model
             saved = save_checkpoint(model, base / f"{architecture}-{structure}", source=ASSETS)
             assert (saved.form == "plain") == (structure in ("uniform", "equal_heads", "blocks"))
@@ -87,7 +89,7 @@ def test_transformers_alone_makes_the_model_in_memory(models, version, tmp_path)
             logits, hidden = model(IDS).logits, model.model(IDS).last_hidden_state
         assert (found["logits"] - logits).abs().max() <= 1e-5, name
         assert (found["hidden"] - hidden).abs().max() <= 1e-5, name
-        assert found["padded"] <= 1e-5, name
+        assert found["padded"] <= 5e-5, name  # a mask takes another kernel: 6e-6 is measured, of logits up to 5
         texts = found["texts"]
         assert torch.equal(texts["cached"], texts["whole"]), name
         assert texts["cached"].shape == (2, IDS.shape[1] + 8)

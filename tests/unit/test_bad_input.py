@@ -80,7 +80,7 @@ def test_ratio(ratio):
         ("seed=1.5", "integer"),
         ("force=maybe", "boolean"),
         ("save.dtype=int8", "'bfloat16'"),
-        ("save.format=gguf", "'hf'"),
+        ("save.format=onnx", "'hf'"),
         ("plugins.allow=mine", "plugins.allow=[my_package]"),
         ("paths.cache_dir=''", "at least 1 character"),
         ("evaluation.perplexity.seq_len=1", "greater than or equal to 2"),
@@ -192,6 +192,14 @@ def _truncated(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def _contradicting(folder: Path) -> None:
+    """A shape that does not take the bytes the header gives it; names, sizes and the file's length are right."""
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    assert content.count(b"[64,16]")
+    file.write_bytes(content.replace(b"[64,16]", b"[64,15]"))
+
+
 def _weights(change):
     def damage(folder: Path) -> None:
         weights = load_file(folder / "model.safetensors")
@@ -225,6 +233,7 @@ _NORM, _UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
         pytest.param(_without("model.safetensors"), ["*.safetensors", "save_pretrained"], id="no weights"),
         pytest.param(_pickled, ["*.safetensors", "pytorch_model.bin", "never loaded"], id="pickled weights"),
         pytest.param(_truncated, ["model.safetensors", "truncated", "fetch"], id="truncated weights"),
+        pytest.param(_contradicting, ["model.safetensors", "[64, 15]", "fetch"], id="header that contradicts itself"),
         pytest.param(_weights(lambda w: w.pop(_UP)), ["1 weights are missing", _UP], id="missing tensor"),
         pytest.param(_config(intermediate_size=48), ["mlp", "[64, 16]", "[48, 16]"], id="config of another width"),
         pytest.param(_config(num_hidden_layers=3), ["weights are missing", "layers.2"], id="config of more layers"),

@@ -9,9 +9,11 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,6 +29,7 @@ from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.models import checkpoint, shard_writer
 from cfsp.models.checkpoint import MARKER, check_safetensors, first_non_finite, save_checkpoint
 from cfsp.models.remote_code import adopt, pruned_family, register_pruned_families
+from cfsp.models.shards import Shards, read_header
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 HIDDEN, WIDTH, UNEQUAL, EQUAL = 32, 48, [16, 48, 7], [24, 24, 24]
@@ -400,6 +403,34 @@ def test_a_truncated_file_is_refused(saved: Path, kept: float) -> None:
     file.write_bytes(content[: int(len(content) * kept)])
     with pytest.raises(CheckpointError, match=r"model\.safetensors.*truncated"):
         check_safetensors(saved)
+
+
+def _header_of(file: Path) -> dict[str, Any]:
+    content = file.read_bytes()
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+
+
+@pytest.mark.parametrize("change", ["another shape", "another dtype", "overlap", "gap", "backwards", "no numbers"])
+def test_a_header_that_contradicts_itself_names_the_tensor(tmp_path: Path, change: str) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"one": torch.zeros(4, 2), "two": torch.zeros(8)}, file)
+    header = _header_of(file)
+    assert header["one"]["data_offsets"] == [0, 32]
+    header["two"] |= {
+        "another shape": {"shape": [9]},
+        "another dtype": {"dtype": "BF16"},
+        "overlap": {"data_offsets": [28, 64], "shape": [9]},
+        "gap": {"data_offsets": [36, 64], "shape": [7]},
+        "backwards": {"data_offsets": [64, 32]},
+        "no numbers": {"shape": ["8"]},
+    }[change]
+    text = json.dumps(header).encode()
+    size = 32 if change == "backwards" else 64
+    file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: two .*contradicts"):
+        read_header(file)
+    with pytest.raises(CheckpointError):
+        Shards(tmp_path)
 
 
 def test_other_damage_is_refused(saved: Path) -> None:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
+from torch._subclasses import FakeTensorMode
 
 from cfsp.config import TextSection
 from cfsp.data.calibration import Limits
 from cfsp.errors import DataError
 from cfsp.evaluate.base import Side
-from cfsp.evaluate.cost import Cost, size_of
+from cfsp.evaluate.cost import Cost, peak_beside, size_of
 from cfsp.evaluate.live_tensors import LiveTensors
 from cfsp.evaluate.perplexity import Perplexity, negative_log_likelihood
 from cfsp.models.load import load_tokenizer
 from cfsp.models.source import _from_folder
 from cfsp.package import ROOT
 from cfsp.record.run_record import RunRecord
+from cfsp.record.stages import Stages
 from cfsp.tables.summary import summary
 from tests.tiny import tiny_model, tokens
 
@@ -117,9 +120,51 @@ def test_memory_counts_tensors_that_are_alive_at_one_time():
         known.add_(third.reshape(1000))  # reshape of a transposed tensor copies
     assert live.peak == 2 * 4000
 
+    with LiveTensors([known]) as live:
+        described = torch.zeros(10**6, device="meta") + 1
+        with FakeTensorMode():
+            torch.zeros(10**6)
+        made = torch.zeros_like(described, device="cpu")[:10].clone()
+    assert live.peak == 4 * 10**6 + made.nbytes, "what is only described takes no memory"
+
     model = tiny_model()
     short, long = (Cost(prompt_tokens=n, new_tokens=4, repeats=1).measure(model, None)[-1].value for n in (16, 64))
     assert long > short
+
+
+def test_gpus_are_asked_by_their_number(monkeypatch):
+    """model.device=cuda:1 is not the current device, and a model may lie on several."""
+    peak = {0: 0, 1: 0, 2: 0}
+    synchronised = []
+
+    def number(device: torch.device | int) -> int:
+        return device if isinstance(device, int) else device.index
+
+    fakes = {
+        "is_available": lambda: True,
+        "device_count": lambda: len(peak),
+        "synchronize": lambda device: synchronised.append(number(device)),
+        "reset_peak_memory_stats": lambda device: peak.__setitem__(number(device), 5),
+        "memory_allocated": lambda device: 5,
+        "max_memory_allocated": lambda device: peak[number(device)],
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def on(index: int) -> SimpleNamespace:
+        return SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))
+
+    def call() -> None:
+        for device in (1, 2):
+            peak[device] += 10 * device
+
+    assert peak_beside([on(1), on(1)], on(1), call) == 10
+    assert synchronised == [1, 1]
+    assert peak_beside([on(1), on(2)], on(1), call) == 30
+    stages = Stages()
+    with stages("calibrate"):
+        call()
+    assert stages.entries[0]["peak_gpu_bytes"] == 3 * 5 + 30
 
 
 def test_the_table_reads_dense_beside_pruned():

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from cfsp.calibrate import passing
 from cfsp.config import ModelSection
-from cfsp.errors import CheckpointError
+from cfsp.errors import CheckpointError, ConfigError
 from cfsp.evaluate.zero_shot import ZeroShot
 from cfsp.models import base_models, checkpoint, shard_writer
 from cfsp.models import source as source_module
@@ -112,6 +113,26 @@ def test_evaluation_of_a_streamed_model(run_cfsp, words, tmp_path, prose_file) -
         # bit for bit the same forward; the logits are taken from the same hidden states
         assert values[0] == values[1]
         assert values[0]
+
+
+def test_logits_of_a_streamed_model_are_never_those_of_a_batch(folder, monkeypatch) -> None:
+    from cfsp.evaluate.perplexity import negative_log_likelihood
+    from cfsp.models.driver import BlockDriver
+
+    source, cpu = locate(ModelSection(name="m", path=str(folder))), torch.device("cpu")
+    ids = torch.randint(VOCABULARY, (7, 24), generator=torch.Generator().manual_seed(1))
+    shapes, real = [], BlockDriver.logits
+    monkeypatch.setattr(
+        BlockDriver, "logits", lambda self, ids, hidden: shapes.append(hidden.shape[:2]) or real(self, ids, hidden)
+    )
+    found = [
+        negative_log_likelihood(load(source, dtype=dtype, device=cpu), ids, 4, "")
+        for dtype in (torch.float32, torch.bfloat16)
+        for load in (load_model, load_streamed)
+    ]
+    assert found[0] == found[1]
+    assert found[2] == found[3]
+    assert shapes == [(1, 24)] * 2 * 7
 
 
 def test_logits_and_generation(folder) -> None:
@@ -226,6 +247,29 @@ def test_auto_streams_what_does_not_fit(run_cfsp, words, monkeypatch) -> None:
     assert made
 
 
+@pytest.mark.parametrize(("gpu", "cpu", "expected"), [(10, 10, False), (1, 10, True), (10, 1, True)])
+def test_auto_looks_at_the_memory_that_weights_pass_on_their_way_to_a_gpu(
+    words, folder, monkeypatch, gpu, cpu, expected
+) -> None:
+    from cfsp import prepare
+    from cfsp.compose import compose
+    from cfsp.config import parse
+    from cfsp.models.load import outline
+
+    view = outline(locate(ModelSection(name="m", path=str(folder))))
+    weights = view.model_parameters * 4
+    monkeypatch.setattr(prepare, "available", lambda device: weights * (cpu if device.type == "cpu" else gpu))
+
+    def streams(*more: str) -> bool:
+        return prepare.streams(parse(compose([*words, *more])), view, torch.float32, torch.device("cuda"))
+
+    assert streams() is expected
+    if expected:
+        least = "cuda" if gpu < cpu else "cpu"
+        with pytest.raises(ConfigError, match=f"GB are free on {least}"):
+            streams("recovery=lora")
+
+
 def test_the_base_model_that_a_sweep_keeps_is_not_counted_against_its_next_run(words, monkeypatch, tmp_path) -> None:
     from cfsp import prepare
     from cfsp.compose import compose
@@ -296,6 +340,65 @@ def test_a_full_disk_is_one_line(run_cfsp, words, tmp_path, monkeypatch) -> None
     assert not [path for path in (tmp_path / "out").iterdir() if "model" in path.name]
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["Ctrl-C", "full"])
+def test_a_save_that_is_stopped_keeps_its_finished_files(run_cfsp, words, tmp_path, monkeypatch, stop) -> None:
+    monkeypatch.setattr(checkpoint, "STREAMED_SHARD_BYTES", 100_000)
+    given = [*words, "model.streaming=on"]
+    real, written = shard_writer.write_file, []
+
+    def stopping(file, *args):
+        if file.name.startswith("model-00003"):
+            file.write_bytes(b"begun")
+            raise stop
+        real(file, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_writer, "write_file", stopping)
+        code, _, err = run_cfsp(*given)
+    assert code != 0
+    out = tmp_path / "out"
+    (scratch,) = (path for path in out.iterdir() if path.name.startswith(".model"))
+    assert sorted(path.name[:11] for path in scratch.glob("model-*")) == ["model-00001", "model-00002"]
+    if isinstance(stop, OSError):
+        mentions(err.strip().splitlines(), "No space left", "2 finished weight files", str(scratch))
+    # One of them is another than it is to be, though of the same size.
+    damaged = next(scratch.glob("model-00002*"))
+    damaged.write_bytes(damaged.read_bytes().replace(b'"F32"', b'"I32"', 1))
+
+    def watched(file, *args):
+        written.append(file.name[:11])
+        real(file, *args)
+
+    monkeypatch.setattr(shard_writer, "write_file", watched)
+    code, _, err = run_cfsp(*given)
+    assert code == 0, err
+    assert written[:2] == ["model-00002", "model-00003"]
+    assert not scratch.exists()
+    memory, _ = both(run_cfsp, words, tmp_path)
+    found = [weights(place / "model") for place in (memory, out)]
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_a_disk_that_cannot_hold_the_state_of_the_pass_does_not_end_it(
+    run_cfsp, words, tmp_path, monkeypatch, caplog
+) -> None:
+    tried = []
+
+    def full(file, *_: object) -> None:
+        tried.append(file)
+        file.write_bytes(b"begun")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(passing, "write_file", full)
+    monkeypatch.setattr(passing, "_SHARE_OF_TIME", 1e9)
+    code, _, err = run_cfsp(*words, "model.streaming=on", f"paths.cache_dir={tmp_path / 'c'}")
+    assert code == 0, err
+    assert len(tried) == 1
+    assert [record.getMessage() for record in caplog.records if "No space left" in record.getMessage()]
+    assert not tried[0].parent.exists()
+    assert not list((tmp_path / "c").rglob("*.progress"))
+
+
 @pytest.mark.parametrize("memory", ["0", "0.000004"], ids=["all in the file", "some in the file"])
 @pytest.mark.parametrize("pruner", ["cfsp", "wanda_sp_sequential"])
 def test_hidden_states_beyond_the_memory_limit_lie_in_a_file(
@@ -342,6 +445,27 @@ def test_a_disk_that_cannot_hold_the_hidden_states_is_one_line(run_cfsp, words, 
     mentions(err.strip().splitlines(), "No space left", "calibration.memory_gb", "paths.cache_dir")
 
 
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ((), True),
+        (("model.streaming=on",), False),
+        (("recovery=lora",), False),
+        (("calibration=self",), False),
+        (("calibration=self", "pruner=none"), True),
+        (("importance=taylor", "pruner=one_shot"), False),
+    ],
+)
+def test_out_of_memory_names_streaming_where_it_is_a_way_out(more, named) -> None:
+    from cfsp.compose import compose
+    from cfsp.config import parse
+    from cfsp.pipeline import _out_of_memory_hint
+
+    hint = _out_of_memory_hint(parse(compose(more)), SimpleNamespace(stages=[{"name": "load"}]))
+    assert ("model.streaming=on" in hint) is named
+    mentions([hint], "out of memory", "calibration.batch_size", "model.dtype=bfloat16")
+
+
 def test_a_memory_limit_that_is_none(refused, words) -> None:
     mentions(refused(*words, "calibration.memory_gb=-1"), "calibration.memory_gb=-1")
     mentions(refused(*words, "calibration.memory_gb=much"), "calibration.memory_gb=much")
@@ -360,6 +484,26 @@ def test_tasks_read_each_block_once(tmp_path) -> None:
     # Requests of one kind are asked together; one read ahead of the end may be dropped.
     assert max(streamed(disk).reads) <= 2
     assert all(parameter.is_meta for parameter in disk.parameters())
+
+
+def test_rolling_requests_read_each_block_once(tmp_path, capsys) -> None:
+    """The harness takes their windows batch by batch; here they are longer than a batch, and of several requests."""
+    from lm_eval.models.huggingface import HFLM
+
+    from cfsp.evaluate.streamed_harness import BlockByBlock
+
+    source = locate(ModelSection(name="books7m", path="pkg://cfsp/assets/books7m"))
+    cpu = torch.device("cpu")
+    settings = {"tokenizer": load_tokenizer(source), "batch_size": 2, "max_length": 16}
+    requests = [SimpleNamespace(args=(text,)) for text in ("It was a dark and stormy night. " * 12, "Call me Ishmael.")]
+    memory = HFLM(pretrained=load_model(source, dtype=torch.float32, device=cpu), **settings)
+    expected = memory.loglikelihood_rolling(requests, disable_tqdm=True)
+    store = streamed(load_streamed(source, dtype=torch.float32, device=cpu))
+    harness = BlockByBlock(store, **settings)
+    capsys.readouterr()
+    assert harness.loglikelihood_rolling(requests, disable_tqdm=True) == expected
+    assert max(store.reads) <= 2, "one read ahead of the end may be dropped"
+    assert capsys.readouterr().err == ""
 
 
 def test_a_model_is_hashed_once_for_all_processes(folder, tmp_path, monkeypatch) -> None:

@@ -178,7 +178,7 @@ def reference() -> Reference:
 def test_what_counts_as_the_same_model(reference):
     sound = {"version": "1", "logprobs": reference.logprobs.tolist(), "greedy": reference.greedy.tolist()}
     finding = compare("vllm", sound, reference, 1e-3)
-    assert (finding.outcome, finding.difference, finding.tokens) == ("equal", 0.0, "32 of 32")
+    assert (finding.outcome, finding.difference, finding.tokens) == ("equal", 0.0, "16 of 16")
     assert compare("lm_eval", {**sound, "greedy": []}, reference, 1e-3).tokens == ""
     off = reference.logprobs.copy()
     off[1, 3] -= 0.01
@@ -187,8 +187,13 @@ def test_what_counts_as_the_same_model(reference):
     assert finding.difference == pytest.approx(0.01, rel=1e-3)
     assert "token 4 of window 1" in finding.note
     assert compare("vllm", {**sound, "logprobs": off.tolist()}, reference, 0.05).outcome == "equal"
+    finding = compare("vllm", {**sound, "logprobs": (reference.logprobs + 0.04).tolist()}, reference, 0.05, 0.01)
+    assert finding.outcome == "differs", "all values are off a little"
+    assert "mean difference is 0.04, 0.01 are allowed" in finding.note
     off[0, 0] = np.nan
-    assert compare("vllm", {**sound, "logprobs": off.tolist()}, reference, 1.0).outcome == "differs"
+    finding = compare("vllm", {**sound, "logprobs": off.tolist()}, reference, 1.0)
+    assert (finding.outcome, finding.as_dict()["difference"]) == ("differs", None)
+    assert "not finite" in finding.note
     for wrong in (None, [], reference.logprobs[:, 1:].tolist(), "text", [["a"]]):
         assert compare("vllm", {**sound, "logprobs": wrong}, reference, 1.0).outcome == "fails"
     finding = compare("peft", {**sound, "checks": {"merging": 0.1}}, reference, 1e-3)
@@ -201,10 +206,10 @@ def test_greedy_tokens_may_part_where_two_are_as_likely(reference):
     answer = {"logprobs": reference.logprobs.tolist(), "greedy": other.tolist()}
     reference.margins[:] = 1.0
     finding = compare("vllm", answer, reference, 1e-3)
-    assert (finding.outcome, finding.tokens) == ("differs", "21 of 32")
+    assert (finding.outcome, finding.tokens) == ("differs", "13 of 16")
     reference.margins[1, 5] = 1e-3
     finding = compare("vllm", answer, reference, 1e-3)
-    assert (finding.outcome, finding.tokens) == ("equal", "21 of 32")
+    assert (finding.outcome, finding.tokens) == ("equal", "13 of 16")
     assert "tie" in finding.note
     for short in (other[:, :3].tolist(), other[:1].tolist()):
         assert compare("vllm", {**answer, "greedy": short}, reference, 1e-3).outcome == "differs"
@@ -225,7 +230,7 @@ def test_many_small_differences_are_another_model(reference):
     off += 0.06
     finding = compare("vllm", {**answer, "logprobs": off.tolist()}, reference, 0.5, 0.05)
     assert finding.outcome == "differs"
-    assert "on average, where rounding makes up to 0.05" in finding.note
+    assert "mean difference is 0.06" in finding.note
 
 
 # What is tampered with
@@ -375,7 +380,7 @@ def test_transformers_makes_the_saved_model_of_each_structure(structure, tmp_pat
     script = importlib.import_module("cfsp.verify.tools.transformers")
     finding = compare("transformers", script.main(asked_of(reference, folder)), reference, 1e-5)
     assert finding.outcome == "equal", finding
-    assert finding.tokens == "32 of 32"
+    assert finding.tokens == "16 of 16"
 
 
 def test_the_command_line_in_processes_of_their_own(run_cfsp, saved, tmp_path):
@@ -386,8 +391,8 @@ def test_the_command_line_in_processes_of_their_own(run_cfsp, saved, tmp_path):
     rows = json.loads((tmp_path / "a" / "r.json").read_text())["tools"]
     assert [(row["tool"], row["outcome"]) for row in rows] == [("transformers", "equal"), ("peft", "equal")]
     assert all(row["difference"] <= 1e-5 for row in rows)
-    assert rows[0]["tokens"] == "32 of 32"
-    for part in ("transformers", "peft", "32 of 32", "the saved model in transformers, peft"):
+    assert rows[0]["tokens"] == "16 of 16"
+    for part in ("transformers", "peft", "16 of 16", "the saved model in transformers, peft"):
         assert part in out
 
 
@@ -419,6 +424,22 @@ def test_scripts_do_not_take_cfsp(tmp_path):
     (tmp_path / "script.py").write_text(program)
     ended = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True)
     assert "import of cfsp halted" in ended.stderr
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize(("words", "allowed"), [(("format=padded",), 1e-4), (("format=hf", "dtype=bf16"), 0.25)])
+def test_an_export_is_verified_with_the_reference_of_the_folder(run_cfsp, tmp_path, words, allowed):
+    """Weights that the export rounded are allowed more than those that only moved."""
+    saved = save_checkpoint(pruned("llama", "widths"), tmp_path / "saved", source=ASSETS).folder
+    code, _, err = run_cfsp("export", f"path={saved}", f"to={tmp_path / 'export'}", *words, defaults=False)
+    assert code == 0, err
+    record = tmp_path / "record.json"
+    words = [f"path={tmp_path / 'export'}", "tools=transformers", f"record={record}"]
+    code, out, err = run_cfsp("verify", *words, defaults=False)
+    assert code == 0, out + err
+    (row,) = json.loads(record.read_text())["tools"]
+    assert row["tolerance"] == allowed
+    assert (row["difference"] <= 1e-5) == (allowed == 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -467,7 +488,7 @@ def test_an_answer_is_found_between_a_tools_own_words(run_cfsp, saved, pretender
     python = pretender(json.dumps(answer) + "\ngoodbye\n")
     code, out, err = run_cfsp("verify", f"path={saved}", "tools=vllm", f"python.vllm={python}", defaults=False)
     assert code == 0, err
-    assert "32 of 32" in out
+    assert "16 of 16" in out
     request = json.loads((tmp_path / "request").read_text())
     assert request["token_ids"] == reference.token_ids.tolist()
     assert (request["path"], request["greedy"], request["dtype"]) == (str(saved), GREEDY, "float32")
