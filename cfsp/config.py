@@ -252,6 +252,7 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     problems.extend(_unused(parts["pruner"], raw))
     problems.extend(_sequential_gradients(parts["pruner"], parts["importance"]))
     problems.extend(_nothing_to_recover(parts["pruner"], parts["recovery"]))
+    problems.extend(_nothing_to_export(parts["save"]))
     if problems:
         raise ConfigError(*problems)
     parts.pop("plugins")
@@ -300,6 +301,14 @@ def _nothing_to_recover(pruner: Component | None, recovery: Component | None) ->
         f"recovery={recovery.instance.name}: pruner={pruner.instance.name} removes nothing, so there is nothing to "
         "recover; use recovery=none, or prune in the same command (what was calibrated before is read from the cache)"
     )
+
+
+def _nothing_to_export(save: SaveSection | None) -> Iterator[str]:
+    if save is not None and not save.model and save.format != "hf":
+        yield (
+            f"save.format={save.format}: save.model=false saves no model that could be exported; use save.model=true, "
+            "or leave save.format out"
+        )
 
 
 @cache

@@ -60,7 +60,8 @@ def identity_of(
             "method": method_of(config),
             "sparsity": config.sparsity.model_dump(),
             "calibration": calibration,
-            "stored": {"dtype": stored_dtype, "format": config.save.format},
+            # Of every format: an export is made of the saved model and changes no figure of the run.
+            "stored": {"dtype": stored_dtype, "format": "hf"},
         }
     return {
         "version": METHOD_VERSION,

@@ -26,6 +26,7 @@ from cfsp.errors import BusyError, CheckpointError, ConfigError, RunError
 from cfsp.evaluate.base import Side, parts_of
 from cfsp.evaluate.measurement import Measurement
 from cfsp.export import card
+from cfsp.export.command import Request, check_place, exported, place_beside
 from cfsp.identity import METHOD_VERSION, digest, method_of
 from cfsp.importance.base import required
 from cfsp.lease import holder, take
@@ -70,6 +71,8 @@ def run(config: RunConfig, *, multirun: bool = False, bases: BaseModels | None =
     if config.save.model and config.pruner.instance.prunes:
         for name in ("model", "pruned") if config.recovery.instance.trains else ("model",):
             check_destination(out / name)
+        if config.save.format != "hf":
+            check_place(place_beside(out / "model", config.save.format), config.save.format)
     with contextlib.ExitStack() as until_the_end:
         for place in (out / LEASE, prepared.progress.with_name(f"{prepared.run_id}.lease")):
             lease = take(place)
@@ -84,9 +87,16 @@ def _run(prepared: Prepared, out: Path, bases: BaseModels) -> RunRecord:
     config = prepared.config
     earlier = RunRecord.read(out / "record.json")
     if earlier is not None and not config.force and _is_finished(earlier, out, prepared):
-        log.info("this run is finished (%s); force=true repeats it", out / "record.json")
         shutil.rmtree(prepared.progress, ignore_errors=True)  # it was killed after its record and before this
         copy = Path(config.paths.records_dir) / f"{earlier.run_id}.json"
+        if _lacks_export(earlier, out, config):  # the saved model does not depend on the format of its export
+            log.info("this run is finished (%s); its export as %s is made", out / "record.json", config.save.format)
+            earlier.checkpoint = {**(earlier.checkpoint or {}), "export": _export(config.save.format, out)}
+            earlier.write(out / "record.json")
+            _mirror(config, earlier, out)
+            earlier.write(copy)
+            return earlier
+        log.info("this run is finished (%s); force=true repeats it", out / "record.json")
         if not _is_copied(copy):
             _mirror(config, earlier, out)
             earlier.write(copy)
@@ -179,7 +189,7 @@ def _stages(
                 record.measurements["pruned"] = _measured(prepared, model, "pruned")
         with stages("recover"):
             assert as_it_was is not None
-            base = partial(_save_base, prepared, model, plan, out)
+            base = partial(_save_base, prepared, model, plan, out, _facts(prepared, plan, record))
             recovered = recover(prepared, as_it_was, context, plan, out, base=base, report=report)
             model, record.recovery = recovered.model, recovered.record
             round_to_stored(model, prepared.stored_dtype)
@@ -190,9 +200,6 @@ def _stages(
             facts = _facts(prepared, plan, record)
             saved = _save(prepared, model, plan, out / "model", state, facts)
             record.checkpoint = {"form": saved.form, "bytes": saved.bytes, "dtype": saved.dtype, "state": state}
-        if config.save.format != "hf":
-            with stages("export"):
-                record.checkpoint["export"] = _export(config.save.format, out)
     if prepared.evaluation:
         with stages(f"evaluate {sides[-1]}"):
             record.measurements[sides[-1]] = _measured(prepared, model, sides[-1])
@@ -202,14 +209,15 @@ def _stages(
             _add(record.measurements, _side_by_side(prepared, model, [*dense, *(_side(s, prepared) for s in sides)]))
     if config.save.model and record.checkpoint:
         card.write_card(out / "model", _facts(prepared, plan, record), record.checkpoint["form"])
+        if config.save.format != "hf":  # after the figures, which its card shows and its failure must not cost
+            with stages("export"):
+                record.checkpoint["export"] = _export(config.save.format, out)
     draw_blocks(plan, _distance_shown(config), out / "blocks.png")
     if record.recovery and record.recovery.get("history"):
         draw_recovery(record.recovery, out / "recovery.png")
 
 
 def _export(form: str, out: Path) -> dict[str, Any]:
-    from cfsp.export.command import Request, exported
-
     result = exported(Request(out / "model", form))
     for note in result.notes:
         log.info("%s: %s", form, note)
@@ -218,14 +226,18 @@ def _export(form: str, out: Path) -> dict[str, Any]:
 
 def _facts(prepared: Prepared, plan: PruningPlan, record: RunRecord) -> dict[str, Any]:
     recovered = bool(record.recovery)
+    source = prepared.source
+    hub = source.fingerprint.removeprefix("hub:").partition("@")[0] if source.fingerprint.startswith("hub:") else None
     return card.facts_of_run(
-        base_model=prepared.source.origin,
-        licence=card.licence_of(prepared.source.folder),
+        base_model=(hub or source.folder.resolve().name).rpartition("/")[2],
+        hub_id=hub,
+        licence=card.licence_of(source.folder),
         plan=plan,
         calibration=record.calibration or {},
         state="recovered" if recovered else _state(plan),
         recovery=prepared.config.recovery.instance.name if recovered else None,
         measurements=record.measurements if "pruned" in record.measurements else None,
+        earlier=card.read_facts(source.folder),
     )
 
 
@@ -235,21 +247,20 @@ def _save(
     plan: PruningPlan,
     folder: Path,
     state: str,
-    facts: dict[str, Any] | None = None,
+    facts: dict[str, Any],
 ) -> SavedCheckpoint:
     files = _plan_in_folder(plan, prepared).files(tensors=COMPENSATION_IN_FOLDER)
-    if facts is not None:
-        form = "remote_code" if model.config.model_type.startswith(PRUNED_PREFIX) else "plain"
-        files |= card.card_files(facts, form, folder.name)
+    form = "remote_code" if model.config.model_type.startswith(PRUNED_PREFIX) else "plain"
+    files |= card.card_files(facts, form, folder.name)
     dtype, source = prepared.stored_dtype, prepared.source.folder
     return save_checkpoint(model, folder, dtype=dtype, source=source, state=state, files=files)
 
 
-def _save_base(prepared: Prepared, model: Any, plan: PruningPlan, out: Path) -> Path | None:
+def _save_base(prepared: Prepared, model: Any, plan: PruningPlan, out: Path, facts: dict[str, Any]) -> Path | None:
     """The pruned model without what is learnt, which an adapter stands on; None where no model is to be saved."""
     if not prepared.config.save.model:
         return None
-    return _save(prepared, model, plan, out / "pruned", _state(plan)).folder
+    return _save(prepared, model, plan, out / "pruned", _state(plan), facts).folder
 
 
 def _state(plan: PruningPlan) -> str:
@@ -414,8 +425,15 @@ def _is_copied(copy: Path) -> bool:
 def _is_finished(earlier: RunRecord, out: Path, prepared: Prepared) -> bool:
     if not earlier.succeeded or not (prepared.config.save.model and prepared.config.pruner.instance.prunes):
         return earlier.succeeded
-    export = (earlier.checkpoint or {}).get("export")
-    return (out / "model" / "config.json").is_file() and (export is None or (out / export["place"]).exists())
+    return (out / "model" / "config.json").is_file()
+
+
+def _lacks_export(earlier: RunRecord, out: Path, config: RunConfig) -> bool:
+    """Whether the asked format is not there beside the model of a finished run."""
+    if config.save.format == "hf" or not (config.save.model and config.pruner.instance.prunes):
+        return False
+    export = (earlier.checkpoint or {}).get("export") or {}
+    return export.get("form") != config.save.format or not (out / export["place"]).exists()
 
 
 @contextlib.contextmanager

@@ -99,7 +99,7 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
     dtype = resolve_dtype(config.model.dtype, device, source)
     if config.save.model and config.pruner.instance.prunes:
         with _collected(problems):
-            check_exportable(source, config.save.format, getattr(config.pruner.instance, "compensation", "none"))
+            check_exportable(source, config, view)
     streaming = False
     with _collected(problems):
         streaming = streams(config, view, dtype, device, held)

@@ -1,6 +1,7 @@
 """``import cfsp`` makes pruned folders known to transformers: no ``trust_remote_code``, and nothing imported for it.
 
-The classes of a family take seconds to make, so they are made when transformers asks for their model_type.
+The classes of a family take seconds to make, so they are made when transformers asks for their model_type, and their
+modules when a pickle names one.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 _AUTO = "transformers.models.auto.configuration_auto"
-_PREFIX = "pruned_"
+#: Of the model_type of a family whose layers differ; the package that its classes are in.
+PRUNED_PREFIX, PACKAGE = "pruned_", "cfsp_pruned_families"
 
 
 class _Families(dict[str, Any]):
@@ -27,15 +29,15 @@ class _Families(dict[str, Any]):
             raise KeyError(model_type)
         from cfsp.models.remote_code import pruned_family
 
-        return pruned_family(model_type.removeprefix(_PREFIX)).config_class
+        return pruned_family(model_type.removeprefix(PRUNED_PREFIX)).config_class
 
     @staticmethod
     def _is_ours(model_type: object) -> bool:
-        if not isinstance(model_type, str) or not model_type.startswith(_PREFIX):
+        if not isinstance(model_type, str) or not model_type.startswith(PRUNED_PREFIX):
             return False
         from cfsp.models.remote_code import COMMON_FAMILIES
 
-        return model_type.removeprefix(_PREFIX) in COMMON_FAMILIES
+        return model_type.removeprefix(PRUNED_PREFIX) in COMMON_FAMILIES
 
 
 def register() -> None:
@@ -43,7 +45,7 @@ def register() -> None:
     module = sys.modules.get(_AUTO)
     if module is not None:
         _extend(module)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
@@ -56,15 +58,42 @@ def _extend(module: ModuleType) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Sees transformers' table of configurations being imported, and extends it afterwards."""
+    """Sees transformers' table of configurations being imported, and extends it afterwards; finds families' modules."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name == PACKAGE:
+            return ModuleSpec(name, _Package(), is_package=True)
+        if name.startswith(f"{PACKAGE}."):
+            from cfsp.models.remote_code import write_module
+
+            write_module(name)
+            return None  # it lies in the package's folder, where the others look
         if name != _AUTO:
             return None
-        spec = PathFinder.find_spec(name, path, target)
+        spec = self._others_spec(name, path, target)
         if spec is not None and spec.loader is not None:
             spec.loader = _Extending(spec.loader)
         return spec
+
+    def _others_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
+        """Not PathFinder's: somebody else may see to imports too."""
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(name, path, target)
+            if spec is not None:
+                return spec
+        return None
+
+
+class _Package(Loader):
+    """The package that is there, or a new one in a folder of this process."""
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        from cfsp.models.remote_code import package
+
+        return package()
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It holds nothing of its own."""
 
 
 class _Extending(Loader):
@@ -79,4 +108,7 @@ class _Extending(Loader):
         _extend(module)
 
     def __getattr__(self, name: str) -> Any:  # get_source and the like, for tracebacks
+        # A copy is asked for these before it has a loader, which would ask here again, without end.
+        if name == "_loader" or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(name)
         return getattr(self._loader, name)

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cfsp.errors import CheckpointError
+
 CARD, FACTS = "README.md", "cfsp_card.json"
+#: What a card's front matter says of the licence; the last two where it is none that the hub has a name for.
+_LICENCE_KEYS = ("license", "license_name", "license_link")
+_FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.MULTILINE | re.DOTALL)
 
 _LOADING = {
     "remote_code": """\
@@ -25,8 +31,10 @@ model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 ```
 
-`cfsp.load("{name}")` needs no remote code. vLLM: `vllm serve {name} --trust-remote-code`. llama.cpp:
-`cfsp export path={name} format=gguf`, then `llama-server -m {name}.gguf`.
+`cfsp.load("{name}")` needs no remote code.
+
+- {vllm}
+- llama.cpp: `cfsp export path={name} format=gguf`, then `llama-server -m {name}.gguf`
 """,
     "plain": """\
 A folder of the base architecture, which needs no code of its own.
@@ -41,25 +49,32 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 vLLM: `vllm serve {name}`.
 """,
     "decilm": """\
-The layout of DeciLM (nemotron-nas) for vLLM, which has a class for it, and for llama.cpp's converter.
+The layout of DeciLM (nemotron-nas) for vLLM, which has a class for it: `vllm serve {name} --trust-remote-code`.
 
-`vllm serve {name} --trust-remote-code`
+llama.cpp's converter takes it too where the tokenizer is that of Llama 3 (128,256 tokens) or a SentencePiece one. For
+any other, and shorter, `cfsp export format=gguf` makes the file of the pruned model itself.
 """,
 }
+_VLLM = "vLLM: `vllm serve {name} --trust-remote-code`"
+_NOT_VLLM = (
+    "vLLM does not take it as it is, because some layers have no attention: `cfsp export path={name} format=padded`, "
+    "or decilm, first"
+)
 _LOADING["padded"] = _LOADING["plain"] + "\nAll layers are as wide as the widest one; what was pruned is zeros.\n"
 
 
-def licence_of(folder: Path) -> str | None:
-    """The licence that a model folder's own card states in its front matter; None where it states none."""
+def licence_of(folder: Path) -> dict[str, Any]:
+    """What a model folder's own card states of its licence in the front matter: ``license`` and, of others than the
+    hub's, ``license_name`` and ``license_link``; empty where it states none."""
     import yaml
 
     try:
-        text = (folder / CARD).read_text(encoding="utf-8")
-        front = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else {}
-        found = front.get("license") if isinstance(front, dict) else None
-    except (OSError, ValueError, IndexError, yaml.YAMLError):
-        return None
-    return str(found) if found else None
+        front = _FRONT.match((folder / CARD).read_text(encoding="utf-8-sig"))
+        # BaseLoader: all values are text, so that the licence "no" is not False.
+        found = yaml.load(front[1], Loader=yaml.BaseLoader) if front else {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return {key: found[key] for key in _LICENCE_KEYS if found.get(key)} if isinstance(found, dict) else {}
 
 
 def card_files(facts: Mapping[str, Any], form: str, name: str) -> dict[str, bytes]:
@@ -80,32 +95,61 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def write_card(folder: Path, facts: Mapping[str, Any], form: str) -> None:
-    """Replace card and facts of a folder, each atomically."""
+    """Replace card and facts of a folder, each atomically.
+
+    Raises:
+        CheckpointError: they cannot be written.
+    """
     for name, content in card_files(facts, form, folder.name).items():
         partial = folder / f".{name}.{os.getpid()}"
-        partial.write_bytes(content)
-        os.replace(partial, folder / name)
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, folder / name)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder / name}: the model card cannot be written ({error.strerror}); free some space and give the "
+                "command again"
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def facts_of_run(
     *,
     base_model: str,
-    licence: str | None,
+    hub_id: str | None,
+    licence: Mapping[str, Any],
     plan: Any,
     calibration: Mapping[str, Any],
     state: str,
     recovery: str | None = None,
     measurements: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    earlier: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """JSON facts of a run; ``plan`` is its PruningPlan, ``measurements`` side -> rows as the record has them."""
+    """JSON facts of a run.
+
+    Args:
+        base_model: a name, not a place: the folder may be given to others.
+        plan: the run's PruningPlan.
+        measurements: side -> rows as the record has them.
+        earlier: the facts of the model that the run started from, where that was pruned already: base model, licence
+            and the parameters before are those of the first one, and what was done is told step by step.
+    """
     kept = ("suite", "task", "metric", "value", "stderr", "n", "seq_len", "num_fewshot", "unit")
+    first = earlier if earlier and "base_model" in earlier else {}
+    parameters = dict(plan.parameters)
+    if first:
+        parameters["before"] = first["parameters"]["before"]
+        base_model, hub_id, licence = first["base_model"], first.get("hub_id"), first.get("licence") or {}
     return {
         "base_model": base_model,
-        "licence": licence,
+        "hub_id": hub_id,
+        "licence": dict(licence),
+        "earlier": [*first.get("earlier", ()), _step(first)] if first else [],
         "method": plan.method.get("name"),
         "requested": plan.requested,
         "achieved": plan.achieved,
-        "parameters": plan.parameters,
+        "parameters": parameters,
         "widths": [row["width"] for row in plan.details],
         "kv_groups": [row["kv_groups"] for row in plan.details],
         "calibration": dict(calibration),
@@ -118,34 +162,49 @@ def facts_of_run(
     }
 
 
+def _step(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: facts[key] for key in ("method", "requested", "achieved", "calibration", "recovery")}
+
+
+def facts_of_folder(folder: Path) -> dict[str, Any]:
+    """Those of a folder that a run wrote, else what the folder's own card says of the licence."""
+    return read_facts(folder) or {"licence": licence_of(folder)}
+
+
 def model_card(facts: Mapping[str, Any], form: str, name: str) -> str:
     """Markdown with the front matter of a hub card; ``form``: remote_code, plain, padded or decilm."""
-    loading = _LOADING[form].format(name=name)
-    if not facts:
-        return f"---\nlibrary_name: transformers\n---\n\n# {name}\n\n## Loading\n\n{loading}"
-    base, hub = _base(str(facts["base_model"]))
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    front += [f"base_model: {hub}"] if hub else []
-    front += [f"license: {facts['licence']}"] if facts.get("licence") else []
-    front += ["tags:", "- pruning", "- structured-pruning", "- cfsp", "---"]
-    parameters, achieved, requested = facts["parameters"], facts["achieved"], facts["requested"]
-    scope = requested.get("scope", "ffn")
-    after = f"; recovered by {facts['recovery']}" if facts.get("recovery") else ""
+    pruned = "method" in facts
+    vllm = _NOT_VLLM if pruned and _lacks_attention(facts) else _VLLM
+    loading = _LOADING[form].format(name=name, vllm=vllm.format(name=name))
+    licence = facts.get("licence") or {}
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if facts.get("hub_id"):
+        front["base_model"] = facts["hub_id"]
+    front |= licence
+    if not pruned:
+        return "\n".join([_front(front), f"# {name}", "", "## Loading", "", loading])
+    front["tags"] = ["pruning", "structured-pruning", "cfsp"]
+    base, parameters, steps = facts["base_model"], facts["parameters"], [*facts.get("earlier", ()), _step(facts)]
+    scope = facts["requested"].get("scope", "ffn")
+    pruned_to = f"{facts['achieved']['ratio']:.1%} of the {scope} parameters pruned"
+    if len(steps) > 1:
+        pruned_to = (
+            f"pruned in {len(steps)} steps to {parameters['after'] / parameters['before']:.1%} of its parameters"
+        )
+    after = f"; recovered by {facts['recovery']}" if facts.get("recovery") and len(steps) == 1 else ""
+    how = f"method `{facts['method']}`" if len(steps) == 1 else f"{len(steps)} steps"
     lines = [
-        *front,
+        _front(front),
+        f"# {base}, {pruned_to}",
         "",
-        f"# {base}, {achieved['ratio']:.1%} of the {scope} parameters pruned",
-        "",
-        f"{base} after structured pruning with cfsp (method `{facts['method']}`){after}: "
+        f"{base} after structured pruning with cfsp ({how}){after}: "
         f"{parameters['before']:,} parameters before, {parameters['after']:,} after.",
         "",
-        f"- requested: {requested.get('ratio')} of the {scope} parameters; widths in multiples of "
-        f"{requested.get('round_to')}",
+        *(_told(step, at if len(steps) > 1 else 0) for at, step in enumerate(steps, 1)),
         f"- FFN neurons of each layer: {' '.join(str(width) for width in facts['widths'])}",
         f"- KV groups of each layer: {' '.join(str(groups) for groups in facts['kv_groups'])}",
-        f"- calibration: {_calibration(facts['calibration'])}",
-        f"- licence: {facts['licence']}, of the base model"
-        if facts.get("licence")
+        f"- licence: {licence.get('license_name') or licence['license']}, of the base model"
+        if licence.get("license")
         else "- licence: that of the base model, whose folder does not state it",
         "",
         *_measured(facts.get("measurements") or {}),
@@ -156,12 +215,29 @@ def model_card(facts: Mapping[str, Any], form: str, name: str) -> str:
     return "\n".join(lines)
 
 
-def _base(origin: str) -> tuple[str, str | None]:
-    """(name to show, hub id or None) of where the base model came from: a folder, or ``hub id@commit``."""
-    if origin.startswith("pkg://") or "@" not in origin:
-        return Path(origin.removeprefix("pkg://")).name, None
-    hub = origin.partition("@")[0]
-    return hub.rpartition("/")[2], hub
+def _front(values: Mapping[str, Any]) -> str:
+    import yaml
+
+    return f"---\n{yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _told(step: Mapping[str, Any], number: int) -> str:
+    """What a step was asked for, and what it was calibrated on; ``number`` 0: it is the only one."""
+    requested = step["requested"]
+    asked = (
+        f"{requested.get('ratio')} of the {requested.get('scope', 'ffn')} parameters; widths in multiples of "
+        f"{requested.get('round_to')}"
+    )
+    calibration = _calibration(step["calibration"])
+    if not number:
+        return f"- requested: {asked}\n- calibration: {calibration}"
+    recovered = f"; recovered by {step['recovery']}" if step.get("recovery") else ""
+    return f"- step {number}: method `{step['method']}`; requested: {asked}; calibration: {calibration}{recovered}"
+
+
+def _lacks_attention(facts: Mapping[str, Any]) -> bool:
+    """Whether a layer that is there has no attention (one without both is not there)."""
+    return any(width and not groups for width, groups in zip(facts["widths"], facts["kv_groups"], strict=True))
 
 
 def _calibration(found: Mapping[str, Any]) -> str:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cfsp.components import suggest
-from cfsp.errors import CheckpointError, ConfigError
+from cfsp.errors import CfspError, CheckpointError, ConfigError
 from cfsp.sweep.command import command
+
+if TYPE_CHECKING:
+    from cfsp.export.folder import ModelFolder
+
+log = logging.getLogger(__name__)
 
 #: Format -> its module, which has ``check(source)`` and ``export(source, to, dtype=, multiple=)``.
 FORMATS = {
@@ -25,6 +31,8 @@ DTYPES = {
     "bf16": "bfloat16",
 }  # fmt: skip
 _OF_GGUF = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+#: A model that takes more of the free memory is read block by block.
+_SHARE_OF_MEMORY = 0.6
 _KEYS = ("path", "format", "to", "dtype", "multiple")
 
 USAGE = f"""\
@@ -88,7 +96,8 @@ def request_of(words: Sequence[str]) -> Request:
         of_gguf = " (q8_0 is one of format=gguf)" if dtype == "q8_0" else ""
         problems.append(f"dtype={dtype}: use float32, float16 or bfloat16{of_gguf}")
     multiple = given.get("multiple")
-    if multiple is not None and (not multiple.isdigit() or int(multiple) < 1):
+    # isdigit alone is true of "²" too
+    if multiple is not None and (not (multiple.isascii() and multiple.isdigit()) or int(multiple) < 1):
         problems.append(f"multiple={multiple}: give a whole number from 1")
     elif multiple is not None and form == "decilm" and int(multiple) % 256:
         problems.append(f"multiple={multiple}: format=decilm needs a multiple of 256; leave it out")
@@ -98,6 +107,8 @@ def request_of(words: Sequence[str]) -> Request:
         )
     elif multiple is not None and form == "hf":
         problems.append("multiple: format=hf fills nothing up; use format=padded, or leave it out")
+    if form == "gguf" and "to" in given and not given["to"].endswith(".gguf"):
+        problems.append(f"to={given['to']}: a GGUF file is named *.gguf; use to={given['to'].rstrip('/')}.gguf")
     for key in ("path", "format"):
         if key not in given and not problems:
             problems.append(f"{key} is not set: give path=DIR format=FORMAT; see cfsp export --help")
@@ -112,6 +123,27 @@ def request_of(words: Sequence[str]) -> Request:
     )
 
 
+def place_beside(folder: Path, form: str) -> Path:
+    """Where the export of a model folder is written if nobody says where."""
+    return folder.with_name(folder.name + (".gguf" if form == "gguf" else f"-{form}"))
+
+
+def check_place(to: Path, form: str) -> None:
+    """See that an export of this format may be written to ``to``.
+
+    Raises:
+        CheckpointError: there is something that cfsp did not write.
+    """
+    if form == "gguf":
+        from cfsp.export.gguf import check_file
+
+        check_file(to)
+    else:
+        from cfsp.models.checkpoint import check_destination
+
+        check_destination(to)
+
+
 def exported(request: Request) -> Any:
     """Write what is asked for; returns :class:`cfsp.export.result.Exported`.
 
@@ -121,19 +153,47 @@ def exported(request: Request) -> Any:
     import torch
 
     from cfsp.export.folder import read_folder
+    from cfsp.verify.reference import place_of
 
     source = read_folder(request.path)
     module = importlib.import_module(FORMATS[request.format])
-    suffix = ".gguf" if request.format == "gguf" else f"-{request.format}"
-    to = request.to or source.folder.with_name(source.folder.name + suffix)
-    if to.resolve() == source.folder.resolve():
+    to = request.to or place_beside(source.folder, request.format)
+    here, there = source.folder.resolve(), to.resolve()
+    if here == there:
         raise CheckpointError(f"to={to}: is the folder to be exported; give another place")
+    if here in there.parents or there in here.parents:  # the second would be replaced with the model in it
+        relation = "within" if here in there.parents else "around"
+        raise CheckpointError(
+            f"to={to}: lies {relation} the folder to be exported, {source.folder}; give another place"
+        )
     more: dict[str, Any] = {} if request.multiple is None else {"multiple": request.multiple}
     if request.format == "gguf":
         dtype: Any = _OF_GGUF.get(str(request.dtype), request.dtype) or "auto"
     else:
         dtype = None if request.dtype is None else getattr(torch, request.dtype)
-    return module.export(source, to, dtype=dtype, **more)
+    result = module.export(source, to, dtype=dtype, **more)
+    if not place_of(result.place).is_file() and source.dense:
+        _write_reference(source, result.place)
+    return result
+
+
+def _write_reference(source: ModelFolder, export: Path) -> None:
+    """No run has written what a dense folder computes, so its export would have nothing to be compared with."""
+    import torch
+
+    from cfsp.memory import available
+    from cfsp.models.load import load_model
+    from cfsp.models.shards import weight_files
+    from cfsp.models.streamed import load_streamed
+    from cfsp.verify.reference import place_of, reference_of
+
+    cpu = torch.device("cpu")
+    fits = sum(file.stat().st_size for file in weight_files(source.folder)) < _SHARE_OF_MEMORY * available(cpu)
+    try:
+        model = (load_model if fits else load_streamed)(source.source, dtype=source.dtype, device=cpu)
+        reference_of(model, dtype=source.dtype, tokenizer=source.folder).write(place_of(export))
+    except (CfspError, OSError) as error:  # the export is whole without it
+        log.warning("%s: has no reference for cfsp verify (%s)", export, error)
 
 
 def _export(request: Request) -> int:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from cfsp.errors import UnsupportedModelError
-from cfsp.export.filling import Wanted, filled_up, has_biases, layer_tensors, other_tensors, sizes, up_to
-from cfsp.export.folder import ModelFolder
+from cfsp.export.filling import Wanted, filled_up, layer_tensors, other_tensors, sizes, up_to
+from cfsp.export.folder import ModelFolder, check_there
 from cfsp.export.plain_folder import write_plain_folder
 from cfsp.export.result import Exported
 
@@ -53,7 +53,9 @@ def check(source: ModelFolder) -> None:
     """
     Raises:
         UnsupportedModelError: the layout cannot hold the model; names the family or the layer and why.
+        CheckpointError: the folder is not whole.
     """
+    check_there(source)
     if source.family == "qwen3":
         raise UnsupportedModelError(
             f"{source.folder}: qwen3 norms its queries and keys, which DeciLM has no place for; use format=hf or padded"
@@ -99,12 +101,12 @@ def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, m
         "intermediate_size": max(w.width for w in wanted),
         "block_configs": blocks,
     }
-    if has_biases(source, "self_attn.q_proj"):
+    if "self_attn.q_proj" in source.biased:
         config["qkv_bias"] = True
     tensors = [*other_tensors(source)]
     for index, sized in enumerate(wanted):
         tensors += layer_tensors(source, index, sized)
-    files = {"configuration_decilm.py": _CONFIGURATION}
+    files = {"configuration_decilm.py": _CONFIGURATION.encode()}
     size = write_plain_folder(source, to, config, tensors, dtype=dtype, form="decilm", files=files)
     return Exported(to, "decilm", size, filled_up(source, wanted))
 

@@ -12,10 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cfsp.export.folder import Layer, ModelFolder
-
-#: Norms of a layer that may be gone with the submodule they serve.
-_NORMS = {"input_layernorm.weight": "attention", "post_attention_layernorm.weight": "mlp"}
+from cfsp.export.folder import Layer, ModelFolder, projections
 
 
 @dataclass(frozen=True)
@@ -53,50 +50,36 @@ class LayerTensor:
 
 
 def layer_tensors(source: ModelFolder, index: int, wanted: Wanted) -> Iterator[LayerTensor]:
-    """The tensors of layer ``index`` in the sizes of ``wanted``, which are at least those that are there."""
-    hidden, head_dim = source.hidden, source.head_dim
-    sizes = {
-        "self_attn.q_proj": (wanted.heads * head_dim, hidden),
-        "self_attn.k_proj": (wanted.kv_heads * head_dim, hidden),
-        "self_attn.v_proj": (wanted.kv_heads * head_dim, hidden),
-        "self_attn.o_proj": (hidden, wanted.heads * head_dim),
-        "mlp.gate_proj": (wanted.width, hidden),
-        "mlp.up_proj": (wanted.width, hidden),
-        "mlp.down_proj": (hidden, wanted.width),
-    }
-    prefix = f"model.layers.{index}."
-    there = {"attention": wanted.heads > 0, "mlp": wanted.width > 0}
-    for name, shape in sizes.items():
-        if not there["mlp" if name.startswith("mlp") else "attention"]:
-            continue
-        yield _tensor(source, f"{prefix}{name}.weight", shape)
-        if name in wanted.biases or has_biases(source, name):
-            yield _tensor(source, f"{prefix}{name}.bias", shape[:1])
-    if there["attention"]:
+    """The tensors of layer ``index`` in the sizes of ``wanted``, which are at least those that are there.
+
+    Zeros (a norm: ones) stand for what the layer says it does not have, and for nothing else.
+    """
+    layer, prefix = source.layers[index], f"model.layers.{index}."
+    there = {"self_attn": layer.heads > 0, "mlp": layer.width > 0}
+    for name, shape in projections(source, wanted.width, wanted.heads, wanted.kv_heads).items():
+        stored = there[name.partition(".")[0]]
+        yield _tensor(f"{prefix}{name}.weight", shape, stored=stored)
+        own = name in source.biased
+        if own or name in wanted.biases:
+            yield _tensor(f"{prefix}{name}.bias", shape[:1], stored=stored and (own or name in layer.added_bias))
+    if wanted.heads and source.family == "qwen3":
         for name in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
-            if any(source.has(f"model.layers.{other}.{name}") for other in range(len(source.layers))):
-                yield _tensor(source, prefix + name, (head_dim,), fill=1.0)
-    for name, kind in _NORMS.items():
-        if there[kind]:
-            yield _tensor(source, prefix + name, (hidden,), fill=1.0)
-
-
-def has_biases(source: ModelFolder, projection: str) -> bool:
-    """Whether the base architecture gives ``projection`` ("mlp.down_proj") a bias in every layer."""
-    return any(
-        source.has(f"model.layers.{index}.{projection}.bias")
-        for index, layer in enumerate(source.layers)
-        if projection not in layer.added_bias
-    )
+            yield _tensor(prefix + name, (source.head_dim,), stored=there["self_attn"], fill=1.0)
+    for norm, submodule, n in (
+        ("input_layernorm", "self_attn", wanted.heads),
+        ("post_attention_layernorm", "mlp", wanted.width),
+    ):
+        if n:
+            yield _tensor(f"{prefix}{norm}.weight", (source.hidden,), stored=there[submodule], fill=1.0)
 
 
 def other_tensors(source: ModelFolder) -> Iterator[LayerTensor]:
     """The tensors outside of the layers: embedding, final norm, LM head (not a tied one)."""
     vocabulary = int(source.config["vocab_size"])
-    yield _tensor(source, "model.embed_tokens.weight", (vocabulary, source.hidden))
-    yield _tensor(source, "model.norm.weight", (source.hidden,))
+    yield _tensor("model.embed_tokens.weight", (vocabulary, source.hidden))
+    yield _tensor("model.norm.weight", (source.hidden,))
     if not source.tied:
-        yield _tensor(source, "lm_head.weight", (vocabulary, source.hidden))
+        yield _tensor("lm_head.weight", (vocabulary, source.hidden))
 
 
 def filled_up(source: ModelFolder, wanted: list[Wanted]) -> tuple[str, ...]:
@@ -124,6 +107,5 @@ def sizes(layers: tuple[Layer, ...]) -> tuple[int, int, int]:
     return max(layer.width for layer in layers), most.heads, most.kv_heads
 
 
-def _tensor(source: ModelFolder, name: str, shape: tuple[int, ...], fill: float = 0.0) -> LayerTensor:
-    there = source.has(name)
-    return LayerTensor(name, shape, name if there else None, 0.0 if there else fill)
+def _tensor(name: str, shape: tuple[int, ...], *, stored: bool = True, fill: float = 0.0) -> LayerTensor:
+    return LayerTensor(name, shape, name if stored else None, 0.0 if stored else fill)

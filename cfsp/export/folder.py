@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,19 @@ from torch import Tensor
 from cfsp.config import ModelSection
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.models.remote_code import COMMON_FAMILIES, PRUNED_PREFIX, stock_type
-from cfsp.models.shards import Shards
+from cfsp.models.shards import Shards, read_header, weight_files
 from cfsp.models.source import ModelSource, locate
 
 #: What a pruned folder's config.json has beside the base architecture's own keys.
 _PRUNED_KEYS = ("per_layer_config", "allow_global_per_layer_attribute_access", "added_bias", "auto_map")
+_OF_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_OF_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+#: Family -> the projections that always have a bias there; those that have one where a key of config.json is true.
+_ALWAYS_BIASED: Mapping[str, tuple[str, ...]] = {"qwen2": _OF_ATTENTION[:3]}
+_BIASED_BY_KEY: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "llama": {"attention_bias": _OF_ATTENTION, "mlp_bias": _OF_MLP},
+    "qwen3": {"attention_bias": _OF_ATTENTION},
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class ModelFolder:
 
     family: the base architecture's model_type (llama, mistral, qwen2, qwen3); config: config.json as that architecture
     has it, without what pruning added (its intermediate_size and head counts are the global ones); dtype: what the
-    tensors are stored in.
+    tensors are stored in; shapes: of the tensors that are there.
     """
 
     source: ModelSource
@@ -50,6 +58,7 @@ class ModelFolder:
     layers: tuple[Layer, ...]
     shards: Shards
     dtype: torch.dtype
+    shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
 
     @property
     def folder(self) -> Path:
@@ -65,8 +74,21 @@ class ModelFolder:
 
     @property
     def tied(self) -> bool:
-        """The LM head is the embedding."""
-        return "lm_head.weight" not in self.shards
+        """The LM head is the embedding: config.json says so (all families: only where it does), and none is stored."""
+        return bool(self.config.get("tie_word_embeddings")) and not self.has("lm_head.weight")
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """The projections ("mlp.down_proj") that the base architecture gives a bias in every layer."""
+        by_key = _BIASED_BY_KEY.get(self.family, {})
+        stated = tuple(name for key, names in by_key.items() if self.config.get(key) for name in names)
+        return (*_ALWAYS_BIASED.get(self.family, ()), *stated)
+
+    @property
+    def dense(self) -> bool:
+        """Nobody has pruned it here: a folder of the base architecture without cfsp's mark."""
+        stock = self.source.config.get("model_type") == self.family
+        return stock and self.source.state in (None, "dense")
 
     @property
     def uniform(self) -> bool:
@@ -79,7 +101,7 @@ class ModelFolder:
         return self.shards.read(name)
 
     def has(self, name: str) -> bool:
-        return name in self.shards
+        return name in self.shapes
 
 
 def read_folder(path: str | Path) -> ModelFolder:
@@ -116,9 +138,76 @@ def read_source(source: ModelSource) -> ModelFolder:
     config["model_type"] = family
     if model_type.startswith(PRUNED_PREFIX):
         config["architectures"] = [name.removeprefix("Pruned") for name in config.get("architectures", [])]
+    if not model_type.startswith(PRUNED_PREFIX) and (per_layer or added):
+        # The stock class would ignore them, build whole layers and fill what is missing with random weights.
+        key = "per_layer_config" if per_layer else "added_bias"
+        raise UnsupportedModelError(
+            f"{source.origin}: config.json has {key} beside model_type={model_type}, whose layers are all alike; save "
+            f"the model with cfsp, as {PRUNED_PREFIX}{family}, or take {key} out"
+        )
     shards = Shards(source.folder)
+    shapes = {
+        name: tuple(entry["shape"])
+        for file in weight_files(source.folder)
+        for name, entry in read_header(file)[0].items()
+    }
     layers = tuple(_layer(config, per_layer.get(n, {}), added.get(n, ())) for n in range(config["num_hidden_layers"]))
-    return ModelFolder(source, family, config, layers, shards, getattr(torch, source.stored_dtype))
+    return ModelFolder(source, family, config, layers, shards, getattr(torch, source.stored_dtype), shapes)
+
+
+def check_there(source: ModelFolder) -> None:
+    """See that every tensor which config.json asks for is stored, in the shape it says; no weight is read.
+
+    What is filled up or left out of an export is decided by what the layers say, so a tensor that is merely missing
+    would become zeros without a word.
+
+    Raises:
+        CheckpointError: names the tensor.
+    """
+    for name, shape in _expected(source):
+        if not source.has(name):
+            bare = name.removeprefix("model.")
+            other = f" ({bare} is there: it was saved without its LM head)" if bare != name and source.has(bare) else ""
+            raise CheckpointError(
+                f"{source.folder}: lacks {name}, which its config.json asks for{other}; save the model again, as a "
+                "causal language model"
+            )
+        if source.shapes[name] != shape:
+            raise CheckpointError(
+                f"{source.folder}: {name} is {source.shapes[name]}, its config.json says {shape}; save the model again"
+            )
+
+
+def _expected(source: ModelFolder) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, size, vocabulary = source.hidden, source.head_dim, int(source.config["vocab_size"])
+    yield "model.embed_tokens.weight", (vocabulary, hidden)
+    yield "model.norm.weight", (hidden,)
+    if not source.tied:
+        yield "lm_head.weight", (vocabulary, hidden)
+    for index, layer in enumerate(source.layers):
+        start = f"model.layers.{index}"
+        shapes = projections(source, layer.width, layer.heads, layer.kv_heads)
+        for name, shape in shapes.items():
+            yield f"{start}.{name}.weight", shape
+            if name in source.biased or name in layer.added_bias:
+                yield f"{start}.{name}.bias", shape[:1]
+        if layer.heads:
+            yield f"{start}.input_layernorm.weight", (hidden,)
+            for norm in ("q_norm", "k_norm") if source.family == "qwen3" else ():
+                yield f"{start}.self_attn.{norm}.weight", (size,)
+        if layer.width:
+            yield f"{start}.post_attention_layernorm.weight", (hidden,)
+
+
+def projections(source: ModelFolder, width: int, heads: int, kv_heads: int) -> dict[str, tuple[int, int]]:
+    """The matrices of a layer of these sizes ("mlp.down_proj"), and their shapes; 0: without that submodule."""
+    hidden, size = source.hidden, source.head_dim
+    queries, keys = heads * size, kv_heads * size
+    of_attention = dict(
+        zip(_OF_ATTENTION, ((queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)), strict=True)
+    )
+    of_mlp = dict(zip(_OF_MLP, ((width, hidden), (width, hidden), (hidden, width)), strict=True))
+    return {**(of_attention if heads else {}), **(of_mlp if width else {})}
 
 
 def _layer(config: Mapping[str, Any], entry: Mapping[str, Any], added: tuple[str, ...]) -> Layer:

@@ -18,7 +18,7 @@ from cfsp.export.gguf_layout import CHUNK, GgufTensor, Layout, lay_out, model_co
 from cfsp.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from cfsp.export.result import Exported
 from cfsp.progress import progress
-from cfsp.verify.reference import copy_reference
+from cfsp.verify.reference import copy_reference, is_reference, place_of
 
 if TYPE_CHECKING:
     import gguf
@@ -104,13 +104,21 @@ def export(source: ModelFolder, to: Path, *, dtype: GgufDType = "auto", multiple
 
 
 def check_file(to: Path) -> None:
-    """Refuse to replace what cfsp did not write.
+    """Refuse to replace what cfsp did not write, the reference beside the file included.
 
     Raises:
         CheckpointError: names the file.
     """
     if to.is_dir():
         raise CheckpointError(f"{to}: is a folder; give the file to write, e.g. {to / 'model.gguf'}")
+    if to.suffix != ".gguf":  # the reference's place goes by it, and programs on llama.cpp do
+        raise CheckpointError(f"{to}: a GGUF file is named *.gguf; give {to.with_name(to.name + '.gguf')}")
+    reference = place_of(to)
+    if reference.exists() and not is_reference(reference):
+        raise CheckpointError(
+            f"{reference}: exists and was not written by cfsp, and the reference of {to.name} belongs there; give "
+            "another file or move it"
+        )
     try:
         if to.exists():
             with to.open("rb") as stream:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cfsp.errors import CheckpointError, UnsupportedModelError
-from cfsp.export.folder import ModelFolder
+from cfsp.export.folder import ModelFolder, check_there
 
 #: Q8_0 holds rows of a multiple of it, and llama.cpp computes others at a fraction of its speed.
 CHUNK = 32
@@ -103,6 +103,7 @@ def lay_out(source: ModelFolder, config: Mapping[str, Any], multiple: int = CHUN
         UnsupportedModelError: llama.cpp cannot hold the model; names the block or the key.
         CheckpointError: a tensor is missing.
     """
+    check_there(source)
     if config.get("hidden_act") != "silu":
         raise UnsupportedModelError(
             f"{source.folder}: hidden_act={config.get('hidden_act')} has no form in GGUF, only silu has; use format=hf"
@@ -112,7 +113,6 @@ def lay_out(source: ModelFolder, config: Mapping[str, Any], multiple: int = CHUN
     blocks = tuple(_block(source, index, architecture, multiple) for index in range(len(source.layers)))
     _check_biases(source, architecture)
     tensors = tuple(_tensors(source, config, architecture, blocks, rope))
-    _check_there(source, blocks)
     return Layout(
         architecture,
         _values(source, config, architecture, blocks, rope),
@@ -261,23 +261,6 @@ def _values(
 
 
 # Tensors
-
-
-def _check_there(source: ModelFolder, blocks: tuple[Block, ...]) -> None:
-    norms = {"input_layernorm": "heads", "post_attention_layernorm": "width"}
-    needed = ["model.embed_tokens.weight", "model.norm.weight"]
-    for block in blocks:
-        layer, start = source.layers[block.index], f"model.layers.{block.index}"
-        needed += [f"{start}.{norm}.weight" for norm, size in norms.items() if getattr(layer, size)]
-        parts = {"self_attn": layer.heads, "mlp": layer.width}
-        needed += [f"{start}.{name}.weight" for name in _LINEARS if parts[name.partition(".")[0]]]
-        if source.family == "qwen3" and layer.heads:
-            needed += [f"{start}.self_attn.{norm}.weight" for norm in ("q_norm", "k_norm")]
-    for name in needed:
-        if not source.has(name):
-            raise CheckpointError(
-                f"{source.folder}: lacks {name}, which its config.json asks for; save the model again"
-            )
 
 
 def _tensors(

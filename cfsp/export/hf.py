@@ -3,41 +3,68 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from cfsp.export.filling import Wanted, layer_tensors, other_tensors
-from cfsp.export.folder import ModelFolder
+from cfsp.export.filling import Wanted, layer_tensors, other_tensors, sizes
+from cfsp.export.folder import ModelFolder, check_there
 from cfsp.export.plain_folder import write_plain_folder
 from cfsp.export.result import Exported
 from cfsp.models.remote_code import PRUNED_PREFIX, pruned_family
+from cfsp.pruning.plan import COMPENSATION_IN_FOLDER
+
+#: The plan and the tensors that it needs.
+_PLAN = ("plan.json", COMPENSATION_IN_FOLDER)
 
 
 def check(source: ModelFolder) -> None:
-    """Every folder that is read has this form."""
+    """Every whole folder that is read has this form.
+
+    Raises:
+        CheckpointError: the folder is not whole.
+    """
+    check_there(source)
 
 
 def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, multiple: int = 1) -> Exported:
     """Write the folder ``to``, all or nothing; ``multiple`` is of other forms, nothing is filled up here.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: the folder is not whole, or ``to`` cannot be written.
     """
+    check(source)
     tensors = [*other_tensors(source)]
     for index, layer in enumerate(source.layers):
         wanted = Wanted(layer.width, layer.heads, layer.kv_heads, frozenset(layer.added_bias))
         tensors += layer_tensors(source, index, wanted)
-    pruned = str(source.source.config.get("model_type", "")).startswith(PRUNED_PREFIX)
-    files = dict(pruned_family(source.family).files) if pruned else {}
-    kept = {
-        name: (source.folder / name).read_text(encoding="utf-8") for name in _KEPT if (source.folder / name).is_file()
-    }
+    pruned = not _is_plain(source)
+    files = {name: text.encode() for name, text in pruned_family(source.family).files.items()} if pruned else {}
+    if dtype in (None, source.dtype):  # else replaying the plan would not give these weights
+        files |= {name: (source.folder / name).read_bytes() for name in _PLAN if (source.folder / name).is_file()}
     form = "remote_code" if pruned else "plain"
-    size = write_plain_folder(
-        source, to, source.source.config, tensors, dtype=dtype, form=form, files={**files, **kept}
-    )
+    config = source.source.config if pruned else _plain_config(source)
+    size = write_plain_folder(source, to, config, tensors, dtype=dtype, form=form, files=files)
     notes = () if pruned else (f"all layers are alike: a plain {source.family} folder, which needs no remote code",)
     return Exported(to, "hf", size, notes)
 
 
-_KEPT = ("plan.json",)
+def _is_plain(source: ModelFolder) -> bool:
+    """Whether the stock class describes the layers: they are alike, in heads that its configuration takes."""
+    if not source.uniform:
+        return False
+    heads = source.layers[0].heads
+    return heads == source.config["num_attention_heads"] or source.hidden % heads == 0
+
+
+def _plain_config(source: ModelFolder) -> dict[str, Any]:
+    if not str(source.source.config.get("model_type", "")).startswith(PRUNED_PREFIX):
+        return source.source.config
+    width, heads, kv_heads = sizes(source.layers)
+    return {
+        **source.config,
+        "intermediate_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": source.head_dim,
+    }

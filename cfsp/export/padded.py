@@ -14,7 +14,7 @@ import torch
 
 from cfsp.errors import UnsupportedModelError
 from cfsp.export.filling import Wanted, filled_up, layer_tensors, other_tensors, sizes, up_to
-from cfsp.export.folder import ModelFolder
+from cfsp.export.folder import ModelFolder, check_there
 from cfsp.export.plain_folder import write_plain_folder
 from cfsp.export.result import Exported
 
@@ -32,14 +32,21 @@ def check(source: ModelFolder) -> None:
     """
     Raises:
         UnsupportedModelError: the base architecture has no place for an added bias; names the layer.
+        CheckpointError: the folder is not whole.
     """
+    check_there(source)
     for index, layer in enumerate(source.layers):
         for name in layer.added_bias:
-            if _family(source) not in _BIAS_KEYS[name]:
+            if not holds_bias(source, name):
                 raise UnsupportedModelError(
                     f"{source.folder}: layer {index} has a bias at {name} (pruner.compensation=bias), for which "
                     f"{source.family} has no place; use format=hf, or prune with pruner.compensation=none"
                 )
+
+
+def holds_bias(source: ModelFolder, name: str) -> bool:
+    """Whether a bias that compensation adds to the projection ``name`` has a place in the base architecture."""
+    return _family(source, biased=True) in _BIAS_KEYS[name]
 
 
 def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, multiple: int = 1) -> Exported:
@@ -53,10 +60,11 @@ def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, m
     width = up_to(max(width, 1), multiple)
     if source.hidden % heads:  # what LLaMA's configuration refuses
         heads, kv_heads = (int(source.config[key]) for key in ("num_attention_heads", "num_key_value_heads"))
+    family = _family(source, biased=any(layer.added_bias for layer in source.layers))
     config: dict[str, Any] = {
         **source.config,
-        "model_type": _family(source),
-        "architectures": [_ARCHITECTURES[_family(source)]],
+        "model_type": family,
+        "architectures": [_ARCHITECTURES[family]],
         "intermediate_size": width,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
@@ -64,7 +72,7 @@ def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, m
     }
     biases: set[str] = set()
     for name in {name for layer in source.layers for name in layer.added_bias}:
-        key, projections = _BIAS_KEYS[name][_family(source)]
+        key, projections = _BIAS_KEYS[name][family]
         config[key] = True
         biases |= set(projections)
     wanted = [Wanted(width, heads, kv_heads, frozenset(biases)) for _ in source.layers]
@@ -83,8 +91,7 @@ _ARCHITECTURES: Mapping[str, str] = {
 }
 
 
-def _family(source: ModelFolder) -> str:
+def _family(source: ModelFolder, *, biased: bool) -> str:
     """Mistral without a sliding window is LLaMA, which has places for biases."""
-    added = any(layer.added_bias for layer in source.layers)
     full = source.config.get("sliding_window") is None
-    return "llama" if source.family == "mistral" and added and full else source.family
+    return "llama" if source.family == "mistral" and biased and full else source.family

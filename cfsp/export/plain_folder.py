@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cfsp.errors import CheckpointError
-from cfsp.export.card import card_files, read_facts
+from cfsp.export.card import card_files, facts_of_folder
 from cfsp.export.filling import LayerTensor
 from cfsp.export.folder import ModelFolder
 from cfsp.models.checkpoint import (
@@ -34,7 +34,7 @@ def write_plain_folder(
     *,
     form: str,
     dtype: torch.dtype | None = None,
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> int:
     """Write ``to``, all or nothing; a folder that cfsp wrote earlier is replaced. Returns the bytes of the weights.
 
@@ -42,7 +42,7 @@ def write_plain_folder(
         config: config.json.
         form: the format's name, for the marker file.
         dtype: of the tensors; None: as they are.
-        files: name -> text of further files.
+        files: name -> content of further files.
 
     Raises:
         CheckpointError: the folder holds other things, cannot be written, or a value does not fit into ``dtype``.
@@ -55,23 +55,44 @@ def write_plain_folder(
 
     def values(order: Sequence[str]) -> Any:
         for asked in order:
-            value = by_name[asked].value(source).to(stored)
+            given = by_name[asked].value(source)
+            value = given.to(stored)
             if not value.isfinite().all():
+                if not given.isfinite().all():
+                    raise CheckpointError(
+                        f"{source.folder}: {asked} holds NaN or infinite values: the folder is damaged; fetch or save "
+                        "the model again"
+                    )
                 raise CheckpointError(f"{asked} does not fit into {name}; use dtype=bfloat16 or float32")
             yield asked, value
 
     with whole_folder(to) as scratch:
         described = [Outgoing(tensor.name, tensor.shape, stored) for tensor in tensors]
         size = write_shards(scratch, described, values, MAX_SHARD_BYTES)
-        write_json(scratch / "config.json", {**config, "dtype": name, **legacy_rope(config.get("rope_parameters"))})
+        write_json(scratch / "config.json", _config(config, name))
         if (source.folder / "generation_config.json").is_file():
             shutil.copyfile(source.folder / "generation_config.json", scratch / "generation_config.json")
         copy_reference(source.folder, scratch)
         copy_companions(source.folder, scratch)
-        for file, text in (files or {}).items():
-            (scratch / file).write_text(text, encoding="utf-8")
+        for file, content in (files or {}).items():
+            (scratch / file).parent.mkdir(exist_ok=True)
+            (scratch / file).write_bytes(content)
         state = source.source.state or "dense"
         write_json(scratch / MARKER, {"schema": 1, "form": form, "dtype": name, "state": state})
-        for file, content in card_files(read_facts(source.folder), form, to.name).items():
+        for file, content in card_files(facts_of_folder(source.folder), form, to.name).items():
             (scratch / file).write_bytes(content)
     return size
+
+
+def _config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json as both transformers 4 and 5 read it: RoPE in both spellings, the dtype in one that both take."""
+    found = {key: value for key, value in config.items() if key != "torch_dtype"}  # else it contradicts
+    rope = config.get("rope_parameters")
+    if rope is None:
+        theta = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}
+        part = {key: config[key] for key in ("partial_rotary_factor",) if config.get(key) is not None}
+        scaling = dict(config.get("rope_scaling") or {})
+        kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+        if theta or scaling:
+            rope = found["rope_parameters"] = {"rope_type": kind, **scaling, **theta, **part}
+    return {**found, "dtype": dtype, **legacy_rope(rope)}

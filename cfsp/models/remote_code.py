@@ -8,6 +8,7 @@ into a model folder, never from code found in one.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import copy
 import importlib
 import json
@@ -15,6 +16,7 @@ import logging
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
@@ -27,14 +29,18 @@ from torch import Tensor, nn
 
 from cfsp.errors import UnsupportedModelError
 from cfsp.models.pruned_template import CONFIGURATION, MODELING
+from cfsp.registration import PACKAGE, PRUNED_PREFIX
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-PRUNED_PREFIX = "pruned_"
 COMMON_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
-_PACKAGE = "cfsp_pruned_families"
+#: Families are made one at a time: of two threads at it one would find half of its modules.
+_MAKING = threading.RLock()
+#: The texts alone. A lock of its own, which is never held while their modules are imported: the import of one, which
+#: may wait for its text, holds a lock of Python's.
+_WRITING = threading.RLock()
 _GATED_LINEARS = ("gate_proj", "up_proj", "down_proj")
 # Big enough for a mixture-of-experts family to show that only its first layers are dense.
 _PROBE_SIZES: dict[str, Any] = {
@@ -91,9 +97,8 @@ def stock_type(model_type: str) -> str:
     return model_type.removeprefix(PRUNED_PREFIX)
 
 
-@cache
 def pruned_family(base_model_type: str) -> PrunedFamily:
-    """Build (once) and register the classes that hold ``base_model_type`` with unequal layers.
+    """Build (once) and register the classes that hold ``base_model_type`` with unequal layers. Any thread may ask.
 
     Afterwards AutoConfig, AutoModel and AutoModelForCausalLM load such folders without ``trust_remote_code``.
 
@@ -101,8 +106,42 @@ def pruned_family(base_model_type: str) -> PrunedFamily:
         UnsupportedModelError: transformers has no causal language model of that type, or its layers have no
             ``mlp`` with Linear gate_proj, up_proj and down_proj of ``intermediate_size``.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    with _MAKING:
+        return _made(base_model_type)
 
+
+def write_module(module: str) -> None:
+    """Have the text of a family's module ("cfsp_pruned_families.modeling_pruned_llama") there to be imported.
+
+    The class of a pickled model is named by it, and another process has not made it.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    named = module.rpartition(".")[2].partition(f"_{PRUNED_PREFIX}")[2]
+    for family in (named, named.replace("_", "-")):
+        if family in CONFIG_MAPPING:
+            with contextlib.suppress(UnsupportedModelError):  # then there is no such module
+                _texts(family)
+            return
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """The source of a family: ``files`` as they ship, the names that were filled in, and what was seen of the norms."""
+
+    files: dict[str, str]
+    names: dict[str, str]
+    norms: dict[str, tuple[str, ...]]
+
+
+def _texts(base_model_type: str) -> _Texts:
+    with _WRITING:
+        return _written(base_model_type)
+
+
+@cache
+def _written(base_model_type: str) -> _Texts:
+    """Write the files of a family to the folder that they are imported from."""
     base_config, base_model, base_causal_lm = _stock_classes(base_model_type)
     _probe(base_model_type, base_config, base_model, base_causal_lm)
     norms = _norms(base_config, base_causal_lm)
@@ -126,19 +165,32 @@ def pruned_family(base_model_type: str) -> PrunedFamily:
         f"{configuration}.py": CONFIGURATION.substitute(names),
         f"{modeling}.py": MODELING.substitute(names),
     }
-    modules = _import_sources(files)
+    folder = Path(package().__path__[0])
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    importlib.invalidate_caches()
+    return _Texts(files, names, norms)
+
+
+@cache
+def _made(base_model_type: str) -> PrunedFamily:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    texts = _texts(base_model_type)
+    files, names = texts.files, texts.names
+    configuration, modeling = (importlib.import_module(f"{PACKAGE}.{name.removesuffix('.py')}") for name in files)
     family = PrunedFamily(
         base_model_type=base_model_type,
-        model_type=pruned_type,
-        config_class=getattr(modules[configuration], names["pruned_config"]),
-        model_class=getattr(modules[modeling], names["pruned_model"]),
-        causal_lm_class=getattr(modules[modeling], names["pruned_causal_lm"]),
+        model_type=names["pruned_type"],
+        config_class=getattr(configuration, names["pruned_config"]),
+        model_class=getattr(modeling, names["pruned_model"]),
+        causal_lm_class=getattr(modeling, names["pruned_causal_lm"]),
         files=files,
         submodules=dict(SUBMODULES),
-        norms=norms,
-        modeling=modules[modeling],
+        norms=texts.norms,
+        modeling=modeling,
     )
-    AutoConfig.register(pruned_type, family.config_class)
+    AutoConfig.register(family.model_type, family.config_class)
     for auto_class, cls in ((AutoModel, family.model_class), (AutoModelForCausalLM, family.causal_lm_class)):
         auto_class.register(family.config_class, cls)
         # Makes a plain save_pretrained() copy the source files, so that its folder loads elsewhere too.
@@ -467,17 +519,14 @@ def _norms(config_class: type, causal_lm_class: type) -> dict[str, tuple[str, ..
     return {kind: tuple(sorted(names - shared)) for kind, names in served.items()}
 
 
-def _import_sources(files: dict[str, str]) -> dict[str, ModuleType]:
-    """Import module texts from a folder of this process: save_pretrained copies the file of a class."""
-    package = sys.modules.get(_PACKAGE)
-    if package is None:
-        folder = tempfile.mkdtemp(prefix="cfsp_pruned_families_")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        package = ModuleType(_PACKAGE, "The classes of pruned families; see cfsp.models.remote_code.")
-        package.__path__ = [folder]
-        sys.modules[_PACKAGE] = package
-    for name, text in files.items():
-        (Path(package.__path__[0]) / name).write_text(text, encoding="utf-8")
-    importlib.invalidate_caches()
-    stems: list[Any] = [name.removesuffix(".py") for name in files]
-    return {stem: importlib.import_module(f"{_PACKAGE}.{stem}") for stem in stems}
+def package() -> ModuleType:
+    """What the families' modules are in: a folder of this process, as save_pretrained copies the file of a class."""
+    with _WRITING:
+        found = sys.modules.get(PACKAGE)
+        if found is None or not hasattr(found, "__path__"):
+            folder = tempfile.mkdtemp(prefix=f"{PACKAGE}_")
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            found = ModuleType(PACKAGE, "The classes of pruned families; see cfsp.models.remote_code.")
+            found.__path__ = [folder]
+            sys.modules[PACKAGE] = found
+        return found

@@ -28,6 +28,8 @@ A tool that is not installed is listed and does not count. Exit codes: 0 all tha
 differs or cannot load the model, 2 wrong input.
 """
 
+#: Weights in float32 that take more of the free memory leave too little for what a tool holds beside them.
+_SHARE_OF_MEMORY = 0.6
 _KEYS = ("path", "tools", "record", *(f"python.{name}" for name in TOOLS))
 
 
@@ -102,7 +104,11 @@ def _verify(request: Request) -> int:
     from cfsp.verify.reference import place_of, read_reference
 
     reference = read_reference(place_of(request.path))
-    form, weights = _form(request.path, reference.stored)
+    form, weights = _form(request.path)
+    dtype = "float32" if form == "gguf" else _dtype(request.path, weights)
+    # Of a GGUF file llama.cpp computes in what the weights are in; of a folder they alone were rounded.
+    computed = (reference.computed, dtype, *([weights] if form == "gguf" else []))
+    rounded = weights if form != "gguf" and weights != reference.stored else "float32"
     # Asked before a model is loaded, so that a wrong python.TOOL is said at once.
     there = {tool.name: is_installed(tool, request.pythons.get(tool.name, sys.executable)) for tool in request.tools}
     asked = {
@@ -110,7 +116,7 @@ def _verify(request: Request) -> int:
         "file": str(request.path.resolve()),
         "token_ids": reference.token_ids.tolist(),
         "greedy": reference.greedy.shape[1],
-        "dtype": reference.computed,
+        "dtype": dtype,
     }
     findings = []
     for tool in progress(request.tools, "verify", unit="tool"):
@@ -122,8 +128,8 @@ def _verify(request: Request) -> int:
         else:
             try:
                 answer = ask(tool, asked, request.pythons.get(tool.name, sys.executable))
-                allowed = tolerance_of(tool.float32, reference.computed, weights)
-                findings.append(compare(tool.name, answer, reference, allowed))
+                allowed = tolerance_of(tool.float32, *computed, rounded=rounded)
+                findings.append(compare(tool.name, answer, reference, *allowed))
             except RunError as error:
                 findings.append(Finding(tool.name, "fails", note=str(error)))
     if request.record is not None:
@@ -150,8 +156,8 @@ def _unread(tool: Tool, form: str, path: Path) -> str:
     return ""
 
 
-def _form(path: Path, stored: str) -> tuple[str, str]:
-    """(gguf, decilm or folder; what an export rounded the weights to: float32 where they are ``stored`` as before)."""
+def _form(path: Path) -> tuple[str, str]:
+    """(gguf, decilm or folder; the dtype of its weights)."""
     if path.suffix == ".gguf":
         return "gguf", _gguf_weights(path)
     try:
@@ -159,10 +165,24 @@ def _form(path: Path, stored: str) -> tuple[str, str]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / 'config.json'}: cannot be read ({error}); save the model again") from error
     brings = config.get("auto_map") or {}
-    now = str(config.get("dtype") or config.get("torch_dtype") or stored).removeprefix("torch.")
-    # Without such a class it brings a configuration that transformers can make nothing of.
+    # It brings a configuration, and no class that transformers could make of it.
     form = "decilm" if brings and "AutoModelForCausalLM" not in brings else "folder"
-    return form, "float32" if now == stored else now
+    return form, str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+
+
+def _dtype(folder: Path, weights: str) -> str:
+    """What the tools are to compute in: float32, as the reference, unless that does not fit into memory."""
+    if weights == "float32":
+        return weights
+    import torch
+
+    from cfsp.memory import available
+    from cfsp.models.shards import weight_files
+
+    stored = getattr(torch, weights, torch.float32).itemsize
+    needed = sum(file.stat().st_size for file in weight_files(folder)) * torch.float32.itemsize // stored
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return "float32" if needed < _SHARE_OF_MEMORY * available(device) else weights
 
 
 def _gguf_weights(file: Path) -> str:
@@ -189,7 +209,7 @@ def _show(path: Path, findings: Sequence[Any]) -> int:
     if not console.is_terminal:
         console.width = max(console.width, 160)
     table = Table(
-        "tool", "version", "loads", "maximum difference", "allowed", "tokens equal", "result", "note",
+        "tool", "version", "loads", "maximum difference", "mean", "allowed", "tokens equal", "result", "note",
         box=None, pad_edge=False,
     )  # fmt: skip
     for finding in findings:
@@ -199,6 +219,7 @@ def _show(path: Path, findings: Sequence[Any]) -> int:
             finding.version,
             loads,
             "" if finding.difference is None else f"{finding.difference:.2g}",
+            "" if finding.mean is None else f"{finding.mean:.2g}",
             "" if finding.tolerance is None else f"{finding.tolerance:g}",
             finding.tokens,
             finding.outcome,

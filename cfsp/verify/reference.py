@@ -9,8 +9,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,8 @@ REFERENCE_OF_FILE = ".reference.safetensors"
 WINDOWS, LENGTH, SEED = 2, 48, 20240913
 #: Of a streamed model it is one: each token after it would read the whole model again.
 GREEDY = 8
+#: Elements of a matrix that are brought to float32 at a time: 256 MiB.
+_PIECE = 1 << 26
 _ARRAYS = {"token_ids": "int64", "logprobs": "float32", "top": "int64", "greedy": "int64", "margins": "float32"}
 
 
@@ -47,7 +49,8 @@ class Reference:
     greedy: [n, G] int64, the likeliest continuation of each window, token by token.
     margins: [n, G] fp32, by how much each of them is likelier than the second; a tool may choose the other where it is
         smaller than what the tool's arithmetic gives away.
-    computed: the dtype that the model computed in; stored: the dtype of the folder's weights.
+    computed: the dtype that the model computed in (float32; earlier versions: the run's own); stored: the dtype of the
+        folder's weights.
     """
 
     token_ids: np.ndarray
@@ -75,6 +78,17 @@ def place_of(path: str | Path) -> Path:
     """Where the reference of a model folder, or of a GGUF file, is kept."""
     path = Path(path)
     return path.with_suffix(REFERENCE_OF_FILE) if path.suffix == ".gguf" else path / REFERENCE_IN_FOLDER
+
+
+def is_reference(file: Path) -> bool:
+    """Whether cfsp wrote the file, as far as its header says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as stream:
+            return {"schema", "computed", "cfsp", "token_ids"} <= (stream.metadata() or {}).keys()
+    except (OSError, SafetensorError):
+        return False
 
 
 def copy_reference(source: Path, export: Path) -> bool:
@@ -132,7 +146,10 @@ def ids_digest(token_ids: np.ndarray) -> str:
 
 
 def reference_of(model: Any, *, dtype: torch.dtype | None = None, tokenizer: Path | None = None) -> Reference:
-    """What ``model`` computes with its weights as a folder of ``dtype`` holds them; the model is left as it is.
+    """What ``model`` computes in float32 with its weights as a folder of ``dtype`` holds them; it is left as it is.
+
+    In float32 whatever the run computes in: what bfloat16 rounds away is as much as another RoPE or a norm that is off
+    by 5 % changes, and nobody could tell the two apart.
 
     Of a model in memory this is a forward pass over a hundred tokens and ``GREEDY`` more; a streamed model is read
     for it, block by block (:class:`StreamedReference` needs no read of its own).
@@ -207,7 +224,8 @@ def _reference(
             f"{type(model).__name__}: its logits on {WINDOWS} windows of random tokens are not finite, so nobody could "
             "use what is saved; try model.dtype=float32"
         )
-    computed, stored = (str(kind).removeprefix("torch.") for kind in (model.dtype, dtype or model.dtype))
+    computed = "float64" if model.dtype == torch.float64 else "float32"
+    stored = str(dtype or model.dtype).removeprefix("torch.")
     return Reference(ids.numpy(), logprobs.numpy(), top.numpy(), greedy.numpy(), margins.numpy(), computed, stored)
 
 
@@ -318,50 +336,68 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _as_stored(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Each module's parameters are rounded to ``dtype`` while it runs, where they are not of its values already."""
+    """While a module runs its parameters are what a folder of ``dtype`` holds, in float32, which it then computes in.
+
+    A module at a time, and of a large matrix some rows, so that there is never a second model (or head) in memory.
+    """
     import torch
+    from torch.nn.functional import linear
 
-    from cfsp.models.streamed import streamed
+    from cfsp.models.driver import forward_replaced
 
-    def narrows(parameter: Tensor | None) -> bool:
-        return (
-            dtype is not None
-            and parameter is not None
-            and parameter.is_floating_point()
-            and torch.finfo(dtype).bits < torch.finfo(parameter.dtype).bits
-        )
+    def bits(kind: torch.dtype) -> int:
+        return torch.finfo(kind).bits
 
-    def rounded(parameter: Tensor) -> Tensor:
-        return parameter.to(dtype).to(parameter.dtype)
+    def exact(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        given = tensor.dtype
+        if dtype is not None and bits(dtype) < bits(given):
+            tensor = tensor.to(dtype)
+        return tensor.to(given if bits(given) > 32 else torch.float32)
 
-    store = streamed(model)
-    if store is not None:
-        before = store.rounded_to
-        store.rounded_to = dtype if dtype and torch.finfo(dtype).bits < torch.finfo(store.dtype).bits else before
-        try:
-            yield
-        finally:
-            store.rounded_to = before
-        return
-    if not any(narrows(p) and not torch.equal(p, rounded(p)) for p in model.parameters()):
-        yield
-        return
-    exact: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
+    before: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
 
     def enter(module: nn.Module, args: Any) -> None:
-        exact[module] = dict(module._parameters)
-        for name, parameter in exact[module].items():
-            if parameter is not None and narrows(parameter):
-                module._parameters[name] = torch.nn.Parameter(rounded(parameter), requires_grad=False)
+        before[module] = dict(module._parameters)
+        for name, parameter in before[module].items():
+            if parameter is not None:
+                value = exact(parameter.detach())
+                if value.data_ptr() != parameter.data_ptr():
+                    module._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        module._parameters.update(exact.pop(module, {}))
+        module._parameters.update(before.pop(module, {}))
 
-    own = [module for module in model.modules() if module._parameters]
-    hooks = [module.register_forward_pre_hook(enter) for module in own]
-    hooks += [module.register_forward_hook(leave, always_call=True) for module in own]
+    def looked_up(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return exact(output)
+
+    def by_rows(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+        def forward(states: Tensor) -> Tensor:
+            weight, bias = module.weight, module.bias
+            rows = max(1, _PIECE // max(1, weight.shape[1]))
+            parts = [
+                linear(states, exact(piece), None if bias is None else exact(bias[at * rows : (at + 1) * rows]))
+                for at, piece in enumerate(weight.split(rows))
+            ]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+        return forward
+
+    hooks = []
+    replaced = ExitStack()
+    for module in model.modules():
+        if type(module) is torch.nn.Embedding:  # its rows alone, not the vocabulary
+            hooks.append(module.register_forward_hook(looked_up))
+        elif type(module) is torch.nn.Linear:
+            replaced.enter_context(forward_replaced(module, by_rows(module)))
+        elif module._parameters:
+            hooks.append(module.register_forward_pre_hook(enter))
+            # Before those of a streamed model, which take away what was there when they put it there.
+            hooks.append(module.register_forward_hook(leave, always_call=True, prepend=True))
     try:
-        yield
+        with replaced:
+            yield
     finally:
         for hook in hooks:
             hook.remove()

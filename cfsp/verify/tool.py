@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -78,13 +79,21 @@ def ask(tool: Tool, request: Mapping[str, Any], python: str = sys.executable) ->
         words = [python, "-I", str(_SCRIPTS / f"{tool.name}.py"), json.dumps(request)]
         ended = subprocess.run(words, capture_output=True, text=True, cwd=scratch, env=_environment(Path(scratch)))
     log.debug("%s said:\n%s", tool.name, ended.stderr)
-    if ended.returncode:
-        raise RunError(_last_words(ended))
-    for line in reversed(ended.stdout.splitlines()):  # a tool may have words of its own after the answer
+    answer = _answer(ended.stdout)
+    if ended.returncode:  # a script that knows why its tool does not take the model says so in its answer
+        raise RunError(str(answer["error"])[-300:] if answer and answer.get("error") else _last_words(ended))
+    if answer is None:
+        raise RunError("it ended without an answer")
+    return answer
+
+
+def _answer(said: str) -> dict[str, Any] | None:
+    for line in reversed(said.splitlines()):  # a tool may have words of its own after the answer
         if line.startswith("{"):
-            answer: dict[str, Any] = json.loads(line)
-            return answer
-    raise RunError("it ended without an answer")
+            with contextlib.suppress(ValueError):
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+    return None
 
 
 def _environment(scratch: Path) -> dict[str, str]:

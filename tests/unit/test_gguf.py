@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
@@ -394,7 +395,7 @@ def test_another_dtype_is_refused(tmp_path, folder_of):
 def test_a_missing_or_misshapen_tensor_is_named(tmp_path, folder_of):
     _, source = folder_of()
     with pytest.MonkeyPatch.context() as patch:
-        patch.delitem(source.shards._places, "model.layers.1.mlp.up_proj.weight")
+        patch.delitem(source.shapes, "model.layers.1.mlp.up_proj.weight")
         mentions(refused(CheckpointError, source), "lacks model.layers.1.mlp.up_proj.weight")
     wrong = type(source)(**{**vars(source), "config": {**source.config, "hidden_size": 64}})
     with pytest.raises(CheckpointError, match=r"embed_tokens.weight is \(300, 32\), its config.json says \(300, 64\)"):
@@ -415,6 +416,29 @@ def test_a_file_of_ours_is_replaced_and_another_is_not(tmp_path, folder_of):
         export(source, place)
     with pytest.raises(CheckpointError, match="is a folder"):
         export(source, tmp_path)
+
+
+def test_the_reference_beside_the_file_is_ours_and_of_this_source(tmp_path, folder_of):
+    _, source = folder_of()
+    place, beside = tmp_path / "x.gguf", tmp_path / "x.reference.safetensors"
+    export(source, place)
+    assert beside.is_file()
+    shutil.rmtree(source.folder / "verify")
+    export(source, place)
+    assert not beside.exists()  # it was of an earlier source
+    place.unlink()
+    save_file({"mine": torch.ones(2)}, beside)
+    before = beside.read_bytes()
+    with pytest.raises(CheckpointError, match=r"x.reference.safetensors: exists and was not written by cfsp"):
+        export(source, place)
+    assert (beside.read_bytes(), place.exists()) == (before, False)
+
+
+def test_a_file_of_another_ending_is_refused(tmp_path, folder_of):
+    _, source = folder_of()
+    with pytest.raises(CheckpointError, match=r"noext: a GGUF file is named \*.gguf; give .*noext.gguf"):
+        export(source, tmp_path / "noext")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_full_disk_leaves_nothing_and_keeps_the_file_that_was_there(tmp_path, folder_of, monkeypatch):
