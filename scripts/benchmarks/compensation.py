@@ -107,8 +107,8 @@ def table(found: Found) -> str:
     one = found.notes["wide"]
     explained = (
         f"Whole prunings of half of the FFN (calibrate, score, plan, refit) of {describe(SHAPE)}, {WINDOWS} windows "
-        f"of {SEQ_LEN} tokens, Gram matrices on {SHARE:.0%} of the tokens, beside model.model(ids, use_cache=False) at its "
-        f"own best batch size, in alternation; selection by obs once. At the width of {one['shape']}: "
+        f"of {SEQ_LEN} tokens, Gram matrices on {SHARE:.0%} of the tokens, beside model.model(ids, use_cache=False) at "
+        f"its own best batch size, in alternation; selection by obs once. At the width of {one['shape']}: "
         f"{one['gram_seconds_per_1000_tokens']:.2f} s for the Gram matrix of 1,000 tokens, "
         f"{one['refit_seconds_per_block']:.1f} s for the refit of a block; reckoned for {TOKENS:,} calibration tokens "
         f"and {BLOCKS} blocks: {one['estimated_seconds'] / 60:.0f} minutes beside the forward pass, "

@@ -265,7 +265,7 @@ def test_plans_with_refitted_weights_replay_save_and_reload(architecture, struct
 
     model, ids = tiny_model(architecture), tokens(8)
     words = [*LEAST_SQUARES, f"pruner.structure={structure}", f"pruner.sequential={sequential}"]
-    ratio = 0.2 if structure == "heads" else 0.4
+    ratio = 0.1 if structure == "heads" else 0.4
     plan = cfsp.prune(
         model, ids, "one_shot", ratio, scope="ffn" if structure == "ffn" else "decoder", round_to=8,
         overrides=[*words, "importance=obs", "allocator=uniform"],
