@@ -70,7 +70,8 @@ def wide(device: torch.device) -> dict[str, Any]:
     shape = SHAPES[WIDE]
     n, d, cuda = shape.ffn, shape.hidden, device.type == "cuda"
     sums, x = GramSums(n, device, 1), torch.randn(1, SEQ_LEN, n, device=device)
-    add: Any = partial(sums, None, (x,))
+    nothing: Any = None  # the module that a hook is called with
+    add = partial(sums, nothing, (x,))
     add()
     gram_seconds = median(seconds_of(add, cuda) for _ in range(3))
     gram = sums.report().matrix.to(device)
