@@ -49,7 +49,11 @@ def measure(settings: Settings) -> Found:
     from cfsp.models.load import resolve_device
 
     device = resolve_device(settings.device)
-    found = Found("calibration", "parts=calibration")
+    # The fewest windows have the record that the README goes by; others alone have one of their own.
+    usual = Settings.windows[0] in settings.windows
+    name = "calibration" if usual else f"calibration_{'_'.join(map(str, settings.windows))}_windows"
+    words = f"windows={','.join(map(str, settings.windows))} shapes={','.join(settings.shapes)}"
+    found = Found(name, f"parts=calibration {words} dtypes={','.join(settings.dtypes)}")
     cases = [(name, windows, SEQ_LEN) for name in settings.shapes for windows in settings.windows]
     if device.type == "cuda":
         cases.append((GPU_SHAPE, GPU_WINDOWS, GPU_SEQ_LEN))
