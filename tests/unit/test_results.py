@@ -15,7 +15,16 @@ from tests.conftest import ROOT
 
 RESULTS = ROOT / "results"
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
-BENCHMARKS = {"calibration", "growth", "llama_cpp", "speed", "streaming", "streaming_116_blocks", "sweep"}
+BENCHMARKS = {
+    "calibration",
+    "calibration_64_windows",
+    "growth",
+    "llama_cpp",
+    "speed",
+    "streaming",
+    "streaming_116_blocks",
+    "sweep",
+}
 RECORDED = sorted(
     (name, path.name) for name in EXPERIMENTS for path in (RESULTS / "records" / name).glob("*") if path.is_dir()
 )
