@@ -20,6 +20,7 @@ BENCHMARKS = {
     "calibration_64_windows",
     "growth",
     "llama_cpp",
+    "peers",
     "speed",
     "streaming",
     "streaming_116_blocks",
