@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from cfsp.allocate.base import Allocation
+from cfsp.allocate.filling import filled
 from cfsp.components import component
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from cfsp.allocate.base import Allocation
     from cfsp.allocate.budget import Sizes
     from cfsp.importance.base import Scores
 
@@ -34,16 +33,4 @@ class Reconstruction:
         groups = [
             s.sum(1) / c / cost for s, c, cost in zip(scores.kv_groups, change, sizes.group_parameters, strict=True)
         ]
-        ranked = neurons + groups
-        costs = torch.tensor(sizes.neuron_parameters + sizes.group_parameters, dtype=torch.float64)
-        owner = torch.repeat_interleave(torch.arange(len(ranked)), torch.tensor([r.numel() for r in ranked]))
-        order = torch.cat(ranked).argsort(descending=True, stable=True)
-        filled = costs[owner[order]].cumsum(0)
-        n_kept = int((filled - costs[owner[order]] / 2 <= keep * sizes.removable).cumprod(0).sum())
-        counts = torch.bincount(owner[order[:n_kept]], minlength=len(ranked)).double()
-        kept, kept_groups = counts.split(len(scores.neurons))
-        return Allocation(_share(kept, sizes.widths), counted=True, keep_groups=_share(kept_groups, sizes.kv_groups))
-
-
-def _share(counts: Tensor, of: tuple[int, ...]) -> Tensor:
-    return (counts / counts.new_tensor(of)).nan_to_num(1.0)
+        return filled(neurons, groups, sizes, keep)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cfsp.components import suggest
 from cfsp.errors import CfspError, CheckpointError, ConfigError
 from cfsp.sweep.command import command
+from cfsp.words import plain_values
 
 if TYPE_CHECKING:
     from cfsp.export.folder import ModelFolder
@@ -75,17 +76,7 @@ def request_of(words: Sequence[str]) -> Request:
     Raises:
         ConfigError: everything that is wrong with its keys and values.
     """
-    problems, given = [], {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals:
-            problems.append(f"{word}: is not key=value; see cfsp export --help")
-        elif key not in _KEYS:
-            problems.append(f"{key}: unknown key{suggest(key, _KEYS)}; keys: {', '.join(_KEYS)}")
-        elif not value:
-            problems.append(f"{key}=: has no value; see cfsp export --help")
-        else:
-            given[key] = value
+    given, problems = plain_values(words, _KEYS, "export")
     form = given.get("format", "")
     if "format" in given and form not in FORMATS:
         problems.append(

@@ -14,7 +14,7 @@ from torch import Tensor
 from cfsp.config import ModelSection
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.models.remote_code import COMMON_FAMILIES, PRUNED_PREFIX, stock_type
-from cfsp.models.shards import Shards, read_header, weight_files
+from cfsp.models.shards import Shards
 from cfsp.models.source import ModelSource, locate
 
 #: What a pruned folder's config.json has beside the base architecture's own keys.
@@ -146,13 +146,8 @@ def read_source(source: ModelSource) -> ModelFolder:
             f"the model with cfsp, as {PRUNED_PREFIX}{family}, or take {key} out"
         )
     shards = Shards(source.folder)
-    shapes = {
-        name: tuple(entry["shape"])
-        for file in weight_files(source.folder)
-        for name, entry in read_header(file)[0].items()
-    }
     layers = tuple(_layer(config, per_layer.get(n, {}), added.get(n, ())) for n in range(config["num_hidden_layers"]))
-    return ModelFolder(source, family, config, layers, shards, getattr(torch, source.stored_dtype), shapes)
+    return ModelFolder(source, family, config, layers, shards, getattr(torch, source.stored_dtype), shards.shapes)
 
 
 def check_there(source: ModelFolder) -> None:

@@ -96,6 +96,11 @@ class Shards:
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor, by name."""
+        return {name: place.shape for name, place in self._places.items()}
+
     def in_order(self, names: Iterable[str]) -> list[str]:
         """``names`` in the order in which they lie on disk."""
         return sorted(names, key=lambda name: (self._places[name].file, self._places[name].start))

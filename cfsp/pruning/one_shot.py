@@ -147,9 +147,10 @@ class OneShotPruner:
 
         ids = context.calibration.input_ids[: search.n_samples]
         with restored(view.model):
-            losses = WidthLosses(
-                context, ids, cut, {**context.method, "allocator": None, "set": context.calibration.fingerprint}
-            )
+            # What the kept losses depend on beside widths and windows: scores and refits, and what both go by.
+            stride = None if context.gram_wanted is None else context.gram_wanted.stride
+            before = {**context.method, "allocator": None, "set": context.calibration.fingerprint, "stride": stride}
+            losses = WidthLosses(context, ids, cut, before)
 
             def loss(widths: tuple[int, ...]) -> float:
                 every = list(sizes)

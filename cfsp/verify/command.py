@@ -13,6 +13,7 @@ from cfsp.components import suggest
 from cfsp.errors import CfspError, CheckpointError, ConfigError, RunError
 from cfsp.sweep.command import command
 from cfsp.verify.tool import TOOLS, Tool, ask, is_installed
+from cfsp.words import plain_values
 
 USAGE = f"""\
 Load a saved model in the tools that are installed, each in a process of its own and without cfsp, and compare the
@@ -54,17 +55,7 @@ def request_of(words: Sequence[str]) -> Request:
     Raises:
         ConfigError: everything that is wrong with its keys and values.
     """
-    problems, given = [], {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals:
-            problems.append(f"{word}: is not key=value; see cfsp verify --help")
-        elif key not in _KEYS:
-            problems.append(f"{key}: unknown key{suggest(key, _KEYS)}; keys: {', '.join(_KEYS)}")
-        elif not value:
-            problems.append(f"{key}=: has no value; see cfsp verify --help")
-        else:
-            given[key] = value
+    given, problems = plain_values(words, _KEYS, "verify")
     names = [name.strip() for name in given.get("tools", ",".join(TOOLS)).strip("[]").split(",")]
     problems += [
         f"tools={name}: there is no such tool{suggest(name, TOOLS)}; tools: {', '.join(TOOLS)}"
