@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from math import log
 from statistics import mean, stdev
 from typing import Any
 
@@ -12,8 +13,8 @@ from cfsp.errors import ConfigError
 from cfsp.record.run_record import RunRecord
 from cfsp.sweep.experiment import Cell
 from cfsp.tables.collection import Found
-from cfsp.tables.layout import MeanOf, MetricSpec, TableLayout
-from cfsp.tables.metrics import Metric, count, describe, seconds, share
+from cfsp.tables.layout import GapOf, MeanOf, MetricSpec, TableLayout
+from cfsp.tables.metrics import Metric, count, describe, gap, memory, seconds, share
 from cfsp.tables.reported import DENSE, Published, published, same_value
 
 #: What two figures must agree in to stand in one column.
@@ -32,18 +33,23 @@ DENSE_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Column:
-    """A figure by its name, or the mean of several (``members``)."""
+    """A figure by its name, or the mean of several (``members``).
+
+    ``gap``: the logarithm of it less that of the dense model's.
+    """
 
     metric: Metric
     members: tuple[tuple[str, str, str], ...]
+    gap: bool = False
 
 
 _REMOVED = Column(share("removed"), (("plan", "achieved", "ratio"),))
 _TRAINED = Column(count("trained parameters"), (("recovery", "trainable_parameters", "count"),))
 PRUNING_TIME = Column(seconds("pruning, s"), (("stages", "pruning", "seconds"),))
+PEAK_MEMORY = Column(memory("pruning, peak memory"), (("stages", "pruning", "peak_bytes"),))
 #: Metrics that are no measurement: the removed share of the scope's parameters, the parameters that a recovery trains,
-#: the seconds of calibration, plan and slicing.
-_OF_THE_RUN = {"removed": _REMOVED, "trained": _TRAINED, "pruning_time": PRUNING_TIME}
+#: the seconds of calibration, plan and slicing, and the most memory that the process had in them.
+_OF_THE_RUN = {"removed": _REMOVED, "trained": _TRAINED, "pruning_time": PRUNING_TIME, "peak_memory": PEAK_MEMORY}
 #: The stages that prune.
 PRUNING = ("calibrate", "plan", "apply")
 
@@ -163,6 +169,12 @@ def value_of(record: RunRecord, column: Column, side: str | None = None) -> floa
         return record.recovery["trainable_parameters"] if record.recovery and side is None else None
     if column.members == PRUNING_TIME.members:
         return pruning_seconds(record) if side is None else None
+    if column.members == PEAK_MEMORY.members:
+        return _pruning_peak(record) if side is None else None
+    if column.gap:
+        whole = replace(column, gap=False)
+        dense, own = value_of(record, whole, "dense"), value_of(record, whole, side)
+        return log(own) - log(dense) if dense is not None and own is not None else None
     rows = _figures(record, side or result_side(record))
     values = [rows[key]["value"] for key in column.members if key in rows]
     return mean(values) if len(values) == len(column.members) else None
@@ -176,6 +188,14 @@ def pruning_seconds(record: RunRecord) -> float | None:
     if not stages or len(known) < len(saved):
         return None
     return sum(stage["seconds"] for stage in stages) + sum(known)
+
+
+def _pruning_peak(record: RunRecord) -> float | None:
+    """Bytes: on the GPUs where there are any, else the resident set; None where a stage was not measured."""
+    stages = [stage for stage in record.stages if stage["name"] in PRUNING]
+    peaks = [stage.get("peak_gpu_bytes") or stage.get("peak_bytes") for stage in stages]
+    known = [peak for peak in peaks if peak]
+    return max(known) if known and len(known) == len(peaks) else None
 
 
 def result_side(record: RunRecord) -> str:
@@ -195,7 +215,7 @@ def _columns(name: str, spec: MetricSpec, found: Sequence[Found]) -> Iterator[Co
     if isinstance(spec, str) and spec in _OF_THE_RUN:
         yield _OF_THE_RUN[spec]
         return
-    pattern = spec.mean if isinstance(spec, MeanOf) else spec
+    pattern = spec if isinstance(spec, str) else spec.mean if isinstance(spec, MeanOf) else spec.gap
     known = {key: None for one in found for key in _figures(one.record, result_side(one.record))}
     members = [key for key in known if any(fnmatchcase("/".join(key), one.strip()) for one in pattern.split("|"))]
     if not members:
@@ -204,6 +224,8 @@ def _columns(name: str, spec: MetricSpec, found: Sequence[Found]) -> Iterator[Co
     if isinstance(spec, MeanOf):
         first = describe(*members[0])
         yield Column(Metric(spec.label, first.better, first.show, first.unit), tuple(members))
+    elif isinstance(spec, GapOf):
+        yield from (Column(gap(spec.label or f"gap, {describe(*key).label}"), (key,), gap=True) for key in members)
     else:
         yield from (Column(describe(*key), (key,)) for key in members)
 
@@ -240,7 +262,7 @@ def _beside(
     row: Row, columns: Sequence[Column], runs: Sequence[Found], reported: Sequence[Published], side: str
 ) -> None:
     for entry, column in zip(row.entries, columns, strict=True):
-        entry.published = published(reported, column.members, runs[0], side)
+        entry.published = None if column.gap else published(reported, column.members, runs[0], side)
 
 
 def _rank(columns: Sequence[Column], rows: Sequence[Row]) -> None:

@@ -23,9 +23,16 @@ class MeanOf(Section):
     label: str
 
 
-#: ``suite/task/metric`` with * and ? (several of them with | between), the mean of such, or of the run: ``removed`` (of
-#: the scope's parameters), ``trained`` (parameters), ``pruning_time``.
-MetricSpec = str | MeanOf
+class GapOf(Section):
+    """The logarithm of each figure that matches ``gap`` less that of the dense model's: of perplexities, nats per token."""
+
+    gap: str
+    label: str | None = None
+
+
+#: ``suite/task/metric`` with * and ? (several of them with | between), the mean of such, their gap to dense, or of the
+#: run: ``removed`` (of the scope's parameters), ``trained`` (parameters), ``pruning_time``, ``peak_memory``.
+MetricSpec = str | MeanOf | GapOf
 
 
 class TableLayout(Section):

@@ -66,6 +66,16 @@ def seconds(label: str) -> Metric:
     return Metric(label, -1, lambda value: f"{value:.1f}" if value < 100 else f"{value:,.0f}", "s")
 
 
+def memory(label: str) -> Metric:
+    """Bytes of memory."""
+    return Metric(label, -1, _bytes, "bytes")
+
+
+def gap(label: str) -> Metric:
+    """A difference of logarithms to the dense model."""
+    return Metric(label, -1, lambda value: f"{value:.3f}", "nats per token")
+
+
 def count(label: str) -> Metric:
     """A whole number that is neither good nor bad."""
     return Metric(label, 0, lambda value: f"{value:,.0f}", "count")
