@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from cfsp.calibrate.cache import read_or_compute
 from cfsp.errors import ConfigError, DataError, RunError
 from cfsp.models.driver import BlockDriver, run_block
+from cfsp.models.projection import Projection, distinct
 from cfsp.models.views import BlockView
 from cfsp.progress import progress
 
@@ -158,25 +159,27 @@ class _Terms:
 
     def __init__(self, block: BlockView) -> None:
         self.block = block
-        self.linears = projections(block)
+        self.projections = projections(block)
         self.n = 0
-        self.sums = [torch.zeros_like(linear.weight, dtype=torch.float32) for linear in self.linears.values()]
+        self.sums = [torch.zeros_like(one.weight, dtype=torch.float32) for one in self.projections.values()]
         self.squares = [torch.zeros_like(value) for value in self.sums]
 
     def matrices(self) -> list[Tensor]:
-        return [linear.weight for linear in self.linears.values()]
+        return [projection.parameter for projection in self.projections.values()]
 
     def add(self, gradients: list[Tensor]) -> None:
         self.n += 1
-        for total, squares, gradient in zip(self.sums, self.squares, gradients, strict=True):
-            total += gradient.float()
-            squares += gradient.float().square()
+        of_each = zip(self.projections.values(), self.sums, self.squares, gradients, strict=True)
+        for projection, total, squares, stored in of_each:
+            gradient = projection.part(stored).float()
+            total += gradient
+            squares += gradient.square()
 
     def report(self) -> dict[str, Tensor]:
         found = {}
-        for (name, linear), total, squares in zip(self.linears.items(), self.sums, self.squares, strict=True):
+        for (name, one), total, squares in zip(self.projections.items(), self.sums, self.squares, strict=True):
             axis = 0 if name in ("down", "o") else 1
-            weight = linear.weight.detach().float()
+            weight = one.weight.detach().float()
             first, second = weight * (total / self.n), weight * (squares / self.n) * weight
             terms = [
                 first.abs().sum(axis, dtype=torch.float64),
@@ -192,21 +195,16 @@ class _Terms:
         return found
 
 
-def projections(block: BlockView) -> dict[str, nn.Linear]:
+def projections(block: BlockView) -> dict[str, Projection]:
     """The matrices of a block that make its coupled groups, by the names of :class:`GradientTerms`."""
-    found: dict[str, nn.Linear] = {}
-    if block.ffn is not None:
-        found |= {"gate": block.ffn.gate, "up": block.ffn.up, "down": block.ffn.down}
-    attention = block.attention
-    if attention is not None:
-        found |= {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "o": attention.o_proj}
-    return found
+    parts = [part for part in (block.ffn, block.attention) if part is not None]
+    return {name: one for part in parts for name, one in part.projections.items()}
 
 
 @contextmanager
 def _weights_require_grad(blocks: list[BlockView]) -> Iterator[None]:
     """Every matrix can be differentiated, whatever the user froze; afterwards as it was."""
-    weights = [linear.weight for block in blocks for linear in projections(block).values()]
+    weights = [one.parameter for block in blocks for one in distinct([*projections(block).values()])]
     before = [weight.requires_grad for weight in weights]
     for weight in weights:
         weight.requires_grad_(True)

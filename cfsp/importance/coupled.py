@@ -21,6 +21,6 @@ def coupled(channels: Channels, terms: Mapping[str, Tensor]) -> Tensor:
     """
     part = channels.part
     if not isinstance(part, AttentionView):
-        return terms["gate"] + terms["up"] + terms["down"]
+        return sum((terms[name] for name in part.inputs), terms["down"])
     shared = part.spread(terms["k"] + terms["v"]) / part.queries_per_group
     return terms["q"] + terms["o"] + shared

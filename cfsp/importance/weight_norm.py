@@ -21,15 +21,12 @@ class WeightNorm:
 
     def score(self, channels: Channels, activation: Activation) -> Tensor:
         from cfsp.importance.coupled import coupled
-        from cfsp.models.views import AttentionView
 
-        part = channels.part
-        if isinstance(part, AttentionView):
-            rows = {"q": part.q_proj, "k": part.k_proj, "v": part.v_proj}
-        else:
-            rows = {"gate": part.gate, "up": part.up}
-        terms = {name: self._sum(linear.weight, 1) for name, linear in rows.items()}
-        return coupled(channels, {**terms, ("o" if "q" in rows else "down"): self._sum(channels.output.weight, 0)})
+        projections = channels.part.projections
+        return coupled(
+            channels,
+            {name: self._sum(one.weight, 0 if name in ("down", "o") else 1) for name, one in projections.items()},
+        )
 
     def _sum(self, weight: Tensor, axis: int) -> Tensor:
         return weight.detach().float().abs().pow(self.p).sum(axis)

@@ -7,9 +7,11 @@ tensors either way. The LM head runs only where :meth:`BlockDriver.logits` is as
 
 from __future__ import annotations
 
+import inspect
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -171,23 +173,87 @@ def run_block(block: BlockView, hidden: Tensor, kwargs: dict[str, Any]) -> Tenso
 def _blocks_skipped(view: DecoderView, leaving: Tensor | None = None) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
     """Replace each block's forward by one that records its call and passes the hidden state (or ``leaving``) on."""
     calls: list[tuple[Tensor, dict[str, Any]]] = []
+    modules = [block.module for block in view.blocks]
 
-    def recorder(*args: Any, **kwargs: Any) -> Tensor:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        calls.append((hidden, kwargs))
-        return hidden if leaving is None else leaving
+    def recorder(cls: type[nn.Module], wraps: bool) -> Callable[..., Any]:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            named = _by_name(cls, args, kwargs)
+            hidden = named.pop(next(iter(named)))
+            calls.append((hidden, named))
+            output = hidden if leaving is None else leaving
+            return (output,) if wraps else output
+
+        return record
 
     # Hooks are set aside: the block does not run here, so nobody may count or measure this call.
-    aside = [(block.module, block.module._forward_hooks, block.module._forward_pre_hooks) for block in view.blocks]
-    with ExitStack() as shadows:
-        for module, _, _ in aside:
-            shadows.enter_context(forward_replaced(module, recorder))
-            module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
-        try:
-            yield calls
-        finally:
-            for module, hooks, pre_hooks in aside:
-                module._forward_hooks, module._forward_pre_hooks = hooks, pre_hooks
+    with _hooks_aside(modules), ExitStack() as shadows:
+        for block in view.blocks:
+            cls = type(block.module)
+            shadows.enter_context(forward_replaced(block.module, recorder(cls, _returns_tuple(view, block))))
+        yield calls
+
+
+def _by_name(cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of a block by name, the hidden states first: some families give masks by position."""
+    names = [name for name in inspect.signature(cls.forward).parameters if name != "self"]
+    named = dict(zip(names, args, strict=False))
+    if args:
+        return {**named, **kwargs}
+    return {"hidden_states": kwargs["hidden_states"], **kwargs}
+
+
+@contextmanager
+def _hooks_aside(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """``modules`` run without their hooks for a while."""
+    aside = [(module, module._forward_hooks, module._forward_pre_hooks) for module in modules]
+    for module in modules:
+        module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for module, hooks, pre_hooks in aside:
+            module._forward_hooks, module._forward_pre_hooks = hooks, pre_hooks
+
+
+#: Whether the blocks of a class return their hidden state in a tuple, whose first item their model goes on with.
+_RETURNS_TUPLE: weakref.WeakKeyDictionary[type[nn.Module], bool] = weakref.WeakKeyDictionary()
+
+
+class _Returned(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
+def _returns_tuple(view: DecoderView, block: BlockView) -> bool:
+    """Seen once of each class, in a pass of one token that ends with the block."""
+    cls = type(block.module)
+    if cls not in _RETURNS_TUPLE:
+        run = block.module.forward
+
+        def once(*args: Any, **kwargs: Any) -> Any:
+            _RETURNS_TUPLE[cls] = isinstance(run(*args, **kwargs), tuple)
+            raise _Returned
+
+        before = [other.module for other in view.blocks[: block.index]]
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=view.device)
+        with ExitStack() as aside:
+            aside.enter_context(torch.no_grad())
+            aside.enter_context(resident(view, block))
+            aside.enter_context(_hooks_aside([block.module]))
+            aside.enter_context(forward_replaced(block.module, once))
+            aside.enter_context(suppress(_Returned))
+            for module in before:  # of classes that are known by now
+                aside.enter_context(_hooks_aside([module]))
+                aside.enter_context(forward_replaced(module, _passing(_RETURNS_TUPLE[type(module)])))
+            view.decoder(ids, use_cache=False)
+    return _RETURNS_TUPLE[cls]
+
+
+def _passing(wraps: bool) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = entering(args, kwargs)
+        return (hidden,) if wraps else hidden
+
+    return forward
 
 
 @contextmanager

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from torch import nn
+from torch import Tensor
 
+from cfsp.models.projection import distinct
 from cfsp.models.streamed import resident, streamed
 from cfsp.models.views import BlockView, DecoderView
 
@@ -33,17 +34,15 @@ def weight_sample(view: DecoderView) -> str:
 def block_sample(block: BlockView) -> bytes:
     """The part of one block in :func:`weight_sample`."""
     found = b""
-    for linear in _matrices(block):
-        flat = linear.weight.detach().flatten()
+    for matrix in _matrices(block):
+        flat = matrix.detach().flatten()
         at = torch.linspace(0, flat.numel() - 1, min(_VALUES, flat.numel()), dtype=torch.float64).long()
         values = flat[at.to(flat.device)].to("cpu", torch.bfloat16)
-        found += f"{tuple(linear.weight.shape)}".encode() + values.view(torch.int16).numpy().tobytes()
+        found += f"{tuple(matrix.shape)}".encode() + values.view(torch.int16).numpy().tobytes()
     return found
 
 
-def _matrices(block: BlockView) -> list[nn.Linear]:
-    ffn, attention = block.ffn, block.attention
-    found = [] if ffn is None else [ffn.gate, ffn.up, ffn.down]
-    if attention is not None:
-        found += [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    return found
+def _matrices(block: BlockView) -> list[Tensor]:
+    """As they are stored, fused ones once."""
+    parts = [part for part in (block.ffn, block.attention) if part is not None]
+    return [one.parameter for one in distinct([p for part in parts for p in part.projections.values()])]

@@ -52,10 +52,10 @@ def apply(model: Model, plan: PruningPlan) -> Model:
 def slice_block(block: BlockView, decision: BlockPlan, tensors: Mapping[str, Tensor]) -> None:
     """Slice the neurons and KV groups of one block in place; its outputs get what ``tensors`` replace."""
     if decision.ffn_kept is not None and decision.ffn and block.ffn is not None:
-        slice_ffn(block.ffn, torch.tensor(decision.ffn_kept, device=block.ffn.down.weight.device))
+        slice_ffn(block.ffn, torch.tensor(decision.ffn_kept, device=block.ffn.output.parameter.device))
     if decision.kv_groups_kept is not None and decision.attention and block.attention is not None:
         slice_attention(
-            block.attention, torch.tensor(decision.kv_groups_kept, device=block.attention.o_proj.weight.device)
+            block.attention, torch.tensor(decision.kv_groups_kept, device=block.attention.output.parameter.device)
         )
     for kind, channels in block.channels.items():
         weight, bias = (tensors.get(tensor_name(block.index, kind, what)) for what in ("weight", "bias"))

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from cfsp.errors import UnsupportedModelError
 from cfsp.models.driver import BlockDriver, run_block
+from cfsp.models.projection import Projection
 from cfsp.models.streamed import resident
-from cfsp.models.views import BlockView, DecoderView, GatedFFN, attention_of
+from cfsp.models.views import BlockView, DecoderView, view_block
 from cfsp.pruning.slicing import slice_attention, slice_ffn
 
 #: The two results differ by the order of a sum only; anything structural is of the order of the output.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _LOW_PRECISION_TOLERANCE = 5e-2
+
+_Kind = Literal["ffn", "attention"]
 
 
 @torch.no_grad()
@@ -37,95 +39,97 @@ def probe(view: DecoderView, *, heads: bool = False) -> None:
 
 
 def _probe_block(view: DecoderView, block: BlockView, heads: bool, seen: set[tuple[object, ...]]) -> None:
+    shapes: dict[_Kind, tuple[object, ...]] = {}
+    ffn, attention = block.ffn, block.attention
+    if ffn is not None:
+        shapes["ffn"] = (type(ffn.module), ffn.kind, ffn.width, ffn.output.out_features)
+    if heads and attention is not None and attention.n_kv_heads > 1:
+        shapes["attention"] = (type(attention.module), attention.n_heads, attention.n_kv_heads)
     with ExitStack() as weights:
-
-        def judge(kind: tuple[object, ...], *args: Any) -> None:
-            if kind not in seen:
+        for kind, shape in shapes.items():
+            if (kind, *shape) not in seen:
                 weights.enter_context(resident(view, block))
-                _judge(view, block, *args)
-            seen.add(kind)
-
-        if block.ffn is not None:
-            kind = ("ffn", type(block.ffn.module), block.ffn.width, block.ffn.down.out_features)
-            judge(kind, "a gated FFN", block.ffn.module, "neuron", block.ffn.width, _ffn_deviation)
-        attention = block.attention
-        if heads and attention is not None and attention.n_kv_heads > 1:
-            kind = ("attention", type(attention.module), attention.n_heads, attention.n_kv_heads)
-            width = attention.o_proj.in_features
-            judge(kind, "attention", attention.module, "KV group", width, _attention_deviation(view))
+                _judge(view, block, kind)
+            seen.add((kind, *shape))
 
 
-def _judge(
-    view: DecoderView,
-    block: BlockView,
-    what: str,
-    module: nn.Module,
-    unit: str,
-    width: int,
-    deviation_of: Callable[[BlockView], float],
-) -> None:
-    name = f"{type(view.model).__name__}: block {block.index} looks like {what} ({type(module).__name__}), but"
+def _judge(view: DecoderView, block: BlockView, kind: _Kind) -> None:
+    part = block.channels[kind].part
+    what, unit = ("attention", "KV group") if block.ffn is not part else (f"a {block.ffn.kind} FFN", "neuron")
+    name = f"{type(view.model).__name__}: block {block.index} looks like {what} ({type(part.module).__name__}), but"
     try:
-        deviation = deviation_of(block)
-    except RuntimeError as error:
+        deviation = _deviation(view, block, kind)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         found = [
             f"{parameter_name} {tuple(parameter.shape)}"
-            for parameter_name, parameter in module.named_parameters()
-            if width in parameter.shape
+            for parameter_name, parameter in part.module.named_parameters()
+            if part.width in parameter.shape
         ]
-        looked = "; looked for gate, up and down of its width alone" if unit == "neuron" else ""
+        looked = f"; looked for {', '.join(part.projections)} of its width alone" if unit == "neuron" else ""
         raise UnsupportedModelError(
             f"{name} it does not run with one {unit} less{looked}, found {', '.join(found)}"
         ) from error
-    if not deviation <= _TOLERANCE.get(next(module.parameters()).dtype, _LOW_PRECISION_TOLERANCE):
+    if not deviation <= _TOLERANCE.get(part.output.parameter.dtype, _LOW_PRECISION_TOLERANCE):
         raise UnsupportedModelError(
             f"{name} removing its last {unit} differs from zeroing it by {deviation:.1e} of the output; its structure "
             "is not understood"
         )
 
 
-def _ffn_deviation(block: BlockView) -> float:
-    assert block.ffn is not None
-    ffn = block.ffn
-    weight = ffn.gate.weight
-    view = GatedFFN(_copy(ffn.module), ffn.gate_name, ffn.up_name, ffn.down_name)
+def _deviation(view: DecoderView, block: BlockView, kind: _Kind) -> float:
+    """Of what leaves the output projection while a copy of the whole block runs, relative to its largest value."""
+    entry = BlockDriver(view, 1).entry(torch.arange(4)[None])
+    kwargs, entering = entry.kwargs[block.index][0], entry.hidden[0]
+    # Of the order of one, whatever the embeddings give: what is looked at must be seen to work.
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 4, ffn.gate.in_features, generator=generator).to(weight.device, weight.dtype)
-    removed = ffn.width - 1
-    zeroed = _with_zeros(view.down, slice(removed, None), lambda: view.module(hidden))
-    slice_ffn(view, torch.arange(removed, device=weight.device))
-    return _deviation(zeroed, view.module(hidden))
+    hidden = torch.randn(entering.shape, generator=generator).to(entering.device, entering.dtype)
+
+    def leaving(twin: BlockView, zeroed: int = 0) -> Tensor:
+        with _Leaving(twin.channels[kind].output, zeroed) as seen:
+            run_block(twin, hidden, kwargs)
+        return seen.output
+
+    twin = view_block(view.model, f"block {block.index}", block.index, _copy(block.module))
+    if kind == "ffn":
+        assert twin.ffn is not None
+        zeroed = leaving(twin, 1)
+        slice_ffn(twin.ffn, torch.arange(twin.ffn.width - 1, device=hidden.device))
+    else:
+        assert twin.attention is not None
+        zeroed = leaving(twin, twin.attention.queries_per_group * twin.attention.head_dim)
+        slice_attention(twin.attention, torch.arange(twin.attention.n_kv_heads - 1, device=hidden.device))
+    return float((leaving(twin) - zeroed).abs().max() / zeroed.abs().max().clamp_min(1e-30))
 
 
-def _attention_deviation(view: DecoderView) -> Callable[[BlockView], float]:
-    def deviation(block: BlockView) -> float:
-        entry = BlockDriver(view, 1).entry(torch.arange(4)[None])
-        kwargs, hidden = entry.kwargs[block.index][0], entry.hidden[0]
-        twin = _copy(block.module)
-        attention = attention_of(view.model, twin)
-        assert attention is not None
-        copied = BlockView(block.index, twin, None, attention)
-        span = attention.queries_per_group * attention.head_dim
-        zeroed = _with_zeros(attention.o_proj, slice(-span, None), lambda: run_block(copied, hidden, kwargs))
-        whole = run_block(copied, hidden, kwargs)
-        slice_attention(attention, torch.arange(attention.n_kv_heads - 1, device=hidden.device))
-        # Against what the attention adds: the residual stream would hide an error.
-        return float((run_block(copied, hidden, kwargs) - zeroed).abs().max() / _scale(whole - hidden))
+class _Leaving:
+    """What leaves ``output`` in one run of its block, with its last ``zeroed`` input channels at zero."""
 
-    return deviation
+    def __init__(self, output: Projection, zeroed: int) -> None:
+        self._outputs: list[Tensor] = []
+        self._zeroed = zeroed
+        self._module = output.module
 
+    def __enter__(self) -> _Leaving:
+        self._handles = [
+            self._module.register_forward_pre_hook(self._zero),
+            self._module.register_forward_hook(lambda _, args, output: self._outputs.append(output)),
+        ]
+        return self
 
-def _with_zeros(output: nn.Linear, channels: slice, run: Callable[[], Tensor]) -> Tensor:
-    def zero(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def output(self) -> Tensor:
+        if len(self._outputs) != 1:
+            raise RuntimeError(f"the output projection runs {len(self._outputs)} times")
+        return self._outputs[0]
+
+    def _zero(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         masked = args[0].clone()
-        masked[..., channels] = 0
+        masked[..., masked.shape[-1] - self._zeroed :] = 0
         return (masked, *args[1:])
-
-    handle = output.register_forward_pre_hook(zero)
-    try:
-        return run()
-    finally:
-        handle.remove()
 
 
 def _copy(module: nn.Module) -> nn.Module:
@@ -135,11 +139,3 @@ def _copy(module: nn.Module) -> nn.Module:
         child._forward_hooks.clear()
         child._forward_pre_hooks.clear()
     return twin
-
-
-def _deviation(zeroed: Tensor, sliced: Tensor) -> float:
-    return float((zeroed - sliced).abs().max() / _scale(zeroed))
-
-
-def _scale(values: Tensor) -> Tensor:
-    return values.abs().max().clamp_min(1e-30)

@@ -1,47 +1,77 @@
-"""Removing units for real: new, smaller linears from rows and columns of the old ones."""
+"""Removing units for real: new, smaller matrices from rows and columns of the old ones."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from cfsp.models.views import AttentionView, Channels, GatedFFN
+from cfsp.models.attention import AttentionView, count_heads
+from cfsp.models.ffn import FFN
+from cfsp.models.projection import Projection, is_transposed
+from cfsp.models.views import Channels
 
 
-def slice_linear(linear: nn.Linear, *, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Linear:
-    """A new linear with the given output rows or input columns; the old one is left as it is."""
-    weight: Tensor = linear.weight.detach()
-    bias: Tensor | None = linear.bias
+def slice_linear(linear: nn.Module, *, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Module:
+    """A new linear (or Conv1D) with the given output rows or input columns; the old one is left as it is."""
+    stored: Tensor = linear.weight.detach()  # type: ignore[union-attr]
+    out_axis = 1 if is_transposed(linear) else 0
+    bias: Tensor | None = linear.bias  # type: ignore[assignment]
     if rows is not None:
-        weight = weight.index_select(0, rows)
+        stored = stored.index_select(out_axis, rows)
         bias = None if bias is None else bias.detach().index_select(0, rows)
     if columns is not None:
-        weight = weight.index_select(1, columns)
+        stored = stored.index_select(1 - out_axis, columns)
         bias = None if bias is None else bias.detach().clone()
-    return _linear(linear, weight, bias)
+    return _like(linear, stored, bias)
 
 
-def with_bias(linear: nn.Linear, bias: Tensor) -> nn.Linear:
+def with_bias(linear: nn.Module, bias: Tensor) -> nn.Module:
     """A new linear of the same weight with ``bias`` [out] in the weight's dtype; the old one is left as it is."""
-    weight = linear.weight.detach()
+    weight: Tensor = linear.weight.detach()  # type: ignore[union-attr]
     # A copy: what is written into the model's parameters later must not reach the plan's tensors.
-    return _linear(linear, weight, bias.to(weight.device, weight.dtype, copy=True))
+    return _like(linear, weight, bias.to(weight.device, weight.dtype, copy=True))
 
 
-def _linear(like: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta", dtype=weight.dtype)
-    made.weight = nn.Parameter(weight, requires_grad=like.weight.requires_grad)
+def _like(like: nn.Module, stored: Tensor, bias: Tensor | None) -> nn.Module:
+    """A module of the same kind that holds ``stored``, laid out as the kind stores its matrix."""
+    made: nn.Module
+    if is_transposed(like):
+        with torch.device("meta"):
+            made = type(like)(stored.shape[1], stored.shape[0])  # type: ignore[call-arg]
+    else:
+        made = nn.Linear(stored.shape[1], stored.shape[0], bias=bias is not None, device="meta", dtype=stored.dtype)
+    learns = like.weight.requires_grad  # type: ignore[union-attr]
+    made.weight = nn.Parameter(stored, requires_grad=learns)
     if bias is not None:
-        made.bias = nn.Parameter(bias, requires_grad=like.weight.requires_grad)
+        made.bias = nn.Parameter(bias, requires_grad=learns)
     return made.train(like.training)
 
 
-def slice_ffn(ffn: GatedFFN, kept: Tensor) -> None:
-    """Keep only the neurons ``kept`` (int64 indices on the weights' device) of a gated FFN, in place."""
-    gate, up, down = ffn.gate, ffn.up, ffn.down
-    setattr(ffn.module, ffn.gate_name, slice_linear(gate, rows=kept))
-    setattr(ffn.module, ffn.up_name, slice_linear(up, rows=kept))
-    setattr(ffn.module, ffn.down_name, slice_linear(down, columns=kept))
+def keep_rows(kept: Sequence[tuple[Projection, Tensor]]) -> None:
+    """Keep of each projection the rows with these indices, in place.
+
+    The rows of a fused matrix, of which all projections must be there, stay in the order that they have.
+    """
+    places: dict[tuple[int, str], list[tuple[Projection, Tensor]]] = {}
+    for projection, units in kept:
+        places.setdefault((id(projection.owner), projection.name), []).append((projection, units))
+    for parts in places.values():
+        first = parts[0][0]
+        rows = [projection.rows_of(units) for projection, units in parts]
+        setattr(first.owner, first.name, slice_linear(first.module, rows=torch.cat(rows).sort().values))
+
+
+def keep_columns(projection: Projection, columns: Tensor) -> None:
+    """Keep the input channels ``columns`` of a projection, in place."""
+    setattr(projection.owner, projection.name, slice_linear(projection.module, columns=columns))
+
+
+def slice_ffn(ffn: FFN, kept: Tensor) -> None:
+    """Keep only the neurons ``kept`` (int64 indices on the weights' device) of an FFN, in place."""
+    keep_rows([(projection, kept) for projection in ffn.inputs.values()])
+    keep_columns(ffn.output, kept)
 
 
 def slice_attention(attention: AttentionView, kept: Tensor) -> None:
@@ -52,27 +82,28 @@ def slice_attention(attention: AttentionView, kept: Tensor) -> None:
     """
     wide = _spans(kept, attention.queries_per_group * attention.head_dim)
     narrow = _spans(kept, attention.head_dim)
-    module = attention.module
-    q, k, v, o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
-    module.q_proj = slice_linear(q, rows=wide)
-    module.k_proj = slice_linear(k, rows=narrow)
-    module.v_proj = slice_linear(v, rows=narrow)
-    module.o_proj = slice_linear(o, columns=wide)
+    keep_rows([(attention.q_proj, wide), (attention.k_proj, narrow), (attention.v_proj, narrow)])
+    keep_columns(attention.o_proj, wide)
+    count_heads(attention.module, attention, len(kept) * attention.queries_per_group, len(kept))
 
 
 def set_output_bias(channels: Channels, bias: Tensor) -> None:
     """Give down_proj (or o_proj) the bias [d], in place."""
-    part = channels.part
-    name = part.down_name if isinstance(part, GatedFFN) else "o_proj"
-    setattr(part.module, name, with_bias(channels.output, bias))
+    output = channels.output
+    setattr(output.owner, output.name, with_bias(output.module, bias))
 
 
 def set_output_weight(channels: Channels, weight: Tensor) -> None:
     """Give down_proj (or o_proj), sliced already, the refitted weight [d, K], in place."""
-    part, old = channels.part, channels.output
-    name = part.down_name if isinstance(part, GatedFFN) else "o_proj"
-    bias = None if old.bias is None else old.bias.detach()
-    setattr(part.module, name, _linear(old, weight.to(old.weight.device, old.weight.dtype), bias))
+    output = channels.output
+    stored = output.parameter
+    bias = None if output.bias is None else output.bias.detach()
+    fitted = weight.to(stored.device, stored.dtype)
+    setattr(
+        output.owner,
+        output.name,
+        _like(output.module, fitted.T.contiguous() if is_transposed(output.module) else fitted, bias),
+    )
 
 
 def _spans(groups: Tensor, size: int) -> Tensor:

@@ -154,10 +154,7 @@ class TwoSSP:
                     f"{type(view.model).__name__}: pruner={self.name} needs an FFN and an attention with q, k, v and o "
                     f"projections in every block; block {block.index} lacks one; use another pruner"
                 )
-            part = block.attention
-            linears = (part.q_proj, part.k_proj, part.v_proj, part.o_proj)
-            attention = sum(p.numel() for linear in linears for p in linear.parameters())
-            ffn = sum(p.numel() for p in block.ffn.module.parameters())
+            ffn, attention = block.ffn.parameters, block.attention.parameters
             found.add((ffn, attention, sum(p.numel() for p in block.module.parameters()), block.ffn.width))
         if len(found) > 1:
             raise UnsupportedModelError(

@@ -103,8 +103,7 @@ class WidthLosses:
         self._put(block, kept[width])
 
     def _now(self, block: BlockView) -> dict[str, nn.Module]:
-        ffn = block.ffn
-        return {} if ffn is None else {n: getattr(ffn.module, n) for n in (ffn.gate_name, ffn.up_name, ffn.down_name)}
+        return {} if block.ffn is None else {one.name: one.module for one in block.ffn.projections.values()}
 
     def _put(self, block: BlockView, linears: dict[str, nn.Module]) -> None:
         for name, linear in linears.items():

@@ -24,7 +24,7 @@ class MeanOf(Section):
 
 
 class GapOf(Section):
-    """The logarithm of each figure that matches ``gap`` less that of the dense model's: of perplexities, nats per token."""
+    """The logarithm of each figure that matches ``gap`` less the dense model's: of perplexities, nats per token."""
 
     gap: str
     label: str | None = None

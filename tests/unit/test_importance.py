@@ -122,7 +122,7 @@ def test_a_dead_column_counts_as_zero_not_nan():
 def test_a_score_that_is_not_finite_names_the_block():
     view, statistics = calibrated(tiny_model())
     with torch.no_grad():
-        view.blocks[2].ffn.down.weight[0, 0] = float("nan")
+        view.blocks[2].ffn.output.weight[0, 0] = float("nan")
     with pytest.raises(RunError, match="block 2.*Wanda"):
         score(view, statistics, Wanda())
 
@@ -141,7 +141,7 @@ def test_flap_is_its_definition_on_raw_activations(variant):
     model, ids = tiny_model(), tokens()
     view, statistics = calibrated(model)
     block = view.blocks[1]
-    for kind, linear in (("ffn", block.ffn.down), ("attention", block.attention.o_proj)):
+    for kind, linear in (("ffn", block.ffn.output), ("attention", block.attention.o_proj)):
         seen = []
         handle = linear.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].flatten(0, 1)))
         with torch.no_grad():

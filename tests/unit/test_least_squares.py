@@ -178,7 +178,7 @@ def test_a_score_that_reads_weights_and_inputs_changes_with_both() -> None:
 def test_gram_matrices_are_those_of_the_inputs() -> None:
     model, ids = tiny_model(), tokens(6)
     view, seen = resolve(model), []
-    down = view.blocks[1].ffn.down
+    down = view.blocks[1].ffn.output
     handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
     wanted = GramWanted(("ffn", "attention"), 0.25, 2**40)
     with gram_sums(view.blocks, wanted) as sums:
@@ -313,7 +313,7 @@ def test_a_native_bias_takes_the_mean() -> None:
     block, kept = view.blocks[0], tuple(range(0, 96, 2))
     tensors = least_squares_compensation(block, BlockPlan(kept), store, 1e-3)
     mean = store.read(0, "ffn").mean
-    down = block.ffn.down
+    down = block.ffn.output
     before = down.weight @ mean + down.bias
     after = tensors["blocks.0.ffn.weight"] @ mean[list(kept)] + tensors["blocks.0.ffn.bias"]
     torch.testing.assert_close(after, before.detach(), atol=1e-4, rtol=1e-4)

@@ -382,11 +382,12 @@ def test_a_planted_slicing_error_is_noticed(which, monkeypatch):
     right = slicing.slice_ffn
 
     def wrong(ffn, kept):
-        linear = getattr(ffn, which)
+        projection = ffn.projections[which]
+        linear = projection.module
         right(ffn, kept)
         shifted = kept.roll(1)
         axis = {"columns": shifted} if which == "down" else {"rows": shifted}
-        setattr(ffn.module, getattr(ffn, f"{which}_name"), slicing.slice_linear(linear, **axis))
+        setattr(ffn.module, projection.name, slicing.slice_linear(linear, **axis))
 
     monkeypatch.setattr("cfsp.pruning.apply.slice_ffn", wrong)
     with pytest.raises(AssertionError):

@@ -1,0 +1,178 @@
+"""The attention of a block and its KV groups, recognised by the matrices that are there and their attribute names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from cfsp.models.projection import Projection, is_matrix, of_names, stored_parameters
+
+_QKV_NAMES = ("q_proj", "k_proj", "v_proj")
+#: One matrix for q, k and v -> how its rows lie: all of q, all of k, all of v; or KV group after KV group, in each the
+#: query heads, then k, then v (with one query head per group: head by head; with one group: as concatenated).
+_FUSED_NAMES: dict[str, Literal["concatenated", "grouped"]] = {
+    "qkv_proj": "concatenated",
+    "c_attn": "concatenated",
+    "query_key_value": "grouped",
+}
+_OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj")
+#: Names under which transformers' attentions repeat a size, that of heads, of KV heads and of all query channels.
+_HEADS = ("num_heads", "num_attention_heads")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads")
+_CHANNELS = ("embed_dim", "split_size", "hidden_size")
+_HEAD_DIMS = ("head_dim", "head_size")
+
+
+@dataclass(frozen=True)
+class AttentionView:
+    """Projections q, k, v, o, separate or rows of a fused matrix; heads are derived from the real shapes.
+
+    What can be removed is a whole KV group: a key and a value head with the ``n_heads // n_kv_heads`` query heads
+    that read them. Its channels, columns of o_proj, lie together in the order of the groups.
+    """
+
+    module: nn.Module
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    q_proj: Projection
+    k_proj: Projection
+    v_proj: Projection
+    o_proj: Projection
+
+    @property
+    def output(self) -> Projection:
+        """The projection whose input channels the heads are: o_proj."""
+        return self.o_proj
+
+    @property
+    def projections(self) -> dict[str, Projection]:
+        """By the names q, k, v and o."""
+        return {"q": self.q_proj, "k": self.k_proj, "v": self.v_proj, "o": self.o_proj}
+
+    @property
+    def is_fused(self) -> bool:
+        return self.q_proj.rows is not None
+
+    @property
+    def width(self) -> int:
+        """Channels of all query heads: n_heads * head_dim."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def queries_per_group(self) -> int:
+        return self.n_heads // self.n_kv_heads
+
+    @property
+    def group_parameters(self) -> int:
+        """Parameters that go with one KV group: its rows of q, k and v with their biases, its columns of o."""
+        rows = {self.q_proj: self.queries_per_group, self.k_proj: 1, self.v_proj: 1}
+        inputs = sum(n * (one.in_features + (one.module.bias is not None)) for one, n in rows.items())
+        return self.head_dim * (inputs + self.queries_per_group * self.o_proj.out_features)
+
+    @property
+    def parameters(self) -> int:
+        """Of its matrices and their biases."""
+        return stored_parameters(list(self.projections.values()))
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """Per-row values of k or v, [n_kv_heads * head_dim, ...], to the channels of the query heads that read them."""
+        heads = rows.unflatten(0, (self.n_kv_heads, self.head_dim))
+        return heads.repeat_interleave(self.queries_per_group, 0).flatten(0, 1)
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """(q, k, v [N, d], o [d, N]) in fp32, detached; N = n_heads * head_dim, k and v repeated as they are read."""
+        q, k, v, o = (one.weight.detach().float() for one in self.projections.values())
+        return q, self.spread(k), self.spread(v), o
+
+
+def attention_in(model: Any, block: nn.Module) -> AttentionView | None:
+    """The attention of a block of ``model``; None where its projections are not recognised."""
+    for module in block.modules():
+        outputs = [name for name in _OUTPUT_NAMES if is_matrix(getattr(module, name, None))]
+        fused = [name for name in _FUSED_NAMES if is_matrix(getattr(module, name, None))]
+        separate = of_names(module, _QKV_NAMES)
+        if not outputs or (separate is None and not fused):
+            continue
+        output = Projection(module, outputs[0])
+        head_dim = _head_dim(model, module)
+        if not head_dim or output.in_features % head_dim:
+            return None
+        if separate is not None:
+            return _fitting(module, head_dim, *separate, output)
+        parts = _parts(Projection(module, fused[0]), output.in_features // head_dim, head_dim, _FUSED_NAMES[fused[0]])
+        return None if parts is None else _fitting(module, head_dim, *parts, output)
+    return None
+
+
+def _head_dim(model: Any, module: nn.Module) -> int | None:
+    config = getattr(model.config, "get_text_config", lambda: model.config)()
+    for holder, names in ((module, _HEAD_DIMS), (config, _HEAD_DIMS[:1])):
+        for name in names:
+            if isinstance(size := getattr(holder, name, None), int) and size:
+                return size
+    return None
+
+
+def _parts(
+    fused: Projection, n_heads: int, head_dim: int, layout: Literal["concatenated", "grouped"]
+) -> tuple[Projection, Projection, Projection] | None:
+    """q, k and v in a matrix with ``n_heads`` query heads; None where its size is that of no whole KV heads."""
+    rest, odd = divmod(fused.out_features - n_heads * head_dim, 2 * head_dim)
+    if odd or rest <= 0 or n_heads % rest:
+        return None
+    queries = n_heads // rest * head_dim  # rows of the query heads of a KV group
+    if layout == "concatenated":
+        ends = (n_heads * head_dim, (n_heads + rest) * head_dim, (n_heads + 2 * rest) * head_dim)
+        rows = [(range(ends[0]),), (range(ends[0], ends[1]),), (range(ends[1], ends[2]),)]
+    else:
+        starts = [group * (queries + 2 * head_dim) for group in range(rest)]
+        rows = [
+            tuple(range(at, at + queries) for at in starts),
+            tuple(range(at + queries, at + queries + head_dim) for at in starts),
+            tuple(range(at + queries + head_dim, at + queries + 2 * head_dim) for at in starts),
+        ]
+    q, k, v = (Projection(fused.owner, fused.name, of) for of in rows)
+    return q, k, v
+
+
+def _fitting(
+    module: nn.Module, head_dim: int, q: Projection, k: Projection, v: Projection, o: Projection
+) -> AttentionView | None:
+    if q.out_features % head_dim or k.out_features % head_dim:
+        return None
+    n_heads, n_kv_heads = q.out_features // head_dim, k.out_features // head_dim
+    # Value heads of another size, as in multi-head latent attention, are another structure.
+    if n_heads % n_kv_heads or v.out_features != k.out_features or o.in_features != q.out_features:
+        return None
+    return AttentionView(module, n_heads, n_kv_heads, head_dim, q, k, v, o)
+
+
+class LayerConfig:
+    """A configuration as one attention sees it: with numbers of heads of its own, the rest as it is."""
+
+    def __init__(self, config: Any, heads: dict[str, int]) -> None:
+        self.__dict__["config"], self.__dict__["heads"] = config, heads
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        heads = self.__dict__["heads"]
+        return heads[name] if name in heads else getattr(self.__dict__["config"], name)
+
+
+def count_heads(module: nn.Module, before: AttentionView, heads: int, kv_heads: int) -> None:
+    """Bring the attributes of an attention that repeat a number of heads up to date, where the family has them."""
+    counts = {"num_key_value_groups": heads // kv_heads}
+    counts |= dict.fromkeys(_HEADS, heads) | dict.fromkeys(_KV_HEADS, kv_heads)
+    for name, n in counts.items():
+        if isinstance(getattr(module, name, None), int):
+            setattr(module, name, n)
+    for name in _CHANNELS:
+        if getattr(module, name, None) == before.width:
+            setattr(module, name, heads * before.head_dim)
+    if before.is_fused and hasattr(module, "config"):  # Phi-3 splits its fused matrix by the configuration's numbers
+        config = module.config.__dict__["config"] if isinstance(module.config, LayerConfig) else module.config
+        module.config = LayerConfig(config, {"num_attention_heads": heads, "num_key_value_heads": kv_heads})  # type: ignore[assignment]
