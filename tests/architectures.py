@@ -4,7 +4,8 @@ Each entry of :data:`ARCHITECTURES` says what the model's structure is, in words
 where the matrices are, how fused ones are laid out, what can be removed. ``tests/unit/test_architectures.py`` checks
 each description on the model itself, so that it does not repeat the code under test.
 
-Sizes are chosen so that no two of them are equal by chance: hidden 48, 6 heads in 3 KV groups, 88 neurons, 96 tokens.
+Hidden 48, 6 heads in 3 KV groups where the family has groups, 88 neurons or experts of 40, vocabulary 96. Where the
+configuration has a head size of its own it is 12, so that hidden // heads (8) is wrong.
 """
 
 from __future__ import annotations
