@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cfsp.calibrate.inputs import watch_inputs
 from cfsp.calibrate.statistics import DISTANCES, BlockStatistics, InputStatistics, Statistics
 from cfsp.importance.block_distance import block_distances
 from cfsp.models.driver import entering, hidden_of
@@ -66,10 +67,10 @@ class BlockSums:
 
     def attach(self) -> list[Callable[[], None]]:
         """Register the hooks; returns what removes them."""
-        handles = [self.block.module.register_forward_hook(self._distance, with_kwargs=True)]
+        removers = [self.block.module.register_forward_hook(self._distance, with_kwargs=True).remove]
         for kind, channels in self.block.channels.items():
-            handles.append(channels.output.register_forward_pre_hook(self.inputs[kind]))
-        return [handle.remove for handle in handles]
+            removers += watch_inputs(self.block, channels, self.inputs[kind])
+        return removers
 
     def report(self, n_sequences: int, seq_len: int) -> BlockStatistics:
         means = (self.distances / (n_sequences * seq_len)).tolist()

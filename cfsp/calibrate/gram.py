@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from cfsp.calibrate.inputs import watch_inputs
 from cfsp.errors import RunError
 from cfsp.models.shard_writer import Outgoing, write_file
 from cfsp.models.shards import Shards
@@ -173,7 +174,7 @@ def gram_sums(blocks: Sequence[BlockView], wanted: GramWanted | None) -> Iterato
             for kind, channels in block.channels.items():
                 if wanted is not None and kind in wanted.kinds:
                     made = GramSums(channels.n, channels.output.weight.device, wanted.stride)
-                    handles.append(channels.output.register_forward_pre_hook(made).remove)
+                    handles += watch_inputs(block, channels, made)
                     of_block[kind] = made
             sums.append(of_block)
         yield sums

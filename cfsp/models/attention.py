@@ -18,10 +18,9 @@ _FUSED_NAMES: dict[str, Literal["concatenated", "grouped"]] = {
     "query_key_value": "grouped",
 }
 _OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj")
-#: Names under which transformers' attentions repeat a size, that of heads, of KV heads and of all query channels.
+#: Names under which transformers' attentions repeat their numbers of heads and of KV heads.
 _HEADS = ("num_heads", "num_attention_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
-_CHANNELS = ("embed_dim", "split_size", "hidden_size")
 _HEAD_DIMS = ("head_dim", "head_size")
 
 
@@ -101,8 +100,12 @@ def attention_in(model: Any, block: nn.Module) -> AttentionView | None:
         if not head_dim or output.in_features % head_dim:
             return None
         if separate is not None:
-            return _fitting(module, head_dim, *separate, output)
-        parts = _parts(Projection(module, fused[0]), output.in_features // head_dim, head_dim, _FUSED_NAMES[fused[0]])
+            q, k, v = separate
+            return _fitting(module, head_dim, q, k, v, output)
+        layout = _FUSED_NAMES[fused[0]]
+        if getattr(module, "multi_query", None) is False:  # GPT-BigCode's other layout
+            layout = "grouped"
+        parts = _parts(Projection(module, fused[0]), output.in_features // head_dim, head_dim, layout)
         return None if parts is None else _fitting(module, head_dim, *parts, output)
     return None
 
@@ -126,7 +129,7 @@ def _parts(
     queries = n_heads // rest * head_dim  # rows of the query heads of a KV group
     if layout == "concatenated":
         ends = (n_heads * head_dim, (n_heads + rest) * head_dim, (n_heads + 2 * rest) * head_dim)
-        rows = [(range(ends[0]),), (range(ends[0], ends[1]),), (range(ends[1], ends[2]),)]
+        rows: list[tuple[range, ...]] = [(range(ends[0]),), (range(ends[0], ends[1]),), (range(ends[1], ends[2]),)]
     else:
         starts = [group * (queries + 2 * head_dim) for group in range(rest)]
         rows = [
@@ -151,7 +154,10 @@ def _fitting(
 
 
 class LayerConfig:
-    """A configuration as one attention sees it: with numbers of heads of its own, the rest as it is."""
+    """A configuration as one attention sees it: with numbers of heads of its own, the rest as it is.
+
+    The same class ships with the models that need it (:mod:`cfsp.models.shapes_template`).
+    """
 
     def __init__(self, config: Any, heads: dict[str, int]) -> None:
         self.__dict__["config"], self.__dict__["heads"] = config, heads
@@ -163,16 +169,23 @@ class LayerConfig:
         return heads[name] if name in heads else getattr(self.__dict__["config"], name)
 
 
-def count_heads(module: nn.Module, before: AttentionView, heads: int, kv_heads: int) -> None:
-    """Bring the attributes of an attention that repeat a number of heads up to date, where the family has them."""
-    counts = {"num_key_value_groups": heads // kv_heads}
-    counts |= dict.fromkeys(_HEADS, heads) | dict.fromkeys(_KV_HEADS, kv_heads)
+def is_layer_config(value: Any) -> bool:
+    """Whether a configuration is one attention's own, from here or from a model folder's code."""
+    return type(value).__name__ == LayerConfig.__name__ and {"config", "heads"} <= vars(value).keys()
+
+
+def count_heads(attention: AttentionView, heads: int, kv_heads: int) -> None:
+    """Bring what else says how many heads there are up to date: the numbers that the module keeps, where it does.
+
+    attention: as it was before it lost groups.
+    """
+    module = attention.module
+    counts = dict.fromkeys(_HEADS, heads) | dict.fromkeys(_KV_HEADS, kv_heads)
+    counts["split_size"] = heads * attention.head_dim  # of GPT-2: the query channels
     for name, n in counts.items():
         if isinstance(getattr(module, name, None), int):
             setattr(module, name, n)
-    for name in _CHANNELS:
-        if getattr(module, name, None) == before.width:
-            setattr(module, name, heads * before.head_dim)
-    if before.is_fused and hasattr(module, "config"):  # Phi-3 splits its fused matrix by the configuration's numbers
-        config = module.config.__dict__["config"] if isinstance(module.config, LayerConfig) else module.config
-        module.config = LayerConfig(config, {"num_attention_heads": heads, "num_key_value_heads": kv_heads})  # type: ignore[assignment]
+    if attention.is_fused and hasattr(module, "config"):  # Phi-3 splits its fused matrix by the configuration's numbers
+        config = vars(module.config)["config"] if is_layer_config(module.config) else module.config
+        own = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+        module.config = LayerConfig(config, own)  # type: ignore[assignment]

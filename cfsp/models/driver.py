@@ -219,7 +219,7 @@ def _hooks_aside(modules: Sequence[nn.Module]) -> Iterator[None]:
 _RETURNS_TUPLE: weakref.WeakKeyDictionary[type[nn.Module], bool] = weakref.WeakKeyDictionary()
 
 
-class _Returned(Exception):
+class _ReturnedError(Exception):
     """Ends a forward pass whose rest is not needed."""
 
 
@@ -231,7 +231,7 @@ def _returns_tuple(view: DecoderView, block: BlockView) -> bool:
 
         def once(*args: Any, **kwargs: Any) -> Any:
             _RETURNS_TUPLE[cls] = isinstance(run(*args, **kwargs), tuple)
-            raise _Returned
+            raise _ReturnedError
 
         before = [other.module for other in view.blocks[: block.index]]
         ids = torch.zeros(1, 1, dtype=torch.int64, device=view.device)
@@ -240,7 +240,7 @@ def _returns_tuple(view: DecoderView, block: BlockView) -> bool:
             aside.enter_context(resident(view, block))
             aside.enter_context(_hooks_aside([block.module]))
             aside.enter_context(forward_replaced(block.module, once))
-            aside.enter_context(suppress(_Returned))
+            aside.enter_context(suppress(_ReturnedError))
             for module in before:  # of classes that are known by now
                 aside.enter_context(_hooks_aside([module]))
                 aside.enter_context(forward_replaced(module, _passing(_RETURNS_TUPLE[type(module)])))

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from cfsp.models.projection import Projection, of_names, stored_parameters
 
 #: Attribute names in transformers: (gate, up, down); gate and up in one matrix, in this order, and down; (up, down).
-_GATED_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-_FUSED_NAMES = (("gate_up_proj", "down_proj"),)
-_PLAIN_NAMES = (
+_GATED_NAMES: tuple[tuple[str, ...], ...] = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+_FUSED_NAMES: tuple[tuple[str, ...], ...] = (("gate_up_proj", "down_proj"),)
+_PLAIN_NAMES: tuple[tuple[str, ...], ...] = (
     ("fc1", "fc2"),
     ("c_fc", "c_proj"),
     ("fc_in", "fc_out"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from string import Template
 
-_LICENCE = """\
+LICENCE = """\
 # Copyright 2026 The cfsp maintainers
 #
 # Licensed under the Apache License, Version 2.0 (the "License");
@@ -25,7 +25,7 @@ _LICENCE = """\
 """
 
 CONFIGURATION = Template(
-    _LICENCE
+    LICENCE
     + '''\
 """Configuration of a ${base_type} model whose layers differ; `per_layer_config` says in what."""
 
@@ -49,7 +49,7 @@ class ${pruned_config}(${base_config}):
 )
 
 MODELING = Template(
-    _LICENCE
+    LICENCE
     + '''\
 """A ${base_type} model whose layers differ in what a pruning left of them.
 

@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.errors import UnsupportedModelError
+from cfsp.models import shapes_template
+from cfsp.models.attention import is_layer_config
 from cfsp.models.pruned_template import CONFIGURATION, MODELING
 from cfsp.registration import PACKAGE, PRUNED_PREFIX
 
@@ -67,8 +69,9 @@ _BIASED = ("self_attn.o_proj", "mlp.down_proj")
 class PrunedFamily:
     """The classes of one family with unequal layers, and ``files``: file name -> the text to ship.
 
-    ``submodules``: "attention" and "mlp" -> the attribute of a layer; ``norms``: the same -> the attributes of the
-    norms that serve that submodule alone. ``modeling``: the module made of the shipped modelling file.
+    ``form``: how a folder says what differs: "sizes" (per_layer_config, which other tools read), for layers with a
+    self_attn and a gated mlp; "shapes" (layer_changes) for all others. ``norms``: of the first, "attention" and "mlp"
+    -> the attributes of the norms that serve that submodule alone. ``modeling``: the module of the modelling file.
     """
 
     base_model_type: str
@@ -77,7 +80,7 @@ class PrunedFamily:
     model_class: type[PreTrainedModel]
     causal_lm_class: type[PreTrainedModel]
     files: dict[str, str]
-    submodules: dict[str, str]
+    form: Literal["sizes", "shapes"]
     norms: dict[str, tuple[str, ...]]
     modeling: ModuleType
 
@@ -103,8 +106,7 @@ def pruned_family(base_model_type: str) -> PrunedFamily:
     Afterwards AutoConfig, AutoModel and AutoModelForCausalLM load such folders without ``trust_remote_code``.
 
     Raises:
-        UnsupportedModelError: transformers has no causal language model of that type, or its layers have no
-            ``mlp`` with Linear gate_proj, up_proj and down_proj of ``intermediate_size``.
+        UnsupportedModelError: transformers has no causal language model of that type.
     """
     with _MAKING:
         return _made(base_model_type)
@@ -131,6 +133,7 @@ class _Texts:
 
     files: dict[str, str]
     names: dict[str, str]
+    form: Literal["sizes", "shapes"]
     norms: dict[str, tuple[str, ...]]
 
 
@@ -142,9 +145,15 @@ def _texts(base_model_type: str) -> _Texts:
 @cache
 def _written(base_model_type: str) -> _Texts:
     """Write the files of a family to the folder that they are imported from."""
-    base_config, base_model, base_causal_lm = _stock_classes(base_model_type)
-    _probe(base_model_type, base_config, base_model, base_causal_lm)
-    norms = _norms(base_config, base_causal_lm)
+    base_config, base_model, base_causal_lm = stock_classes(base_model_type)
+    form: Literal["sizes", "shapes"] = "sizes"
+    norms: dict[str, tuple[str, ...]] = {}
+    try:
+        _probe(base_model_type, base_config, base_model, base_causal_lm)
+        norms = _norms(base_config, base_causal_lm)
+    except UnsupportedModelError:
+        form = "shapes"
+    template = MODELING if form == "sizes" else shapes_template.MODELING
 
     pruned_type = PRUNED_PREFIX + base_model_type
     stem = pruned_type.replace("-", "_").replace(".", "_")
@@ -163,13 +172,13 @@ def _written(base_model_type: str) -> _Texts:
     }
     files = {
         f"{configuration}.py": CONFIGURATION.substitute(names),
-        f"{modeling}.py": MODELING.substitute(names),
+        f"{modeling}.py": template.substitute(names),
     }
     folder = Path(package().__path__[0])
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     importlib.invalidate_caches()
-    return _Texts(files, names, norms)
+    return _Texts(files, names, form, norms)
 
 
 @cache
@@ -186,7 +195,7 @@ def _made(base_model_type: str) -> PrunedFamily:
         model_class=getattr(modeling, names["pruned_model"]),
         causal_lm_class=getattr(modeling, names["pruned_causal_lm"]),
         files=files,
-        submodules=dict(SUBMODULES),
+        form=texts.form,
         norms=texts.norms,
         modeling=modeling,
     )
@@ -211,29 +220,6 @@ def register_pruned_families() -> None:
         pruned_family(base_model_type)
 
 
-def remove_submodule(layer: nn.Module, kind: Literal["attention", "mlp"], family: PrunedFamily) -> None:
-    """Take the attention or the FFN out of ``layer``, with the norms that serve it alone, in place."""
-    family.modeling.skip(layer, kind)
-
-
-def remove_layers(model: PreTrainedModel, indices: Collection[int]) -> None:
-    """Take whole layers out of ``model``, in place; the configuration's lists per layer follow."""
-    kept = [index for index in range(len(model.model.layers)) if index not in set(indices)]
-    config = copy.deepcopy(model.config)
-    config.per_layer_config = None  # :func:`adopt` reads it off the layers again
-    # layer_types, no_rope_layers and the like: one entry a layer.
-    per_layer = {
-        name: value
-        for name, value in vars(config).items()
-        if "layer" in name and isinstance(value, list) and len(value) == len(model.model.layers)
-    }
-    model.model.layers = nn.ModuleList(model.model.layers[index] for index in kept)
-    config.num_hidden_layers = len(kept)
-    for name, value in per_layer.items():
-        setattr(config, name, [value[index] for index in kept])
-    _replace_config(model, model.config, config)
-
-
 def adopt(model: PreTrainedModel) -> None:
     """Make class and configuration of ``model`` tell the truth about its layers as they are now.
 
@@ -247,8 +233,13 @@ def adopt(model: PreTrainedModel) -> None:
     """
     check_adoptable(model)
     base_type = stock_type(model.config.model_type)
-    base_config, base_model, base_causal_lm = _stock_classes(base_type)
+    base_config, base_model, base_causal_lm = stock_classes(base_type)
     family = pruned_family(base_type)
+    if family.form == "shapes":
+        from cfsp.models.layer_changes import adopt_by_shapes
+
+        adopt_by_shapes(model, family)
+        return
     shapes = [_shape(model, index) for index in range(len(model.model.layers))]
     config = copy.deepcopy(model.config)
     config.per_layer_config = None
@@ -276,7 +267,7 @@ def adopt(model: PreTrainedModel) -> None:
         config.per_layer_config = _per_layer(shapes, config)
     config.architectures = [classes[2].__name__]
     model.model.__class__, model.__class__ = classes[1], classes[2]
-    _replace_config(model, model.config, config)
+    replace_config(model, model.config, config)
     family.modeling.number_cache_slots(model.model)
 
 
@@ -413,7 +404,7 @@ def check_adoptable(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__}: a causal language model of transformers is needed, e.g. from cfsp.load(FOLDER)"
         )
-    base_causal_lm = _stock_classes(stock_type(model_type))[2]
+    base_causal_lm = stock_classes(stock_type(model_type))[2]
     if not isinstance(model, base_causal_lm):
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be pruned: a {base_causal_lm.__name__} is needed; unwrap it first (for "
@@ -422,12 +413,14 @@ def check_adoptable(model: PreTrainedModel) -> None:
     pruned_family(stock_type(model_type))
 
 
-def _replace_config(model: nn.Module, old: PretrainedConfig, new: PretrainedConfig) -> None:
+def replace_config(model: nn.Module, old: PretrainedConfig, new: PretrainedConfig) -> None:
     """Modules of transformers keep references of their own to the configuration, under varying names."""
     for module in model.modules():
         for name, value in vars(module).items():
             if value is old:
                 module.__dict__[name] = new
+            elif is_layer_config(value) and vars(value)["config"] is old:
+                vars(value)["config"] = new
 
 
 def _gated_linears(layer: nn.Module, where: str) -> list[nn.Linear]:
@@ -442,7 +435,7 @@ def _gated_linears(layer: nn.Module, where: str) -> list[nn.Linear]:
     return linears  # type: ignore[return-value]
 
 
-def _stock_classes(model_type: str) -> tuple[type, type, type]:
+def stock_classes(model_type: str) -> tuple[type, type, type]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
@@ -462,7 +455,7 @@ def _stock_classes(model_type: str) -> tuple[type, type, type]:
 def _probe(model_type: str, config_class: type, model_class: type, causal_lm_class: type) -> None:
     """See on a small model without memory whether the shipped code fits the structure of the family."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _silent():
             model: Any = causal_lm_class(config_class(**_PROBE_SIZES))
     except Exception as error:
         raise UnsupportedModelError(
@@ -482,6 +475,18 @@ def _probe(model_type: str, config_class: type, model_class: type, causal_lm_cla
                 f"model type '{model_type}', layer {index}: looked for FFN matrices of width "
                 f"config.intermediate_size={_PROBE_SIZES['intermediate_size']}, found {found}"
             )
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """transformers logs what a family thinks of sizes that are not its own."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _norms(config_class: type, causal_lm_class: type) -> dict[str, tuple[str, ...]]:

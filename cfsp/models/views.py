@@ -79,6 +79,13 @@ class DecoderView:
     blocks: tuple[BlockView, ...]
 
     @property
+    def container(self) -> nn.ModuleList:
+        """The list in the model that holds the blocks."""
+        first = self.blocks[0].module
+        lists = (module for module in self.decoder.modules() if isinstance(module, nn.ModuleList))
+        return next(module for module in lists if len(module) and module[0] is first)
+
+    @property
     def device(self) -> torch.device:
         """Where the token ids go: the device of the embeddings; of a streamed model, where it computes."""
         store = getattr(self.model, "_cfsp_streamed", None)  # :mod:`cfsp.models.streamed`, which builds on views
@@ -147,7 +154,7 @@ def view_block(model: Any, name: str, index: int, block: nn.Module) -> BlockView
         return BlockView(index, block, None, attention, attention_removed)
     if len(found) != 1:
         linears = ", ".join(
-            f"{child_name} {tuple(child.weight.shape)}"  # type: ignore[operator]
+            f"{child_name} {tuple(child.weight.shape)}"
             for child_name, child in block.named_modules()
             if is_matrix(child)
         )

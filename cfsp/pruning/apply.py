@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.errors import CheckpointError, UnsupportedModelError
-from cfsp.models.remote_code import adopt, check_adoptable, pruned_family, remove_layers, remove_submodule, stock_type
+from cfsp.models.layer_changes import remove_layers
+from cfsp.models.remote_code import adopt, check_adoptable
 from cfsp.models.sample import weight_sample
 from cfsp.models.snapshot import restored
 from cfsp.models.streamed import streamed
+from cfsp.models.submodules import remove_submodule
 from cfsp.models.views import BlockView, DecoderView, resolve
 from cfsp.pruning.plan import BlockPlan, PruningPlan, tensor_name
 from cfsp.pruning.slicing import set_output_bias, set_output_weight, slice_attention, slice_ffn
@@ -31,14 +33,13 @@ def apply(model: Model, plan: PruningPlan) -> Model:
     check_adoptable(model)  # type: ignore[arg-type]
     view = resolve(model)
     check_fits(view, plan)
-    family = pruned_family(stock_type(view.model.config.model_type))
     for block, decision in zip(view.blocks, plan.blocks, strict=True):
         slice_block(block, decision, plan.tensors)
         if decision.keeps_block:
             if not decision.attention and not block.attention_removed:
-                remove_submodule(block.module, "attention", family)
+                remove_submodule(view, block, "attention")
             if not decision.ffn and block.ffn is not None:
-                remove_submodule(block.module, "mlp", family)
+                remove_submodule(view, block, "mlp")
     gone = [index for index, decision in enumerate(plan.blocks) if not decision.keeps_block]
     if gone:
         remove_layers(view.model, gone)

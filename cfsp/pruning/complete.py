@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cfsp.models.remote_code import pruned_family, stock_type
 from cfsp.models.sample import weight_sample
+from cfsp.models.submodules import norm_parameters, submodule_parameters
 from cfsp.pruning.plan import BlockPlan, PruningPlan
 
 if TYPE_CHECKING:
@@ -73,33 +73,17 @@ def removed_parameters(view: DecoderView, block: BlockView, plan: BlockPlan) -> 
         kept = block.ffn.width if plan.ffn_kept is None else len(plan.ffn_kept)
         ffn = (block.ffn.width - kept) * block.ffn.neuron_parameters
         if not plan.ffn:
-            ffn = submodule_parameters(view, block, "mlp")
+            ffn = submodule_parameters(block, "mlp")
     if block.attention is not None and plan.kv_groups_kept is not None:
         attention = (block.attention.n_kv_heads - len(plan.kv_groups_kept)) * block.attention.group_parameters
     if not plan.attention and not block.attention_removed:
-        attention = submodule_parameters(view, block, "attention")
+        attention = submodule_parameters(block, "attention")
     if not plan.keeps_block:
         rest = sum(parameter.numel() for parameter in block.module.parameters()) - ffn - attention
     else:
         rest += norm_parameters(view, block, "mlp") if not plan.ffn and block.ffn is not None else 0
         rest += norm_parameters(view, block, "attention") if not plan.attention and not block.attention_removed else 0
     return {"ffn": ffn, "attention": attention, "rest": rest}
-
-
-def submodule_parameters(view: DecoderView, block: BlockView, kind: str) -> int:
-    """Parameters of a block's attention or mlp submodule, without its norms."""
-    family = pruned_family(stock_type(view.model.config.model_type))
-    return _count(block, (family.submodules[kind],))
-
-
-def norm_parameters(view: DecoderView, block: BlockView, kind: str) -> int:
-    """Parameters of the norms that serve a block's attention or mlp submodule alone."""
-    family = pruned_family(stock_type(view.model.config.model_type))
-    return _count(block, family.norms[kind])
-
-
-def _count(block: BlockView, names: Sequence[str]) -> int:
-    return sum(parameter.numel() for name in names for parameter in getattr(block.module, name).parameters())
 
 
 def _added(view: DecoderView, name: str, tensor: Tensor) -> int:

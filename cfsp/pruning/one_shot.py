@@ -243,14 +243,17 @@ def _width(block: BlockView) -> int:
 
 @contextmanager
 def _seeing(block: BlockView, sums: CrossSums | None) -> Iterator[None]:
+    from cfsp.calibrate.inputs import watch_inputs
+
     if sums is None:
         yield
         return
-    handle = block.channels["ffn"].output.register_forward_pre_hook(sums)
+    removers = watch_inputs(block, block.channels["ffn"], sums)
     try:
         yield
     finally:
-        handle.remove()
+        for remove in removers:
+            remove()
 
 
 def _add_missing(sums: CrossSums, dense: HiddenStates | None, batch: int, output: Tensor) -> None:

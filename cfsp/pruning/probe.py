@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cfsp.errors import UnsupportedModelError
 from cfsp.models.driver import BlockDriver, run_block
+from cfsp.models.ffn import FFN
 from cfsp.models.projection import Projection
 from cfsp.models.streamed import resident
 from cfsp.models.views import BlockView, DecoderView, view_block
@@ -58,7 +59,7 @@ def _judge(view: DecoderView, block: BlockView, kind: _Kind) -> None:
     what, unit = ("attention", "KV group") if block.ffn is not part else (f"a {block.ffn.kind} FFN", "neuron")
     name = f"{type(view.model).__name__}: block {block.index} looks like {what} ({type(part.module).__name__}), but"
     try:
-        deviation = _deviation(view, block, kind)
+        deviation = max(_deviation(view, block, kind, removed) for removed in ("first", "last"))
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         found = [
             f"{parameter_name} {tuple(parameter.shape)}"
@@ -71,12 +72,12 @@ def _judge(view: DecoderView, block: BlockView, kind: _Kind) -> None:
         ) from error
     if not deviation <= _TOLERANCE.get(part.output.parameter.dtype, _LOW_PRECISION_TOLERANCE):
         raise UnsupportedModelError(
-            f"{name} removing its last {unit} differs from zeroing it by {deviation:.1e} of the output; its structure "
-            "is not understood"
+            f"{name} removing its first or last {unit} differs from zeroing it by {deviation:.1e} of the output; its "
+            "structure is not understood"
         )
 
 
-def _deviation(view: DecoderView, block: BlockView, kind: _Kind) -> float:
+def _deviation(view: DecoderView, block: BlockView, kind: _Kind, removed: str) -> float:
     """Of what leaves the output projection while a copy of the whole block runs, relative to its largest value."""
     entry = BlockDriver(view, 1).entry(torch.arange(4)[None])
     kwargs, entering = entry.kwargs[block.index][0], entry.hidden[0]
@@ -84,27 +85,29 @@ def _deviation(view: DecoderView, block: BlockView, kind: _Kind) -> float:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(entering.shape, generator=generator).to(entering.device, entering.dtype)
 
-    def leaving(twin: BlockView, zeroed: int = 0) -> Tensor:
+    def leaving(twin: BlockView, zeroed: slice | None = None) -> Tensor:
         with _Leaving(twin.channels[kind].output, zeroed) as seen:
             run_block(twin, hidden, kwargs)
         return seen.output
 
     twin = view_block(view.model, f"block {block.index}", block.index, _copy(block.module))
-    if kind == "ffn":
-        assert twin.ffn is not None
-        zeroed = leaving(twin, 1)
-        slice_ffn(twin.ffn, torch.arange(twin.ffn.width - 1, device=hidden.device))
+    part = twin.channels[kind].part
+    units = part.width if isinstance(part, FFN) else part.n_kv_heads
+    size = part.width // units
+    gone = 0 if removed == "first" else units - 1
+    zeroed = leaving(twin, slice(gone * size, (gone + 1) * size))
+    kept = torch.tensor([unit for unit in range(units) if unit != gone], device=hidden.device)
+    if isinstance(part, FFN):
+        slice_ffn(part, kept)
     else:
-        assert twin.attention is not None
-        zeroed = leaving(twin, twin.attention.queries_per_group * twin.attention.head_dim)
-        slice_attention(twin.attention, torch.arange(twin.attention.n_kv_heads - 1, device=hidden.device))
+        slice_attention(part, kept)
     return float((leaving(twin) - zeroed).abs().max() / zeroed.abs().max().clamp_min(1e-30))
 
 
 class _Leaving:
-    """What leaves ``output`` in one run of its block, with its last ``zeroed`` input channels at zero."""
+    """What leaves ``output`` in one run of its block, with the input channels ``zeroed`` at zero."""
 
-    def __init__(self, output: Projection, zeroed: int) -> None:
+    def __init__(self, output: Projection, zeroed: slice | None) -> None:
         self._outputs: list[Tensor] = []
         self._zeroed = zeroed
         self._module = output.module
@@ -112,7 +115,8 @@ class _Leaving:
     def __enter__(self) -> _Leaving:
         self._handles = [
             self._module.register_forward_pre_hook(self._zero),
-            self._module.register_forward_hook(lambda _, args, output: self._outputs.append(output)),
+            # A copy: Falcon adds the attention's output to the FFN's in place.
+            self._module.register_forward_hook(lambda _, args, output: self._outputs.append(output.clone())),
         ]
         return self
 
@@ -127,8 +131,10 @@ class _Leaving:
         return self._outputs[0]
 
     def _zero(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if self._zeroed is None:
+            return args
         masked = args[0].clone()
-        masked[..., masked.shape[-1] - self._zeroed :] = 0
+        masked[..., self._zeroed] = 0
         return (masked, *args[1:])
 
 

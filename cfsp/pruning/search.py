@@ -7,6 +7,7 @@ from block b on, on the cached hidden states of the unchanged prefix; every loss
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -197,12 +198,21 @@ def nulled(block: BlockView, kind: str) -> Iterator[None]:
     """The attention or FFN of ``block`` adds nothing to the residual stream, and costs nothing, for a while."""
     part = block.attention if kind == "attention" else block.ffn
     assert part is not None
+    module = part.module
+    if module is block.module:  # an FFN without a module of its own
+        module = part.output.module
+    adds_residual = "residual" in inspect.signature(type(module).forward).parameters
+    width = part.output.out_features
 
     def nothing(*args: Any, **kwargs: Any) -> Any:
-        zeros = torch.zeros_like(args[0] if args else kwargs["hidden_states"])
+        if adds_residual:
+            zeros = kwargs["residual"] if "residual" in kwargs else args[1]
+        else:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            zeros = hidden.new_zeros(*hidden.shape[:-1], width)
         return (zeros, None) if kind == "attention" else zeros
 
-    with forward_replaced(part.module, nothing):
+    with forward_replaced(module, nothing):
         yield
 
 

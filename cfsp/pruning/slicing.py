@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,11 @@ from cfsp.models.projection import Projection, is_transposed
 from cfsp.models.views import Channels
 
 
-def slice_linear(linear: nn.Module, *, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Module:
+def slice_linear(linear: Any, *, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Module:
     """A new linear (or Conv1D) with the given output rows or input columns; the old one is left as it is."""
-    stored: Tensor = linear.weight.detach()  # type: ignore[union-attr]
+    stored: Tensor = linear.weight.detach()
     out_axis = 1 if is_transposed(linear) else 0
-    bias: Tensor | None = linear.bias  # type: ignore[assignment]
+    bias: Tensor | None = linear.bias
     if rows is not None:
         stored = stored.index_select(out_axis, rows)
         bias = None if bias is None else bias.detach().index_select(0, rows)
@@ -27,22 +28,24 @@ def slice_linear(linear: nn.Module, *, rows: Tensor | None = None, columns: Tens
     return _like(linear, stored, bias)
 
 
-def with_bias(linear: nn.Module, bias: Tensor) -> nn.Module:
+def with_bias(linear: Any, bias: Tensor) -> nn.Module:
     """A new linear of the same weight with ``bias`` [out] in the weight's dtype; the old one is left as it is."""
-    weight: Tensor = linear.weight.detach()  # type: ignore[union-attr]
+    weight: Tensor = linear.weight.detach()
     # A copy: what is written into the model's parameters later must not reach the plan's tensors.
     return _like(linear, weight, bias.to(weight.device, weight.dtype, copy=True))
 
 
-def _like(like: nn.Module, stored: Tensor, bias: Tensor | None) -> nn.Module:
+def _like(like: Any, stored: Tensor, bias: Tensor | None) -> nn.Module:
     """A module of the same kind that holds ``stored``, laid out as the kind stores its matrix."""
     made: nn.Module
     if is_transposed(like):
         with torch.device("meta"):
-            made = type(like)(stored.shape[1], stored.shape[0])  # type: ignore[call-arg]
+            made = type(like)(stored.shape[1], stored.shape[0])
     else:
-        made = nn.Linear(stored.shape[1], stored.shape[0], bias=bias is not None, device="meta", dtype=stored.dtype)
-    learns = like.weight.requires_grad  # type: ignore[union-attr]
+        # Falcon's linears round in another order than nn.Linear: the class stays what it is.
+        cls = type(like) if type(like).__init__ is nn.Linear.__init__ else nn.Linear
+        made = cls(stored.shape[1], stored.shape[0], bias=bias is not None, device="meta", dtype=stored.dtype)
+    learns = like.weight.requires_grad
     made.weight = nn.Parameter(stored, requires_grad=learns)
     if bias is not None:
         made.bias = nn.Parameter(bias, requires_grad=learns)
@@ -84,7 +87,7 @@ def slice_attention(attention: AttentionView, kept: Tensor) -> None:
     narrow = _spans(kept, attention.head_dim)
     keep_rows([(attention.q_proj, wide), (attention.k_proj, narrow), (attention.v_proj, narrow)])
     keep_columns(attention.o_proj, wide)
-    count_heads(attention.module, attention, len(kept) * attention.queries_per_group, len(kept))
+    count_heads(attention, len(kept) * attention.queries_per_group, len(kept))
 
 
 def set_output_bias(channels: Channels, bias: Tensor) -> None:

@@ -348,28 +348,22 @@ def test_a_planted_error_in_the_slicing_of_heads_is_noticed(which, monkeypatch):
 @pytest.mark.parametrize("mistake", ["other block", "kept", "norm"])
 def test_a_planted_error_in_the_removal_of_submodules_is_noticed(kind, mistake, monkeypatch):
     """The wrong block loses it, nobody does, or its neighbour's norm goes with it."""
-    from cfsp.models.remote_code import remove_submodule
+    from cfsp.models.submodules import remove_submodule
 
     model = tiny_model("qwen3")
     gone = BlockPlan(attention=kind != "attention", ffn=kind != "mlp")
     plan = PruningPlan("m", "f", {}, (BlockPlan(), gone, BlockPlan(), BlockPlan()), {}, {})
     assert_masked_equals_sliced(model, plan, tokens(2, seed=1))
 
-    def wrong(layer, kind, family):
+    def wrong(view, block, kind):
         if mistake == "norm":
-            remove_submodule(layer, kind, family)
+            remove_submodule(view, block, kind)
             norm = "post_attention_layernorm" if kind == "attention" else "input_layernorm"
-            setattr(layer, norm, torch.nn.Identity())
+            setattr(block.module, norm, torch.nn.Identity())
         elif mistake == "other block":
-            remove_submodule(wrong.layers[2], kind, family)
+            remove_submodule(view, view.blocks[2], kind)
 
-    def apply(model, plan):
-        wrong.layers = model.model.layers
-        return right(model, plan)
-
-    right = cfsp.apply
     monkeypatch.setattr("cfsp.pruning.apply.remove_submodule", wrong)
-    monkeypatch.setattr(cfsp, "apply", apply)
     with pytest.raises(AssertionError):
         assert_masked_equals_sliced(model, plan, tokens(2, seed=1))
 

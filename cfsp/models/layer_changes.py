@@ -1,0 +1,178 @@
+"""Class and configuration of a pruned model of any family: its differences from the stock model, layer by layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cfsp.errors import UnsupportedModelError
+from cfsp.models.attention import is_layer_config
+from cfsp.models.remote_code import PrunedFamily, replace_config, stock_classes, stock_type
+from cfsp.models.submodules import is_stub
+from cfsp.models.views import is_removed, resolve
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+#: Keys under which configurations state one FFN width for all layers.
+_WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "moe_intermediate_size")
+
+Changes = dict[str, dict[str, Any]]
+
+
+def adopt_by_shapes(model: PreTrainedModel, family: PrunedFamily) -> None:
+    """As :func:`cfsp.models.remote_code.adopt`, with ``layer_changes`` (:mod:`cfsp.models.shapes_template`).
+
+    Raises:
+        UnsupportedModelError: no attention is left, or what is left cannot be described so.
+    """
+    view = resolve(model)
+    layers = [block.module for block in view.blocks]
+    if all(block.attention_removed for block in view.blocks):
+        raise UnsupportedModelError("no attention is left in any layer; such a model cannot run")
+    classes = stock_classes(stock_type(model.config.model_type))
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("model_type", None)  # read from a file it is there, and hides that of the class
+    for leftover in ("auto_map", "layer_changes"):
+        config.__dict__.pop(leftover, None)
+    config.__class__ = classes[0]
+    number_cache_slots(layers, config)
+    changes = _changes(layers, _stock_layers(classes[2], config))
+    if changes and (found := _width_key(layers, view.widths, classes[2], config)):
+        setattr(config, *found)
+        changes = {}
+    if changes:
+        classes = (family.config_class, family.model_class, family.causal_lm_class)
+        config.__class__ = family.config_class
+        config.auto_map = family.auto_map
+        config.layer_changes = changes
+    config.architectures = [classes[2].__name__]
+    model.base_model.__class__, model.__class__ = classes[1], classes[2]
+    replace_config(model, model.config, config)
+
+
+def remove_layers(model: PreTrainedModel, indices: Collection[int]) -> None:
+    """Take whole layers out of ``model``, in place; the configuration's lists per layer follow."""
+    view = resolve(model)
+    container = view.container
+    n = len(container)
+    kept = [index for index in range(n) if index not in set(indices)]
+    config = copy.deepcopy(model.config)
+    for form in ("per_layer_config", "layer_changes"):
+        if hasattr(config, form):
+            setattr(config, form, None)  # adopt reads it off the layers again
+    # layer_types, no_rope_layers and the like: one entry a layer.
+    per_layer = {
+        name: value
+        for name, value in vars(config).items()
+        if "layer" in name and isinstance(value, list) and len(value) == n
+    }
+    for index in sorted(set(indices), reverse=True):
+        del container[index]
+    config.num_hidden_layers = len(kept)
+    for name, value in per_layer.items():
+        setattr(config, name, [value[index] for index in kept])
+    replace_config(model, model.config, config)
+
+
+def number_cache_slots(layers: list[nn.Module], config: PretrainedConfig) -> None:
+    """Give the attentions that are there the first slots of the cache, each one of its own type (sliding or full).
+
+    The cache counts tokens in slot 0, so where layer 0 lost its attention its type becomes that of the first with one.
+    """
+    there = [not any(is_removed(module, "attention") for module in layer.modules()) for layer in layers]
+    types = list(getattr(config, "layer_types", None) or ["full_attention"] * len(layers))
+    if types and not there[0] and any(there):
+        types[0] = types[there.index(True)]
+        if getattr(config, "layer_types", None):
+            config.layer_types = types
+    free = {kind: [i for i, other in enumerate(types) if other == kind] for kind in set(types)}
+    for layer, kind, attends in zip(layers, types, there, strict=True):
+        slots = [m for m in layer.modules() if m is not layer and isinstance(getattr(m, "layer_idx", None), int)]
+        if attends and slots:
+            slot = free[kind].pop(0)
+            for module in slots:
+                module.layer_idx = slot  # type: ignore[assignment]
+
+
+def _stock_layers(causal_lm_class: Any, config: PretrainedConfig) -> list[nn.Module]:
+    """The layers that the stock class makes of ``config``, without memory."""
+    small = copy.deepcopy(config)
+    small._attn_implementation = "eager"
+    with torch.device("meta"):
+        return [block.module for block in resolve(causal_lm_class(small)).blocks]
+
+
+def _changes(layers: list[nn.Module], stock: list[nn.Module]) -> Changes:
+    if len(layers) != len(stock):
+        raise UnsupportedModelError(f"the model has {len(layers)} layers, its configuration makes {len(stock)}")
+    found = {str(at): _difference(*pair) for at, pair in enumerate(zip(layers, stock, strict=True))}
+    return {at: entry for at, entry in found.items() if entry}
+
+
+def _difference(layer: nn.Module, stock: nn.Module) -> dict[str, Any]:
+    """What an entry of ``layer_changes`` says of one layer."""
+    children, before = dict(layer.named_children()), dict(stock.named_children())
+    skip = {name: child.removed for name, child in children.items() if is_stub(child)}
+    identity = [
+        name
+        for name, child in children.items()
+        if isinstance(child, nn.Identity) and not isinstance(before.get(name), nn.Identity)
+    ]
+    gone = {*skip, *identity}
+    entry: dict[str, Any] = {"skip": skip, "identity": identity}
+    own, theirs = _shapes(layer, gone), _shapes(stock, gone)
+    if lost := sorted(theirs.keys() - own.keys()):
+        raise UnsupportedModelError(f"{type(layer).__name__}: {lost[0]} is gone; such a layer cannot be written down")
+    entry["shapes"] = {name: shape for name, shape in own.items() if theirs.get(name) != shape}
+    numbers = dict(_numbers(stock, gone))
+    entry["set"] = {name: n for name, n in _numbers(layer, gone) if name in numbers and numbers[name] != n}
+    entry["heads"] = {
+        name: dict(vars(module.config)["heads"])
+        for name, module in layer.named_modules()
+        if name.partition(".")[0] not in gone and is_layer_config(getattr(module, "config", None))
+    }
+    return {kind: found for kind, found in entry.items() if found}
+
+
+def _shapes(layer: nn.Module, gone: Collection[str]) -> dict[str, list[int]]:
+    return {
+        name: list(parameter.shape)
+        for name, parameter in layer.named_parameters()
+        if name.partition(".")[0] not in gone
+    }
+
+
+def _numbers(layer: nn.Module, gone: Collection[str]) -> Iterator[tuple[str, int]]:
+    """The whole numbers that the modules of a layer keep: sizes, counts of heads, slots of the cache."""
+    for path, module in layer.named_modules():
+        if path.partition(".")[0] in gone:
+            continue
+        for name, value in vars(module).items():
+            if isinstance(value, int) and not isinstance(value, bool) and not name.startswith("_"):
+                yield (f"{path}.{name}" if path else name), value
+
+
+def _width_key(
+    layers: list[nn.Module], widths: Collection[int], causal_lm_class: Any, config: PretrainedConfig
+) -> tuple[str, int] | None:
+    """The key of a plain configuration that describes all layers, and its value; None where there is none."""
+    width = next(iter(widths))
+    if set(widths) != {width}:
+        return None
+    for key in _WIDTH_KEYS:
+        if not hasattr(config, key):
+            continue
+        tried = copy.deepcopy(config)
+        setattr(tried, key, width)
+        try:
+            fits = not _changes(layers, _stock_layers(causal_lm_class, tried))
+        except Exception:  # a configuration that its class refuses describes nothing
+            continue
+        if fits:
+            return key, width
+    return None

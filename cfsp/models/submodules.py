@@ -1,0 +1,130 @@
+"""Attention and FFN as parts of their block: what stands for them, the norms that serve them alone, taking them out."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cfsp.errors import UnsupportedModelError
+from cfsp.models.driver import BlockDriver, run_block
+from cfsp.models.remote_code import pruned_family, stock_type
+from cfsp.models.streamed import resident
+from cfsp.models.views import BlockView, DecoderView, is_removed
+
+Kind = Literal["attention", "mlp"]
+KINDS: tuple[Kind, ...] = ("attention", "mlp")
+
+#: Of models whose norms were looked at.
+_NORMS: weakref.WeakKeyDictionary[nn.Module, dict[Kind, tuple[str, ...]]] = weakref.WeakKeyDictionary()
+
+
+def parts(block: BlockView, kind: Kind) -> tuple[str, ...]:
+    """Names, within the block, of the modules that a submodule is made of; the first one's output is the submodule's.
+
+    Raises:
+        UnsupportedModelError: there is no such submodule, or it is not recognised.
+    """
+    children = dict(block.module.named_children())
+    if kind == "mlp" and block.ffn is not None:
+        if block.ffn.module is block.module:  # OPT's has no module of its own
+            return (block.ffn.output.name, *dict.fromkeys(one.name for one in block.ffn.inputs.values()))
+        inner: nn.Module | None = block.ffn.module
+    else:
+        inner = block.attention.module if kind == "attention" and block.attention is not None else None
+    for name, child in children.items():
+        if inner is not None and any(module is inner for module in child.modules()):
+            return (name,)
+        if inner is None and kind == "attention" and "attention" in type(child).__name__.lower():
+            return (name,)
+    raise UnsupportedModelError(
+        f"block {block.index}: its {'FFN' if kind == 'mlp' else kind} was not recognised as a module; found "
+        f"{', '.join(f'{name} ({type(child).__name__})' for name, child in children.items())}"
+    )
+
+
+def submodule_parameters(block: BlockView, kind: Kind) -> int:
+    """Parameters of a block's attention or FFN, without its norms."""
+    return _count(block, parts(block, kind))
+
+
+def norm_parameters(view: DecoderView, block: BlockView, kind: Kind) -> int:
+    """Parameters of the norms that serve a block's attention or FFN alone."""
+    return _count(block, norms(view, kind))
+
+
+def norms(view: DecoderView, kind: Kind) -> tuple[str, ...]:
+    """Names, within a block, of the norms that serve the submodule alone; they go with it.
+
+    A norm whose output enters the submodule, or whose input left it, belongs to it; one that feeds both to neither.
+    """
+    family = pruned_family(stock_type(view.model.config.model_type))
+    if family.form == "sizes":
+        return family.norms[kind]
+    if view.model not in _NORMS:
+        _NORMS[view.model] = _seen_norms(view)
+    return _NORMS[view.model][kind]
+
+
+def remove_submodule(view: DecoderView, block: BlockView, kind: Kind) -> None:
+    """Take the attention or the FFN out of a block, with the norms that serve it alone, in place."""
+    family = pruned_family(stock_type(view.model.config.model_type))
+    if family.form == "sizes":
+        family.modeling.skip(block.module, kind)
+        return
+    first, *others = parts(block, kind)
+    serving = norms(view, kind)
+    family.modeling.skip(block.module, first, kind)
+    for name in (*others, *serving):
+        setattr(block.module, name, nn.Identity())
+
+
+def _count(block: BlockView, names: tuple[str, ...]) -> int:
+    return sum(parameter.numel() for name in names for parameter in getattr(block.module, name).parameters())
+
+
+def _seen_norms(view: DecoderView) -> dict[Kind, tuple[str, ...]]:
+    """Seen in one pass of four tokens through the first block that has both submodules."""
+    whole = [b for b in view.blocks if b.ffn is not None and not b.attention_removed]
+    if not whole:
+        return dict.fromkeys(KINDS, ())
+    block = whole[0]
+    of_kind = {kind: parts(block, kind) for kind in KINDS}
+    entered: dict[str, Tensor] = {}
+    left: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            entered[name] = args[0] if args else kwargs["hidden_states"]
+            left[name] = output[0] if isinstance(output, tuple) else output
+
+        return note
+
+    entry = BlockDriver(view, 1).entry(torch.arange(4)[None])
+    children = dict(block.module.named_children())
+    handles = [child.register_forward_hook(watch(name), with_kwargs=True) for name, child in children.items()]
+    try:
+        with torch.no_grad(), resident(view, block):
+            run_block(block, entry.hidden[0], entry.kwargs[block.index][0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    inside = {name for names in of_kind.values() for name in names}
+    served: dict[Kind, set[str]] = {kind: set() for kind in KINDS}
+    for name, output in left.items():
+        if name in inside or not list(children[name].parameters()):
+            continue
+        for kind, names in of_kind.items():
+            into = any(output is entered.get(part) for part in names)
+            if into or entered[name] is left.get(names[0]):
+                served[kind].add(name)
+    shared = served["attention"] & served["mlp"]
+    return {kind: tuple(sorted(names - shared)) for kind, names in served.items()}
+
+
+def is_stub(module: nn.Module) -> bool:
+    """Whether a module stands where a submodule was removed."""
+    return any(is_removed(module, kind) for kind in KINDS)
