@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from cfsp.allocate.budget import Budget, Sizes
 from cfsp.compose import compose
-from cfsp.config import parse
+from cfsp.config import RunConfig, parse
 from cfsp.errors import BudgetError, CfspError
 from cfsp.inspection.describe import most_of, units_of
 from cfsp.models.remote_code import check_adoptable
@@ -51,12 +52,17 @@ def reaches(view: DecoderView) -> list[Reach]:
     except CfspError as error:
         reason = _line(error)
     names = sorted(path.stem for path in (config_folder() / "pruner").glob("*.yaml"))
-    configs = {name: parse(compose([f"pruner={name}"])) for name in names}
+    configs = {name: _preset(name) for name in names}
     return [
         _reach(name, config.pruner.instance, config.budget, view, reason)
         for name, config in configs.items()
         if config.pruner.instance.prunes
     ]
+
+
+@cache
+def _preset(pruner: str) -> RunConfig:
+    return parse(compose([f"pruner={pruner}"]))
 
 
 def _reach(name: str, pruner: Any, budget: Budget, view: DecoderView, reason: str) -> Reach:

@@ -23,7 +23,7 @@ def show(report: Report) -> None:
     """Print it."""
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console.width = max(console.width, 160)  # a log has no edge to wrap at
+        console.width = max(console.width, 200)  # a log has no edge to wrap at
     source = report.numbers.source
     console.print(source.origin if report.by_path else f"{source.name}: {source.origin}", soft_wrap=True)
     for line in report.numbers.notes:
