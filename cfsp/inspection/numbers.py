@@ -77,28 +77,30 @@ def _of_name(name: str, scratch: Path, trust_remote_code: bool) -> Numbers:
     section = _section(name)
     if section.path is None:
         raise ConfigError(f"model={name}: names no model of its own; give path=DIR, the folder of a model")
-    folder = package_path(section.path)
-    stated = section.architecture
-    if section.path.startswith("pkg://") or folder.is_dir():
-        found = _of_folder(name, f"model={name}", section.path, folder)
-        return found if stated is None else _compared(found, name, stated, scratch, trust_remote_code)
-    trusted = trust_remote_code or section.trust_remote_code
-    missing = f"{section.path} is not there"
-    if is_hub_id(section.path):
-        try:
-            found = _of_hub(name, section.path, section.revision, trusted)
-        except CheckpointError:
-            raise
-        except Exception as error:
-            reason = re.sub(r"^no local path,( and)? ", "", hub_reason(error))  # nobody gave one
-            missing = f"not compared with config.json of {section.path}: {reason}"
-            if stated is None:
-                raise CheckpointError(hub_error(f"model={name}", error, "path=DIR, a folder")) from error
+    folder, stated = package_path(section.path), section.architecture
+    try:
+        if section.path.startswith("pkg://") or folder.is_dir() or not is_hub_id(section.path):
+            found = _of_folder(name, f"model={name}", section.path, folder)
         else:
-            return found if stated is None else _compared(found, name, stated, scratch, trusted)
-    if stated is None:
-        raise CheckpointError(f"model={name}: {missing}; give path=DIR, the folder of a model")
-    return Numbers(_stated(name, stated, scratch), "yaml", (f"the numbers are those of {_file(name)} ({missing})",))
+            found = _of_hub(name, section.path, section.revision, trust_remote_code)
+    except Exception as error:  # the hub and the network fail in many ways
+        if stated is None and isinstance(error, CheckpointError):
+            raise
+        if stated is None:
+            raise CheckpointError(hub_error(f"model={name}", error, "path=DIR, the folder of a model")) from error
+        return Numbers(
+            _stated(name, stated, scratch),
+            "yaml",
+            (f"the numbers are those of {_file(name)}, not compared with {section.path}: {_why(error)}",),
+        )
+    return found if stated is None else _compared(found, name, stated, scratch, trust_remote_code)
+
+
+def _why(error: Exception) -> str:
+    """Why there is no config.json, in a clause."""
+    if isinstance(error, CheckpointError):
+        return str(error).partition(": ")[2].partition(";")[0]
+    return re.sub(r"^no local path,( and)? ", "", hub_reason(error))  # nobody gave one
 
 
 def _section(name: str) -> ModelSection:
@@ -161,8 +163,12 @@ def _compared(found: Numbers, name: str, stated: Mapping[str, Any], scratch: Pat
     ours = load_config(_stated(name, stated, scratch))
     theirs = load_config(found.source, trust_remote_code=trust_remote_code)
     differences = []
-    for key in stated:
-        here, there = (stated["dtype"], found.source.stored_dtype) if key == "dtype" else _values(key, ours, theirs)
+    for key, value in stated.items():
+        if key == "dtype":  # a key of another name in older ones
+            here: Any = value
+            there: Any = found.source.stored_dtype
+        else:
+            here, there = getattr(ours, key, None), getattr(theirs, key, None)
         if here != there:
             differences.append(f"{key}: {shown(here)} in {_file(name)}, {shown(there)} in {found.source.origin}")
     if differences:
@@ -170,10 +176,6 @@ def _compared(found: Numbers, name: str, stated: Mapping[str, Any], scratch: Pat
     else:
         note = f"{_file(name)} says the same as config.json of {found.source.origin}"
     return replace(found, notes=(*found.notes, note), differences=tuple(differences))
-
-
-def _values(key: str, *configs: Any) -> tuple[Any, ...]:
-    return tuple(getattr(config, key, None) for config in configs)
 
 
 def _file(name: str) -> str:

@@ -149,10 +149,8 @@ def test_without_the_hub_the_numbers_are_said_to_be_those_of_the_file(run_cfsp):
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0] == "llama3_8b: conf/model/llama3_8b.yaml"
-    assert lines[1].startswith(
-        "  the numbers are those of conf/model/llama3_8b.yaml (not compared with config.json of "
-    )
-    assert lines[1].endswith("HF_HUB_OFFLINE is set))")
+    assert lines[1].startswith("  the numbers are those of conf/model/llama3_8b.yaml, not compared with meta-llama/")
+    assert lines[1].endswith("the hub cannot be reached (HF_HUB_OFFLINE is set)")
 
 
 @pytest.fixture
@@ -208,6 +206,24 @@ def test_a_hub_that_refuses_leaves_the_numbers_of_the_file(monkeypatch):
     monkeypatch.setattr(of_numbers, "fetch_snapshot", fetch)
     (note,) = inspected(Request(model="llama2_7b")).numbers.notes
     assert "the hub did not give it (RuntimeError: 503)" in note
+
+
+def test_a_cache_that_lacks_config_json_leaves_the_numbers_of_the_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(of_numbers, "fetch_snapshot", lambda *_, **__: tmp_path)
+    report = inspected(Request(model="llama2_7b"))
+    assert report.parameters == KNOWN["llama2_7b"]
+    assert report.numbers.notes[0].endswith("not compared with meta-llama/Llama-2-7b-hf: there is no config.json")
+
+
+def test_a_model_that_is_made_here_is_read_once_it_is_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (note,) = inspected(Request(model="bundled_mha")).numbers.notes
+    assert note.endswith("not compared with outputs/models/bundled_mha: there is no such folder")
+    folder = config_folder_of(tmp_path / "outputs" / "models" / "bundled_mha", **architecture("bundled_mha"))
+    report = inspected(Request(model="bundled_mha"))
+    assert report.numbers.source.folder.resolve() == folder
+    assert report.numbers.differences == ()
+    assert report.parameters == KNOWN["bundled_mha"]
 
 
 # Folders
