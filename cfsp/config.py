@@ -45,6 +45,15 @@ def _protect(value: Any) -> Protect:
     raise ValueError("blocks that stay whole: use none, auto or [first,last], e.g. sparsity.protect=[4,2]")
 
 
+def _architecture(values: dict[str, Any] | None) -> dict[str, Any] | None:
+    if values is not None and not isinstance(values.get("model_type"), str):
+        raise ValueError("keys of a config.json are expected, model_type among them; leave it out, or use null")
+    nested = [key for key, value in (values or {}).items() if not isinstance(value, str | int | float | None)]
+    if nested:
+        raise ValueError(f"{', '.join(nested)}: a number, a word, true, false or null is expected")
+    return values
+
+
 def _batch_size(value: Any) -> int | Literal["auto"]:
     # One sentence where a union of types would give one per type.
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
@@ -71,6 +80,8 @@ class ModelSection(Section):
     device: Annotated[str, AfterValidator(_device)] = "auto"
     trust_remote_code: bool = False
     streaming: Literal["auto", "on", "off"] = "auto"
+    #: What config.json says of sizes, for ``cfsp inspect`` where neither folder nor hub is at hand; no run reads it.
+    architecture: Annotated[dict[str, Any] | None, AfterValidator(_architecture)] = None
 
 
 class HubFile(Section):

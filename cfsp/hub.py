@@ -63,6 +63,11 @@ def _look(repo: str, repo_type: str, revision: str | None) -> tuple[str | None, 
 
 def hub_error(what: str, error: Exception, local: str) -> str:
     """Say why the hub did not give ``what`` and which ``local`` copy to give instead."""
+    return f"{what}: {hub_reason(error)}; give {local}"
+
+
+def hub_reason(error: Exception) -> str:
+    """Why the hub did not give something, in a clause."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -88,4 +93,4 @@ def hub_error(what: str, error: Exception, local: str) -> str:
         reason = f"no local path, not in the local cache, and the hub cannot be reached ({cause})"
     else:
         reason = f"no local path, and the hub did not give it ({type(error).__name__}: {error})"
-    return f"{what}: {reason}; give {local}"
+    return reason

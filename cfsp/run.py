@@ -39,6 +39,7 @@ COMMANDS = {
     "prune": None,
     "export": "cfsp.export.command:main",
     "verify": "cfsp.verify.command:main",
+    "inspect": "cfsp.inspection.command:main",
 }
 
 

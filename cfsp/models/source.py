@@ -87,7 +87,7 @@ def locate(section: ModelSection, digests: Path | None = None) -> ModelSource:
     if path.startswith("pkg://"):
         return _from_folder(section.name, package_path(path), origin=path)
     folder = Path(path).expanduser()
-    if folder.exists() or not _is_hub_id(path):
+    if folder.exists() or not is_hub_id(path):
         return _from_folder(section.name, folder, origin=str(folder), digests=digests)
     patterns = [*_HUB_SMALL_FILES, "*.safetensors", *(["*.py"] if section.trust_remote_code else [])]
     snapshot = _snapshot(path, section.revision, patterns)
@@ -95,7 +95,8 @@ def locate(section: ModelSection, digests: Path | None = None) -> ModelSource:
     return _from_folder(section.name, snapshot, origin=f"{path}@{commit}", fingerprint=f"hub:{path}@{commit}")
 
 
-def _is_hub_id(path: str) -> bool:
+def is_hub_id(path: str) -> bool:
+    """Whether a path that is not there may be meant for the hub: NAME or ORGANISATION/NAME."""
     return not path.startswith((".", "/", "~")) and path.count("/") <= 1 and "\\" not in path
 
 

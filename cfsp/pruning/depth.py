@@ -158,8 +158,9 @@ def _best_window(view: DecoderView, budget: Budget, similarity: Tensor) -> tuple
 
 def check_window(view: DecoderView, budget: Budget) -> None:
     """Raises BudgetError where no run of blocks is long enough, although as many blocks could go one by one."""
-    sizes = [_run_size(view, run) for run in _runs(view, budget)]
-    unit = max(_size(view, block.index) for block in view.blocks)
+    blocks = [_size(view, block.index) for block in view.blocks]  # once: there are thousands of runs
+    sizes = [sum(blocks[run.start : run.stop]) for run in _runs(view, budget)]
+    unit = max(blocks)
     if _target(view, budget) > max(sizes) + unit / 2:
         scope = Sizes.of(view).of_scope(budget.scope)
         raise BudgetError(

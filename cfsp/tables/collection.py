@@ -136,6 +136,8 @@ def science_of(cell: Cell) -> str:
 def science(configuration: Mapping[str, Any]) -> str:
     """A hash of the configuration without what decides no figure."""
     kept = {key: value for key, value in configuration.items() if key not in _NOT_SCIENCE}
+    if isinstance(kept.get("model"), Mapping):  # what it repeats of config.json is in the model's fingerprint
+        kept["model"] = {key: value for key, value in kept["model"].items() if key != "architecture"}
     kept["save"] = {key: value for key, value in kept.get("save", {}).items() if key != "model"}
     calibration = kept.get("calibration")
     if isinstance(calibration, Mapping) and calibration.get("batch_size") == _BATCH_BEFORE_AUTO:

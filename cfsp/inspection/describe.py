@@ -1,0 +1,240 @@
+"""What a view says of a model: parameters of its parts, its blocks, and the units that a pruner may remove.
+
+All that reads a :class:`cfsp.models.views.DecoderView` is in here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from cfsp.allocate.budget import Sizes, legal_widths
+from cfsp.pruning.block_pruner import BlockPruner
+from cfsp.pruning.depth import ShortGPT, SlidingWindow
+from cfsp.pruning.one_shot import OneShotPruner
+from cfsp.pruning.plan import BlockPlan
+from cfsp.pruning.two_ssp import TwoSSP
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cfsp.allocate.budget import Budget
+    from cfsp.inspection.history import Before, History
+    from cfsp.models.views import BlockView, DecoderView
+
+#: In the order of the report; other: what is none of these, e.g. a projection between embeddings and blocks.
+PARTS = ("embeddings", "attention", "ffn", "norms", "head", "other")
+#: Names of a block's children in transformers' decoders; attention is asked first (an attention may have experts).
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_FFN = re.compile(r"mlp|ffn|ff\b|feed_?forward|moe|expert|router|fc_?\d", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class FfnFacts:
+    """kind: gated, plain or experts; width: neurons; neuron_parameters: that go with one; width_before: of the model
+    before it was pruned, None where nothing went or that is not known."""
+
+    kind: str
+    width: int
+    neuron_parameters: int
+    width_before: int | None = None
+
+
+@dataclass(frozen=True)
+class AttentionFacts:
+    """heads: query heads; window: tokens that are seen, None: all; groups_before: as ``width_before`` of the FFN."""
+
+    heads: int
+    kv_groups: int
+    head_dim: int
+    group_parameters: int
+    window: int | None = None
+    groups_before: int | None = None
+
+    @property
+    def kind(self) -> str:
+        if self.heads == self.kv_groups:
+            return "multi-head"
+        return "multi-query" if self.kv_groups == 1 else "grouped-query"
+
+
+@dataclass(frozen=True)
+class BlockFacts:
+    """One block. ``ffn`` None: removed; ``attention`` None: removed, or (``attention_known`` False) not recognised."""
+
+    ffn: FfnFacts | None
+    attention: AttentionFacts | None
+    attention_known: bool
+    parameters: int
+
+    def as_dict(self) -> dict[str, Any]:
+        attention = None if self.attention is None else {"kind": self.attention.kind, **asdict(self.attention)}
+        return {**asdict(self), "attention": attention}
+
+
+def parts_of(view: DecoderView) -> dict[str, int]:
+    """Part -> parameters, each once: tied ones are the embeddings'."""
+    model = view.model
+    inside = {id(m): name for block in view.blocks for name, m in block.module.named_modules()}
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    counts = dict.fromkeys(PARTS, 0)
+    seen: set[int] = set()
+    for module in (embeddings, *model.modules()):
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                part = "head" if module is head else _part(module, inside.get(id(module)))
+                counts[part] += parameter.numel()
+    return counts
+
+
+def _part(module: nn.Module, name: str | None) -> str:
+    """``name``: within its block; None outside of the blocks."""
+    kind = type(module).__name__.lower()
+    if "norm" in kind:
+        return "norms"
+    if name is None:
+        return "embeddings" if "embedding" in kind else "other"
+    first = name.partition(".")[0]
+    if _ATTENTION.search(first):
+        return "attention"
+    return "ffn" if _FFN.search(first) else "other"
+
+
+def is_tied(view: DecoderView) -> bool:
+    """Whether the head's weight is that of the embeddings."""
+    head = view.model.get_output_embeddings()
+    return head is not None and head.weight is view.model.get_input_embeddings().weight
+
+
+def blocks_of(view: DecoderView, history: History | None) -> list[BlockFacts]:
+    """Every block of the model, in order."""
+    known = history.blocks if history is not None and len(history.blocks) == len(view.blocks) else None
+    return [
+        _block(block, None if known is None else known[at], _window(view.model.config, at))
+        for at, block in enumerate(view.blocks)
+    ]
+
+
+def _block(block: BlockView, before: Before | None, window: int | None) -> BlockFacts:
+    ffn, attention = block.ffn, block.attention
+    width, groups = (None, None) if before is None else (before.width, before.kv_groups)
+    return BlockFacts(
+        ffn=None
+        if ffn is None
+        else FfnFacts(
+            getattr(ffn, "kind", "gated"), ffn.width, ffn.neuron_parameters, width if width != ffn.width else None
+        ),
+        attention=None
+        if attention is None
+        else AttentionFacts(
+            attention.n_heads,
+            attention.n_kv_heads,
+            attention.head_dim,
+            attention.group_parameters,
+            window,
+            groups if groups != attention.n_kv_heads else None,
+        ),
+        attention_known=attention is not None or block.attention_removed,
+        parameters=sum(parameter.numel() for parameter in block.module.parameters()),
+    )
+
+
+def _window(config: Any, block: int) -> int | None:
+    """Tokens that the attention of a block sees, as transformers' configurations say; None: all of them."""
+    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    if not isinstance(window, int) or getattr(config, "use_sliding_window", True) is False:
+        return None
+    if kinds is None:
+        return window
+    return window if block < len(kinds) and kinds[block] == "sliding_attention" else None
+
+
+def units_of(view: DecoderView, budget: Budget, pruner: Any) -> dict[str, int]:
+    """Unit -> how many of it lie in the blocks that ``pruner`` may touch; empty for a class that is not known here.
+
+    Raises:
+        ConfigError: every block is protected.
+    """
+    blocks = [view.blocks[index] for index in budget.free_blocks(len(view.blocks))]
+    neurons = {"neurons": sum(block.ffn.width for block in blocks if block.ffn is not None)}
+    groups = {"KV groups": sum(block.attention.n_kv_heads for block in blocks if block.attention is not None)}
+    attentions = {"attentions": sum(block.attention is not None for block in blocks)}
+    ffns = {"FFNs": sum(block.ffn is not None for block in blocks)}
+    if isinstance(pruner, OneShotPruner):
+        return {"ffn": neurons, "heads": groups, "heads_ffn": neurons | groups}.get(pruner.structure, {})
+    if isinstance(pruner, TwoSSP):
+        return neurons | attentions
+    if isinstance(pruner, BlockPruner):
+        return {"ffn": ffns, "attention": attentions}.get(pruner.submodules, attentions | ffns)
+    return {"blocks": len(blocks)} if isinstance(pruner, ShortGPT | SlidingWindow) else {}
+
+
+def most_of(view: DecoderView, budget: Budget, pruner: Any) -> int | None:
+    """Parameters that go where ``pruner`` removes all it may; None for a class that is not known here, and for 2SSP,
+    whose ratio decides how many attentions go.
+
+    Raises:
+        CfspError: every block is protected, or the family cannot lose whole submodules.
+    """
+    free = budget.free_blocks(len(view.blocks))
+    if isinstance(pruner, OneShotPruner):
+        part = Sizes.of(view, pruner.structure).only(free)
+        legal = zip(part.widths, legal_widths(budget, part), part.neuron_parameters, strict=True)
+        neurons = sum((width - kept[0]) * cost for width, kept, cost in legal)
+        groups = zip(part.kv_groups, part.group_parameters, strict=True)
+        return neurons + sum((n - 1) * cost for n, cost in groups if n)
+    if isinstance(pruner, BlockPruner):
+        return _most_submodules(view, free, pruner.submodules)
+    sizes = [sum(parameter.numel() for parameter in block.module.parameters()) for block in view.blocks]
+    attention = {block.index for block in view.blocks if not block.attention_removed}
+    if isinstance(pruner, ShortGPT):  # one attention stays
+        staying = 0 if attention - set(free) else min(sizes[index] for index in attention)
+        return sum(sizes[index] for index in free) - staying
+    if isinstance(pruner, SlidingWindow):
+        runs = (free[first:end] for first in range(len(free)) for end in range(first + 1, len(free) + 1))
+        unbroken = (run for run in runs if run[-1] - run[0] == len(run) - 1)
+        return max((sum(sizes[run[0] : run[-1] + 1]) for run in unbroken if attention - set(run)), default=0)
+    return None
+
+
+def _most_submodules(view: DecoderView, free: Sequence[int], kinds: str) -> int:
+    from cfsp.pruning.complete import removed_parameters
+
+    attentions = [block.index for block in view.blocks if block.attention is not None]
+    staying = attentions[-1] if attentions and set(attentions) <= set(free) else None  # one attention has to
+    most = 0
+    for index in free:
+        block = view.blocks[index]
+        attention = kinds != "ffn" and block.attention is not None and index != staying
+        plan = BlockPlan(
+            attention=not attention and not block.attention_removed,
+            ffn=block.ffn is not None and kinds == "attention",
+        )
+        most += sum(removed_parameters(view, block, plan).values())
+    return most
+
+
+def alike(blocks: Sequence[BlockFacts]) -> Iterator[tuple[list[int], BlockFacts]]:
+    """Equal blocks together, with their indices; in the order of their first ones."""
+    found: dict[BlockFacts, list[int]] = {}
+    for index, block in enumerate(blocks):
+        found.setdefault(block, []).append(index)
+    yield from ((indices, block) for block, indices in found.items())
+
+
+def ranges(indices: Sequence[int]) -> str:
+    """``0-3, 5``: ascending indices with runs folded; ``0, 2, ..., 24`` where every nth is meant."""
+    steps = {after - before for before, after in pairwise(indices)}
+    if len(indices) > 3 and len(steps) == 1 and steps != {1}:
+        return f"{indices[0]}, {indices[1]}, ..., {indices[-1]}"
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

@@ -1,0 +1,82 @@
+"""What an earlier pruning took from a model folder, as the plan in it says; its tensors are not read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfsp.errors import CheckpointError
+from cfsp.pruning.plan import SCHEMA
+
+
+@dataclass(frozen=True)
+class Before:
+    """A block before it was pruned: FFN neurons and KV groups; None where that is not known."""
+
+    width: int | None = None
+    kv_groups: int | None = None
+
+
+@dataclass(frozen=True)
+class History:
+    """An earlier pruning.
+
+    state: pruned, compensated or recovered; methods: pruners, in their order; parameters: before and after;
+    blocks_before: number of blocks, of which those at the indices removed_blocks went whole; blocks: what each block
+    that is there was.
+    """
+
+    state: str | None
+    methods: tuple[str, ...]
+    parameters: Mapping[str, int]
+    blocks_before: int
+    removed_blocks: tuple[int, ...]
+    blocks: tuple[Before, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "state": self.state,
+            "methods": list(self.methods),
+            "parameters": dict(self.parameters),
+            "blocks_before": self.blocks_before,
+            "removed_blocks": list(self.removed_blocks),
+        }
+
+
+def read_history(folder: Path, state: str | None) -> History | None:
+    """The history in ``folder``; None where no plan lies there.
+
+    Raises:
+        CheckpointError: a plan.json that is none.
+    """
+    file = folder / "plan.json"
+    if not file.is_file():
+        return None
+    try:
+        plan = json.loads(file.read_text(encoding="utf-8"))
+        if plan["schema"] != SCHEMA:
+            raise ValueError(f"schema {plan['schema']}, this version of cfsp reads {SCHEMA}")
+        steps = plan["method"].get("steps") or [plan["method"]]
+        gone = tuple(i for i, block in enumerate(plan["blocks"]) if not (block["attention"] or block["ffn"]))
+        staying = [index for index in range(len(plan["blocks"])) if index not in gone]
+        # Of several prunings the rows are the last one's, whose base was pruned already.
+        rows = plan["details"] if len(steps) == 1 and len(plan["details"]) == len(plan["blocks"]) else None
+        before = [Before() if rows is None else _row(rows[index]) for index in staying]
+        methods = tuple(str(step["name"]) for step in _flat(steps))
+        return History(state, methods, plan["parameters"], len(plan["blocks"]), gone, tuple(before))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file}: not a pruning plan ({type(error).__name__}: {error}); take it away, or save the model again"
+        ) from error
+
+
+def _row(details: Mapping[str, Any]) -> Before:
+    return Before(details["base_width"], details["base_kv_groups"])
+
+
+def _flat(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A plan that was composed twice has its first two steps one level down."""
+    return [inner for step in steps for inner in (_flat(step["steps"]) if step.get("steps") else [step])]

@@ -1,0 +1,123 @@
+"""What each pruner of conf/pruner could remove of a model at most, as its own check sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from cfsp.allocate.budget import Budget, Sizes
+from cfsp.compose import compose
+from cfsp.config import RunConfig, parse
+from cfsp.errors import BudgetError, CfspError
+from cfsp.inspection.describe import most_of, units_of
+from cfsp.models.remote_code import check_adoptable
+from cfsp.package import config_folder
+
+if TYPE_CHECKING:
+    from cfsp.models.views import DecoderView
+
+#: Ratios have four digits. They are looked at from the largest down, in ten-thousandths: a pruner may refuse small ones
+#: too (less than half a block), so the first that it takes is searched for before the limit above it.
+_FINEST = 10_000
+_STEPS = (*range(9_500, 0, -500), 200, 100, 50, 10)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What ``pruner`` could remove with its preset's other settings.
+
+    scope: what its ratio counts; units: of what it removes, how many there are; largest_ratio: the largest
+    sparsity.ratio, to four digits; parameters: so many of the scope. Both are None where it cannot be used; ``reason``
+    then says why.
+    """
+
+    pruner: str
+    scope: str
+    units: Mapping[str, int] = field(default_factory=dict)
+    largest_ratio: float | None = None
+    parameters: int | None = None
+    reason: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "units": dict(self.units)}
+
+
+def reaches(view: DecoderView) -> list[Reach]:
+    """Every pruner of conf/pruner that prunes, by name."""
+    reason = ""
+    try:
+        check_adoptable(view.model)
+    except CfspError as error:
+        reason = _line(error)
+    names = sorted(path.stem for path in (config_folder() / "pruner").glob("*.yaml"))
+    configs = {name: _preset(name) for name in names}
+    return [
+        _reach(name, config.pruner.instance, config.budget, view, reason)
+        for name, config in configs.items()
+        if config.pruner.instance.prunes
+    ]
+
+
+@cache
+def _preset(pruner: str) -> RunConfig:
+    return parse(compose([f"pruner={pruner}"]))
+
+
+def _reach(name: str, pruner: Any, budget: Budget, view: DecoderView, reason: str) -> Reach:
+    if reason:
+        return Reach(name, budget.scope, reason=reason)
+    whole = Sizes.of(view).of_scope(budget.scope)
+    if not whole:
+        return Reach(name, budget.scope, reason=f"sparsity.scope={budget.scope}: the model has no parameters in it")
+    try:
+        units, most = units_of(view, budget, pruner), most_of(view, budget, pruner)
+        ratio = min(int(_FINEST * (most or 0) / whole), _FINEST - 1) / _FINEST
+        if most is None or not ratio or refusal(pruner, budget, view, ratio) is not None:
+            ratio = largest_ratio(pruner, budget, view)
+            most = round(ratio * whole)
+    except CfspError as error:
+        return Reach(name, budget.scope, reason=_line(error))
+    return Reach(name, budget.scope, units, ratio, most)
+
+
+def refusal(pruner: Any, budget: Budget, view: DecoderView, ratio: float) -> BudgetError | None:
+    """Why the pruner's own check does not take the ratio; None where it does.
+
+    Raises:
+        CfspError: the check's own, where the reason is not the ratio.
+    """
+    try:
+        pruner.check(view, replace(budget, ratio=ratio))
+    except BudgetError as error:
+        return error
+    return None
+
+
+def largest_ratio(pruner: Any, budget: Budget, view: DecoderView) -> float:
+    """The largest ratio that the pruner's own check takes, to four digits.
+
+    Raises:
+        CfspError: the check's own, where it takes none, or where the reason is not the ratio.
+    """
+    above = _FINEST
+    for step in _STEPS:
+        if refusal(pruner, budget, view, step / _FINEST) is None:
+            break
+        above = step
+    else:
+        pruner.check(view, budget)  # raises, and names the ratio that the preset would use
+        return budget.ratio
+    taken = step
+    while above - taken > 1:
+        middle = (above + taken) // 2
+        if refusal(pruner, budget, view, middle / _FINEST) is None:
+            taken = middle
+        else:
+            above = middle
+    return taken / _FINEST
+
+
+def _line(error: CfspError) -> str:
+    return "; ".join(" ".join(problem.split()) for problem in error.problems)

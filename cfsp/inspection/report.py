@@ -1,0 +1,103 @@
+"""All that ``cfsp inspect`` found out of a model, for people (:mod:`cfsp.inspection.show`) and programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cfsp.inspection.describe import BlockFacts, alike, blocks_of, is_tied, parts_of
+from cfsp.inspection.history import History, read_history
+from cfsp.inspection.numbers import Numbers
+from cfsp.inspection.reach import Reach, reaches
+from cfsp.models.load import outline
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """A model without its weights.
+
+    parameters: every one once, tied ones too; parts: part -> parameters; bytes: of weights in ``dtype``; positions:
+    the longest window, None where config.json does not say; blocks: each one, in order; history: None where nothing was
+    removed before.
+    """
+
+    numbers: Numbers
+    model_class: str
+    model_type: str
+    dtype: str
+    parameters: int
+    parts: Mapping[str, int]
+    tied: bool
+    vocabulary: int
+    hidden: int
+    positions: int | None
+    blocks: tuple[BlockFacts, ...]
+    history: History | None
+    reaches: tuple[Reach, ...]
+
+    @property
+    def by_path(self) -> bool:
+        """Whether a folder or hub id was given, whose name says nothing more."""
+        return self.numbers.by_path
+
+    @property
+    def bytes(self) -> int:
+        return self.parameters * getattr(torch, self.dtype).itemsize
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; equal blocks are one entry, which lists their indices."""
+        source = self.numbers.source
+        return {
+            "schema": SCHEMA,
+            "model": source.name,
+            "origin": source.origin,
+            "numbers": self.numbers.kind,
+            "notes": list(self.numbers.notes),
+            "differences": list(self.numbers.differences),
+            "class": self.model_class,
+            "model_type": self.model_type,
+            "dtype": self.dtype,
+            "parameters": self.parameters,
+            "parts": dict(self.parts),
+            "tied": self.tied,
+            "bytes": self.bytes,
+            "vocabulary": self.vocabulary,
+            "hidden": self.hidden,
+            "positions": self.positions,
+            "n_blocks": len(self.blocks),
+            "blocks": [{"blocks": indices, **block.as_dict()} for indices, block in alike(self.blocks)],
+            "removed_before": None if self.history is None else self.history.as_dict(),
+            "pruners": [reach.as_dict() for reach in self.reaches],
+        }
+
+
+def report_of(numbers: Numbers, *, trust_remote_code: bool = False) -> Report:
+    """Build the model on the meta device and look at it.
+
+    Raises:
+        CfspError: not a causal language model that can be pruned; config.json and weights that differ.
+    """
+    source = numbers.source
+    view = outline(source, trust_remote_code=trust_remote_code)
+    history = read_history(source.folder, source.state)
+    embeddings = view.model.get_input_embeddings().weight
+    return Report(
+        numbers=numbers,
+        model_class=type(view.model).__name__,
+        model_type=str(view.model.config.model_type),
+        dtype=source.stored_dtype,
+        parameters=view.model_parameters,
+        parts=parts_of(view),
+        tied=is_tied(view),
+        vocabulary=embeddings.shape[0],
+        hidden=embeddings.shape[1],
+        positions=source.positions,
+        blocks=tuple(blocks_of(view, history)),
+        history=history,
+        reaches=tuple(reaches(view)),
+    )

@@ -1,0 +1,143 @@
+"""The report of ``cfsp inspect`` as a person reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from cfsp.inspection.describe import AttentionFacts, BlockFacts, FfnFacts, alike, ranges
+
+if TYPE_CHECKING:
+    from cfsp.inspection.history import History
+    from cfsp.inspection.reach import Reach
+    from cfsp.inspection.report import Report
+
+_NAMES = {"ffn": "FFN"}
+_KINDS = {"experts": "mixture of experts"}
+
+
+def show(report: Report) -> None:
+    """Print it."""
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 200)  # a log has no edge to wrap at
+    source = report.numbers.source
+    console.print(source.origin if report.by_path else f"{source.name}: {source.origin}", soft_wrap=True)
+    for line in report.numbers.notes:
+        console.print(f"  {line}", soft_wrap=True)
+    for line in report.numbers.differences:
+        console.print(f"    {line}", soft_wrap=True)
+    positions = "" if report.positions is None else f", {report.positions:,} positions"
+    console.print(
+        f"{report.model_class} ({report.model_type}), {report.dtype}: {report.parameters:,} parameters, "
+        f"{_bytes(report.bytes)}; {len(report.blocks)} blocks, hidden size {report.hidden:,}, vocabulary "
+        f"{report.vocabulary:,}{positions}",
+        soft_wrap=True,
+    )
+    if report.history is not None:
+        console.print(_history(report.history), soft_wrap=True)
+    for table in (_parts(report), _blocks(report)):
+        console.print()
+        console.print(table)
+    usable = [reach for reach in report.reaches if not reach.reason]
+    console.print()
+    if usable:
+        console.print(_reaches(usable, report.parameters))
+    for line in _refusals(report.reaches):
+        console.print(line, soft_wrap=True)
+
+
+def _bytes(n: int) -> str:
+    return f"{n / 2**30:,.2f} GiB" if n >= 2**30 else f"{n / 2**20:,.1f} MiB"
+
+
+def _table(*columns: str) -> Table:
+    return Table(*columns, box=None, pad_edge=False)
+
+
+def _history(history: History) -> str:
+    before, after = history.parameters.get("before"), history.parameters.get("after")
+    counts = f": {before:,} parameters before, {after:,} after" if before and after else ""
+    gone = history.removed_blocks
+    blocks = f"; blocks {ranges(gone)} of {history.blocks_before} went" if gone else ""
+    return f"{history.state or 'pruned'} earlier by {', then '.join(history.methods)}{counts}{blocks}"
+
+
+def _parts(report: Report) -> Table:
+    table = _table("part", "parameters", "share")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part, n in report.parts.items():
+        tied = part == "head" and report.tied
+        if n or tied:
+            shown = (f"{n:,}", f"{n / report.parameters:.1%}") if n else ("tied", "")
+            table.add_row(_NAMES.get(part, part), *shown)
+    table.add_row("total", f"{report.parameters:,}", "100.0%")
+    return table
+
+
+def _blocks(report: Report) -> Table:
+    table = _table("blocks", "FFN", "attention", "parameters of a block")
+    table.columns[3].justify = "right"
+    for indices, block in alike(report.blocks):
+        table.add_row(ranges(indices), ffn_words(block.ffn), attention_words(block), f"{block.parameters:,}")
+    return table
+
+
+def ffn_words(ffn: FfnFacts | None) -> str:
+    """The FFN of a block in a clause."""
+    if ffn is None:
+        return "removed"
+    before = "" if ffn.width_before is None else f" of {ffn.width_before:,}"
+    return (
+        f"{_KINDS.get(ffn.kind, ffn.kind)}, {ffn.width:,}{before} neurons ({ffn.neuron_parameters:,} parameters each)"
+    )
+
+
+def attention_words(block: BlockFacts) -> str:
+    """The attention of a block in a clause."""
+    found = block.attention
+    if found is None:
+        return "removed" if block.attention_known else "not recognised: its heads stay"
+    window = "" if found.window is None else f", sliding window of {found.window:,}"
+    return f"{_heads(found)} ({found.group_parameters:,} parameters each){window}"
+
+
+def _heads(found: AttentionFacts) -> str:
+    before = "" if found.groups_before is None else f" of {found.groups_before}"
+    if found.kind == "multi-head":
+        return f"multi-head, {found.heads}{before} heads of {found.head_dim}"
+    groups = "KV group" if found.kv_groups == 1 and not before else "KV groups"
+    return f"{found.kind}, {found.heads} heads of {found.head_dim} in {found.kv_groups}{before} {groups}"
+
+
+def _reaches(reaches: Sequence[Reach], parameters: int) -> Table:
+    """Pruners that could remove the same are one row."""
+    table = _table("could remove", "parameters at most", "of the model", "sparsity.ratio", "sparsity.scope", "pruner")
+    for column in table.columns[1:4]:
+        column.justify = "right"
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for reach in reaches:
+        units = ", ".join(f"{n:,} {unit}" for unit, n in reach.units.items())
+        most = reach.parameters or 0
+        row = (units, f"{most:,}", f"{most / parameters:.1%}", f"{reach.largest_ratio:.4f}", reach.scope)
+        rows.setdefault(row, []).append(reach.pruner)
+    for same, names in rows.items():
+        table.add_row(*same, ", ".join(names))
+    return table
+
+
+def _refusals(reaches: Sequence[Reach]) -> list[str]:
+    """A line for each pruner that cannot be used, or one for all that cannot for the same reason."""
+    refused: dict[str, list[str]] = {}
+    for reach in reaches:
+        if reach.reason:
+            refused.setdefault(reach.reason, []).append(reach.pruner)
+    lines = []
+    for reason, names in refused.items():
+        whose = "no pruner can" if len(names) == len(reaches) else f"{', '.join(names)} cannot"
+        lines.append(f"{whose} be used: {reason}")
+    return lines
