@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +31,8 @@ class AttentionView:
 
     What can be removed is a whole KV group: a key and a value head with the ``n_heads // n_kv_heads`` query heads
     that read them. Its channels, columns of o_proj, lie together in the order of the groups.
+
+    fixed: why no group can be removed; None where one can.
     """
 
     module: nn.Module
@@ -40,6 +43,7 @@ class AttentionView:
     k_proj: Projection
     v_proj: Projection
     o_proj: Projection
+    fixed: str | None = None
 
     @property
     def output(self) -> Projection:
@@ -97,16 +101,17 @@ def attention_in(model: Any, block: nn.Module) -> AttentionView | None:
             continue
         output = Projection(module, outputs[0])
         head_dim = _head_dim(model, module)
+        fixed = _fixed(model, block, module, head_dim)
         if not head_dim or output.in_features % head_dim:
             return None
         if separate is not None:
             q, k, v = separate
-            return _fitting(module, head_dim, q, k, v, output)
+            return _fitting(module, head_dim, q, k, v, output, fixed)
         layout = _FUSED_NAMES[fused[0]]
         if getattr(module, "multi_query", None) is False:  # GPT-BigCode's other layout
             layout = "grouped"
         parts = _parts(Projection(module, fused[0]), output.in_features // head_dim, head_dim, layout)
-        return None if parts is None else _fitting(module, head_dim, *parts, output)
+        return None if parts is None else _fitting(module, head_dim, *parts, output, fixed)
     return None
 
 
@@ -117,6 +122,28 @@ def _head_dim(model: Any, module: nn.Module) -> int | None:
             if isinstance(size := getattr(holder, name, None), int) and size:
                 return size
     return None
+
+
+def _fixed(model: Any, block: nn.Module, module: nn.Module, head_dim: int | None) -> str | None:
+    """What ties the heads of an attention together, or each to its number, so that none can go."""
+    matrices = {id(child) for child in module.modules() if is_matrix(child)}
+    for name, child in module.named_modules():
+        if isinstance(child, nn.ModuleList) and len(child) > 1:
+            return f"its {name} holds a module for each head"
+        for own, parameter in child._parameters.items():
+            if parameter is not None and id(child) not in matrices and parameter.numel() != head_dim:
+                what = f"{name}.{own}" if name else own
+                return f"its {what} {tuple(parameter.shape)} is of several heads together"
+    config = getattr(model.config, "get_text_config", lambda: model.config)()
+    if getattr(config, "alibi", False) or "alibi" in inspect.signature(type(block).forward).parameters:
+        rotary = not getattr(config, "alibi", True)
+        return None if rotary else "ALiBi gives each head a slope by its number"
+    return None
+
+
+def multi_head_latent(block: nn.Module) -> bool:
+    """Whether a block has multi-head latent attention (DeepSeek-V2): no KV heads, one latent for all."""
+    return any(is_matrix(getattr(module, "kv_b_proj", None)) for module in block.modules())
 
 
 def _parts(
@@ -142,7 +169,7 @@ def _parts(
 
 
 def _fitting(
-    module: nn.Module, head_dim: int, q: Projection, k: Projection, v: Projection, o: Projection
+    module: nn.Module, head_dim: int, q: Projection, k: Projection, v: Projection, o: Projection, fixed: str | None
 ) -> AttentionView | None:
     if q.out_features % head_dim or k.out_features % head_dim:
         return None
@@ -150,7 +177,7 @@ def _fitting(
     # Value heads of another size, as in multi-head latent attention, are another structure.
     if n_heads % n_kv_heads or v.out_features != k.out_features or o.in_features != q.out_features:
         return None
-    return AttentionView(module, n_heads, n_kv_heads, head_dim, q, k, v, o)
+    return AttentionView(module, n_heads, n_kv_heads, head_dim, q, k, v, o, fixed)
 
 
 class LayerConfig:

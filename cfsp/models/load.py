@@ -14,6 +14,7 @@ from torch import nn
 from cfsp.config import DType, ModelSection
 from cfsp.errors import CheckpointError, ConfigError, UnsupportedModelError
 from cfsp.models.checkpoint import first_non_finite
+from cfsp.models.kinds import other_kind
 from cfsp.models.remote_code import PRUNED_PREFIX, pruned_family
 from cfsp.models.sample import weight_sample
 from cfsp.models.shards import read_header
@@ -86,6 +87,10 @@ def outline(source: ModelSource, *, trust_remote_code: bool = False) -> DecoderV
             warnings.simplefilter("ignore", UserWarning)
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # a configuration that contradicts itself fails in any place of the model's code
+        if kind := other_kind(config):
+            raise UnsupportedModelError(
+                f"model.path={source.origin}: {kind}; decoder-only language models can be pruned"
+            ) from error
         raise UnsupportedModelError(
             f"model.path={source.origin}: not a causal language model that transformers builds ({_first_line(error)})"
         ) from error

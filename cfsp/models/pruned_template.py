@@ -57,7 +57,8 @@ The stock model is built first; then each layer named in `config.per_layer_confi
   {"3": {"intermediate_size": 2048}}                                 a feed-forward width of its own
   {"3": {"num_attention_heads": 16, "num_key_value_heads": 4}}       fewer attention heads
   {"3": {"skip": ["attention"]}} or ["mlp"]                          a submodule that is not there (adds nothing)
-and the output projections named in `config.added_bias`, {"3": ["mlp.down_proj"]}, get a bias. Nothing else differs.
+and the output projections named in `config.added_bias`, {"3": ["mlp.down_proj"]}, get a bias. Norms named in
+`config.shared_norms` serve attention and feed-forward network alike and stay. Nothing else differs.
 """
 
 import torch
@@ -89,8 +90,8 @@ class NoMLP(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
-def skip(layer, kind):
-    """Put a stub in the place of a submodule ("attention" or "mlp"); its norms go too."""
+def skip(layer, kind, shared=()):
+    """Put a stub in the place of a submodule ("attention" or "mlp"); its norms go too, but for those that are shared."""
     if kind not in NORMS:
         raise ValueError(f"skip: attention and mlp can be missing, not {kind!r}")
     if kind == "attention":
@@ -98,7 +99,8 @@ def skip(layer, kind):
     else:
         layer.mlp = NoMLP()
     for name in NORMS[kind]:
-        setattr(layer, name, nn.Identity())
+        if name not in shared:
+            setattr(layer, name, nn.Identity())
 
 
 def _resized(linear, in_features, out_features, bias=None):
@@ -155,7 +157,7 @@ def _apply_per_layer_config(model):
         if "num_attention_heads" in entries:
             _fewer_heads(layer.self_attn, entries["num_attention_heads"], entries["num_key_value_heads"])
         for kind in entries.get("skip", []):
-            skip(layer, kind)
+            skip(layer, kind, config.get("shared_norms") or ())
     for index, names in (config.get("added_bias") or {}).items():
         for name in names:
             parent, _, attribute = name.rpartition(".")

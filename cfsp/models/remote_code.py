@@ -245,7 +245,7 @@ def adopt(model: PreTrainedModel) -> None:
     config.per_layer_config = None
     # A configuration read from a file carries its model_type itself, hiding that of the class.
     config.__dict__.pop("model_type", None)
-    for leftover in ("auto_map", "allow_global_per_layer_attribute_access", "added_bias"):
+    for leftover in ("auto_map", "allow_global_per_layer_attribute_access", "added_bias", "shared_norms"):
         config.__dict__.pop(leftover, None)
     config.__class__ = base_config
     _settle_first_type(config, shapes)
@@ -264,6 +264,8 @@ def adopt(model: PreTrainedModel) -> None:
         config.intermediate_size = max([config.intermediate_size, *(shape.intermediate_size or 0 for shape in shapes)])
         if biases:
             config.added_bias = biases
+        if shared := _shared_norms(model, family):
+            config.shared_norms = shared
         config.per_layer_config = _per_layer(shapes, config)
     config.architectures = [classes[2].__name__]
     model.model.__class__, model.__class__ = classes[1], classes[2]
@@ -325,6 +327,20 @@ def _is_plain(shapes: list[_LayerShape], biases: dict[str, list[str]], config: P
         return False
     # What transformers checks of a LLaMA-like configuration; other head counts need the pruned classes.
     return first.heads == config.num_attention_heads or config.hidden_size % first.heads == 0
+
+
+def _shared_norms(model: PreTrainedModel, family: PrunedFamily) -> list[str]:
+    """Norms that outlived a submodule which they serve alone elsewhere in the family (a parallel residual)."""
+    return sorted(
+        {
+            name
+            for layer in model.model.layers
+            for kind, attribute in SUBMODULES.items()
+            if _is_stub(getattr(layer, attribute))
+            for name in family.norms[kind]
+            if list(getattr(layer, name).parameters())
+        }
+    )
 
 
 def _set_heads(config: PretrainedConfig, shape: _LayerShape) -> None:

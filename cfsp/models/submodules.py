@@ -61,9 +61,6 @@ def norms(view: DecoderView, kind: Kind) -> tuple[str, ...]:
 
     A norm whose output enters the submodule, or whose input left it, belongs to it; one that feeds both to neither.
     """
-    family = pruned_family(stock_type(view.model.config.model_type))
-    if family.form == "sizes":
-        return family.norms[kind]
     if view.model not in _NORMS:
         _NORMS[view.model] = _seen_norms(view)
     return _NORMS[view.model][kind]
@@ -72,11 +69,11 @@ def norms(view: DecoderView, kind: Kind) -> tuple[str, ...]:
 def remove_submodule(view: DecoderView, block: BlockView, kind: Kind) -> None:
     """Take the attention or the FFN out of a block, with the norms that serve it alone, in place."""
     family = pruned_family(stock_type(view.model.config.model_type))
+    serving = norms(view, kind)
     if family.form == "sizes":
-        family.modeling.skip(block.module, kind)
+        family.modeling.skip(block.module, kind, shared=set(family.norms[kind]) - set(serving))
         return
     first, *others = parts(block, kind)
-    serving = norms(view, kind)
     family.modeling.skip(block.module, first, kind)
     for name in (*others, *serving):
         setattr(block.module, name, nn.Identity())

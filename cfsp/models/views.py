@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cfsp.errors import UnsupportedModelError
 from cfsp.models.attention import AttentionView, attention_in
 from cfsp.models.ffn import FFN, KNOWN_NAMES, ffn_of
+from cfsp.models.kinds import refuse_other_kinds, state_space
 from cfsp.models.projection import Projection, is_matrix
 
 
@@ -120,6 +121,7 @@ def resolve(model: Any) -> DecoderView:
     Raises:
         UnsupportedModelError: says what was looked for and what was found.
     """
+    refuse_other_kinds(model)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else getattr(model, "base_model", model)
     lists = [(name, module) for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)]
     candidates = [(name, module) for name, module in lists if len(module) and _looks_like_block(module[0])]
@@ -159,6 +161,8 @@ def view_block(model: Any, name: str, index: int, block: nn.Module) -> BlockView
             if is_matrix(child)
         )
         what = "no FFN" if not found else f"{len(found)} FFNs (a mixture of experts?)"
+        if not found and (mixer := state_space(block)):
+            what = f"a state-space mixer ({mixer}) and no FFN"
         raise UnsupportedModelError(
             f"{type(model).__name__}: {what} in block {name}; looked for one module with linears {KNOWN_NAMES} of "
             f"matching shapes, found: {linears or 'no linear'}"

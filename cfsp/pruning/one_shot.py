@@ -69,11 +69,10 @@ class OneShotPruner:
         """See :class:`cfsp.pruning.base.Pruner`."""
         if self.structure != "ffn":
             check_scope(budget, f"pruner.structure={self.structure}", "pruner.structure=ffn")
-        lacking = [b.index for b in view.blocks if b.attention is None and not b.attention_removed]
-        if self.structure != "ffn" and lacking:
+        if self.structure != "ffn" and (reason := heads_stay(view)):
             raise UnsupportedModelError(
-                f"{type(view.model).__name__}: pruner.structure={self.structure} needs attention with separate q_proj, "
-                f"k_proj, v_proj and o_proj of whole heads; block {lacking[0]} has another; use pruner.structure=ffn"
+                f"{type(view.model).__name__}: pruner.structure={self.structure} removes KV groups, but {reason}; use "
+                "pruner.structure=ffn"
             )
         budget = self._with_biases(view, budget)
         keep_fraction(budget, Sizes.of(view, self.structure).only(budget.free_blocks(len(view.blocks))))
@@ -235,6 +234,23 @@ class OneShotPruner:
         if self.compensation == "least_squares" and grams is not None:
             return least_squares_compensation(block, decision, grams, self.ridge)
         return {}
+
+
+def heads_stay(view: DecoderView) -> str | None:
+    """Why KV groups cannot be removed from a model; None where they can."""
+    from cfsp.models.attention import multi_head_latent
+
+    for block in view.blocks:
+        if block.attention is not None and block.attention.fixed:
+            return f"the heads of block {block.index} cannot be taken apart: {block.attention.fixed}"
+        if block.attention is None and not block.attention_removed:
+            if multi_head_latent(block.module):
+                return f"block {block.index} has multi-head latent attention, whose heads share one latent"
+            return (
+                f"block {block.index} has no attention that is recognised (q_proj, k_proj, v_proj or a fused qkv, and "
+                "an output projection, of whole heads)"
+            )
+    return None
 
 
 def _width(block: BlockView) -> int:

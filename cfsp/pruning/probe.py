@@ -21,6 +21,8 @@ from cfsp.pruning.slicing import slice_attention, slice_ffn
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _LOW_PRECISION_TOLERANCE = 5e-2
 
+_WITHOUT_HEADS = "pruner.structure=ffn leaves the heads alone"
+
 _Kind = Literal["ffn", "attention"]
 
 
@@ -66,14 +68,17 @@ def _judge(view: DecoderView, block: BlockView, kind: _Kind) -> None:
             for parameter_name, parameter in part.module.named_parameters()
             if part.width in parameter.shape
         ]
-        looked = f"; looked for {', '.join(part.projections)} of its width alone" if unit == "neuron" else ""
+        if unit == "neuron":
+            looked = f"; looked for {', '.join(part.projections)} of its width alone"
+        else:
+            looked = f"; {_WITHOUT_HEADS}"
         raise UnsupportedModelError(
             f"{name} it does not run with one {unit} less{looked}, found {', '.join(found)}"
         ) from error
     if not deviation <= _TOLERANCE.get(part.output.parameter.dtype, _LOW_PRECISION_TOLERANCE):
         raise UnsupportedModelError(
             f"{name} removing its first or last {unit} differs from zeroing it by {deviation:.1e} of the output; its "
-            "structure is not understood"
+            f"structure is not understood{'' if unit == 'neuron' else f'; {_WITHOUT_HEADS}'}"
         )
 
 

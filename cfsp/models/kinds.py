@@ -1,0 +1,51 @@
+"""What is no decoder-only language model, said in one line before anybody looks for its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from cfsp.errors import UnsupportedModelError
+
+#: Attribute names of attention over an encoder's states; parameters that state-space and recurrent mixers have alone.
+_CROSS_ATTENTION = ("encoder_attn", "encoder_attention", "cross_attn", "crossattention")
+_STATE_SPACE = ("A_log", "time_decay", "time_mix_key")
+
+
+def other_kind(config: Any) -> str | None:
+    """What a configuration describes that is no decoder-only language model; None where it may be one."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    model_type = getattr(config, "model_type", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return f"an encoder-decoder model (model_type={model_type})"
+    if getattr(config, "vision_config", None) is not None:
+        return (
+            f"a vision-language model (model_type={model_type}, with a vision_config); save its language model as a "
+            "folder of its own and prune that"
+        )
+    if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return f"an encoder (model_type={model_type}), whose attention looks both ways"
+    return None
+
+
+def refuse_other_kinds(model: Any) -> None:
+    """Raises UnsupportedModelError where ``model`` is no decoder-only language model."""
+    kind = next(_signs(model), None) or other_kind(model.config)
+    if kind is not None:
+        raise UnsupportedModelError(f"{type(model).__name__} is {kind}; decoder-only language models can be pruned")
+
+
+def _signs(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        for attribute in _CROSS_ATTENTION:
+            if isinstance(getattr(module, attribute, None), nn.Module):
+                yield f"the decoder of an encoder-decoder model (attention over an encoder in {name}.{attribute})"
+
+
+def state_space(block: nn.Module) -> str | None:
+    """Where a block keeps what state-space and recurrent mixers have alone; None where it is none."""
+    found = (name for name, _ in block.named_parameters() if name.rpartition(".")[2] in _STATE_SPACE)
+    return next(found, None)
