@@ -238,11 +238,11 @@ def peak_beside(weights: Sequence[Tensor], prompt: Tensor, call: Callable[[], ob
 
 def size_of(model: nn.Module, storage_dtype: torch.dtype) -> list[Measurement]:
     """Parameters (tied ones once), bytes of their checkpoint in ``storage_dtype``, MACs of the linears per token."""
-    from torch import nn
+    from cfsp.models.projection import is_matrix
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = parameters * storage_dtype.itemsize
-    macs = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    macs = sum(module.weight.numel() for module in model.modules() if is_matrix(module))
     return [
         Measurement("cost", "parameters", "count", parameters, "parameters"),
         Measurement(

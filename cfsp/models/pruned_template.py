@@ -29,7 +29,7 @@ CONFIGURATION = Template(
     + '''\
 """Configuration of a ${base_type} model whose layers differ; `per_layer_config` says in what."""
 
-from transformers import ${base_config}
+${import_config}
 
 
 class ${pruned_config}(${base_config}):
@@ -63,7 +63,7 @@ and the output projections named in `config.added_bias`, {"3": ["mlp.down_proj"]
 
 import torch
 from torch import nn
-from transformers import ${base_causal_lm}, ${base_model}
+${import_models}
 
 from .${configuration_module} import ${pruned_config}
 
@@ -91,7 +91,7 @@ class NoMLP(nn.Module):
 
 
 def skip(layer, kind, shared=()):
-    """Put a stub in the place of a submodule ("attention" or "mlp"); its norms go too, but for those that are shared."""
+    """Put a stub in the place of a submodule ("attention" or "mlp"); its norms go too, but for the shared ones."""
     if kind not in NORMS:
         raise ValueError(f"skip: attention and mlp can be missing, not {kind!r}")
     if kind == "attention":

@@ -162,6 +162,8 @@ def _written(base_model_type: str) -> _Texts:
         "base_type": base_model_type,
         "pruned_type": pruned_type,
         "configuration_module": configuration,
+        "import_config": _import_of(base_config),
+        "import_models": _import_of(base_causal_lm, base_model),
         "base_config": base_config.__name__,
         "base_model": base_model.__name__,
         "base_causal_lm": base_causal_lm.__name__,
@@ -179,6 +181,15 @@ def _written(base_model_type: str) -> _Texts:
         (folder / name).write_text(text, encoding="utf-8")
     importlib.invalidate_caches()
     return _Texts(files, names, form, norms)
+
+
+def _import_of(*classes: type) -> str:
+    """The line that imports ``classes``: from transformers, or from where else somebody registered them from."""
+    import transformers
+
+    if all(getattr(transformers, cls.__name__, None) is cls for cls in classes):
+        return f"from transformers import {', '.join(cls.__name__ for cls in classes)}"
+    return "\n".join(f"from {cls.__module__} import {cls.__name__}" for cls in classes)
 
 
 @cache

@@ -28,7 +28,7 @@ import inspect
 
 import torch
 from torch import nn
-from transformers import ${base_causal_lm}, ${base_model}
+${import_models}
 
 from .${configuration_module} import ${pruned_config}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cfsp.errors import UnsupportedModelError
 from cfsp.models.driver import BlockDriver, run_block
 from cfsp.models.remote_code import pruned_family, stock_type
-from cfsp.models.streamed import resident
+from cfsp.models.streamed import resident, streamed
 from cfsp.models.views import BlockView, DecoderView, is_removed
 
 Kind = Literal["attention", "mlp"]
@@ -62,6 +62,8 @@ def norms(view: DecoderView, kind: Kind) -> tuple[str, ...]:
     A norm whose output enters the submodule, or whose input left it, belongs to it; one that feeds both to neither.
     """
     if view.model not in _NORMS:
+        if streamed(view.model) is None and next(view.model.parameters()).is_meta:  # nothing can be run
+            return pruned_family(stock_type(view.model.config.model_type)).norms.get(kind, ())
         _NORMS[view.model] = _seen_norms(view)
     return _NORMS[view.model][kind]
 

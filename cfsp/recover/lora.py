@@ -149,9 +149,9 @@ def _linears(view: DecoderView) -> set[str]:
 
 
 def _linears_of(block: Any) -> Mapping[str, Any]:
-    from torch import nn
+    from cfsp.models.projection import is_matrix
 
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    return {name: module for name, module in block.named_modules() if is_matrix(module)}
 
 
 def _named(targets: Sequence[str], known: set[str] | None) -> set[str] | None:

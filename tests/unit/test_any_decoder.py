@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import cfsp
 from cfsp.errors import UnsupportedModelError
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.views import resolve
 from tests.architectures import ARCHITECTURES, VOCABULARY
+from tests.conftest import VOCABULARY as WORDS
+from tests.conftest import save_with_tokenizer
 from tests.masking import masked
 
 DENSE = [name for name, entry in ARCHITECTURES.items() if entry.experts is None]
@@ -88,3 +93,100 @@ def test_every_pruner_on_every_decoder(name, pruner, tmp_path):
         whole = reloaded(made.sequences, use_cache=False).logits[:, -7:-1]
     cached = torch.stack(made.logits, dim=1)
     assert (cached - whole).abs().max() <= 1e-4 * whole.abs().max()
+
+
+def test_an_architecture_that_appears_tomorrow_needs_no_change(tmp_path):
+    """A class of its own with usual names: a parallel residual, one norm, w1/w3/w2, a fused qkv."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from tests.unit import new_decoder as new
+
+    AutoConfig.register("tomorrow", new.TomorrowConfig, exist_ok=True)
+    AutoModel.register(new.TomorrowConfig, new.TomorrowModel, exist_ok=True)
+    AutoModelForCausalLM.register(new.TomorrowConfig, new.TomorrowForCausalLM, exist_ok=True)
+    torch.manual_seed(0)
+    model = new.TomorrowForCausalLM(new.TomorrowConfig()).eval()
+    prompt = ids(2, 12, seed=2)
+    for pruner in PRUNERS:
+        plan = cfsp.prune(model, ids(6, 16, seed=1), pruner, 0.3, round_to=STEP)
+        sliced = cfsp.apply(copy.deepcopy(model), plan)
+        with torch.no_grad():
+            found = sliced(prompt).logits
+            with masked(model, plan):
+                expected = model(prompt).logits
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+        save_checkpoint(sliced, tmp_path / pruner)
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / pruner).eval()
+        with torch.no_grad():
+            assert torch.equal(reloaded(prompt).logits, found)
+            made = reloaded.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+            again = reloaded.generate(
+                prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=False
+            )
+        assert torch.equal(made, again)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "said"),
+    [
+        ("bert", {}, "an encoder (model_type=bert)"),
+        ("bart", {}, "the decoder of an encoder-decoder model"),
+        ("t5", {}, "an encoder-decoder model (model_type=t5)"),
+        ("mamba", {}, "a state-space mixer (mixer.A_log) and no FFN"),
+        ("llava", {}, "a vision-language model (model_type=llava"),
+        ("gemma3", {}, "a vision-language model (model_type=gemma3"),
+    ],
+)
+def test_what_is_no_decoder_is_refused_in_one_line(model_type, settings, said, tmp_path, run_cfsp):
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(model_type, **settings).save_pretrained(tmp_path)
+    code, _, err = run_cfsp("inspect", f"path={tmp_path}", defaults=False)
+    assert code == 2
+    (line,) = err.strip().splitlines()
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("olmo2", "of several heads together"),
+        ("cohere_norms", "of several heads together"),
+        ("stablelm_norms", "holds a module for each head"),
+        ("bloom", "ALiBi"),
+        ("falcon_alibi", "ALiBi"),
+        ("deepseek_v3", "multi-head latent attention"),
+    ],
+)
+def test_why_heads_stay_is_said(name, said):
+    from cfsp.pruning.one_shot import heads_stay
+
+    assert said in heads_stay(resolve(built(name)))
+
+
+@pytest.mark.parametrize("pruner", ["cfsp", "two_ssp"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "phi3", "bloom"])
+def test_the_command_prunes_in_memory_and_from_shards_alike(name, pruner, run_cfsp, prose_file, tmp_path):
+    entry = ARCHITECTURES[name]
+    model = replace(entry, settings={**entry.settings, "vocab_size": WORDS}).build()
+    folder = save_with_tokenizer(model, tmp_path / "base")
+    found = []
+    for streaming in ("off", "on"):
+        out = tmp_path / streaming
+        code, _, err = run_cfsp(
+            "model=local", f"model.path={folder}", "calibration=text", f"calibration.path={prose_file}",
+            "calibration.n_samples=4", "calibration.seq_len=24", f"pruner={pruner}", *words(name, pruner),
+            f"sparsity.ratio={RATIO}", f"sparsity.round_to={STEP}", "evaluation=perplexity",
+            "evaluation.perplexity.datasets=[text]", f"evaluation.perplexity.texts.text.path={prose_file}",
+            "evaluation.perplexity.seq_len=24", f"model.streaming={streaming}",
+            f"paths.output_dir={out}", f"paths.cache_dir={out / 'cache'}",
+        )  # fmt: skip
+        assert code == 0, err
+        record = json.loads((out / "record.json").read_text())
+        found.append((record["measurements"], json.loads((out / "plan.json").read_text())))
+    (in_memory, plan), (streamed, other) = found
+    assert plan == other
+    assert in_memory["pruned"][0]["value"] == pytest.approx(streamed["pruned"][0]["value"], rel=1e-5)
+    assert in_memory["dense"][0]["value"] == pytest.approx(streamed["dense"][0]["value"], rel=1e-5)
+    tensors = [load_file(tmp_path / mode / "model" / "model.safetensors") for mode in ("off", "on")]
+    assert all(torch.equal(value, tensors[1][key]) for key, value in tensors[0].items())

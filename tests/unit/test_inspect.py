@@ -503,21 +503,6 @@ def test_a_config_that_is_none(refused, tmp_path, content, part):
     mentions(refused("inspect", f"path={tmp_path}", defaults=False), f"path={tmp_path}: ", part)
 
 
-@pytest.mark.parametrize(
-    ("settings", "parts"),
-    [
-        ({"model_type": "bert", "num_hidden_layers": 1}, ["BertLMHeadModel"]),
-        ({"model_type": "t5", "num_layers": 1}, ["T5Config"]),
-        ({"model_type": "mamba", "num_hidden_layers": 1}, ["MambaForCausalLM"]),
-        ({"model_type": "llava"}, ["LlavaConfig"]),
-    ],
-    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
-)
-def test_what_is_no_decoder_is_one_line(refused, tmp_path, settings, parts):
-    folder = config_folder_of(tmp_path / "m", **settings)
-    mentions(refused("inspect", f"path={folder}", defaults=False), f"path={folder}: ", *parts)
-
-
 def test_code_of_the_models_own_needs_permission(refused, model_folder):
     config = json.loads((model_folder / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}

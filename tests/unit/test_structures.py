@@ -16,6 +16,7 @@ from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.remote_code import adopt, pruned_family
 from cfsp.pruning.plan import BlockPlan, PruningPlan
+from tests import architectures
 from tests.tiny import ARCHITECTURES, tiny_model, tokens
 
 SOME = (0, 3, 7, *range(20, 60))
@@ -129,13 +130,23 @@ def test_folders_load_where_cfsp_is_not(tmp_path):
             model = pruned(architecture, structure)
             save_checkpoint(model, tmp_path / f"{architecture}-{structure}")
             expected[f"{architecture}-{structure}"] = logits(model, tokens(2, seed=1))[:, -1, :8].tolist()
+    for name in ("gpt2", "opt", "phi3", "bloom", "falcon_40b"):
+        entry = architectures.ARCHITECTURES[name]
+        model = entry.build()
+        groups = (0, 2) if entry.no_heads is None else None
+        blocks = (BlockPlan(tuple(range(5, 60)), groups), BlockPlan(attention=False), BlockPlan(ffn=False), BlockPlan())
+        cfsp.apply(model, PruningPlan("m", "f", {"name": "hand"}, blocks, {}, {}))
+        save_checkpoint(model, tmp_path / name)
+        expected[name] = logits(model, tokens(2, seed=1, vocabulary=architectures.VOCABULARY))[:, -1, :8].tolist()
     (tmp_path / "ids.json").write_text(json.dumps(tokens(2, seed=1).tolist()))
+    (tmp_path / "small.json").write_text(json.dumps(tokens(2, seed=1, vocabulary=architectures.VOCABULARY).tolist()))
     script = (
         "import json, pathlib, sys, torch\nfrom transformers import AutoModelForCausalLM\n"
-        "ids = torch.tensor(json.load(open('ids.json')))\nfound = {}\n"
+        "ids, small = (torch.tensor(json.load(open(f'{name}.json'))) for name in ('ids', 'small'))\nfound = {}\n"
         "for folder in sorted(p for p in pathlib.Path('.').iterdir() if p.is_dir()):\n"
         "    model = AutoModelForCausalLM.from_pretrained(f'./{folder.name}', trust_remote_code=True).eval()\n"
-        "    found[folder.name] = model(ids).logits[:, -1, :8].tolist()\n"
+        "    given = ids if model.config.vocab_size == 128 else small\n"
+        "    found[folder.name] = model(given).logits[:, -1, :8].tolist()\n"
         "assert 'cfsp' not in sys.modules\nprint(json.dumps(found))\n"
     )
     environment = {"HF_MODULES_CACHE": str(tmp_path.parent / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
