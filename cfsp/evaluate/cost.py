@@ -242,7 +242,8 @@ def size_of(model: nn.Module, storage_dtype: torch.dtype) -> list[Measurement]:
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     size = parameters * storage_dtype.itemsize
-    macs = sum(module.weight.numel() for module in model.modules() if is_matrix(module))
+    matrices: list[Any] = [module for module in model.modules() if is_matrix(module)]
+    macs = sum(module.weight.numel() for module in matrices)
     return [
         Measurement("cost", "parameters", "count", parameters, "parameters"),
         Measurement(
