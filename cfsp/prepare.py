@@ -152,6 +152,12 @@ def streams(config: RunConfig, view: DecoderView, dtype: torch.dtype, device: to
             f"{why}: recovery={config.recovery.instance.name} trains the model in memory; use recovery=none, or "
             "model.streaming=off"
         )
+    allocator = config.allocator.instance
+    if pruner.prunes and "allocator" in config.plans_with and getattr(allocator, "needs_model", False):
+        raise ConfigError(
+            f"{why}: allocator={type(allocator).__name__.lower()} runs the model for each candidate, which would read "
+            "it each time; use allocator=coarse or reconstruction, or model.streaming=off"
+        )
     if isinstance(config.calibration, SelfCalibration) and pruner.prunes:
         raise ConfigError(
             f"{why}: calibration=self samples token by token, which would read the whole model for each; use "

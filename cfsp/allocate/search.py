@@ -12,6 +12,7 @@ from pydantic import Field
 
 from cfsp.allocate.base import Allocation
 from cfsp.components import component
+from cfsp.errors import RunError
 
 if TYPE_CHECKING:
     from cfsp.allocate.base import Allocator
@@ -66,11 +67,16 @@ class Search:
         Args:
             starts: widths that meet the budget. legal: of each block, ascending. costs: parameters of a neuron.
             loss: of widths; what was asked before costs nothing.
+
+        Raises:
+            RunError: no start has a finite loss.
         """
         spent = _Spent(loss, self.evaluations)
         found = {tuple(widths): spent(tuple(widths)) for widths in starts}
         best = min(found, key=lambda widths: found[widths])
         history: list[dict[str, Any]]
+        if not math.isfinite(found[best]):
+            raise RunError("allocator=search: the loss of every start is not finite; try model.dtype=float32")
         lowest, history = found[best], [{"widths": list(best), "nll": found[best]}]
         target = sum(width * cost for width, cost in zip(best, costs, strict=True))
         gaps = [

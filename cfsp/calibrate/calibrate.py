@@ -46,6 +46,8 @@ def calibrate(
     path = None if cache is None else cache.path("statistics", driver, calibration, COLLECTOR_VERSION)
     found, cached = read_or_compute(path, Statistics.load, compute, lambda found, file: found.save(file, header))
     if grams is not None and not grams.complete:
-        path, cached = None, False
-        compute()
+        with grams.alone():
+            if not grams.complete:
+                path, cached = None, False
+                compute()
     return found, cached

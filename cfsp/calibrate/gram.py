@@ -7,6 +7,8 @@ a file that is read one matrix at a time, since those of a large model do not fi
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +20,14 @@ from torch import Tensor, nn
 
 from cfsp.calibrate.inputs import watch_inputs
 from cfsp.errors import RunError
+from cfsp.lease import waited
 from cfsp.models.shard_writer import Outgoing, write_file
 from cfsp.models.shards import Shards
 
 if TYPE_CHECKING:
     from cfsp.models.views import BlockView, Channels
+
+log = logging.getLogger(__name__)
 
 #: Part of the cache key: raise it whenever what is collected, or how, changes.
 GRAM_VERSION = 1
@@ -39,16 +44,25 @@ class Gram:
     tokens: int
 
 
+def taken(values: Tensor, stride: float) -> Tensor:
+    """Of [B, T, ...] the tokens 0, stride, 2 stride, ... of each sequence, each the next whole one."""
+    if float(stride).is_integer():
+        return values[:, :: int(stride)]
+    # The little that is taken off: a whole number that came out of a division must not become the next one.
+    at = [math.ceil(k * stride - 1e-9) for k in range(math.ceil(values.shape[1] / stride))]
+    return values[:, [index for index in at if index < values.shape[1]]]
+
+
 class GramSums:
     """Adds up X^T X of what enters one linear, in fp32, from every ``stride``-th token of each sequence."""
 
-    def __init__(self, channels: int, device: torch.device, stride: int) -> None:
+    def __init__(self, channels: int, device: torch.device, stride: float) -> None:
         self.matrix = torch.zeros(channels, channels, dtype=torch.float32, device=device)
         self.sums = torch.zeros(channels, dtype=torch.float64, device=device)
         self.stride, self.tokens = stride, 0
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows = args[0].detach()[:, :: self.stride].flatten(0, 1).float()
+        rows = taken(args[0].detach(), self.stride).flatten(0, 1).float()
         self.tokens += len(rows)
         self.sums += rows.sum(0)
         for start in range(0, rows.shape[1], _PANEL):
@@ -56,10 +70,36 @@ class GramSums:
             self.matrix[panel, start:].addmm_(rows[:, panel].T, rows[:, start:])
 
     def report(self) -> Gram:
-        """The lower triangle is filled from the upper one."""
-        tokens = max(self.tokens, 1)
-        upper = self.matrix.triu_().div_(tokens)
-        return Gram((upper + upper.triu(1).T).cpu(), (self.sums / tokens).float().cpu(), self.tokens)
+        """The lower triangle is filled from the upper one, in place: on a CPU the sums become the matrix.
+
+        Those of all blocks may take half of the free memory, so there is no room for a second set; what is seen after
+        a report does not count.
+        """
+        tokens, matrix = max(self.tokens, 1), self.matrix
+        matrix.div_(tokens)
+        for start in range(0, len(matrix), _PANEL):
+            panel, after = slice(start, start + _PANEL), slice(start + _PANEL, None)
+            matrix[after, panel] = matrix[panel, after].T
+            square = matrix[panel, panel].triu()
+            matrix[panel, panel] = square + square.triu(1).T
+        self.matrix = matrix.new_zeros(0, 0)
+        return Gram(matrix.cpu(), (self.sums / tokens).float().cpu(), self.tokens)
+
+
+def reported(block: int, sums: Mapping[str, GramSums]) -> dict[str, Gram]:
+    """The matrices of one block.
+
+    Raises:
+        RunError: one is not finite: nothing can be selected or refitted by it.
+    """
+    found = {kind: of_kind.report() for kind, of_kind in sums.items()}
+    for kind, gram in found.items():
+        if not bool(gram.matrix.isfinite().all()):
+            raise RunError(
+                f"block {block}: the Gram matrix of its {kind} is not finite; try model.dtype=float32, or a metric and "
+                "a compensation that need none (importance=cfsp, pruner.compensation=bias)"
+            )
+    return found
 
 
 class GramMatrices(Protocol):
@@ -81,8 +121,10 @@ class GramWanted:
     limit: int
 
     @property
-    def stride(self) -> int:
-        return max(1, round(1 / self.share))
+    def stride(self) -> float:
+        """Tokens from one that is taken to the next; a whole number where the share is one of so many."""
+        stride = 1 / self.share
+        return round(stride) if math.isclose(stride, round(stride), rel_tol=1e-6) else stride
 
 
 class InMemory:
@@ -142,7 +184,7 @@ class OnDisk:
 class CrossSums:
     """Adds up X^T E / tokens, [N, d] fp32: X enters one linear, E is what is missing of its block's output."""
 
-    def __init__(self, channels: Channels, stride: int) -> None:
+    def __init__(self, channels: Channels, stride: float) -> None:
         weight = channels.output.weight
         self.matrix = torch.zeros(channels.n, weight.shape[0], dtype=torch.float32, device=weight.device)
         self.stride, self.tokens = stride, 0
@@ -154,7 +196,7 @@ class CrossSums:
     def add(self, missing: Tensor) -> None:
         """``missing`` [B, T, d] of the batch that was seen last."""
         assert self._seen is not None
-        x, e = (value[:, :: self.stride].flatten(0, 1).float() for value in (self._seen, missing))
+        x, e = (taken(value, self.stride).flatten(0, 1).float() for value in (self._seen, missing))
         self.matrix.addmm_(x.T, e)
         self.tokens += len(x)
         self._seen = None
@@ -199,7 +241,7 @@ class GramCollection:
 
     def __init__(self, blocks: Sequence[BlockView], wanted: GramWanted, folder: Path | None) -> None:
         """``folder``: where they stay for other runs; None: in memory, which must hold them."""
-        self.wanted, self._blocks = wanted, blocks
+        self.wanted, self.folder, self._blocks = wanted, folder, blocks
         self.fits = gram_bytes(blocks, wanted) <= wanted.limit
         self.matrices: GramMatrices = InMemory() if folder is None else OnDisk(folder)
 
@@ -207,17 +249,29 @@ class GramCollection:
     def complete(self) -> bool:
         return all(self.matrices.has(block.index, kinds_of(block, self.wanted)) for block in self._blocks)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """As the only process that collects these; another one that wants the same waits, and finds them there."""
+        if self.folder is None:
+            yield
+            return
+        place = self.folder.with_name(f".{self.folder.name}.lease")
+        with waited(place, lambda who: log.info("waiting for Gram matrices (%s)", who)):
+            yield
+
     def keep(self, sums: Sequence[Mapping[str, GramSums]], first: int = 0) -> None:
         """Take over what was collected of the blocks from ``first`` on.
 
         Raises:
-            RunError: the disk is full.
+            RunError: the disk is full, or a matrix is not finite.
         """
-        try:
-            for at, of_block in enumerate(sums):
-                self.matrices.keep(first + at, {kind: found.report() for kind, found in of_block.items()})
-        except OSError as error:
-            raise RunError(
-                f"paths.cache_dir: the Gram matrices of block {first} cannot be written ({error.strerror}); make room "
-                "or give another folder"
-            ) from error
+        for block, of_block in enumerate(sums, start=first):
+            found = reported(block, of_block)
+            try:
+                self.matrices.keep(block, found)
+            except OSError as error:
+                raise RunError(
+                    f"paths.cache_dir={self.folder}: the Gram matrices of block {block} cannot be written "
+                    f"({error.strerror}); make room, give another paths.cache_dir, or use a method without them "
+                    "(pruner.compensation=none or bias, and another importance than obs)"
+                ) from error

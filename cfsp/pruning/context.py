@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cfsp.config import RunConfig
     from cfsp.data.calibration import CalibrationSet
     from cfsp.models.driver import BlockDriver
-    from cfsp.models.views import BlockView
+    from cfsp.models.views import BlockView, DecoderView
 
 
 def plan_context(
@@ -44,7 +44,7 @@ def plan_context(
         if structure is not None and "importance" in config.plans_with and not required(importance):
             scored[block.index] = score_block(block, found, importance, structure)
 
-    wanted = _gram_wanted(config, structure)
+    wanted = _gram_wanted(config, structure, driver.view)
     grams = (
         None
         if wanted is None
@@ -76,7 +76,7 @@ def plan_context(
     return context, cached
 
 
-def _gram_wanted(config: RunConfig, structure: Structure | None) -> GramWanted | None:
+def _gram_wanted(config: RunConfig, structure: Structure | None, view: DecoderView) -> GramWanted | None:
     """The Gram matrices that metric or pruner require, of the parts that may go."""
     asked = [*(required(config.importance.instance) if "importance" in config.plans_with else ())]
     asked += getattr(config.pruner.instance, "requires", ())
@@ -85,6 +85,8 @@ def _gram_wanted(config: RunConfig, structure: Structure | None) -> GramWanted |
     kinds = {"ffn": ("ffn",), "heads": ("attention",), "heads_ffn": ("ffn", "attention")}[structure]
     memory = getattr(config.calibration, "memory_gb", None)
     limit = available(torch.device("cpu")) // 2 if memory is None else int(memory * 1e9)
+    if view.device.type != "cpu":  # in one pass over the whole model they are added up where its weights are
+        limit = min(limit, available(view.device) // 2)
     return GramWanted(kinds, config.calibration.gram_share, limit)
 
 
@@ -94,4 +96,4 @@ def _gram_folder(
     if cache is None:
         return None
     place = cache.path("gram", driver, calibration, GRAM_VERSION)
-    return place.with_name(f"{place.stem}-{wanted.stride}-{'-'.join(wanted.kinds)}")
+    return place.with_name(f"{place.stem}-{wanted.stride:g}-{'-'.join(wanted.kinds)}")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -86,7 +86,7 @@ class OneShotPruner:
         scores = score(
             view, context.statistics, importance, self.structure, context.gradients, context.scored, context.grams
         )
-        widths, keep_ratios = self._allocate(context, scores)
+        widths, keep_ratios, notes = self._allocate(context, scores)
         if self.sequential:
             decisions, tensors = self._one_after_another(context, widths)
         else:
@@ -97,10 +97,13 @@ class OneShotPruner:
                 if self.compensation != "none":
                     with resident(view, block):
                         tensors |= self._compensate(block, decisions[-1], found, context.grams)
-        return complete(context, decisions, keep_ratios=keep_ratios, tensors=tensors)
+        return complete(context, decisions, keep_ratios=keep_ratios, notes=notes, tensors=tensors)
 
-    def _allocate(self, context: PlanContext, scores: Scores) -> tuple[Widths, list[float]]:
-        """Kept units per block, and the kept share that the allocator asked for; protected blocks keep all."""
+    def _allocate(self, context: PlanContext, scores: Scores) -> tuple[Widths, list[float], dict[str, Any]]:
+        """Kept units per block, the kept share that the allocator asked for, and how a search got there.
+
+        Protected blocks keep all.
+        """
         view = context.driver.view
         budget = self._with_biases(view, context.budget)
         sizes = Sizes.of(view, self.structure)
@@ -111,17 +114,21 @@ class OneShotPruner:
             allocations = [one.allocate(scores.only(free), part, keep) for one in context.allocator.allocators()]
         else:
             allocations = [context.allocator.allocate(scores.only(free), part, keep)]
-        chosen = [_rounded(allocation, budget, part) for allocation in allocations]
+        chosen = [_rounded(allocations[0], budget, part)]
+        chosen += [_beside(chosen[0].kv_groups, allocation, budget, part) for allocation in allocations[1:]]
+        # One that cannot meet the budget with these groups is no start for a search.
+        chosen = [widths for widths in chosen if widths.kv_groups == chosen[0].kv_groups]
         shares = allocations[0].keep.tolist()
-        neurons = chosen[0].per_block
+        neurons, notes = chosen[0].per_block, dict[str, Any]()
         if isinstance(context.allocator, Search):
-            neurons = self._searched(context, context.allocator, scores, chosen, budget, part, free)
+            neurons, history = self._searched(context, context.allocator, scores, chosen, budget, part, free)
+            notes = {"searched_blocks": free, "search": history}
             shares = [width / n if n else 1.0 for width, n in zip(neurons, part.widths, strict=True)]
         widths, groups, kept = list(sizes.widths), list(sizes.kv_groups), [1.0] * len(view.blocks)
         for at, block in enumerate(free):
             widths[block], groups[block] = neurons[at], chosen[0].kv_groups[at]
             kept[block] = float(shares[at])
-        return Widths(tuple(widths), tuple(groups)), kept
+        return Widths(tuple(widths), tuple(groups)), kept, notes
 
     def _searched(
         self,
@@ -132,8 +139,8 @@ class OneShotPruner:
         budget: Budget,
         part: Sizes,
         free: list[int],
-    ) -> tuple[int, ...]:
-        """FFN widths of the free blocks with the lowest loss; the KV groups are those of the first start."""
+    ) -> tuple[tuple[int, ...], list[dict[str, Any]]]:
+        """FFN widths of the free blocks with the lowest loss, and the way there; KV groups are the first start's."""
         from cfsp.models.snapshot import restored
         from cfsp.pruning.width_search import WidthLosses
 
@@ -157,10 +164,9 @@ class OneShotPruner:
                     every[block] = widths[at]
                 return losses(tuple(every))
 
-            chosen, _ = search.search(
+            return search.search(
                 [start.per_block for start in starts], legal_widths(budget, part), part.neuron_parameters, loss
             )
-        return chosen
 
     def _with_biases(self, view: DecoderView, budget: Budget) -> Budget:
         """The budget of the units alone: what the added biases cost (d each) goes in units too.
@@ -179,7 +185,7 @@ class OneShotPruner:
     def _one_after_another(self, context: PlanContext, widths: Widths) -> tuple[list[BlockPlan], dict[str, Tensor]]:
         """Choose in each block on the outputs of the pruned blocks before it; the model is put back at the end."""
         from cfsp.calibrate.collectors import collecting
-        from cfsp.calibrate.gram import CrossSums, InMemory, gram_sums
+        from cfsp.calibrate.gram import CrossSums, InMemory, gram_sums, reported
         from cfsp.models.snapshot import restored
         from cfsp.pruning.apply import slice_block
         from cfsp.pruning.least_squares import corrected
@@ -206,7 +212,7 @@ class OneShotPruner:
                 with collecting([block]) as sums, gram_sums([block], wanted) as of_grams, _seeing(block, missing):
                     step.run(None if missing is None else partial(_add_missing, missing, dense))
                 found = sums[0].report(*ids.shape)
-                grams.keep(block.index, {kind: gram.report() for kind, gram in of_grams[0].items()})
+                grams.keep(block.index, reported(block.index, of_grams[0]))
                 if missing is not None:
                     channels, gram = block.channels["ffn"], grams.read(block.index, "ffn").matrix
                     weight = channels.output.weight.detach()
@@ -286,6 +292,15 @@ def _rounded(allocation: Allocation, budget: Budget, part: Sizes) -> Widths:
         groups=[share * n for share, n in zip(groups.tolist(), part.kv_groups, strict=True)],
         counted=allocation.counted,
     )
+
+
+def _beside(groups: tuple[int, ...], allocation: Allocation, budget: Budget, part: Sizes) -> Widths:
+    """Widths that meet the budget where the KV groups are settled: the neurons alone follow ``allocation``.
+
+    Exact rounding moves neurons between blocks until they make up for what the allocation's own groups had weighed.
+    """
+    share = [kept / n if n else 1.0 for kept, n in zip(groups, part.kv_groups, strict=True)]
+    return _rounded(replace(allocation, keep_groups=allocation.keep.new_tensor(share)), budget, part)
 
 
 def _best(block: BlockView, neurons: Tensor, groups: Tensor, widths: Widths) -> BlockPlan:

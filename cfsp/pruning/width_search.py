@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from cfsp.errors import ConfigError
+from cfsp.errors import ConfigError, DataError
+from cfsp.memory import available
 from cfsp.models.driver import run_block
 from cfsp.models.streamed import streamed
 from cfsp.pruning.plan import BlockPlan
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
     from cfsp.models.views import BlockView
     from cfsp.pruning.base import PlanContext
 
-#: Cut FFNs of a block that are kept for other candidates.
-_KEPT = 6
+#: Cut FFNs that are kept for other candidates: so many per block, and in all this share of the device's free memory.
+_KEPT, _SHARE_OF_MEMORY = 6, 0.25
 
 Cut = Callable[["BlockView", int], tuple[BlockPlan, dict[str, Tensor]]]
 
@@ -39,17 +41,21 @@ class WidthLosses:
             before: what decides the losses beside widths and ids, for those that are kept on disk.
 
         Raises:
-            ConfigError: the model is streamed.
+            ConfigError: the model is streamed. DataError: windows of one token.
         """
         if streamed(context.driver.view.model) is not None:
             raise ConfigError(
                 "allocator=search runs the model for each candidate, which model.streaming=on would read each time; "
                 "use allocator=coarse or reconstruction, or model.streaming=off"
             )
+        if input_ids.shape[1] < 2:
+            raise DataError("windows of one token have no next token to predict; allocator=search needs at least 2")
         self._driver, self._ids, self._cut = context.driver, input_ids, cut
         self._known = KnownLosses.of(context, input_ids, before)
         self._entry = self._driver.entry(input_ids)
-        self._linears: dict[int, dict[int, dict[str, nn.Module]]] = {}
+        #: (block, width) -> its cut linears, the one that was not used for longest first.
+        self._linears: OrderedDict[tuple[int, int], dict[str, nn.Module]] = OrderedDict()
+        self._room = int(_SHARE_OF_MEMORY * available(context.driver.view.device))
         self._base = [self._now(block) for block in self._driver.view.blocks]
         #: Of the widths whose states are held: hidden states entering each block.
         self._widths: list[int | None] = []
@@ -93,14 +99,16 @@ class WidthLosses:
 
         if block.ffn is None or width == block.ffn.width:
             return
-        kept = self._linears.setdefault(block.index, {})
-        if width not in kept:
+        key = (block.index, width)
+        if key not in self._linears:
             decision, tensors = self._cut(block, width)
             slice_block(block, decision, tensors)
-            if len(kept) >= _KEPT:
-                kept.pop(next(iter(kept)))
-            kept[width] = self._now(block)
-        self._put(block, kept[width])
+            self._linears[key] = self._now(block)
+            self._room -= _bytes(self._linears[key])
+        self._linears.move_to_end(key)
+        while len(self._linears) > 1 and (self._room < 0 or len(self._linears) > _KEPT * len(self._base)):
+            self._room += _bytes(self._linears.popitem(last=False)[1])
+        self._put(block, self._linears[key])
 
     def _now(self, block: BlockView) -> dict[str, nn.Module]:
         return {} if block.ffn is None else {one.name: one.module for one in block.ffn.projections.values()}
@@ -108,3 +116,7 @@ class WidthLosses:
     def _put(self, block: BlockView, linears: dict[str, nn.Module]) -> None:
         for name, linear in linears.items():
             setattr(block.ffn.module, name, linear)  # type: ignore[union-attr]
+
+
+def _bytes(linears: dict[str, nn.Module]) -> int:
+    return sum(parameter.nbytes for linear in linears.values() for parameter in linear.parameters())
