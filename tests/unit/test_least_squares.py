@@ -218,7 +218,7 @@ def test_gram_matrices_are_those_of_the_inputs() -> None:
     torch.testing.assert_close(found.matrix.double(), rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.mean.double(), rows.mean(0), rtol=1e-5, atol=1e-6)
     assert torch.equal(found.matrix, found.matrix.T)
-    assert not down._forward_pre_hooks
+    assert not down.module._forward_pre_hooks
 
 
 def test_wide_matrices_are_summed_panel_by_panel() -> None:
@@ -609,8 +609,8 @@ def test_the_plan_holds_the_closed_form(ridge) -> None:
     words = [*LEAST_SQUARES, f"pruner.ridge={ridge}", "allocator=uniform"]
     plan = cfsp.prune(model, ids, "one_shot", 0.5, round_to=8, overrides=words)
     for block, decision in zip(resolve(model).blocks, plan.blocks, strict=True):
-        x = entering(model, block.ffn.down, ids)
-        expected = closed_form(x, block.ffn.down.weight.detach(), torch.tensor(decision.ffn_kept), ridge)
+        x = entering(model, block.ffn.output, ids)
+        expected = closed_form(x, block.ffn.output.weight.detach(), torch.tensor(decision.ffn_kept), ridge)
         found = plan.tensors[f"blocks.{block.index}.ffn.weight"].double()
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
@@ -628,7 +628,7 @@ def test_blocks_in_sequence_are_refitted_on_what_the_pruned_ones_give(correction
     pruned = tiny_model()  # block after block gets what the plan says of it
     for index, decision in enumerate(plan.blocks):
         block = resolve(pruned).blocks[index]
-        x = entering(pruned, block.ffn.down, ids)
+        x = entering(pruned, block.ffn.output, ids)
         leaving: list[torch.Tensor] = []
         for one in (model, pruned):
             module = resolve(one).blocks[index].module
@@ -639,7 +639,7 @@ def test_blocks_in_sequence_are_refitted_on_what_the_pruned_ones_give(correction
         missing = (leaving[0] - leaving[1]).flatten(0, 1).double()
         gram = x.T @ x / len(x)
         damping = 1e-3 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
-        weight = block.ffn.down.weight.detach().double()
+        weight = block.ffn.output.weight.detach().double()
         weight = weight + correction * torch.linalg.solve(gram + damping, x.T @ missing / len(x)).T
         kept = torch.tensor(decision.ffn_kept)
         if importance == "obs":
