@@ -1,0 +1,197 @@
+"""Overfitting: perplexity on the calibration windows themselves against held-out text, over the number of windows.
+
+    python scripts/calibration_fit.py                                         the bundled model
+    python scripts/calibration_fit.py --model FOLDER --text FILE --name NAME  another one: a local model and a text
+
+Half of the FFN neurons go, by CFSP (which fits nothing), by second-order selection with least squares, by cfsp_plus.
+Windows of 256 tokens; of --text, the first 60 % of the lines are calibrated on and the rest is evaluated. Writes
+calibration_fit/NAME.json, tables/calibration_fit-NAME.md and figures/calibration_fit-NAME.png and .svg under --results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+WINDOWS, SEQ_LEN, HELD_OUT, SEEDS, RATIO = (2, 4, 8, 16, 32, 64, 128, 256), 256, 80, (0, 1, 2), 0.5
+#: Name -> the pruner and its words.
+METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "cfsp": ("cfsp", ()),
+    "obs, coarse, least squares": (
+        "one_shot",
+        ("importance=obs", "allocator=coarse", "pruner.compensation=least_squares", "pruner.sequential=true"),
+    ),
+    "cfsp_plus": ("cfsp_plus", ()),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a model folder; without it the bundled model")
+    parser.add_argument("--text", type=Path, help="a text that the model of --model knows")
+    parser.add_argument("--name", help="how the model of --model is called in results/")
+    parser.add_argument("--round-to", type=int, default=32, help="kept widths are multiples of it")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of the calibration windows")
+    parser.add_argument("--results", type=Path, default=ROOT / "results")
+    given = parser.parse_args()
+    if (given.model is None) != (given.text is None) or (given.model is None) != (given.name is None):
+        parser.error("--model, --text and --name belong together")
+    found = measured(given)
+    write(found, given.results)
+    return 0
+
+
+def measured(given: argparse.Namespace) -> dict[str, Any]:
+    """Rows: method, windows, seed, and the perplexities of the pruned model."""
+    import torch
+
+    import cfsp
+    from cfsp.record import environment
+
+    assets = ROOT / "cfsp" / "assets"
+    model, tokenizer = cfsp.load(given.model or assets / "books7m", dtype="float32")
+    if given.text is None:
+        texts = [
+            (assets / "text" / f"{half}.txt").read_text(encoding="utf-8") for half in ("calibration", "evaluation")
+        ]
+    else:
+        lines = given.text.read_text(encoding="utf-8").splitlines(keepends=True)
+        cut = len(lines) * 6 // 10
+        texts = ["".join(lines[:cut]), "".join(lines[cut:])]
+    calibration, held_out = (torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    n = min(HELD_OUT, len(held_out) // SEQ_LEN)
+    test = held_out[: n * SEQ_LEN].view(n, SEQ_LEN)
+    rows: list[dict[str, Any]] = []
+    for seed in given.seeds:
+        starts = torch.randint(
+            len(calibration) - SEQ_LEN, (max(WINDOWS),), generator=torch.Generator().manual_seed(seed)
+        )
+        windows = torch.stack([calibration[start : start + SEQ_LEN] for start in starts])
+        for number in WINDOWS:
+            ids = windows[:number]
+            for method, (pruner, words) in METHODS.items():
+                plan = cfsp.prune(model, ids, pruner, RATIO, scope="ffn", round_to=given.round_to, overrides=words)
+                values = perplexities(model, plan, ids, test)
+                rows.append({"method": method, "windows": number, "seed": seed, **values})
+                print(f"seed {seed}, {number} windows, {method}: {values}", file=sys.stderr, flush=True)
+    dense = {"held_out": perplexity(model, test)}
+    name = given.name or "books7m"
+    return {
+        "name": name,
+        "made_by": "python scripts/calibration_fit.py"
+        + (f" --model {given.model} --text {given.text} --name {name}" if given.model else "")
+        + (f" --round-to {given.round_to}" if given.round_to != 32 else ""),
+        "ratio": RATIO,
+        "round_to": given.round_to,
+        "seq_len": SEQ_LEN,
+        "held_out_windows": n,
+        "dense": dense,
+        "rows": rows,
+        "environment": environment.describe(),
+    }
+
+
+def perplexities(model: Any, plan: Any, ids: Any, test: Any) -> dict[str, float]:
+    """Of the model that ``plan`` leaves, on its own calibration windows and on held-out ones."""
+    import cfsp
+    from cfsp.models.snapshot import restored
+
+    with restored(model):
+        cfsp.apply(model, plan)
+        return {"calibration": perplexity(model, ids), "held_out": perplexity(model, test)}
+
+
+def perplexity(model: Any, windows: Any) -> float:
+    """exp of the mean NLL per predicted token."""
+    from cfsp.evaluate.perplexity import negative_log_likelihood
+
+    total, count = negative_log_likelihood(model, windows, 8, "windows")
+    return math.exp(total / count)
+
+
+def write(found: dict[str, Any], results: Path) -> None:
+    """The record, the table and the figure."""
+    name = found["name"]
+    files = {results / "calibration_fit" / f"{name}.json": (json.dumps(found, indent=2) + "\n").encode()}
+    files[results / "tables" / f"calibration_fit-{name}.md"] = table(found).encode()
+    for ending, content in figure(found).items():
+        files[results / "figures" / f"calibration_fit-{name}.{ending}"] = content
+    for path, content in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    print(table(found))
+
+
+def means(found: dict[str, Any], method: str, side: str) -> list[float]:
+    """Over the seeds, for each number of windows."""
+    of_method = [row for row in found["rows"] if row["method"] == method]
+    return [mean(row[side] for row in of_method if row["windows"] == number) for number in WINDOWS]
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown: held-out / calibration perplexity."""
+    lines = [f"### Calibration against held-out perplexity: {found['name']}", ""]
+    lines += ["| windows | " + " | ".join(METHODS) + " |", "| --: |" + " --: |" * len(METHODS)]
+    columns = [
+        [
+            f"{held:.2f} ({own:.2f})"
+            for held, own in zip(means(found, m, "held_out"), means(found, m, "calibration"), strict=True)
+        ]
+        for m in METHODS
+    ]
+    lines += [
+        f"| {number} | " + " | ".join(row) + " |"
+        for number, row in zip(WINDOWS, zip(*columns, strict=True), strict=True)
+    ]
+    git = found["environment"]["git"]
+    seeds = ", ".join(map(str, sorted({row["seed"] for row in found["rows"]})))
+    lines += [
+        "",
+        f"Held-out perplexity, and in brackets that on the calibration windows; {found['ratio']:.0%} of the FFN neurons "
+        f"removed, round_to {found['round_to']}, windows of {found['seq_len']} tokens, means over the seeds {seeds}; "
+        f"dense, held out: {found['dense']['held_out']:.2f} ({found['held_out_windows']} windows).  ",
+        f"Commit: {git['commit'][:12] if git else 'an installed wheel'}{'+changes' if git and git['dirty'] else ''}.  ",
+        f"Made by: {found['made_by']}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def figure(found: dict[str, Any]) -> dict[str, bytes]:
+    """PNG and SVG: full lines are held out, dashed ones the calibration windows."""
+    import io
+
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    settings: Any = {"font.family": "DejaVu Sans", "svg.hashsalt": "cfsp", "svg.fonttype": "path", "font.size": 9}
+    files = {}
+    with matplotlib.rc_context(settings):
+        drawn = Figure(figsize=(6.4, 4.2), layout="constrained")
+        FigureCanvasAgg(drawn)
+        axes = drawn.subplots()
+        for colour, method in zip(("#1f5a96", "#c2571a", "#2e8b57"), METHODS, strict=True):
+            axes.plot(WINDOWS, means(found, method, "held_out"), color=colour, marker="o", markersize=4, label=method)
+            axes.plot(WINDOWS, means(found, method, "calibration"), color=colour, linestyle="--", linewidth=1)
+        axes.axhline(found["dense"]["held_out"], color="black", linewidth=0.8, label="dense, held out")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set(xlabel="calibration windows", ylabel="perplexity (lower is better)")
+        axes.set_title(f"{found['name']}: held out (full), on the calibration windows (dashed)", fontsize=9)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, fontsize=7)
+        for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+            stream = io.BytesIO()
+            drawn.savefig(stream, format=ending, dpi=150, metadata=metadata)
+            files[ending] = stream.getvalue()
+    return files
+
+
+if __name__ == "__main__":
+    sys.exit(main())
