@@ -153,7 +153,7 @@ def table(found: dict[str, Any]) -> str:
     seeds = ", ".join(map(str, sorted({row["seed"] for row in found["rows"]})))
     lines += [
         "",
-        f"Held-out perplexity, and in brackets that on the calibration windows; {found['ratio']:.0%} of the FFN neurons "
+        f"Held-out perplexity, in brackets that on the calibration windows; {found['ratio']:.0%} of the FFN neurons "
         f"removed, round_to {found['round_to']}, windows of {found['seq_len']} tokens, means over the seeds {seeds}; "
         f"dense, held out: {found['dense']['held_out']:.2f} ({found['held_out_windows']} windows).  ",
         f"Commit: {git['commit'][:12] if git else 'an installed wheel'}{'+changes' if git and git['dirty'] else ''}.  ",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -20,8 +21,8 @@ from cfsp.sweep.experiment import Cell
 from cfsp.tables import command
 from cfsp.tables.collection import Found, collect
 from cfsp.tables.figures import draw
-from cfsp.tables.grid import pruning_seconds, table
-from cfsp.tables.layout import FigureLayout, MeanOf, TableLayout
+from cfsp.tables.grid import PEAK_MEMORY, pruning_seconds, table, value_of
+from cfsp.tables.layout import FigureLayout, GapOf, MeanOf, TableLayout
 from cfsp.tables.render import comma_separated, latex, markdown
 from cfsp.tables.reported import load_reported
 from tests.conftest import ROOT
@@ -372,6 +373,31 @@ def test_pruning_time_counts_what_the_cache_saved_and_is_empty_where_that_is_not
     assert time_of(_stage("calibrate", 1.0, True, saved_seconds=20.0), *rest) == 23.5
     assert time_of(_stage("calibrate", 1.0, True, saved_seconds=None), *rest) is None
     assert time_of(_stage("calibrate", 1.0, True), *rest) is None, "a record from before the cost was kept"
+
+
+def test_the_gap_is_the_log_of_the_perplexity_less_that_of_the_dense_model(folder):
+    path, cells = folder
+    layout = LAYOUT.model_copy(update={"metrics": [GapOf(gap="perplexity/*")]})
+    made = table("main", layout, collect(cells, path).found)
+    (column,) = made.columns
+    assert (column.metric.label, column.metric.unit) == ("gap, perplexity, bundled", "nats per token")
+    dense, *others = made.rows
+    assert dense.entries[0].values == {0: 0.0}
+    for row in others:
+        whole = next(r for r in table("main", LAYOUT, collect(cells, path).found).rows if r.label == row.label)
+        at = [c.metric.label for c in table("main", LAYOUT, collect(cells, path).found).columns]
+        perplexity = whole.entries[at.index("perplexity, bundled")].values
+        assert row.entries[0].values == {s: pytest.approx(math.log(v / 40.0)) for s, v in perplexity.items()}
+
+
+def test_peak_memory_is_that_of_the_stages_that_prune():
+    def peak_of(*stages: dict[str, object]) -> float | None:
+        return value_of(_record(_cell("cfsp", 0), 50.0, stages=list(stages)), PEAK_MEMORY)
+
+    stages = [_stage("calibrate", 1.0, peak_bytes=5), _stage("plan", 1.0, peak_bytes=9)]
+    assert peak_of(*stages, _stage("evaluate pruned", 1.0, peak_bytes=50)) == 9
+    assert peak_of(_stage("calibrate", 1.0, peak_bytes=5, peak_gpu_bytes=70), stages[1]) == 70
+    assert peak_of(_stage("calibrate", 1.0, peak_bytes=None), stages[1]) is None
 
 
 def test_a_record_of_another_text_or_model_is_not_taken(tmp_path):
