@@ -124,8 +124,10 @@ def _difference(layer: nn.Module, stock: nn.Module) -> dict[str, Any]:
         if isinstance(child, nn.Identity) and not isinstance(before.get(name), nn.Identity)
     ]
     gone = {*skip, *identity}
-    entry: dict[str, Any] = {"skip": skip, "identity": identity}
+    shorter = _shorter_lists(layer, stock, gone)
+    entry: dict[str, Any] = {"skip": skip, "identity": identity, "lists": shorter}
     own, theirs = _shapes(layer, gone), _shapes(stock, gone)
+    theirs = {name: shape for name, shape in theirs.items() if not _beyond(name, shorter)}
     if lost := sorted(theirs.keys() - own.keys()):
         raise UnsupportedModelError(f"{type(layer).__name__}: {lost[0]} is gone; such a layer cannot be written down")
     entry["shapes"] = {name: shape for name, shape in own.items() if theirs.get(name) != shape}
@@ -139,10 +141,28 @@ def _difference(layer: nn.Module, stock: nn.Module) -> dict[str, Any]:
     return {kind: found for kind, found in entry.items() if found}
 
 
-def _shapes(layer: nn.Module, gone: Collection[str]) -> dict[str, list[int]]:
+def _shorter_lists(layer: nn.Module, stock: nn.Module, gone: Collection[str]) -> dict[str, int]:
+    """Path -> length of the lists of modules that have lost items at their end (experts, whichever of them went)."""
+    lists = {name: len(module) for name, module in layer.named_modules() if isinstance(module, nn.ModuleList)}
+    before = {name: len(module) for name, module in stock.named_modules() if isinstance(module, nn.ModuleList)}
     return {
-        name: list(parameter.shape)
-        for name, parameter in layer.named_parameters()
+        name: n for name, n in lists.items() if name.partition(".")[0] not in gone and n < before.get(name, n)
+    }
+
+
+def _beyond(name: str, shorter: dict[str, int]) -> bool:
+    """Whether a tensor belongs to an item that its list has no more."""
+    return any(
+        name.startswith(f"{path}.") and int(name.removeprefix(f"{path}.").partition(".")[0]) >= n
+        for path, n in shorter.items()
+    )
+
+
+def _shapes(layer: nn.Module, gone: Collection[str]) -> dict[str, list[int]]:
+    """Of the parameters and of the buffers that a checkpoint holds (what DeepSeek-V3's router adds to its scores)."""
+    return {
+        name: list(tensor.shape)
+        for name, tensor in layer.state_dict(keep_vars=True).items()
         if name.partition(".")[0] not in gone
     }
 
