@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cfsp.errors import ConfigError
 from cfsp.models.driver import run_block
+from cfsp.models.ffn import FFN
 from cfsp.models.streamed import streamed
 from cfsp.pruning.plan import BlockPlan
 from cfsp.pruning.search import KnownLosses, _nll
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 #: Cut FFNs of a block that are kept for other candidates.
 _KEPT = 6
+
+#: What an FFN is made of: (owner, attribute, linear), of fused experts (owner, attribute, parameter).
+Made = list[tuple[nn.Module, str, Any]]
 
 Cut = Callable[["BlockView", int], tuple[BlockPlan, dict[str, Tensor]]]
 
@@ -49,7 +53,7 @@ class WidthLosses:
         self._driver, self._ids, self._cut = context.driver, input_ids, cut
         self._known = KnownLosses.of(context, input_ids, before)
         self._entry = self._driver.entry(input_ids)
-        self._linears: dict[int, dict[int, dict[str, nn.Module]]] = {}
+        self._linears: dict[int, dict[int, Made]] = {}
         self._base = [self._now(block) for block in self._driver.view.blocks]
         #: Of the widths whose states are held: hidden states entering each block.
         self._widths: list[int | None] = []
@@ -102,9 +106,18 @@ class WidthLosses:
             kept[width] = self._now(block)
         self._put(block, kept[width])
 
-    def _now(self, block: BlockView) -> dict[str, nn.Module]:
-        return {} if block.ffn is None else {one.name: one.module for one in block.ffn.projections.values()}
+    def _now(self, block: BlockView) -> Made:
+        if block.ffn is None:
+            return []
+        if isinstance(block.ffn, FFN):
+            return _linears(block.ffn)
+        stored = [(module, name, getattr(module, name)) for module, name in block.ffn.stored()]
+        return stored if block.ffn.fused else [made for one in block.ffn.each for made in _linears(one)]
 
-    def _put(self, block: BlockView, linears: dict[str, nn.Module]) -> None:
-        for name, linear in linears.items():
-            setattr(block.ffn.module, name, linear)  # type: ignore[union-attr]
+    def _put(self, block: BlockView, made: Made) -> None:
+        for owner, name, held in made:
+            setattr(owner, name, held)
+
+
+def _linears(ffn: FFN) -> Made:
+    return [(one.owner, one.name, one.module) for one in ffn.projections.values()]
