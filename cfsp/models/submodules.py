@@ -75,11 +75,30 @@ def remove_submodule(view: DecoderView, block: BlockView, kind: Kind) -> None:
     if family.form == "sizes":
         family.modeling.skip(block.module, kind)
         return
+    if kind == "mlp":
+        check_can_be_skipped(block)
     first, *others = parts(block, kind)
     serving = norms(view, kind)
     family.modeling.skip(block.module, first, kind)
     for name in (*others, *serving):
         setattr(block.module, name, nn.Identity())
+
+
+@torch.no_grad()
+def check_can_be_skipped(block: BlockView) -> None:
+    """
+    Raises:
+        UnsupportedModelError: the block expects more of its mixture of experts than a hidden state (GPT-OSS).
+    """
+    if block.experts is None:
+        return
+    example = block.experts.expert(0).output.weight
+    if isinstance(block.experts.module.forward(example.new_zeros(1, 1, block.experts.hidden)), tuple):
+        raise UnsupportedModelError(
+            f"block {block.index}: its mixture of experts ({type(block.experts.module).__name__}) gives its block more "
+            "than a hidden state, so it cannot go as a whole; use pruner.submodules=attention, or a pruner of neurons "
+            "or experts"
+        )
 
 
 def _count(block: BlockView, names: tuple[str, ...]) -> int:

@@ -150,7 +150,8 @@ def resolve(model: Any) -> DecoderView:
 
 
 def _looks_like_block(module: nn.Module) -> bool:
-    return sum(is_matrix(child) for child in module.modules()) >= 2
+    # A mixture whose block has lost its attention may hold no linear at all.
+    return sum(is_matrix(child) for child in module.modules()) >= 2 or looks_like_experts(module)
 
 
 def is_removed(module: nn.Module, kind: Literal["attention", "mlp"]) -> bool:

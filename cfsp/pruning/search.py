@@ -27,7 +27,7 @@ from cfsp.calibrate.cache import note_saved
 from cfsp.errors import DataError, RunError
 from cfsp.models.driver import BlockDriver, Entry, forward_replaced, run_block
 from cfsp.models.experts import ExpertsFFN
-from cfsp.models.submodules import parts
+from cfsp.models.submodules import check_can_be_skipped, parts
 from cfsp.models.views import BlockView
 from cfsp.progress import progress
 
@@ -201,6 +201,8 @@ def nulled(block: BlockView, kind: str) -> Iterator[None]:
     part = block.attention if kind == "attention" else block.ffn
     width: int | None = None
     if part is None or isinstance(part, ExpertsFFN):  # an attention without KV groups, or a mixture
+        if kind == "ffn":
+            check_can_be_skipped(block)
         module = getattr(block.module, parts(block, "attention" if kind == "attention" else "mlp")[0])
     else:
         module, width = part.module, part.output.out_features
