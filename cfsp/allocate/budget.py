@@ -99,7 +99,8 @@ class Sizes:
         group_costs = [block.attention.group_parameters if block.attention is not None else 0 for block in view.blocks]
         nothing = (0,) * len(view.blocks)
         widths = nothing if structure == "heads" else tuple(view.widths)
-        unit_costs, steps = tuple(costs), ()
+        unit_costs: tuple[int, ...] = tuple(costs)
+        steps: tuple[tuple[int, int], ...] = ()
         if structure == "experts":
             mixtures = [block.experts for block in view.blocks]
             widths = tuple(0 if one is None else one.n_experts for one in mixtures)
@@ -199,9 +200,10 @@ def _unreachable(budget: Budget, sizes: Sizes, most: int) -> str:
     wish = f"sparsity.ratio={budget.ratio} of sparsity.scope={budget.scope} cannot be met"
     largest = _rounded_down(most / sizes.of_scope(budget.scope))
     if not largest:
+        widest = f"{max(sizes.widths)} experts" if sizes.expert_steps else f"width {max(sizes.widths)}"
         return (
-            f"{wish}: with {' and '.join(smallest)} nothing of blocks of {'' if sizes.expert_steps else 'width '}"
-            f"{max(sizes.widths)}{' experts' if sizes.expert_steps else ''} and {max(sizes.kv_groups)} KV groups can go; use {' or '.join(ways)}"
+            f"{wish}: with {' and '.join(smallest)} nothing of blocks of {widest} and {max(sizes.kv_groups)} KV groups "
+            f"can go; use {' or '.join(ways)}"
         )
     other = ", ".join([f"sparsity.ratio={largest:g} or less", *ways[:-1]])
     return f"{wish}: going down to {' and '.join(smallest)} removes {largest:.4f} at most; use {other}, or {ways[-1]}"
@@ -279,8 +281,9 @@ def to_widths(
     if budget.rounding == "exact":
         wants = _made_up(wants, slots)
     if budget.rounding == "nearest":
+        whole = counted or bool(sizes.expert_steps)
         chosen = [
-            _released_rule(want, slot, _step(slot, budget, sizes), counted or slot.kind != "ffn" or bool(sizes.expert_steps))
+            _released_rule(want, slot, _step(slot, budget, sizes), whole or slot.kind != "ffn")
             for want, slot in zip(wants, slots, strict=True)
         ]
     else:

@@ -173,7 +173,7 @@ class _Terms:
     def matrices(self) -> list[Tensor]:
         return [projection.parameter for projection in self.projections.values()]
 
-    def add(self, gradients: list[Tensor | None]) -> None:
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
         """Of one sequence; None: of an expert that did not run."""
         self.n += 1
         of_each = zip(self.projections.values(), self.sums, self.squares, gradients, strict=True)
@@ -225,7 +225,7 @@ def projections(block: BlockView) -> dict[str, Projection | ExpertMatrices]:
         found |= block.ffn.fused
         for expert, one in enumerate(block.ffn.each):
             found |= {f"{name}.{expert}": projection for name, projection in one.projections.items()}
-    return found if block.attention is None else found | block.attention.projections
+    return found if block.attention is None else {**found, **block.attention.projections}
 
 
 @contextmanager

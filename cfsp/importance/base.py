@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from cfsp.errors import RunError, UnsupportedModelError
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cfsp.calibrate.gradients import GradientTerms
     from cfsp.calibrate.gram import GramMatrices
     from cfsp.calibrate.statistics import BlockStatistics, ExpertStatistics, InputStatistics, Statistics
+    from cfsp.models.ffn import FFN
     from cfsp.models.views import BlockView, Channels, DecoderView
 
 
@@ -185,7 +186,7 @@ def score_experts(
     alike = torch.ones(mixture.width, dtype=torch.float64)
     rows = []
     for expert in range(mixture.n_experts):
-        channels = Channels(block.index, "ffn", mixture.expert(expert), expert)
+        channels = Channels(block.index, "ffn", cast("FFN", mixture.expert(expert)), expert)
         own, metric = inputs.expert(expert), importance
         if expert in unseen:
             own = InputStatistics(torch.zeros_like(alike), alike, alike)

@@ -34,7 +34,7 @@ class BaseModels:
     def __init__(self, *, keep: bool = False) -> None:
         self._keep = keep
         self._kept: tuple[Any, Any] | None = None
-        self._probed: set[bool] = set()
+        self._probed: set[tuple[bool, bool]] = set()
 
     @property
     def held(self) -> int:

@@ -1,4 +1,4 @@
-"""The mixture of experts of a block, recognised by the experts' matrices and the rows of the router that chooses them."""
+"""The mixture of experts of a block, recognised by the matrices of the experts and their router's rows."""
 
 from __future__ import annotations
 
@@ -160,11 +160,11 @@ class ExpertsFFN:
     @property
     def parameters(self) -> int:
         """Of the routed experts, with their biases; no router, nothing shared."""
-        return sum(module._parameters[name].numel() for module, name in self.stored())  # type: ignore[union-attr]
+        return sum(getattr(module, name).numel() for module, name in self.stored())
 
     @property
     def least_experts(self) -> int:
-        """Fewer experts cannot be routed to: ``top_k`` tokens' choices, and of each group the two that it is judged by."""
+        """With fewer there is nothing to choose ``top_k`` of, or fewer than the two by which a group is judged."""
         return self.groups * max(2, math.ceil(self.top_k / self.top_groups))
 
     @property

@@ -161,9 +161,7 @@ def _shorter_lists(layer: nn.Module, stock: nn.Module, gone: Collection[str]) ->
     """Path -> length of the lists of modules that have lost items at their end (experts, whichever of them went)."""
     lists = {name: len(module) for name, module in layer.named_modules() if isinstance(module, nn.ModuleList)}
     before = {name: len(module) for name, module in stock.named_modules() if isinstance(module, nn.ModuleList)}
-    return {
-        name: n for name, n in lists.items() if name.partition(".")[0] not in gone and n < before.get(name, n)
-    }
+    return {name: n for name, n in lists.items() if name.partition(".")[0] not in gone and n < before.get(name, n)}
 
 
 def _beyond(name: str, shorter: dict[str, int]) -> bool:

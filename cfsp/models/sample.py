@@ -46,8 +46,8 @@ def block_sample(block: BlockView) -> bytes:
 def _matrices(block: BlockView) -> list[Tensor]:
     """As they are stored, fused ones once."""
     single = [part for part in (block.ffn, block.attention) if part is not None and not isinstance(part, ExpertsFFN)]
-    found = [one.parameter for one in distinct([p for part in single for p in part.projections.values()])]
+    found: list[Tensor] = [one.parameter for one in distinct([p for part in single for p in part.projections.values()])]
     if block.experts is None:
         return found
     experts = [getattr(module, name) for module, name in block.experts.stored()]
-    return [*experts, block.experts.router.weight, *found]  # type: ignore[list-item]
+    return [*experts, block.experts.router.weight, *found]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cfsp.errors import UnsupportedModelError
 from cfsp.models.driver import BlockDriver, run_block
+from cfsp.models.ffn import FFN
 from cfsp.models.remote_code import pruned_family, stock_type
 from cfsp.models.streamed import resident
 from cfsp.models.views import BlockView, DecoderView, is_removed
@@ -30,7 +31,7 @@ def parts(block: BlockView, kind: Kind) -> tuple[str, ...]:
     """
     children = dict(block.module.named_children())
     if kind == "mlp" and block.ffn is not None:
-        if block.ffn.module is block.module:  # OPT's has no module of its own
+        if isinstance(block.ffn, FFN) and block.ffn.module is block.module:  # OPT's has no module of its own
             return (block.ffn.output.name, *dict.fromkeys(one.name for one in block.ffn.inputs.values()))
         inner: nn.Module | None = block.ffn.module
     else:

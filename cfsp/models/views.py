@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cfsp.errors import UnsupportedModelError
 from cfsp.models.attention import AttentionView, attention_in
-from cfsp.models.experts import Expert, ExpertMatrix, ExpertsFFN, experts_in, looks_like_experts
+from cfsp.models.experts import ExpertsFFN, experts_in, looks_like_experts
 from cfsp.models.ffn import FFN, KNOWN_NAMES, ffn_of
 from cfsp.models.projection import Projection, is_matrix
 
@@ -24,16 +24,16 @@ class Channels:
     """What a metric scores: the input channels of one output projection of block ``block``.
 
     kind ffn: the neurons, inputs of down_proj; attention: the channels of the heads, inputs of o_proj. ``expert``: of
-    a mixture, whose neurons they are.
+    a mixture, whose neurons they are; ``part`` then has what metrics read of an FFN.
     """
 
     block: int
     kind: Literal["ffn", "attention"]
-    part: FFN | AttentionView | Expert
+    part: FFN | AttentionView
     expert: int | None = None
 
     @property
-    def output(self) -> Projection | ExpertMatrix:
+    def output(self) -> Projection:
         """down_proj or o_proj, weight [d, N]."""
         return self.part.output
 

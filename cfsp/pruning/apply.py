@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.errors import CheckpointError, UnsupportedModelError
+from cfsp.models.ffn import FFN
 from cfsp.models.layer_changes import remove_layers
 from cfsp.models.remote_code import adopt, check_adoptable
 from cfsp.models.sample import weight_sample
 from cfsp.models.snapshot import restored
 from cfsp.models.streamed import streamed
 from cfsp.models.submodules import remove_submodule
-from cfsp.models.ffn import FFN
 from cfsp.models.views import BlockView, DecoderView, resolve
-from cfsp.pruning.plan import BlockPlan, PruningPlan, tensor_name
 from cfsp.pruning.expert_slicing import slice_mixture
+from cfsp.pruning.plan import BlockPlan, PruningPlan, tensor_name
 from cfsp.pruning.slicing import set_output_bias, set_output_weight, slice_attention, slice_ffn
 
 Model = TypeVar("Model", bound=nn.Module)

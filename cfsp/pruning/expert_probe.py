@@ -123,7 +123,7 @@ def _twin(view: DecoderView, block: BlockView) -> ExpertsFFN:
     for child in module.modules():
         child._forward_hooks.clear()
         child._forward_pre_hooks.clear()
-        config = getattr(child, "config", None)
+        config: Any = getattr(child, "config", None)
         if hasattr(config, "_experts_implementation"):
             config._experts_implementation = "eager"
     found = view_block(view.model, f"block {block.index}", block.index, module).experts

@@ -31,6 +31,11 @@ class _Share:
     ffn_rate: float
     widths: tuple[int, ...]
 
+    @property
+    def width(self) -> int:
+        """Of the first block, and of all where they are alike."""
+        return self.widths[0]
+
 
 @component
 class TwoSSP:
@@ -39,10 +44,10 @@ class TwoSSP:
     With s the target share of the decoder's parameters, B blocks of P parameters, F of them in the FFN and A in the
     attention (norms in neither): N* = round(B s^((F/A)/alpha)) attentions go (Eq. 5; ``attention_submodules`` forces
     the number), and every block keeps K = round(N (1 - r)) neurons, r = (round(s B P) - N* A) / (B F): the K with the
-    largest mean L2 norm over a calibration sequence. (Where dense blocks stand beside mixtures of experts, P, F and A
-    are means over the blocks, and K follows each block's own N; of a mixture F holds the routed experts.) Then, N* times, the attention goes without which the NLL of the
+    largest mean L2 norm over a calibration sequence. Then, N* times, the attention goes without which the NLL of the
     first ``search_sequences`` calibration sequences is lowest. Because K is the same everywhere, the unit of its budget
-    is one step of ``sparsity.round_to`` in every block.
+    is one step of ``sparsity.round_to`` in every block. Where dense blocks stand beside mixtures of experts, P, F and A
+    are means over the blocks, K follows each block's own N, and F of a mixture is what the routed experts hold.
     """
 
     name: str
@@ -96,7 +101,7 @@ class TwoSSP:
         notes = {
             "attention_submodules": share.n_attention,
             "ffn_rate": share.ffn_rate,
-            "width": share.widths[0] if len(set(share.widths)) == 1 else list(share.widths),
+            "width": share.width if len(set(share.widths)) == 1 else list(share.widths),
             "search_sequences": len(ids),
             "removed": search.history,
             **expert_notes(view, context.statistics, decisions, self.compensation, RANKED_BY_WEIGHTS),
@@ -112,7 +117,7 @@ class TwoSSP:
         ffn, attention, whole = self._parts(view, budget)
         n_blocks, sizes = len(view.blocks), Sizes.of(view)
         target = budget.ratio * sizes.of_scope(budget.scope) / sizes.decoder_parameters
-        removed = round(target * whole)
+        removed = round(target * n_blocks * (whole / n_blocks))
         legal = legal_widths(budget, sizes)
 
         def rate(n: int) -> float:

@@ -377,7 +377,8 @@ def test_plans_of_experts_and_of_their_neurons_compose():
     a = SPARSE["mixtral"]
     model, both = a.build(), a.build()
     first = hand_plan(
-        *[BlockPlan(experts_kept=(0, 2, 3, 5), expert_neurons_kept=tuple(tuple(range(i, 32 + i)) for i in range(4)))] * 4
+        *[BlockPlan(experts_kept=(0, 2, 3, 5), expert_neurons_kept=tuple(tuple(range(i, 32 + i)) for i in range(4)))]
+        * 4
     )
     second = hand_plan(
         *[BlockPlan(experts_kept=(1, 3), expert_neurons_kept=(tuple(range(0, 32, 2)), tuple(range(1, 32, 2))))] * 4
