@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from cfsp.errors import UnsupportedModelError
-from cfsp.models.driver import BlockDriver, run_block
+from cfsp.models.driver import BlockDriver, forward_replaced, run_block
 from cfsp.models.ffn import FFN
 from cfsp.models.remote_code import pruned_family, stock_type
 from cfsp.models.streamed import resident
@@ -123,11 +125,12 @@ def _seen_norms(view: DecoderView) -> dict[Kind, tuple[str, ...]]:
 
         return note
 
-    entry = BlockDriver(view, 1).entry(torch.arange(4)[None])
+    with _Answered(), _experts_aside(view):
+        entry = BlockDriver(view, 1).entry(torch.arange(4)[None])
     children = dict(block.module.named_children())
     handles = [child.register_forward_hook(watch(name), with_kwargs=True) for name, child in children.items()]
     try:
-        with torch.no_grad(), resident(view, block):
+        with torch.no_grad(), resident(view, block), _experts_aside(view), _Answered():
             run_block(block, entry.hidden[0], entry.kwargs[block.index][0])
     finally:
         for handle in handles:
@@ -143,6 +146,28 @@ def _seen_norms(view: DecoderView) -> dict[Kind, tuple[str, ...]]:
                 served[kind].add(name)
     shared = served["attention"] & served["mlp"]
     return {kind: tuple(sorted(names - shared)) for kind, names in served.items()}
+
+
+class _Answered(TorchFunctionMode):
+    """On the meta device, where nothing has a value: yes to whether all of a mask are there, which the models ask."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _experts_aside(view: DecoderView) -> Iterator[None]:
+    """The experts of mixtures give zeros: which tokens they see cannot be told on the meta device."""
+    with ExitStack() as stack:
+        for mixture in (block.experts for block in view.blocks if block.experts is not None):
+            # Experts that are modules are called by the mixture's own loop over them.
+            aside = mixture.experts if mixture.fused else mixture.module
+            stack.enter_context(forward_replaced(aside, lambda states, *_, **__: torch.zeros_like(states)))
+        yield
 
 
 def is_stub(module: nn.Module) -> bool:

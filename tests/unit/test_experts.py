@@ -632,3 +632,34 @@ def test_two_ssp_checks_mixtures_before_anything_runs():
 
     with pytest.raises(BudgetError, match="round_to=4"):
         TwoSSP("two_ssp").check(resolve(SPARSE["mixtral"].build()), Budget(0.4, "decoder", round_to=4))
+
+
+@sparse
+def test_inspect_needs_no_weights(architecture):
+    """What each pruner could remove, and the words for it, on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from cfsp.inspection.describe import blocks_of
+    from cfsp.inspection.reach import reaches
+    from cfsp.inspection.show import attention_words, ffn_words
+
+    a = architecture
+    a.build()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(a.model_type, **a.settings))
+    view = resolve(model)
+    found = {reach.pruner: reach for reach in reaches(view)}
+    assert found["cfsp"].largest_ratio is not None
+    assert found["block_pruner"].reason == "" or a.attention == "mla"
+    neurons = sum((a.experts.n * EXPERT_WIDTH) if a.is_sparse(i) else a.width for i in range(BLOCKS))
+    assert found["cfsp"].units == {"neurons": neurons}
+    facts = blocks_of(view, None)
+    index = next(i for i in range(BLOCKS) if a.is_sparse(i))
+    words = ffn_words(facts[index].ffn)
+    assert words.startswith(f"mixture of experts, {a.experts.n}")
+    assert f"{EXPERT_WIDTH} neurons (" in words
+    assert ("shared" in words) == bool(a.experts.shared)
+    assert facts[index].as_dict()["ffn"]["experts"]["top_k"] == a.experts.top_k
+    assert ("multi-head latent" in attention_words(facts[index])) == (a.attention == "mla")
+    for i, fact in enumerate(facts):
+        assert ("experts" in fact.as_dict()["ffn"]) == a.is_sparse(i)
