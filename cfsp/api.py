@@ -20,7 +20,7 @@ from cfsp.models.driver import BlockDriver
 from cfsp.models.remote_code import check_adoptable
 from cfsp.models.sample import weight_sample
 from cfsp.models.views import DecoderView, resolve
-from cfsp.pruning.base import removes_heads
+from cfsp.pruning.base import removes_experts, removes_heads
 from cfsp.pruning.context import plan_context
 from cfsp.pruning.plan import PruningPlan
 from cfsp.pruning.probe import probe
@@ -78,7 +78,7 @@ def prune(
     if hasattr(pruner_instance, "check"):
         pruner_instance.check(view, config.budget)
     with _evaluating(model):
-        probe(view, heads=removes_heads(pruner_instance))
+        probe(view, heads=removes_heads(pruner_instance), experts=removes_experts(pruner_instance))
         context, _ = plan_context(
             config,
             BlockDriver(view, chosen(batch_size or "auto", view, calibration.input_ids.shape[1])),

@@ -288,6 +288,12 @@ def _unused(pruner: Component | None, raw: Mapping[str, Any]) -> Iterator[str]:
     for group in ("importance", "allocator"):
         if group not in _plans_with(pruner) and raw.get(group) != _default(group):
             name = pruner.instance.name
+            if getattr(pruner.instance, "structure", None) == "experts":
+                yield (
+                    f"{group}._target_={raw[group].get('_target_')}: pruner.structure=experts goes by "
+                    f"pruner.expert_score and does not use {group}; leave it out, or use pruner=cfsp or one_shot"
+                )
+                continue
             yield (
                 f"{group}._target_={raw[group].get('_target_')}: pruner={name} has its own way of choosing and does "
                 f"not use {group}; leave it out, or use pruner=one_shot"

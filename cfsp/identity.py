@@ -30,7 +30,14 @@ def method_of(config: RunConfig) -> dict[str, Any]:
 def without_unused(pruner: Mapping[str, Any]) -> dict[str, Any]:
     """A pruner's settings without those that decide nothing beside the others."""
     fits = pruner.get("compensation") == "least_squares"
-    unused = {key for key, used in (("ridge", fits), ("correction", fits and pruner.get("sequential"))) if not used}
+    experts = pruner.get("structure") == "experts"
+    needed = {
+        "ridge": fits,
+        "correction": fits and pruner.get("sequential"),
+        "expert_score": experts,
+        "unseen_experts": experts,
+    }
+    unused = {key for key, used in needed.items() if not used}
     return {key: value for key, value in pruner.items() if key not in unused}
 
 

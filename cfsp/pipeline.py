@@ -38,7 +38,7 @@ from cfsp.models.snapshot import Snapshot
 from cfsp.models.views import DecoderView, resolve
 from cfsp.prepare import Prepared, prepare
 from cfsp.pruning.apply import apply
-from cfsp.pruning.base import PlanContext, removes_heads
+from cfsp.pruning.base import PlanContext, removes_experts, removes_heads
 from cfsp.pruning.context import plan_context
 from cfsp.pruning.plan import COMPENSATION_IN_FOLDER, PruningPlan
 from cfsp.record import environment
@@ -142,7 +142,8 @@ def _execute(
         with stages("load") as stage:
             model, stage["cached"] = until_the_end.enter_context(bases.lent(prepared))
             view = resolve(model)
-            bases.probe(view, heads=removes_heads(prepared.config.pruner.instance))
+            pruner = prepared.config.pruner.instance
+            bases.probe(view, heads=removes_heads(pruner), experts=removes_experts(pruner))
         _stages(prepared, record, out, report, model, view, stages)
 
 

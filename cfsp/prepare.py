@@ -23,6 +23,7 @@ from cfsp.models.load import load_tokenizer, outline, resolve_device, resolve_dt
 from cfsp.models.remote_code import check_adoptable
 from cfsp.models.source import ModelSource, locate
 from cfsp.models.views import DecoderView
+from cfsp.pruning.expert_limits import check_expert_metric
 
 #: Weights that take more of the free memory leave too little for what a pass holds beside them.
 _SHARE_OF_MEMORY = 0.8
@@ -85,6 +86,8 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
             if hasattr(config.pruner.instance, "check"):
                 config.pruner.instance.check(view, config.budget)
         with _collected(problems):
+            check_expert_metric(view, config)
+        with _collected(problems):
             calibration_identity = calibration_data.identity(config.calibration)
             calibration = _calibration(config, tokenizer, limits)
     recovery = {key: value for key, value in config.recovery.identity().items() if key in ("class", "source")}
@@ -140,6 +143,12 @@ def streams(config: RunConfig, view: DecoderView, dtype: torch.dtype, device: to
         why = (
             f"model.streaming=auto: the weights take {needed / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')} and "
             f"{free[least] / 1e9:.1f} GB are free on {least}"
+        )
+    if view.mixtures:
+        raise ConfigError(
+            f"{why}: block {view.mixtures[0].index} is a mixture of experts, whose matrices lie in a checkpoint in "
+            "another form than in memory, so it cannot be streamed; use model.streaming=off (model.dtype=bfloat16 "
+            "halves the memory)"
         )
     pruner, importance = config.pruner.instance, config.importance.instance
     if pruner.prunes and "gradients" in required(importance) and "importance" in config.plans_with:

@@ -190,21 +190,43 @@ def register_per_expert_mixtral() -> None:
 
     No class of the installed transformers keeps its experts in an nn.ModuleList any more.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+    import transformers
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+        MixtralModel,
+    )
 
     class PerExpertMixtralConfig(MixtralConfig):
         model_type = PER_EXPERT
+
+    class PerExpertMixtralModel(MixtralModel):
+        config_class = PerExpertMixtralConfig
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            for layer in self.layers:
+                layer.mlp = PerExpertMixture(config)
 
     class PerExpertMixtralForCausalLM(MixtralForCausalLM):
         config_class = PerExpertMixtralConfig
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
-            for layer in self.model.layers:
-                layer.mlp = PerExpertMixture(config)
+            self.model = PerExpertMixtralModel(config)
+            self.post_init()
 
-    PerExpertMixtralForCausalLM.config = PerExpertMixtralConfig
+    for cls in (PerExpertMixtralModel, PerExpertMixtralForCausalLM):
+        cls.config = PerExpertMixtralConfig
+        # As if transformers had it: what is imported from there, and said to come from there.
+        cls.__module__ = "transformers.models.per_expert_mixtral"
+        setattr(transformers, cls.__name__, cls)
+    transformers.PerExpertMixtralConfig = PerExpertMixtralConfig
     AutoConfig.register(PER_EXPERT, PerExpertMixtralConfig)
+    AutoModel.register(PerExpertMixtralConfig, PerExpertMixtralModel)
     AutoModelForCausalLM.register(PerExpertMixtralConfig, PerExpertMixtralForCausalLM)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Scope = Literal["ffn", "decoder", "model"]
 Rounding = Literal["exact", "nearest"]
-Structure = Literal["ffn", "heads", "heads_ffn"]
+Structure = Literal["ffn", "heads", "heads_ffn", "experts"]
 Protect = Literal["none", "auto"] | tuple[int, int]
 
 #: From this many blocks on, LLM-Pruner's published 4 first and 2 last blocks are left whole (facts of its README).
@@ -79,7 +79,9 @@ class Budget:
 class Sizes:
     """The countable side of a model: the units of each block that ``structure`` may remove; totals of the scopes.
 
-    ``widths``: FFN neurons, ``kv_groups``: KV groups; 0 where they are not there or not to be removed.
+    ``widths``: FFN neurons, ``kv_groups``: KV groups; 0 where they are not there or not to be removed. Of a mixture of
+    experts a neuron is one of every expert, and under structure experts ``widths`` are whole experts instead, of which
+    ``expert_steps`` says per block how few may stay, and how many leave at a time; (0, 0) where it is no mixture.
     """
 
     widths: tuple[int, ...]
@@ -89,20 +91,30 @@ class Sizes:
     ffn_parameters: int
     decoder_parameters: int
     model_parameters: int
+    expert_steps: tuple[tuple[int, int], ...] = ()
 
     @staticmethod
     def of(view: DecoderView, structure: Structure = "ffn") -> Sizes:
         costs = [block.ffn.neuron_parameters if block.ffn is not None else 0 for block in view.blocks]
         group_costs = [block.attention.group_parameters if block.attention is not None else 0 for block in view.blocks]
         nothing = (0,) * len(view.blocks)
+        widths = nothing if structure == "heads" else tuple(view.widths)
+        unit_costs: tuple[int, ...] = tuple(costs)
+        steps: tuple[tuple[int, int], ...] = ()
+        if structure == "experts":
+            mixtures = [block.experts for block in view.blocks]
+            widths = tuple(0 if one is None else one.n_experts for one in mixtures)
+            unit_costs = tuple(0 if one is None else one.expert_parameters for one in mixtures)
+            steps = tuple((0, 0) if one is None else (one.least_experts, one.groups) for one in mixtures)
         return Sizes(
-            widths=nothing if structure == "heads" else tuple(view.widths),
-            neuron_parameters=tuple(costs),
-            kv_groups=nothing if structure == "ffn" else tuple(view.kv_groups),
+            widths=widths,
+            neuron_parameters=unit_costs,
+            kv_groups=tuple(view.kv_groups) if structure in ("heads", "heads_ffn") else nothing,
             group_parameters=tuple(group_costs),
             ffn_parameters=sum(n * cost for n, cost in zip(view.widths, costs, strict=True)),
             decoder_parameters=view.decoder_parameters,
             model_parameters=view.model_parameters,
+            expert_steps=steps,
         )
 
     def of_scope(self, scope: Scope) -> int:
@@ -118,6 +130,7 @@ class Sizes:
             neuron_parameters=tuple(self.neuron_parameters[block] for block in blocks),
             kv_groups=tuple(self.kv_groups[block] for block in blocks),
             group_parameters=tuple(self.group_parameters[block] for block in blocks),
+            expert_steps=tuple(self.expert_steps[block] for block in blocks) if self.expert_steps else (),
         )
 
     @property
@@ -172,6 +185,9 @@ def _unreachable(budget: Budget, sizes: Sizes, most: int) -> str:
     neurons, heads = any(sizes.widths), any(sizes.kv_groups)
     smallest = [f"sparsity.min_width={budget.min_width or budget.round_to} sparsity.round_to={budget.round_to}"]
     ways = ["a smaller min_width or round_to"]
+    if sizes.expert_steps:
+        least = max(step[0] for step in sizes.expert_steps)
+        smallest, ways = [f"the {least} experts that must stay in a block"], ["pruner.structure=ffn"]
     if not neurons:
         smallest, ways = [], ["pruner.structure=heads_ffn"]
     if heads:
@@ -184,9 +200,10 @@ def _unreachable(budget: Budget, sizes: Sizes, most: int) -> str:
     wish = f"sparsity.ratio={budget.ratio} of sparsity.scope={budget.scope} cannot be met"
     largest = _rounded_down(most / sizes.of_scope(budget.scope))
     if not largest:
+        widest = f"{max(sizes.widths)} experts" if sizes.expert_steps else f"width {max(sizes.widths)}"
         return (
-            f"{wish}: with {' and '.join(smallest)} nothing of blocks of width {max(sizes.widths)} and "
-            f"{max(sizes.kv_groups)} KV groups can go; use {' or '.join(ways)}"
+            f"{wish}: with {' and '.join(smallest)} nothing of blocks of {widest} and {max(sizes.kv_groups)} KV groups "
+            f"can go; use {' or '.join(ways)}"
         )
     other = ", ".join([f"sparsity.ratio={largest:g} or less", *ways[:-1]])
     return f"{wish}: going down to {' and '.join(smallest)} removes {largest:.4f} at most; use {other}, or {ways[-1]}"
@@ -216,8 +233,9 @@ class _Slot:
 def _slots(budget: Budget, sizes: Sizes) -> list[_Slot]:
     smallest = budget.min_width or budget.round_to
     start = -(-smallest // budget.round_to) * budget.round_to
+    whole = bool(sizes.expert_steps)
     slots = [
-        _Slot("ffn", block, n, cost, [*range(start, n, budget.round_to), n])
+        _Slot("ffn", block, n, cost, _legal(n, *(sizes.expert_steps[block] if whole else (start, budget.round_to))))
         for block, (n, cost) in enumerate(zip(sizes.widths, sizes.neuron_parameters, strict=True))
         if n
     ]
@@ -227,6 +245,10 @@ def _slots(budget: Budget, sizes: Sizes) -> list[_Slot]:
         if n
     ]
     return slots
+
+
+def _legal(n: int, smallest: int, step: int) -> list[int]:
+    return [*range(smallest, n, step), n]
 
 
 def legal_widths(budget: Budget, sizes: Sizes) -> list[list[int]]:
@@ -259,8 +281,9 @@ def to_widths(
     if budget.rounding == "exact":
         wants = _made_up(wants, slots)
     if budget.rounding == "nearest":
+        whole = counted or bool(sizes.expert_steps)
         chosen = [
-            _released_rule(want, slot, budget.round_to if slot.kind == "ffn" else 1, counted or slot.kind != "ffn")
+            _released_rule(want, slot, _step(slot, budget, sizes), whole or slot.kind != "ffn")
             for want, slot in zip(wants, slots, strict=True)
         ]
     else:
@@ -271,6 +294,13 @@ def to_widths(
         tuple(kept.get(("ffn", block), sizes.widths[block]) for block in blocks),
         tuple(kept.get(("attention", block), sizes.kv_groups[block]) for block in blocks),
     )
+
+
+def _step(slot: _Slot, budget: Budget, sizes: Sizes) -> int:
+    """The units that leave at a time."""
+    if slot.kind != "ffn":
+        return 1
+    return sizes.expert_steps[slot.block][1] if sizes.expert_steps else budget.round_to
 
 
 def _released_rule(desired: float, slot: _Slot, round_to: int, counted: bool) -> int:

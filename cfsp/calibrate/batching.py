@@ -29,7 +29,8 @@ def batch_size(asked: BatchSize, view: DecoderView, seq_len: int) -> int:
     wanted = _TOKENS.get(view.device.type, _TOKENS["other"]) // seq_len
     # In a block at once: a few hidden states, and in the FFN gate, up and their product.
     hidden = view.model.get_input_embeddings().weight.shape[-1]
-    per_token = (6 * hidden + 3 * max(view.widths)) * view.model.dtype.itemsize
+    widths = [n * (1 if b.experts is None else b.experts.top_k) for b, n in zip(view.blocks, view.widths, strict=True)]
+    per_token = (6 * hidden + 3 * max(widths)) * view.model.dtype.itemsize
     fitting = int(_SHARE_OF_MEMORY * (capacity(view.device) - _weights(view))) // (per_token * seq_len)
     return max(1, min(wanted, fitting))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cfsp.calibrate.cache import StatisticsCache, read_or_compute
 from cfsp.calibrate.collectors import COLLECTOR_VERSION, collecting, report
+from cfsp.calibrate.expert_collectors import EXPERTS_VERSION
 from cfsp.calibrate.gram import GramCollection, gram_sums
 from cfsp.calibrate.passing import Visit, block_by_block
 from cfsp.calibrate.statistics import Statistics
@@ -42,8 +43,10 @@ def calibrate(
             grams.keep(matrices)
         return report(sums, *calibration.input_ids.shape)
 
-    header = {"name": calibration.name, "collectors": COLLECTOR_VERSION}
-    path = None if cache is None else cache.path("statistics", driver, calibration, COLLECTOR_VERSION)
+    # Mixtures of experts have a version of their own, beside which what was kept of dense models stays valid.
+    version = COLLECTOR_VERSION + (1000 * EXPERTS_VERSION if driver.view.mixtures else 0)
+    header = {"name": calibration.name, "collectors": version}
+    path = None if cache is None else cache.path("statistics", driver, calibration, version)
     found, cached = read_or_compute(path, Statistics.load, compute, lambda found, file: found.save(file, header))
     if grams is not None and not grams.complete:
         with grams.alone():

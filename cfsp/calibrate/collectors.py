@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cfsp.calibrate.expert_collectors import ExpertSums
 from cfsp.calibrate.inputs import watch_inputs
+from cfsp.calibrate.routing import watch_routing
 from cfsp.calibrate.statistics import DISTANCES, BlockStatistics, InputStatistics, Statistics
 from cfsp.importance.block_distance import block_distances
 from cfsp.models.driver import entering, hidden_of
@@ -55,6 +57,7 @@ class BlockSums:
         device = next(block.module.parameters()).device  # of a streamed block too, while it is in memory
         self.distances = torch.zeros(len(DISTANCES), dtype=torch.float64, device=device)
         self.inputs = {kind: InputSums(channels.n, device) for kind, channels in block.channels.items()}
+        self.experts = None if block.experts is None else ExpertSums(block.experts, device)
 
     def _distance(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         y = hidden_of(output)
@@ -70,12 +73,17 @@ class BlockSums:
         removers = [self.block.module.register_forward_hook(self._distance, with_kwargs=True).remove]
         for kind, channels in self.block.channels.items():
             removers += watch_inputs(self.block, channels, self.inputs[kind])
+        if self.experts is not None:
+            removers += watch_routing(self.block, self.experts)
         return removers
 
     def report(self, n_sequences: int, seq_len: int) -> BlockStatistics:
         means = (self.distances / (n_sequences * seq_len)).tolist()
         inputs = {kind: sums.report(n_sequences, seq_len) for kind, sums in self.inputs.items()}
-        return BlockStatistics(dict(zip(DISTANCES, means, strict=True)), inputs.get("ffn"), inputs.get("attention"))
+        ffn, experts = inputs.get("ffn"), None
+        if self.experts is not None:
+            ffn, experts = self.experts.report(n_sequences, seq_len)
+        return BlockStatistics(dict(zip(DISTANCES, means, strict=True)), ffn, inputs.get("attention"), experts)
 
 
 @contextmanager

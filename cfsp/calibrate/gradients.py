@@ -19,7 +19,9 @@ from torch.nn.functional import cross_entropy
 from cfsp.calibrate.cache import read_or_compute
 from cfsp.errors import ConfigError, DataError, RunError
 from cfsp.models.driver import BlockDriver, run_block
-from cfsp.models.projection import Projection, distinct
+from cfsp.models.experts import ExpertMatrices
+from cfsp.models.ffn import FFN
+from cfsp.models.projection import Projection
 from cfsp.models.views import BlockView
 from cfsp.progress import progress
 
@@ -40,7 +42,8 @@ class GradientTerms:
     n: output rows of gate, up, q, k, v; input columns of down, o. With g the gradient of the mean loss over all
     sequences and F the mean of the squared per-sequence gradients (diagonal Fisher): element1 = sum |W g|,
     element2 = sum |W F W|, mix = sum |W g - W F W / 2|, vector = |sum W g|, each over one row (column), as in
-    LLM-Pruner's TaylorImportance (LLMPruner/pruner/hf_llama_pruner.py; arXiv 2305.11627, Eq. 3 to 5).
+    LLM-Pruner's TaylorImportance (LLMPruner/pruner/hf_llama_pruner.py; arXiv 2305.11627, Eq. 3 to 5). Of a mixture of
+    experts gate, up and down are [4, E, n].
     """
 
     blocks: tuple[Mapping[str, Tensor], ...]
@@ -93,8 +96,9 @@ def gradient_terms(
             f"{calibration.name}: windows of one token have no next token to predict; gradients need at least 2, "
             "or use a metric without gradients, e.g. importance=wanda"
         )
-    path = None if cache is None else cache.path("gradients", driver, calibration, GRADIENT_VERSION, batched=False)
-    header = {"name": calibration.name, "version": GRADIENT_VERSION}
+    version = GRADIENT_VERSION + (1000 if driver.view.mixtures else 0)
+    path = None if cache is None else cache.path("gradients", driver, calibration, version, batched=False)
+    header = {"name": calibration.name, "version": version}
     return read_or_compute(
         path,
         GradientTerms.load,
@@ -139,7 +143,9 @@ def _compute(driver: BlockDriver, input_ids: Tensor, checkpointing: bool) -> Gra
                     output = run_block(block, leaf, kwargs[number])
                 else:
                     output = outputs[block.index][number]
-                grads[number], *weights = torch.autograd.grad(output, [leaf, *terms.matrices()], grads[number])
+                grads[number], *weights = torch.autograd.grad(
+                    output, [leaf, *terms.matrices()], grads[number], allow_unused=True
+                )
                 terms.add(weights)
             found[block.index] = terms.report()
             inputs[block.index], outputs[block.index] = [], []
@@ -167,10 +173,13 @@ class _Terms:
     def matrices(self) -> list[Tensor]:
         return [projection.parameter for projection in self.projections.values()]
 
-    def add(self, gradients: list[Tensor]) -> None:
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Of one sequence; None: of an expert that did not run."""
         self.n += 1
         of_each = zip(self.projections.values(), self.sums, self.squares, gradients, strict=True)
         for projection, total, squares, stored in of_each:
+            if stored is None:
+                continue
             gradient = projection.part(stored).float()
             total += gradient
             squares += gradient.square()
@@ -178,7 +187,7 @@ class _Terms:
     def report(self) -> dict[str, Tensor]:
         found = {}
         for (name, one), total, squares in zip(self.projections.items(), self.sums, self.squares, strict=True):
-            axis = 0 if name in ("down", "o") else 1
+            axis = -2 if name.startswith("down") or name == "o" else -1
             weight = one.weight.detach().float()
             first, second = weight * (total / self.n), weight * (squares / self.n) * weight
             terms = [
@@ -192,19 +201,37 @@ class _Terms:
                 raise RunError(
                     f"block {self.block.index}: the gradients of {name} are not finite; try model.dtype=float32"
                 )
-        return found
+        return _experts_together(found)
 
 
-def projections(block: BlockView) -> dict[str, Projection]:
-    """The matrices of a block that make its coupled groups, by the names of :class:`GradientTerms`."""
-    parts = [part for part in (block.ffn, block.attention) if part is not None]
-    return {name: one for part in parts for name, one in part.projections.items()}
+def _experts_together(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The terms of experts that are modules as those of fused ones: "gate.0", "gate.1", ... -> gate [4, E, n]."""
+    together = {name: terms for name, terms in found.items() if "." not in name}
+    for kind in dict.fromkeys(name.partition(".")[0] for name in found if "." in name):
+        n = sum(name.startswith(f"{kind}.") for name in found)
+        together[kind] = torch.stack([found[f"{kind}.{expert}"] for expert in range(n)], dim=1)
+    return together
+
+
+def projections(block: BlockView) -> dict[str, Projection | ExpertMatrices]:
+    """The matrices of a block that make its coupled groups, by the names of :class:`GradientTerms`.
+
+    Of experts that are modules with the expert's number behind, as "gate.3".
+    """
+    found: dict[str, Projection | ExpertMatrices] = {}
+    if isinstance(block.ffn, FFN):
+        found |= block.ffn.projections
+    elif block.ffn is not None:
+        found |= block.ffn.fused
+        for expert, one in enumerate(block.ffn.each):
+            found |= {f"{name}.{expert}": projection for name, projection in one.projections.items()}
+    return found if block.attention is None else {**found, **block.attention.projections}
 
 
 @contextmanager
 def _weights_require_grad(blocks: list[BlockView]) -> Iterator[None]:
     """Every matrix can be differentiated, whatever the user froze; afterwards as it was."""
-    weights = [one.parameter for block in blocks for one in distinct([*projections(block).values()])]
+    weights = list({one.parameter: None for block in blocks for one in projections(block).values()})
     before = [weight.requires_grad for weight in weights]
     for weight in weights:
         weight.requires_grad_(True)

@@ -24,11 +24,18 @@ class InputStatistics:
 
     ``mean`` and ``mean_square`` are over all tokens; ``mean_norm`` is the mean over sequences of the channel's L2
     norm over the sequence's tokens, divided by the square root of the sequence length.
+
+    Of a mixture of experts [E, N]: the inputs of each expert's down matrix, before the routing weight. A token that is
+    not routed to an expert counts there as 0, so that what few tokens use weighs less.
     """
 
     mean: Tensor
     mean_square: Tensor
     mean_norm: Tensor
+
+    def expert(self, index: int) -> InputStatistics:
+        """Of one expert, [N]."""
+        return InputStatistics(self.mean[index], self.mean_square[index], self.mean_norm[index])
 
     @property
     def rms(self) -> Tensor:
@@ -42,12 +49,33 @@ class InputStatistics:
 
 
 @dataclass(frozen=True)
+class ExpertStatistics:
+    """Of the experts of a mixture, [E] fp64 each.
+
+    ``tokens``: how many calibration tokens were routed to the expert; ``contribution``: the L2 norm of what it adds to
+    the mixture's output (routing weight * output), mean over all calibration tokens.
+    """
+
+    tokens: Tensor
+    contribution: Tensor
+
+    @property
+    def unseen(self) -> list[int]:
+        """The experts that saw no token."""
+        return (self.tokens == 0).nonzero().flatten().tolist()
+
+
+@dataclass(frozen=True)
 class BlockStatistics:
-    """``ffn``: inputs of down_proj; ``attention``: inputs of o_proj; None where that is not there or not recognised."""
+    """``ffn``: inputs of down_proj; ``attention``: inputs of o_proj; None where that is not there or not recognised.
+
+    ``experts``: where the FFN is a mixture; ``ffn`` is of every expert there.
+    """
 
     distances: dict[str, float]
     ffn: InputStatistics | None
     attention: InputStatistics | None
+    experts: ExpertStatistics | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +96,7 @@ class Statistics:
 
         tensors = {"distances": torch.stack([self.distance(metric) for metric in DISTANCES], dim=1)}
         for index, block in enumerate(self.blocks):
-            for part, inputs in (("ffn", block.ffn), ("attention", block.attention)):
+            for part, inputs in (("ffn", block.ffn), ("attention", block.attention), ("experts", block.experts)):
                 if inputs is not None:
                     tensors |= {f"{index}.{part}.{name}": value for name, value in vars(inputs).items()}
         header = {"n_sequences": self.n_sequences, "seq_len": self.seq_len, **metadata}
@@ -92,5 +120,8 @@ class Statistics:
                 if f"{index}.{part}.mean" in tensors
             }
             distances = dict(zip(DISTANCES, row, strict=True))
-            blocks.append(BlockStatistics(distances, parts.get("ffn"), parts.get("attention")))
+            experts = None
+            if f"{index}.experts.tokens" in tensors:
+                experts = ExpertStatistics(*(tensors[f"{index}.experts.{name}"] for name in ("tokens", "contribution")))
+            blocks.append(BlockStatistics(distances, parts.get("ffn"), parts.get("attention"), experts))
         return Statistics(tuple(blocks), header["n_sequences"], header["seq_len"])

@@ -32,7 +32,7 @@ def check_exportable(source: ModelSource, config: RunConfig, view: DecoderView) 
 
     folder = read_source(source)
     compensated = getattr(pruner, "compensation", "none") == "bias"
-    biases = _COMPENSATED[getattr(pruner, "structure", "ffn")] if compensated else ()
+    biases = _COMPENSATED.get(getattr(pruner, "structure", "ffn"), ()) if compensated else ()
     added = [name for name in biases if name not in folder.biased]
     instead = "use save.format=hf, or pruner.compensation=none"
     if form == "decilm":

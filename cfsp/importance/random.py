@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from cfsp.models.views import Channels
 
 
+#: Apart from any block's index and each other, so that the experts of a block are drawn independently too.
+_EXPERT = 10_007
 #: Apart from any block's own seed, so that a block's heads and neurons are drawn independently.
 _ATTENTION = 500_009
 
@@ -27,5 +29,7 @@ class RandomImportance:
         import torch
 
         offset = channels.block + (_ATTENTION if channels.kind == "attention" else 0)
+        if channels.expert is not None:
+            offset += (channels.expert + 1) * _EXPERT
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + offset)
         return torch.rand(channels.n, generator=generator)

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from cfsp.allocate.budget import Sizes, legal_widths
+from cfsp.models.latent import has_latent_attention
 from cfsp.pruning.block_pruner import BlockPruner
 from cfsp.pruning.depth import ShortGPT, SlidingWindow
 from cfsp.pruning.one_shot import OneShotPruner
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from cfsp.allocate.budget import Budget
     from cfsp.inspection.history import Before, History
+    from cfsp.models.experts import ExpertsFFN
     from cfsp.models.views import BlockView, DecoderView
 
 #: In the order of the report; other: what is none of these, e.g. a projection between embeddings and blocks.
@@ -33,14 +35,32 @@ _FFN = re.compile(r"mlp|ffn|ff\b|feed_?forward|moe|expert|router|fc_?\d", re.IGN
 
 
 @dataclass(frozen=True)
+class ExpertFacts:
+    """n: routed experts; top_k: that see a token; groups: that the router chooses first, 1: none; parameters: that go
+    with one expert; shared: width of the FFN that sees every token, None: there is none, or not recognised;
+    n_before: as ``width_before``."""
+
+    n: int
+    top_k: int
+    groups: int
+    parameters: int
+    shared: int | None = None
+    n_before: int | None = None
+
+
+@dataclass(frozen=True)
 class FfnFacts:
     """kind: gated, plain or experts; width: neurons; neuron_parameters: that go with one; width_before: of the model
-    before it was pruned, None where nothing went or that is not known."""
+    before it was pruned, None where nothing went or that is not known. Of experts: of each, and with one of each."""
 
     kind: str
     width: int
     neuron_parameters: int
     width_before: int | None = None
+    experts: ExpertFacts | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "experts" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -63,16 +83,19 @@ class AttentionFacts:
 
 @dataclass(frozen=True)
 class BlockFacts:
-    """One block. ``ffn`` None: removed; ``attention`` None: removed, or (``attention_known`` False) not recognised."""
+    """One block. ``ffn`` None: removed; ``attention`` None: removed, or (``attention_known`` False) not recognised;
+    latent: or it is multi-head latent attention, which has no KV groups."""
 
     ffn: FfnFacts | None
     attention: AttentionFacts | None
     attention_known: bool
     parameters: int
+    latent: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         attention = None if self.attention is None else {"kind": self.attention.kind, **asdict(self.attention)}
-        return {**asdict(self), "attention": attention}
+        facts = {**asdict(self), "ffn": None if self.ffn is None else self.ffn.as_dict(), "attention": attention}
+        return {name: value for name, value in facts.items() if name != "latent" or value}
 
 
 def parts_of(view: DecoderView) -> dict[str, int]:
@@ -126,7 +149,11 @@ def _block(block: BlockView, before: Before | None, window: int | None) -> Block
         ffn=None
         if ffn is None
         else FfnFacts(
-            getattr(ffn, "kind", "gated"), ffn.width, ffn.neuron_parameters, width if width != ffn.width else None
+            ffn.kind,
+            ffn.width,
+            ffn.neuron_parameters,
+            width if width != ffn.width else None,
+            None if block.experts is None else _experts(block.experts, None if before is None else before.experts),
         ),
         attention=None
         if attention is None
@@ -140,6 +167,18 @@ def _block(block: BlockView, before: Before | None, window: int | None) -> Block
         ),
         attention_known=attention is not None or block.attention_removed,
         parameters=sum(parameter.numel() for parameter in block.module.parameters()),
+        latent=attention is None and has_latent_attention(block.module),
+    )
+
+
+def _experts(mixture: ExpertsFFN, before: int | None) -> ExpertFacts:
+    return ExpertFacts(
+        mixture.n_experts,
+        mixture.top_k,
+        mixture.groups,
+        mixture.expert_parameters,
+        None if mixture.shared is None else mixture.shared.width,
+        before if before != mixture.n_experts else None,
     )
 
 
@@ -160,14 +199,18 @@ def units_of(view: DecoderView, budget: Budget, pruner: Any) -> dict[str, int]:
         ConfigError: every block is protected.
     """
     blocks = [view.blocks[index] for index in budget.free_blocks(len(view.blocks))]
-    neurons = {"neurons": sum(block.ffn.width for block in blocks if block.ffn is not None)}
+    each = [1 if block.experts is None else block.experts.n_experts for block in blocks]
+    widths = [0 if block.ffn is None else block.ffn.width for block in blocks]
+    neurons = {"neurons": sum(width * n for width, n in zip(widths, each, strict=True))}
+    experts = {"experts": sum(block.experts.n_experts for block in blocks if block.experts is not None)}
     groups = {"KV groups": sum(block.attention.n_kv_heads for block in blocks if block.attention is not None)}
     attentions = {"attentions": sum(block.attention is not None for block in blocks)}
     ffns = {"FFNs": sum(block.ffn is not None for block in blocks)}
     if isinstance(pruner, OneShotPruner):
-        return {"ffn": neurons, "heads": groups, "heads_ffn": neurons | groups}.get(pruner.structure, {})
+        of = {"ffn": neurons, "heads": groups, "heads_ffn": neurons | groups, "experts": experts}
+        return of.get(pruner.structure, {})
     if isinstance(pruner, TwoSSP):
-        return neurons | attentions
+        return neurons | {"attentions": sum(not block.attention_removed for block in blocks)}
     if isinstance(pruner, BlockPruner):
         return {"ffn": ffns, "attention": attentions}.get(pruner.submodules, attentions | ffns)
     return {"blocks": len(blocks)} if isinstance(pruner, ShortGPT | SlidingWindow) else {}

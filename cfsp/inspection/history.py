@@ -14,10 +14,11 @@ from cfsp.pruning.plan import SCHEMA
 
 @dataclass(frozen=True)
 class Before:
-    """A block before it was pruned: FFN neurons and KV groups; None where that is not known."""
+    """A block before it was pruned: FFN neurons, KV groups, experts; None where that is not known, or it has none."""
 
     width: int | None = None
     kv_groups: int | None = None
+    experts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def read_history(folder: Path, state: str | None) -> History | None:
 
 
 def _row(details: Mapping[str, Any]) -> Before:
-    return Before(details["base_width"], details["base_kv_groups"])
+    return Before(details["base_width"], details["base_kv_groups"], details.get("base_experts"))
 
 
 def _flat(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from cfsp.inspection.describe import AttentionFacts, BlockFacts, FfnFacts, alike, ranges
+from cfsp.inspection.describe import AttentionFacts, BlockFacts, ExpertFacts, FfnFacts, alike, ranges
 
 if TYPE_CHECKING:
     from cfsp.inspection.history import History
@@ -92,14 +92,28 @@ def ffn_words(ffn: FfnFacts | None) -> str:
     if ffn is None:
         return "removed"
     before = "" if ffn.width_before is None else f" of {ffn.width_before:,}"
+    if ffn.experts is not None:
+        return _expert_words(ffn, ffn.experts, before)
     return (
         f"{_KINDS.get(ffn.kind, ffn.kind)}, {ffn.width:,}{before} neurons ({ffn.neuron_parameters:,} parameters each)"
+    )
+
+
+def _expert_words(ffn: FfnFacts, experts: ExpertFacts, before: str) -> str:
+    of = "" if experts.n_before is None else f" of {experts.n_before}"
+    groups = "" if experts.groups == 1 else f" in {experts.groups} groups"
+    shared = "" if experts.shared is None else f"; shared, {experts.shared:,} neurons that stay"
+    return (
+        f"{_KINDS[ffn.kind]}, {experts.n}{of}{groups}, {experts.top_k} for a token, {ffn.width:,}{before} neurons "
+        f"({ffn.neuron_parameters // experts.n:,} parameters each){shared}"
     )
 
 
 def attention_words(block: BlockFacts) -> str:
     """The attention of a block in a clause."""
     found = block.attention
+    if block.latent:
+        return "multi-head latent: its heads share keys and values, and stay"
     if found is None:
         return "removed" if block.attention_known else "not recognised: its heads stay"
     window = "" if found.window is None else f", sliding window of {found.window:,}"

@@ -141,11 +141,6 @@ def _fixed(model: Any, block: nn.Module, module: nn.Module, head_dim: int | None
     return None
 
 
-def multi_head_latent(block: nn.Module) -> bool:
-    """Whether a block has multi-head latent attention (DeepSeek-V2): no KV heads, one latent for all."""
-    return any(is_matrix(getattr(module, "kv_b_proj", None)) for module in block.modules())
-
-
 def _parts(
     fused: Projection, n_heads: int, head_dim: int, layout: Literal["concatenated", "grouped"]
 ) -> tuple[Projection, Projection, Projection] | None:

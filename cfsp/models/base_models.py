@@ -34,7 +34,7 @@ class BaseModels:
     def __init__(self, *, keep: bool = False) -> None:
         self._keep = keep
         self._kept: tuple[Any, Any] | None = None
-        self._probed: set[bool] = set()
+        self._probed: set[tuple[bool, bool]] = set()
 
     @property
     def held(self) -> int:
@@ -82,11 +82,11 @@ class BaseModels:
                 store.follow(resolve(model), None)
             self._kept = (key, model)
 
-    def probe(self, view: DecoderView, *, heads: bool) -> None:
+    def probe(self, view: DecoderView, *, heads: bool, experts: bool = False) -> None:
         """Probe the view of the lent model, once for all its runs (:func:`cfsp.pruning.probe.probe`)."""
-        if heads not in self._probed:
-            probe(view, heads=heads)
-            self._probed.add(heads)
+        if (heads, experts) not in self._probed:
+            probe(view, heads=heads, experts=experts)
+            self._probed.add((heads, experts))
 
 
 def _room(config: RunConfig) -> Room:

@@ -242,7 +242,7 @@ def _scratch_key(
 def _unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """The state dict with tied tensors kept once, under the name that transformers ties the others to."""
     tied = set(model._tied_weights_keys or ())
-    state = model.state_dict()
+    state = _as_stored(model)
     unique: dict[str, Tensor] = {}
     seen: set[tuple[torch.device, int]] = set()
     for name in sorted(state, key=lambda name: name in tied):
@@ -257,6 +257,19 @@ def _unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
             unique[name] = tensor.clone()
         seen.add(storage)
     return unique
+
+
+def _as_stored(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict; of a stock class under the names and in the shapes that its checkpoints have everywhere.
+
+    transformers stacks the matrices of experts when it loads them, for one; a class of our own has no such mapping.
+    """
+    state = model.state_dict()
+    if model.config.model_type.startswith(PRUNED_PREFIX) or any(tensor.is_meta for tensor in state.values()):
+        return state
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, state)
 
 
 def _config_dict(model: PreTrainedModel, dtype: str) -> dict[str, Any]:

@@ -18,8 +18,12 @@ from cfsp.models.views import is_removed, resolve
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from cfsp.models.views import DecoderView
+
 #: Keys under which configurations state one FFN width for all layers.
 _WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "moe_intermediate_size")
+#: And one number of experts.
+_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 Changes = dict[str, dict[str, Any]]
 
@@ -42,8 +46,9 @@ def adopt_by_shapes(model: PreTrainedModel, family: PrunedFamily) -> None:
     config.__class__ = classes[0]
     number_cache_slots(layers, config)
     changes = _changes(layers, _stock_layers(classes[2], config))
-    if changes and (found := _width_key(layers, view.widths, classes[2], config)):
-        setattr(config, *found)
+    if changes and (found := _plain_keys(layers, view, classes[2], config)):
+        for key, value in found.items():
+            setattr(config, key, value)
         changes = {}
     if changes:
         classes = (family.config_class, family.model_class, family.causal_lm_class)
@@ -69,14 +74,25 @@ def remove_layers(model: PreTrainedModel, indices: Collection[int]) -> None:
     per_layer = {
         name: value
         for name, value in vars(config).items()
-        if "layer" in name and isinstance(value, list) and len(value) == n
+        if "layer" in name and isinstance(value, list) and len(value) == n and name != "mlp_only_layers"
     }
     for index in sorted(set(indices), reverse=True):
         del container[index]
     config.num_hidden_layers = len(kept)
     for name, value in per_layer.items():
         setattr(config, name, [value[index] for index in kept])
+    _renumber_mixtures(config, kept)
     replace_config(model, model.config, config)
+
+
+def _renumber_mixtures(config: PretrainedConfig, kept: list[int]) -> None:
+    """The keys that say by index which layers are mixtures of experts, for the layers ``kept`` under new indices."""
+    if isinstance(getattr(config, "mlp_only_layers", None), list) and hasattr(config, "decoder_sparse_step"):
+        dense, step = set(config.mlp_only_layers), config.decoder_sparse_step
+        config.mlp_only_layers = [at for at, index in enumerate(kept) if index in dense or (index + 1) % step]
+        config.decoder_sparse_step = 1
+    if isinstance(first := getattr(config, "first_k_dense_replace", None), int):
+        config.first_k_dense_replace = sum(index < first for index in kept)
 
 
 def number_cache_slots(layers: list[nn.Module], config: PretrainedConfig) -> None:
@@ -124,8 +140,10 @@ def _difference(layer: nn.Module, stock: nn.Module) -> dict[str, Any]:
         if isinstance(child, nn.Identity) and not isinstance(before.get(name), nn.Identity)
     ]
     gone = {*skip, *identity}
-    entry: dict[str, Any] = {"skip": skip, "identity": identity}
+    shorter = _shorter_lists(layer, stock, gone)
+    entry: dict[str, Any] = {"skip": skip, "identity": identity, "lists": shorter}
     own, theirs = _shapes(layer, gone), _shapes(stock, gone)
+    theirs = {name: shape for name, shape in theirs.items() if not _beyond(name, shorter)}
     if lost := sorted(theirs.keys() - own.keys()):
         raise UnsupportedModelError(f"{type(layer).__name__}: {lost[0]} is gone; such a layer cannot be written down")
     entry["shapes"] = {name: shape for name, shape in own.items() if theirs.get(name) != shape}
@@ -139,10 +157,26 @@ def _difference(layer: nn.Module, stock: nn.Module) -> dict[str, Any]:
     return {kind: found for kind, found in entry.items() if found}
 
 
+def _shorter_lists(layer: nn.Module, stock: nn.Module, gone: Collection[str]) -> dict[str, int]:
+    """Path -> length of the lists of modules that have lost items at their end (experts, whichever of them went)."""
+    lists = {name: len(module) for name, module in layer.named_modules() if isinstance(module, nn.ModuleList)}
+    before = {name: len(module) for name, module in stock.named_modules() if isinstance(module, nn.ModuleList)}
+    return {name: n for name, n in lists.items() if name.partition(".")[0] not in gone and n < before.get(name, n)}
+
+
+def _beyond(name: str, shorter: dict[str, int]) -> bool:
+    """Whether a tensor belongs to an item that its list has no more."""
+    return any(
+        name.startswith(f"{path}.") and int(name.removeprefix(f"{path}.").partition(".")[0]) >= n
+        for path, n in shorter.items()
+    )
+
+
 def _shapes(layer: nn.Module, gone: Collection[str]) -> dict[str, list[int]]:
+    """Of the parameters and of the buffers that a checkpoint holds (what DeepSeek-V3's router adds to its scores)."""
     return {
-        name: list(parameter.shape)
-        for name, parameter in layer.named_parameters()
+        name: list(tensor.shape)
+        for name, tensor in layer.state_dict(keep_vars=True).items()
         if name.partition(".")[0] not in gone
     }
 
@@ -157,22 +191,28 @@ def _numbers(layer: nn.Module, gone: Collection[str]) -> Iterator[tuple[str, int
                 yield (f"{path}.{name}" if path else name), value
 
 
-def _width_key(
-    layers: list[nn.Module], widths: Collection[int], causal_lm_class: Any, config: PretrainedConfig
-) -> tuple[str, int] | None:
-    """The key of a plain configuration that describes all layers, and its value; None where there is none."""
-    width = next(iter(widths))
-    if set(widths) != {width}:
+def _plain_keys(
+    layers: list[nn.Module], view: DecoderView, causal_lm_class: Any, config: PretrainedConfig
+) -> dict[str, int] | None:
+    """Keys of a plain configuration with which it describes all layers, and their values; None where there are none.
+
+    They state one FFN width, or one width and one number of experts for all mixtures.
+    """
+    blocks = view.mixtures or list(view.blocks)
+    widths = {block.ffn.width if block.ffn is not None else 0 for block in blocks}
+    counts = {block.experts.n_experts for block in blocks if block.experts is not None}
+    if len(widths) != 1 or len(counts) > 1:
         return None
-    for key in _WIDTH_KEYS:
-        if not hasattr(config, key):
-            continue
+    of_width = [{key: next(iter(widths))} for key in _WIDTH_KEYS if hasattr(config, key)]
+    of_count = [{key: next(iter(counts))} for key in _COUNT_KEYS if counts and hasattr(config, key)]
+    for values in [*of_width, *of_count, *({**one, **other} for one in of_width for other in of_count)]:
         tried = copy.deepcopy(config)
-        setattr(tried, key, width)
         try:
+            for key, value in values.items():
+                setattr(tried, key, value)
             fits = not _changes(layers, _stock_layers(causal_lm_class, tried))
         except Exception:  # a configuration that its class refuses describes nothing
             continue
         if fits:
-            return key, width
+            return values
     return None

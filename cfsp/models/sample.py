@@ -11,6 +11,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from cfsp.models.experts import ExpertsFFN
 from cfsp.models.projection import distinct
 from cfsp.models.streamed import resident, streamed
 from cfsp.models.views import BlockView, DecoderView
@@ -44,5 +45,9 @@ def block_sample(block: BlockView) -> bytes:
 
 def _matrices(block: BlockView) -> list[Tensor]:
     """As they are stored, fused ones once."""
-    parts = [part for part in (block.ffn, block.attention) if part is not None]
-    return [one.parameter for one in distinct([p for part in parts for p in part.projections.values()])]
+    single = [part for part in (block.ffn, block.attention) if part is not None and not isinstance(part, ExpertsFFN)]
+    found: list[Tensor] = [one.parameter for one in distinct([p for part in single for p in part.projections.values()])]
+    if block.experts is None:
+        return found
+    experts = [getattr(module, name) for module, name in block.experts.stored()]
+    return [*experts, block.experts.router.weight, *found]

@@ -16,11 +16,12 @@ MODELING = Template(
 """A ${base_type} model whose layers differ in what a pruning left of them.
 
 The stock model is built first; then each layer named in `config.layer_changes` becomes what its entry says:
-  {"3": {"shapes": {"mlp.fc1.weight": [100, 64]}}}          a parameter of another shape, or one that was not there
+  {"3": {"shapes": {"mlp.fc1.weight": [100, 64]}}}          a tensor of another shape, or one that was not there
   {"3": {"set": {"mlp.fc1.out_features": 100}}}             a number that a module keeps
   {"3": {"heads": {"attn": {"num_attention_heads": 3}}}}    the configuration as that attention sees it
   {"3": {"skip": {"attn": "attention"}}} or "mlp"           a submodule that is not there (adds nothing)
   {"3": {"identity": ["ln_1"]}}                             a module that went with it
+  {"3": {"lists": {"mlp.experts": 4}}}                      a list of modules that is shorter
 Nothing else differs.
 """
 
@@ -32,7 +33,7 @@ ${import_models}
 
 from .${configuration_module} import ${pruned_config}
 
-KNOWN = {"shapes", "set", "heads", "skip", "identity"}
+KNOWN = {"shapes", "set", "heads", "skip", "identity", "lists"}
 
 
 class NoAttention(nn.Module):
@@ -100,6 +101,9 @@ def _reshape(layer, name, shape):
     module = layer.get_submodule(owner) if owner else layer
     old = getattr(module, attribute)
     like = old if old is not None else module.weight
+    if attribute in module._buffers:
+        module._buffers[attribute] = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        return
     setattr(module, attribute, nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device)))
 
 
@@ -113,6 +117,8 @@ def _apply_layer_changes(model):
             skip(layer, name, kind)
         for name in entries.get("identity", []):
             setattr(layer, name, nn.Identity())
+        for name, length in entries.get("lists", {}).items():
+            del layer.get_submodule(name)[length:]
         for name, shape in entries.get("shapes", {}).items():
             _reshape(layer, name, shape)
         for name, value in entries.get("set", {}).items():

@@ -306,6 +306,11 @@ def load_streamed(
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    if resolve(model).mixtures:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: a mixture of experts lies in a checkpoint in another form than in memory, so it "
+            "cannot be streamed; use model.streaming=off"
+        )
     if (source.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
     _fill_buffers(model, device)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from cfsp.errors import UnsupportedModelError
-from cfsp.models.driver import BlockDriver, run_block
+from cfsp.models.driver import BlockDriver, forward_replaced, run_block
+from cfsp.models.ffn import FFN
 from cfsp.models.remote_code import pruned_family, stock_type
 from cfsp.models.streamed import resident, streamed
 from cfsp.models.views import BlockView, DecoderView, is_removed
@@ -30,7 +33,7 @@ def parts(block: BlockView, kind: Kind) -> tuple[str, ...]:
     """
     children = dict(block.module.named_children())
     if kind == "mlp" and block.ffn is not None:
-        if block.ffn.module is block.module:  # OPT's has no module of its own
+        if isinstance(block.ffn, FFN) and block.ffn.module is block.module:  # OPT's has no module of its own
             return (block.ffn.output.name, *dict.fromkeys(one.name for one in block.ffn.inputs.values()))
         inner: nn.Module | None = block.ffn.module
     else:
@@ -75,10 +78,29 @@ def remove_submodule(view: DecoderView, block: BlockView, kind: Kind) -> None:
     if family.form == "sizes":
         family.modeling.skip(block.module, kind, shared=set(family.norms[kind]) - set(serving))
         return
+    if kind == "mlp":
+        check_can_be_skipped(block)
     first, *others = parts(block, kind)
     family.modeling.skip(block.module, first, kind)
     for name in (*others, *serving):
         setattr(block.module, name, nn.Identity())
+
+
+@torch.no_grad()
+def check_can_be_skipped(block: BlockView) -> None:
+    """
+    Raises:
+        UnsupportedModelError: the block expects more of its mixture of experts than a hidden state (GPT-OSS).
+    """
+    if block.experts is None:
+        return
+    example = block.experts.expert(0).output.weight
+    if isinstance(block.experts.module.forward(example.new_zeros(1, 1, block.experts.hidden)), tuple):
+        raise UnsupportedModelError(
+            f"block {block.index}: its mixture of experts ({type(block.experts.module).__name__}) gives its block more "
+            "than a hidden state, so it cannot go as a whole; use pruner.submodules=attention, or a pruner of neurons "
+            "or experts"
+        )
 
 
 def _count(block: BlockView, names: tuple[str, ...]) -> int:
@@ -102,11 +124,12 @@ def _seen_norms(view: DecoderView) -> dict[Kind, tuple[str, ...]]:
 
         return note
 
-    entry = BlockDriver(view, 1).entry(torch.arange(4)[None])
+    with _Answered(), _experts_aside(view):
+        entry = BlockDriver(view, 1).entry(torch.arange(4)[None])
     children = dict(block.module.named_children())
     handles = [child.register_forward_hook(watch(name), with_kwargs=True) for name, child in children.items()]
     try:
-        with torch.no_grad(), resident(view, block):
+        with torch.no_grad(), resident(view, block), _experts_aside(view), _Answered():
             run_block(block, entry.hidden[0], entry.kwargs[block.index][0])
     finally:
         for handle in handles:
@@ -122,6 +145,28 @@ def _seen_norms(view: DecoderView) -> dict[Kind, tuple[str, ...]]:
                 served[kind].add(name)
     shared = served["attention"] & served["mlp"]
     return {kind: tuple(sorted(names - shared)) for kind, names in served.items()}
+
+
+class _Answered(TorchFunctionMode):
+    """On the meta device, where nothing has a value: yes to whether all of a mask are there, which the models ask."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _experts_aside(view: DecoderView) -> Iterator[None]:
+    """The experts of mixtures give zeros: which tokens they see cannot be told on the meta device."""
+    with ExitStack() as stack:
+        for mixture in (block.experts for block in view.blocks if block.experts is not None):
+            # Experts that are modules are called by the mixture's own loop over them.
+            aside = mixture.experts if mixture.fused else mixture.module
+            stack.enter_context(forward_replaced(aside, lambda states, *_, **__: torch.zeros_like(states)))
+        yield
 
 
 def is_stub(module: nn.Module) -> bool:

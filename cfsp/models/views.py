@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cfsp.errors import UnsupportedModelError
 from cfsp.models.attention import AttentionView, attention_in
+from cfsp.models.experts import ExpertsFFN, experts_in, looks_like_experts
 from cfsp.models.ffn import FFN, KNOWN_NAMES, ffn_of
 from cfsp.models.kinds import refuse_other_kinds, state_space
 from cfsp.models.projection import Projection, is_matrix
@@ -23,12 +24,14 @@ from cfsp.models.projection import Projection, is_matrix
 class Channels:
     """What a metric scores: the input channels of one output projection of block ``block``.
 
-    kind ffn: the neurons, inputs of down_proj; attention: the channels of the heads, inputs of o_proj.
+    kind ffn: the neurons, inputs of down_proj; attention: the channels of the heads, inputs of o_proj. ``expert``: of
+    a mixture, whose neurons they are; ``part`` then has what metrics read of an FFN.
     """
 
     block: int
     kind: Literal["ffn", "attention"]
     part: FFN | AttentionView
+    expert: int | None = None
 
     @property
     def output(self) -> Projection:
@@ -56,15 +59,20 @@ class BlockView:
 
     index: int
     module: nn.Module
-    ffn: FFN | None
+    ffn: FFN | ExpertsFFN | None
     attention: AttentionView | None
     attention_removed: bool = False
 
     @property
+    def experts(self) -> ExpertsFFN | None:
+        """The FFN where it is a mixture of experts."""
+        return self.ffn if isinstance(self.ffn, ExpertsFFN) else None
+
+    @property
     def channels(self) -> dict[str, Channels]:
-        """kind -> the removable channels that this block has."""
+        """kind -> the removable channels that this block has, of its own single matrices: none of experts."""
         found: dict[str, Channels] = {}
-        if self.ffn is not None:
+        if isinstance(self.ffn, FFN):
             found["ffn"] = Channels(self.index, "ffn", self.ffn)
         if self.attention is not None:
             found["attention"] = Channels(self.index, "attention", self.attention)
@@ -95,8 +103,13 @@ class DecoderView:
         return self.decoder.get_input_embeddings().weight.device
 
     @property
+    def mixtures(self) -> list[BlockView]:
+        """The blocks whose FFN is a mixture of experts."""
+        return [block for block in self.blocks if block.experts is not None]
+
+    @property
     def widths(self) -> list[int]:
-        """FFN neurons of each block; 0 where there is no FFN."""
+        """FFN neurons of each block, of a mixture those of one expert; 0 where there is no FFN."""
         return [block.ffn.width if block.ffn is not None else 0 for block in self.blocks]
 
     @property
@@ -139,7 +152,8 @@ def resolve(model: Any) -> DecoderView:
 
 
 def _looks_like_block(module: nn.Module) -> bool:
-    return sum(is_matrix(child) for child in module.modules()) >= 2
+    # A mixture whose block has lost its attention may hold no linear at all.
+    return sum(is_matrix(child) for child in module.modules()) >= 2 or looks_like_experts(module)
 
 
 def is_removed(module: nn.Module, kind: Literal["attention", "mlp"]) -> bool:
@@ -150,6 +164,15 @@ def is_removed(module: nn.Module, kind: Literal["attention", "mlp"]) -> bool:
 def view_block(model: Any, name: str, index: int, block: nn.Module) -> BlockView:
     """What is recognised in one block; ``name`` is for messages."""
     attention = attention_in(model, block)
+    mixture = experts_in(model, block)
+    if mixture is not None:
+        removed = any(is_removed(module, "attention") for module in block.modules())
+        return BlockView(index, block, mixture, attention, removed)
+    if looks_like_experts(block):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: block {name} holds matrices of several experts, but no module with gate_up_proj "
+            "and down_proj [experts, ...] beside one router with a row of weights per expert was found"
+        )
     found = [ffn for module in block.modules() if (ffn := ffn_of(module)) is not None]
     attention_removed = any(is_removed(module, "attention") for module in block.modules())
     if not found and any(is_removed(module, "mlp") for module in block.modules()):
@@ -160,7 +183,7 @@ def view_block(model: Any, name: str, index: int, block: nn.Module) -> BlockView
             for child_name, child in block.named_modules()
             if is_matrix(child)
         )
-        what = "no FFN" if not found else f"{len(found)} FFNs (a mixture of experts?)"
+        what = "no FFN" if not found else f"{len(found)} FFNs (a mixture of experts without a router?)"
         if not found and (mixer := state_space(block)):
             what = f"a state-space mixer ({mixer}) and no FFN"
         raise UnsupportedModelError(

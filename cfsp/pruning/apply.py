@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.errors import CheckpointError, UnsupportedModelError
+from cfsp.models.ffn import FFN
 from cfsp.models.layer_changes import remove_layers
 from cfsp.models.remote_code import adopt, check_adoptable
 from cfsp.models.sample import weight_sample
@@ -17,6 +18,7 @@ from cfsp.models.snapshot import restored
 from cfsp.models.streamed import streamed
 from cfsp.models.submodules import remove_submodule
 from cfsp.models.views import BlockView, DecoderView, resolve
+from cfsp.pruning.expert_slicing import slice_mixture
 from cfsp.pruning.plan import BlockPlan, PruningPlan, tensor_name
 from cfsp.pruning.slicing import set_output_bias, set_output_weight, slice_attention, slice_ffn
 
@@ -51,9 +53,11 @@ def apply(model: Model, plan: PruningPlan) -> Model:
 
 
 def slice_block(block: BlockView, decision: BlockPlan, tensors: Mapping[str, Tensor]) -> None:
-    """Slice the neurons and KV groups of one block in place; its outputs get what ``tensors`` replace."""
-    if decision.ffn_kept is not None and decision.ffn and block.ffn is not None:
+    """Slice the neurons, experts and KV groups of one block in place; its outputs get what ``tensors`` replace."""
+    if decision.ffn_kept is not None and decision.ffn and isinstance(block.ffn, FFN):
         slice_ffn(block.ffn, torch.tensor(decision.ffn_kept, device=block.ffn.output.parameter.device))
+    if block.experts is not None and decision.ffn:
+        slice_mixture(block.experts, decision.experts_kept, decision.expert_neurons_kept)
     if decision.kv_groups_kept is not None and decision.attention and block.attention is not None:
         slice_attention(
             block.attention, torch.tensor(decision.kv_groups_kept, device=block.attention.output.parameter.device)
@@ -107,8 +111,24 @@ def _pairs(view: DecoderView, plan: PruningPlan) -> zip[tuple[BlockView, BlockPl
 
 
 def _check_block(block: BlockView, decision: BlockPlan) -> None:
+    experts = block.experts
+    dense = block.ffn.width if isinstance(block.ffn, FFN) else 0
+    staying = decision.expert_neurons_kept or ()
+    if staying and (experts is None or (decision.experts_kept is None and len(staying) != experts.n_experts)):
+        raise CheckpointError(
+            f"block {block.index}: the plan keeps neurons of {len(staying)} experts, the model has "
+            f"{0 if experts is None else experts.n_experts}"
+        )
+    if experts is not None and decision.experts_kept is not None and len(decision.experts_kept) < experts.least_experts:
+        raise UnsupportedModelError(
+            f"block {block.index}: the plan keeps {len(decision.experts_kept)} experts; its router needs "
+            f"{experts.least_experts} to choose {experts.top_k} of"
+        )
+    neurons = max((kept for kept in staying), key=lambda kept: kept[-1], default=None)
     for kept, what, there in (
-        (decision.ffn_kept, "neuron", block.ffn.width if block.ffn is not None else 0),
+        (decision.ffn_kept, "neuron", dense),
+        (neurons, "neuron", 0 if experts is None else experts.width),
+        (decision.experts_kept, "expert", 0 if experts is None else experts.n_experts),
         (decision.kv_groups_kept, "KV group", block.attention.n_kv_heads if block.attention is not None else 0),
     ):
         if kept is not None and kept[-1] >= there:

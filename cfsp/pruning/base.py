@@ -76,3 +76,8 @@ class Pruner(Protocol):
 def removes_heads(pruner: Any) -> bool:
     """Whether KV groups may go, so that the numeric check must look at them."""
     return getattr(pruner, "structure", "ffn") in ("heads", "heads_ffn")
+
+
+def removes_experts(pruner: Any) -> bool:
+    """Whether whole experts may go."""
+    return getattr(pruner, "structure", "ffn") == "experts"

@@ -14,7 +14,7 @@ from cfsp.pruning.depth import refuse_compensation
 from cfsp.pruning.plan import BlockPlan
 
 if TYPE_CHECKING:
-    from cfsp.models.views import DecoderView
+    from cfsp.models.views import BlockView, DecoderView
     from cfsp.pruning.base import PlanContext
     from cfsp.pruning.plan import PruningPlan
     from cfsp.pruning.search import Candidate
@@ -101,7 +101,11 @@ class BlockPruner:
         """Every submodule that may go."""
         kinds = {"both": ("attention", "ffn"), "attention": ("attention",), "ffn": ("ffn",)}[self.submodules]
         free = set(budget.free_blocks(len(view.blocks)))
-        return [(b.index, kind) for b in view.blocks if b.index in free for kind in b.channels if kind in kinds]
+        return [(b.index, kind) for b in view.blocks if b.index in free for kind in self._there(b) if kind in kinds]
+
+    @staticmethod
+    def _there(block: BlockView) -> list[str]:
+        return [*(["ffn"] if block.ffn is not None else []), *(["attention"] if block.attention is not None else [])]
 
     @staticmethod
     def _attention_left(view: DecoderView, removed: Sequence[Candidate]) -> bool:

@@ -12,6 +12,7 @@ from cfsp.pruning.plan import BlockPlan, PruningPlan
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cfsp.calibrate.statistics import BlockStatistics
     from cfsp.models.views import BlockView, DecoderView
     from cfsp.pruning.base import PlanContext
 
@@ -70,8 +71,12 @@ def removed_parameters(view: DecoderView, block: BlockView, plan: BlockPlan) -> 
     """What ``plan`` takes from ``block``: "ffn" and "attention" with their own parameters, "rest" the norms."""
     ffn = attention = rest = 0
     if block.ffn is not None:
-        kept = block.ffn.width if plan.ffn_kept is None else len(plan.ffn_kept)
+        kept = _kept_width(block.ffn.width, plan)
         ffn = (block.ffn.width - kept) * block.ffn.neuron_parameters
+        if block.experts is not None and plan.experts_kept is not None:
+            gone = block.experts.n_experts - len(plan.experts_kept)
+            lost = (block.ffn.width - kept) * block.experts.expert_neuron_parameters
+            ffn += gone * (block.experts.expert_parameters - lost)
         if not plan.ffn:
             ffn = submodule_parameters(block, "mlp")
     if block.attention is not None and plan.kv_groups_kept is not None:
@@ -84,6 +89,12 @@ def removed_parameters(view: DecoderView, block: BlockView, plan: BlockPlan) -> 
         rest += norm_parameters(view, block, "mlp") if not plan.ffn and block.ffn is not None else 0
         rest += norm_parameters(view, block, "attention") if not plan.attention and not block.attention_removed else 0
     return {"ffn": ffn, "attention": attention, "rest": rest}
+
+
+def _kept_width(width: int, plan: BlockPlan) -> int:
+    """Neurons of the FFN, of a mixture those of each expert."""
+    kept = plan.ffn_kept if plan.expert_neurons_kept is None else plan.expert_neurons_kept[0]
+    return width if kept is None else len(kept)
 
 
 def _added(view: DecoderView, name: str, tensor: Tensor) -> int:
@@ -101,9 +112,11 @@ def _details(
     view, found = context.driver.view, context.statistics.blocks
     for block, plan, statistics in zip(view.blocks, blocks, found, strict=True):
         base_width, base_groups = view.widths[block.index], view.kv_groups[block.index]
-        width = 0 if not plan.ffn else base_width if plan.ffn_kept is None else len(plan.ffn_kept)
+        width = 0 if not plan.ffn else _kept_width(base_width, plan)
         groups = base_groups if plan.kv_groups_kept is None else len(plan.kv_groups_kept)
         share = width / base_width if base_width else 0.0
+        if block.experts is not None and plan.experts_kept is not None:
+            share *= len(plan.experts_kept) / block.experts.n_experts
         rows.append(
             {
                 "distance": dict(statistics.distances),
@@ -112,6 +125,20 @@ def _details(
                 "base_width": base_width,
                 "kv_groups": groups if plan.attention else 0,
                 "base_kv_groups": base_groups,
+                **_expert_details(block, plan, statistics),
             }
         )
     return rows
+
+
+def _expert_details(block: BlockView, plan: BlockPlan, found: BlockStatistics) -> dict[str, Any]:
+    """Of a mixture: experts kept and there before, and per expert the calibration tokens and its contribution."""
+    if block.experts is None:
+        return {}
+    n = block.experts.n_experts
+    kept = n if plan.experts_kept is None else len(plan.experts_kept)
+    details: dict[str, Any] = {"experts": kept if plan.ffn else 0, "base_experts": n}
+    if found.experts is not None:
+        details["expert_tokens"] = [int(tokens) for tokens in found.experts.tokens.tolist()]
+        details["expert_contribution"] = found.experts.contribution.tolist()
+    return details

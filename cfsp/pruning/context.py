@@ -14,6 +14,7 @@ from cfsp.identity import method_of
 from cfsp.importance.base import required, score_block
 from cfsp.memory import available
 from cfsp.pruning.base import PlanContext
+from cfsp.pruning.expert_limits import check_expert_metric
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +37,7 @@ def plan_context(
     cache: StatisticsCache | None = None,
 ) -> tuple[PlanContext, bool]:
     """Calibrate, or read what an earlier run left; returns (context, everything cached?)."""
+    check_expert_metric(driver.view, config)
     importance, gradients = config.importance.instance, None
     structure: Structure | None = getattr(config.pruner.instance, "structure", None)
     scored: dict[int, tuple[Tensor, Tensor]] = {}
@@ -82,7 +84,7 @@ def _gram_wanted(config: RunConfig, structure: Structure | None, view: DecoderVi
     asked += getattr(config.pruner.instance, "requires", ())
     if "gram" not in asked or structure is None:
         return None
-    kinds = {"ffn": ("ffn",), "heads": ("attention",), "heads_ffn": ("ffn", "attention")}[structure]
+    kinds = {"heads": ("attention",), "heads_ffn": ("ffn", "attention")}.get(structure, ("ffn",))
     memory = getattr(config.calibration, "memory_gb", None)
     limit = available(torch.device("cpu")) // 2 if memory is None else int(memory * 1e9)
     if view.device.type != "cpu":  # in one pass over the whole model they are added up where its weights are

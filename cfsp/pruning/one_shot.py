@@ -18,6 +18,9 @@ from cfsp.allocate.search import Search
 from cfsp.components import component
 from cfsp.errors import UnsupportedModelError
 from cfsp.importance.base import Scores, score, score_block
+from cfsp.models.latent import has_latent_attention
+from cfsp.pruning.expert_choice import ExpertScore, Unseen, best_experts, score_whole_experts, with_unseen_kept
+from cfsp.pruning.expert_limits import RANKED_BY_WEIGHTS, check_expert_widths, expert_notes
 from cfsp.pruning.plan import BlockPlan
 
 if TYPE_CHECKING:
@@ -37,12 +40,15 @@ if TYPE_CHECKING:
 class OneShotPruner:
     """Score, allocate, round, keep the best units of each block.
 
-    structure: what may go: FFN neurons (ffn), whole KV groups of attention heads (heads), or both (heads_ffn).
+    structure: what may go: FFN neurons (ffn), whole KV groups of attention heads (heads), both (heads_ffn), or whole
+    experts of mixtures (experts), by ``expert_score``, which is not the metric's.
+    Neurons of a mixture: each expert keeps its own best ones, all experts of a block the same number.
     compensation: bias adds what the removed units gave on average to the biases of down_proj and o_proj; least_squares
     refits their kept columns to give what all gave (``ridge``: towards the original columns, relative to the mean
     square of the inputs).
     sequential: the units of a block are chosen (and compensated) on what the pruned blocks before it give, as FLAP's
     repository does for Wanda-SP; how much each block keeps still comes from the dense pass.
+    unseen_experts: experts that saw no calibration token go first (prune), or not at all (keep).
     correction: with both, each FFN is also refitted to make up for this share of what the pruned blocks before it have
     changed: 0: it gives what it would have given itself, 1: the dense model's hidden state leaves the block.
     """
@@ -53,8 +59,32 @@ class OneShotPruner:
     sequential: bool = False
     ridge: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
     correction: Annotated[float, Field(ge=0, le=1)] = 0.5
+    expert_score: ExpertScore = "contribution"
+    unseen_experts: Unseen = "keep"
 
     prunes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.structure == "experts" and self.compensation != "none":
+            raise ValueError(
+                f"pruner.compensation={self.compensation}: pruner.structure=experts removes whole experts, which leave "
+                "no matrix to carry it; use pruner.compensation=none"
+            )
+        if self.structure == "experts" and self.sequential:
+            raise ValueError(
+                "pruner.sequential=true: pruner.structure=experts goes by the tokens that the dense model routes; use "
+                "pruner.sequential=false"
+            )
+        if self.structure != "experts" and self.unseen_experts == "prune":
+            raise ValueError(
+                f"pruner.unseen_experts=prune: pruner.structure={self.structure} removes no whole experts; use "
+                "pruner.structure=experts, or pruner.unseen_experts=keep"
+            )
+
+    @property
+    def plans_with(self) -> tuple[str, ...]:
+        """The groups that it draws on: the metric is one of neurons and heads."""
+        return ("allocator",) if self.structure == "experts" else ("importance", "allocator")
 
     @property
     def needs_model(self) -> bool:
@@ -67,15 +97,32 @@ class OneShotPruner:
 
     def check(self, view: DecoderView, budget: Budget) -> None:
         """See :class:`cfsp.pruning.base.Pruner`."""
-        if self.structure != "ffn":
+        if self.structure in ("heads", "heads_ffn"):
             check_scope(budget, f"pruner.structure={self.structure}", "pruner.structure=ffn")
-        if self.structure != "ffn" and (reason := heads_stay(view)):
-            raise UnsupportedModelError(
-                f"{type(view.model).__name__}: pruner.structure={self.structure} removes KV groups, but {reason}; use "
-                "pruner.structure=ffn"
-            )
+            if reason := heads_stay(view):
+                raise UnsupportedModelError(
+                    f"{type(view.model).__name__}: pruner.structure={self.structure} removes KV groups, but {reason}; "
+                    "use pruner.structure=ffn"
+                )
+        if view.mixtures or self.structure == "experts":
+            self._check_experts(view, budget)
         budget = self._with_biases(view, budget)
         keep_fraction(budget, Sizes.of(view, self.structure).only(budget.free_blocks(len(view.blocks))))
+
+    def _check_experts(self, view: DecoderView, budget: Budget) -> None:
+        name = type(view.model).__name__
+        if not view.mixtures:
+            raise UnsupportedModelError(
+                f"{name}: pruner.structure=experts needs a mixture of experts, and no block is one; use "
+                "pruner.structure=ffn"
+            )
+        if self.structure in ("ffn", "heads_ffn"):
+            check_expert_widths(view, budget)
+        if self.compensation == "least_squares":
+            raise UnsupportedModelError(
+                f"{name}: pruner.compensation=least_squares refits single output projections, and block "
+                f"{view.mixtures[0].index} is a mixture of experts; use pruner.compensation=none"
+            )
 
     def plan(self, context: PlanContext) -> PruningPlan:
         """See :class:`cfsp.pruning.base.Pruner`."""
@@ -83,20 +130,30 @@ class OneShotPruner:
         from cfsp.pruning.complete import complete
 
         view, importance = context.driver.view, context.importance
-        scores = score(
-            view, context.statistics, importance, self.structure, context.gradients, context.scored, context.grams
-        )
+        if self.structure == "experts":
+            scores = score_whole_experts(view, context.statistics, self.expert_score)
+        else:
+            scores = score(
+                view, context.statistics, importance, self.structure, context.gradients, context.scored, context.grams
+            )
         widths, keep_ratios, notes = self._allocate(context, scores)
         if self.sequential:
             decisions, tensors = self._one_after_another(context, widths)
         else:
             decisions, tensors = [], {}
             for block, found in zip(view.blocks, context.statistics.blocks, strict=True):
-                neurons, groups = scores.neurons[block.index], scores.kv_groups[block.index]
-                decisions.append(_best(block, neurons, groups, widths))
+                if self.structure == "experts":
+                    n, own = widths.per_block[block.index], scores.neurons[block.index]
+                    decisions.append(best_experts(block, own, n, found.experts, self.unseen_experts))
+                else:
+                    decisions.append(best(block, scores.units(block.index), scores.kv_groups[block.index], widths))
                 if self.compensation != "none":
                     with resident(view, block):
                         tensors |= self._compensate(block, decisions[-1], found, context.grams)
+        unseen = RANKED_BY_WEIGHTS
+        if self.structure == "experts":
+            unseen = f"{'stay' if self.unseen_experts == 'keep' else 'go first'} (pruner.unseen_experts)"
+        notes |= expert_notes(view, context.statistics, decisions, self.compensation, unseen)
         return complete(context, decisions, keep_ratios=keep_ratios, notes=notes, tensors=tensors)
 
     def _allocate(self, context: PlanContext, scores: Scores) -> tuple[Widths, list[float], dict[str, Any]]:
@@ -107,6 +164,8 @@ class OneShotPruner:
         view = context.driver.view
         budget = self._with_biases(view, context.budget)
         sizes = Sizes.of(view, self.structure)
+        if self.structure == "experts" and self.unseen_experts == "keep":
+            sizes = with_unseen_kept(view, sizes, context.statistics)
         free = budget.free_blocks(len(view.blocks))
         part = sizes.only(free)
         keep = keep_fraction(budget, part)
@@ -145,10 +204,10 @@ class OneShotPruner:
         from cfsp.pruning.width_search import WidthLosses
 
         view, found = context.driver.view, context.statistics.blocks
-        sizes = [block.ffn.width if block.ffn is not None else 0 for block in view.blocks]
+        sizes = view.widths
 
         def cut(block: BlockView, width: int) -> tuple[BlockPlan, dict[str, Tensor]]:
-            decision = BlockPlan(_top(scores.neurons[block.index], width))
+            decision = best_neurons(block, scores.units(block.index), width)
             return decision, self._compensate(block, decision, found[block.index], context.grams)
 
         ids = context.calibration.input_ids[: search.n_samples]
@@ -176,7 +235,7 @@ class OneShotPruner:
         """
         if self.compensation != "bias" or budget.scope == "ffn":
             return budget
-        kinds = {"ffn": ("ffn",), "heads": ("attention",), "heads_ffn": ("ffn", "attention")}[self.structure]
+        kinds = {"heads": ("attention",), "heads_ffn": ("ffn", "attention")}.get(self.structure, ("ffn",))
         channels = [view.blocks[block].channels for block in budget.free_blocks(len(view.blocks))]
         outputs = [found[kind].output for found in channels for kind in kinds if kind in found]
         added = sum(output.out_features for output in outputs if output.bias is None)
@@ -220,7 +279,7 @@ class OneShotPruner:
                     set_output_weight(channels, shifted)
                 terms = None if context.gradients is None else context.gradients.blocks[block.index]
                 neurons, groups = score_block(block, found, context.importance, self.structure, terms, grams)
-                decision = _best(block, neurons, groups, widths)
+                decision = best(block, neurons, groups, widths)
                 replaced = self._compensate(block, decision, found, grams)
                 decisions.append(decision)
                 tensors |= replaced
@@ -244,13 +303,11 @@ class OneShotPruner:
 
 def heads_stay(view: DecoderView) -> str | None:
     """Why KV groups cannot be removed from a model; None where they can."""
-    from cfsp.models.attention import multi_head_latent
-
     for block in view.blocks:
         if block.attention is not None and block.attention.fixed:
             return f"the heads of block {block.index} cannot be taken apart: {block.attention.fixed}"
         if block.attention is None and not block.attention_removed:
-            if multi_head_latent(block.module):
+            if has_latent_attention(block.module):
                 return f"block {block.index} has multi-head latent attention, whose heads share one latent"
             return (
                 f"block {block.index} has no attention that is recognised (q_proj, k_proj, v_proj or a fused qkv, and "
@@ -303,9 +360,18 @@ def _beside(groups: tuple[int, ...], allocation: Allocation, budget: Budget, par
     return _rounded(replace(allocation, keep_groups=allocation.keep.new_tensor(share)), budget, part)
 
 
-def _best(block: BlockView, neurons: Tensor, groups: Tensor, widths: Widths) -> BlockPlan:
+def best(block: BlockView, neurons: Tensor, groups: Tensor, widths: Widths) -> BlockPlan:
     """The highest scores of a block; a KV group counts with the sum of its channels' scores."""
-    return BlockPlan(_top(neurons, widths.per_block[block.index]), _top(groups.sum(1), widths.kv_groups[block.index]))
+    of_ffn = best_neurons(block, neurons, widths.per_block[block.index])
+    return replace(of_ffn, kv_groups_kept=_top(groups.sum(1), widths.kv_groups[block.index]))
+
+
+def best_neurons(block: BlockView, scores: Tensor, width: int) -> BlockPlan:
+    """The neurons with the highest scores [N], of a mixture the same number of each expert [E, N]."""
+    if scores.dim() == 1:
+        return BlockPlan(_top(scores, width))
+    kept = [_top(row, width) for row in scores]
+    return BlockPlan(expert_neurons_kept=None if kept[0] is None else tuple(row for row in kept if row is not None))
 
 
 def _top(scores: Tensor, n: int) -> tuple[int, ...] | None:

@@ -25,18 +25,36 @@ COMPENSATION_IN_FOLDER = f"plan/{COMPENSATION}"
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """``ffn_kept`` and ``kv_groups_kept``: sorted indices, None = all; ``attention``/``ffn``: the submodule stays."""
+    """``ffn_kept`` and ``kv_groups_kept``: sorted indices, None = all; ``attention``/``ffn``: the submodule stays.
+
+    Of a mixture of experts ``experts_kept`` says which experts stay, and ``expert_neurons_kept`` holds the neurons kept
+    of each expert that stays, in their order, of all the same number; None = all. plan.json has these two where they
+    are not None.
+    """
 
     ffn_kept: tuple[int, ...] | None = None
     kv_groups_kept: tuple[int, ...] | None = None
     attention: bool = True
     ffn: bool = True
+    expert_neurons_kept: tuple[tuple[int, ...], ...] | None = None
+    experts_kept: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("ffn_kept", "kv_groups_kept"):
-            kept = getattr(self, name)
-            if kept is not None and (not kept or list(kept) != sorted(set(kept)) or kept[0] < 0):
-                raise CheckpointError(f"plan: {name} must be a non-empty list of sorted, distinct indices")
+        for name in ("ffn_kept", "kv_groups_kept", "experts_kept"):
+            _check_kept(name, getattr(self, name))
+        if self.expert_neurons_kept is None:
+            return
+        for kept in self.expert_neurons_kept:
+            _check_kept("expert_neurons_kept", kept)
+        experts = len(self.expert_neurons_kept if self.experts_kept is None else self.experts_kept)
+        if len({len(kept) for kept in self.expert_neurons_kept}) != 1 or len(self.expert_neurons_kept) != experts:
+            raise CheckpointError(
+                "plan: expert_neurons_kept must hold a list of equal length for each expert that stays"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plan.json has it: of dense models what it always had."""
+        return {name: value for name, value in vars(self).items() if "expert" not in name or value is not None}
 
     @property
     def keeps_block(self) -> bool:
@@ -98,7 +116,7 @@ class PruningPlan:
         for key in names:
             value = getattr(self, key)
             if isinstance(value, tuple):
-                rows = ",\n".join(f"    {json.dumps(vars(row) if key == 'blocks' else row)}" for row in value)
+                rows = ",\n".join(f"    {json.dumps(row.as_dict() if key == 'blocks' else row)}" for row in value)
                 lines.append(f'  "{key}": [\n{rows}\n  ]')
             else:
                 lines.append(f'  "{key}": {json.dumps(value)}')
@@ -122,9 +140,7 @@ class PruningPlan:
             found = values.get("schema") if isinstance(values, dict) else None
             raise CheckpointError(f"plan {path}: schema {found!r}; this version of cfsp reads schema {SCHEMA}")
         try:
-            rows: list[dict[str, Any]] = [
-                {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()} for row in values["blocks"]
-            ]
+            rows: list[dict[str, Any]] = [{k: _frozen(v) for k, v in row.items()} for row in values["blocks"]]
             blocks = tuple(BlockPlan(**row) for row in rows)
             details = tuple(values.pop("details", ()))
             plan = PruningPlan(**{**values, "blocks": blocks, "details": details})
@@ -165,6 +181,15 @@ class PruningPlan:
         )
 
 
+def _check_kept(name: str, kept: tuple[int, ...] | None) -> None:
+    if kept is not None and (not kept or list(kept) != sorted(set(kept)) or kept[0] < 0):
+        raise CheckpointError(f"plan: {name} must be a non-empty list of sorted, distinct indices")
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
 def tensor_name(block: int, kind: str, what: str = "bias") -> str:
     """The name of a block's replaced bias, or refitted weight, of down_proj (kind ffn) or o_proj (attention)."""
     return f"blocks.{block}.{kind}.{what}"
@@ -197,7 +222,19 @@ def _composed(first: BlockPlan, then: BlockPlan) -> BlockPlan:
         _compose(first.kv_groups_kept, then.kv_groups_kept) if attention else None,
         attention,
         ffn,
+        _compose_neurons(first, then) if ffn else None,
+        _compose(first.experts_kept, then.experts_kept) if ffn else None,
     )
+
+
+def _compose_neurons(first: BlockPlan, then: BlockPlan) -> tuple[tuple[int, ...], ...] | None:
+    """The neurons of the experts that stay in the end, in terms of the base's."""
+    before, after = first.expert_neurons_kept, then.expert_neurons_kept
+    if before is not None and then.experts_kept is not None:
+        before = tuple(before[expert] for expert in then.experts_kept)
+    if before is None or after is None:
+        return after if before is None else before
+    return tuple(tuple(old[neuron] for neuron in new) for old, new in zip(before, after, strict=True))
 
 
 def _compose(first: tuple[int, ...] | None, then: tuple[int, ...] | None) -> tuple[int, ...] | None:

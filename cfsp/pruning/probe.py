@@ -15,6 +15,7 @@ from cfsp.models.ffn import FFN
 from cfsp.models.projection import Projection
 from cfsp.models.streamed import resident
 from cfsp.models.views import BlockView, DecoderView, view_block
+from cfsp.pruning.expert_probe import check_mixture
 from cfsp.pruning.slicing import slice_attention, slice_ffn
 
 #: The two results differ by the order of a sum only; anything structural is of the order of the output.
@@ -27,11 +28,11 @@ _Kind = Literal["ffn", "attention"]
 
 
 @torch.no_grad()
-def probe(view: DecoderView, *, heads: bool = False) -> None:
+def probe(view: DecoderView, *, heads: bool = False, experts: bool = False) -> None:
     """Check one block of each distinct shape; runs copies, so no hook on the model sees a token.
 
     Args:
-        heads: check the removal of KV groups too.
+        heads: check the removal of KV groups too. experts: of whole experts.
 
     Raises:
         UnsupportedModelError: names the block and the deviation.
@@ -39,12 +40,18 @@ def probe(view: DecoderView, *, heads: bool = False) -> None:
     seen: set[tuple[object, ...]] = set()
     for block in view.blocks:
         _probe_block(view, block, heads, seen)
+        if block.experts is not None:
+            mixture = (type(block.experts.module), block.experts.n_experts, block.experts.width)
+            if mixture not in seen:
+                dtype = block.experts.expert(0).output.weight.dtype
+                check_mixture(view, block, _TOLERANCE.get(dtype, _LOW_PRECISION_TOLERANCE), whole=experts)
+            seen.add(mixture)
 
 
 def _probe_block(view: DecoderView, block: BlockView, heads: bool, seen: set[tuple[object, ...]]) -> None:
     shapes: dict[_Kind, tuple[object, ...]] = {}
     ffn, attention = block.ffn, block.attention
-    if ffn is not None:
+    if isinstance(ffn, FFN):
         shapes["ffn"] = (type(ffn.module), ffn.kind, ffn.width, ffn.output.out_features)
     if heads and attention is not None and attention.n_kv_heads > 1:
         shapes["attention"] = (type(attention.module), attention.n_heads, attention.n_kv_heads)

@@ -26,6 +26,8 @@ from torch.nn.functional import cross_entropy
 from cfsp.calibrate.cache import note_saved
 from cfsp.errors import DataError, RunError
 from cfsp.models.driver import BlockDriver, Entry, forward_replaced, run_block
+from cfsp.models.experts import ExpertsFFN
+from cfsp.models.submodules import check_can_be_skipped, parts
 from cfsp.models.views import BlockView
 from cfsp.progress import progress
 
@@ -197,19 +199,23 @@ class SubmoduleSearch:
 def nulled(block: BlockView, kind: str) -> Iterator[None]:
     """The attention or FFN of ``block`` adds nothing to the residual stream, and costs nothing, for a while."""
     part = block.attention if kind == "attention" else block.ffn
-    assert part is not None
-    module = part.module
-    if module is block.module:  # an FFN without a module of its own
-        module = part.output.module
+    width: int | None = None
+    if part is None or isinstance(part, ExpertsFFN):  # an attention without KV groups, or a mixture
+        if kind == "ffn":
+            check_can_be_skipped(block)
+        module = getattr(block.module, parts(block, "attention" if kind == "attention" else "mlp")[0])
+    else:
+        module, width = part.module, part.output.out_features
+        if module is block.module:  # an FFN without a module of its own
+            module = part.output.module
     adds_residual = "residual" in inspect.signature(type(module).forward).parameters
-    width = part.output.out_features
 
     def nothing(*args: Any, **kwargs: Any) -> Any:
         if adds_residual:
             zeros = kwargs["residual"] if "residual" in kwargs else args[1]
         else:
             hidden = args[0] if args else kwargs["hidden_states"]
-            zeros = hidden.new_zeros(*hidden.shape[:-1], width)
+            zeros = hidden.new_zeros(*hidden.shape[:-1], hidden.shape[-1] if width is None else width)
         return (zeros, None) if kind == "attention" else zeros
 
     with forward_replaced(module, nothing):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from cfsp.allocate.budget import Budget, Sizes, check_scope
+from cfsp.allocate.budget import Budget, Sizes, check_scope, legal_widths
 from cfsp.components import component
 from cfsp.errors import BudgetError, ConfigError, UnsupportedModelError
-from cfsp.pruning.plan import BlockPlan
+from cfsp.models.latent import has_latent_attention
+from cfsp.models.submodules import submodule_parameters
+from cfsp.pruning.expert_limits import RANKED_BY_WEIGHTS, check_expert_widths, expert_notes
+from cfsp.pruning.one_shot import best_neurons
 
 if TYPE_CHECKING:
     from cfsp.models.views import DecoderView
@@ -22,11 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Share:
-    """How the target splits: attention submodules to remove, FFN rate, and neurons kept in every block."""
+    """How the target splits: attention submodules to remove, FFN rate, and neurons kept in each block."""
 
     n_attention: int
     ffn_rate: float
-    width: int
+    widths: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """Of the first block, and of all where they are alike."""
+        return self.widths[0]
 
 
 @component
@@ -38,7 +46,8 @@ class TwoSSP:
     the number), and every block keeps K = round(N (1 - r)) neurons, r = (round(s B P) - N* A) / (B F): the K with the
     largest mean L2 norm over a calibration sequence. Then, N* times, the attention goes without which the NLL of the
     first ``search_sequences`` calibration sequences is lowest. Because K is the same everywhere, the unit of its budget
-    is one step of ``sparsity.round_to`` in every block.
+    is one step of ``sparsity.round_to`` in every block. Where dense blocks stand beside mixtures of experts, P, F and A
+    are means over the blocks, K follows each block's own N, and F of a mixture is what the routed experts hold.
     """
 
     name: str
@@ -59,6 +68,8 @@ class TwoSSP:
     def check(self, view: DecoderView, budget: Budget) -> None:
         """See :class:`cfsp.pruning.base.Pruner`."""
         check_scope(budget, f"pruner={self.name}", "a pruner of FFN neurons (cfsp, flap)")
+        if view.mixtures:
+            check_expert_widths(view, budget)
         self._share(view, budget)
 
     def plan(self, context: PlanContext) -> PruningPlan:
@@ -71,28 +82,29 @@ class TwoSSP:
 
         view = context.driver.view
         share = self._share(view, context.budget)
-        kept: list[tuple[int, ...] | None] = []
-        for scores in score(view, context.statistics, SequenceNorm()).neurons:
-            best = scores.argsort(descending=True, stable=True)[: share.width].sort().values.tolist()
-            kept.append(None if share.width == len(scores) else tuple(best))
+        scores = score(view, context.statistics, SequenceNorm())
+        decisions = [best_neurons(b, scores.units(b.index), share.widths[b.index]) for b in view.blocks]
         ids = context.calibration.input_ids[: self.search_sequences]
-        known = KnownLosses.of(context, ids, {"ffn_kept": kept})
+        before: dict[str, Any] = {"ffn_kept": [plan.ffn_kept for plan in decisions]}
+        if view.mixtures:
+            before["expert_neurons_kept"] = [plan.expert_neurons_kept for plan in decisions]
+        known = KnownLosses.of(context, ids, before)
         everything = [(block.index, "attention") for block in view.blocks]
 
         def allowed(removed: Sequence[Candidate]) -> list[Candidate]:
             return [c for c in everything if c not in removed] if len(removed) < share.n_attention else []
 
-        decisions = [BlockPlan(neurons) for neurons in kept]
         with sliced(view, decisions), SubmoduleSearch(context.driver, ids, known) as search:
             search.greedy(allowed)
         gone = {block for block, _ in search.removed}
-        blocks = [BlockPlan(neurons, attention=index not in gone) for index, neurons in enumerate(kept)]
+        blocks = [replace(plan, attention=index not in gone) for index, plan in enumerate(decisions)]
         notes = {
             "attention_submodules": share.n_attention,
             "ffn_rate": share.ffn_rate,
-            "width": share.width,
+            "width": share.width if len(set(share.widths)) == 1 else list(share.widths),
             "search_sequences": len(ids),
             "removed": search.history,
+            **expert_notes(view, context.statistics, decisions, self.compensation, RANKED_BY_WEIGHTS),
         }
         return complete(context, blocks, notes=notes)
 
@@ -102,26 +114,33 @@ class TwoSSP:
         Raises:
             ConfigError: protected blocks. UnsupportedModelError: unequal blocks. BudgetError: it cannot be met.
         """
-        ffn, attention, whole, width = self._block(view, budget)
+        ffn, attention, whole = self._parts(view, budget)
         n_blocks, sizes = len(view.blocks), Sizes.of(view)
         target = budget.ratio * sizes.of_scope(budget.scope) / sizes.decoder_parameters
-        removed = round(target * n_blocks * whole)
-        smallest = budget.min_width or budget.round_to
-        legal = [*range(-(-smallest // budget.round_to) * budget.round_to, width, budget.round_to), width]
-        # More than half a step below the smallest legal width is another budget.
-        floor = max(legal[0] - budget.round_to / 2, 1)
+        removed = round(target * n_blocks * (whole / n_blocks))
+        legal = legal_widths(budget, sizes)
 
         def rate(n: int) -> float:
-            return (removed - n * attention) / (n_blocks * ffn)
+            return (removed - n * attention / n_blocks) / ffn
 
-        possible = [n for n in range(n_blocks) if rate(n) >= 0 and round(width * (1 - rate(n))) >= floor]
+        def fits(n: int) -> bool:
+            # More than half a step below the smallest legal width is another budget.
+            floors = (max(options[0] - budget.round_to / 2, 1) for options in legal)
+            wanted = (round(width * (1 - rate(n))) for width in view.widths)
+            return rate(n) >= 0 and all(width >= floor for width, floor in zip(wanted, floors, strict=True))
+
+        possible = [n for n in range(n_blocks) if fits(n)]
         n_attention = self.attention_submodules
         if n_attention is None:
             n_attention = round(n_blocks * target ** ((ffn / attention) / self.alpha))
         if n_attention not in possible:
-            raise BudgetError(self._refusal(budget, n_attention, n_blocks, rate(n_attention), possible, legal[0]))
-        wanted = round(width * (1 - rate(n_attention)))
-        return _Share(n_attention, rate(n_attention), min(legal, key=lambda option: abs(option - wanted)))
+            smallest = min(options[0] for options in legal)
+            raise BudgetError(self._refusal(budget, n_attention, n_blocks, rate(n_attention), possible, smallest))
+        widths = [
+            _nearest(round(width * (1 - rate(n_attention))), options)
+            for width, options in zip(view.widths, legal, strict=True)
+        ]
+        return _Share(n_attention, rate(n_attention), tuple(widths))
 
     def _refusal(
         self, budget: Budget, n_attention: int, n_blocks: int, rate: float, possible: list[int], smallest: int
@@ -140,25 +159,35 @@ class TwoSSP:
             way = "no other number can meet it; use a smaller sparsity.ratio, min_width or round_to"
         return f"{wish}: {said} removes {n_attention} of {n_blocks} attention submodules, {why}; {way}"
 
-    def _block(self, view: DecoderView, budget: Budget) -> tuple[int, int, int, int]:
-        """Parameters of FFN, attention and all of one block, and its width."""
+    def _parts(self, view: DecoderView, budget: Budget) -> tuple[int, int, int]:
+        """Parameters of all FFNs (of mixtures: of the routed experts), of all attentions, and of all blocks."""
         if budget.protect != "none":
             raise ConfigError(
                 f"sparsity.protect={budget.shown_protect()}: pruner={self.name} keeps the same width in every block "
                 "and protects none; use sparsity.protect=none, or another pruner"
             )
-        found = set()
+        found: dict[str, set[tuple[int, ...]]] = {}
+        totals = [0, 0, 0]
         for block in view.blocks:
-            if block.ffn is None or block.attention is None:
+            if block.ffn is None or (block.attention is None and not has_latent_attention(block.module)):
                 raise UnsupportedModelError(
                     f"{type(view.model).__name__}: pruner={self.name} needs an FFN and an attention with q, k, v and o "
                     f"projections in every block; block {block.index} lacks one; use another pruner"
                 )
-            ffn, attention = block.ffn.parameters, block.attention.parameters
-            found.add((ffn, attention, sum(p.numel() for p in block.module.parameters()), block.ffn.width))
-        if len(found) > 1:
+            attention = (
+                submodule_parameters(block, "attention") if block.attention is None else block.attention.parameters
+            )
+            of_block = (block.ffn.parameters, attention, sum(p.numel() for p in block.module.parameters()))
+            kind = "mixture" if block.experts is not None else "dense"
+            found.setdefault(kind, set()).add((*of_block, block.ffn.width))
+            totals = [total + own for total, own in zip(totals, of_block, strict=True)]
+        if any(len(sizes) > 1 for sizes in found.values()):
             raise UnsupportedModelError(
                 f"{type(view.model).__name__}: pruner={self.name} needs equal blocks, and these differ in size; use "
                 "another pruner on a model that was pruned before"
             )
-        return found.pop()
+        return totals[0], totals[1], totals[2]
+
+
+def _nearest(wanted: int, options: Sequence[int]) -> int:
+    return min(options, key=lambda option: abs(option - wanted))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cfsp.errors import ConfigError, DataError
 from cfsp.memory import available
 from cfsp.models.driver import run_block
+from cfsp.models.ffn import FFN
 from cfsp.models.streamed import streamed
 from cfsp.pruning.plan import BlockPlan
 from cfsp.pruning.search import KnownLosses, _nll
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 #: Cut FFNs that are kept for other candidates: so many per block, and in all this share of the device's free memory.
 _KEPT, _SHARE_OF_MEMORY = 6, 0.25
+
+#: What an FFN is made of: (owner, attribute, linear), of fused experts (owner, attribute, parameter).
+Made = list[tuple[nn.Module, str, Any]]
 
 Cut = Callable[["BlockView", int], tuple[BlockPlan, dict[str, Tensor]]]
 
@@ -53,8 +57,8 @@ class WidthLosses:
         self._driver, self._ids, self._cut = context.driver, input_ids, cut
         self._known = KnownLosses.of(context, input_ids, before)
         self._entry = self._driver.entry(input_ids)
-        #: (block, width) -> its cut linears, the one that was not used for longest first.
-        self._linears: OrderedDict[tuple[int, int], dict[str, nn.Module]] = OrderedDict()
+        #: (block, width) -> what its cut FFN is made of, the one that was not used for longest first.
+        self._linears: OrderedDict[tuple[int, int], Made] = OrderedDict()
         self._room = int(_SHARE_OF_MEMORY * available(context.driver.view.device))
         self._base = [self._now(block) for block in self._driver.view.blocks]
         #: Of the widths whose states are held: hidden states entering each block.
@@ -110,13 +114,23 @@ class WidthLosses:
             self._room += _bytes(self._linears.popitem(last=False)[1])
         self._put(block, self._linears[key])
 
-    def _now(self, block: BlockView) -> dict[str, nn.Module]:
-        return {} if block.ffn is None else {one.name: one.module for one in block.ffn.projections.values()}
+    def _now(self, block: BlockView) -> Made:
+        if block.ffn is None:
+            return []
+        if isinstance(block.ffn, FFN):
+            return _linears(block.ffn)
+        stored = [(module, name, getattr(module, name)) for module, name in block.ffn.stored()]
+        return stored if block.ffn.fused else [made for one in block.ffn.each for made in _linears(one)]
 
-    def _put(self, block: BlockView, linears: dict[str, nn.Module]) -> None:
-        for name, linear in linears.items():
-            setattr(block.ffn.module, name, linear)  # type: ignore[union-attr]
+    def _put(self, block: BlockView, made: Made) -> None:
+        for owner, name, held in made:
+            setattr(owner, name, held)
 
 
-def _bytes(linears: dict[str, nn.Module]) -> int:
-    return sum(parameter.nbytes for linear in linears.values() for parameter in linear.parameters())
+def _linears(ffn: FFN) -> Made:
+    return [(one.owner, one.name, one.module) for one in ffn.projections.values()]
+
+
+def _bytes(made: Made) -> int:
+    tensors = [held.parameters() if isinstance(held, nn.Module) else [held] for *_, held in made]
+    return sum(parameter.nbytes for of_one in tensors for parameter in of_one)

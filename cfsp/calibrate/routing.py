@@ -1,0 +1,99 @@
+"""Seeing which tokens a mixture sends to which expert, and with which weight, while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cfsp.models.driver import entering, forward_replaced, hidden_of
+from cfsp.models.experts import ExpertsFFN
+from cfsp.models.views import BlockView
+
+
+@dataclass(frozen=True)
+class Routing:
+    """``states`` [S, d]: all tokens of a batch; of each, ``chosen`` [S, k] experts and their ``weights`` [S, k]."""
+
+    states: Tensor
+    chosen: Tensor
+    weights: Tensor
+
+    def of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Indices [n] of the tokens that the expert sees, ascending, and the weights [n] of its output."""
+        token, place = torch.where(self.chosen == expert)
+        return token, self.weights[token, place]
+
+
+def watch_routing(block: BlockView, seen: Callable[[Routing, tuple[int, int]], None]) -> list[Callable[[], None]]:
+    """Call ``seen`` with the routing of each batch and its shape [B, T], before the experts run; returns what ends it.
+
+    A module with the matrices of all experts is handed the routing. Experts that are modules of their own see their
+    tokens alone: there the mixture runs twice more, with experts that cost nothing (:func:`routing_of_modules`).
+    """
+    mixture = block.experts
+    assert mixture is not None
+    shape: list[int] = []
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        shape[:] = entering(args, kwargs).shape[:2]
+
+    def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [*args, *kwargs.values()]
+        if mixture.each:
+            found = routing_of_modules(mixture, given[0].detach())
+        else:
+            states, chosen, weights = (value.detach() for value in given[:3])
+            found = Routing(states.flatten(0, -2), chosen.flatten(0, -2), weights.flatten(0, -2))
+        seen(found, (shape[0], shape[1]))
+
+    at = mixture.module if mixture.each else mixture.experts
+    return [
+        block.module.register_forward_pre_hook(enter, with_kwargs=True).remove,
+        at.register_forward_pre_hook(look, with_kwargs=True).remove,
+    ]
+
+
+def routing_of_modules(mixture: ExpertsFFN, states: Tensor) -> Routing:
+    """Of ``states`` [..., d] entering a mixture whose experts are modules.
+
+    A mixture adds up weight * expert(token): where expert e gives the unit vector e, the weight of a token stands at
+    place e of what leaves, beside what leaves where all experts give zeros (what is shared).
+    """
+    n, hidden = mixture.n_experts, mixture.hidden
+    weights = torch.zeros(states.flatten(0, -2).shape[0], n, dtype=states.dtype, device=states.device)
+    without = substituted(mixture, states, [None] * n)
+    for start in range(0, n, hidden):  # as many at a time as there are places
+        here = range(start, min(start + hidden, n))
+        left = substituted(mixture, states, [e - start if e in here else None for e in range(n)])
+        weights[:, here.start : here.stop] = (left - without).flatten(0, -2)[:, : len(here)]
+    k = max(1, int((weights != 0).sum(1).max()))
+    largest = weights.abs().topk(k, dim=1).indices
+    taken = weights.gather(1, largest)
+    return Routing(states.flatten(0, -2), largest.masked_fill(taken == 0, -1), taken)
+
+
+@torch.no_grad()
+def substituted(mixture: ExpertsFFN, states: Tensor, units: Sequence[int | None]) -> Tensor:
+    """What leaves the mixture, [..., d], where each expert gives a unit vector, or (None) zeros, for every token."""
+
+    def giving(unit: int | None) -> Callable[..., Tensor]:
+        def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
+            made = torch.zeros_like(x)
+            if unit is not None:
+                made[..., unit] = 1
+            return made
+
+        return forward
+
+    with ExitStack() as stack:
+        if mixture.each:
+            for one, unit in zip(mixture.each, units, strict=True):
+                stack.enter_context(forward_replaced(one.module, giving(unit)))
+        else:
+            stack.enter_context(forward_replaced(mixture.experts, giving(None)))
+        return hidden_of(mixture.module.forward(states))

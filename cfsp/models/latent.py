@@ -1,0 +1,10 @@
+"""Multi-head latent attention: all heads share one compressed key and value, so there are no KV heads to remove."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def has_latent_attention(block: nn.Module) -> bool:
+    """Whether keys and values of a block's attention come from one latent vector (DeepSeek-V2, arXiv 2405.04434)."""
+    return any(hasattr(module, "kv_b_proj") and hasattr(module, "o_proj") for module in block.modules())

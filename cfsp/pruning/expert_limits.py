@@ -1,0 +1,77 @@
+"""What a plan for mixtures of experts must respect, and what it must say."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from cfsp.errors import BudgetError, UnsupportedModelError
+from cfsp.importance.base import no_grams, required
+
+if TYPE_CHECKING:
+    from cfsp.allocate.budget import Budget
+    from cfsp.calibrate.statistics import Statistics
+    from cfsp.config import RunConfig
+    from cfsp.models.views import DecoderView
+    from cfsp.pruning.plan import BlockPlan
+
+log = logging.getLogger(__name__)
+
+#: transformers multiplies all experts in one grouped product by default, whose rows must be multiples of 16 bytes.
+GROUPED = 8
+#: What becomes of the neurons of experts that saw no token.
+RANKED_BY_WEIGHTS = "keep the neurons with the largest weights"
+
+
+def check_expert_widths(view: DecoderView, budget: Budget) -> None:
+    """Refuse widths of fused experts that transformers' default implementation (grouped_mm) cannot run.
+
+    Raises:
+        BudgetError: ``round_to`` is no multiple of 8.
+    """
+    fused = [block for block in view.mixtures if block.experts is not None and block.experts.fused]
+    if fused and budget.round_to % GROUPED:
+        raise BudgetError(
+            f"sparsity.round_to={budget.round_to}: block {fused[0].index} is a mixture of experts, which transformers "
+            f"runs (experts_implementation=grouped_mm) only with widths that are multiples of {GROUPED}; use "
+            f"sparsity.round_to={-(-budget.round_to // GROUPED) * GROUPED}"
+        )
+
+
+def check_expert_metric(view: DecoderView, config: RunConfig) -> None:
+    """Refuse a metric that cannot score neurons of experts, before anything is calibrated.
+
+    Raises:
+        UnsupportedModelError: it needs Gram matrices.
+    """
+    structure = getattr(config.pruner.instance, "structure", None)
+    scored = structure in ("ffn", "heads_ffn") and "importance" in config.plans_with
+    if view.mixtures and scored and "gram" in required(config.importance.instance):
+        raise UnsupportedModelError(no_grams(view.mixtures[0], config.importance.instance))
+
+
+def expert_notes(
+    view: DecoderView, statistics: Statistics, blocks: Sequence[BlockPlan], compensation: str, unseen: str
+) -> dict[str, Any]:
+    """What a plan says of its mixtures: experts that saw no token, and a compensation that they did not get.
+
+    unseen: in words, what became of the experts that saw no token. Both are also logged, a line each.
+    """
+    notes: dict[str, Any] = {}
+    found = zip(view.blocks, statistics.blocks, strict=True)
+    lists = {str(block.index): of.experts.unseen for block, of in found if block.experts and of.experts is not None}
+    lists = {block: experts for block, experts in lists.items() if experts}
+    if lists:
+        notes["unseen_experts"] = lists
+        log.warning(
+            "%d experts of %d blocks saw no calibration token and %s; more calibration data may reach them",
+            sum(map(len, lists.values())), len(lists), unseen,
+        )  # fmt: skip
+    without = [index for index, plan in enumerate(blocks) if plan.expert_neurons_kept is not None]
+    if compensation == "bias" and without:
+        notes["not_compensated"] = without
+        log.warning(
+            "pruner.compensation=bias: the FFNs of %d blocks are mixtures of experts and get no bias", len(without)
+        )
+    return notes
