@@ -23,7 +23,7 @@ from cfsp.models.load import load_tokenizer, outline, resolve_device, resolve_dt
 from cfsp.models.remote_code import check_adoptable
 from cfsp.models.source import ModelSource, locate
 from cfsp.models.views import DecoderView
-from cfsp.pruning.expert_limits import check_expert_metric
+from cfsp.pruning.expert_limits import check_expert_settings
 
 #: Weights that take more of the free memory leave too little for what a pass holds beside them.
 _SHARE_OF_MEMORY = 0.8
@@ -86,7 +86,7 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
             if hasattr(config.pruner.instance, "check"):
                 config.pruner.instance.check(view, config.budget)
         with _collected(problems):
-            check_expert_metric(view, config)
+            check_expert_settings(view, config)
         with _collected(problems):
             calibration_identity = calibration_data.identity(config.calibration)
             calibration = _calibration(config, tokenizer, limits)

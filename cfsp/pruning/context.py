@@ -14,7 +14,7 @@ from cfsp.identity import method_of
 from cfsp.importance.base import required, score_block
 from cfsp.memory import available
 from cfsp.pruning.base import PlanContext
-from cfsp.pruning.expert_limits import check_expert_metric
+from cfsp.pruning.expert_limits import check_expert_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ def plan_context(
     cache: StatisticsCache | None = None,
 ) -> tuple[PlanContext, bool]:
     """Calibrate, or read what an earlier run left; returns (context, everything cached?)."""
-    check_expert_metric(driver.view, config)
+    check_expert_settings(driver.view, config)
     importance, gradients = config.importance.instance, None
     structure: Structure | None = getattr(config.pruner.instance, "structure", None)
     scored: dict[int, tuple[Tensor, Tensor]] = {}

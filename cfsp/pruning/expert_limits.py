@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from cfsp.errors import BudgetError, UnsupportedModelError
+from cfsp.errors import BudgetError, ConfigError, UnsupportedModelError
 from cfsp.importance.base import no_grams, required
 
 if TYPE_CHECKING:
@@ -39,13 +39,18 @@ def check_expert_widths(view: DecoderView, budget: Budget) -> None:
         )
 
 
-def check_expert_metric(view: DecoderView, config: RunConfig) -> None:
-    """Refuse a metric that cannot score neurons of experts, before anything is calibrated.
+def check_expert_settings(view: DecoderView, config: RunConfig) -> None:
+    """Refuse a metric or an allocator that cannot do with experts what is asked, before anything is calibrated.
 
     Raises:
-        UnsupportedModelError: it needs Gram matrices.
+        UnsupportedModelError: the metric needs Gram matrices. ConfigError: a search over widths for whole experts.
     """
     structure = getattr(config.pruner.instance, "structure", None)
+    if structure == "experts" and getattr(config.allocator.instance, "needs_model", False):
+        raise ConfigError(
+            f"allocator._target_={config.allocator.target}: it searches for widths of FFNs, and pruner.structure="
+            "experts removes whole experts; use allocator=coarse, uniform or global_rank"
+        )
     scored = structure in ("ffn", "heads_ffn") and "importance" in config.plans_with
     if view.mixtures and scored and "gram" in required(config.importance.instance):
         raise UnsupportedModelError(no_grams(view.mixtures[0], config.importance.instance))

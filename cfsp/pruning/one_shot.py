@@ -41,14 +41,14 @@ class OneShotPruner:
     """Score, allocate, round, keep the best units of each block.
 
     structure: what may go: FFN neurons (ffn), whole KV groups of attention heads (heads), both (heads_ffn), or whole
-    experts of mixtures (experts), by ``expert_score``, which is not the metric's.
-    Neurons of a mixture: each expert keeps its own best ones, all experts of a block the same number.
+    experts of mixtures (experts), by ``expert_score`` in the metric's place; those that saw no calibration token go
+    first, or not at all (``unseen_experts``). Of the neurons of a mixture each expert keeps its own best ones, all
+    experts of a block the same number; what is shared by all tokens beside them stays whole.
     compensation: bias adds what the removed units gave on average to the biases of down_proj and o_proj; least_squares
     refits their kept columns to give what all gave (``ridge``: towards the original columns, relative to the mean
     square of the inputs).
     sequential: the units of a block are chosen (and compensated) on what the pruned blocks before it give, as FLAP's
     repository does for Wanda-SP; how much each block keeps still comes from the dense pass.
-    unseen_experts: experts that saw no calibration token go first (prune), or not at all (keep).
     correction: with both, each FFN is also refitted to make up for this share of what the pruned blocks before it have
     changed: 0: it gives what it would have given itself, 1: the dense model's hidden state leaves the block.
     """

@@ -610,6 +610,7 @@ def test_settings_that_do_not_go_together_are_refused():
         (["pruner.unseen_experts=prune"], ("pruner.unseen_experts=prune", "pruner.structure=experts")),
         (["pruner.structure=experts", "pruner.sequential=true"], ("pruner.sequential=true",)),
         (["pruner.structure=experts", "importance=wanda"], ("importance", "pruner.expert_score")),
+        (["pruner.structure=experts", "allocator=search"], ("allocator", "use allocator=coarse")),
     ):
         with pytest.raises(ConfigError) as caught:
             cfsp.prune(SPARSE["mixtral"].build(), IDS, overrides=words)
