@@ -238,7 +238,8 @@ def _returns_tuple(view: DecoderView, block: BlockView) -> bool:
         with ExitStack() as aside:
             aside.enter_context(torch.no_grad())
             aside.enter_context(resident(view, block))
-            aside.enter_context(_hooks_aside([block.module]))
+            # Those of the modules within too: nobody may count this token.
+            aside.enter_context(_hooks_aside([*block.module.modules()]))
             aside.enter_context(forward_replaced(block.module, once))
             aside.enter_context(suppress(_ReturnedError))
             for module in before:  # of classes that are known by now

@@ -190,3 +190,20 @@ def test_the_command_prunes_in_memory_and_from_shards_alike(name, pruner, run_cf
     assert in_memory["dense"][0]["value"] == pytest.approx(streamed["dense"][0]["value"], rel=1e-5)
     tensors = [load_file(tmp_path / mode / "model" / "model.safetensors") for mode in ("off", "on")]
     assert all(torch.equal(value, tensors[1][key]) for key, value in tensors[0].items())
+
+
+def test_finding_out_what_a_block_returns_is_seen_by_no_hook(monkeypatch):
+    """The pass of one token that the driver makes once of each class of blocks."""
+    import weakref
+
+    from cfsp.models import driver
+    from cfsp.models.driver import BlockDriver
+
+    monkeypatch.setattr(driver, "_RETURNS_TUPLE", weakref.WeakKeyDictionary())
+    model = copy.deepcopy(built("opt"))
+    seen = []
+    for module in model.model.decoder.layers.modules():
+        module.register_forward_pre_hook(lambda module, args: seen.append(module))
+    BlockDriver(resolve(model), 2).entry(ids(2, 8, seed=1))
+    assert not seen
+    assert [*driver._RETURNS_TUPLE.values()] == [False]
