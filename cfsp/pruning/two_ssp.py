@@ -12,7 +12,6 @@ from cfsp.allocate.budget import Budget, Sizes, check_scope, legal_widths
 from cfsp.components import component
 from cfsp.errors import BudgetError, ConfigError, UnsupportedModelError
 from cfsp.models.latent import has_latent_attention
-from cfsp.models.submodules import submodule_parameters
 from cfsp.pruning.expert_limits import RANKED_BY_WEIGHTS, check_expert_widths, expert_notes
 from cfsp.pruning.one_shot import best_neurons
 
@@ -161,6 +160,8 @@ class TwoSSP:
 
     def _parts(self, view: DecoderView, budget: Budget) -> tuple[int, int, int]:
         """Parameters of all FFNs (of mixtures: of the routed experts), of all attentions, and of all blocks."""
+        from cfsp.models.submodules import submodule_parameters
+
         if budget.protect != "none":
             raise ConfigError(
                 f"sparsity.protect={budget.shown_protect()}: pruner={self.name} keeps the same width in every block "

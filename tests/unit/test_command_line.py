@@ -369,7 +369,7 @@ def test_help(tmp_path):
     ):
         assert part in ended.stdout
     # The list of experiments is the longest line.
-    assert max(len(line) for line in ended.stdout.splitlines()) <= 200
+    assert max(len(line) for line in ended.stdout.splitlines()) <= 240
     assert not list(tmp_path.iterdir())
 
 
