@@ -19,6 +19,7 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("
 BENCHMARKS = {
     "calibration",
     "calibration_64_windows",
+    "compensation",
     "growth",
     "llama_cpp",
     "peers",
