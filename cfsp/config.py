@@ -82,6 +82,7 @@ class ModelSection(Section):
     streaming: Literal["auto", "on", "off"] = "auto"
     #: What config.json says of sizes, for ``cfsp inspect`` where neither folder nor hub is at hand; no run reads it.
     architecture: Annotated[dict[str, Any] | None, AfterValidator(_architecture)] = None
+    part: Literal["whole", "language_model"] = "whole"
 
 
 class HubFile(Section):

@@ -23,8 +23,8 @@ def other_kind(config: Any) -> str | None:
         return f"an encoder-decoder model (model_type={model_type})"
     if getattr(config, "vision_config", None) is not None:
         return (
-            f"a vision-language model (model_type={model_type}, with a vision_config); save its language model as a "
-            "folder of its own and prune that"
+            f"a vision-language model (model_type={model_type}, with a vision_config); model.part=language_model "
+            "prunes its language model alone"
         )
     if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return f"an encoder (model_type={model_type}), whose attention looks both ways"

@@ -65,12 +65,25 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
             "to run that code set model.trust_remote_code=true"
         )
     try:
-        return AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+        return config if source.part == "whole" else _text_config(source, config)
+    except ConfigError:
+        raise
     except Exception as error:  # transformers' own checks of a configuration raise many types
         raise UnsupportedModelError(
             f"model.path={source.origin}: transformers does not know this model (model_type={model_type or None}): "
             f"{_first_line(error)}"
         ) from error
+
+
+def _text_config(source: ModelSource, config: Any) -> Any:
+    text = config.get_text_config()
+    if text is config:
+        raise ConfigError(
+            f"model.part={source.part}: {source.origin} is no model with a language model inside (model_type="
+            f"{config.model_type}); use model.part=whole"
+        )
+    return text
 
 
 @lru_cache(maxsize=4)
@@ -110,6 +123,8 @@ def _check_weights(source: ModelSource, model: nn.Module) -> None:
     """
     stored: dict[str, tuple[int, ...]] = {}
     files = sorted(source.folder.glob("*.safetensors"))
+    if source.part != "whole":  # the names are those of the whole
+        return
     if not files:  # locate() asks for them; cfsp inspect takes a folder with config.json alone
         return
     for path in files:
@@ -161,13 +176,14 @@ def load_model(
     Raises:
         CheckpointError: weights are missing, of the wrong shape, unreadable, or not finite.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = load_config(source, trust_remote_code=trust_remote_code)
+    whole = source.part == "whole"
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = (AutoModelForCausalLM if whole else AutoModelForImageTextToText).from_pretrained(
             source.folder,
-            config=config,
+            config=config if whole else None,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
@@ -184,6 +200,8 @@ def load_model(
             f"model.path={source.origin}: {len(wrong)} weights are missing or of another shape, first {wrong[0]}; "
             "the folder's config.json and safetensors do not belong together"
         )
+    if not whole:
+        model = language_model_of(model, config, source)
     name = first_non_finite(model)
     if name is not None:
         raise CheckpointError(
@@ -194,6 +212,32 @@ def load_model(
     with contextlib.suppress(UnsupportedModelError):  # then it can be evaluated, not pruned
         model._cfsp_loaded = (source.fingerprint, weight_sample(resolve(model)))
     return model
+
+
+def language_model_of(model: Any, config: Any, source: ModelSource) -> Any:
+    """The causal language model of ``config`` with the decoder and the head that are inside ``model``.
+
+    Raises:
+        UnsupportedModelError: there is no such decoder in it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        alone: Any = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    inner = [module for module in model.modules() if type(module) is type(alone.base_model)]
+    head = model.get_output_embeddings()
+    if len(inner) != 1 or head is None:
+        raise UnsupportedModelError(
+            f"model.part={source.part}: {type(model).__name__} holds {len(inner)} decoders of the class "
+            f"{type(alone.base_model).__name__}; save its language model as a folder of its own"
+        )
+    setattr(alone, alone.base_model_prefix, inner[0])
+    alone.set_output_embeddings(head)
+    inner[0].config = alone.config
+    if (source.folder / "generation_config.json").is_file():
+        alone.generation_config = model.generation_config
+    return alone
 
 
 def load(path: str | Path, *, dtype: DType = "auto", device: str = "auto") -> tuple[Any, Any]:

@@ -12,10 +12,10 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from cfsp.config import ModelSection, SavedDType
 from cfsp.errors import CheckpointError
@@ -40,13 +40,17 @@ _HUB_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICEN
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on disk. ``origin`` is the folder or ``hub id@commit``; ``fingerprint`` is of the content."""
+    """A model on disk. ``origin`` is the folder or ``hub id@commit``; ``fingerprint`` is of the content.
+
+    part: whole, or language_model: that of a vision-language model alone, which is another model to everybody else.
+    """
 
     name: str
     origin: str
     folder: Path
     config: dict[str, Any] = field(hash=False)  # in the fingerprint
     fingerprint: str
+    part: Literal["whole", "language_model"] = "whole"
 
     @property
     def positions(self) -> int | None:
@@ -83,6 +87,13 @@ def locate(section: ModelSection, digests: Path | None = None) -> ModelSource:
     Raises:
         CheckpointError: no such folder, an incomplete or truncated one, no safetensors, a hub out of reach.
     """
+    source = _located(section, digests)
+    if section.part == "whole":
+        return source
+    return replace(source, part=section.part, fingerprint=f"{source.fingerprint}#{section.part}")
+
+
+def _located(section: ModelSection, digests: Path | None) -> ModelSource:
     path = str(section.path)
     if path.startswith("pkg://"):
         return _from_folder(section.name, package_path(path), origin=path)

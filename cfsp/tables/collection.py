@@ -138,6 +138,8 @@ def science(configuration: Mapping[str, Any]) -> str:
     kept = {key: value for key, value in configuration.items() if key not in _NOT_SCIENCE}
     if isinstance(kept.get("model"), Mapping):  # what it repeats of config.json is in the model's fingerprint
         kept["model"] = {key: value for key, value in kept["model"].items() if key != "architecture"}
+        if kept["model"].get("part") == "whole":  # as in every record from before there was a part
+            del kept["model"]["part"]
     kept["save"] = {key: value for key, value in kept.get("save", {}).items() if key != "model"}
     calibration = kept.get("calibration")
     if isinstance(calibration, Mapping) and calibration.get("batch_size") == _BATCH_BEFORE_AUTO:

@@ -207,3 +207,58 @@ def test_finding_out_what_a_block_returns_is_seen_by_no_hook(monkeypatch):
     BlockDriver(resolve(model), 2).entry(ids(2, 8, seed=1))
     assert not seen
     assert [*driver._RETURNS_TUPLE.values()] == [False]
+
+
+@pytest.fixture
+def vision_language_folder(tmp_path):
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text = LlamaConfig(
+        vocab_size=WORDS, hidden_size=48, intermediate_size=88, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=3, head_dim=8, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
+        projection_dim=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=5))
+    return model.eval(), save_with_tokenizer(model, tmp_path / "base")
+
+
+def test_the_language_model_inside_a_vision_language_model(vision_language_folder, run_cfsp, prose_file, tmp_path):
+    whole, folder = vision_language_folder
+    given = [
+        "model=local", f"model.path={folder}", "calibration=text", f"calibration.path={prose_file}",
+        "calibration.n_samples=4", "calibration.seq_len=24", f"sparsity.round_to={STEP}", "evaluation=none",
+    ]  # fmt: skip
+    code, _, err = run_cfsp(*given)
+    assert code == 2
+    assert "model.part=language_model prunes its language model alone" in err
+    code, _, err = run_cfsp(*given, "model.part=language_model", "sparsity.ratio=0.3")
+    assert code == 0, err
+    model, _ = cfsp.load(tmp_path / "out" / "model")
+    assert type(model).__name__ == "PrunedLlamaForCausalLM"
+    plan = cfsp.PruningPlan.load(tmp_path / "out" / "plan.json")
+    assert plan.base_fingerprint.endswith("#language_model")
+    prompt = ids(2, 12, seed=2) + 6  # no image tokens
+    from cfsp.config import ModelSection
+    from cfsp.models.load import load_model
+    from cfsp.models.source import locate
+
+    source = locate(ModelSection(name="m", path=str(folder), part="language_model"))
+    alone = load_model(source, dtype=torch.float32, device=torch.device("cpu"))
+    with torch.no_grad():
+        assert torch.equal(alone(prompt).logits, whole(prompt).logits)
+        found = model(prompt).logits
+        with masked(alone, plan):
+            expected = alone(prompt).logits
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_part_that_is_not_there_is_refused(run_cfsp, tmp_path):
+    folder = save_with_tokenizer(replace(ARCHITECTURES["llama"]).build(), tmp_path / "base")
+    code, _, err = run_cfsp("model=local", f"model.path={folder}", "model.part=language_model")
+    assert code == 2
+    assert "model.part=language_model" in err
+    assert "use model.part=whole" in err
