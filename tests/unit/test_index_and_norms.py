@@ -79,9 +79,11 @@ def test_recurrent_blocks_without_a_self_attn_lose_neurons(tmp_path):
     check(model, hand_plan(kept, kept, STAYS, STAYS), tmp_path / "model")
 
 
-def test_square_gates_of_a_recurrent_mixer_are_no_experts():
+def test_square_gates_of_a_recurrent_mixer_are_no_experts(tmp_path):
     settings = {**ARCHITECTURES["llama"].settings, "lru_width": 48, "head_dim": 8, "attention_window_size": 8}
-    assert resolve(built("recurrent_gemma", **settings)).widths == [44] * 4  # it halves what is configured
+    model = built("recurrent_gemma", **settings)
+    assert resolve(model).widths == [44] * 4  # it halves what is configured
+    check(model, hand_plan(BlockPlan(ffn_kept=tuple(range(20))), STAYS, STAYS, STAYS), tmp_path / "model")
 
 
 def test_as_many_sinks_as_a_head_has_channels_are_of_the_heads():
