@@ -13,7 +13,7 @@ from cfsp.models.projection import Projection, is_matrix, of_names, stored_param
 _QKV_NAMES = ("q_proj", "k_proj", "v_proj")
 #: One matrix for q, k and v -> how its rows lie: all of q, all of k, all of v; or KV group after KV group, in each the
 #: query heads, then k, then v (with one query head per group: head by head; with one group: as concatenated).
-_FUSED_NAMES: dict[str, Literal["concatenated", "grouped"]] = {
+FUSED_NAMES: dict[str, Literal["concatenated", "grouped"]] = {
     "qkv_proj": "concatenated",
     "c_attn": "concatenated",
     "query_key_value": "grouped",
@@ -95,7 +95,7 @@ def attention_in(model: Any, block: nn.Module) -> AttentionView | None:
     """The attention of a block of ``model``; None where its projections are not recognised."""
     for module in block.modules():
         outputs = [name for name in _OUTPUT_NAMES if is_matrix(getattr(module, name, None))]
-        fused = [name for name in _FUSED_NAMES if is_matrix(getattr(module, name, None))]
+        fused = [name for name in FUSED_NAMES if is_matrix(getattr(module, name, None))]
         separate = of_names(module, _QKV_NAMES)
         if not outputs or (separate is None and not fused):
             continue
@@ -107,7 +107,7 @@ def attention_in(model: Any, block: nn.Module) -> AttentionView | None:
         if separate is not None:
             q, k, v = separate
             return _fitting(module, head_dim, q, k, v, output, fixed)
-        layout = _FUSED_NAMES[fused[0]]
+        layout = FUSED_NAMES[fused[0]]
         if getattr(module, "multi_query", None) is False:  # GPT-BigCode's other layout
             layout = "grouped"
         parts = _parts(Projection(module, fused[0]), output.in_features // head_dim, head_dim, layout)
@@ -131,7 +131,10 @@ def _fixed(model: Any, block: nn.Module, module: nn.Module, head_dim: int | None
         if isinstance(child, nn.ModuleList) and len(child) > 1:
             return f"its {name} holds a module for each head"
         for own, parameter in child._parameters.items():
-            if parameter is not None and id(child) not in matrices and parameter.numel() != head_dim:
+            if parameter is None or id(child) in matrices:
+                continue
+            # One of the attention itself is of the heads whatever its size: GPT-OSS has 64 sinks and heads of 64.
+            if child is module or parameter.numel() != head_dim:
                 what = f"{name}.{own}" if name else own
                 return f"its {what} {tuple(parameter.shape)} is of several heads together"
     config = getattr(model.config, "get_text_config", lambda: model.config)()

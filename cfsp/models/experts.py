@@ -240,9 +240,12 @@ def experts_in(model: Any, block: nn.Module) -> ExpertsFFN | None:
 
 def looks_like_experts(block: nn.Module) -> bool:
     """Whether a module of the block has matrices of several experts in its parameters."""
-    return any(
-        sum(p is not None and p.dim() == 3 for p in module._parameters.values()) >= 2 for module in block.modules()
-    )
+    for module in block.modules():
+        shapes = [p.shape for p in module._parameters.values() if p is not None and p.dim() == 3]
+        # The gates of a recurrent mixer (RecurrentGemma) are square matrices, one for each head.
+        if len(shapes) >= 2 and any(rows != columns for _, rows, columns in shapes):
+            return True
+    return False
 
 
 def update_counts(module: nn.Module, before: int, after: int, *, width: bool = False) -> None:

@@ -181,13 +181,17 @@ def _shapes(layer: nn.Module, gone: Collection[str]) -> dict[str, list[int]]:
     }
 
 
-def _numbers(layer: nn.Module, gone: Collection[str]) -> Iterator[tuple[str, int]]:
-    """The whole numbers that the modules of a layer keep: sizes, counts of heads, slots of the cache."""
+def _numbers(layer: nn.Module, gone: Collection[str]) -> Iterator[tuple[str, int | float]]:
+    """The numbers that the modules of a layer keep: sizes, counts of heads, slots of the cache, scales.
+
+    GPT-2 may divide by the index that a layer was built with (scale_attn_by_inverse_layer_idx): in a shorter model it
+    is another one.
+    """
     for path, module in layer.named_modules():
         if path.partition(".")[0] in gone:
             continue
         for name, value in vars(module).items():
-            if isinstance(value, int) and not isinstance(value, bool) and not name.startswith("_"):
+            if isinstance(value, int | float) and not isinstance(value, bool) and not name.startswith("_"):
                 yield (f"{path}.{name}" if path else name), value
 
 

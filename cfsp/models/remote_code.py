@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from cfsp.errors import UnsupportedModelError
 from cfsp.models import shapes_template
-from cfsp.models.attention import is_layer_config
+from cfsp.models.attention import FUSED_NAMES, is_layer_config
+from cfsp.models.projection import is_matrix
 from cfsp.models.pruned_template import CONFIGURATION, MODELING
 from cfsp.registration import PACKAGE, PRUNED_PREFIX
 
@@ -349,7 +350,8 @@ def _shared_norms(model: PreTrainedModel, family: PrunedFamily) -> list[str]:
             for kind, attribute in SUBMODULES.items()
             if _is_stub(getattr(layer, attribute))
             for name in family.norms[kind]
-            if list(getattr(layer, name).parameters())
+            # None: StableLM's block with a parallel residual has one norm for both.
+            if (norm := getattr(layer, name)) is not None and list(norm.parameters())
         }
     )
 
@@ -398,6 +400,7 @@ def _added_biases(
         expected = stock(small).model.layers
     added: dict[str, list[str]] = {}
     for index, (layer, plain) in enumerate(zip(model.model.layers, expected, strict=True)):
+        _check_scales(layer, plain, index)
         for name in _BIASED:
             parent = name.partition(".")[0]
             if _is_stub(getattr(layer, parent)):
@@ -406,6 +409,19 @@ def _added_biases(
             if linear.bias is not None and stock_linear.bias is None:
                 added.setdefault(str(index), []).append(name)
     return added
+
+
+def _check_scales(layer: nn.Module, stock: nn.Module, index: int) -> None:
+    """Sizes do not say what a layer made of its index; in a shorter model the stock class makes something else."""
+    plain = dict(stock.named_modules())
+    for path, module in layer.named_modules():
+        for name, value in vars(module).items():
+            other = vars(plain[path]).get(name) if path in plain else None
+            if isinstance(value, float) and isinstance(other, float) and value != other:
+                raise UnsupportedModelError(
+                    f"{type(layer).__name__}: {path}.{name} is {value:.4g}, as in the layer that it was before whole "
+                    f"blocks went; a folder would give layer {index} {other:.4g}; use a pruner that removes no blocks"
+                )
 
 
 def _settle_layers(model: PreTrainedModel, shapes: list[_LayerShape], family: PrunedFamily) -> None:
@@ -501,6 +517,14 @@ def _probe(model_type: str, config_class: type, model_class: type, causal_lm_cla
             raise UnsupportedModelError(
                 f"model type '{model_type}', layer {index}: looked for FFN matrices of width "
                 f"config.intermediate_size={_PROBE_SIZES['intermediate_size']}, found {found}"
+            )
+        # Sizes are read off these names and written to them; other heads would be described wrongly.
+        if "self_attn.o_proj.weight" not in dict(layer.named_parameters()) or any(
+            is_matrix(getattr(layer.self_attn, name, None)) for name in FUSED_NAMES
+        ):
+            raise UnsupportedModelError(
+                f"model type '{model_type}', layer {index}: looked for an attention with an o_proj and no fused "
+                f"projection, found {[name for name, _ in layer.named_children()]}"
             )
 
 

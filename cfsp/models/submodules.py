@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cfsp.errors import UnsupportedModelError
-from cfsp.models.driver import BlockDriver, forward_replaced, run_block
+from cfsp.models.driver import BlockDriver, Entry, forward_replaced, hidden_of, run_block
 from cfsp.models.ffn import FFN
 from cfsp.models.remote_code import pruned_family, stock_type
 from cfsp.models.streamed import resident, streamed
@@ -144,7 +145,46 @@ def _seen_norms(view: DecoderView) -> dict[Kind, tuple[str, ...]]:
             if into or entered[name] is left.get(names[0]):
                 served[kind].add(name)
     shared = served["attention"] & served["mlp"]
-    return {kind: tuple(sorted(names - shared)) for kind, names in served.items()}
+    found: dict[Kind, tuple[str, ...]] = {kind: tuple(sorted(names - shared)) for kind, names in served.items()}
+    if entry.hidden[0].is_meta:  # nothing has a value
+        return found
+    with torch.no_grad(), resident(view, block), _experts_aside(view):
+        return {kind: _alone(view, block, kind, names, entry) for kind, names in found.items()}
+
+
+def _alone(view: DecoderView, block: BlockView, kind: Kind, names: tuple[str, ...], entry: Entry) -> tuple[str, ...]:
+    """Those of the norms ``names`` without which a block that lost the submodule gives the same.
+
+    BLOOM and MiniMax may add the residual behind a norm: that one serves more than the submodule it feeds. In a post-
+    norm a bias outlives the submodule.
+    """
+    if not names:
+        return ()
+    parameters = (*block.module.parameters(), *block.module.buffers())
+    # The modules are copied, the values are not.
+    twin = copy.deepcopy(block.module, {id(tensor): tensor for tensor in parameters})
+    for module in twin.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    family = pruned_family(stock_type(view.model.config.model_type))
+    if family.form == "sizes":
+        family.modeling.skip(twin, kind, shared=set(names))
+    else:
+        first, *others = parts(block, kind)
+        family.modeling.skip(twin, first, kind)
+        for name in others:
+            setattr(twin, name, nn.Identity())
+    kwargs = entry.kwargs[block.index][0]
+    hidden = torch.randn(entry.hidden[0].shape, generator=torch.Generator().manual_seed(0)).to(entry.hidden[0])
+    whole = hidden_of(twin(hidden.clone(), **kwargs))
+    alone = []
+    for name in names:
+        norm = getattr(twin, name)
+        setattr(twin, name, nn.Identity())
+        if torch.equal(hidden_of(twin(hidden.clone(), **kwargs)), whole):
+            alone.append(name)
+        setattr(twin, name, norm)
+    return tuple(alone)
 
 
 class _Answered(TorchFunctionMode):

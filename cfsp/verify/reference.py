@@ -279,7 +279,11 @@ def _in_memory(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
         tokens.append(token)
         margins.append(margin)
         if at + 1 < GREEDY:
-            output = model(token[:, None].to(device), past_key_values=output.past_key_values, use_cache=True)
+            past = getattr(output, "past_key_values", None)
+            if past is None:  # RecurrentGemma keeps its states to itself: everything so far is read again
+                output = model(torch.cat([ids, torch.stack(tokens, dim=1).to(device)], dim=1), use_cache=False)
+            else:
+                output = model(token[:, None].to(device), past_key_values=past, use_cache=True)
     return logprobs, top, torch.stack(tokens, dim=1), torch.stack(margins, dim=1)
 
 
