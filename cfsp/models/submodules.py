@@ -176,7 +176,10 @@ def _alone(view: DecoderView, block: BlockView, kind: Kind, names: tuple[str, ..
             setattr(twin, name, nn.Identity())
     kwargs = entry.kwargs[block.index][0]
     hidden = torch.randn(entry.hidden[0].shape, generator=torch.Generator().manual_seed(0)).to(entry.hidden[0])
-    whole = hidden_of(twin(hidden.clone(), **kwargs))
+    try:
+        whole = hidden_of(twin(hidden.clone(), **kwargs))
+    except (ValueError, TypeError):  # GPT-OSS asks its mixture for two values: it cannot go, and is refused elsewhere
+        return names
     alone = []
     for name in names:
         norm = getattr(twin, name)
