@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.models.hidden_states import HiddenStates
+from cfsp.models.snapshot import hooks_aside
 from cfsp.models.streamed import resident, streamed
 from cfsp.models.views import BlockView, DecoderView
 from cfsp.progress import progress
@@ -186,7 +186,7 @@ def _blocks_skipped(view: DecoderView, leaving: Tensor | None = None) -> Iterato
         return record
 
     # Hooks are set aside: the block does not run here, so nobody may count or measure this call.
-    with _hooks_aside(modules), ExitStack() as shadows:
+    with hooks_aside(modules), ExitStack() as shadows:
         for block in view.blocks:
             cls = type(block.module)
             shadows.enter_context(forward_replaced(block.module, recorder(cls, _returns_tuple(view, block))))
@@ -200,19 +200,6 @@ def _by_name(cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
     if args:
         return {**named, **kwargs}
     return {"hidden_states": kwargs["hidden_states"], **kwargs}
-
-
-@contextmanager
-def _hooks_aside(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """``modules`` run without their hooks for a while."""
-    aside = [(module, module._forward_hooks, module._forward_pre_hooks) for module in modules]
-    for module in modules:
-        module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
-    try:
-        yield
-    finally:
-        for module, hooks, pre_hooks in aside:
-            module._forward_hooks, module._forward_pre_hooks = hooks, pre_hooks
 
 
 #: Whether the blocks of a class return their hidden state in a tuple, whose first item their model goes on with.
@@ -239,11 +226,11 @@ def _returns_tuple(view: DecoderView, block: BlockView) -> bool:
             aside.enter_context(torch.no_grad())
             aside.enter_context(resident(view, block))
             # Those of the modules within too: nobody may count this token.
-            aside.enter_context(_hooks_aside([*block.module.modules()]))
+            aside.enter_context(hooks_aside([*block.module.modules()]))
             aside.enter_context(forward_replaced(block.module, once))
             aside.enter_context(suppress(_ReturnedError))
             for module in before:  # of classes that are known by now
-                aside.enter_context(_hooks_aside([module]))
+                aside.enter_context(hooks_aside([module]))
                 aside.enter_context(forward_replaced(module, _passing(_RETURNS_TUPLE[type(module)])))
             view.decoder(ids, use_cache=False)
     return _RETURNS_TUPLE[cls]

@@ -51,10 +51,6 @@ class Projection:
     def in_features(self) -> int:
         return self._stored_shape[1]
 
-    @property
-    def n_parameters(self) -> int:
-        return self.out_features * (self.in_features + (self.module.bias is not None))
-
     def part(self, stored: Tensor) -> Tensor:
         """What is this projection's of a tensor laid out as its parameter is, such as a gradient; [out, in]."""
         return self._own_rows(stored.T if is_transposed(self.module) else stored)

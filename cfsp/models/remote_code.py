@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,13 +25,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cfsp.errors import UnsupportedModelError
 from cfsp.models import shapes_template
 from cfsp.models.attention import FUSED_NAMES, is_layer_config
 from cfsp.models.projection import is_matrix
 from cfsp.models.pruned_template import CONFIGURATION, MODELING
+from cfsp.models.serving_norms import served, watched
 from cfsp.registration import PACKAGE, PRUNED_PREFIX
 
 if TYPE_CHECKING:
@@ -541,38 +542,15 @@ def _silent() -> Iterator[None]:
 
 
 def _norms(config_class: type, causal_lm_class: type) -> dict[str, tuple[str, ...]]:
-    """Which norms of a layer serve its attention, or its FFN, alone; seen in one pass of a small model.
-
-    A norm whose output enters the submodule, or whose input left it, belongs to it; one that feeds both to neither.
-    """
+    """Which norms of a layer serve its attention, or its FFN, alone; seen in one pass of a small model."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model: Any = causal_lm_class(config_class(**_PROBE_SIZES)).eval()
-    layer = model.model.layers[0]
-    served: dict[str, set[str]] = {kind: set() for kind in SUBMODULES}
-    entered: dict[str, Tensor] = {}
-    left: dict[str, Tensor] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            entered[name] = args[0] if args else kwargs["hidden_states"]
-            left[name] = output[0] if isinstance(output, tuple) else output
-
-        return note
-
-    for name, child in layer.named_children():
-        child.register_forward_hook(watch(name), with_kwargs=True)
     try:
-        with torch.no_grad():
+        with watched(model.model.layers[0]) as seen, torch.no_grad():
             model(torch.arange(4)[None], use_cache=False)
     except Exception:  # a family that does not run so: its norms stay, which costs parameters and changes nothing
         return dict.fromkeys(SUBMODULES, ())
-    others = [name for name in left if name not in SUBMODULES.values() and list(layer.get_submodule(name).parameters())]
-    for kind, submodule in SUBMODULES.items():
-        for name in others:
-            if left[name] is entered.get(submodule) or entered[name] is left.get(submodule):
-                served[kind].add(name)
-    shared = served["attention"] & served["mlp"]
-    return {kind: tuple(sorted(names - shared)) for kind, names in served.items()}
+    return served(seen, {kind: (name,) for kind, name in SUBMODULES.items()})
 
 
 def package() -> ModuleType:

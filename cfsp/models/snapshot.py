@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,6 +66,26 @@ def restored(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         snapshot.restore()
+
+
+@contextmanager
+def hooks_aside(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """``modules`` are without their hooks for a while."""
+    aside = [(module, module._forward_hooks, module._forward_pre_hooks) for module in modules]
+    for module in modules:
+        module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for module, hooks, pre_hooks in aside:
+            module._forward_hooks, module._forward_pre_hooks = hooks, pre_hooks
+
+
+def twin_of(module: nn.Module, *, own_values: bool = False) -> nn.Module:
+    """A copy without anybody's hooks, to swap modules in; its values are those of ``module`` unless it gets its own."""
+    kept = [] if own_values else [*module.parameters(), *module.buffers()]
+    with hooks_aside([*module.modules()]):
+        return copy.deepcopy(module, {id(tensor): tensor for tensor in kept})
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

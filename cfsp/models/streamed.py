@@ -6,7 +6,6 @@ are real. A plan that is applied is a transformation of what is read, by the sam
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from cfsp.errors import CheckpointError, RunError, UnsupportedModelError
 from cfsp.memory import return_freed
 from cfsp.models.hidden_states import Room
 from cfsp.models.shards import Shards
+from cfsp.models.snapshot import twin_of
 from cfsp.models.views import BlockView, DecoderView, resolve, view_block
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class StreamedWeights:
         view = resolve(model)
         prefixes = {module: name for name, module in model.named_modules()}
         self._prefixes = [f"{prefixes[block.module]}." for block in view.blocks]
-        self._dense = tuple(_Origin(block.index, _meta_copy(block.module)) for block in view.blocks)
+        self._dense = tuple(_Origin(block.index, twin_of(block.module)) for block in view.blocks)
         self._origins = self._dense
         self._tensors: Mapping[str, Tensor] = {}
         self.reads = [0] * len(view.blocks)
@@ -234,7 +234,7 @@ class StreamedWeights:
         origin = self._origins[at]
         self.reads[origin.index] += 1
         prefix = self._prefixes[origin.index]
-        block = view_block(self.model, f"block {origin.index}", origin.index, _meta_copy(origin.stored))
+        block = view_block(self.model, f"block {origin.index}", origin.index, twin_of(origin.stored))
         places = {self._names[prefix + path]: (module, name) for module, name, path in _places(block.module)}
         for stored in self.shards.in_order(places):
             tensor = self._checked(stored, self.shards.read(stored), block=origin.index).to(self.device)
@@ -382,18 +382,6 @@ def _places(module: nn.Module) -> list[tuple[nn.Module, str, str]]:
         for name, parameter in child._parameters.items()
         if parameter is not None
     ]
-
-
-def _meta_copy(module: nn.Module) -> nn.Module:
-    """A copy without hooks; parameters on the meta device cost nothing."""
-    hooks = [(child, child._forward_hooks, child._forward_pre_hooks) for child in module.modules()]
-    for child, _, _ in hooks:
-        child._forward_hooks, child._forward_pre_hooks = type(child._forward_hooks)(), type(child._forward_pre_hooks)()
-    try:
-        return copy.deepcopy(module)
-    finally:
-        for child, after, before in hooks:
-            child._forward_hooks, child._forward_pre_hooks = after, before
 
 
 def state_tensors(model: Any) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,8 @@ from cfsp.errors import UnsupportedModelError
 from cfsp.models.driver import BlockDriver, Entry, forward_replaced, hidden_of, run_block
 from cfsp.models.ffn import FFN
 from cfsp.models.remote_code import pruned_family, stock_type
+from cfsp.models.serving_norms import served, watched
+from cfsp.models.snapshot import twin_of
 from cfsp.models.streamed import resident, streamed
 from cfsp.models.views import BlockView, DecoderView, is_removed
 
@@ -115,37 +116,11 @@ def _seen_norms(view: DecoderView) -> dict[Kind, tuple[str, ...]]:
         return dict.fromkeys(KINDS, ())
     block = whole[0]
     of_kind = {kind: parts(block, kind) for kind in KINDS}
-    entered: dict[str, Tensor] = {}
-    left: dict[str, Tensor] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            entered[name] = args[0] if args else kwargs["hidden_states"]
-            left[name] = output[0] if isinstance(output, tuple) else output
-
-        return note
-
     with _Answered(), _experts_aside(view):
         entry = BlockDriver(view, 1).entry(torch.arange(4)[None])
-    children = dict(block.module.named_children())
-    handles = [child.register_forward_hook(watch(name), with_kwargs=True) for name, child in children.items()]
-    try:
-        with torch.no_grad(), resident(view, block), _experts_aside(view), _Answered():
-            run_block(block, entry.hidden[0], entry.kwargs[block.index][0])
-    finally:
-        for handle in handles:
-            handle.remove()
-    inside = {name for names in of_kind.values() for name in names}
-    served: dict[Kind, set[str]] = {kind: set() for kind in KINDS}
-    for name, output in left.items():
-        if name in inside or not list(children[name].parameters()):
-            continue
-        for kind, names in of_kind.items():
-            into = any(output is entered.get(part) for part in names)
-            if into or entered[name] is left.get(names[0]):
-                served[kind].add(name)
-    shared = served["attention"] & served["mlp"]
-    found: dict[Kind, tuple[str, ...]] = {kind: tuple(sorted(names - shared)) for kind, names in served.items()}
+    with watched(block.module) as seen, torch.no_grad(), resident(view, block), _experts_aside(view), _Answered():
+        run_block(block, entry.hidden[0], entry.kwargs[block.index][0])
+    found = served(seen, of_kind)
     if entry.hidden[0].is_meta:  # nothing has a value
         return found
     with torch.no_grad(), resident(view, block), _experts_aside(view):
@@ -160,12 +135,7 @@ def _alone(view: DecoderView, block: BlockView, kind: Kind, names: tuple[str, ..
     """
     if not names:
         return ()
-    parameters = (*block.module.parameters(), *block.module.buffers())
-    # The modules are copied, the values are not.
-    twin = copy.deepcopy(block.module, {id(tensor): tensor for tensor in parameters})
-    for module in twin.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
+    twin = twin_of(block.module)
     family = pruned_family(stock_type(view.model.config.model_type))
     if family.form == "sizes":
         family.modeling.skip(twin, kind, shared=set(names))

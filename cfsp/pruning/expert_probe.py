@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from cfsp.calibrate.routing import Routing, routing_of_modules, substituted
 from cfsp.errors import UnsupportedModelError
 from cfsp.models.driver import forward_replaced, hidden_of
 from cfsp.models.experts import ExpertsFFN
+from cfsp.models.snapshot import twin_of
 from cfsp.models.streamed import resident
 from cfsp.models.views import BlockView, DecoderView, view_block
 from cfsp.pruning.expert_slicing import slice_mixture
@@ -118,11 +118,9 @@ def _routing(mixture: ExpertsFFN, states: Tensor) -> Routing:
 
 
 def _twin(view: DecoderView, block: BlockView) -> ExpertsFFN:
-    """A copy without anybody's hooks."""
-    module = copy.deepcopy(block.module)
+    """A copy with values of its own, which are zeroed here."""
+    module = twin_of(block.module, own_values=True)
     for child in module.modules():
-        child._forward_hooks.clear()
-        child._forward_pre_hooks.clear()
         config: Any = getattr(child, "config", None)
         if hasattr(config, "_experts_implementation"):
             config._experts_implementation = "eager"

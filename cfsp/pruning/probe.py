@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.errors import UnsupportedModelError
-from cfsp.models.driver import BlockDriver, run_block
+from cfsp.models.driver import BlockDriver, Entry, run_block
 from cfsp.models.ffn import FFN
 from cfsp.models.projection import Projection
+from cfsp.models.snapshot import twin_of
 from cfsp.models.streamed import resident
 from cfsp.models.views import BlockView, DecoderView, view_block
 from cfsp.pruning.expert_probe import check_mixture
@@ -68,7 +68,8 @@ def _judge(view: DecoderView, block: BlockView, kind: _Kind) -> None:
     what, unit = ("attention", "KV group") if block.ffn is not part else (f"a {block.ffn.kind} FFN", "neuron")
     name = f"{type(view.model).__name__}: block {block.index} looks like {what} ({type(part.module).__name__}), but"
     try:
-        deviation = max(_deviation(view, block, kind, removed) for removed in ("first", "last"))
+        entry = BlockDriver(view, 1).entry(torch.arange(4)[None])
+        deviation = max(_deviation(view, block, kind, entry, removed) for removed in ("first", "last"))
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         found = [
             f"{parameter_name} {tuple(parameter.shape)}"
@@ -89,9 +90,8 @@ def _judge(view: DecoderView, block: BlockView, kind: _Kind) -> None:
         )
 
 
-def _deviation(view: DecoderView, block: BlockView, kind: _Kind, removed: str) -> float:
+def _deviation(view: DecoderView, block: BlockView, kind: _Kind, entry: Entry, removed: str) -> float:
     """Of what leaves the output projection while a copy of the whole block runs, relative to its largest value."""
-    entry = BlockDriver(view, 1).entry(torch.arange(4)[None])
     kwargs, entering = entry.kwargs[block.index][0], entry.hidden[0]
     # Of the order of one, whatever the embeddings give: what is looked at must be seen to work.
     generator = torch.Generator().manual_seed(0)
@@ -102,7 +102,7 @@ def _deviation(view: DecoderView, block: BlockView, kind: _Kind, removed: str) -
             run_block(twin, hidden, kwargs)
         return seen.output
 
-    twin = view_block(view.model, f"block {block.index}", block.index, _copy(block.module))
+    twin = view_block(view.model, f"block {block.index}", block.index, twin_of(block.module))
     part = twin.channels[kind].part
     units = part.width if isinstance(part, FFN) else part.n_kv_heads
     size = part.width // units
@@ -148,12 +148,3 @@ class _Leaving:
         masked = args[0].clone()
         masked[..., self._zeroed] = 0
         return (masked, *args[1:])
-
-
-def _copy(module: nn.Module) -> nn.Module:
-    """A copy without anybody's hooks."""
-    twin = copy.deepcopy(module)
-    for child in twin.modules():
-        child._forward_hooks.clear()
-        child._forward_pre_hooks.clear()
-    return twin
