@@ -29,11 +29,14 @@ def method_of(config: RunConfig) -> dict[str, Any]:
 
 def without_unused(pruner: Mapping[str, Any]) -> dict[str, Any]:
     """A pruner's settings without those that decide nothing beside the others."""
-    fits = pruner.get("compensation") == "least_squares"
+    newton = pruner.get("compensation") == "gauss_newton"
+    fits = newton or pruner.get("compensation") == "least_squares"
     experts = pruner.get("structure") == "experts"
     needed = {
         "ridge": fits,
         "correction": fits and pruner.get("sequential"),
+        "newton_steps": newton,
+        "cg_iterations": newton,
         "expert_score": experts,
         "unseen_experts": experts,
     }

@@ -72,7 +72,7 @@ class BlockSums:
         """Register the hooks; returns what removes them."""
         removers = [self.block.module.register_forward_hook(self._distance, with_kwargs=True).remove]
         for kind, channels in self.block.channels.items():
-            removers += watch_inputs(self.block, channels, self.inputs[kind])
+            removers += watch_inputs(self.block, channels.output, self.inputs[kind])
         if self.experts is not None:
             removers += watch_routing(self.block, self.experts)
         return removers

@@ -188,18 +188,12 @@ class CrossSums:
         weight = channels.output.weight
         self.matrix = torch.zeros(channels.n, weight.shape[0], dtype=torch.float32, device=weight.device)
         self.stride, self.tokens = stride, 0
-        self._seen: Tensor | None = None
 
-    def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._seen = args[0].detach()
-
-    def add(self, missing: Tensor) -> None:
-        """``missing`` [B, T, d] of the batch that was seen last."""
-        assert self._seen is not None
-        x, e = (taken(value, self.stride).flatten(0, 1).float() for value in (self._seen, missing))
+    def add(self, entering: Tensor, missing: Tensor) -> None:
+        """Of one batch: what entered the linear, [B, T, N], and E, [B, T, d]."""
+        x, e = (taken(value, self.stride).flatten(0, 1).float() for value in (entering, missing))
         self.matrix.addmm_(x.T, e)
         self.tokens += len(x)
-        self._seen = None
 
     def report(self) -> Tensor:
         return self.matrix / max(self.tokens, 1)
@@ -216,7 +210,7 @@ def gram_sums(blocks: Sequence[BlockView], wanted: GramWanted | None) -> Iterato
             for kind, channels in block.channels.items():
                 if wanted is not None and kind in wanted.kinds:
                     made = GramSums(channels.n, channels.output.weight.device, wanted.stride)
-                    handles += watch_inputs(block, channels, made)
+                    handles += watch_inputs(block, channels.output, made)
                     of_block[kind] = made
             sums.append(of_block)
         yield sums

@@ -1,4 +1,4 @@
-"""Seeing what enters an output projection while a model runs, as [B, T, N] whatever shape the block works in."""
+"""Seeing what enters a projection while a model runs, as [B, T, N] whatever shape the block works in."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from cfsp.models.driver import entering
-from cfsp.models.views import BlockView, Channels
+from cfsp.models.projection import Projection
+from cfsp.models.views import BlockView
 
 
 def watch_inputs(
-    block: BlockView, channels: Channels, seen: Callable[[nn.Module, tuple[Tensor, ...]], None]
+    block: BlockView, projection: Projection, seen: Callable[[nn.Module, tuple[Tensor, ...]], None]
 ) -> list[Callable[[], None]]:
-    """Call ``seen`` as a forward pre-hook of the output projection; returns what ends it.
+    """Call ``seen`` as a forward pre-hook of the projection; returns what ends it.
 
     Some families give their FFN all tokens of a batch in one row (OPT): it is folded back by the shape that entered the
     block.
@@ -29,5 +30,5 @@ def watch_inputs(
 
     return [
         block.module.register_forward_pre_hook(enter, with_kwargs=True).remove,
-        channels.output.register_forward_pre_hook(fold).remove,
+        projection.register_forward_pre_hook(fold).remove,
     ]

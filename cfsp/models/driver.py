@@ -64,6 +64,11 @@ class BlockStep:
         return outputs
 
     @torch.no_grad()
+    def first(self) -> Tensor:
+        """What the block as it is now makes of the first batch."""
+        return run_block(self.block, self.inputs[0], self._kwargs[0])
+
+    @torch.no_grad()
     def beside(self, states: HiddenStates) -> None:
         """Run the block as it is now over ``states`` instead of its inputs; each output takes its input's place."""
         for batch, kwargs in enumerate(self._kwargs):

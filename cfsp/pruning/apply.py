@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.errors import CheckpointError, UnsupportedModelError
-from cfsp.models.ffn import FFN
+from cfsp.models.ffn import FFN, ffn_of
 from cfsp.models.layer_changes import remove_layers
 from cfsp.models.remote_code import adopt, check_adoptable
 from cfsp.models.sample import weight_sample
@@ -20,7 +20,7 @@ from cfsp.models.submodules import remove_submodule
 from cfsp.models.views import BlockView, DecoderView, resolve
 from cfsp.pruning.expert_slicing import slice_mixture
 from cfsp.pruning.plan import BlockPlan, PruningPlan, tensor_name
-from cfsp.pruning.slicing import set_output_bias, set_output_weight, slice_attention, slice_ffn
+from cfsp.pruning.slicing import set_input_weights, set_output_bias, set_output_weight, slice_attention, slice_ffn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -53,7 +53,7 @@ def apply(model: Model, plan: PruningPlan) -> Model:
 
 
 def slice_block(block: BlockView, decision: BlockPlan, tensors: Mapping[str, Tensor]) -> None:
-    """Slice the neurons, experts and KV groups of one block in place; its outputs get what ``tensors`` replace."""
+    """Slice the neurons, experts and KV groups of one block in place; its matrices become what ``tensors`` replace."""
     if decision.ffn_kept is not None and decision.ffn and isinstance(block.ffn, FFN):
         slice_ffn(block.ffn, torch.tensor(decision.ffn_kept, device=block.ffn.output.parameter.device))
     if block.experts is not None and decision.ffn:
@@ -62,6 +62,11 @@ def slice_block(block: BlockView, decision: BlockPlan, tensors: Mapping[str, Ten
         slice_attention(
             block.attention, torch.tensor(decision.kv_groups_kept, device=block.attention.output.parameter.device)
         )
+    if isinstance(block.ffn, FFN) and decision.ffn:
+        now = ffn_of(block.ffn.module)  # the rows of fused matrices have moved
+        refitted = {name: tensors.get(tensor_name(block.index, "ffn", f"{name}_weight")) for name in block.ffn.inputs}
+        if now is not None:
+            set_input_weights([(now.inputs[name], weight) for name, weight in refitted.items() if weight is not None])
     for kind, channels in block.channels.items():
         weight, bias = (tensors.get(tensor_name(block.index, kind, what)) for what in ("weight", "bias"))
         if weight is not None:

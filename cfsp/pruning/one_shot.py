@@ -5,10 +5,7 @@ CFSP, FLAP, Wanda-SP, LLM-Pruner, magnitude, uniform and random are settings of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -17,7 +14,7 @@ from cfsp.allocate.budget import Sizes, Structure, Widths, check_scope, keep_fra
 from cfsp.allocate.search import Search
 from cfsp.components import component
 from cfsp.errors import UnsupportedModelError
-from cfsp.importance.base import Scores, score, score_block
+from cfsp.importance.base import Scores, score
 from cfsp.models.latent import has_latent_attention
 from cfsp.pruning.expert_choice import ExpertScore, Unseen, best_experts, score_whole_experts, with_unseen_kept
 from cfsp.pruning.expert_limits import RANKED_BY_WEIGHTS, check_expert_widths, expert_notes
@@ -28,9 +25,8 @@ if TYPE_CHECKING:
 
     from cfsp.allocate.base import Allocation
     from cfsp.allocate.budget import Budget
-    from cfsp.calibrate.gram import CrossSums, GramMatrices
+    from cfsp.calibrate.gram import GramMatrices
     from cfsp.calibrate.statistics import BlockStatistics
-    from cfsp.models.hidden_states import HiddenStates
     from cfsp.models.views import BlockView, DecoderView
     from cfsp.pruning.base import PlanContext
     from cfsp.pruning.plan import PruningPlan
@@ -46,7 +42,8 @@ class OneShotPruner:
     experts of a block the same number; what is shared by all tokens beside them stays whole.
     compensation: bias adds what the removed units gave on average to the biases of down_proj and o_proj; least_squares
     refits their kept columns to give what all gave (``ridge``: towards the original columns, relative to the mean
-    square of the inputs).
+    square of the inputs); gauss_newton, which needs ``sequential``, goes on from there and refits each FFN whole, gate
+    and up too, in at most ``newton_steps`` steps of ``cg_iterations`` each (:mod:`cfsp.pruning.gauss_newton`).
     sequential: the units of a block are chosen (and compensated) on what the pruned blocks before it give, as FLAP's
     repository does for Wanda-SP; how much each block keeps still comes from the dense pass.
     correction: with both, each FFN is also refitted to make up for this share of what the pruned blocks before it have
@@ -55,10 +52,12 @@ class OneShotPruner:
 
     name: str
     structure: Structure = "ffn"
-    compensation: Literal["none", "bias", "least_squares"] = "none"
+    compensation: Literal["none", "bias", "least_squares", "gauss_newton"] = "none"
     sequential: bool = False
     ridge: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
     correction: Annotated[float, Field(ge=0, le=1)] = 0.5
+    newton_steps: Annotated[int, Field(ge=1)] = 2
+    cg_iterations: Annotated[int, Field(ge=1)] = 20
     expert_score: ExpertScore = "contribution"
     unseen_experts: Unseen = "keep"
 
@@ -69,6 +68,16 @@ class OneShotPruner:
             raise ValueError(
                 f"pruner.compensation={self.compensation}: pruner.structure=experts removes whole experts, which leave "
                 "no matrix to carry it; use pruner.compensation=none"
+            )
+        if self.compensation == "gauss_newton" and self.structure == "heads":
+            raise ValueError(
+                "pruner.compensation=gauss_newton: it refits FFNs that lose neurons, and pruner.structure=heads leaves "
+                "all of them; use pruner.compensation=least_squares"
+            )
+        if self.compensation == "gauss_newton" and not self.sequential:
+            raise ValueError(
+                "pruner.compensation=gauss_newton: it is fitted to what enters each pruned FFN; use "
+                "pruner.sequential=true, or pruner.compensation=least_squares"
             )
         if self.structure == "experts" and self.sequential:
             raise ValueError(
@@ -93,7 +102,12 @@ class OneShotPruner:
     @property
     def requires(self) -> tuple[str, ...]:
         """What it needs of the calibration beside the core statistics and what the metric requires."""
-        return ("gram",) if self.compensation == "least_squares" else ()
+        return ("gram",) if self.refits else ()
+
+    @property
+    def refits(self) -> bool:
+        """Whether the columns that stay are refitted."""
+        return self.compensation in ("least_squares", "gauss_newton")
 
     def check(self, view: DecoderView, budget: Budget) -> None:
         """See :class:`cfsp.pruning.base.Pruner`."""
@@ -118,9 +132,9 @@ class OneShotPruner:
             )
         if self.structure in ("ffn", "heads_ffn"):
             check_expert_widths(view, budget)
-        if self.compensation == "least_squares":
+        if self.refits:
             raise UnsupportedModelError(
-                f"{name}: pruner.compensation=least_squares refits single output projections, and block "
+                f"{name}: pruner.compensation={self.compensation} refits single output projections, and block "
                 f"{view.mixtures[0].index} is a mixture of experts; use pruner.compensation=none"
             )
 
@@ -138,7 +152,11 @@ class OneShotPruner:
             )
         widths, keep_ratios, notes = self._allocate(context, scores)
         if self.sequential:
-            decisions, tensors = self._one_after_another(context, widths)
+            from cfsp.pruning.in_sequence import prune_in_sequence
+
+            made = prune_in_sequence(self, context, widths)
+            decisions, tensors = made.decisions, made.tensors
+            notes |= made.notes
         else:
             decisions, tensors = [], {}
             for block, found in zip(view.blocks, context.statistics.blocks, strict=True):
@@ -149,7 +167,7 @@ class OneShotPruner:
                     decisions.append(best(block, scores.units(block.index), scores.kv_groups[block.index], widths))
                 if self.compensation != "none":
                     with resident(view, block):
-                        tensors |= self._compensate(block, decisions[-1], found, context.grams)
+                        tensors |= self.compensate(block, decisions[-1], found, context.grams)
         unseen = RANKED_BY_WEIGHTS
         if self.structure == "experts":
             unseen = f"{'stay' if self.unseen_experts == 'keep' else 'go first'} (pruner.unseen_experts)"
@@ -208,7 +226,7 @@ class OneShotPruner:
 
         def cut(block: BlockView, width: int) -> tuple[BlockPlan, dict[str, Tensor]]:
             decision = best_neurons(block, scores.units(block.index), width)
-            return decision, self._compensate(block, decision, found[block.index], context.grams)
+            return decision, self.compensate(block, decision, found[block.index], context.grams)
 
         ids = context.calibration.input_ids[: search.n_samples]
         with restored(view.model):
@@ -241,62 +259,16 @@ class OneShotPruner:
         added = sum(output.out_features for output in outputs if output.bias is None)
         return replace(budget, ratio=budget.ratio + added / Sizes.of(view).of_scope(budget.scope))
 
-    def _one_after_another(self, context: PlanContext, widths: Widths) -> tuple[list[BlockPlan], dict[str, Tensor]]:
-        """Choose in each block on the outputs of the pruned blocks before it; the model is put back at the end."""
-        from cfsp.calibrate.collectors import collecting
-        from cfsp.calibrate.gram import CrossSums, InMemory, gram_sums, reported
-        from cfsp.models.snapshot import restored
-        from cfsp.pruning.apply import slice_block
-        from cfsp.pruning.least_squares import corrected
-        from cfsp.pruning.slicing import set_output_weight
-
-        driver, ids = context.driver, context.calibration.input_ids
-        wanted = context.gram_wanted
-        decisions: list[BlockPlan] = []
-        tensors: dict[str, Tensor] = {}
-        correcting = self.compensation == "least_squares" and self.correction > 0 and self.structure != "heads"
-        dense = driver.hidden_states() if correcting else None
-        with restored(driver.view.model):
-            for step in driver.steps(ids, "prune in sequence"):
-                block, cut = step.block, widths.per_block[step.block.index] < _width(step.block)
-                grams = InMemory()
-                if dense is not None:
-                    if not len(dense):
-                        for state in step.inputs:
-                            dense.append(state.clone())
-                    step.beside(dense)
-                missing = (
-                    CrossSums(block.channels["ffn"], wanted.stride) if dense is not None and wanted and cut else None
-                )
-                with collecting([block]) as sums, gram_sums([block], wanted) as of_grams, _seeing(block, missing):
-                    step.run(None if missing is None else partial(_add_missing, missing, dense))
-                found = sums[0].report(*ids.shape)
-                grams.keep(block.index, reported(block.index, of_grams[0]))
-                if missing is not None:
-                    channels, gram = block.channels["ffn"], grams.read(block.index, "ffn").matrix
-                    weight = channels.output.weight.detach()
-                    shifted = corrected(weight, gram, missing.report(), self.correction, self.ridge)
-                    set_output_weight(channels, shifted)
-                terms = None if context.gradients is None else context.gradients.blocks[block.index]
-                neurons, groups = score_block(block, found, context.importance, self.structure, terms, grams)
-                decision = best(block, neurons, groups, widths)
-                replaced = self._compensate(block, decision, found, grams)
-                decisions.append(decision)
-                tensors |= replaced
-                if decision != BlockPlan():
-                    slice_block(block, decision, replaced)
-                    step.run()
-        return decisions, tensors
-
-    def _compensate(
+    def compensate(
         self, block: BlockView, decision: BlockPlan, found: BlockStatistics, grams: GramMatrices | None
     ) -> dict[str, Tensor]:
+        """What the outputs of one block get for what they lose, in closed form: where gauss_newton starts too."""
         from cfsp.pruning.compensation import bias_compensation
         from cfsp.pruning.least_squares import least_squares_compensation
 
         if self.compensation == "bias":
             return bias_compensation(block, decision, found)
-        if self.compensation == "least_squares" and grams is not None:
+        if self.refits and grams is not None:
             return least_squares_compensation(block, decision, grams, self.ridge)
         return {}
 
@@ -314,30 +286,6 @@ def heads_stay(view: DecoderView) -> str | None:
                 "an output projection, of whole heads)"
             )
     return None
-
-
-def _width(block: BlockView) -> int:
-    return block.ffn.width if block.ffn is not None else 0
-
-
-@contextmanager
-def _seeing(block: BlockView, sums: CrossSums | None) -> Iterator[None]:
-    from cfsp.calibrate.inputs import watch_inputs
-
-    if sums is None:
-        yield
-        return
-    removers = watch_inputs(block, block.channels["ffn"], sums)
-    try:
-        yield
-    finally:
-        for remove in removers:
-            remove()
-
-
-def _add_missing(sums: CrossSums, dense: HiddenStates | None, batch: int, output: Tensor) -> None:
-    assert dense is not None
-    sums.add(dense[batch] - output)
 
 
 def _rounded(allocation: Allocation, budget: Budget, part: Sizes) -> Widths:

@@ -22,6 +22,9 @@ COMPENSATION = "compensation.safetensors"
 #: The same in a model folder, where tools take every safetensors file at the top for weights.
 COMPENSATION_IN_FOLDER = f"plan/{COMPENSATION}"
 
+#: The matrices of an FFN whose rows are its neurons.
+_ROWS = ("gate", "up")
+
 
 @dataclass(frozen=True)
 class BlockPlan:
@@ -70,7 +73,8 @@ class PruningPlan:
 
     ``requested`` and ``achieved`` state the budget; ``parameters`` the counts before and after; ``details`` holds per
     block what led to the decision (width, keep ratio, distance), ``notes`` what the method decided on the way.
-    ``tensors`` are biases [d] and weights [d, kept] of output projections that replace the base model's (name:
+    ``tensors`` are biases [d] and weights [d, kept] of output projections, and weights [kept, d] of gate and up, that
+    replace the base model's (name:
     :func:`tensor_name`); they are kept in compensation.safetensors beside plan.json, whose hash ``compensation`` is.
     Replayed on the base model by :func:`cfsp.pruning.apply.apply`, a plan gives the same weights bit for bit.
     """
@@ -162,7 +166,7 @@ class PruningPlan:
             tensor_name(index, kind, what)
             for index, block in enumerate(blocks)
             for kind, stays in (("ffn", block.ffn), ("attention", block.attention))
-            for what in ("bias", "weight")
+            for what in ("bias", "weight", *(f"{name}_weight" for name in _ROWS if kind == "ffn"))
             if stays
         }
         tensors = {name: tensor for name, tensor in {**kept, **renamed}.items() if name in needed}
@@ -191,12 +195,15 @@ def _frozen(value: Any) -> Any:
 
 
 def tensor_name(block: int, kind: str, what: str = "bias") -> str:
-    """The name of a block's replaced bias, or refitted weight, of down_proj (kind ffn) or o_proj (attention)."""
+    """The name of a block's replaced bias, or refitted weight, of down_proj (kind ffn) or o_proj (attention).
+
+    ``what`` is bias, weight, or gate_weight and up_weight of the FFN's other two matrices.
+    """
     return f"blocks.{block}.{kind}.{what}"
 
 
 def _still_there(earlier: PruningPlan, then: Mapping[int, BlockPlan]) -> dict[str, Tensor]:
-    """The tensors of ``earlier``, its refitted weights without the columns that ``then`` takes away."""
+    """The tensors of ``earlier``, its refitted weights without what ``then`` takes away."""
     tensors = dict(earlier.tensors)
     for index, later in then.items():
         first = earlier.blocks[index]
@@ -208,6 +215,9 @@ def _still_there(earlier: PruningPlan, then: Mapping[int, BlockPlan]) -> dict[st
             if name in tensors and before is not None and after is not None:
                 by_unit = tensors[name].unflatten(1, (len(before), -1))
                 tensors[name] = by_unit[:, list(after)].flatten(1).contiguous()
+        for name in (tensor_name(index, "ffn", f"{row}_weight") for row in _ROWS):
+            if name in tensors and first.ffn_kept is not None and later.ffn_kept is not None:
+                tensors[name] = tensors[name][list(later.ffn_kept)].contiguous()
     return tensors
 
 

@@ -109,6 +109,18 @@ def set_output_weight(channels: Channels, weight: Tensor) -> None:
     )
 
 
+def set_input_weights(weights: Sequence[tuple[Projection, Tensor]]) -> None:
+    """Give gate or up, sliced already, the refitted weights [K, d], in place; other rows of a fused matrix stay."""
+    for projection, weight in weights:
+        module: Any = projection.module
+        stored = projection.parameter.detach().clone()
+        rows = projection.rows_of(torch.arange(projection.out_features, device=stored.device))
+        whole = stored.T if is_transposed(module) else stored
+        whole[rows] = weight.to(stored.device, stored.dtype)
+        bias = None if module.bias is None else module.bias.detach()
+        setattr(projection.owner, projection.name, _like(module, stored, bias))
+
+
 def _spans(groups: Tensor, size: int) -> Tensor:
     """Indices of all channels of ``groups``, each of which spans ``size`` channels."""
     return (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()

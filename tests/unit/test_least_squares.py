@@ -342,6 +342,8 @@ def test_what_does_not_fit_is_collected_block_by_block_with_the_same_result(tmp_
 
 
 LEAST_SQUARES = ["pruner.compensation=least_squares"]
+#: A search in the place of the recipe's coarse widths, which need no loss.
+SEARCH = ["allocator=search", "pruner.compensation=least_squares"]
 
 
 @pytest.mark.parametrize("importance", ["cfsp", "obs", "flap", "magnitude"])
@@ -473,7 +475,9 @@ def test_search_finds_a_better_allocation_within_its_budget() -> None:
 @pytest.mark.parametrize("ratio", [0.2, 0.4, 0.6])
 def test_a_search_with_heads_meets_the_budget_from_every_start(starts, ratio) -> None:
     """Starts have their own KV groups, but one set of them stays: the neurons must make up for the difference."""
-    words = ["pruner.structure=heads_ffn", f"allocator.starts={starts}", "allocator.evaluations=8"]
+    words = [
+        *SEARCH, "pruner.structure=heads_ffn", f"allocator.starts={starts}", "allocator.evaluations=8",
+    ]  # fmt: skip
     plan = cfsp.prune(tiny_model(), tokens(6), "cfsp_plus", ratio, scope="decoder", round_to=8, overrides=words)
     view = resolve(tiny_model())
     step = 8 * view.blocks[0].ffn.neuron_parameters / view.decoder_parameters
@@ -483,7 +487,7 @@ def test_a_search_with_heads_meets_the_budget_from_every_start(starts, ratio) ->
 def test_every_start_with_heads_is_tried(monkeypatch) -> None:
     given: list[list[tuple[int, ...]]] = []
     monkeypatch.setattr(Search, "search", lambda self, starts, *_: (given.append(starts) or starts[0], []))
-    words = ["pruner.structure=heads_ffn", "allocator.starts=[coarse,reconstruction,uniform]"]
+    words = [*SEARCH, "pruner.structure=heads_ffn", "allocator.starts=[coarse,reconstruction,uniform]"]
     cfsp.prune(tiny_model(), tokens(6), "cfsp_plus", 0.4, scope="decoder", round_to=8, overrides=words)
     (starts,) = given
     assert len(starts) == 3
@@ -506,7 +510,7 @@ def test_a_block_that_gives_nothing_goes_first() -> None:
 
 
 def test_search_says_how_it_got_there() -> None:
-    words = ["allocator.evaluations=30", "sparsity.protect=[1,0]"]
+    words = [*SEARCH, "allocator.evaluations=30", "sparsity.protect=[1,0]"]
     plan = cfsp.prune(tiny_model(), tokens(6), "cfsp_plus", 0.5, round_to=8, overrides=words)
     history = plan.notes["search"]
     assert plan.notes["searched_blocks"] == [1, 2, 3]
@@ -516,7 +520,7 @@ def test_search_says_how_it_got_there() -> None:
 
 def test_search_refuses_windows_of_one_token() -> None:
     with pytest.raises(DataError, match="windows of one token"):
-        cfsp.prune(tiny_model(), tokens(6, 1), "cfsp_plus", 0.5, round_to=8)
+        cfsp.prune(tiny_model(), tokens(6, 1), "cfsp_plus", 0.5, round_to=8, overrides=SEARCH)
 
 
 def test_search_refuses_a_model_without_a_finite_loss() -> None:
@@ -528,7 +532,7 @@ def test_cut_linears_are_kept_within_the_free_memory(monkeypatch) -> None:
     """Of a large model six cuts of each block would take more than the model itself."""
     from cfsp.pruning import width_search
 
-    held, words = [], ["allocator.evaluations=30"]
+    held, words = [], [*SEARCH, "allocator.evaluations=30"]
     install = width_search.WidthLosses._install
 
     def counted(self, block, width) -> None:
@@ -680,7 +684,7 @@ def test_plans_that_share_a_cache_folder_are_what_they_are_alone(tmp_path) -> No
     from cfsp.data.calibration import CalibrationSet
     from cfsp.pruning.context import plan_context
 
-    words = ["pruner=cfsp_plus", "allocator.evaluations=10", "allocator.n_samples=4", "sparsity.round_to=8"]
+    words = ["pruner=cfsp_plus", *SEARCH, "allocator.evaluations=10", "allocator.n_samples=4", "sparsity.round_to=8"]
     runs = [
         (tokens(12), ()), (tokens(12)[:6], ()), (tokens(12, seed=1), ()), (tokens(12), ("pruner.ridge=1",)),
         (tokens(12), ("calibration.gram_share=0.25",)), (tokens(12), ("importance.damping=1",)),

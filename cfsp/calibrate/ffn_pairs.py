@@ -1,0 +1,99 @@
+"""What entered an FFN and what should leave it: the pairs that a refit of its matrices is fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cfsp.calibrate.gram import taken
+from cfsp.calibrate.inputs import watch_inputs
+
+if TYPE_CHECKING:
+    from cfsp.models.ffn import FFN
+    from cfsp.models.hidden_states import HiddenStates
+    from cfsp.models.views import BlockView
+
+#: One sequence (or token) of so many is held out.
+HELD_OUT = 4
+
+
+class SeenInFFN:
+    """Of the batch that ran last: what entered the FFN, [B, T, d], and its output projection, [B, T, N]."""
+
+    entering: Tensor
+    hidden: Tensor
+
+
+@contextmanager
+def seeing_ffn(block: BlockView, ffn: FFN) -> Iterator[SeenInFFN]:
+    """While ``block``, whose FFN it is, runs. Hooks always go away."""
+    seen = SeenInFFN()
+
+    def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.entering = args[0].detach()
+
+    def leave(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.hidden = args[0].detach()
+
+    removers: list[Callable[[], None]] = []
+    try:
+        removers += watch_inputs(block, next(iter(ffn.inputs.values())), enter)
+        removers += watch_inputs(block, ffn.output, leave)
+        yield seen
+    finally:
+        for remove in removers:
+            remove()
+
+
+class Pairs(Sequence[tuple[Tensor, Tensor]]):
+    """Inputs [n, d] and targets [n, d_out] by batch, in memory or not (:class:`cfsp.models.hidden_states`)."""
+
+    def __init__(self, inputs: HiddenStates, targets: HiddenStates) -> None:
+        self._inputs, self._targets = inputs, targets
+
+    def append(self, inputs: Tensor, targets: Tensor) -> None:
+        # Copies: a share of the tokens must not hold on to all of them.
+        self._inputs.append(inputs.clone())
+        self._targets.append(targets.clone())
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def __getitem__(self, batch: Any) -> Any:
+        return self._inputs[batch], self._targets[batch]
+
+
+class FFNPairs:
+    """Pairs of an FFN from every ``stride``-th token of each sequence: those to fit to, and those held out.
+
+    Every fourth of the ``sequences`` is held out; where there are fewer than four, every fourth of the tokens taken.
+    """
+
+    def __init__(self, sequences: int, stride: float, held: Callable[[], HiddenStates]) -> None:
+        """``held``: an empty set, which bounds the memory that it takes."""
+        self.fitted, self.held_out = Pairs(held(), held()), Pairs(held(), held())
+        self._stride, self._by_token, self._seen = stride, sequences < HELD_OUT, 0
+
+    def add(self, ffn: FFN, seen: SeenInFFN, missing: Tensor | None) -> None:
+        """Keep a batch: targets are what the FFN gives there, and ``missing`` [B, T, d_out] more."""
+        entering, hidden = taken(seen.entering, self._stride), taken(seen.hidden, self._stride)
+        given = hidden @ ffn.output.weight.detach().T
+        if ffn.output.bias is not None:
+            given = given + ffn.output.bias.detach()
+        if missing is not None:
+            given = given + taken(missing, self._stride).to(given.dtype)
+        if self._by_token:
+            entering, given = entering.flatten(0, 1), given.flatten(0, 1)
+        out = torch.arange(self._seen, self._seen + len(entering), device=entering.device) % HELD_OUT == HELD_OUT - 1
+        self._seen += len(entering)
+        for pairs, which in ((self.fitted, ~out), (self.held_out, out)):
+            if bool(which.any()):
+                pairs.append(_rows(entering[which]), _rows(given[which]))
+
+
+def _rows(values: Tensor) -> Tensor:
+    return values.reshape(-1, values.shape[-1])
