@@ -103,6 +103,7 @@ class TextSection(Section):
     txt_rows: Literal["whole", "lines", "wikitext"] = "whole"
     join: str = "\n\n"
     bos: Literal["none", "start", "window"] = "none"
+    skip_documents: int = Field(default=0, ge=0)
     max_documents: PositiveInt | None = None
 
 

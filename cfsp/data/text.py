@@ -93,13 +93,14 @@ def _from_hub(section: TextSection, key: str) -> Path:
 
 
 def read_text(text: TextFile) -> str:
-    """The joined text of a file's documents (the first ``max_documents`` of them).
+    """The joined text of a file's documents (``max_documents`` of them, behind the first ``skip_documents``).
 
     Raises:
         DataError: a row without the text field, broken JSON or parquet, or no text at all.
     """
     try:
-        documents = islice(_documents(text), text.section.max_documents)
+        first, many = text.section.skip_documents, text.section.max_documents
+        documents = islice(_documents(text), first, None if many is None else first + many)
         joined = text.section.join.join(documents)
     except DataError:
         raise
@@ -112,6 +113,11 @@ def read_text(text: TextFile) -> str:
         raise DataError(
             f"{text.key}.path={text.path}: the text holds half of a character (a lone surrogate); write it as valid "
             "UTF-8"
+        )
+    if not joined.strip() and first:
+        raise DataError(
+            f"{text.key}.skip_documents={first}: nothing of {text.path} lies behind so many documents; skip fewer, or "
+            f"take shorter ones ({text.key}.txt_rows)"
         )
     if not joined.strip():
         raise DataError(f"{text.key}.path={text.path}: the file holds white space only; give one that holds text")

@@ -22,6 +22,7 @@ from cfsp.config import SelfCalibration, TextCalibration, TokensCalibration
 from cfsp.data import text as text_module
 from cfsp.data.calibration import CalibrationSet, Limits, from_text, from_tokens, identity
 from cfsp.data.self_generated import sample_windows
+from cfsp.errors import DataError
 from cfsp.importance.block_distance import block_distances
 from cfsp.models.driver import BlockDriver
 from cfsp.models.load import load_tokenizer
@@ -182,6 +183,12 @@ def test_documents_are_joined_as_asked_from_every_format(tmp_path, tokenizer):
     assert all(found.flatten().tolist() == expected for found in sets)
     limited = text_section(tmp_path / "a.jsonl", join=" ", max_documents=90, sampling="sequential")
     assert from_text(limited, tokenizer, LIMITS, 0).input_ids.flatten().tolist() == expected
+    later = text_section(tmp_path / "a.jsonl", join=" ", skip_documents=4, max_documents=90, sampling="sequential")
+    behind = tokenizer(" ".join(rows[4:94]), add_special_tokens=False)["input_ids"][:64]
+    assert from_text(later, tokenizer, LIMITS, 0).input_ids.flatten().tolist() == behind
+    beyond = text_section(tmp_path / "a.jsonl", skip_documents=120)
+    with pytest.raises(DataError, match=r"skip_documents=120: nothing of .* lies behind so many documents"):
+        from_text(beyond, tokenizer, LIMITS, 0)
 
 
 def test_a_plain_text_copy_of_wikitext_has_the_rows_of_the_parquet(tmp_path, tokenizer):
