@@ -3,7 +3,8 @@
     python scripts/calibration_fit.py                                         the bundled model
     python scripts/calibration_fit.py --model FOLDER --text FILE --name NAME  another one: a local model and a text
 
-Half of the FFN neurons go, by CFSP (which fits nothing), by second-order selection with least squares, by cfsp_plus.
+Half of the FFN neurons go, by CFSP (which fits nothing), by second-order selection with least squares, by cfsp_plus
+(Gauss-Newton).
 Windows of 256 tokens; of --text, the first 60 % of the lines are calibrated on and the rest is evaluated. Writes
 calibration_fit/NAME.json, tables/calibration_fit-NAME.md and figures/calibration_fit-NAME.png and .svg under --results.
 """

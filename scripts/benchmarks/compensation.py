@@ -20,12 +20,16 @@ LIMIT = 1.6
 SHAPE, WINDOWS, RATIO, SHARE = "small", 8, 0.5, 0.25
 #: The widths that the kernels are measured at, and for how many tokens and blocks a whole model is reckoned.
 WIDE, TOKENS, BLOCKS = "llama3_8b", 128 * 1024, 32
-#: Selection on Gram matrices is timed once: it costs many forward passes.
 CASES: dict[str, tuple[str, ...]] = {
     "cfsp": (),
     "cfsp + least squares": ("pruner.compensation=least_squares",),
     "obs + least squares": ("pruner.compensation=least_squares", "importance=obs"),
+    "cfsp_plus": (),
 }
+#: Of Gauss-Newton: two steps of 20 iterations, and what sets each up; one token of so many is held out.
+NEWTON_ITERATIONS, HELD_OUT = 2 * (20 + 1), 4
+#: What costs many forward passes is timed once.
+ONCE = ("obs + least squares", "cfsp_plus")
 
 
 def measure(settings: Settings) -> Found:
@@ -43,9 +47,9 @@ def measure(settings: Settings) -> Found:
     batch = min(tried, key=lambda size: tried[size])
     cuda = device.type == "cuda"
     for name, words in CASES.items():
-        overrides = [*words, f"calibration.gram_share={SHARE}"]
-        prune = partial(cfsp.prune, model, ids, ratio=RATIO, batch_size=batch, overrides=overrides)
-        repeats = 1 if "obs" in name else settings.repeats
+        pruner, overrides = "cfsp_plus" if name == "cfsp_plus" else "cfsp", [*words, f"calibration.gram_share={SHARE}"]
+        prune = partial(cfsp.prune, model, ids, pruner, RATIO, batch_size=batch, overrides=overrides)
+        repeats = 1 if name in ONCE else settings.repeats
         if repeats > 1:
             prune()
         calls: dict[str, Callable[[], object]] = {"bare": partial(bare, model, ids, batch), "ours": prune}
@@ -80,6 +84,7 @@ def wide(device: torch.device) -> dict[str, Any]:
     weight = torch.randn(d, n, device=device)
     kept = torch.arange(0, n, 2, device=device)
     fit_seconds = seconds_of(lambda: refit(weight, gram, kept, 1e-3), cuda)
+    iteration = newton_iteration(n // 2, d, device)
     tokens = TOKENS * SHARE
     matrix = 4 * n * n
     return {
@@ -87,11 +92,33 @@ def wide(device: torch.device) -> dict[str, Any]:
         "gram_seconds_per_1000_tokens": 1000 * gram_seconds / SEQ_LEN,
         "refit_seconds_per_block": fit_seconds,
         "estimated_seconds": BLOCKS * (tokens * gram_seconds / SEQ_LEN + fit_seconds),
+        "newton_seconds_per_1000_tokens": 1000 * iteration,
+        "newton_estimated_seconds": BLOCKS * tokens * (1 - 1 / HELD_OUT) * NEWTON_ITERATIONS * iteration,
+        # Inputs and targets of the tokens, fp32.
+        "newton_bytes": int(2 * 4 * tokens * d),
         "matrix_bytes": matrix,
         "all_matrices_bytes": BLOCKS * matrix,
         # The matrix in fp64, its kept part twice (damped, factored), the right-hand side twice.
         "refit_bytes": 2 * matrix + 2 * matrix // 2 + 2 * 8 * (n // 2) * d,
     }
+
+
+def newton_iteration(kept: int, hidden: int, device: torch.device) -> float:
+    """Seconds that one iteration of conjugate gradients takes per token, in a gated FFN that keeps ``kept`` neurons."""
+    import torch
+
+    from cfsp.pruning.gauss_newton import FFNFunction, Matrices
+
+    tokens = 256
+    at = Matrices(torch.randn(2, kept, hidden, device=device), torch.randn(hidden, kept, device=device))
+    pairs = [(torch.randn(tokens, hidden, device=device), torch.randn(tokens, hidden, device=device))]
+    function = FFNFunction(torch.nn.functional.silu)
+
+    def once() -> None:
+        function.curvature(pairs, at, at)
+
+    once()
+    return median(seconds_of(once, device.type == "cuda") for _ in range(3)) / tokens
 
 
 def table(found: Found) -> str:
@@ -109,12 +136,15 @@ def table(found: Found) -> str:
     explained = (
         f"Whole prunings of half of the FFN (calibrate, score, plan, refit) of {describe(SHAPE)}, {WINDOWS} windows "
         f"of {SEQ_LEN} tokens, Gram matrices on {SHARE:.0%} of the tokens, beside model.model(ids, use_cache=False) at "
-        f"its own best batch size, in alternation; selection by obs once. At the width of {one['shape']}: "
-        f"{one['gram_seconds_per_1000_tokens']:.2f} s for the Gram matrix of 1,000 tokens, "
+        f"its own best batch size, in alternation; selection by obs, and cfsp_plus, once. At the width of "
+        f"{one['shape']}: {one['gram_seconds_per_1000_tokens']:.2f} s for the Gram matrix of 1,000 tokens, "
         f"{one['refit_seconds_per_block']:.1f} s for the refit of a block; reckoned for {TOKENS:,} calibration tokens "
         f"and {BLOCKS} blocks: {one['estimated_seconds'] / 60:.0f} minutes beside the forward pass, "
         f"{one['matrix_bytes'] / 1e9:.2f} GB a matrix ({one['all_matrices_bytes'] / 1e9:.0f} GB on disk for all), "
-        f"{one['refit_bytes'] / 1e9:.1f} GB while one block is refitted."
+        f"{one['refit_bytes'] / 1e9:.1f} GB while one block is refitted. Gauss-Newton (cfsp_plus) takes "
+        f"{one['newton_seconds_per_1000_tokens']:.2f} s for 1,000 tokens and one iteration there, half of the "
+        f"neurons kept: {one['newton_estimated_seconds'] / 3600:.1f} hours with {NEWTON_ITERATIONS} iterations on these tokens, "
+        f"of which {1 / HELD_OUT:.0%} are held out, and {one['newton_bytes'] / 1e9:.1f} GB for inputs and targets."
     )
     return markdown(
         "What least squares costs", ["pruning", "bare forward, s", "ours, s", "ratio"], rows, found, explained

@@ -77,7 +77,7 @@ def test_cfsp_plus_is_what_the_readme_says_of_it():
             gaps = _gaps(variant, ratio)
             found.append(gaps.pop("cfsp_plus") / min(gaps.values()))
     assert max(shares["0.5"]) <= 0.7
-    assert min(shares["0.5"]) <= 0.6
+    assert sorted(shares["0.5"])[1] <= 0.6
     assert max(shares["0.2"]) <= 1
 
 
