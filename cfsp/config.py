@@ -191,6 +191,7 @@ class RunConfig:
     seed: int
     force: bool
     debug: bool
+    evaluate_selection: bool
     raw: dict[str, Any]
 
     @property
@@ -219,7 +220,7 @@ _COMPONENTS = {
     "logger": ("start", "log", "finish", "files"),
 }
 _EVALUATOR = ("side_by_side", "check", "measure")
-_ROOT_KEYS = {*_SECTIONS, *_COMPONENTS, "calibration", "evaluation", "seed", "force", "debug"}
+_ROOT_KEYS = {*_SECTIONS, *_COMPONENTS, "calibration", "evaluation", "seed", "force", "debug", "evaluate_selection"}
 
 
 def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
@@ -256,7 +257,7 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         for name, value in evaluation.items()
         if value is not None
     }
-    scalars = _section("", _Scalars, {key: raw[key] for key in ("seed", "force", "debug") if key in raw}, problems)
+    scalars = _section("", _Scalars, {key: raw[key] for key in _Scalars.model_fields if key in raw}, problems)
     if isinstance(parts["model"], ModelSection) and not parts["model"].path:
         problems.append(
             f"model.path={shown(parts['model'].path)}: model={parts['model'].name} needs it: give a folder "
@@ -275,6 +276,7 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         seed=scalars.seed,
         force=scalars.force,
         debug=scalars.debug,
+        evaluate_selection=scalars.evaluate_selection,
         raw=raw,
     )
 
@@ -343,6 +345,7 @@ class _Scalars(Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     force: bool = False
     debug: bool = False
+    evaluate_selection: bool = False
 
 
 def _section(name: str, schema: type[Section], values: Any, problems: list[str]) -> Any:

@@ -73,7 +73,10 @@ def identity_of(
             # Of every format: an export is made of the saved model and changes no figure of the run.
             "stored": {"dtype": stored_dtype, "format": "hf"},
         }
+    # Only where it is asked for: records from before it was there keep their identity.
+    selection = {"evaluate_selection": True} if config.evaluate_selection else {}
     return {
+        **selection,
         "version": METHOD_VERSION,
         "model": model,
         "dtype": dtype,

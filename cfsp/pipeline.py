@@ -37,7 +37,7 @@ from cfsp.models.remote_code import PRUNED_PREFIX
 from cfsp.models.snapshot import Snapshot
 from cfsp.models.views import DecoderView, resolve
 from cfsp.prepare import Prepared, prepare
-from cfsp.pruning.apply import apply
+from cfsp.pruning.apply import apply, sliced
 from cfsp.pruning.base import PlanContext, removes_experts, removes_heads
 from cfsp.pruning.context import plan_context
 from cfsp.pruning.plan import COMPENSATION_IN_FOLDER, PruningPlan
@@ -177,6 +177,9 @@ def _stages(
     if prepared.evaluation:
         with stages("evaluate dense") as stage:
             record.measurements["dense"], stage["cached"] = _evaluate_dense(prepared, model)
+        if config.evaluate_selection and plan.tensors:
+            with stages("evaluate selected"), sliced(view, plan.blocks):
+                record.measurements["selected"] = _measured(prepared, model, "selected")
     compared = any(evaluator.instance.side_by_side for evaluator in config.evaluation.values())
     # It keeps the dense weights, so only where somebody needs them: a teacher, the dense side of a comparison.
     as_it_was = Snapshot(model) if compared or config.recovery.instance.trains else None

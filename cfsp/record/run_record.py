@@ -17,8 +17,10 @@ UNFINISHED = {"type": "Unfinished", "message": "the run has not ended: it is sti
 
 @dataclass
 class RunRecord:
-    """status: success or failed. ``measurements``: side ("dense", "pruned", "recovered") -> figures;
-    ``blocks``: per block."""
+    """status: success or failed. ``measurements``: side -> figures; ``blocks``: per block.
+
+    Sides: dense; selected: what stays, without its compensation (where asked for); pruned; recovered.
+    """
 
     run_id: str
     status: str = "failed"

@@ -33,6 +33,8 @@ _BATCH_BEFORE_AUTO = 8
 #: Of these, what names an input.
 _OF_INPUTS = {"path", "include_path", "revision"}
 _NOT_SCIENCE = {"force", "debug", "logger", "paths", "plugins"}
+#: Keys that came later, with the value that stands for what was done before: records from then have none.
+_LATER = {"gram_share": 1.0, "skip_documents": 0, "evaluate_selection": False}
 
 
 @dataclass(frozen=True)
@@ -144,10 +146,7 @@ def science(configuration: Mapping[str, Any]) -> str:
     calibration = kept.get("calibration")
     if isinstance(calibration, Mapping) and calibration.get("batch_size") == _BATCH_BEFORE_AUTO:
         # Records from before there was auto: how many at a time moves sums in their last digits alone.
-        calibration = {**calibration, "batch_size": "auto"}
-    if isinstance(calibration, Mapping):
-        usual = {"gram_share"} if calibration.get("gram_share") == 1.0 else set()
-        kept["calibration"] = {key: value for key, value in calibration.items() if key not in usual}
+        kept["calibration"] = {**calibration, "batch_size": "auto"}
     if isinstance(kept.get("pruner"), Mapping):
         kept["pruner"] = without_unused(kept["pruner"])
     return digest(_without_places(kept))
@@ -155,7 +154,9 @@ def science(configuration: Mapping[str, Any]) -> str:
 
 def _without_places(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _without_places(inner) for key, inner in _chosen_texts(value).items() if key not in _PLACES}
+        chosen = _chosen_texts(value)
+        kept = [key for key in chosen if key not in _PLACES and not (key in _LATER and chosen[key] == _LATER[key])]
+        return {key: _without_places(chosen[key]) for key in kept}
     return [_without_places(inner) for inner in value] if isinstance(value, list) else value
 
 

@@ -173,7 +173,7 @@ def test_a_section_and_its_yaml_hold_the_same_keys(where, kind, keys):
 
 def test_the_root_keys_are_all_in_config_yaml():
     assert set(_composed()) == schema._ROOT_KEYS
-    assert set(schema._Scalars.model_fields) == {"seed", "force", "debug"}
+    assert set(schema._Scalars.model_fields) == {"seed", "force", "debug", "evaluate_selection"}
 
 
 def _component_options() -> list[str]:

@@ -130,3 +130,26 @@ def test_wrong_combinations_are_refused_before_any_weight_is_read(refused, words
     given = [*[word for word in words if not word.startswith("paths.cache_dir")], *given]
     lines = refused(*given)
     mentions(lines, *parts)
+
+
+def test_the_record_says_what_the_compensation_gained(run_cfsp, words, tmp_path):
+    """selected: what stays, with the base's own weights; the same as the plan without its tensors."""
+    code, out, err = run_cfsp(*words, "pruner=cfsp_plus", "sparsity.ratio=0.5", "evaluate_selection=true")
+    assert code == 0, err
+    folder = tmp_path / "out"
+    record = json.loads((folder / "record.json").read_text())
+    assert list(record["measurements"]) == ["dense", "selected", "pruned"]
+    values = {
+        side: {(row["suite"], row["task"], row["metric"]): row["value"] for row in rows}
+        for side, rows in record["measurements"].items()
+    }
+    perplexity = next(key for key in values["selected"] if key[0] == "perplexity")
+    assert values["dense"][perplexity] < values["pruned"][perplexity] < values["selected"][perplexity]
+    assert "selected" in out
+    code, _, err = run_cfsp(
+        *words, "pruner=cfsp_plus", "sparsity.ratio=0.5", f"paths.output_dir={tmp_path / 'without'}", "force=true"
+    )
+    assert code == 0, err
+    without = json.loads((tmp_path / "without" / "record.json").read_text())
+    assert without["run_id"] != record["run_id"]
+    assert list(without["measurements"]) == ["dense", "pruned"]
