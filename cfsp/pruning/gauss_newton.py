@@ -21,6 +21,9 @@ from cfsp.models.activation import Activation
 
 #: A step is halved so often while it does not lower the error.
 _HALVINGS = 4
+#: Conjugate gradients end where the square of what is left has fallen to this share: the rest is rounding, which grows
+#: along directions that change nothing where there is no damping.
+_SOLVED = 1e-12
 #: Tokens that are worked on at a time: so many, or what gives so many values of the neurons together, so that
 #: intermediate values of a large model take little beside the pairs.
 _ROWS, _VALUES = 4096, 2**24
@@ -175,7 +178,10 @@ def _solve(function: FFNFunction, pairs: Sequence[Pair], at: Matrices, iteration
     found = _zeros(at)
     scaled = left.times(inverse)
     along, size = scaled, left.dot(scaled)
+    solved = _SOLVED * float(size)
     for _ in range(iterations):
+        if float(size) <= solved:
+            break
         bent = function.curvature(pairs, at, along)
         bent = Matrices(bent.enter + added[0] * along.enter, bent.down + added[1] * along.down)
         curvature = float(along.dot(bent))
