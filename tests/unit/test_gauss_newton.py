@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import cfsp
-from cfsp.calibrate.ffn_pairs import FFNPairs, SeenInFFN, seeing_ffn
+from cfsp.calibrate.ffn_pairs import FFNPairs, seeing_ffn
 from cfsp.compose import compose
 from cfsp.config import parse
 from cfsp.errors import ConfigError, UnsupportedModelError
@@ -290,7 +291,7 @@ def test_the_error_on_what_is_fitted_never_rises() -> None:
     function, at, pairs = biased(2, 11, 5, True, True), matrices(), parts((50, 30))
     _, errors = gauss_newton(function, at, pairs, pairs, steps=8, cg_iterations=20, damping=1e-3)
     assert len(errors) > 3
-    assert all(after < before for before, after in zip(errors, errors[1:], strict=False))
+    assert all(after < before for before, after in itertools.pairwise(errors))
 
 
 def test_steps_end_with_what_was_asked() -> None:
