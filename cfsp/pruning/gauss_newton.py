@@ -21,6 +21,9 @@ from cfsp.models.activation import Activation
 
 #: A step is halved so often while it does not lower the error.
 _HALVINGS = 4
+#: Conjugate gradients end where the square of what is left has fallen to this share: the rest is rounding, which grows
+#: along directions that change nothing where there is no damping.
+_SOLVED = 1e-12
 #: Tokens that are worked on at a time: so many, or what gives so many values of the neurons together, so that
 #: intermediate values of a large model take little beside the pairs.
 _ROWS, _VALUES = 4096, 2**24
@@ -139,12 +142,14 @@ def gauss_newton(
     """The matrices with the lowest error on ``held_out`` of those that ``steps`` steps pass, and the errors on it.
 
     The error on ``fitted`` falls with every step; the errors returned are the start's, then those of each step taken.
-    Whatever is not finite ends the steps.
+    Whatever is not finite ends the steps. Where nothing is held out no step can be judged: the start, and no errors.
 
     Args:
         fitted, held_out: pairs in parts, which are gone through again and again. damping: >= 0, relative to the mean of
             each matrix's diagonal of J^T J.
     """
+    if not len(held_out):
+        return start, []
     at, error = start, function.error(fitted, start)
     best, errors = start, [function.error(held_out, start)]
     for _ in range(steps):
@@ -173,7 +178,10 @@ def _solve(function: FFNFunction, pairs: Sequence[Pair], at: Matrices, iteration
     found = _zeros(at)
     scaled = left.times(inverse)
     along, size = scaled, left.dot(scaled)
+    solved = _SOLVED * float(size)
     for _ in range(iterations):
+        if float(size) <= solved:
+            break
         bent = function.curvature(pairs, at, along)
         bent = Matrices(bent.enter + added[0] * along.enter, bent.down + added[1] * along.down)
         curvature = float(along.dot(bent))

@@ -102,8 +102,8 @@ def prune_in_sequence(pruner: OneShotPruner, context: PlanContext, widths: Width
     if plain:
         made.notes["least_squares_alone"] = plain
         log.warning(
-            "pruner.compensation=gauss_newton: the FFNs of %d blocks are not act(gate) * up or act(up) of their inputs "
-            "and were refitted by least squares alone", len(plain),
+            "pruner.compensation=gauss_newton: the FFNs of %d blocks were refitted by least squares alone: they are no "
+            "act(gate) * up or act(up) of their inputs, or the calibration is of fewer than four tokens", len(plain),
         )  # fmt: skip
     return made
 
