@@ -619,6 +619,38 @@ def test_where_it_does_not_the_blocks_before_are_not_made_up_for(name) -> None:
     assert alike == (name in SHIFTED)
 
 
+def test_targets_hold_the_share_of_what_the_blocks_before_changed(monkeypatch) -> None:
+    """Of block 1: block 0 has nothing before it, so what enters block 1 is the same whatever the share."""
+    from cfsp.models.driver import hidden_of
+    from cfsp.pruning import in_sequence
+    from cfsp.pruning.apply import slice_block
+
+    ids, targets = tokens(8), {}
+    for share in (0.0, 0.25, 1.0):
+        seen: dict[int, Tensor] = {}
+
+        def refit(block, ffn, pairs, activation, *, seen=seen, **settings):
+            seen[block] = torch.cat([rows(pairs.fitted, 1), rows(pairs.held_out, 1)])
+            return {}, [1.0]
+
+        monkeypatch.setattr(in_sequence, "refit_ffn", refit)
+        words = ["allocator=uniform", f"pruner.correction={share}"]
+        plan = cfsp.prune(tiny_model(), ids, "cfsp_plus", 0.5, round_to=8, batch_size=8, overrides=words)
+        targets[share] = seen[1]
+    leaving, pruned = [], tiny_model()
+    slice_block(resolve(pruned).blocks[0], plan.blocks[0], plan.tensors)
+    for model in (tiny_model(), pruned):
+        model.model.layers[1].register_forward_hook(lambda _, args, output: leaving.append(hidden_of(output)))
+        with torch.no_grad():
+            model(ids)
+    out = torch.arange(8) % 4 == 3
+    missing = leaving[0] - leaving[1]
+    missing = torch.cat([missing[~out], missing[out]]).flatten(0, 1)
+    assert float(missing.abs().max()) > 0.01
+    for share, found in targets.items():
+        torch.testing.assert_close(found - targets[0.0], share * missing, rtol=1e-3, atol=1e-4)
+
+
 # Plans
 
 
