@@ -56,9 +56,8 @@ class Pairs(Sequence[tuple[Tensor, Tensor]]):
         self._inputs, self._targets = inputs, targets
 
     def append(self, inputs: Tensor, targets: Tensor) -> None:
-        # Copies: a share of the tokens must not hold on to all of them.
-        self._inputs.append(inputs.clone())
-        self._targets.append(targets.clone())
+        self._inputs.append(inputs)
+        self._targets.append(targets)
 
     def __len__(self) -> int:
         return len(self._inputs)
@@ -90,6 +89,7 @@ class FFNPairs:
             entering, given = entering.flatten(0, 1), given.flatten(0, 1)
         out = torch.arange(self._seen, self._seen + len(entering), device=entering.device) % HELD_OUT == HELD_OUT - 1
         self._seen += len(entering)
+        # Picked by a mask, they are copies: a share of the tokens does not hold on to all of them.
         for pairs, which in ((self.fitted, ~out), (self.held_out, out)):
             if bool(which.any()):
                 pairs.append(_rows(entering[which]), _rows(given[which]))

@@ -30,7 +30,12 @@ def activation_of(model: Any, ffn: FFN, x: Tensor, hidden: Tensor) -> Activation
         before.append(value if projection.bias is None else value + projection.bias.detach().float())
     tolerance = _TOLERANCE if x.dtype.itemsize >= 4 else _LOW_PRECISION_TOLERANCE
     for candidate in _candidates(model, ffn):
-        value = candidate(before[0])
+        try:
+            value = candidate(before[0])
+        except (TypeError, ValueError, RuntimeError):  # something else by that name
+            continue
+        if not isinstance(value, Tensor) or value.shape != before[0].shape:
+            continue
         found = value if ffn.kind == "plain" else value * before[1]
         if float((found - hidden.float()).abs().max()) <= tolerance * float(hidden.float().abs().max()):
             return candidate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -90,8 +91,9 @@ def prune_in_sequence(pruner: OneShotPruner, context: PlanContext, widths: Width
                     refitted, of_block = refit.gauss_newton()
                     slice_block(block, BlockPlan(), refitted)
                     replaced |= refitted
-                    if of_block:
-                        errors[str(block.index)] = of_block
+                    finite = [error for error in of_block if math.isfinite(error)]
+                    if finite:
+                        errors[str(block.index)] = finite
                     else:
                         plain.append(block.index)
                 step.run()
