@@ -1,0 +1,28 @@
+"""What a review of the Gauss-Newton refit found: each test fails without its fix."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import cfsp
+from cfsp.pruning.plan import PruningPlan
+from tests.tiny import tiny_model, tokens
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama_bias"])
+def test_training_the_pruned_model_leaves_the_tensors_of_its_plan_alone(architecture, tmp_path) -> None:
+    """The model folder of a recovered model holds the plan too, which must be one that can be read."""
+    model = tiny_model(architecture)
+    plan = cfsp.prune(model, tokens(), "cfsp_plus", 0.5, overrides=["pruner.newton_steps=1", "pruner.cg_iterations=2"])
+    assert plan.tensors
+    pruned = cfsp.apply(copy.deepcopy(model), plan)
+    with torch.no_grad():
+        for parameter in pruned.parameters():
+            parameter += 1.0
+    read = PruningPlan.load(plan.save(tmp_path / "plan.json"))
+    assert read.tensors.keys() == plan.tensors.keys()
