@@ -139,12 +139,14 @@ def gauss_newton(
     """The matrices with the lowest error on ``held_out`` of those that ``steps`` steps pass, and the errors on it.
 
     The error on ``fitted`` falls with every step; the errors returned are the start's, then those of each step taken.
-    Whatever is not finite ends the steps.
+    Whatever is not finite ends the steps; with no pairs held out there are none.
 
     Args:
         fitted, held_out: pairs in parts, which are gone through again and again. damping: >= 0, relative to the mean of
             each matrix's diagonal of J^T J.
     """
+    if not held_out:
+        return start, []
     at, error = start, function.error(fitted, start)
     best, errors = start, [function.error(held_out, start)]
     for _ in range(steps):

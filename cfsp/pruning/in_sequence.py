@@ -87,13 +87,13 @@ def prune_in_sequence(pruner: OneShotPruner, context: PlanContext, widths: Width
             if decision != BlockPlan():
                 slice_block(block, decision, replaced)
                 if refit is not None and pruner.compensation == "gauss_newton":
-                    refitted, of_block = refit.gauss_newton()
-                    slice_block(block, BlockPlan(), refitted)
-                    replaced |= refitted
-                    if of_block:
-                        errors[str(block.index)] = of_block
-                    else:
+                    found_by_newton = refit.gauss_newton()
+                    if found_by_newton is None:
                         plain.append(block.index)
+                    else:
+                        refitted, errors[str(block.index)] = found_by_newton
+                        slice_block(block, BlockPlan(), refitted)
+                        replaced |= refitted
                 step.run()
             made.decisions.append(decision)
             made.tensors |= replaced
@@ -154,10 +154,10 @@ class _FFNRefit:
         shifted = corrected(weight, gram, self._missing.report(), self._pruner.correction, self._pruner.ridge)
         set_output_weight(channels, shifted)
 
-    def gauss_newton(self) -> tuple[dict[str, Tensor], list[float]]:
-        """Of the sliced FFN: replaced weights, and errors on what was held out; nothing where it is of another form."""
+    def gauss_newton(self) -> tuple[dict[str, Tensor], list[float]] | None:
+        """Of the sliced FFN: replaced weights, and errors on what was held out; None where it is of another form."""
         if self._pairs is None or self._activation is None:
-            return {}, []
+            return None
         sliced = ffn_of(self.ffn.module)
         assert sliced is not None
         return refit_ffn(

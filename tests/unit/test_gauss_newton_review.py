@@ -26,3 +26,14 @@ def test_training_the_pruned_model_leaves_the_tensors_of_its_plan_alone(architec
             parameter += 1.0
     read = PruningPlan.load(plan.save(tmp_path / "plan.json"))
     assert read.tensors.keys() == plan.tensors.keys()
+
+
+def test_no_token_held_out_leaves_the_least_squares() -> None:
+    model, ids = tiny_model(), tokens(1, 24)
+    few = ["calibration.gram_share=0.05"]  # two tokens
+    plan = cfsp.prune(model, ids, "cfsp_plus", 0.5, overrides=few)
+    plain = cfsp.prune(model, ids, "cfsp_plus", 0.5, overrides=[*few, "pruner.compensation=least_squares"])
+    assert plan.notes["gauss_newton"] == {str(index): [] for index, block in enumerate(plan.blocks) if block.ffn_kept}
+    assert plan.tensors.keys() == plain.tensors.keys()
+    for name, tensor in plain.tensors.items():
+        assert torch.equal(plan.tensors[name], tensor)
