@@ -37,3 +37,31 @@ def test_no_token_held_out_leaves_the_least_squares() -> None:
     assert plan.tensors.keys() == plain.tensors.keys()
     for name, tensor in plain.tensors.items():
         assert torch.equal(plan.tensors[name], tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_activation_that_is_only_near_is_not_taken(dtype) -> None:
+    """Apertus learns two numbers of its activation; that with the usual ones is off by a few per cent."""
+    model = tiny_model("apertus", blocks=3).to(dtype)
+    few = ["pruner.newton_steps=1", "pruner.cg_iterations=2"]
+    plan = cfsp.prune(model, tokens(16, 24), "cfsp_plus", 0.5, round_to=8, overrides=few)
+    assert plan.notes["least_squares_alone"] == [index for index, block in enumerate(plan.blocks) if block.ffn_kept]
+    assert "gauss_newton" not in plan.notes
+
+
+def test_an_activation_is_seen_beside_a_token_with_huge_values() -> None:
+    """The first token of many models is one: what differs elsewhere is little beside it."""
+    from cfsp.models.activation import activation_of
+    from cfsp.models.views import resolve
+
+    model = tiny_model(hidden_act="silu")
+    ffn = resolve(model).blocks[0].ffn
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[0] *= 1000
+    gate, up = (projection.weight.detach().float() for projection in ffn.inputs.values())
+
+    def hidden(act):
+        return act(x.float() @ gate.T) * (x.float() @ up.T)
+
+    assert activation_of(model, ffn, x, hidden(torch.nn.functional.silu).bfloat16()) is not None
+    assert activation_of(model, ffn, x, hidden(torch.nn.functional.mish).bfloat16()) is None
