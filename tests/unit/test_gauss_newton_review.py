@@ -65,3 +65,22 @@ def test_an_activation_is_seen_beside_a_token_with_huge_values() -> None:
 
     assert activation_of(model, ffn, x, hidden(torch.nn.functional.silu).bfloat16()) is not None
     assert activation_of(model, ffn, x, hidden(torch.nn.functional.mish).bfloat16()) is None
+
+
+@pytest.mark.parametrize("words", [[], ["calibration.skip_documents=0"]])
+def test_runs_from_before_documents_could_be_skipped_keep_their_identity(words) -> None:
+    from cfsp.compose import compose
+    from cfsp.config import parse
+    from cfsp.data.calibration import identity
+
+    assert "skip_documents" not in identity(parse(compose(words)).calibration)
+    assert identity(parse(compose(["calibration.skip_documents=1"])).calibration)["skip_documents"] == 1
+
+
+def test_an_evaluated_text_keeps_its_identity_too() -> None:
+    from cfsp.config import TextSection
+    from cfsp.data.text import locate_text
+
+    path = "pkg://cfsp/assets/text/evaluation.txt"
+    assert "skip_documents" not in locate_text(TextSection(path=path), "text").identity
+    assert locate_text(TextSection(path=path, skip_documents=2), "text").identity["skip_documents"] == 2
