@@ -160,6 +160,8 @@ def identity(section: CalibrationSection) -> dict[str, Any]:
     settings = section.model_dump(exclude={"path", "hub", "memory_gb"})
     if settings["gram_share"] == 1.0:  # as in every run from before there was another
         del settings["gram_share"]
+    if not settings.get("skip_documents", 1):
+        del settings["skip_documents"]
     if isinstance(section, TextCalibration):
         settings |= locate_text(section, "calibration").identity
     elif isinstance(section, TokensCalibration):

@@ -70,6 +70,8 @@ def locate_text(section: TextSection, key: str, forms: str = TEXT_FORMS) -> Text
             "sampling",
         }
     )
+    if not prepared["skip_documents"]:  # as in every run from before there was the key
+        del prepared["skip_documents"]
     commit = (
         path.parts[path.parts.index("snapshots") + 1] if section.path is None and "snapshots" in path.parts else None
     )

@@ -88,11 +88,13 @@ def prune_in_sequence(pruner: OneShotPruner, context: PlanContext, widths: Width
             if decision != BlockPlan():
                 slice_block(block, decision, replaced)
                 if refit is not None and pruner.compensation == "gauss_newton":
-                    refitted, of_block = refit.gauss_newton()
-                    slice_block(block, BlockPlan(), refitted)
-                    replaced |= refitted
-                    finite = [error for error in of_block if math.isfinite(error)]
-                    if finite:
+                    found_by_newton = refit.gauss_newton()
+                    of_block: list[float] = []
+                    if found_by_newton is not None:
+                        refitted, of_block = found_by_newton
+                        slice_block(block, BlockPlan(), refitted)
+                        replaced |= refitted
+                    if finite := [error for error in of_block if math.isfinite(error)]:
                         errors[str(block.index)] = finite
                     else:
                         plain.append(block.index)
@@ -156,10 +158,10 @@ class _FFNRefit:
         shifted = corrected(weight, gram, self._missing.report(), self._pruner.correction, self._pruner.ridge)
         set_output_weight(channels, shifted)
 
-    def gauss_newton(self) -> tuple[dict[str, Tensor], list[float]]:
-        """Of the sliced FFN: replaced weights, and errors on what was held out; nothing where it is of another form."""
+    def gauss_newton(self) -> tuple[dict[str, Tensor], list[float]] | None:
+        """Of the sliced FFN: replaced weights, and errors on what was held out; None where it is of another form."""
         if self._pairs is None or self._activation is None:
-            return {}, []
+            return None
         sliced = ffn_of(self.ffn.module)
         assert sliced is not None
         return refit_ffn(

@@ -101,7 +101,8 @@ def set_output_weight(channels: Channels, weight: Tensor) -> None:
     output = channels.output
     stored = output.parameter
     bias = None if output.bias is None else output.bias.detach()
-    fitted = weight.to(stored.device, stored.dtype)
+    # A copy, as of biases: training writes into the model's parameters.
+    fitted = weight.to(stored.device, stored.dtype, copy=True)
     setattr(
         output.owner,
         output.name,

@@ -144,7 +144,8 @@ def table(found: Found) -> str:
         f"{one['refit_bytes'] / 1e9:.1f} GB while one block is refitted. Gauss-Newton (cfsp_plus) takes "
         f"{one['newton_seconds_per_1000_tokens']:.2f} s for 1,000 tokens and one iteration there, half of the "
         f"neurons kept: {one['newton_estimated_seconds'] / 3600:.1f} hours with {NEWTON_ITERATIONS} iterations on "
-        f"these tokens, of which {1 / HELD_OUT:.0%} are held out, and {one['newton_bytes'] / 1e9:.1f} GB for inputs and targets."
+        f"these tokens, of which {1 / HELD_OUT:.0%} are held out, and {one['newton_bytes'] / 1e9:.1f} GB for inputs "
+        f"and targets."
     )
     return markdown(
         "What least squares costs", ["pruning", "bare forward, s", "ours, s", "ratio"], rows, found, explained
