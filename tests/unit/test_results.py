@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 
 import pytest
 
@@ -59,11 +60,16 @@ def test_records_were_measured_on_committed_code_and_name_no_machine(name, varia
         assert '"/' not in text
 
 
-def _figures(variant: str, ratio: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Of the committed table: method -> gap to dense, and mean zero-shot accuracy, both means over the seeds."""
+@cache
+def _table(variant: str):
     request = request_of(["experiment=cfsp_plus", *([] if variant == "bundled" else [f"variant={variant}"])])
     layout = load_layout(ROOT / "experiments" / "cfsp_plus").tables["main"]
-    made = table("main", layout, collect(request.cells, RESULTS / "records" / "cfsp_plus" / variant).found)
+    return table("main", layout, collect(request.cells, RESULTS / "records" / "cfsp_plus" / variant).found)
+
+
+def _figures(variant: str, ratio: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Of the committed table: method -> gap to dense, and mean zero-shot accuracy, both means over the seeds."""
+    made = _table(variant)
     (rows,) = [rows for label, rows in made.sections if label.endswith(f"ratio {ratio}")]
     gap = next(at for at, column in enumerate(made.columns) if column.gap)
     accuracy = next(at for at, column in enumerate(made.columns) if column.metric.label == "zero-shot, mean acc")
