@@ -32,7 +32,7 @@ class Search:
     Each of ``starts`` is tried; from the best one on, neurons go from one block to another (an eighth of the width at
     first, halved when no transfer helps, down to one legal step). What giving to or taking from a single block changes
     tells which transfers to try. A loss is the mean NLL of the first ``n_samples`` calibration windows (null: all) in
-    the model with these widths, compensated as the pruner says.
+    the model with these widths, compensated as the pruner says (by least squares where it goes on with Gauss-Newton).
     """
 
     needs_model: ClassVar[bool] = True

@@ -158,10 +158,9 @@ def from_tokens(section: TokensCalibration, limits: Limits, seed: int) -> Calibr
 def identity(section: CalibrationSection) -> dict[str, Any]:
     """What decides the set, by content, before anything is tokenised: for the run's identity."""
     settings = section.model_dump(exclude={"path", "hub", "memory_gb"})
-    if settings["gram_share"] == 1.0:  # as in every run from before there was another
-        del settings["gram_share"]
-    if not settings.get("skip_documents", 1):
-        del settings["skip_documents"]
+    for later, before in (("gram_share", 1.0), ("skip_documents", 0)):  # as in every run from before there was the key
+        if settings.get(later) == before:
+            del settings[later]
     if isinstance(section, TextCalibration):
         settings |= locate_text(section, "calibration").identity
     elif isinstance(section, TokensCalibration):

@@ -65,12 +65,12 @@ def prune_in_sequence(pruner: OneShotPruner, context: PlanContext, widths: Width
     with restored(driver.view.model):
         for step in driver.steps(ids, "prune in sequence"):
             block = step.block
+            refit: _FFNRefit | None = None  # the last block's pairs go before the dense model runs
             if dense is not None:
                 if not len(dense):
                     for state in step.inputs:
                         dense.append(state.clone())
                 step.beside(dense)
-            refit = None
             if pruner.refits and isinstance(block.ffn, FFN) and widths.per_block[block.index] < block.ffn.width:
                 refit = _FFNRefit(pruner, context, step, block.ffn, dense)
             grams = InMemory()

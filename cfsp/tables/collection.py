@@ -34,7 +34,7 @@ _BATCH_BEFORE_AUTO = 8
 _OF_INPUTS = {"path", "include_path", "revision"}
 _NOT_SCIENCE = {"force", "debug", "logger", "paths", "plugins"}
 #: Keys that came later, with the value that stands for what was done before: records from then have none.
-_LATER = {"gram_share": 1.0, "skip_documents": 0, "evaluate_selection": False}
+_LATER = {"gram_share": 1.0, "skip_documents": 0, "evaluate_selection": False, "part": "whole"}
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,6 @@ def science(configuration: Mapping[str, Any]) -> str:
     kept = {key: value for key, value in configuration.items() if key not in _NOT_SCIENCE}
     if isinstance(kept.get("model"), Mapping):  # what it repeats of config.json is in the model's fingerprint
         kept["model"] = {key: value for key, value in kept["model"].items() if key != "architecture"}
-        if kept["model"].get("part") == "whole":  # as in every record from before there was a part
-            del kept["model"]["part"]
     kept["save"] = {key: value for key, value in kept.get("save", {}).items() if key != "model"}
     calibration = kept.get("calibration")
     if isinstance(calibration, Mapping) and calibration.get("batch_size") == _BATCH_BEFORE_AUTO:

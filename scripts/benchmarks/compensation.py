@@ -26,8 +26,8 @@ CASES: dict[str, tuple[str, ...]] = {
     "obs + least squares": ("pruner.compensation=least_squares", "importance=obs"),
     "cfsp_plus": (),
 }
-#: Of Gauss-Newton: two steps of 20 iterations, and what sets each up; one token of so many is held out.
-NEWTON_ITERATIONS, HELD_OUT = 2 * (20 + 1), 4
+#: Of Gauss-Newton: two steps of 20 iterations, and what sets each up.
+NEWTON_ITERATIONS = 2 * (20 + 1)
 #: What costs many forward passes is timed once.
 ONCE = ("obs + least squares", "cfsp_plus")
 
@@ -68,6 +68,7 @@ def wide(device: torch.device) -> dict[str, Any]:
     """Seconds and bytes of the kernels at the FFN width of ``WIDE``, and what a whole model would take."""
     import torch
 
+    from cfsp.calibrate.ffn_pairs import HELD_OUT
     from cfsp.calibrate.gram import GramSums
     from cfsp.pruning.least_squares import refit
 
@@ -123,6 +124,8 @@ def newton_iteration(kept: int, hidden: int, device: torch.device) -> float:
 
 def table(found: Found) -> str:
     """Markdown."""
+    from cfsp.calibrate.ffn_pairs import HELD_OUT
+
     rows = [
         [
             row["what"],
