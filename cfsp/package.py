@@ -18,3 +18,9 @@ def config_folder() -> Path:
     """``conf``: inside the package in an installed wheel, beside it in a checkout."""
     inside = ROOT / "conf"
     return inside if inside.is_dir() else ROOT.parent / "conf"
+
+
+def experiments_folder() -> Path:
+    """``experiments``: inside the package in an installed wheel, beside it in a checkout."""
+    inside = ROOT / "experiments"
+    return inside if inside.is_dir() else ROOT.parent / "experiments"

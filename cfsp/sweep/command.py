@@ -20,7 +20,7 @@ from rich.table import Table
 from cfsp.components import build, suggest
 from cfsp.errors import CfspError, ConfigError
 from cfsp.package import config_folder
-from cfsp.sweep.experiment import Cell, Experiment, Values, given_values, load_experiment
+from cfsp.sweep.experiment import Cell, Experiment, Values, experiment_names, given_values, load_experiment
 
 USAGE = """\
 Run what is missing of an experiment, or list what is done.
@@ -65,7 +65,7 @@ class Request:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Sweep; returns the exit code."""
-    usage = USAGE.format(experiments=_options("experiment"), launchers=_options("launcher"))
+    usage = USAGE.format(experiments=", ".join(experiment_names()), launchers=_options("launcher"))
     return command("sweep", usage, words, lambda given: _sweep(request_of(given)))
 
 
@@ -99,7 +99,7 @@ def request_of(words: Sequence[str]) -> Request:
     given = given_values(words)
     own = {key: given.pop(key) for key in [*given] if key in _OWN or key.startswith("launcher.")}
     if "experiment" not in own:
-        raise ConfigError(f"experiment is not set: give experiment=NAME; experiments: {_options('experiment')}")
+        raise ConfigError(f"experiment is not set: give experiment=NAME; experiments: {', '.join(experiment_names())}")
     experiment = load_experiment(str(own["experiment"]))
     variant = str(own.get("variant", "bundled"))
     cells = experiment.cells(variant, {**_usual(experiment.name, variant, given), **given})

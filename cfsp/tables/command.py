@@ -12,7 +12,7 @@ from cfsp.compose import compose
 from cfsp.config import parse
 from cfsp.errors import ConfigError
 from cfsp.sweep.command import Request, command, records_folder, request_of
-from cfsp.sweep.experiment import given_values
+from cfsp.sweep.experiment import experiment_folder, given_values
 from cfsp.tables.collection import Collection, collect, science, science_of
 from cfsp.tables.figures import draw
 from cfsp.tables.grid import NothingToShowError, table
@@ -78,7 +78,7 @@ def gather(tool: str, words: Sequence[str], *, empty: bool = False) -> tuple[Req
     """
     request = request_of(words)
     records = records_of(request, words)
-    layout = load_layout(Path("experiments") / request.experiment.name)
+    layout = load_layout(experiment_folder(request.experiment.name))
     if empty and not records.is_dir():
         return request, layout, Collection([], list(request.cells), [], {})
     collection = collect(request.cells, records)
