@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,9 @@ def read_source(source: ModelSource) -> ModelFolder:
     Raises:
         CheckpointError, UnsupportedModelError: as :func:`read_folder`.
     """
+    shards = Shards(source.folder)
+    if source.config.get("tie_word_embeddings") and _has_own_head(shards):
+        source = replace(source, config={**source.config, "tie_word_embeddings": False})
     model_type = str(source.config.get("model_type", ""))
     family = stock_type(model_type)
     if family not in COMMON_FAMILIES:
@@ -145,9 +148,14 @@ def read_source(source: ModelSource) -> ModelFolder:
             f"{source.origin}: config.json has {key} beside model_type={model_type}, whose layers are all alike; save "
             f"the model with cfsp, as {PRUNED_PREFIX}{family}, or take {key} out"
         )
-    shards = Shards(source.folder)
     layers = tuple(_layer(config, per_layer.get(n, {}), added.get(n, ())) for n in range(config["num_hidden_layers"]))
     return ModelFolder(source, family, config, layers, shards, getattr(torch, source.stored_dtype), shards.shapes)
+
+
+def _has_own_head(shards: Shards) -> bool:
+    """Whether an LM head is stored that is not the embedding; config.json may say otherwise."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    return head in shards and embedding in shards and not shards.equal(head, embedding)
 
 
 def check_there(source: ModelFolder) -> None:

@@ -21,6 +21,7 @@ from cfsp.hub import fetch_snapshot, hub_error, hub_reason
 from cfsp.models.load import load_config
 from cfsp.models.source import ModelSource, is_hub_id
 from cfsp.package import config_folder, package_path
+from cfsp.weights.folder_check import ADAPTER, check_files, check_no_adapter, read_config
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ def _of_folder(name: str, where: str, origin: str, folder: Path) -> Numbers:
         raise CheckpointError(f"{where}: {found}; give the folder of a model, or the OUT of a run")
     if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
         folder, origin = folder / "model", f"{origin.rstrip('/')}/model"
+    check_no_adapter(folder, where)
+    check_files(folder, where)
     source = ModelSource(name, origin, folder, _config(where, folder), "")
     weights = any(folder.glob("*.safetensors"))
     return Numbers(source, "folder", () if weights else ("the folder holds no *.safetensors weights",))
@@ -132,24 +135,16 @@ def _of_folder(name: str, where: str, origin: str, folder: Path) -> Numbers:
 def _of_hub(name: str, repo: str, revision: str | None, trust_remote_code: bool) -> Numbers:
     """From config.json on the hub, or in its local cache; no weight is fetched."""
     code = ["*.py"] if trust_remote_code else []
-    folder = fetch_snapshot(repo, revision, allow=["config.json", *code], ignore=[])
+    folder = fetch_snapshot(repo, revision, allow=["config.json", ADAPTER, *code], ignore=[])
     origin = f"{repo}@{folder.name}"
+    check_no_adapter(folder, origin, full_weights=(folder / "config.json").is_file())
     return Numbers(ModelSource(name, origin, folder, _config(origin, folder), ""), "hub")
 
 
 def _config(where: str, folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{where}: there is no config.json; give the folder that save_pretrained wrote"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{where}: config.json cannot be read ({error}); fetch the model again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{where}: config.json holds no object ({type(config).__name__}); fetch the model again")
-    return config
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{where}: there is no config.json; give the folder that save_pretrained wrote")
+    return read_config(folder, where)
 
 
 def _stated(name: str, stated: Mapping[str, Any], scratch: Path) -> ModelSource:
