@@ -16,6 +16,7 @@ from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.models.remote_code import COMMON_FAMILIES, PRUNED_PREFIX, stock_type
 from cfsp.models.shards import Shards
 from cfsp.models.source import ModelSource, locate
+from cfsp.weights.fit import is_computed
 
 #: What a pruned folder's config.json has beside the base architecture's own keys.
 _PRUNED_KEYS = ("per_layer_config", "allow_global_per_layer_attribute_access", "added_bias", "auto_map")
@@ -167,7 +168,19 @@ def check_there(source: ModelFolder) -> None:
     Raises:
         CheckpointError: names the tensor.
     """
-    for name, shape in _expected(source):
+    expected, dtypes = dict(_expected(source)), source.shards.dtypes
+    extra = [
+        name
+        for name, shape in source.shapes.items()
+        if name not in expected and name != "lm_head.weight" and not is_computed(name, shape)
+    ]
+    if extra:
+        raise CheckpointError(
+            f"{source.folder}: {len(extra):,} tensors have no place in the {source.family} that config.json describes, "
+            f"first {extra[0]}; config.json lacks a setting (e.g. attention_bias=true), or the weights are another "
+            "model's"
+        )
+    for name, shape in expected.items():
         if not source.has(name):
             bare = name.removeprefix("model.")
             other = f" ({bare} is there: it was saved without its LM head)" if bare != name and source.has(bare) else ""
@@ -178,6 +191,11 @@ def check_there(source: ModelFolder) -> None:
         if source.shapes[name] != shape:
             raise CheckpointError(
                 f"{source.folder}: {name} is {source.shapes[name]}, its config.json says {shape}; save the model again"
+            )
+        if not dtypes[name].is_floating_point:
+            raise CheckpointError(
+                f"{source.folder}: {name} is stored as {dtypes[name]} where a weight is a float: quantised "
+                "or damaged; fetch the model again"
             )
 
 

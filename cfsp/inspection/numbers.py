@@ -6,7 +6,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from cfsp.components import problems_of, shown, suggest
 from cfsp.config import ModelSection
 from cfsp.errors import CheckpointError, ConfigError
-from cfsp.hub import fetch_snapshot, hub_error, hub_reason
+from cfsp.hub import TIMEOUT, fetch_snapshot, hub_error, hub_reason
 from cfsp.models.load import load_config
 from cfsp.models.source import ModelSource, is_hub_id
 from cfsp.package import config_folder, package_path
@@ -135,16 +135,31 @@ def _of_folder(name: str, where: str, origin: str, folder: Path) -> Numbers:
 def _of_hub(name: str, repo: str, revision: str | None, trust_remote_code: bool) -> Numbers:
     """From config.json on the hub, or in its local cache; no weight is fetched."""
     code = ["*.py"] if trust_remote_code else []
-    folder = fetch_snapshot(repo, revision, allow=["config.json", ADAPTER, *code], ignore=[])
+    folder = fetch_snapshot(repo, revision, allow=["config.json", *code], ignore=[])
     origin = f"{repo}@{folder.name}"
-    check_no_adapter(folder, origin, full_weights=(folder / "config.json").is_file())
+    adapter = _adapter_of_hub(repo, folder.name)
+    if adapter is not None:
+        check_no_adapter(adapter, origin, full_weights=(folder / "config.json").is_file())
     return Numbers(ModelSource(name, origin, folder, _config(origin, folder), ""), "hub")
+
+
+def _adapter_of_hub(repo: str, commit: str) -> Path | None:
+    """The folder with the adapter's configuration that lies in a repository; None where there is none, or no answer."""
+    from huggingface_hub import hf_hub_download
+
+    with suppress(Exception):  # the hub and the network fail in many ways, and config.json is here
+        return Path(hf_hub_download(repo, ADAPTER, revision=commit, etag_timeout=TIMEOUT)).parent
+    return None
 
 
 def _config(where: str, folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{where}: there is no config.json; give the folder that save_pretrained wrote")
-    return read_config(folder, where)
+    try:
+        return read_config(folder, where)
+    except CheckpointError as error:
+        said = str(error).replace("config.json is not valid JSON", "config.json cannot be read, it is not valid JSON")
+        raise CheckpointError(said) from error
 
 
 def _stated(name: str, stated: Mapping[str, Any], scratch: Path) -> ModelSource:

@@ -251,8 +251,8 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
 
     if not trust_remote_code and tokenizer_code(source.folder):
         raise ConfigError(
-            f"model.path={source.origin}: the tokenizer brings its own Python code (auto_map in tokenizer_config.json); "
-            "to run that code set model.trust_remote_code=true"
+            f"model.path={source.origin}: the tokenizer brings its own Python code (auto_map in its settings); "
+            "to run it set model.trust_remote_code=true"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -75,7 +75,7 @@ def weight_map(folder: Path) -> dict[str, str]:
 
 
 def index_decides(folder: Path, headers: Mapping[Path, Iterable[str]]) -> bool:
-    """Whether the index of a sharded checkpoint says more than the files: it leaves some out, or they hold other tensors.
+    """Whether the index of a sharded checkpoint says more than its files: it leaves some out, or lists other tensors.
 
     Args:
         headers: file -> names of its tensors, of the files that :func:`weight_files` gives.
@@ -142,6 +142,11 @@ class Shards:
             if not torch.equal(*pieces):
                 return False
         return True
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Stored dtype of every tensor, by name."""
+        return {name: place.dtype for name, place in self._places.items()}
 
     def in_order(self, names: Iterable[str]) -> list[str]:
         """``names`` in the order in which they lie on disk."""

@@ -57,7 +57,7 @@ def fit_of(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Fit:
         if target not in state and name in state:
             target, pattern = rename_source_key(name, [], [], prefix, state)
         if target not in state:
-            if not any(ignored.search(other) for other in (name, target)) and not _is_mask(name, shape):
+            if not any(ignored.search(other) for other in (name, target)) and not is_computed(name, shape):
                 unexpected.append(name)
             continue
         targets[name] = target
@@ -74,12 +74,17 @@ def _ignored(model: Any) -> re.Pattern[str]:
     return re.compile("|".join(f"({pattern})" for pattern in patterns))
 
 
-def _is_mask(name: str, shape: Sequence[int]) -> bool:
-    """Whether a tensor is a causal mask that old checkpoints store: [1, 1, T, T], or the number for what is masked."""
+def is_computed(name: str, shape: Sequence[int]) -> bool:
+    """Whether a stored tensor is a buffer of old checkpoints that every model computes itself.
+
+    Rotary frequencies, positions, and causal masks: [1, 1, T, T], or the number for what is masked.
+    """
+    if any(re.search(pattern, name) for pattern in _OLD_BUFFERS):
+        return True
     found = _ATTENTION_MASK.search(name)
     if found is None:
         return False
-    if found[2] == "masked_bias":
+    if found[3] == "masked_bias":
         return len(shape) == 0 or list(shape) == [1]
     return len(shape) == 4 and list(shape[:2]) == [1, 1] and shape[2] == shape[3]
 
@@ -125,9 +130,7 @@ def tied_differently(model: Any, fit: Fit, shards: Shards) -> list[tuple[str, st
     for target, parameter in model.named_parameters(remove_duplicate=False):
         if target in places:
             stored.setdefault(id(parameter), []).append(places[target])
-    return [
-        (first, other) for first, *others in stored.values() for other in others if not shards.equal(first, other)
-    ]
+    return [(first, other) for first, *others in stored.values() for other in others if not shards.equal(first, other)]
 
 
 def missing_weights(model: Any, fit: Fit) -> list[str]:

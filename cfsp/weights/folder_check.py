@@ -6,6 +6,7 @@ builds as many layers as config.json asks for; each of these is looked at before
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import CheckpointError, ConfigError
-from cfsp.system.reading import check_regular, read_json
+from cfsp.system.reading import check_regular, read_json, read_text
 
 ADAPTER = "adapter_config.json"
 #: Largest config.json, tokenizer_config.json and the like; those of published models have below 30 MB.
@@ -106,8 +107,8 @@ def check_no_adapter(folder: Path, where: str, *, full_weights: bool | None = No
         full_weights = bool(weights) and (folder / "config.json").is_file()
     if full_weights:
         raise CheckpointError(
-            f"{where}: a PEFT adapter{of_base} lies beside the full weights ({ADAPTER}), and transformers would load it "
-            f"on top of them; merge it (peft: merge_and_unload, then save_pretrained), or move {ADAPTER} away"
+            f"{where}: a PEFT adapter{of_base} lies beside the full weights ({ADAPTER}), and transformers would load "
+            f"it on top of them; merge it (peft: merge_and_unload, then save_pretrained), or move {ADAPTER} away"
         )
     raise CheckpointError(
         f"{where}: this is a PEFT adapter{of_base}, not a model; load it on its base, merge it (peft: "
@@ -121,7 +122,13 @@ def read_config(folder: Path, where: str) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be read, is no object, or asks for more layers than any model has.
     """
-    config = read_json(folder / "config.json", f"{where}: config.json", limit=MAX_CONFIG_BYTES)
+    text = read_text(folder / "config.json", f"{where}: config.json", limit=MAX_CONFIG_BYTES)
+    try:
+        config = json.loads(text)
+    except RecursionError as error:
+        raise CheckpointError(f"{where}: config.json is nested too deep; fetch the model again") from error
+    except ValueError as error:
+        raise CheckpointError(f"{where}: config.json is not valid JSON ({error}); fetch the model again") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{where}: config.json holds no object ({type(config).__name__}); fetch the model again")
     for key, count in counts(config):
@@ -134,8 +141,8 @@ def read_config(folder: Path, where: str) -> dict[str, Any]:
     named = config.get("transformers_weights")
     if named is not None:  # transformers would read this file instead of the ones that are looked at
         raise CheckpointError(
-            f"{where}: config.json names the weights itself (transformers_weights={str(named)[:100]}); take the key out "
-            "and name the files model.safetensors, or as an index does"
+            f"{where}: config.json names the weights itself (transformers_weights={str(named)[:100]}); take the key "
+            "out and name the files model.safetensors, or as an index does"
         )
     return config
 
@@ -147,7 +154,7 @@ def counts(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         for key, value in pending.pop().items():
             if isinstance(value, dict):
                 pending.append(value)
-            elif isinstance(value, int | float) and not isinstance(value, bool) and _COUNTS.match(str(key)):
+            elif isinstance(value, int | float) and not isinstance(value, bool) and _COUNTS.search(str(key)):
                 yield str(key), value
 
 
