@@ -25,6 +25,7 @@ from cfsp.data.self_generated import sampled
 from cfsp.errors import BusyError, CheckpointError, ConfigError, RunError
 from cfsp.evaluate.base import Side, parts_of
 from cfsp.evaluate.measurement import Measurement
+from cfsp.evaluate.unchanged import measured_unchanged
 from cfsp.export import card
 from cfsp.export.command import Request, check_place, exported, place_beside
 from cfsp.identity import METHOD_VERSION, digest, method_of
@@ -35,6 +36,7 @@ from cfsp.models.checkpoint import SavedCheckpoint, check_destination, round_to_
 from cfsp.models.driver import BlockDriver
 from cfsp.models.remote_code import PRUNED_PREFIX
 from cfsp.models.snapshot import Snapshot
+from cfsp.models.trial import model_code_refused
 from cfsp.models.views import DecoderView, resolve
 from cfsp.prepare import Prepared, prepare
 from cfsp.pruning.apply import apply, sliced
@@ -113,6 +115,7 @@ def _run(prepared: Prepared, out: Path, bases: BaseModels) -> RunRecord:
             "fingerprint": prepared.source.fingerprint,
             "dtype": str(prepared.dtype).removeprefix("torch."),
             "device": str(prepared.device),
+            **({"notes": list(prepared.notes)} if prepared.notes else {}),
         },
         started=_now(),
     )
@@ -139,7 +142,9 @@ def _execute(
     stages = Stages()
     record.stages = stages.entries
     with contextlib.ExitStack() as until_the_end:
-        with stages("load") as stage:
+        with stages("load") as stage, _model_code(prepared):
+            for note in prepared.notes:
+                log.warning("%s", note)
             model, stage["cached"] = until_the_end.enter_context(bases.lent(prepared))
             view = resolve(model)
             pruner = prepared.config.pruner.instance
@@ -162,10 +167,10 @@ def _stages(
             record.measurements["dense"], stage["cached"] = _evaluate_dense(prepared, model)
             _add(record.measurements, _side_by_side(prepared, model, [_side("dense", prepared)]))
         return
-    with stages("calibrate") as stage, saved_seconds(stage):
+    with stages("calibrate") as stage, saved_seconds(stage), _model_code(prepared):
         context, stage["cached"] = _context(prepared, view)
         record.calibration = {**context.calibration.describe(), "batch_size": context.driver.batch_size}
-    with stages("plan") as stage, saved_seconds(stage):
+    with stages("plan") as stage, saved_seconds(stage), _model_code(prepared):
         plan, stage["cached"] = read_or_compute(
             prepared.progress / "plan.json",
             PruningPlan.load,
@@ -219,6 +224,10 @@ def _stages(
     draw_blocks(plan, _distance_shown(config), out / "blocks.png")
     if record.recovery and record.recovery.get("history"):
         draw_recovery(record.recovery, out / "recovery.png")
+
+
+def _model_code(prepared: Prepared) -> contextlib.AbstractContextManager[None]:
+    return model_code_refused(str(prepared.source.config.get("model_type")), prepared.source.origin)
 
 
 def _export(form: str, out: Path) -> dict[str, Any]:
@@ -305,7 +314,7 @@ def _evaluate_dense(prepared: Prepared, model: nn.Module) -> tuple[list[dict[str
         }
         key = digest(
             {
-                "model": prepared.source.fingerprint,
+                "model": prepared.identity["model"],
                 "dtype": str(prepared.dtype),
                 "device": prepared.device.type,
                 "evaluator": evaluator.target,
@@ -320,7 +329,7 @@ def _evaluate_dense(prepared: Prepared, model: nn.Module) -> tuple[list[dict[str
             path = folder / f"{digest([key, part])[:32]}.json"
             if prepared.config.force:
                 path.unlink(missing_ok=True)
-            found, cached = _figures(path, alone, model, prepared.tokenizer)
+            found, cached = _figures(path, name, alone, model, prepared.tokenizer)
             all_cached &= cached
             rows += found
     return rows, all_cached and bool(rows)
@@ -334,24 +343,30 @@ def _measured(prepared: Prepared, model: nn.Module, side: str) -> list[dict[str,
             continue
         for part, alone in parts_of(evaluator.instance).items():
             path = prepared.progress / "measured" / f"{digest([side, name, part])[:32]}.json"
-            rows += _figures(path, alone, model, prepared.tokenizer)[0]
+            rows += _figures(path, name, alone, model, prepared.tokenizer)[0]
     return rows
 
 
-def _figures(path: Path, evaluator: Any, model: nn.Module, tokenizer: Any) -> tuple[list[dict[str, Any]], bool]:
+def _figures(
+    path: Path, name: str, evaluator: Any, model: nn.Module, tokenizer: Any
+) -> tuple[list[dict[str, Any]], bool]:
     return read_or_compute(
         path,
         lambda file: json.loads(file.read_text(encoding="utf-8")),
-        lambda: [measurement.as_dict() for measurement in evaluator.measure(model, tokenizer)],
+        lambda: [
+            measurement.as_dict()
+            for measurement in measured_unchanged(name, model, lambda: evaluator.measure(model, tokenizer))
+        ],
         lambda values, file: file.write_text(json.dumps(values), encoding="utf-8"),
     )
 
 
 def _side_by_side(prepared: Prepared, model: nn.Module, sides: list[Side]) -> dict[str, list[Measurement]]:
     found: dict[str, list[Measurement]] = {}
-    for evaluator in prepared.config.evaluation.values():
+    for name, evaluator in prepared.config.evaluation.items():
         if evaluator.instance.side_by_side:
-            for side, rows in evaluator.instance.measure_sides(model, sides).items():
+            measure = partial(evaluator.instance.measure_sides, model, sides)
+            for side, rows in measured_unchanged(name, model, measure).items():
                 found.setdefault(side, []).extend(rows)
     return found
 

@@ -19,7 +19,7 @@ from cfsp.export.check import check_exportable
 from cfsp.identity import identity_of, run_id_of
 from cfsp.importance.base import required
 from cfsp.memory import available
-from cfsp.models.load import load_tokenizer, outline, resolve_device, resolve_dtype
+from cfsp.models.load import changed_by_tensors, load_tokenizer, outline, resolve_device, resolve_dtype
 from cfsp.models.remote_code import check_adoptable
 from cfsp.models.source import ModelSource, locate
 from cfsp.models.views import DecoderView
@@ -45,6 +45,8 @@ class Prepared:
     evaluation: dict[str, dict[str, Any]]
     identity: dict[str, Any]
     run_id: str
+    #: Sentences on what the weights say against config.json; in the record.
+    notes: tuple[str, ...] = ()
 
     @property
     def progress(self) -> Path:
@@ -108,9 +110,11 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
         streaming = streams(config, view, dtype, device, held)
     _refuse(problems)
     stored_dtype = config.save.dtype or source.stored_dtype
+    notes = changed_by_tensors(source, trust_remote_code=trust)
     identity = identity_of(
         config,
-        model=source.fingerprint,
+        # Figures of before the head was taken as one of its own are another model's.
+        model=source.fingerprint + ("#own_head" if notes else ""),
         dtype=str(dtype).removeprefix("torch."),
         calibration=calibration_identity,
         recovery=recovery,
@@ -119,7 +123,7 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
     )
     return Prepared(
         config, source, tokenizer, limits, device, dtype, getattr(torch, stored_dtype), streaming, calibration,
-        evaluation, identity, run_id_of(config, identity),
+        evaluation, identity, run_id_of(config, identity), notes,
     )  # fmt: skip
 
 
