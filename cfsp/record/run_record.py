@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cfsp.errors import CheckpointError
+from cfsp.system.atomic import write_text
 
 SCHEMA = 1
 #: What a record says until its run ends, and for ever where the run was killed.
@@ -19,7 +19,8 @@ UNFINISHED = {"type": "Unfinished", "message": "the run has not ended: it is sti
 class RunRecord:
     """status: success or failed. ``measurements``: side -> figures; ``blocks``: per block.
 
-    Sides: dense; selected: what stays, without its compensation (where asked for); pruned; recovered.
+    Sides: dense; selected: what stays, without its compensation (where asked for); pruned; recovered. ``files``: path
+    within OUT -> {bytes, sha256} of plan, model folders and export; None in records of earlier versions.
     """
 
     run_id: str
@@ -36,6 +37,7 @@ class RunRecord:
     measurements: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     recovery: dict[str, Any] | None = None
     checkpoint: dict[str, Any] | None = None
+    files: dict[str, dict[str, Any]] | None = None
     started: str = ""
     finished: str = ""
     error: dict[str, str] | None = field(default_factory=lambda: dict(UNFINISHED))
@@ -43,10 +45,7 @@ class RunRecord:
 
     def write(self, path: Path) -> None:
         """Atomically: a reader sees the whole record or none."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @property
     def succeeded(self) -> bool:
