@@ -59,8 +59,8 @@ def read_or_compute(
     """The value in ``path``, or a new one, which is then kept there atomically; returns (value, cached?).
 
     Of several processes that want it at the same time one computes it, the others wait and read. ``path`` None: nothing
-    is kept. A file that is damaged (its sha256 stands beside it) or that ``read`` refuses is made again. Beside the file stands how many seconds it took
-    (:func:`saved_seconds`).
+    is kept. A file that is damaged (its sha256 stands beside it) or that ``read`` refuses is made again. Beside the
+    file stands how many seconds it took (:func:`saved_seconds`).
     """
     if path is None:
         return compute(), False

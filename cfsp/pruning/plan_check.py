@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def _check_kept(where: str, kept: Any) -> None:
     _expect(isinstance(kept, list) and bool(kept), f"{where} must be a non-empty list, or null for all")
     for index in kept:
         _expect(is_count(index), f"{where} must hold whole numbers from 0, not {str(index)[:40]}")
-    _expect(all(a < b for a, b in zip(kept, kept[1:], strict=False)), f"{where} must be sorted, without repetitions")
+    _expect(all(a < b for a, b in pairwise(kept)), f"{where} must be sorted, without repetitions")
 
 
 def _check_numbers(values: Mapping[str, Any]) -> None:

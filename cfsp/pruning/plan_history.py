@@ -49,9 +49,7 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
     return marker
 
 
-def history_of(
-    folder: Path, sizes: Sequence[BlockSizes] | None = None, *, tensors: bool = True
-) -> PruningPlan | None:
+def history_of(folder: Path, sizes: Sequence[BlockSizes] | None = None, *, tensors: bool = True) -> PruningPlan | None:
     """Return the plan that made the weights in ``folder`` of a dense model; None where there is no such history.
 
     A plan.json that nobody vouches for is no history; this is said once on the log.

@@ -69,12 +69,9 @@ class RunRecord:
         if not isinstance(self.measurements, dict) or not all(isinstance(v, list) for v in self.measurements.values()):
             return "measurements are no lists of figures"
         for row in (row for rows in self.measurements.values() for row in rows):
-            if (
-                not isinstance(row, dict)
-                or not {"suite", "task", "metric"} <= row.keys()
-                or not _is_number(row.get("value"))
-            ):
-                return f"a figure without name or value: {row}"
+            problem = figure_problem(row)
+            if problem is not None:
+                return problem
         if not isinstance(self.stages, list) or not all(isinstance(s, dict) and "seconds" in s for s in self.stages):
             return "stages are no list of stages"
         plan = self.plan
@@ -98,6 +95,13 @@ class RunRecord:
             return None
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: not a run record ({error}); remove it or use another folder") from error
+
+
+def figure_problem(row: Any) -> str | None:
+    """Return what a figure lacks that everything which reads figures counts on; None where it is whole."""
+    if not isinstance(row, dict) or not {"suite", "task", "metric"} <= row.keys() or not _is_number(row.get("value")):
+        return f"a figure without name or value: {row}"
+    return None
 
 
 def _is_number(value: Any) -> bool:
