@@ -7,17 +7,11 @@ ended to the exit code.
 
 from __future__ import annotations
 
-import os
-import sys
-
-from cfsp.system import interrupts
-
-if __name__ == "__main__" or os.path.basename((sys.argv or [""])[0]) == "cfsp":  # not in programs that import this
-    interrupts.quiet()
-
 import argparse
 import importlib
 import logging
+import os
+import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -39,6 +33,7 @@ from cfsp.compose import explain
 from cfsp.config import parse
 from cfsp.errors import CfspError, ConfigError, RunError
 from cfsp.package import config_folder
+from cfsp.system import interrupts
 
 #: First words that are not overrides -> the function, of the words after it, that gives the exit code; None: Hydra's.
 COMMANDS = {

@@ -56,9 +56,10 @@ def remove_leftovers(out: Path, records: Path, run_id: str) -> None:
     """Remove what dead processes left of this run; to be called by the one process that holds its lease."""
     remove_scratch(out, (*MODEL_FOLDERS, *_EXPORTS))
     remove_partials(out, _FILES)
-    for test in out.glob(".write-test-*"):
-        with suppress(OSError):
-            test.unlink()
+    for pattern in (".write-test-*", "..lease.*"):  # the lease itself is .lease, and held
+        for file in out.glob(pattern):
+            with suppress(OSError):
+                file.unlink()
     for name in MODEL_FOLDERS[:2]:
         remove_partials(out / name, _CARDS)
     remove_partials(records, [f"{run_id}.json"])

@@ -7,10 +7,20 @@ from __future__ import annotations
 
 import os
 import signal
-from types import FrameType
-from typing import Any
+import sys
+
+TYPE_CHECKING = False  # importing typing takes longer than all else that is done here
+if TYPE_CHECKING:
+    from types import FrameType
 
 _name = "cfsp"
+
+
+def quiet_command() -> None:
+    """Call :func:`quiet` where this process is the command ``cfsp`` or ``python -m cfsp.run``, no other program."""
+    program = (getattr(sys, "argv", None) or [""])[0]
+    if os.path.basename(program) == "cfsp" or (program == "-m" and "cfsp.run" in sys.orig_argv[:8]):
+        quiet()
 
 
 def quiet(name: str = "cfsp") -> None:
@@ -36,6 +46,6 @@ def raise_again() -> None:
         pass
 
 
-def _end(_: int, __: FrameType | None) -> Any:
+def _end(_: int, __: FrameType | None) -> None:
     os.write(2, f"{_name}: interrupted\n".encode())
     os._exit(1)
