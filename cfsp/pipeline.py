@@ -81,6 +81,7 @@ def run(config: RunConfig, *, multirun: bool = False, bases: BaseModels | None =
         raise
     _check_owner(out, prepared.run_id, force=config.force)
     if config.save.model and config.pruner.instance.prunes:
+        _allow_replacing(out)
         for name in ("model", "pruned") if config.recovery.instance.trains else ("model",):
             check_destination(out / name)
         if config.save.format != "hf":
@@ -109,7 +110,6 @@ def _run(prepared: Prepared, out: Path, bases: BaseModels) -> RunRecord:
         damaged = lacking(earlier, out, model=_wants_model(config), hashes=config.check_files)
         if damaged is not None:
             log.warning("%s: not finished, %s; the run is done again", out, damaged)
-            _allow_replacing(earlier, out)
     if earlier is not None and earlier.succeeded and not config.force and damaged is None:
         shutil.rmtree(prepared.progress, ignore_errors=True)  # it was killed after its record and before this
         copy = Path(config.paths.records_dir) / f"{earlier.run_id}.json"
@@ -539,10 +539,11 @@ def _wants_model(config: RunConfig) -> bool:
     return bool(config.save.model and config.pruner.instance.prunes)
 
 
-def _allow_replacing(earlier: RunRecord, out: Path) -> None:
+def _allow_replacing(out: Path) -> None:
     """Give a damaged model folder of ours its marker back, without which it could not be replaced."""
+    earlier = RunRecord.read(out / "record.json")
     for name in MODEL_FOLDERS[:2]:
-        folder, listed = out / name, within(earlier.files, [name])
+        folder, listed = out / name, within(None if earlier is None else earlier.files, [name])
         if f"{name}/{MARKER}" not in listed or not folder.is_dir() or (folder / MARKER).exists():
             continue
         files = [path for path in folder.rglob("*") if not path.is_dir()]
