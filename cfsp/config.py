@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
 
 from cfsp.allocate.budget import Budget, Protect
 from cfsp.components import Component, build, problems_of, shown, suggest
@@ -59,6 +59,16 @@ def _batch_size(value: Any) -> int | Literal["auto"]:
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
     raise ValueError("sequences at a time: give auto or a whole number from 1")
+
+
+def _force(value: Any) -> bool | Literal["check"]:
+    # One sentence where a union of types would give one per type.
+    if value == "check" and isinstance(value, str):
+        return "check"
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        raise ValueError("use false, true (repeat a finished run) or check (compare the hashes of its files)") from None
 
 
 BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size)]
@@ -193,6 +203,8 @@ class RunConfig:
     debug: bool
     evaluate_selection: bool
     raw: dict[str, Any]
+    #: force=check: the hashes of a finished run's files are compared, not their sizes alone.
+    check_files: bool = False
 
     @property
     def budget(self) -> Budget:
@@ -274,10 +286,11 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         **parts,
         evaluation_name=evaluation_name,
         seed=scalars.seed,
-        force=scalars.force,
+        force=scalars.force is True,
         debug=scalars.debug,
         evaluate_selection=scalars.evaluate_selection,
         raw=raw,
+        check_files=scalars.force == "check",
     )
 
 
@@ -343,7 +356,7 @@ def _default(group: str) -> dict[str, Any]:
 
 class _Scalars(Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
-    force: bool = False
+    force: Annotated[bool | Literal["check"], PlainValidator(_force)] = False
     debug: bool = False
     evaluate_selection: bool = False
 

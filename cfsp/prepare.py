@@ -24,6 +24,8 @@ from cfsp.models.remote_code import check_adoptable
 from cfsp.models.source import ModelSource, locate
 from cfsp.models.views import DecoderView
 from cfsp.pruning.expert_limits import check_expert_settings
+from cfsp.pruning.plan_check import sizes_of
+from cfsp.pruning.plan_history import check_history
 
 #: Weights that take more of the free memory leave too little for what a pass holds beside them.
 _SHARE_OF_MEMORY = 0.8
@@ -82,6 +84,8 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
     tokenizer = load_tokenizer(source, trust_remote_code=trust)
     calibration, calibration_identity = None, None
     if config.pruner.instance.prunes:
+        with _collected(problems):
+            check_history(source.folder, sizes_of(view))
         with _collected(problems):
             check_adoptable(view.model)
         with _collected(problems):

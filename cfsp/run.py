@@ -31,8 +31,9 @@ from cfsp import __version__, processes
 from cfsp.components import suggest
 from cfsp.compose import explain
 from cfsp.config import parse
-from cfsp.errors import CfspError, ConfigError
+from cfsp.errors import CfspError, ConfigError, RunError
 from cfsp.package import config_folder
+from cfsp.system import interrupts
 
 #: First words that are not overrides -> the function, of the words after it, that gives the exit code; None: Hydra's.
 COMMANDS = {
@@ -81,10 +82,12 @@ def _run(config: DictConfig) -> int:
     if not processes.launched().first:
         from cfsp.recover.stage import assist
 
+        interrupts.raise_again()
         return assist(checked)
     from cfsp.pipeline import run
     from cfsp.tables.terminal import show
 
+    interrupts.raise_again()
     record, out = run(checked, multirun=_is_multirun())
     show(record, out)
     return 0
@@ -155,7 +158,9 @@ def _other(command: str, words: list[str], session: _Session) -> int:
         logging.getLogger("cfsp").setLevel(logging.DEBUG)
         words = [word for word in words if word.lower() != "debug=true"]
     try:
-        code: int = getattr(importlib.import_module(module), function)(words)
+        body = getattr(importlib.import_module(module), function)
+        interrupts.raise_again()
+        code: int = body(words)
         return code
     except CfspError as error:
         return _report(error, session)
@@ -209,6 +214,8 @@ def _report(error: Exception, session: _Session, label: str = "") -> int:
 
 def _understood(error: Exception, session: _Session) -> Exception:
     """What Hydra raises outside of the task is about the words it was given, or about the folder it makes."""
+    if libraries := _out_of_addresses(error):
+        return RunError(libraries)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain(error, session.words, session.folder, sweep=session.sweep)
     outside = not any(frame.name in ("_run", "return_value") for frame in traceback.extract_tb(error.__traceback__))
@@ -219,6 +226,22 @@ def _understood(error: Exception, session: _Session) -> Exception:
             f"paths.output_dir: {error.filename} cannot be written ({error.strerror}); give another folder"
         )
     return error
+
+
+def _out_of_addresses(error: BaseException | None) -> str | None:
+    """Return one line where a library could not be loaded for want of memory or address space; None elsewhere."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        texts = ("failed to map segment", "cannot allocate memory", "static TLS")
+        if isinstance(error, ImportError | OSError) and any(text.lower() in str(error).lower() for text in texts):
+            reason = " ".join(str(error).split())
+            return (
+                f"the libraries need more memory or address space than this process may take ({reason:.200}); raise "
+                "its limit (ulimit -v unlimited, or the job's memory)"
+            )
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _is_multirun() -> bool:

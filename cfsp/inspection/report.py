@@ -13,6 +13,7 @@ from cfsp.inspection.history import History, read_history
 from cfsp.inspection.numbers import Numbers
 from cfsp.inspection.reach import Reach, reaches
 from cfsp.models.load import changed_by_tensors, outline
+from cfsp.pruning.plan_check import sizes_of
 
 SCHEMA = 1
 
@@ -84,8 +85,8 @@ def report_of(numbers: Numbers, *, trust_remote_code: bool = False) -> Report:
     """
     source = numbers.source
     view = outline(source, trust_remote_code=trust_remote_code)
-    history = read_history(source.folder, source.state)
     notes = changed_by_tensors(source, trust_remote_code=trust_remote_code)
+    history = read_history(source.folder, source.state, sizes_of(view))
     embeddings = view.model.get_input_embeddings().weight
     return Report(
         numbers=replace(numbers, notes=(*numbers.notes, *notes)),

@@ -89,8 +89,8 @@ def save_checkpoint(
             configuration do not describe its parameters (``remote_code.adopt`` makes them).
         RunError: the model computes values that are not finite.
     """
+    check_destination(Path(folder))
     folder = Path(folder).resolve()
-    check_destination(folder)
     _check_described(model)
     pruned = model.config.model_type.startswith(PRUNED_PREFIX)
     written = str(dtype or model.dtype).removeprefix("torch.")
@@ -109,7 +109,7 @@ def save_checkpoint(
             for name, text in pruned_family(stock_type(model.config.model_type)).files.items():
                 (scratch / name).write_text(text, encoding="utf-8")
         form = "remote_code" if pruned else "plain"
-        write_json(scratch / MARKER, {"schema": 1, "form": form, "dtype": written, "state": state})
+        write_json(scratch / MARKER, marker_of(form, written, state, files))
         for name, content in (files or {}).items():
             (scratch / name).parent.mkdir(exist_ok=True)
             (scratch / name).write_bytes(content)
@@ -117,6 +117,13 @@ def save_checkpoint(
             found = walk.found() if walk is not None else None
             (found or reference_of(model, dtype=dtype, tokenizer=scratch)).write(place_of(scratch))
     return SavedCheckpoint(folder, form, size, written)
+
+
+def marker_of(form: str, dtype: str, state: str, files: Mapping[str, bytes] | None) -> dict[str, Any]:
+    """Return the content of the marker file, which vouches for the plan.json among ``files``."""
+    plan = (files or {}).get("plan.json")
+    vouched = {} if plan is None else {"plan_sha256": hashlib.sha256(plan).hexdigest()}
+    return {"schema": 1, "form": form, "dtype": dtype, "state": state, **vouched}
 
 
 def check_safetensors(folder: Path) -> int:
@@ -183,6 +190,10 @@ def check_destination(folder: Path) -> None:
     Raises:
         CheckpointError: names the folder.
     """
+    if folder.is_symlink():
+        raise CheckpointError(
+            f"{folder}: is a symbolic link, whose target would be replaced; remove the link, or give another folder"
+        )
     try:
         foreign = folder.exists() and (
             not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).is_file())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,6 +20,7 @@ from cfsp.config import ModelSection, SavedDType
 from cfsp.errors import CheckpointError
 from cfsp.hub import fetch_snapshot, hub_error
 from cfsp.package import package_path
+from cfsp.system.atomic import write_text
 from cfsp.weights.folder_check import check_files, check_no_adapter, layers_of, read_config
 
 #: Files whose content decides what a model computes and how text becomes tokens.
@@ -83,9 +83,10 @@ class ModelSource:
     def state(self) -> str | None:
         """What a folder that cfsp wrote says of its weights (pruned, compensated, recovered); None for others."""
         try:
-            return json.loads((self.folder / "cfsp_checkpoint.json").read_text(encoding="utf-8"))["state"]
-        except (OSError, ValueError, KeyError):
+            state = json.loads((self.folder / "cfsp_checkpoint.json").read_text(encoding="utf-8"))["state"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
+        return state if isinstance(state, str) else None
 
     def _stated(self, *keys: str) -> Any:
         """The first of the keys in config.json, whose text model may be nested (multimodal families)."""
@@ -223,8 +224,5 @@ def _digest_of(path: Path, state: tuple[int, ...], kept: Path | None) -> str:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if note is not None:
         with suppress(OSError):  # the next process reads the file again
-            note.parent.mkdir(parents=True, exist_ok=True)
-            partial_note = note.with_name(f".{note.name}.{os.getpid()}")
-            partial_note.write_text(digest, encoding="ascii")
-            os.replace(partial_note, note)
+            write_text(note, digest)
     return digest

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cfsp.errors import CheckpointError
+from cfsp.system.atomic import write_text
 
 SCHEMA = 1
 #: What a record says until its run ends, and for ever where the run was killed.
@@ -19,7 +19,8 @@ UNFINISHED = {"type": "Unfinished", "message": "the run has not ended: it is sti
 class RunRecord:
     """status: success or failed. ``measurements``: side -> figures; ``blocks``: per block.
 
-    Sides: dense; selected: what stays, without its compensation (where asked for); pruned; recovered.
+    Sides: dense; selected: what stays, without its compensation (where asked for); pruned; recovered. ``files``: path
+    within OUT -> {bytes, sha256} of plan, model folders and export; None in records of earlier versions.
     """
 
     run_id: str
@@ -36,6 +37,7 @@ class RunRecord:
     measurements: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     recovery: dict[str, Any] | None = None
     checkpoint: dict[str, Any] | None = None
+    files: dict[str, dict[str, Any]] | None = None
     started: str = ""
     finished: str = ""
     error: dict[str, str] | None = field(default_factory=lambda: dict(UNFINISHED))
@@ -43,10 +45,7 @@ class RunRecord:
 
     def write(self, path: Path) -> None:
         """Atomically: a reader sees the whole record or none."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @property
     def succeeded(self) -> bool:
@@ -70,12 +69,9 @@ class RunRecord:
         if not isinstance(self.measurements, dict) or not all(isinstance(v, list) for v in self.measurements.values()):
             return "measurements are no lists of figures"
         for row in (row for rows in self.measurements.values() for row in rows):
-            if (
-                not isinstance(row, dict)
-                or not {"suite", "task", "metric"} <= row.keys()
-                or not _is_number(row.get("value"))
-            ):
-                return f"a figure without name or value: {row}"
+            problem = figure_problem(row)
+            if problem is not None:
+                return problem
         if not isinstance(self.stages, list) or not all(isinstance(s, dict) and "seconds" in s for s in self.stages):
             return "stages are no list of stages"
         plan = self.plan
@@ -99,6 +95,13 @@ class RunRecord:
             return None
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path}: not a run record ({error}); remove it or use another folder") from error
+
+
+def figure_problem(row: Any) -> str | None:
+    """Return what a figure lacks that everything which reads figures counts on; None where it is whole."""
+    if not isinstance(row, dict) or not {"suite", "task", "metric"} <= row.keys() or not _is_number(row.get("value")):
+        return f"a figure without name or value: {row}"
+    return None
 
 
 def _is_number(value: Any) -> bool:

@@ -21,6 +21,7 @@ from cfsp.components import build, suggest
 from cfsp.errors import CfspError, ConfigError
 from cfsp.package import config_folder
 from cfsp.sweep.experiment import Cell, Experiment, Values, experiment_names, given_values, load_experiment
+from cfsp.system import interrupts
 
 USAGE = """\
 Run what is missing of an experiment, or list what is done.
@@ -76,6 +77,7 @@ def command(name: str, usage: str, words: Sequence[str] | None, body: Callable[[
         print(usage)
         return 0 if given else 2
     quiet()
+    interrupts.raise_again()
     try:
         return body(given)
     except CfspError as error:

@@ -18,6 +18,7 @@ from cfsp.models.base_models import BaseModels
 from cfsp.pipeline import LEASE, run
 from cfsp.prepare import prepare
 from cfsp.progress import progress
+from cfsp.record.finished import lacking
 from cfsp.record.run_record import UNFINISHED, RunRecord
 from cfsp.sweep.experiment import Cell
 
@@ -39,7 +40,7 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        """Its record says success, and the model is there if one is wanted.
+        """Its record says success, and the files of the run are whole if a model is wanted.
 
         Raises:
             CheckpointError: what stands in the record's place is none.
@@ -48,7 +49,7 @@ class Job:
         return (
             record is not None
             and record.succeeded
-            and (not self.saves or (self.out / "model" / "config.json").is_file())
+            and lacking(record, self.out, model=self.saves, hashes=self.config.check_files) is None
         )
 
 

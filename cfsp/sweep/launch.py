@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Report = Callable[[Job, Outcome], None]
 #: Seconds between two looks at runs that another sweep is at.
 LOOK = 1.0
+#: Seconds for a process that was interrupted to write its record.
+_PATIENCE = 5.0
 
 
 class Launcher(Protocol):
@@ -175,6 +177,12 @@ class _Worker:
         """Let it go; at work it is ended, which the next launch takes up."""
         self.connection.close()
         if self.job is not None:
+            # Ctrl-C has reached it too, or reaches it now: ended so, it gives back what it holds, its semaphores too.
+            self.process.join(1)
+            if self.process.is_alive() and self.process.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.process.pid, signal.SIGINT)
+                self.process.join(_PATIENCE)
             self.process.terminate()
         self.process.join(10)
         if self.process.is_alive():
@@ -182,9 +190,14 @@ class _Worker:
 
 
 def _serve(connection: Connection) -> None:
+    import threading
+
+    from tqdm import tqdm
+
     from cfsp.sweep.command import quiet
 
     quiet()
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which nobody frees when this process is ended
     bases = BaseModels(keep=True)
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         while True:

@@ -94,6 +94,9 @@ def _verify(request: Request) -> int:
     from cfsp.verify.comparison import Finding, compare, tolerance_of
     from cfsp.verify.reference import place_of, read_reference
 
+    damaged = damage_of(request.path)
+    if damaged is not None:
+        print(f"{request.path}: {damaged}")
     reference = read_reference(place_of(request.path))
     form, weights = _form(request.path)
     dtype = "float32" if form == "gguf" else _dtype(request.path, weights)
@@ -131,7 +134,26 @@ def _verify(request: Request) -> int:
             + "; ".join(f"{finding.tool}: {finding.note or finding.outcome}" for finding in findings)
             + "); install one, or name the Python that has it with python.TOOL=..."
         )
-    return _show(request.path, findings)
+    return max(_show(request.path, findings), int(damaged is not None))
+
+
+def damage_of(path: Path) -> str | None:
+    """Compare a model folder or GGUF file with what the record of its run, where that lies beside it, says was written.
+
+    Returns:
+        One clause on the first file that is not as the run wrote it; None where all are, or nobody knows.
+    """
+    from cfsp.record.run_record import RunRecord
+    from cfsp.record.written import damage, within
+
+    folder = path.resolve().parent
+    try:
+        record = RunRecord.read(folder / "record.json")
+    except CheckpointError:
+        return None
+    if record is None or not record.succeeded:
+        return None
+    return damage(within(record.files, [path.resolve().name]), folder, hashes=True)
 
 
 def _unread(tool: Tool, form: str, path: Path) -> str:
