@@ -88,7 +88,7 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
         with _collected(problems):
             check_expert_settings(view, config)
         with _collected(problems):
-            calibration_identity = calibration_data.identity(config.calibration)
+            calibration_identity = calibration_data.identity(config.calibration, tokenizer)
             calibration = _calibration(config, tokenizer, limits)
     recovery = {key: value for key, value in config.recovery.identity().items() if key in ("class", "source")}
     if config.pruner.instance.prunes:
