@@ -162,9 +162,12 @@ def from_tokens(section: TokensCalibration, limits: Limits, seed: int) -> Calibr
     return CalibrationSet(torch.from_numpy(ids), section.name, "given", seed)
 
 
-def identity(section: CalibrationSection, tokenizer: Any) -> dict[str, Any]:
-    """What decides the set, by content, before anything is tokenised: for the run's identity."""
-    if isinstance(section, TextCalibration):
+def identity(section: CalibrationSection, tokenizer: Any = None) -> dict[str, Any]:
+    """What decides the set, by content, before anything is tokenised: for the run's identity.
+
+    Without a ``tokenizer``, ``bos=auto`` stays unsettled.
+    """
+    if isinstance(section, TextCalibration) and tokenizer is not None:
         section = settled(section, tokenizer)
     settings = section.model_dump(exclude={"path", "hub", "memory_gb"})
     for later, before in (("gram_share", 1.0), ("skip_documents", 0)):  # as in every run from before there was the key

@@ -13,7 +13,7 @@ from cfsp.components import component, suggest
 from cfsp.config import TextSection
 from cfsp.errors import DataError, RunError
 from cfsp.evaluate.measurement import LACKS_BOS, Measurement
-from cfsp.evaluate.values import batch_size, placed, window_range
+from cfsp.evaluate.values import checked_batch_size, checked_windows, placed
 from cfsp.progress import progress
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class Perplexity:
     datasets: Annotated[list[str], Field(min_length=1)]
     texts: dict[str, TextSection]
     seq_len: Annotated[int, Field(ge=2)]
-    windows: Annotated[tuple[int, int] | None, PlainValidator(window_range)] = None
-    batch_size: Annotated[int, PlainValidator(batch_size)] = 8
+    windows: Annotated[tuple[int, int] | None, PlainValidator(checked_windows)] = None
+    batch_size: Annotated[int, PlainValidator(checked_batch_size)] = 8
 
     side_by_side: ClassVar[bool] = False
     key: ClassVar[str] = "evaluation.perplexity"

@@ -39,9 +39,7 @@ def names_the_task(key: str, task: str, *, checking: bool) -> Iterator[None]:
         if _is_of_the_data(error):
             raise DataError(f"{what}: its data cannot be fetched ({reason}); {_remedy(error, key)}") from error
         if checking:
-            raise DataError(
-                f"{what}: lm-eval cannot ask its items ({reason}); mend the task, or leave it out"
-            ) from error
+            raise DataError(f"{what}: its items cannot be asked ({reason}); mend it, or leave it out") from error
         raise RunError(f"{what}: lm-eval failed ({reason})") from error
 
 
@@ -57,7 +55,7 @@ def try_task(
     what = f"{key}.tasks={name}"
     if getattr(task, "UNSAFE_CODE", False):
         raise DataError(
-            f"{what}: it runs code that the model writes (unsafe_code), which cfsp does not do; leave it out"
+            f"{what}: it runs code that the model writes (unsafe_code), which is not done here; leave it out"
         )
     if getattr(task, "MULTIMODAL", False):
         raise DataError(f"{what}: it needs images or sound, and text alone is given to the model; leave it out")
@@ -99,10 +97,13 @@ def _check_choices(task: Any, document: Any, what: str) -> None:
 def _check_request(request: Any, what: str, tokenizer: Any, limits: Limits) -> None:
     """What the harness asserts of a request's tokens when it is too late."""
     kind, arguments = request.request_type, request.args
-    if tokenizer is None:  # asked without a model: nothing is known of tokens
-        return
     positions = limits.positions or _POSITIONS
     if kind == "generate_until":
+        if tokenizer.eos_token_id is None:
+            raise DataError(
+                f"{what}: it generates text, and the tokenizer names no EOS to end it with; name it in "
+                "tokenizer_config.json, or leave the task out"
+            )
         asked = new_tokens(arguments[1], _NEW_TOKENS)
         if asked >= positions:
             raise DataError(

@@ -11,7 +11,7 @@ def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def window_range(value: Any) -> tuple[int, int] | None:
+def checked_windows(value: Any) -> tuple[int, int] | None:
     """[first, end) of the windows to evaluate, or None for all of them."""
     if value is None:
         return None
@@ -20,14 +20,14 @@ def window_range(value: Any) -> tuple[int, int] | None:
     raise ValueError("expected [first, end], e.g. [0,24]")
 
 
-def batch_size(value: Any) -> int:
+def checked_batch_size(value: Any) -> int:
     """Sequences or requests at a time. There is no auto: the number moves the last digits of a figure."""
     if _is_whole(value, 1):
         return value
     raise ValueError("sequences at a time: give a whole number from 1, e.g. 16")
 
 
-def item_limit(value: Any) -> int | float | None:
+def checked_limit(value: Any) -> int | float | None:
     """As lm-eval takes its limit: items of a task, or a share of them between 0 and 1."""
     if value is None or _is_whole(value, 1) or (isinstance(value, float) and 0 < value < 1):
         return value

@@ -15,7 +15,7 @@ from pydantic import Field, PlainValidator
 from cfsp.components import component, suggest
 from cfsp.errors import ConfigError, DataError
 from cfsp.evaluate.measurement import Measurement
-from cfsp.evaluate.values import batch_size, item_limit, placed
+from cfsp.evaluate.values import checked_batch_size, checked_limit, placed
 from cfsp.package import package_path
 from cfsp.progress import watched
 
@@ -41,8 +41,8 @@ class ZeroShot:
     tasks: Annotated[list[str], Field(min_length=1)]
     include_path: str | None = None
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
-    limit: Annotated[int | float | None, PlainValidator(item_limit)] = None
-    batch_size: Annotated[int, PlainValidator(batch_size)] = 16
+    limit: Annotated[int | float | None, PlainValidator(checked_limit)] = None
+    batch_size: Annotated[int, PlainValidator(checked_batch_size)] = 16
 
     side_by_side: ClassVar[bool] = False
     key: ClassVar[str] = "evaluation.zero_shot"
@@ -68,7 +68,8 @@ class ZeroShot:
             "limit": self.limit,
             "local": content,
         }
-        self._try(identity, local, tokenizer, limits)
+        if tokenizer is not None:  # without one it is asked for the identity alone
+            self._try(identity, local, tokenizer, limits)
         return identity
 
     def _try(self, identity: dict[str, Any], local: dict[str, list[TaskFile]], tokenizer: Any, limits: Limits) -> None:
@@ -76,20 +77,16 @@ class ZeroShot:
         from cfsp.evaluate.harness import quiet_harness, with_special_tokens
         from cfsp.evaluate.task_trial import TRIED_ITEMS, names_the_task, try_task
 
-        if tokenizer is not None:
-            tokenizer = with_special_tokens(tokenizer)
-            if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-                raise DataError(
-                    f"{self.key}: the tokenizer names neither BOS nor EOS and config.json states no bos_token_id or "
-                    "eos_token_id, one of which lm-eval starts from; name one in tokenizer_config.json, or use "
-                    f"{self.key}=null"
-                )
+        tokenizer = with_special_tokens(tokenizer)
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise DataError(
+                f"{self.key}: the tokenizer names neither BOS nor EOS and config.json states no bos_token_id or "
+                "eos_token_id, one of which lm-eval starts from; name one in tokenizer_config.json, or use "
+                f"{self.key}=null"
+            )
         said = {name: value for name, value in identity.items() if name != "batch_size"}
-        tried = hashlib.sha256(
-            repr(
-                (said, str(self._folder()), self.key, getattr(tokenizer, "of_content", id(tokenizer)), limits)
-            ).encode()
-        ).hexdigest()
+        content = getattr(tokenizer, "of_content", None)
+        tried = repr((said, self._folder(), self.key, content, limits)) if content else None
         if tried in _tried:
             return
         with quiet_harness(self._folder(), self.key):
@@ -97,17 +94,13 @@ class ZeroShot:
             for name in self.tasks:
                 with names_the_task(self.key, name, checking=True):
                     for leaf, task in manager.load([self._given(name, local)])["tasks"].items():
-                        if task.OUTPUT_TYPE == "generate_until" and getattr(tokenizer, "eos_token_id", 0) is None:
-                            raise DataError(
-                                f"{self.key}.tasks={name}: it generates text, and the tokenizer names no EOS to end it; "
-                                "name it in tokenizer_config.json, or leave the task out"
-                            )
                         items = TRIED_ITEMS if name in local else 1
                         if isinstance(self.limit, int):
                             items = min(items, self.limit)
                         label = name if leaf == name else f"{name} ({leaf})"
                         try_task(task, label, self.key, self.num_fewshot, items, tokenizer, limits)
-        _tried.add(tried)
+        if tried is not None:
+            _tried.add(tried)
 
     def parts(self) -> dict[str, ZeroShot]:
         return {task: placed(replace(cast(Any, self), tasks=[task]), self.key) for task in self.tasks}
