@@ -17,7 +17,8 @@ def checked_windows(value: Any) -> tuple[int, int] | None:
         return None
     if isinstance(value, list | tuple) and len(value) == 2 and _is_whole(value[0], 0) and _is_whole(value[1], 1):
         return value[0], value[1]
-    raise ValueError("expected [first, end], e.g. [0,24]")
+    missing = "; item 2 is missing" if isinstance(value, list | tuple) and len(value) == 1 else ""
+    raise ValueError(f"expected [first, end], e.g. [0,24]{missing}")
 
 
 def checked_batch_size(value: Any) -> int:
@@ -31,7 +32,9 @@ def checked_limit(value: Any) -> int | float | None:
     """As lm-eval takes its limit: items of a task, or a share of them between 0 and 1."""
     if value is None or _is_whole(value, 1) or (isinstance(value, float) and 0 < value < 1):
         return value
-    raise ValueError("items of a task: give a whole number from 1, a share of them between 0 and 1, or null for all")
+    raise ValueError(
+        "items of a task: a whole number greater than or equal to 1, a share of them between 0 and 1, or null for all"
+    )
 
 
 def placed(evaluator: Evaluator, key: str) -> Evaluator:

@@ -48,6 +48,13 @@ class ZeroShot:
     key: ClassVar[str] = "evaluation.zero_shot"
 
     def check(self, tokenizer: Any, limits: Limits) -> dict[str, Any]:
+        identity = self.check_settings()
+        if tokenizer is not None:  # without one it is asked for the identity alone
+            self._try(identity, tokenizer, limits)
+        return identity
+
+    def check_settings(self) -> dict[str, Any]:
+        """The part of :meth:`check` that builds no task and fetches no data."""
         from cfsp.evaluate.harness import harness_tasks
         from cfsp.evaluate.task_folder import content_of
 
@@ -61,18 +68,15 @@ class ZeroShot:
                     raise ConfigError(f"{self.key}.tasks={name}: lm-eval has no such task{near}")
         folder = self._folder()
         content = {name: content_of(local[name], folder, self.key) for name in local if name in self.tasks and folder}
-        identity = {
+        return {
             "tasks": self.tasks,
             "batch_size": self.batch_size,
             "num_fewshot": self.num_fewshot,
             "limit": self.limit,
             "local": content,
         }
-        if tokenizer is not None:  # without one it is asked for the identity alone
-            self._try(identity, local, tokenizer, limits)
-        return identity
 
-    def _try(self, identity: dict[str, Any], local: dict[str, list[TaskFile]], tokenizer: Any, limits: Limits) -> None:
+    def _try(self, identity: dict[str, Any], tokenizer: Any, limits: Limits) -> None:
         """Build each task, which locates its data, and render its first items; once in a process for the same."""
         from cfsp.evaluate.harness import quiet_harness, with_special_tokens
         from cfsp.evaluate.task_trial import TRIED_ITEMS, names_the_task, try_task
@@ -90,6 +94,7 @@ class ZeroShot:
         if tried in _tried:
             return
         with quiet_harness(self._folder(), self.key):
+            local = self._local_tasks()
             manager = self._task_manager(local)
             for name in self.tasks:
                 with names_the_task(self.key, name, checking=True):
@@ -229,7 +234,8 @@ class ZeroShot:
         # Of the files: a folder may have changed since this process read it.
         content = hashlib.sha256(repr([(str(f.path), f.content) for fs in local.values() for f in fs]).encode())
         folder = self._folder()
-        return task_manager(str(folder) if folder else None, bool(asked - set(local)), content.hexdigest())
+        digest = content.hexdigest() if local else ""
+        return task_manager(str(folder) if local else None, bool(asked - set(local)), digest)
 
 
 def _leaves(task: str, members: dict[str, list[str]]) -> list[str]:

@@ -49,18 +49,23 @@ def latex(table: Table, command: str) -> str:
         if label:
             lines.append(rf"\multicolumn{{{len(heads)}}}{{l}}{{\emph{{{_tex(label)}}}}} \\")
         lines += [" & ".join([_tex(row.label), *_cells(table, row, _TEX)]) + r" \\" for row in rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+    below = [rf"\par\footnotesize {_tex(sentence)}" for sentence in notes(table)]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *below, r"\end{table}"]) + "\n"
 
 
 def comma_separated(table: Table) -> str:
     """One line per figure, unrounded: section, row, figure, unit, direction, mean, std, number of seeds, records.
 
-    Where the table has published figures: also the published one, ours less it, and its source.
+    Where the table has published figures: also the published one, ours less it, and its source. Where it has marks:
+    also what they say.
     """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     beside = ["published", "deviation", "source"] if table.sources else []
-    writer.writerow(["section", table.head, "metric", "unit", "better", "mean", "std", "seeds", "records", *beside])
+    marked = ["notes"] if table.notes else []
+    writer.writerow(
+        ["section", table.head, "metric", "unit", "better", "mean", "std", "seeds", "records", *beside, *marked]
+    )
     for label, rows in table.sections:
         for row in rows:
             for column, entry in zip(table.columns, row.entries, strict=True):
@@ -74,6 +79,7 @@ def comma_separated(table: Table) -> str:
                         label, row.label, column.metric.label, column.metric.unit, better,
                         "" if entry.mean is None else repr(entry.mean), spread, seeds, " ".join(row.run_ids),
                         *(_published_values(entry) if beside else ()),
+                        *(["; ".join(NOTES[mark] for mark in entry.notes)] if marked else ()),
                     ]
                 )  # fmt: skip
     return stream.getvalue()
