@@ -20,7 +20,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 from cfsp.allocate.budget import Budget, Protect
 from cfsp.components import Component, build, problems_of, shown, suggest
 from cfsp.errors import ConfigError
-from cfsp.package import config_folder
+from cfsp.evaluate.values import placed
+from cfsp.package import config_folder, is_packaged, package_path
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 SavedDType = Literal["float32", "bfloat16", "float16"]
@@ -112,7 +113,7 @@ class TextSection(Section):
     text_field: str = "text"
     txt_rows: Literal["whole", "lines", "wikitext"] = "whole"
     join: str = "\n\n"
-    bos: Literal["none", "start", "window"] = "none"
+    bos: Literal["auto", "none", "start", "window"] = "auto"
     skip_documents: int = Field(default=0, ge=0)
     max_documents: PositiveInt | None = None
 
@@ -173,6 +174,7 @@ class SaveSection(Section):
 
 
 class PluginsSection(Section):
+    #: Packages; ``tasks``: the files of evaluation.*.include_path.
     allow: list[str] = Field(default=[], description="e.g. plugins.allow=[my_package]")
 
 
@@ -269,6 +271,10 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         for name, value in evaluation.items()
         if value is not None
     }
+    for name, evaluator in parts["evaluation"].items():
+        if evaluator is not None and hasattr(evaluator.instance, "key"):
+            placed(evaluator.instance, f"evaluation.{name}")
+    problems.extend(_task_folders(parts["evaluation"], allowed))
     scalars = _section("", _Scalars, {key: raw[key] for key in _Scalars.model_fields if key in raw}, problems)
     if isinstance(parts["model"], ModelSection) and not parts["model"].path:
         problems.append(
@@ -326,6 +332,17 @@ def _sequential_gradients(pruner: Component | None, importance: Component | None
             f"pruner.sequential=true: importance._target_={importance.target} goes by gradients of the dense model, "
             "which pruned blocks do not change; use pruner.sequential=false, or a metric of activations (wanda, flap)"
         )
+
+
+def _task_folders(evaluation: Mapping[str, Component | None], allowed: list[str]) -> Iterator[str]:
+    """Folders of task files that are not cfsp's own, without the word that lets them run."""
+    for name, evaluator in evaluation.items():
+        path = getattr(evaluator.instance, "include_path", None) if evaluator is not None else None
+        if isinstance(path, str) and "tasks" not in allowed and package_path(path).is_dir() and not is_packaged(path):
+            yield (
+                f"evaluation.{name}.include_path={path}: task files are code (functions, templates) that would run as "
+                "you; look at them, then allow it with plugins.allow=[tasks]"
+            )
 
 
 def _nothing_to_recover(pruner: Component | None, recovery: Component | None) -> Iterator[str]:

@@ -14,6 +14,11 @@ def package_path(path: str) -> Path:
     return Path(path).expanduser()
 
 
+def is_packaged(path: str) -> bool:
+    """Whether a path, its links followed, lies in the package."""
+    return package_path(path).resolve().is_relative_to(ROOT)
+
+
 def config_folder() -> Path:
     """``conf``: inside the package in an installed wheel, beside it in a checkout."""
     inside = ROOT / "conf"

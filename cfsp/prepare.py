@@ -94,7 +94,7 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
         with _collected(problems):
             check_expert_settings(view, config)
         with _collected(problems):
-            calibration_identity = calibration_data.identity(config.calibration)
+            calibration_identity = calibration_data.identity(config.calibration, tokenizer)
             calibration = _calibration(config, tokenizer, limits)
     recovery = {key: value for key, value in config.recovery.identity().items() if key in ("class", "source")}
     if config.pruner.instance.prunes:
@@ -104,7 +104,9 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
     for name, evaluator in config.evaluation.items():
         with _collected(problems):
             code = {key: value for key, value in evaluator.identity().items() if key in ("class", "source")}
-            evaluation[name] = {**code, **evaluator.instance.check(tokenizer, limits)}
+            settled = getattr(evaluator.instance, "check_settings", None) if problems else None
+            # What takes longer is tried only where nothing else is wrong.
+            evaluation[name] = code | (settled() if settled else evaluator.instance.check(tokenizer, limits))
     dtype = resolve_dtype(config.model.dtype, device, source)
     if config.save.model and config.pruner.instance.prunes:
         with _collected(problems):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cfsp.config import CalibrationSection, TextCalibration, TokensCalibration
-from cfsp.data.text import bos_of, cut_windows, locate_text, read_text, tokenise, with_bos
+from cfsp.data.text import bos_of, cut_windows, locate_text, read_text, settled, tokenise, with_bos
 from cfsp.errors import DataError
 from cfsp.models.source import file_digest
 
@@ -23,13 +23,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """``input_ids`` [n, T] int64 on CPU, and where they come from."""
+    """``input_ids`` [n, T] int64 on CPU, and where they come from.
+
+    ``bos``: of windows of a text, as settled (never auto).
+    """
 
     input_ids: Tensor
     name: str
     split: str
     seed: int
     revision: str | None = None
+    bos: str | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -49,6 +53,7 @@ class CalibrationSet:
             "seq_len": length,
             "seed": self.seed,
             "fingerprint": self.fingerprint,
+            **({"bos": self.bos} if self.bos is not None else {}),
         }
 
 
@@ -97,6 +102,7 @@ def from_text(section: TextCalibration, tokenizer: Any, limits: Limits, seed: in
         DataError: the text is missing, unreadable or too short, or the windows are too long for the model.
     """
     limits.check_length("calibration.seq_len", section.seq_len)
+    section = settled(section, tokenizer)
     text = locate_text(section, "calibration")
     bos_id = bos_of(tokenizer, section.bos, "calibration")
     ids = tokenise(read_text(text), tokenizer, section.bos)
@@ -121,7 +127,8 @@ def from_text(section: TextCalibration, tokenizer: Any, limits: Limits, seed: in
         windows = np.stack([ids[start : start + length] for start in starts])
         windows = windows if bos_id is None else with_bos(windows, bos_id)
     limits.check_ids(f"calibration ({section.name})", windows)
-    return CalibrationSet(torch.from_numpy(windows.copy()), section.name, section.split, seed, text.revision)
+    ids_of_windows = torch.from_numpy(windows.copy())
+    return CalibrationSet(ids_of_windows, section.name, section.split, seed, text.revision, section.bos)
 
 
 def from_tokens(section: TokensCalibration, limits: Limits, seed: int) -> CalibrationSet:
@@ -155,8 +162,13 @@ def from_tokens(section: TokensCalibration, limits: Limits, seed: int) -> Calibr
     return CalibrationSet(torch.from_numpy(ids), section.name, "given", seed)
 
 
-def identity(section: CalibrationSection) -> dict[str, Any]:
-    """What decides the set, by content, before anything is tokenised: for the run's identity."""
+def identity(section: CalibrationSection, tokenizer: Any = None) -> dict[str, Any]:
+    """What decides the set, by content, before anything is tokenised: for the run's identity.
+
+    Without a ``tokenizer``, ``bos=auto`` stays unsettled.
+    """
+    if isinstance(section, TextCalibration) and tokenizer is not None:
+        section = settled(section, tokenizer)
     settings = section.model_dump(exclude={"path", "hub", "memory_gb"})
     for later, before in (("gram_share", 1.0), ("skip_documents", 0)):  # as in every run from before there was the key
         if settings.get(later) == before:

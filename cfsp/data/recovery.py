@@ -50,7 +50,9 @@ def locate(data: RecoveryData) -> TextFile:
         DataError: no such file, an empty one, or the hub is out of reach.
     """
     hub = None if data.hub is None else HubFile(**asdict(cast(Any, data.hub)))
-    section = TextSection(path=data.path, hub=hub, text_field=data.text_field, txt_rows=data.txt_rows, join=data.join)
+    section = TextSection(
+        path=data.path, hub=hub, text_field=data.text_field, txt_rows=data.txt_rows, join=data.join, bos="none"
+    )
     forms = ".jsonl, .json or .parquet" if data.kind == "instructions" else TEXT_FORMS
     return locate_text(section, "recovery.data", forms)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from cfsp.errors import DataError
 from cfsp.hub import fetch_file, hub_error
 from cfsp.models.source import file_digest
 from cfsp.package import package_path
+
+Section = TypeVar("Section", bound=TextSection)
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,40 @@ def _json_text(text: TextFile, number: int, line: str) -> str:
     return row[field]
 
 
+def added_before(tokenizer: Any) -> list[int]:
+    """Ids that a tokenizer puts before a text by itself: BOS for Gemma and LLaMA, nothing for Qwen and GPT-2."""
+    plain = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
+    whole = list(tokenizer("a", verbose=False)["input_ids"])
+    starts = range(len(whole) - len(plain) + 1) if plain else ()
+    return next((whole[:start] for start in starts if whole[start : start + len(plain)] == plain), [])
+
+
+def settled(section: Section, tokenizer: Any) -> Section:
+    """Replace ``bos=auto`` by what it means for this tokenizer; a section of another value comes back as it is.
+
+    It means ``window`` where the tokenizer itself adds one BOS before a text, and ``none`` elsewhere. The identity of
+    a run is that of the value written out.
+    """
+    if section.bos != "auto":
+        return section
+    adds = added_before(tokenizer) == [_bos_id(tokenizer)]
+    return section.model_copy(update={"bos": "window" if adds else "none"})
+
+
+def lacks_added_tokens(section: TextSection, tokenizer: Any) -> bool:
+    """Whether windows of a settled section start without the tokens that the tokenizer adds before a text."""
+    before = added_before(tokenizer)
+    return bool(before) and not (section.bos == "window" and before == [_bos_id(tokenizer)])
+
+
+def _bos_id(tokenizer: Any) -> int | None:
+    """The id of BOS; of a tokenizer that names none, the one token that it puts before a text."""
+    if tokenizer.bos_token_id is not None:
+        return int(tokenizer.bos_token_id)
+    before = added_before(tokenizer)
+    return before[0] if len(before) == 1 else None
+
+
 def tokenise(text: str, tokenizer: Any, bos: str) -> np.ndarray:
     """Token ids [n] of the whole text, tokenised once.
 
@@ -227,6 +263,7 @@ def bos_of(tokenizer: Any, bos: str, key: str) -> int | None:
     """
     if bos != "window":
         return None
-    if tokenizer.bos_token_id is None:
+    bos_id = _bos_id(tokenizer)
+    if bos_id is None:
         raise DataError(f"{key}.bos=window: the tokenizer has no BOS token; use {key}.bos=none")
-    return int(tokenizer.bos_token_id)
+    return bos_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -259,6 +260,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
             readable_by_transformers(source.folder), trust_remote_code=trust_remote_code
         )
         tokenizer.of_content = source.fingerprint  # :func:`cfsp.data.text.tokenise`
+        tokenizer.stated_ids = _special_ids(source)  # :func:`cfsp.evaluate.harness.with_special_tokens`
         return tokenizer
     except RecursionError as error:
         raise CheckpointError(
@@ -269,6 +271,21 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
             f"model.path={source.origin}: the folder has no tokenizer that transformers loads "
             f"({type(error).__name__}: {_first_line(error)}); copy the tokenizer files there"
         ) from error
+
+
+def _special_ids(source: ModelSource) -> dict[str, int]:
+    """The ids of BOS and EOS that generation_config.json or config.json state; of several EOS the first."""
+    stated = dict(source.config)
+    with contextlib.suppress(OSError, ValueError):
+        generation = json.loads((source.folder / "generation_config.json").read_text(encoding="utf-8"))
+        stated |= {key: value for key, value in generation.items() if value is not None}
+    ids: dict[str, int] = {}
+    for name in ("bos", "eos"):
+        value = stated.get(f"{name}_token_id")
+        value = value[0] if isinstance(value, list) and value else value
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            ids[name] = value
+    return ids
 
 
 def load_model(

@@ -40,7 +40,7 @@ from cfsp.tables.grid import (
 )
 from cfsp.tables.layout import FigureLayout, Layout
 from cfsp.tables.metrics import describe
-from cfsp.tables.render import commit_of, plain_cells, provenance, sources
+from cfsp.tables.render import commit_of, notes, plain_cells, provenance, sources
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,12 @@ def page(
         counts=sorted(Counter(state.name for _, state in missing).items()),
         damaged=collection.damaged,
         tables=[
-            (one, _heads(one), [(label, _rows(one, rows)) for label, rows in one.sections], sources(one))
+            (
+                one,
+                _heads(one),
+                [(label, _rows(one, rows)) for label, rows in one.sections],
+                [*notes(one), *sources(one)],
+            )
             for one in made.tables
         ],
         pictures=made.pictures,

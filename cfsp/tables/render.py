@@ -11,9 +11,12 @@ from typing import Any
 from cfsp.record.run_record import RunRecord
 from cfsp.tables.grid import Column, Entry, Row, Table
 from cfsp.tables.methods import line
+from cfsp.tables.metrics import NOTES
 
 _PACKAGES = ("cfsp", "torch", "transformers", "lm-eval", "peft")
 _LATEX = {
+    "†": r"\textdagger{}",
+    "‡": r"\textdaggerdbl{}",
     "\\": r"\textbackslash{}",
     **{c: f"\\{c}" for c in "&%$#_{}"},
     "~": r"\textasciitilde{}",
@@ -46,18 +49,23 @@ def latex(table: Table, command: str) -> str:
         if label:
             lines.append(rf"\multicolumn{{{len(heads)}}}{{l}}{{\emph{{{_tex(label)}}}}} \\")
         lines += [" & ".join([_tex(row.label), *_cells(table, row, _TEX)]) + r" \\" for row in rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+    below = [rf"\par\footnotesize {_tex(sentence)}" for sentence in notes(table)]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *below, r"\end{table}"]) + "\n"
 
 
 def comma_separated(table: Table) -> str:
     """One line per figure, unrounded: section, row, figure, unit, direction, mean, std, number of seeds, records.
 
-    Where the table has published figures: also the published one, ours less it, and its source.
+    Where the table has published figures: also the published one, ours less it, and its source. Where it has marks:
+    also what they say.
     """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     beside = ["published", "deviation", "source"] if table.sources else []
-    writer.writerow(["section", table.head, "metric", "unit", "better", "mean", "std", "seeds", "records", *beside])
+    marked = ["notes"] if table.notes else []
+    writer.writerow(
+        ["section", table.head, "metric", "unit", "better", "mean", "std", "seeds", "records", *beside, *marked]
+    )
     for label, rows in table.sections:
         for row in rows:
             for column, entry in zip(table.columns, row.entries, strict=True):
@@ -71,6 +79,7 @@ def comma_separated(table: Table) -> str:
                         label, row.label, column.metric.label, column.metric.unit, better,
                         "" if entry.mean is None else repr(entry.mean), spread, seeds, " ".join(row.run_ids),
                         *(_published_values(entry) if beside else ()),
+                        *(["; ".join(NOTES[mark] for mark in entry.notes)] if marked else ()),
                     ]
                 )  # fmt: skip
     return stream.getvalue()
@@ -109,6 +118,7 @@ class _Form:
     best: str
     second: str
     escape: Callable[[str], str]
+    mark: str = "{}"
 
 
 def _tex(text: str) -> str:
@@ -117,7 +127,10 @@ def _tex(text: str) -> str:
 
 _MARKDOWN = _Form({1: " ↑", -1: " ↓", 0: ""}, " ± ", "**{}**", "<u>{}</u>", str)
 _PLAIN = _Form({}, " ± ", "{}", "{}", str)
-_TEX = _Form({1: r" $\uparrow$", -1: r" $\downarrow$", 0: ""}, r" $\pm$ ", r"\textbf{{{}}}", r"\underline{{{}}}", _tex)
+_TEX = _Form(
+    {1: r" $\uparrow$", -1: r" $\downarrow$", 0: ""}, r" $\pm$ ", r"\textbf{{{}}}", r"\underline{{{}}}", _tex,
+    r"\textsuperscript{{{}}}",
+)  # fmt: skip
 
 
 def _heads(table: Table, form: _Form) -> list[str]:
@@ -163,6 +176,7 @@ def _cell(column: Column, entry: Entry, seeds: int, form: _Form) -> str:
     if entry.spread is not None and column.metric.better:
         text += form.plus_minus + form.escape(column.metric.show(entry.spread))
     text = {1: form.best, 2: form.second}.get(entry.rank, "{}").format(text)
+    text += "".join(form.mark.format(form.escape(note)) for note in entry.notes)
     return text if len(entry.values) == seeds else f"{text} ({len(entry.values)} of {seeds} seeds)"
 
 
@@ -174,6 +188,7 @@ def _said(table: Table, command: str) -> list[str]:
     return [
         " ".join(part for part in (spread, marks) if part),
         *_missing(table),
+        *notes(table),
         *sources(table),
         *provenance(table.records),
         f"Made by: {command}",
@@ -187,6 +202,11 @@ def _missing(table: Table) -> list[str]:
         f"{table.done} of {table.wanted} runs have a record; cells of the others are empty, and rows that lack a "
         "seed do not compete."
     ]
+
+
+def notes(table: Table) -> list[str]:
+    """A sentence for each mark that stands at a figure."""
+    return [f"{mark} {NOTES[mark]}." for mark in table.notes]
 
 
 def sources(table: Table) -> list[str]:

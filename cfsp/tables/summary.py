@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from cfsp.record.run_record import RunRecord
-from cfsp.tables.metrics import describe, order
+from cfsp.tables.metrics import NOTES, describe, notes_of, order
 
 
 def summary(record: RunRecord) -> Table | None:
@@ -21,7 +21,9 @@ def summary(record: RunRecord) -> Table | None:
             figures.setdefault((row["suite"], row["task"], row["metric"]), {})[side] = row
     compared = len(sides) > 1
     title = f"{record.model.get('name', '')}: {_what(record)}"
-    caption = f"change: {sides[-1]} relative to dense; tasks in points" if compared else None
+    said = [f"change: {sides[-1]} relative to dense; tasks in points"] if compared else []
+    marks = {mark for rows in figures.values() for row in rows.values() for mark in notes_of(row)}
+    caption = "\n".join([*said, *(f"{mark} {NOTES[mark]}" for mark in NOTES if mark in marks)]) or None
     table = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left")
     table.add_column("")
     for side in sides:
@@ -69,8 +71,8 @@ def _label(label: str, row: dict[str, Any]) -> str:
 
 
 def _cell(row: dict[str, Any], show: Any) -> str:
-    stderr = row.get("stderr")
-    return f"{show(row['value'])} ± {stderr:.3f}" if stderr is not None else show(row["value"])
+    stderr, marks = row.get("stderr"), "".join(notes_of(row))
+    return (f"{show(row['value'])} ± {stderr:.3f}" if stderr is not None else show(row["value"])) + marks
 
 
 def _spread(row: dict[str, Any] | None) -> dict[str, float] | None:

@@ -414,6 +414,7 @@ def zero_shot(sound_words, tmp_path) -> list[str]:
         "evaluation.perplexity=null",
         "evaluation.cost=null",
         f"evaluation.zero_shot.include_path={tmp_path}/tasks",
+        "plugins.allow=[tasks]",
     ]
 
 
