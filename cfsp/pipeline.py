@@ -23,7 +23,7 @@ from cfsp.config import RunConfig, SelfCalibration
 from cfsp.data.calibration import CalibrationSet
 from cfsp.data.self_generated import sampled
 from cfsp.errors import BusyError, CheckpointError, ConfigError, RunError
-from cfsp.evaluate.base import Side, parts_of
+from cfsp.evaluate.base import Side, parts_of, under_its_key
 from cfsp.evaluate.measurement import Measurement
 from cfsp.export import card
 from cfsp.export.command import Request, check_place, exported, place_beside
@@ -46,6 +46,7 @@ from cfsp.record.figure import draw_blocks, draw_recovery
 from cfsp.record.run_record import RunRecord
 from cfsp.record.stages import Stages
 from cfsp.recover.stage import recover
+from cfsp.system.library_logs import write_waiting
 
 log = logging.getLogger(__name__)
 
@@ -320,7 +321,8 @@ def _evaluate_dense(prepared: Prepared, model: nn.Module) -> tuple[list[dict[str
             path = folder / f"{digest([key, part])[:32]}.json"
             if prepared.config.force:
                 path.unlink(missing_ok=True)
-            found, cached = _figures(path, alone, model, prepared.tokenizer)
+            with under_its_key(name, evaluator.instance):
+                found, cached = _figures(path, alone, model, prepared.tokenizer)
             all_cached &= cached
             rows += found
     return rows, all_cached and bool(rows)
@@ -334,7 +336,8 @@ def _measured(prepared: Prepared, model: nn.Module, side: str) -> list[dict[str,
             continue
         for part, alone in parts_of(evaluator.instance).items():
             path = prepared.progress / "measured" / f"{digest([side, name, part])[:32]}.json"
-            rows += _figures(path, alone, model, prepared.tokenizer)[0]
+            with under_its_key(name, evaluator.instance):
+                rows += _figures(path, alone, model, prepared.tokenizer)[0]
     return rows
 
 
@@ -496,6 +499,7 @@ def _log_file(out: Path) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger()
     logger.addHandler(handler)
+    write_waiting(handler)
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ from cfsp.config import RunConfig, SelfCalibration, TextCalibration, TokensCalib
 from cfsp.data import calibration as calibration_data
 from cfsp.data.calibration import CalibrationSet, Limits
 from cfsp.errors import CfspError, ConfigError, DataError
+from cfsp.evaluate.base import under_its_key
 from cfsp.export.check import check_exportable
 from cfsp.identity import identity_of, run_id_of
 from cfsp.importance.base import required
@@ -96,7 +97,7 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
             recovery |= config.recovery.instance.check(view, tokenizer, limits, device)
     evaluation = {}
     for name, evaluator in config.evaluation.items():
-        with _collected(problems):
+        with _collected(problems), under_its_key(name, evaluator.instance):
             code = {key: value for key, value in evaluator.identity().items() if key in ("class", "source")}
             evaluation[name] = {**code, **evaluator.instance.check(tokenizer, limits)}
     dtype = resolve_dtype(config.model.dtype, device, source)

@@ -19,6 +19,7 @@ from pydantic import Field
 from cfsp.components import component, suggest
 from cfsp.errors import ConfigError, DataError
 from cfsp.evaluate.measurement import Measurement
+from cfsp.hub import fetching, hub_error
 from cfsp.package import package_path
 from cfsp.progress import watched
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from cfsp.data.calibration import Limits
 
 log = logging.getLogger(__name__)
+LOCAL_TASKS = "local tasks with evaluation.zero_shot.include_path=FOLDER"
 _METRIC_UNITS = {"acc": "fraction", "acc_norm": "fraction", "exact_match": "fraction", "f1": "fraction"}
 
 
@@ -74,7 +76,8 @@ class ZeroShot:
 
         from cfsp.models.streamed import streamed
 
-        with _quiet_harness():
+        asked, local_copy = f"evaluation.zero_shot.tasks={','.join(self.tasks)}", LOCAL_TASKS
+        with _quiet_harness(), fetching(asked, local_copy):
             store = streamed(model)
             settings = {"tokenizer": copy.deepcopy(tokenizer), "batch_size": self.batch_size}
             if store is None:
@@ -107,11 +110,7 @@ class ZeroShot:
                     log_samples=True,  # carries the hashes of items, prompts and targets
                 )
             except (ConnectionError, OSError) as error:
-                raise DataError(
-                    f"evaluation.zero_shot.tasks={self.tasks}: a task's data cannot be fetched "
-                    f"({type(error).__name__}: {str(error).splitlines()[0]}); fetch it while online, or give local "
-                    "tasks with evaluation.zero_shot.include_path=FOLDER"
-                ) from error
+                raise DataError(hub_error(asked, error, local_copy)) from error
         return self._measurements(results, harness.max_length)
 
     def _measurements(self, results: dict[str, Any], max_length: int) -> list[Measurement]:
