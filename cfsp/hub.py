@@ -18,6 +18,8 @@ from cfsp.system.patient_session import TIMEOUT, HubFailedError, patient_session
 
 log = logging.getLogger(__name__)
 
+_Key = tuple[str, str, str | None, str, str]
+
 #: Seconds of patience with a hub that fails, before and after the local cache has been looked into.
 _BRIEF = 4
 _TRUE = ("1", "ON", "YES", "TRUE")
@@ -26,9 +28,9 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 _WITHIN_A_FILE = ("ReadError", "WriteError", "CloseError")
 _CONNECTION = ("TransportError", "TimeoutException", "NetworkError", "ProtocolError", "RequestError", "InvalidURL")
 
-#: The commit of each (endpoint, kind, repository, revision): a run reads a text more than once, hours apart, and a
+#: The commit of each (kind, repository, revision, endpoint, cache folder): a run reads a text more than once, and a
 #: branch that moves in between must not change it. Kept for the life of the process.
-_commits: dict[tuple[str, str, str, str | None], str] = {}
+_commits: dict[_Key, str] = {}
 
 
 def fetch_snapshot(repo: str, revision: str | None, *, allow: list[str], ignore: list[str]) -> Path:
@@ -54,7 +56,7 @@ def _fetched(repo: str, kind: str, revision: str | None, download: Callable[...,
     """
     from huggingface_hub import constants
 
-    key = (constants.ENDPOINT, kind, repo, revision)
+    key = (kind, repo, revision, constants.ENDPOINT, constants.HF_HUB_CACHE)
     reason: Exception | None = None
     for patience in (_BRIEF, None):
         try:
@@ -64,8 +66,13 @@ def _fetched(repo: str, kind: str, revision: str | None, download: Callable[...,
             if _is_definite(error):
                 raise
             reason = error
-        with suppress(Exception), off_the_console():  # no such entry: the reason above says why it was looked for
-            path = Path(download(revision=_commits.get(key) or revision, local_files_only=True))
+        try:
+            with off_the_console():
+                path = Path(download(revision=_commits.get(key) or revision, local_files_only=True))
+        except Exception as error:  # the reason above says why the cache was looked into
+            if _is_offline(reason):
+                reason = error
+        else:
             if not _is_offline(reason):
                 _say_cached(repo, path, reason)
             commit = _commit_of(path)
@@ -78,10 +85,10 @@ def _fetched(repo: str, kind: str, revision: str | None, download: Callable[...,
     raise reason
 
 
-def _from_hub(key: tuple[str, str, str, str | None], download: Callable[..., str]) -> Path:
+def _from_hub(key: _Key, download: Callable[..., str]) -> Path:
     from huggingface_hub import HfApi
 
-    _, kind, repo, revision = key
+    kind, repo, revision, *_ = key
     commit = _commits.get(key)
     if commit is None:
         commit = HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=TIMEOUT).sha or revision
@@ -188,7 +195,14 @@ def is_fetching_error(error: BaseException) -> bool:
     if type(error).__module__.partition(".")[0] in ("huggingface_hub", "datasets", "fsspec", "httpx", "httpx2"):
         return True
     frames = traceback.extract_tb(error.__traceback__)
-    return any(frame.name in ("load_dataset", "snapshot_download", "hf_hub_download") for frame in frames)
+    fetch = ("load_dataset", "snapshot_download", "hf_hub_download")
+    return any(frame.name in fetch for frame in frames) or (isinstance(error, KeyError) and _in_a_data_set(error))
+
+
+def _in_a_data_set(error: BaseException) -> bool:
+    """Whether it was raised where a split is taken out of a data set."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.replace(os.sep, "/").endswith("/datasets/dataset_dict.py")
 
 
 def hub_error(
@@ -227,6 +241,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _known_reason(error: BaseException, revision: str | None, file: str | None) -> str | None:
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
         DisabledRepoError,
         GatedRepoError,
@@ -269,9 +284,18 @@ def _known_reason(error: BaseException, revision: str | None, file: str | None) 
         reason = _disk(error)
     elif _is_connection_error(error):
         reason = _connection(error)
+    elif type(error).__name__ in ("JSONDecodeError", "FileMetadataError") or _without_commit(error):
+        reason = f"what answers at HF_ENDPOINT={constants.ENDPOINT} is not a hub's ({_short(error)}); see the network"
     else:
         reason = _of_datasets(error)
     return reason
+
+
+def _without_commit(error: BaseException) -> bool:
+    """Whether huggingface_hub took an answer for that of a hub which lacks what every answer of a hub has."""
+    frames = traceback.extract_tb(error.__traceback__)
+    here = bool(frames) and "huggingface_hub" in frames[-1].filename
+    return here and isinstance(error, KeyError | AssertionError | TypeError)
 
 
 def _gated(error: BaseException, status: int | None) -> str:
@@ -312,19 +336,25 @@ def _of_datasets(error: BaseException) -> str | None:
     """The same of what ``datasets`` raises, which says it in words."""
     text, flag = _short(error), _offline_flag()
     if "gated dataset" in text:
-        page = re.search(r"https?://\S+", text)
-        where = f"its page ({page[0].rstrip('.,')})" if page else "the hub"
+        from huggingface_hub import constants
+
+        name = re.search(r"Dataset '(.+?)'", text)
+        where = f"its page ({constants.ENDPOINT}/datasets/{name[1]})" if name else "the hub"
         return f"the data set is gated: accept its licence on {where} and set HF_TOKEN (or `hf auth login`)"
+    if isinstance(error, KeyError) and _in_a_data_set(error):
+        return f"the data set has no split {text}"
     if "offline" in text.lower() or (flag and ("find cache" in text or "reach" in text)):
         cause = f"{flag} is set" if flag else "there is no network, or the hub is down"
         return f"not in the local cache, and the hub cannot be reached ({cause}); fetch it while online"
     found = re.search(r"BuilderConfig '?(.+?)'? not found\. Available: (.+)", text)
     if found:
-        return f"the data set has no configuration {found[1]}; it has {found[2].strip('[]')[:200]}"
+        return f"the data set has no configuration {found[1]} (it has {found[2].strip('[]')[:150]})"
     if type(error).__name__ == "DatasetNotFoundError":
         return f"{text.rstrip('.')} (if it is private: set HF_TOKEN or `hf auth login`)"
     if "Dataset scripts are no longer supported" in text:
         return f"the data set is a loading script, which is never run ({text})"
+    if type(error).__name__ in ("DataFilesNotFoundError", "EmptyDatasetError"):
+        return f"{text.rstrip('.')}: the repository holds none of the data set's files"
     if isinstance(error, ConnectionError | FileNotFoundError):
         return f"{text.rstrip('.')}; fetch it while online"
     return None

@@ -76,8 +76,8 @@ class ZeroShot:
 
         from cfsp.models.streamed import streamed
 
-        asked, local_copy = f"evaluation.zero_shot.tasks={','.join(self.tasks)}", LOCAL_TASKS
-        with _quiet_harness(), fetching(asked, local_copy):
+        key = f"evaluation.zero_shot.tasks={','.join(self.tasks)}"
+        with _quiet_harness(), fetching(key, LOCAL_TASKS):
             store = streamed(model)
             settings = {"tokenizer": copy.deepcopy(tokenizer), "batch_size": self.batch_size}
             if store is None:
@@ -110,7 +110,7 @@ class ZeroShot:
                     log_samples=True,  # carries the hashes of items, prompts and targets
                 )
             except (ConnectionError, OSError) as error:
-                raise DataError(hub_error(asked, error, local_copy)) from error
+                raise DataError(hub_error(key, error, LOCAL_TASKS)) from error
         return self._measurements(results, harness.max_length)
 
     def _measurements(self, results: dict[str, Any], max_length: int) -> list[Measurement]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ class _ToFiles(logging.Handler):
     """Pass a record on to the log files of the root logger; keep it where there is none yet."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        files = [handler for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
+        handlers = logging.getLogger().handlers
+        files = [at for at in handlers if isinstance(at, logging.FileHandler) and at.baseFilename != os.devnull]
         for handler in files:
             handler.handle(record)
         if not files:

@@ -88,7 +88,7 @@ def _patient(send: Callable[..., Any]) -> Callable[..., Any]:
     passing = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
 
     def send_patiently(request: Any, **settings: Any) -> Any:
-        if "/agent-harnesses" in str(request.url):  # nobody waits for it
+        if not _is_awaited(request, settings):
             return send(request, **settings)
         outage = _Outage()
         while True:
@@ -115,6 +115,18 @@ def _patient(send: Callable[..., Any]) -> Callable[..., Any]:
             outage.wait(pause, request)
 
     return send_patiently
+
+
+def _is_awaited(request: Any, settings: dict[str, Any]) -> bool:
+    """Whether a run waits for the answer: of the hub itself, or a file that the hub has elsewhere (a stream).
+
+    ``datasets`` counts what is loaded at Amazon and asks a second server for previews, the hub for names of agents:
+    all of them do without an answer.
+    """
+    from huggingface_hub import constants
+
+    hub = str(request.url).startswith(f"{constants.ENDPOINT}/") and "/agent-harnesses" not in str(request.url)
+    return hub or bool(settings.get("stream"))
 
 
 class _Outage:
