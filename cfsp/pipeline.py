@@ -23,7 +23,7 @@ from cfsp.config import RunConfig, SelfCalibration
 from cfsp.data.calibration import CalibrationSet
 from cfsp.data.self_generated import sampled
 from cfsp.errors import BusyError, CfspError, CheckpointError, ConfigError, RunError
-from cfsp.evaluate.base import Side, parts_of
+from cfsp.evaluate.base import Side, parts_of, under_its_key
 from cfsp.evaluate.measurement import Measurement
 from cfsp.evaluate.unchanged import measured_unchanged
 from cfsp.export import card
@@ -424,7 +424,8 @@ def _evaluate_dense(prepared: Prepared, model: nn.Module) -> tuple[list[dict[str
             path = folder / f"{digest([key, part])[:32]}.json"
             if prepared.config.force:
                 path.unlink(missing_ok=True)
-            found, cached = _figures(path, name, alone, model, prepared.tokenizer)
+            with under_its_key(name, evaluator.instance):
+                found, cached = _figures(path, name, alone, model, prepared.tokenizer)
             all_cached &= cached
             rows += found
     return rows, all_cached and bool(rows)
@@ -438,7 +439,8 @@ def _measured(prepared: Prepared, model: nn.Module, side: str) -> list[dict[str,
             continue
         for part, alone in parts_of(evaluator.instance).items():
             path = prepared.progress / "measured" / f"{digest([side, name, part])[:32]}.json"
-            rows += _figures(path, name, alone, model, prepared.tokenizer)[0]
+            with under_its_key(name, evaluator.instance):
+                rows += _figures(path, name, alone, model, prepared.tokenizer)[0]
     return rows
 
 

@@ -15,6 +15,7 @@ from cfsp.config import RunConfig, SelfCalibration, TextCalibration, TokensCalib
 from cfsp.data import calibration as calibration_data
 from cfsp.data.calibration import CalibrationSet, Limits
 from cfsp.errors import CfspError, ConfigError, DataError
+from cfsp.evaluate.base import under_its_key
 from cfsp.export.check import check_exportable
 from cfsp.identity import identity_of, run_id_of
 from cfsp.importance.base import required
@@ -102,7 +103,7 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
             recovery |= config.recovery.instance.check(view, tokenizer, limits, device)
     evaluation = {}
     for name, evaluator in config.evaluation.items():
-        with _collected(problems):
+        with _collected(problems), under_its_key(name, evaluator.instance):
             code = {key: value for key, value in evaluator.identity().items() if key in ("class", "source")}
             settled = getattr(evaluator.instance, "check_settings", None) if problems else None
             # What takes longer is tried only where nothing else is wrong.

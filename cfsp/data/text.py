@@ -93,7 +93,10 @@ def _from_hub(section: TextSection, key: str) -> Path:
     try:
         return fetch_file(hub.repo, hub.file, hub.revision)
     except Exception as error:
-        raise DataError(hub_error(f"{key}.hub.repo={hub.repo}", error, f"a local copy with {key}.path=FILE")) from error
+        local = f"a local copy with {key}.path=FILE"
+        raise DataError(
+            hub_error(f"{key}.hub.repo={hub.repo}", error, local, revision=hub.revision, file=hub.file)
+        ) from error
 
 
 def read_text(text: TextFile) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import CfspError, DataError, RunError
 from cfsp.evaluate.harness import new_tokens
-from cfsp.hub import hub_reason
+from cfsp.hub import fetching
 
 if TYPE_CHECKING:
     from cfsp.data.calibration import Limits
@@ -28,16 +28,16 @@ def names_the_task(key: str, task: str, *, checking: bool) -> Iterator[None]:
 
     Errors of cfsp and those of memory pass as they are.
     """
+    what = f"{key}.tasks={task}"
     try:
-        yield
+        with fetching(what, f"local tasks with {key}.include_path=FOLDER"):
+            yield
     except (CfspError, MemoryError):
         raise
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
             raise
-        what, reason = f"{key}.tasks={task}", _reason(error)
-        if _is_of_the_data(error):
-            raise DataError(f"{what}: its data cannot be fetched ({reason}); {_remedy(error, key)}") from error
+        reason = _reason(error)
         if checking:
             raise DataError(f"{what}: its items cannot be asked ({reason}); mend it, or leave it out") from error
         raise RunError(f"{what}: lm-eval failed ({reason})") from error
@@ -128,28 +128,7 @@ def _check_request(request: Any, what: str, tokenizer: Any, limits: Limits) -> N
             )
 
 
-def _is_of_the_data(error: Exception) -> bool:
-    """Whether a data set could not be found or fetched, rather than read."""
-    package = type(error).__module__.partition(".")[0]
-    return (
-        isinstance(error, ConnectionError | TimeoutError | FileNotFoundError)
-        or package in ("httpx", "httpcore", "requests", "huggingface_hub", "aiohttp")
-        or "BuilderConfig" in str(error)
-    )
-
-
-def _remedy(error: Exception, key: str) -> str:
-    text = str(error).lower()
-    if "gated" in text:
-        return "accept its licence on the hub and set HF_TOKEN"
-    if "builderconfig" in text:
-        return "see dataset_name in the task"
-    return f"fetch it while online, or give local tasks with {key}.include_path=FOLDER"
-
-
 def _reason(error: Exception) -> str:
     """The error in one line."""
-    if type(error).__module__.startswith("huggingface_hub"):
-        return " ".join(hub_reason(error).split())[:250]
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__

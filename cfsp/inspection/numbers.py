@@ -101,7 +101,7 @@ def _why(error: Exception) -> str:
     """Why there is no config.json, in a clause."""
     if isinstance(error, CheckpointError):
         return str(error).partition(": ")[2].partition(";")[0]
-    return re.sub(r"^no local path,( and)? ", "", hub_reason(error))  # nobody gave one
+    return re.sub(r"^no local path,( and)? ", "", hub_reason(error).partition("; ")[0])  # nobody gave one
 
 
 def _section(name: str) -> ModelSection:

@@ -132,7 +132,9 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
         return fetch_snapshot(repo, revision, allow=patterns, ignore=["consolidated*", "original/*"])
     except Exception as error:
         raise CheckpointError(
-            hub_error(f"model.path={repo}", error, "a local folder, e.g. model=local model.path=FOLDER")
+            hub_error(
+                f"model.path={repo}", error, "a local folder, e.g. model=local model.path=FOLDER", revision=revision
+            )
         ) from error
 
 
