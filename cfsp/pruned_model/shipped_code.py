@@ -43,8 +43,8 @@ def check_folder_code(folder: Path) -> bool:
     """See that all Python code which tools could run for a model folder is code that cfsp ships.
 
     Tools that are told ``trust_remote_code=True`` run what an ``auto_map`` names, what that imports, and
-    ``custom_generate/``; they follow an ``adapter_config.json`` or ``configuration_files`` to other folders. So no other
-    ``*.py`` file may lie anywhere in the folder, and every ``auto_map`` names modules of the known files.
+    ``custom_generate/``; they follow an ``adapter_config.json`` or ``configuration_files`` to other folders. So no
+    other ``*.py`` file may lie anywhere in the folder, and every ``auto_map`` names modules of the known files.
 
     Returns:
         Whether the folder brings code: only then has a tool to be told ``trust_remote_code=True``.
