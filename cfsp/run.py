@@ -28,11 +28,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from cfsp import __version__, processes
-from cfsp.components import suggest
+from cfsp.components import shown, suggest
 from cfsp.compose import explain
 from cfsp.config import parse
 from cfsp.errors import CfspError, ConfigError
 from cfsp.package import config_folder
+from cfsp.system.names import RULE, is_name
 
 #: First words that are not overrides -> the function, of the words after it, that gives the exit code; None: Hydra's.
 COMMANDS = {
@@ -41,6 +42,10 @@ COMMANDS = {
     "verify": "cfsp.verify.command:main",
     "inspect": "cfsp.inspection.command:main",
 }
+
+
+#: Keys whose values become names of folders.
+_NAMES = ("model.name", "calibration.name", "pruner.name", "recovery.name", "evaluation.name")
 
 
 @dataclass
@@ -115,6 +120,7 @@ def _main(argv: list[str]) -> int:
         flags = _arguments(argv)
         session.words, session.sweep = list(flags.overrides), flags.multirun
         session.folder = Path(flags.config_dir) if flags.config_dir else None
+        _check_names(session.words)
         _task()
     except Exception as error:
         session.codes.append(_report(error, session))
@@ -181,6 +187,24 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         way_out = "" if unknown[0].startswith("-") else "; write every key=value in one place, after the flags"
         raise ConfigError(f"{unknown[0]}: not understood here{suggest(unknown[0], flags)}{way_out}; see cfsp --help")
     return known
+
+
+def _check_names(words: Sequence[str]) -> None:
+    """Refuse names that cannot be folders before Hydra makes the folders of a multirun."""
+    problems = []
+    for word in words:
+        if word.partition("=")[0].lstrip("+") not in _NAMES:
+            continue
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except (HydraException, ValueError):  # said when all words are explained
+            continue
+        several = override.is_discrete_sweep()
+        for value in [*override.sweep_iterator()] if several else [override.value()]:
+            if not override.is_delete() and not is_name(str(value)):
+                problems.append(f"{override.key_or_group}={shown(value)}: {RULE}")
+    if problems:
+        raise ConfigError(*problems)
 
 
 def _report(error: Exception, session: _Session, label: str = "") -> int:
