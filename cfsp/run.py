@@ -33,6 +33,7 @@ from cfsp.compose import explain
 from cfsp.config import parse
 from cfsp.errors import CfspError, ConfigError
 from cfsp.package import config_folder
+from cfsp.system.escape import plain
 from cfsp.system.names import RULE, is_name
 
 #: First words that are not overrides -> the function, of the words after it, that gives the exit code; None: Hydra's.
@@ -159,16 +160,15 @@ def _other(command: str, words: list[str], session: _Session) -> int:
     module, _, function = str(COMMANDS[command]).partition(":")
     if session.debug:
         logging.getLogger("cfsp").setLevel(logging.DEBUG)
-        words = [word for word in words if word.lower() != "debug=true"]
     try:
         code: int = getattr(importlib.import_module(module), function)(words)
         return code
     except CfspError as error:
         return _report(error, session)
-    except Exception as error:
+    except Exception as error:  # while it was imported: what it does itself is said by sweep.command.command
         if session.debug:
             traceback.print_exception(error)
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = plain(" ".join(str(error).split()))[:300] or "no message"
         where = "" if session.debug else "; debug=true shows where"
         print(f"cfsp: {command} failed ({type(error).__name__}: {reason}){where}", file=sys.stderr)
         return 1
@@ -223,9 +223,9 @@ def _report(error: Exception, session: _Session, label: str = "") -> int:
         label = f"process {mine.rank}: {label}"
     if isinstance(error, CfspError):
         for problem in error.problems:
-            print(f"cfsp: {label}{' '.join(problem.split())}", file=sys.stderr)
+            print(f"cfsp: {label}{plain(' '.join(problem.split()))}", file=sys.stderr)
         return error.exit_code
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = plain(" ".join(str(error).split())) or type(error).__name__
     where = "" if session.debug else "; debug=true shows where"
     print(f"cfsp: {label}the run failed ({type(error).__name__}: {reason}){where}", file=sys.stderr)
     return 1

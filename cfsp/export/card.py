@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import CheckpointError
+from cfsp.system.escape import in_markdown
 
 CARD, FACTS = "README.md", "cfsp_card.json"
 #: What a card's front matter says of the licence; the last two where it is none that the hub has a name for.
@@ -184,6 +185,7 @@ def model_card(facts: Mapping[str, Any], form: str, name: str) -> str:
     if not pruned:
         return "\n".join([_front(front), f"# {name}", "", "## Loading", "", loading])
     front["tags"] = ["pruning", "structured-pruning", "cfsp"]
+    facts = in_markdown(facts)
     base, parameters, steps = facts["base_model"], facts["parameters"], [*facts.get("earlier", ()), _step(facts)]
     scope = facts["requested"].get("scope", "ffn")
     pruned_to = f"{facts['achieved']['ratio']:.1%} of the {scope} parameters pruned"

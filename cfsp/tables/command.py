@@ -14,6 +14,7 @@ from cfsp.errors import ConfigError
 from cfsp.sweep.command import Request, command, records_folder, request_of
 from cfsp.sweep.composer import GridComposer
 from cfsp.sweep.experiment import given_values
+from cfsp.system import escape
 from cfsp.tables.collection import Collection, collect, science, science_of
 from cfsp.tables.figures import draw
 from cfsp.tables.grid import NothingToShowError, table
@@ -85,7 +86,7 @@ def gather(tool: str, words: Sequence[str], *, empty: bool = False) -> tuple[Req
     composer = GridComposer()
     collection = collect(request.cells, records, composer)
     for line in collection.damaged:
-        print(f"{tool}: warning: {line}; left out", file=sys.stderr)
+        print(f"{tool}: warning: {escape.plain(line)}; left out", file=sys.stderr)
     if not collection.found and not empty:
         raise no_record(request, records)
     if layout.reported:

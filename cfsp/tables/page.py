@@ -25,6 +25,7 @@ from cfsp.record.run_record import RunRecord
 from cfsp.sweep.command import Request
 from cfsp.sweep.experiment import Cell
 from cfsp.sweep.state import State
+from cfsp.system import escape
 from cfsp.tables.collection import Collection, Found
 from cfsp.tables.figures import draw
 from cfsp.tables.grid import (
@@ -139,8 +140,9 @@ def page(
     home = package_path("pkg://cfsp/assets/report")
     script, style = ((home / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     environment = Environment(
-        loader=FileSystemLoader(home), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        loader=FileSystemLoader(home), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        finalize=escape.html,
+    )  # fmt: skip
     html = environment.get_template("page.html").render(
         experiment=request.experiment,
         variant=request.variant,
