@@ -22,11 +22,13 @@ from cfsp.components import Component, build, problems_of, shown, suggest
 from cfsp.errors import ConfigError
 from cfsp.evaluate.values import placed
 from cfsp.package import config_folder, is_packaged, package_path
+from cfsp.system.names import RULE, checked_name, is_name
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 SavedDType = Literal["float32", "bfloat16", "float16"]
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 Folder = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, AfterValidator(checked_name)]
 
 
 def _device(name: str) -> str:
@@ -84,7 +86,7 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    name: str
+    name: Name
     path: str | None = Field(description="a folder or a hub id, e.g. model=local model.path=FOLDER")
     revision: str | None = None
     dtype: DType = "auto"
@@ -120,7 +122,7 @@ class TextSection(Section):
 
 class TextCalibration(TextSection):
     kind: Literal["text"]
-    name: str
+    name: Name
     sampling: Literal["random", "sequential"] = "random"
     n_samples: PositiveInt
     seq_len: int = Field(ge=2)
@@ -131,7 +133,7 @@ class TextCalibration(TextSection):
 
 class TokensCalibration(Section):
     kind: Literal["tokens"]
-    name: str
+    name: Name
     path: str | None = Field(description="a .npy file of token ids, shape [n, T]")
     n_samples: PositiveInt | None = None
     seq_len: Annotated[int, Field(ge=2)] | None = None
@@ -142,7 +144,7 @@ class TokensCalibration(Section):
 
 class SelfCalibration(Section):
     kind: Literal["self"]
-    name: str
+    name: Name
     n_samples: PositiveInt
     seq_len: int = Field(ge=2)
     sampling_temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
@@ -266,6 +268,7 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         parts[name] = _component(name, raw.get(name), allowed, needs, problems)
     evaluation = dict(raw.get("evaluation") or {})
     evaluation_name = str(evaluation.pop("name", "custom"))
+    problems.extend(_unsafe_names(evaluation_name, parts))
     parts["evaluation"] = {
         name: _component(f"evaluation.{name}", value, allowed, _EVALUATOR, problems)
         for name, value in evaluation.items()
@@ -298,6 +301,15 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         raw=raw,
         check_files=scalars.force == "check",
     )
+
+
+def _unsafe_names(evaluation_name: str, parts: Mapping[str, Any]) -> Iterator[str]:
+    """Names that components carry go into names of files, as those of the sections do."""
+    named = {"evaluation.name": evaluation_name}
+    for group in ("pruner", "recovery"):
+        if parts[group] is not None:
+            named[f"{group}.name"] = parts[group].instance.name
+    yield from (f"{key}={shown(name)}: {RULE}" for key, name in named.items() if not is_name(name))
 
 
 def _plans_with(pruner: Component) -> tuple[str, ...]:

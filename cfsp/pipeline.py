@@ -48,8 +48,9 @@ from cfsp.record import environment
 from cfsp.record.figure import draw_blocks, draw_recovery
 from cfsp.record.finished import export_files, lacking, lacking_export
 from cfsp.record.out_folder import OutFolder, OutputGoneError, check_apart, log_file, remove_empty, remove_leftovers
-from cfsp.record.run_record import RunRecord, figure_problem
+from cfsp.record.run_record import RunRecord
 from cfsp.record.stages import Stages
+from cfsp.record.validation import figure_problem
 from cfsp.record.written import MODEL_FOLDERS, PLAN_FILES, describe_files, within
 from cfsp.recover.stage import recover
 from cfsp.system.atomic import replacing, write_text

@@ -28,12 +28,14 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from cfsp import __version__, processes
-from cfsp.components import suggest
+from cfsp.components import shown, suggest
 from cfsp.compose import explain
 from cfsp.config import parse
 from cfsp.errors import CfspError, ConfigError, RunError
 from cfsp.package import config_folder
 from cfsp.system import interrupts
+from cfsp.system.escape import plain
+from cfsp.system.names import RULE, is_name
 
 #: First words that are not overrides -> the function, of the words after it, that gives the exit code; None: Hydra's.
 COMMANDS = {
@@ -42,6 +44,10 @@ COMMANDS = {
     "verify": "cfsp.verify.command:main",
     "inspect": "cfsp.inspection.command:main",
 }
+
+
+#: Keys whose values become names of folders.
+_NAMES = ("model.name", "calibration.name", "pruner.name", "recovery.name", "evaluation.name")
 
 
 @dataclass
@@ -118,6 +124,7 @@ def _main(argv: list[str]) -> int:
         flags = _arguments(argv)
         session.words, session.sweep = list(flags.overrides), flags.multirun
         session.folder = Path(flags.config_dir) if flags.config_dir else None
+        _check_names(session.words)
         _task()
     except Exception as error:
         session.codes.append(_report(error, session))
@@ -156,7 +163,6 @@ def _other(command: str, words: list[str], session: _Session) -> int:
     module, _, function = str(COMMANDS[command]).partition(":")
     if session.debug:
         logging.getLogger("cfsp").setLevel(logging.DEBUG)
-        words = [word for word in words if word.lower() != "debug=true"]
     try:
         body = getattr(importlib.import_module(module), function)
         interrupts.raise_again()
@@ -164,10 +170,10 @@ def _other(command: str, words: list[str], session: _Session) -> int:
         return code
     except CfspError as error:
         return _report(error, session)
-    except Exception as error:
+    except Exception as error:  # while it was imported: what it does itself is said by sweep.command.command
         if session.debug:
             traceback.print_exception(error)
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = plain(" ".join(str(error).split()))[:300] or "no message"
         where = "" if session.debug else "; debug=true shows where"
         print(f"cfsp: {command} failed ({type(error).__name__}: {reason}){where}", file=sys.stderr)
         return 1
@@ -188,6 +194,24 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     return known
 
 
+def _check_names(words: Sequence[str]) -> None:
+    """Refuse names that cannot be folders before Hydra makes the folders of a multirun."""
+    problems = []
+    for word in words:
+        if word.partition("=")[0].lstrip("+") not in _NAMES:
+            continue
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except (HydraException, ValueError):  # said when all words are explained
+            continue
+        several = override.is_discrete_sweep()
+        for value in [*override.sweep_iterator()] if several else [override.value()]:
+            if not override.is_delete() and not is_name(str(value)):
+                problems.append(f"{override.key_or_group}={shown(value)}: {RULE}")
+    if problems:
+        raise ConfigError(*problems)
+
+
 def _report(error: Exception, session: _Session, label: str = "") -> int:
     """One line on stderr for each thing that is wrong; returns the exit code."""
     if session.debug:
@@ -204,9 +228,9 @@ def _report(error: Exception, session: _Session, label: str = "") -> int:
         label = f"process {mine.rank}: {label}"
     if isinstance(error, CfspError):
         for problem in error.problems:
-            print(f"cfsp: {label}{' '.join(problem.split())}", file=sys.stderr)
+            print(f"cfsp: {label}{plain(' '.join(problem.split()))}", file=sys.stderr)
         return error.exit_code
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = plain(" ".join(str(error).split())) or type(error).__name__
     where = "" if session.debug else "; debug=true shows where"
     print(f"cfsp: {label}the run failed ({type(error).__name__}: {reason}){where}", file=sys.stderr)
     return 1

@@ -16,6 +16,7 @@ from typing import Any
 from cfsp.errors import CheckpointError
 from cfsp.pruning.plan_history import read_marker
 from cfsp.system.atomic import write_bytes
+from cfsp.system.escape import in_markdown
 from cfsp.system.reading import read_json
 
 log = logging.getLogger(__name__)
@@ -193,6 +194,7 @@ def model_card(facts: Mapping[str, Any], form: str, name: str) -> str:
     if not pruned:
         return "\n".join([_front(front), f"# {name}", "", "## Loading", "", loading])
     front["tags"] = ["pruning", "structured-pruning", "cfsp"]
+    facts = in_markdown(facts)
     base, parameters, steps = facts["base_model"], facts["parameters"], [*facts.get("earlier", ()), _step(facts)]
     scope = facts["requested"].get("scope", "ffn")
     pruned_to = f"{facts['achieved']['ratio']:.1%} of the {scope} parameters pruned"
