@@ -32,7 +32,9 @@ class Perplexity:
     datasets: Annotated[list[str], Field(min_length=1)]
     texts: dict[str, TextSection]
     seq_len: Annotated[int, Field(ge=2)]
-    windows: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]] | None = None
+    windows: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]] | None = Field(
+        default=None, title="[first,end] or null", examples=["[0,4]"]
+    )
     batch_size: Annotated[int, Field(ge=1)] = 8
 
     side_by_side: ClassVar[bool] = False

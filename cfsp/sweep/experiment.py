@@ -19,6 +19,8 @@ from cfsp.components import problems_of, suggest
 from cfsp.config import Section
 from cfsp.errors import ConfigError
 from cfsp.package import config_folder
+from cfsp.system.words_check import check_words
+from cfsp.system.yaml_files import check_yaml
 
 #: What an entry says of a key: one value, or several (an axis; none: the key is left out), or names for lists of
 #: overrides (an axis of arms).
@@ -84,7 +86,7 @@ def load_experiment(name: str) -> Experiment:
 def read_experiment(path: Path) -> Experiment:
     """The experiment in a file."""
     try:
-        values: Any = OmegaConf.to_container(OmegaConf.load(path))
+        values: Any = OmegaConf.to_container(OmegaConf.create(check_yaml(path, path.name)))
     except (OSError, ValueError, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{path.name}: not a YAML file ({' '.join(str(error).split())})") from error
     try:
@@ -100,6 +102,7 @@ def given_values(words: Sequence[str]) -> dict[str, Values]:
     Raises:
         ConfigError: a word of another form.
     """
+    check_words(words)
     found: dict[str, Values] = {}
     parser = OverridesParser.create()
     for word in words:
