@@ -11,7 +11,10 @@ def package_path(path: str) -> Path:
     """The real path of ``pkg://cfsp/...``; other paths come back with ``~`` expanded."""
     if path.startswith("pkg://cfsp/"):
         return ROOT / path.removeprefix("pkg://cfsp/")
-    return Path(path).expanduser()
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # ~NAME of nobody
+        return Path(path)
 
 
 def is_packaged(path: str) -> bool:

@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import hydra
@@ -34,8 +35,10 @@ from cfsp.config import parse
 from cfsp.errors import CfspError, ConfigError, RunError
 from cfsp.package import config_folder
 from cfsp.system import interrupts
-from cfsp.system.escape import plain
+from cfsp.system.answer import one_line, printable
 from cfsp.system.names import RULE, is_name
+from cfsp.system.words_check import check_words
+from cfsp.system.yaml_files import check_yaml
 
 #: First words that are not overrides -> the function, of the words after it, that gives the exit code; None: Hydra's.
 COMMANDS = {
@@ -125,6 +128,8 @@ def _main(argv: list[str]) -> int:
         session.words, session.sweep = list(flags.overrides), flags.multirun
         session.folder = Path(flags.config_dir) if flags.config_dir else None
         _check_names(session.words)
+        check_words(session.words, sweep=session.sweep)
+        _check_folder(session.folder)
         _task()
     except Exception as error:
         session.codes.append(_report(error, session))
@@ -147,6 +152,7 @@ def _command(argv: list[str]) -> str | None:
     if argv[1] not in COMMANDS:
         word = argv[1]
         if "." in word:
+            check_words([word])
             raise explain(ValueError(word), [word])
         raise ConfigError(
             f"{word}: neither a command nor key=value{suggest(word, COMMANDS)}; commands: "
@@ -156,6 +162,18 @@ def _command(argv: list[str]) -> str | None:
         return argv[1]
     del argv[1]
     return None
+
+
+def _check_folder(folder: Path | None) -> None:
+    """Refuse files of ``--config-dir`` that Hydra could not load in bounded time and memory."""
+    if folder is None or not folder.is_dir():  # Hydra says so
+        return
+    files = sorted(islice(folder.rglob("*.yaml"), 10_001))
+    if len(files) > 10_000:
+        raise ConfigError(f"--config-dir {folder}: holds more than 10,000 YAML files; give the folder of your groups")
+    for file in files:
+        if not file.is_dir():
+            check_yaml(file, f"--config-dir {folder}: {file.relative_to(folder)}")
 
 
 def _other(command: str, words: list[str], session: _Session) -> int:
@@ -173,9 +191,9 @@ def _other(command: str, words: list[str], session: _Session) -> int:
     except Exception as error:  # while it was imported: what it does itself is said by sweep.command.command
         if session.debug:
             traceback.print_exception(error)
-        reason = plain(" ".join(str(error).split()))[:300] or "no message"
+        reason = printable(str(error)) or type(error).__name__
         where = "" if session.debug else "; debug=true shows where"
-        print(f"cfsp: {command} failed ({type(error).__name__}: {reason}){where}", file=sys.stderr)
+        print(one_line(f"cfsp: {command} failed ({type(error).__name__}: {reason}){where}"), file=sys.stderr)
         return 1
 
 
@@ -187,6 +205,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         known, unknown = parser.parse_known_args(argv[1:])
     except argparse.ArgumentError as error:
         raise ConfigError(f"{error}; see cfsp --help") from error
+    if known.experimental_rerun:  # it loads a pickle, which runs what is in it
+        raise ConfigError("--experimental-rerun: not taken here; give the key=value words of that run again")
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         way_out = "" if unknown[0].startswith("-") else "; write every key=value in one place, after the flags"
@@ -228,11 +248,11 @@ def _report(error: Exception, session: _Session, label: str = "") -> int:
         label = f"process {mine.rank}: {label}"
     if isinstance(error, CfspError):
         for problem in error.problems:
-            print(f"cfsp: {label}{plain(' '.join(problem.split()))}", file=sys.stderr)
+            print(one_line(f"cfsp: {label}{problem}"), file=sys.stderr)
         return error.exit_code
-    reason = plain(" ".join(str(error).split())) or type(error).__name__
+    reason = printable(str(error)) or type(error).__name__
     where = "" if session.debug else "; debug=true shows where"
-    print(f"cfsp: {label}the run failed ({type(error).__name__}: {reason}){where}", file=sys.stderr)
+    print(one_line(f"cfsp: {label}the run failed ({type(error).__name__}: {reason}){where}"), file=sys.stderr)
     return 1
 
 
@@ -243,7 +263,7 @@ def _understood(error: Exception, session: _Session) -> Exception:
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain(error, session.words, session.folder, sweep=session.sweep)
     outside = not any(frame.name in ("_run", "return_value") for frame in traceback.extract_tb(error.__traceback__))
-    if outside and isinstance(error, ValueError):
+    if outside and isinstance(error, ValueError | TypeError | AttributeError | LookupError | RecursionError):
         return explain(error, session.words, session.folder, sweep=session.sweep)
     if outside and isinstance(error, OSError) and error.filename:
         return ConfigError(

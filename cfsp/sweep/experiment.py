@@ -19,6 +19,8 @@ from cfsp.components import problems_of, suggest
 from cfsp.config import Section
 from cfsp.errors import ConfigError
 from cfsp.package import experiments_folder
+from cfsp.system.words_check import check_words
+from cfsp.system.yaml_files import check_yaml
 
 #: File of an experiment that holds its grid of runs.
 GRID = "grid.yaml"
@@ -100,7 +102,7 @@ def _homes() -> tuple[Path, Path]:
 def read_experiment(path: Path) -> Experiment:
     """The experiment in a file."""
     try:
-        values: Any = OmegaConf.to_container(OmegaConf.load(path))
+        values: Any = OmegaConf.to_container(OmegaConf.create(check_yaml(path, path.name)))
     except (OSError, ValueError, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
     try:
@@ -116,6 +118,7 @@ def given_values(words: Sequence[str]) -> dict[str, Values]:
     Raises:
         ConfigError: a word of another form.
     """
+    check_words(words)
     found: dict[str, Values] = {}
     parser = OverridesParser.create()
     for word in words:
