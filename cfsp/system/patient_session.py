@@ -36,11 +36,15 @@ class HubFailedError(ConnectionError):
 
 @dataclass
 class _State:
-    """Shared by all threads: patience in seconds, the read timeout that sufficed last, when a request was given up."""
+    """Shared by all threads: patience in seconds, and the read timeout that sufficed last.
+
+    gave_up, after: when a request was given up, and after how much patience.
+    """
 
     patience: float = PATIENCE
     timeout: float = TIMEOUT
     gave_up: float | None = None
+    after: float = 0.0
 
 
 _state = _State()
@@ -144,15 +148,15 @@ class _Outage:
     def wait(self, asked: float | None, request: Any) -> None:
         """Sleep before the next attempt, or raise HubFailedError."""
         now = time.monotonic()
-        recently = _state.gave_up is not None and now - _state.gave_up < _MEMORY
+        recently = _state.gave_up is not None and now - _state.gave_up < _MEMORY and _state.after >= _state.patience
         pause = self.next_pause if asked is None else max(asked, self.next_pause)
         patience = min(_state.patience, UNREACHABLE_PATIENCE) if self.unreachable else _state.patience
         left = self.began + (0 if recently else patience) - now
         if asked is not None and asked > 0 and not recently and _state.patience >= PATIENCE:
             left = max(left, LONGEST_PAUSE - (now - self.began))
         if pause > left:
-            if _state.patience >= PATIENCE:
-                _state.gave_up = now
+            if not recently:
+                _state.gave_up, _state.after = now, _state.patience
             times = f" ({self.failures} attempts in {now - self.began:.0f} s)" if self.failures > 1 else ""
             later = f", and asks to come back in {asked:.0f} s" if asked else ""
             raise HubFailedError(f"the hub {self.last}{times}{later}")
