@@ -17,7 +17,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-#: Seconds until a first answer is waited for; a second attempt waits twice as long, a third three times.
+#: Seconds that an answer is waited for at first; after one that did not come twice as long, then three times.
 TIMEOUT = 10
 #: Seconds after the first failure until a request is given up, and the longest pause that a server may ask for.
 PATIENCE, LONGEST_PAUSE = 40, 120
@@ -36,7 +36,7 @@ class HubFailedError(ConnectionError):
 
 @dataclass
 class _State:
-    """Shared by all threads: patience in seconds, and the read timeout that sufficed last.
+    """Shared by all threads: patience in seconds, and how long an answer is waited for.
 
     gave_up, after: when a request was given up, and after how much patience.
     """
@@ -96,7 +96,7 @@ def _patient(send: Callable[..., Any]) -> Callable[..., Any]:
             return send(request, **settings)
         outage = _Outage()
         while True:
-            _set_timeout(request, _state.timeout * (outage.failures + 1))
+            _set_timeout(request, _state.timeout)
             started = time.monotonic()
             try:
                 response = send(request, **settings)
@@ -105,12 +105,12 @@ def _patient(send: Callable[..., Any]) -> Callable[..., Any]:
                     raise
                 outage.note(_words(error, time.monotonic() - started), started)
                 pause = None
+                if isinstance(error, httpx.TimeoutException):  # later requests, too, are given more time
+                    _state.timeout = min(_state.timeout + TIMEOUT, 3 * TIMEOUT)
                 outage.unreachable = type(error).__name__ == "ConnectError"
             else:
                 if response.status_code not in _PASSING_STATUS:
-                    if outage.failures:
-                        forget_outage()
-                        _state.timeout = min(max(TIMEOUT, 2 * (time.monotonic() - started)), 3 * TIMEOUT)
+                    _state.gave_up = None
                     return response
                 outage.unreachable = False
                 outage.note(f"answered {response.status_code} ({response.reason_phrase})", started)
