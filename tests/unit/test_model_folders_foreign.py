@@ -457,7 +457,13 @@ def test_blocks_of_four_dimensions_are_refused(tmp_path, sound_words, refused):
     torch.manual_seed(0)
     folder = save_with_tokenizer(Gemma3nForCausalLM(config), tmp_path / "gemma3n")
     for pruner in ("cfsp", "shortgpt"):
-        lines = refused(*sound_words, f"model.path={folder}", f"pruner={pruner}", loads=True)
+        lines = refused(
+            *sound_words,
+            f"model.path={folder}",
+            f"pruner={pruner}",
+            f"paths.output_dir={tmp_path / pruner}",
+            loads=True,
+        )
         mentions(lines, "gemma3n", "4 dimensions")
     with pytest.raises(UnsupportedModelError, match="4 dimensions"):
         try_blocks(resolve(load_model(source_of(folder), dtype=torch.float32, device=CPU)))
