@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cfsp.errors import CfspError, UnsupportedModelError
-from cfsp.models.driver import BlockDriver, hidden_of, run_block
-from cfsp.models.streamed import resident
+from cfsp.models.driver import BlockDriver, run_block
+from cfsp.models.streamed import streamed
 from cfsp.models.views import DecoderView
 
 #: Where the Python code of models lies: transformers' own, and what it fetched with a model.
@@ -20,22 +20,23 @@ _MODEL_CODE = ("/transformers/models/", "/transformers_modules/")
 
 @torch.no_grad()
 def try_blocks(view: DecoderView) -> None:
-    """Run two tokens into every block, and through the first block of each class; any other class of data is refused.
+    """Run two tokens into every block and, of a model in memory, through all of it as an evaluation does.
 
     Raises:
-        UnsupportedModelError: a block takes or gives hidden states that are not [batch, tokens, hidden size].
+        UnsupportedModelError: a block takes hidden states that are not [batch, tokens, hidden size], or gives others.
     """
     ids = torch.zeros(1, 2, dtype=torch.int64)
     entry = BlockDriver(view, 1).entry(ids)
     hidden = entry.hidden[0]
     _check_shape(view, hidden, "takes")
+    if streamed(view.model) is not None:  # its blocks would be read for these two tokens
+        return
     tried: set[type] = set()
     for block in view.blocks:
         if type(block.module) not in tried:
             tried.add(type(block.module))
-            with resident(view, block):
-                output = run_block(block, hidden, entry.kwargs[block.index][0])
-            _check_shape(view, hidden_of(output), "gives")
+            _check_shape(view, run_block(block, hidden, entry.kwargs[block.index][0]), "gives")
+    view.model(ids.to(view.device))
 
 
 def _check_shape(view: DecoderView, hidden: object, verb: str) -> None:

@@ -479,3 +479,24 @@ def test_errors_out_of_a_models_own_code_are_one_line():
     assert "\n" not in str(found.value)
     with pytest.raises(ZeroDivisionError), model_code_refused("llama", "there"):
         1 / 0  # noqa: B018
+
+
+def test_a_model_that_fails_as_an_evaluation_calls_it_is_refused_before_calibration(tmp_path, sound_words, refused):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "bailing_hybrid", vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64, num_experts=4,
+        moe_intermediate_size=16, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=2,
+        layer_types=["linear_attention"] * 2, num_shared_experts=1, group_norm_size=1, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = save_with_tokenizer(AutoModelForCausalLM.from_config(config), tmp_path / "hybrid")
+    mentions(refused(*sound_words, f"model.path={folder}", loads=True), "model_type=bailing_hybrid", "get_seq_length")
+    assert not (tmp_path / "cache" / "statistics").exists()
+
+
+def test_weights_have_the_name_that_every_tool_looks_for(model_folder):
+    (model_folder / "model.safetensors").rename(model_folder / "consolidated.safetensors")
+    with pytest.raises(CheckpointError, match=r"found consolidated\.safetensors, but neither model\.safetensors nor"):
+        source_of(model_folder)
