@@ -154,6 +154,17 @@ def test_one_plan_gives_one_figure_in_memory_streamed_and_saved(own_head, sound_
     assert figures["on"] == pytest.approx(figures["off"], rel=1e-6)
 
 
+def test_a_model_of_somebody_elses_loading_is_saved_as_it_is(own_head, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from cfsp.models.checkpoint import save_checkpoint
+
+    model = AutoModelForCausalLM.from_pretrained(own_head)
+    assert model.config.tie_word_embeddings is True  # and yet the two are not tied
+    saved = save_checkpoint(model, tmp_path / "saved", reference=False).folder
+    assert json.loads((saved / "config.json").read_text())["tie_word_embeddings"] is False
+
+
 def test_exports_of_a_head_of_its_own_say_so(own_head, tmp_path):
     from cfsp.export.command import Request, exported
 
