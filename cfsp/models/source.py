@@ -142,6 +142,7 @@ def _from_folder(
     name: str, folder: Path, *, origin: str, fingerprint: str | None = None, digests: Path | None = None
 ) -> ModelSource:
     from cfsp.models.checkpoint import check_safetensors
+    from cfsp.models.shards import INDEX, WEIGHTS
 
     where = f"model.path={origin}"
     if not folder.is_dir():
@@ -158,6 +159,12 @@ def _from_folder(
         pickles = ", ".join(sorted(path.name for path in folder.glob("*.bin"))[:2])
         found = f"found {pickles}, which is never loaded" if pickles else "found none"
         raise CheckpointError(f"{where}: *.safetensors weights are needed, {found}; save it with save_pretrained")
+    if not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
+        found = min(path.name for path in folder.glob("*.safetensors"))
+        raise CheckpointError(
+            f"{where}: found {found}, but neither {WEIGHTS} nor {INDEX}, one of which every tool looks for; "
+            "rename the file, or save the model with save_pretrained"
+        )
     tensors = check_safetensors(folder)
     layers = layers_of(config)
     if layers is not None and layers[1] > tensors:
