@@ -174,8 +174,8 @@ class OnDisk:
             return Gram(shards.read(kind), shards.read(f"{kind}.mean"), int(tokens[kind]))
         except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
             raise RunError(
-                f"paths.cache_dir={self.folder}: the Gram matrices of block {block} were deleted or damaged while the run "
-                "went on; give the same command again"
+                f"paths.cache_dir={self.folder}: the Gram matrices of block {block} were deleted or damaged "
+                "while the run went on; give the same command again"
             ) from error
 
     def has(self, block: int, kinds: Sequence[str]) -> bool:
