@@ -93,7 +93,7 @@ class RunRecord:
             return RunRecord(**values)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path}: not a run record ({error}); remove it or use another folder") from error
 
 
