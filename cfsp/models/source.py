@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -35,6 +36,7 @@ _TOKENIZER_FILES = (
 )
 #: Files that are hashed at the same time; smaller files than this many bytes are not worth a note.
 _READERS, _LARGE = 4, 16_000_000
+_NOTE = re.compile("[0-9a-f]{64}")
 _WRITTEN_BY_CFSP = "cfsp_checkpoint.json"
 _HUB_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*"]
 
@@ -227,7 +229,7 @@ def _digest_of(path: Path, state: tuple[int, ...], kept: Path | None) -> str:
     if note is not None:
         with suppress(OSError):
             found = note.read_text(encoding="ascii")
-            if len(found) == 64:
+            if _NOTE.fullmatch(found):
                 return found
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
