@@ -102,7 +102,7 @@ def command(name: str, usage: str, words: Sequence[str] | None, body: Callable[[
         return 1
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            print(f"{name}: {str(error.filename)[:80]}...: no path may be that long; give a shorter one", file=sys.stderr)
+            print(f"{name}: {str(error.filename)[:80]}...: too long for a path; give a shorter one", file=sys.stderr)
             return 2
         print(unexpected(error, name, debug=debug), file=sys.stderr)
         return 1
