@@ -15,6 +15,7 @@ import io
 import json
 import lzma
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -23,6 +24,7 @@ from typing import IO, Any, Literal
 
 from cfsp.errors import DataError
 from cfsp.models.source import file_digest
+from cfsp.system.answer import printable
 from cfsp.system.reading import MAX_STRUCTURED_BYTES, check_regular, read_json
 
 Form = Literal["parquet", "json", "txt", "csv", "tsv", "dataset"]
@@ -151,10 +153,10 @@ def reading(label: str) -> Iterator[None]:
         raise DataError(f"{label}: cannot be read: it is nested too deep; no file of texts is") from error
     except MemoryError as error:  # Arrow's among them: sizes that no file of this length can have
         raise DataError(f"{label}: cannot be read: it asks for more memory than there is; fetch it again") from error
-    except (EOFError, lzma.LZMAError) as error:
+    except (EOFError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{label}: cannot be read: it is damaged or cut off ({error}); fetch it again") from error
     except (ValueError, KeyError, TypeError, OSError, csv.Error, OverflowError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = printable(str(error))[:160]
         raise DataError(f"{label}: cannot be read ({reason}); see that it is whole, or fetch it again") from error
 
 
