@@ -321,8 +321,8 @@ def _unused(pruner: Component | None, raw: Mapping[str, Any]) -> Iterator[str]:
                 )
                 continue
             yield (
-                f"{group}._target_={shown(raw[group].get('_target_'))}: pruner={name} has its own way of choosing and does "
-                f"not use {group}; leave it out, or use pruner=one_shot"
+                f"{group}._target_={shown(raw[group].get('_target_'))}: pruner={name} has its own way of choosing and "
+                f"does not use {group}; leave it out, or use pruner=one_shot"
             )
 
 
