@@ -98,7 +98,7 @@ class HubFile(Section):
 class TextSection(Section):
     """Where a text comes from and how its documents become one token stream."""
 
-    path: str | None = Field(default=None, description="a local .txt, .jsonl, .jsonl.gz, .json.gz or .parquet file")
+    path: str | None = Field(default=None, description="a local .txt, .jsonl, .csv or .parquet file")
     hub: HubFile | None = None
     split: str = "train"
     text_field: str = "text"

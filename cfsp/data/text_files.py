@@ -201,7 +201,9 @@ def rows(path: Path, label: str, column: str | None = None, key: str = "") -> It
     else:
         opened = _parquet_batches if form == "parquet" else _arrow_batches
         batches = opened(path, label, column, key)
-        yield from _batch_rows(batches, label)
+        size = path.stat().st_size
+        most = MAX_TEXT_BYTES if form == "dataset" else min(MAX_TEXT_BYTES, max(MAX_FREE_BYTES, MAX_RATIO * size))
+        yield from _batch_rows(batches, label, most)
 
 
 def text_of(row: Any, field: str, key: str, place: str, path: Path) -> str:
@@ -314,12 +316,14 @@ def _check_column(column: str | None, names: list[str], key: str, path: Path) ->
         raise DataError(f"{key}={column}: {path} has no such column; it has {_listed(names)}")
 
 
-def _batch_rows(batches: Iterable[Any], label: str) -> Iterator[tuple[str, Any]]:
+def _batch_rows(batches: Iterable[Any], label: str, most: int) -> Iterator[tuple[str, Any]]:
     number = total = 0
     for batch in batches:
         total += batch.nbytes
-        if total > MAX_TEXT_BYTES:
-            raise DataError(f"{label}: its rows hold more than {MAX_TEXT_BYTES:,} bytes; give a smaller file")
+        if total > most:
+            raise DataError(
+                f"{label}: its rows hold more than {most:,} bytes, too many for this file; give a smaller one"
+            )
         for row in batch.to_pylist():
             number += 1
             yield f"row {number}", row
