@@ -27,7 +27,7 @@ def plan_of_the_bundled_model(windows: int = WINDOWS) -> cfsp.PruningPlan:
     """Return the plan that removes half of the FFN neurons of the bundled model."""
     model, tokenizer = cfsp.load(ASSETS / "books7m", device="cpu")
     text = (ASSETS / "text" / "calibration.txt").read_text(encoding="utf-8")
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     starts = np.linspace(0, len(ids) - LENGTH, windows).astype(int)
     return cfsp.prune(model, [ids[start : start + LENGTH] for start in starts], pruner="cfsp", ratio=0.5, scope="ffn")
 
