@@ -37,9 +37,8 @@ def main() -> None:
     options = parser.parse_args()
 
     model, tokenizer = cfsp.load(options.model)
-    ids = torch.tensor(
-        tokenizer(options.text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
-    )
+    text = options.text.read_text(encoding="utf-8")
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     windows = ids[: len(ids) // 256 * 256].view(-1, 256)
     calibration, held_out = windows.split([round(0.6 * len(windows)), len(windows) - round(0.6 * len(windows))])
     print(f"{options.text.name}: {len(calibration)} windows of 256 tokens to calibrate on, {len(held_out)} held out")

@@ -90,10 +90,10 @@ def test_lora_gains_more_than_three_standard_deviations():
             assert record is not None
             value = figure.of(record, "recovered" if record.recovery else "pruned")
             values.setdefault(recovery_label(record), []).append(value)
-        for name, found in values.items():
+        for name, seeds in values.items():
             if name != "none":
-                spread = max(stdev(found), stdev(values["none"]))
-                assert mean(values["none"]) - mean(found) > 3 * spread, (data, name)
+                spread = max(stdev(seeds), stdev(values["none"]))
+                assert mean(values["none"]) - mean(seeds) > 3 * spread, (data, name)
 
 
 def test_records_that_do_not_belong_together_are_refused():
@@ -133,20 +133,18 @@ def _captioned() -> list[tuple[str, list[str], str]]:
 def test_the_numbers_of_a_table_are_in_the_table_that_its_caption_names(page, rows, caption):
     """Numbers in brackets are worked out from others, and have a test of their own."""
     paths = [path.rstrip(".") for path in re.findall(r"results/(?:tables|records)/[\w./-]+", caption)]
-    folder = ROOT / "results" / "tables"
     paths += [f"results/tables/{name}" for name in re.findall(r"`(benchmark_\w+\.md)`", caption)]
     paths = [path.replace("results/records/cfsp_plus", "results/tables/cfsp_plus") for path in paths]
     source = "\n".join(folder_text(ROOT / path) for path in paths)
-    assert source, (page, folder)
+    assert source, page
     for row in rows[2:]:
         for number in re.findall(r"\d+\.\d+", re.sub(r"\([^)]*\)|`[^`]*`", "", row.partition("|")[2])):
             assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", source), (page, number)
 
 
 def test_there_are_tables_with_captions():
-    assert {page for page, _, _ in _captioned()} >= {
-        "README.md", "docs/results.md", "docs/large-models.md", "docs/export-and-verify.md", "docs/sweeps-and-tables.md",
-    }  # fmt: skip
+    pages = ("docs/results.md", "docs/large-models.md", "docs/export-and-verify.md", "docs/sweeps-and-tables.md")
+    assert {page for page, _, _ in _captioned()} >= {"README.md", *pages}
 
 
 def test_the_headline_of_an_experiment_is_in_its_table():
@@ -184,21 +182,19 @@ def test_the_table_of_cfsp_plus_is_that_of_its_records():
         for path in folder.glob("*.json"):
             record = json.loads(path.read_text(encoding="utf-8"))
             sides = {
-                side: next(one["value"] for one in figures if one["metric"] == "perplexity")
+                side: next(figure["value"] for figure in figures if figure["metric"] == "perplexity")
                 for side, figures in record["measurements"].items()
             }
             dense.add(sides["dense"])
-            pruner, settings = record["configuration"]["pruner"], record["configuration"]
-            method = (
-                "ours"
-                if pruner["name"] == "cfsp_plus"
-                else str((pruner, settings["importance"], settings["allocator"]))
-            )
+            settings = record["configuration"]
+            method = str([settings[group] for group in ("pruner", "importance", "allocator")])
+            if settings["pruner"]["name"] == "cfsp_plus":
+                method = "ours"
             values.setdefault((str(settings["sparsity"]["ratio"]), method), []).append(sides["pruned"])
         (start,) = {round(value, 6) for value in dense}
         cells = [model, f"{start:.2f}"]
         for ratio in ("0.2", "0.35", "0.5"):
-            means = {method: mean(found) for (at, method), found in values.items() if at == ratio}
+            means = {method: mean(seeds) for (at, method), seeds in values.items() if at == ratio}
             ours = means.pop("ours")
             assert len(means) == 9
             best = min(means.values())
