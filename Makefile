@@ -36,7 +36,7 @@ $(DOCS): $(STAMP)
 	@touch $@
 
 docs: $(DOCS)
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf site outputs $(VENV) $(VENV)-* dist

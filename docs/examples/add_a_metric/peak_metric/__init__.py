@@ -7,7 +7,11 @@ from cfsp.components import component
 class Peak:
     """Largest output weight of a neuron to a power, times its RMS activation.
 
-    >>> # cfsp --config-dir conf plugins.allow=[peak_metric] importance=peak importance.power=1.5
+    Args:
+        power: exponent of the weight; 0 ranks by activation alone.
+
+    Example:
+        ``cfsp --config-dir conf plugins.allow=[peak_metric] importance=peak importance.power=1.5``
     """
 
     power: float = 2.0
