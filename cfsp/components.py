@@ -1,7 +1,8 @@
 """The registry: a ``_target_`` and its keys become an instance of that class, typed by the class signature.
 
 A new metric, allocator, recovery, evaluator or logger is one class (a pydantic dataclass: :func:`component`)
-and one YAML file; nothing central is edited. Targets outside ``cfsp.`` run foreign code, so they need
+and one YAML file; nothing central is edited. Within cfsp only classes that are defined here and marked with
+:func:`component` are built; classes that other packages define run foreign code, so each of these packages stands in
 ``plugins.allow=[package]``.
 """
 
@@ -12,18 +13,30 @@ import hashlib
 import importlib
 import inspect
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin
 
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from cfsp.errors import ConfigError
 from cfsp.package import config_folder
+from cfsp.system.answer import printable
+from cfsp.system.expected import Expected, expected_at, fields_of, takes_numbers_only
 
-#: Decorator of every pluggable class: frozen, typed, unknown keys are errors.
-component = pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+_T = TypeVar("_T")
+#: Attribute of the classes that :func:`component` decorates; subclasses do not inherit the permission.
+_MARK = "__cfsp_component__"
+
+
+@dataclass_transform(frozen_default=True)
+def component(cls: type[_T]) -> type[_T]:
+    """Decorate a pluggable class: frozen, typed, unknown keys are errors, and a ``_target_`` may name it."""
+    decorated: Any = pydantic_dataclass(cls, frozen=True, config=ConfigDict(extra="forbid"))
+    setattr(decorated, _MARK, True)
+    return decorated
 
 
 @dataclass(frozen=True)
@@ -64,10 +77,15 @@ def build(name: str, values: Any, allowed: Iterable[str] = (), needs: Iterable[s
             wrong settings.
     """
     if not isinstance(values, Mapping) or not values.get("_target_"):
-        raise ConfigError(f"{name}={shown(values)}: a group with a _target_ class is expected, e.g. {name}=OPTION")
+        way_out = f"null leaves it out, {name}.KEY=VALUE sets a key" if "." in name else f"e.g. {name}=OPTION"
+        raise ConfigError(f"{name}={shown(values)}: a group with a _target_ class is expected; {way_out}")
     settings = {str(key): value for key, value in values.items() if key != "_target_"}
     target = str(values["_target_"])
     cls = _resolve(name, target, allowed)
+    _check_attributes(name, target, cls, needs)
+    wrong = [*booleans_for_numbers(cls, settings, name)]
+    if wrong:
+        raise ConfigError(*wrong)
     try:
         instance = cls(**settings)
     except ValidationError as error:
@@ -76,20 +94,47 @@ def build(name: str, values: Any, allowed: Iterable[str] = (), needs: Iterable[s
         raise ConfigError(f"{name}: {target} does not accept these keys: {error}") from error
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from error
-    lacking = [attribute for attribute in needs if not hasattr(instance, attribute)]
-    if lacking:
-        group = name.split(".", 1)[0]
-        raise ConfigError(f"{name}._target_={target}: no class for {group}, it has no {', '.join(lacking)}")
+    _check_attributes(name, target, instance, needs)
     known = asdict(instance) if hasattr(instance, "__dataclass_fields__") else settings
     return Component(instance, target, known)
 
 
+def _check_attributes(name: str, target: str, candidate: Any, needs: Iterable[str]) -> None:
+    """Refuse what cannot stand in the group: a class of cfsp before it is called, any instance afterwards.
+
+    A class of somebody else may give its instances what they need, so its class alone decides nothing.
+    """
+    if isinstance(candidate, type) and not _is_component(candidate):
+        return
+    declared = getattr(candidate, "__dataclass_fields__", {})
+    lacking = [attribute for attribute in needs if not hasattr(candidate, attribute) and attribute not in declared]
+    if lacking:
+        group = name.split(".", 1)[0]
+        raise ConfigError(f"{name}._target_={target}: no class for {group}, it has no {', '.join(lacking)}")
+
+
+def _is_component(cls: type) -> bool:
+    """Whether cfsp itself defines the class, and marks this very one as pluggable."""
+    return _package(cls.__module__) == "cfsp" and _MARK in vars(cls)
+
+
+def _package(dotted: str) -> str:
+    return dotted.partition(".")[0]
+
+
 def _resolve(name: str, target: str, allowed: Iterable[str]) -> type:
+    """Find the class of a ``_target_``; nothing is called, and no module outside cfsp and ``allowed`` is imported.
+
+    Raises:
+        ConfigError: no such class, one of cfsp that is no component, or one that a package defines which is not
+            allowed: the package that the target names and the one that the class is from both have to be.
+    """
     module_name, _, class_name = target.rpartition(".")
-    package = target.split(".", 1)[0]
-    if package != "cfsp" and package not in set(allowed):
+    packages = {"cfsp", *allowed}
+    if _package(target) not in packages:
         raise ConfigError(
-            f"{name}._target_={target}: classes outside cfsp run foreign code; allow it with plugins.allow=[{package}]"
+            f"{name}._target_={target}: classes outside cfsp run foreign code; allow it with "
+            f"plugins.allow=[{_package(target)}]"
         )
     try:
         found = getattr(importlib.import_module(module_name), class_name)
@@ -100,7 +145,19 @@ def _resolve(name: str, target: str, allowed: Iterable[str]) -> type:
         ) from error
     if not isinstance(found, type):
         raise ConfigError(f"{name}._target_={target}: a class is needed, this is a {type(found).__name__}")
-    return found
+    defined_in = _package(found.__module__)
+    if _is_component(found) or (defined_in != "cfsp" and _package(target) != "cfsp" and defined_in in packages):
+        return found
+    if defined_in == "cfsp" or _package(target) == "cfsp":
+        group = name.split(".", 1)[0]
+        raise ConfigError(
+            f"{name}._target_={target}: this is no class to plug in{suggest(target, _known_targets())}; choose one "
+            f"with {group}=OPTION"
+        )
+    raise ConfigError(
+        f"{name}._target_={target}: this class is defined in {found.__module__}; to run the code of both packages give "
+        f"plugins.allow=[{','.join(sorted({_package(target), defined_in}))}]"
+    )
 
 
 def _known_targets() -> set[str]:
@@ -110,31 +167,71 @@ def _known_targets() -> set[str]:
 
 
 def problems_of(error: ValidationError, prefix: str, schema: type) -> list[str]:
-    """One line per finding: the key, the value, what is allowed and the way out."""
-    lines = []
-    described = getattr(schema, "model_fields", None) or {}
-    names = list(described) or [field.name for field in fields(schema)]
-    for finding in error.errors():
-        location = finding["loc"]
-        key = _key(prefix, location)
-        message = finding["msg"].removeprefix("Value error, ")
-        message = message[:1].lower() + message[1:]
-        if finding["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            known = names if len(location) == 1 else []
-            hint = f"; keys: {', '.join(known)}" if known else ""
-            lines.append(f"{key}={shown(finding['input'])}: unknown key{suggest(str(location[-1]), known)}{hint}")
-        elif finding["type"].startswith("missing") and isinstance(location[-1], int):
-            lines.append(f"{_key(prefix, location[:-1])}={shown(finding['input'])}: item {location[-1] + 1} is missing")
-        elif finding["type"].startswith("missing"):
-            lines.append(f"{key} is not set: give it a value, {key}=...")
-        elif not location:  # a check over several keys, which names them itself
-            lines.append(message)
-        else:
-            field = described.get(str(location[0]))
-            hint = f" ({field.description})" if field is not None and field.description else ""
-            near = suggest(str(finding["input"]), re.findall(r"'([^']*)'", str(finding.get("ctx", {}).get("expected"))))
-            lines.append(f"{key}={shown(finding['input'])}: {message}{hint}{near}")
-    return lines
+    """One line per key: its value, what it takes and an example; never the words of the validator.
+
+    Messages of our own checks (a ``ValueError`` in a validator) stand as they are.
+    """
+    lines: dict[str, str] = {}
+    for finding in error.errors(include_url=False):
+        wanted = expected_at(schema, finding["loc"])
+        key = _key(prefix, wanted.key)
+        lines.setdefault(key or str(len(lines)), _problem(finding, key, wanted, prefix, schema))
+    return list(lines.values())
+
+
+def booleans_for_numbers(schema: type, values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """A line for each key that takes a number and is true or false, which the validator would read as 1 or 0."""
+    for name, field in fields_of(schema).items():
+        key, value = _key(prefix, (name,)), values.get(name)
+        if isinstance(value, bool) and takes_numbers_only(field.annotation):
+            wanted = expected_at(schema, (name,))
+            yield f"{key}={shown(value)}: expected {wanted.words}{wanted.example(key)}"
+        elif isinstance(value, Mapping) and isinstance(field.annotation, type) and fields_of(field.annotation):
+            yield from booleans_for_numbers(field.annotation, value, key)
+
+
+def _problem(finding: Any, key: str, wanted: Expected, prefix: str, schema: type) -> str:
+    """The line about one finding of the validator."""
+    kind, location, value = finding["type"], finding["loc"], finding.get("input")
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = list(fields_of(schema)) if len(location) == 1 else []
+        hint = f"; keys: {', '.join(known)}" if known else ""
+        return f"{key}={shown(value)}: unknown key{suggest(str(location[-1]), known)}{hint}"
+    if kind in ("value_error", "assertion_error"):
+        message = str(finding.get("ctx", {}).get("error") or finding["msg"].partition(", ")[2])
+        if not location or message.startswith(f"{prefix}."):  # a check over several keys, which names them itself
+            return message
+        described = wanted.field.description if wanted.field is not None else None
+        return f"{key}={shown(value)}: {message}" + (f" ({described})" if described else "")
+    if not location:
+        return f"{prefix or 'configuration'}={shown(value)}: expected a group of keys: {', '.join(fields_of(schema))}"
+    described = wanted.field.description if wanted.field is not None else None
+    needed = f"{wanted.words}{wanted.example(key)}" + (f" ({described})" if described else "")
+    if kind.startswith("missing") and isinstance(location[-1], int):
+        whole = expected_at(schema, location[:-1])
+        list_key = _key(prefix, whole.key)
+        return (
+            f"{list_key}={shown(value)}: item {location[-1] + 1} is missing; expected {whole.words}"
+            f"{whole.example(list_key)}"
+        )
+    if kind.startswith("missing"):
+        return f"{key} is not set: give it a value, {key}=...; expected {needed}"
+    near = suggest(str(value)[:100], _words_of(wanted.annotation)) if isinstance(value, str) else ""
+    quotes = ""
+    if kind == "string_type" and _is_scalar(value):
+        whole_word = isinstance(wanted.key[-1], str)
+        quotes = f"; write it in quotes, \"{key}='{shown(value)}'\"" if whole_word else "; write it in quotes"
+    return f"{key}={shown(value)}: expected {needed}{near}{quotes}"
+
+
+def _words_of(annotation: Any) -> list[str]:
+    """The words that a key takes, where it takes a few."""
+    members = [annotation, *get_args(annotation)]
+    return [str(word) for member in members if get_origin(member) is Literal for word in get_args(member)]
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, bool | int | float)
 
 
 def _key(prefix: str, location: tuple[int | str, ...]) -> str:
@@ -144,20 +241,33 @@ def _key(prefix: str, location: tuple[int | str, ...]) -> str:
     return key
 
 
-def shown(value: Any) -> str:
+def shown(value: Any, depth: int = 0) -> str:
     """A value as it is written on the command line, on one line and cut where it is long."""
     if value is None or isinstance(value, bool):
         text = {None: "null", True: "true", False: "false"}[value]
+    elif depth > _SHOWN_DEPTH:
+        text = "..."
     elif isinstance(value, list | tuple):
-        text = f"[{','.join(shown(item) for item in value)}]"
+        text = f"[{','.join(_shown_items(value, depth))}]"
     elif isinstance(value, Mapping):
-        text = f"{{{','.join(f'{key}:{shown(item)}' for key, item in value.items())}}}"
+        pairs = islice(value.items(), _SHOWN_ITEMS)
+        text = f"{{{','.join(f'{shown(key)}:{shown(item, depth + 1)}' for key, item in pairs)}}}"
+    elif isinstance(value, int) and abs(value) >= 10**100:  # str() refuses more than 4,300 digits
+        text = f"{'-' if value < 0 else ''}10^{int(abs(value).bit_length() * 0.30103)}"
     else:
-        text = " ".join(str(value).split()) or "''"
+        text = printable(str(value)) or "''"
     return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def _shown_items(values: Iterable[Any], depth: int) -> list[str]:
+    return [shown(item, depth + 1) for item in islice(values, _SHOWN_ITEMS)]
+
+
+#: Items and levels of a nested value that are written out before the line is cut.
+_SHOWN_ITEMS, _SHOWN_DEPTH = 60, 8
 
 
 def suggest(word: str, choices: Iterable[str]) -> str:
     """``"; did you mean X?"`` for the nearest choice, or an empty string."""
-    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word[:100], list(choices), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""

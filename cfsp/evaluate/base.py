@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import re
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from cfsp.data.calibration import Limits
+from cfsp.errors import CfspError, ConfigError
 from cfsp.evaluate.measurement import Measurement
 
 
@@ -43,6 +45,23 @@ class DividedEvaluator(Evaluator, Protocol):
 def parts_of(evaluator: Evaluator) -> dict[str, Evaluator]:
     """The parts that ``evaluator`` can be divided into; itself where it cannot."""
     return evaluator.parts() if hasattr(evaluator, "parts") else {"all": evaluator}
+
+
+@contextmanager
+def under_its_key(name: str, evaluator: Evaluator) -> Iterator[None]:
+    """Have errors of an evaluator name the key that it stands under: a class may stand under several.
+
+    ``evaluation.generation`` of tables.yaml is a ZeroShot, whose own messages say ``evaluation.zero_shot``.
+    """
+    usual = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(evaluator).__name__).lower()
+    try:
+        yield
+    except CfspError as error:
+        problems = [re.sub(rf"\bevaluation\.{usual}\b", f"evaluation.{name}", line) for line in error.problems]
+        if usual == name or problems == list(error.problems):
+            raise
+        renamed = type(error)(*problems) if isinstance(error, ConfigError) else type(error)("; ".join(problems))
+        raise renamed from error
 
 
 @dataclass(frozen=True)

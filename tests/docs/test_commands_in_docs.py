@@ -13,6 +13,7 @@ from cfsp.config import parse
 from cfsp.export.command import request_of as export_request
 from cfsp.inspection.command import request_of as inspect_request
 from cfsp.sweep.command import request_of as sweep_request
+from cfsp.sweep.experiment import experiment_names
 from cfsp.verify.command import request_of as verify_request
 from scripts import benchmark
 from tests.conftest import ROOT
@@ -112,6 +113,10 @@ def test_every_option_that_the_pages_name_exists():
                 assert known or option.isupper() or not option.strip("."), f"{group}={option}"
 
 
+def test_every_experiment_that_the_pages_name_exists():
+    assert set(re.findall(r"experiment=([a-z]\w*)", TEXT)) <= set(experiment_names())
+
+
 def _keys(values, prefix: str) -> set[str]:
     if isinstance(values, DictConfig):
         values = OmegaConf.to_container(values)
@@ -140,7 +145,7 @@ def known_keys() -> set[str]:
 
 def test_every_key_that_the_pages_name_exists():
     keys = known_keys()
-    roots = {*_GROUPS, "paths", "save", "plugins"} - {"experiment", "text"}
+    roots = {*_GROUPS, "paths", "save", "plugins"} - {"text"}
     missing = set()
     for page in PAGES:
         for span in code_spans(page):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
 import json
 import math
 import re
@@ -13,16 +11,10 @@ import pytest
 from rich.console import Console
 
 from cfsp.record.run_record import RunRecord
-from cfsp.tables.methods import Figure, label, method_table
-from cfsp.tables.recoveries import label as recovery_label
-from cfsp.tables.recoveries import recovery_table
+from cfsp.sweep.experiment import experiment_names
 from cfsp.tables.summary import summary
 from tests.conftest import ROOT
 from tests.documents import FENCES, PAGES, folder_text, without_fences
-
-_spec = importlib.util.spec_from_file_location("compare_recoveries", ROOT / "scripts" / "compare_recoveries.py")
-compare_recoveries = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(compare_recoveries)
 
 
 def test_the_demo_table_is_the_committed_record():
@@ -40,72 +32,68 @@ def test_the_committed_record_holds_no_place_of_a_machine():
     assert json.loads(text)["environment"]["git"]["dirty"] is False
 
 
-def test_the_tables_of_pruners_are_their_committed_records():
-    folders = sorted(path for path in (ROOT / "results" / "records" / "pruners").iterdir())
-    assert [folder.name for folder in folders] == ["books7m", "stories260K"]
-    for folder in folders:
-        records = [record for path in sorted(folder.glob("*.json")) if (record := RunRecord.read(path))]
-        task = "bundled" if folder.name == "books7m" else "text"
-        page = (ROOT / "results" / "tables" / f"pruners-{folder.name}.md").read_text(encoding="utf-8")
-        order = re.findall(r"^\| `([^`]+)`", page, re.MULTILINE)
-        table = method_table(records, Figure("perplexity", task, "perplexity"), order)
-        assert table in page
-        assert not any(re.search(r'"(/|[A-Z]:\\\\)', path.read_text()) for path in folder.glob("*.json"))
-        assert not any(record.environment["git"]["dirty"] for record in records)
-        seeds = {(label(r), r.plan["requested"]["ratio"]): set() for r in records}
-        for record in records:
-            seeds[label(record), record.plan["requested"]["ratio"]].add(record.identity["seed"])
-        assert set(map(frozenset, seeds.values())) == {frozenset({0, 1, 2})}
-        if folder.name == "books7m":
-            assert table.split("\n\nremoved")[0] in PAGES["docs/results.md"]
+def _plain_cells(line: str) -> list[str]:
+    return [re.sub(r"\*\*|</?u>|`", "", cell).strip() for cell in line.strip().strip("|").split("|")]
+
+
+def test_the_table_of_pruners_is_that_of_its_experiment():
+    """One row of the page is the three rows of the experiment's table, one for each ratio."""
+    source = (ROOT / "results" / "tables" / "one_budget" / "bundled" / "main.md").read_text(encoding="utf-8")
+    rows: dict[str, list[str]] = {}
+    for section in re.findall(r"^\*\*model.*\*\*\n\n((?:\|.*\n)+)", source, re.MULTILINE):
+        for method, *figures in map(_plain_cells, section.splitlines()[2:]):
+            rows.setdefault(method, []).extend(figures)
+    assert len(rows) == 15
+    for method, figures in rows.items():
+        assert f"| {method} | {' | '.join(figures)} |" in PAGES["docs/results.md"]
+
+
+def _recoveries() -> dict[tuple[str, str], dict[str, list[float]]]:
+    """(data, recovery at its best rate) -> perplexity and gap to dense in log-perplexity, a value for each seed."""
+    best = {("bundled", "ig_lora"): 0.001, ("self", "ig_lora"): 0.003}
+    values: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for path in sorted((ROOT / "results" / "records" / "recovery_rates" / "bundled").glob("*.json")):
+        record = RunRecord.read(path)
+        assert record is not None
+        assert record.environment["git"]["dirty"] is False
+        settings = record.configuration["recovery"]
+        if record.configuration["evaluation"]["perplexity"]["windows"] != [16, 49]:
+            assert record.identity["seed"] == 100
+            continue
+        name, data = settings.get("name", "none"), (settings.get("data") or {}).get("name", "")
+        if settings.get("learning_rate") != best.get((data, name), settings.get("learning_rate")):
+            continue
+        name += " recovery.objective=distill" if settings.get("objective") == "distill" else ""
+        dense, side = (
+            next(row["value"] for row in record.measurements[side] if row["metric"] == "perplexity")
+            for side in ("dense", "recovered" if record.recovery else "pruned")
+        )
+        entry = values.setdefault((data, name), {"perplexity": [], "gap": []})
+        entry["perplexity"].append(side)
+        entry["gap"].append(math.log(side / dense))
+    return values
 
 
 def test_the_tables_of_recoveries_are_their_committed_records():
-    folder = ROOT / "results" / "records" / "recoveries"
-    shown = compare_recoveries.page(folder)
-    assert (ROOT / "results" / "tables" / "recoveries.md").read_text(encoding="utf-8") == shown
-    for data in ("bundled", "self"):
-        records = compare_recoveries.read(folder / data)
-        order = ["none", "lora", "lora_matched", "ig_lora", "full"]
-        table = recovery_table(records, Figure("perplexity", "bundled", "perplexity"), order)
-        assert table in shown
-        assert table in PAGES["docs/recovery.md"]
-        tuning = compare_recoveries.read(folder / data / "tuning")
-        assert len(records) == 3 * 6
-        assert {record.identity["seed"] for record in records} == {0, 1, 2}
-        assert {record.identity["seed"] for record in tuning} == {100}
-        assert {r.identity["evaluation"]["perplexity"]["windows"][0] for r in records} == {16}
-        assert {r.identity["evaluation"]["perplexity"]["windows"][1] for r in tuning} == {16}
-        for record in [*records, *tuning, *compare_recoveries.read(folder / data / "one_rate")]:
-            assert record.environment["git"]["dirty"] is False
-            assert not re.search(r'"(/|[A-Z]:\\\\)', json.dumps(dataclasses.asdict(record)))
+    values = _recoveries()
+    none = values.pop(next(key for key in values if key[1] in ("none", "")))
+    assert {key[0] for key in values} == {"bundled", "self"}
+    assert len(values) == 10
+    for (data, name), entry in values.items():
+        assert len(entry["gap"]) == 3
+        closed = 1 - mean(entry["gap"]) / mean(none["gap"])
+        shown = f"{mean(entry['perplexity']):.2f} ± {stdev(entry['perplexity']):.2f} | {closed:.0%} |"
+        part = PAGES["docs/recovery.md"].partition(f"`recovery/data={data}`:")[2].partition("\n\n`recovery/data=")[0]
+        (row,) = [line for line in part.splitlines() if line.startswith(f"| `{name}` |")]
+        assert row.endswith(shown), (data, name)
 
 
 def test_lora_gains_more_than_three_standard_deviations():
-    figure = Figure("perplexity", "bundled", "perplexity")
-    for data in ("bundled", "self"):
-        values: dict[str, list[float]] = {}
-        for path in (ROOT / "results" / "records" / "recoveries" / data).glob("*.json"):
-            record = RunRecord.read(path)
-            assert record is not None
-            value = figure.of(record, "recovered" if record.recovery else "pruned")
-            values.setdefault(recovery_label(record), []).append(value)
-        for name, seeds in values.items():
-            if name != "none":
-                spread = max(stdev(seeds), stdev(values["none"]))
-                assert mean(values["none"]) - mean(seeds) > 3 * spread, (data, name)
-
-
-def test_records_that_do_not_belong_together_are_refused():
-    folder = ROOT / "results" / "records" / "recoveries" / "self"
-    records = [record for path in sorted(folder.glob("*.json")) if (record := RunRecord.read(path))]
-    figure = Figure("perplexity", "bundled", "perplexity")
-    trained = next(record for record in records if record.recovery)
-    trained.recovery["tokens"] += 1
-    with pytest.raises(ValueError, match="one number of training tokens"):
-        recovery_table(records, figure, [])
-    with pytest.raises(ValueError, match="one set of seeds"):
-        recovery_table([record for record in records if record is not trained], figure, [])
+    values = _recoveries()
+    none = values.pop(next(key for key in values if key[1] in ("none", "")))["perplexity"]
+    for key, entry in values.items():
+        spread = max(stdev(entry["perplexity"]), stdev(none))
+        assert mean(none) - mean(entry["perplexity"]) > 3 * spread, key
 
 
 def test_the_readme_is_short():
@@ -151,8 +139,7 @@ def test_the_headline_of_an_experiment_is_in_its_table():
     text = PAGES["docs/results.md"]
     section = text.partition("## One line for each experiment")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| (.*) \| ?([\w, ]*) \|$", section, re.MULTILINE)
-    experiments = {path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml")}
-    assert {name for name, _, _ in rows} == experiments
+    assert {name for name, _, _ in rows} == set(experiment_names())
     for name, finding, commits in rows:
         folder = ROOT / "results" / "tables" / name
         if not folder.is_dir():
