@@ -110,10 +110,17 @@ def test_a_logger(run_cfsp, tmp_path):
 
 
 @pytest.mark.usefixtures("mine")
-def test_a_launcher():
-    from mine.backwards import Backwards
-
-    launcher, ended = Backwards(), []
-    launcher.check()
-    launcher.launch([], lambda job, outcome: ended.append(job))
-    assert not ended
+def test_a_launcher(run_cfsp, tmp_path):
+    (line,) = [
+        line
+        for fence in FENCES
+        if fence.page == PAGE
+        for line in fence.content.splitlines()
+        if line.startswith("cfsp sweep") and "launcher._target_=mine" in line
+    ]
+    places = [f"paths.{key}={tmp_path / key}" for key in ("output_dir", "records_dir", "cache_dir")]
+    small = ["calibration.n_samples=2,4", "evaluation=none", "~evaluation.cost", "~evaluation.zero_shot", "seed=0"]
+    code, out, err = run_cfsp(*words_of(line)[1:], *places, *small, "logger=none", defaults=False)
+    assert code == 0, err
+    ended = [line for line in out.splitlines() if line.startswith("[")]
+    assert ["n_samples=4" in line for line in ended] == [True, False]
