@@ -1,7 +1,8 @@
 """The registry: a ``_target_`` and its keys become an instance of that class, typed by the class signature.
 
 A new metric, allocator, recovery, evaluator or logger is one class (a pydantic dataclass: :func:`component`)
-and one YAML file; nothing central is edited. Targets outside ``cfsp.`` run foreign code, so they need
+and one YAML file; nothing central is edited. Within cfsp only classes that are defined here and marked with
+:func:`component` are built; classes that other packages define run foreign code, so each of these packages stands in
 ``plugins.allow=[package]``.
 """
 
@@ -14,7 +15,7 @@ import inspect
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -22,8 +23,17 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from cfsp.errors import ConfigError
 from cfsp.package import config_folder
 
-#: Decorator of every pluggable class: frozen, typed, unknown keys are errors.
-component = pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+_T = TypeVar("_T")
+#: Attribute of the classes that :func:`component` decorates; subclasses do not inherit the permission.
+_MARK = "__cfsp_component__"
+
+
+@dataclass_transform(frozen_default=True)
+def component(cls: type[_T]) -> type[_T]:
+    """Decorate a pluggable class: frozen, typed, unknown keys are errors, and a ``_target_`` may name it."""
+    decorated: Any = pydantic_dataclass(cls, frozen=True, config=ConfigDict(extra="forbid"))
+    setattr(decorated, _MARK, True)
+    return decorated
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,7 @@ def build(name: str, values: Any, allowed: Iterable[str] = (), needs: Iterable[s
     settings = {str(key): value for key, value in values.items() if key != "_target_"}
     target = str(values["_target_"])
     cls = _resolve(name, target, allowed)
+    _check_attributes(name, target, cls, needs)
     try:
         instance = cls(**settings)
     except ValidationError as error:
@@ -76,20 +87,47 @@ def build(name: str, values: Any, allowed: Iterable[str] = (), needs: Iterable[s
         raise ConfigError(f"{name}: {target} does not accept these keys: {error}") from error
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from error
-    lacking = [attribute for attribute in needs if not hasattr(instance, attribute)]
-    if lacking:
-        group = name.split(".", 1)[0]
-        raise ConfigError(f"{name}._target_={target}: no class for {group}, it has no {', '.join(lacking)}")
+    _check_attributes(name, target, instance, needs)
     known = asdict(instance) if hasattr(instance, "__dataclass_fields__") else settings
     return Component(instance, target, known)
 
 
+def _check_attributes(name: str, target: str, candidate: Any, needs: Iterable[str]) -> None:
+    """Refuse what cannot stand in the group: a class of cfsp before it is called, any instance afterwards.
+
+    A class of somebody else may give its instances what they need, so its class alone decides nothing.
+    """
+    if isinstance(candidate, type) and not _is_component(candidate):
+        return
+    declared = getattr(candidate, "__dataclass_fields__", {})
+    lacking = [attribute for attribute in needs if not hasattr(candidate, attribute) and attribute not in declared]
+    if lacking:
+        group = name.split(".", 1)[0]
+        raise ConfigError(f"{name}._target_={target}: no class for {group}, it has no {', '.join(lacking)}")
+
+
+def _is_component(cls: type) -> bool:
+    """Whether cfsp itself defines the class, and marks this very one as pluggable."""
+    return _package(cls.__module__) == "cfsp" and _MARK in vars(cls)
+
+
+def _package(dotted: str) -> str:
+    return dotted.partition(".")[0]
+
+
 def _resolve(name: str, target: str, allowed: Iterable[str]) -> type:
+    """Find the class of a ``_target_``; nothing is called, and no module outside cfsp and ``allowed`` is imported.
+
+    Raises:
+        ConfigError: no such class, one of cfsp that is no component, or one that a package defines which is not
+            allowed: the package that the target names and the one that the class is from both have to be.
+    """
     module_name, _, class_name = target.rpartition(".")
-    package = target.split(".", 1)[0]
-    if package != "cfsp" and package not in set(allowed):
+    packages = {"cfsp", *allowed}
+    if _package(target) not in packages:
         raise ConfigError(
-            f"{name}._target_={target}: classes outside cfsp run foreign code; allow it with plugins.allow=[{package}]"
+            f"{name}._target_={target}: classes outside cfsp run foreign code; allow it with "
+            f"plugins.allow=[{_package(target)}]"
         )
     try:
         found = getattr(importlib.import_module(module_name), class_name)
@@ -100,7 +138,19 @@ def _resolve(name: str, target: str, allowed: Iterable[str]) -> type:
         ) from error
     if not isinstance(found, type):
         raise ConfigError(f"{name}._target_={target}: a class is needed, this is a {type(found).__name__}")
-    return found
+    defined_in = _package(found.__module__)
+    if _is_component(found) or (defined_in != "cfsp" and _package(target) != "cfsp" and defined_in in packages):
+        return found
+    if defined_in == "cfsp" or _package(target) == "cfsp":
+        group = name.split(".", 1)[0]
+        raise ConfigError(
+            f"{name}._target_={target}: this is no class to plug in{suggest(target, _known_targets())}; choose one "
+            f"with {group}=OPTION"
+        )
+    raise ConfigError(
+        f"{name}._target_={target}: this class is defined in {found.__module__}; to run the code of both packages give "
+        f"plugins.allow=[{','.join(sorted({_package(target), defined_in}))}]"
+    )
 
 
 def _known_targets() -> set[str]:

@@ -140,7 +140,7 @@ class Submitit(Launcher):
 
     def settings(self, places: int) -> dict[str, Any]:
         """The plugin's keys with their values, for ``places`` runs at a time."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
         gpus = values.pop("gpus")
         del values["submitit_folder"]
         return {**values, "array_parallelism": places, **({} if gpus is None else {"gpus_per_node": gpus})}
