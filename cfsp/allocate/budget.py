@@ -17,9 +17,16 @@ Scope = Literal["ffn", "decoder", "model"]
 Rounding = Literal["exact", "nearest"]
 Structure = Literal["ffn", "heads", "heads_ffn", "experts"]
 Protect = Literal["none", "auto"] | tuple[int, int]
+SubmoduleKind = Literal["ffn", "attention"]
 
 #: From this many blocks on, LLM-Pruner's published 4 first and 2 last blocks are left whole (facts of its README).
 _DEEP = 24
+
+
+def submodules_of(structure: Structure) -> tuple[SubmoduleKind, ...]:
+    """Return the kinds of submodules that lose units."""
+    kinds: dict[Structure, tuple[SubmoduleKind, ...]] = {"heads": ("attention",), "heads_ffn": ("ffn", "attention")}
+    return kinds.get(structure, ("ffn",))
 
 
 @dataclass(frozen=True)

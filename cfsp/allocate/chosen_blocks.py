@@ -8,6 +8,7 @@ from pydantic import Field
 
 from cfsp.allocate.base import Allocation
 from cfsp.components import component
+from cfsp.contracts import Allocator
 from cfsp.errors import BudgetError
 
 if TYPE_CHECKING:
@@ -16,13 +17,16 @@ if TYPE_CHECKING:
 
 
 @component
-class ChosenBlocks:
+class ChosenBlocks(Allocator):
     """The ``share`` of the blocks with the highest (``most``) or lowest (``least``) distance loses alike, the others
     nothing."""
 
     choose: Literal["most", "least"] = "least"
     metric: Literal["angular", "cosine", "mse", "mae"] = "angular"
     share: float = Field(default=0.25, gt=0, le=1)
+
+    def block_distance(self) -> str:
+        return self.metric
 
     def allocate(self, scores: Scores, sizes: Sizes, keep: float) -> Allocation:
         distance = scores.distances[self.metric]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from cfsp.allocate.filling import filled
 from cfsp.components import component
+from cfsp.contracts import Allocator
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @component
-class GlobalRank:
+class GlobalRank(Allocator):
     """Units in the order of (score - mean) / std of their block, kept until their parameters fill the budget.
 
     A KV group counts with the mean z-score of its channels and weighs what its parameters weigh.

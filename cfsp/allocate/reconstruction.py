@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cfsp.allocate.filling import filled
 from cfsp.components import component
+from cfsp.contracts import Allocator
 
 if TYPE_CHECKING:
     from cfsp.allocate.base import Allocation
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @component
-class Reconstruction:
+class Reconstruction(Allocator):
     """Widths that minimise the sum of the blocks' output errors, for scores that are increments of such an error.
 
     With ``importance=obs`` the error of a block as a function of its width is the sum of its lowest scores, which is

@@ -6,16 +6,16 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from cfsp.allocate.base import Allocation
 from cfsp.components import component
+from cfsp.contracts import Allocator
 from cfsp.errors import RunError
 
 if TYPE_CHECKING:
-    from cfsp.allocate.base import Allocator
     from cfsp.allocate.budget import Sizes
     from cfsp.importance.base import Scores
 
@@ -26,7 +26,7 @@ _TRIED = 4
 
 
 @component
-class Search:
+class Search(Allocator):
     """Widths with the lowest loss on calibration windows that ``evaluations`` candidates find.
 
     Each of ``starts`` is tried; from the best one on, neurons go from one block to another (an eighth of the width at
@@ -35,7 +35,7 @@ class Search:
     the model with these widths, compensated as the pruner says (by least squares where it goes on with Gauss-Newton).
     """
 
-    needs_model: ClassVar[bool] = True
+    needs_model = True
 
     starts: Annotated[list[Literal["coarse", "uniform", "reconstruction"]], Field(min_length=1)]
     evaluations: Annotated[int, Field(ge=1)] = 150

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from cfsp.components import component, suggest
 from cfsp.config import TextSection
+from cfsp.contracts import Evaluator
 from cfsp.errors import DataError, RunError
 from cfsp.evaluate.measurement import Measurement
 from cfsp.progress import progress
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @component
-class Perplexity:
+class Perplexity(Evaluator):
     """exp of the mean NLL per predicted token over non-overlapping windows of ``seq_len``; the tail is dropped.
 
     Each window is scored on its own and its first token is not predicted. ``windows`` = [first, end) evaluates only

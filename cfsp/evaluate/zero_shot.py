@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 from pydantic import Field
 
 from cfsp.components import component, suggest
+from cfsp.contracts import Evaluator
 from cfsp.errors import ConfigError, DataError
 from cfsp.evaluate.measurement import Measurement
 from cfsp.package import package_path
@@ -32,7 +33,7 @@ _METRIC_UNITS = {"acc": "fraction", "acc_norm": "fraction", "exact_match": "frac
 
 
 @component
-class ZeroShot:
+class ZeroShot(Evaluator):
     """``tasks``: lm-eval names; ``include_path``: a folder of further task YAMLs, whose data files lie beside them.
 
     The harness is used as it is, without its response cache (which is keyed by prompt only and would answer for

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cfsp.components import component
+from cfsp.contracts import NeuronImportance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @component
-class ActivationNorm:
+class ActivationNorm(NeuronImportance):
     """X_i, the root mean square of the activation."""
 
     def score(self, channels: Channels, activation: Activation) -> Tensor:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
+from cfsp.components import option_of
+from cfsp.contracts import NeuronImportance
 from cfsp.errors import RunError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -35,23 +37,6 @@ class Activation:
     mean_norm: Tensor
     gradients: Mapping[str, Tensor] | None = None
     gram: Tensor | None = None
-
-
-class NeuronImportance(Protocol):
-    """A metric: one class, one file, one YAML. Higher scores are kept.
-
-    A class attribute ``requires``, of "gradients" and "gram", asks for what is not collected anyway.
-    """
-
-    def score(self, channels: Channels, activation: Activation) -> Tensor:
-        """Scores [N] of the input channels of one output projection: FFN neurons, or channels of attention heads.
-
-        Args:
-            channels: their weights, in fp32, through ``channels.weights()``: the matrices that make the channels,
-                [N, d] each (ffn: gate, up; attention: q, k, v), and the output's [d, N] (down; o).
-            activation: what the calibration pass saw there.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -84,8 +69,8 @@ class Scores:
 
 
 def required(importance: NeuronImportance) -> tuple[str, ...]:
-    """What the metric needs beside the core set of statistics."""
-    return tuple(getattr(importance, "requires", ()))
+    """Return the items of the calibration that a metric needs beside the core set of statistics."""
+    return importance.requires
 
 
 def score(
@@ -200,7 +185,7 @@ def score_experts(
 def no_grams(block: BlockView, importance: NeuronImportance) -> str:
     """Why a metric of Gram matrices cannot score experts, and the way out."""
     return (
-        f"block {block.index} is a mixture of experts: importance={type(importance).__name__.lower()} goes by Gram "
+        f"block {block.index} is a mixture of experts: {option_of('importance', importance)} goes by Gram "
         "matrices, which are not collected for experts; use importance=cfsp, wanda, flap or another without them"
     )
 
@@ -224,7 +209,7 @@ def _scored(
         raise RunError(
             f"block {channels.block}: {int((~values.isfinite()).sum())} of {len(values)} {channels.kind} scores "
             f"{'' if channels.expert is None else f'of expert {channels.expert} '}of "
-            f"{type(importance).__name__} are not finite; try model.dtype=float32"
+            f"{option_of('importance', importance)} are not finite; try model.dtype=float32"
         )
     return values
 

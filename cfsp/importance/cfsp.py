@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cfsp.components import component
+from cfsp.contracts import NeuronImportance
 from cfsp.importance.base import shares
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @component
-class Cfsp:
+class Cfsp(NeuronImportance):
     """S_i = F_i * X_i / sum X, where F_i adds the neuron's share of the weight at every hidden dimension j.
 
     F_i = sum_j |Wd[j,i]| X_i / sum_i' |Wd[j,i']| X_i'  +  sum_j |Wu[i,j]| / sum_i' |Wu[i',j]|  +  the same for Wg.

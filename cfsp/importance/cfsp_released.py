@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from cfsp.components import component
+from cfsp.contracts import NeuronImportance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +18,7 @@ _WEIGHT_FREE = {"three_w_one_wa": (1.0, 3), "three_w_one_a": (1.0, 3), "one_wa":
 
 
 @component
-class CfspReleased:
+class CfspReleased(NeuronImportance):
     """The released code divides each |W| by its own neuron's sum and averages over the hidden dimension d.
 
     A neuron's shares of itself sum to 1, so in the first four variants every weight cancels and what is left is

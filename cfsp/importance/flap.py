@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from cfsp.components import component
+from cfsp.contracts import NeuronImportance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @component
-class Flap:
+class Flap(NeuronImportance):
     """wifv: Var(X_i) * sum_j W[j,i]^2; ifv: Var(X_i); wifn: mean_j |W[j,i]| * sqrt(mean X_i^2), W = down_proj.
 
     For the channels of heads W = o_proj; the released code squares those scores before it standardises them

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from cfsp.components import component
+from cfsp.contracts import NeuronImportance
 from cfsp.importance.second_order import removal_order, scores_of
 
 if TYPE_CHECKING:
@@ -17,13 +18,13 @@ if TYPE_CHECKING:
 
 
 @component
-class Obs:
+class Obs(NeuronImportance):
     """Greedy removal on the Gram matrix of the layer's input; a score is what the channel's removal adds to the error.
 
     ``step``: channels that go at a time (1: exact greedy; null: 1 up to 1024 channels, beyond N / 1024 of them).
     """
 
-    requires: ClassVar[tuple[str, ...]] = ("gram",)
+    requires = ("gram",)
 
     damping: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
     step: Annotated[int, Field(ge=1)] | None = None

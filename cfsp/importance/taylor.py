@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from cfsp.components import component
+from cfsp.contracts import NeuronImportance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @component
-class Taylor:
+class Taylor(NeuronImportance):
     """element1: sum |W g|; element2: sum |W F W|; mix: sum |W g - W F W / 2|; vector: sum of |sum W g| per matrix.
 
     Over the coupled group: a neuron's row of gate, row of up and column of down; a KV group's rows of q, k, v and
@@ -25,7 +26,7 @@ class Taylor:
     variant: Literal["element1", "element2", "mix", "vector"] = "element1"
     gradient_checkpointing: bool = False
 
-    requires: ClassVar[tuple[str, ...]] = ("gradients",)
+    requires = ("gradients",)
 
     def score(self, channels: Channels, activation: Activation) -> Tensor:
         from cfsp.calibrate.gradients import VARIANTS

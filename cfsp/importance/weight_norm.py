@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from cfsp.components import component
+from cfsp.contracts import NeuronImportance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @component
-class WeightNorm:
+class WeightNorm(NeuronImportance):
     """sum |W|^p over the coupled group: all weights that leave with a neuron or a KV group."""
 
     p: Literal[1, 2] = 1

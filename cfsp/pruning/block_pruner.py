@@ -9,9 +9,11 @@ from pydantic import Field
 
 from cfsp.allocate.budget import Budget, Sizes, check_scope
 from cfsp.components import component
+from cfsp.contracts import Allocator, Pruner, Unit
 from cfsp.errors import BudgetError, UnsupportedModelError
 from cfsp.pruning.depth import refuse_compensation
 from cfsp.pruning.plan import BlockPlan
+from cfsp.pruning.units import free_blocks
 
 if TYPE_CHECKING:
     from cfsp.models.views import BlockView, DecoderView
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @component
-class BlockPruner:
+class BlockPruner(Pruner):
     """Again and again the submodule goes without which the NLL of ``search_sequences`` sequences is lowest.
 
     It ends where no removal comes nearer to the budget; a removal that would overshoot by more than it brings is not
@@ -33,9 +35,8 @@ class BlockPruner:
     search_sequences: Annotated[int, Field(ge=1)] | None = 32
     compensation: str = "none"
 
-    needs_model: ClassVar[bool] = True
     prunes: ClassVar[bool] = True
-    plans_with: ClassVar[tuple[str, ...]] = ()
+    plans_with = ()
 
     def __post_init__(self) -> None:
         refuse_compensation(self.name, self.compensation, "removes whole submodules")
@@ -70,6 +71,40 @@ class BlockPruner:
                 f"{wish}: whole submodules are removed, and the smallest is {smallest / scope:.4f} of it; use "
                 f"sparsity.ratio={smallest / scope:.4f}, or a pruner that removes less at a time"
             )
+
+    def removed_units(self) -> tuple[Unit, ...]:
+        return ("submodules",)
+
+    def units(self, view: DecoderView, budget: Budget) -> dict[str, int]:
+        """See :class:`cfsp.contracts.Pruner`."""
+        free = free_blocks(view, budget)
+        attentions = {"attentions": sum(block.attention is not None for block in free)}
+        ffns = {"FFNs": sum(block.ffn is not None for block in free)}
+        return {"attention": attentions, "ffn": ffns, "both": attentions | ffns}[self.submodules]
+
+    def most_removable(self, view: DecoderView, budget: Budget) -> int:
+        """See :class:`cfsp.contracts.Pruner`. One attention stays."""
+        from cfsp.pruning.complete import removed_parameters
+
+        free = free_blocks(view, budget)
+        attentions = [block.index for block in view.blocks if block.attention is not None]
+        staying = attentions[-1] if attentions and set(attentions) <= {block.index for block in free} else None
+        most = 0
+        for block in free:
+            attention_goes = self.submodules != "ffn" and block.attention is not None and block.index != staying
+            plan = BlockPlan(
+                attention=not attention_goes and not block.attention_removed,
+                ffn=block.ffn is not None and self.submodules == "attention",
+            )
+            most += sum(removed_parameters(view, block, plan).values())
+        return most
+
+    def biased_projections(self) -> tuple[str, ...]:
+        return ()
+
+    def keeps_blocks_equal(self, view: DecoderView, budget: Budget, allocator: Allocator) -> bool:
+        """Some blocks lose a submodule and others do not."""
+        return False
 
     def plan(self, context: PlanContext) -> PruningPlan:
         """See :class:`cfsp.pruning.base.Pruner`."""

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from cfsp.allocate.budget import Budget, Sizes, check_scope
 from cfsp.components import component
+from cfsp.contracts import Allocator, Pruner, Unit
 from cfsp.errors import BudgetError
 from cfsp.pruning.plan import BlockPlan
+from cfsp.pruning.units import block_sizes, blocks_with_attention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +24,7 @@ _GONE = BlockPlan(attention=False, ffn=False)
 
 
 @component
-class ShortGPT:
+class ShortGPT(Pruner):
     """The blocks of least influence go, all at once (arXiv 2403.03853): influence = 1 - cos(entering, leaving).
 
     ``tokens``: the mean over all tokens, or over the sequences' last ones. As many blocks go as come nearest to the
@@ -33,9 +35,8 @@ class ShortGPT:
     tokens: Literal["mean", "last"] = "mean"
     compensation: str = "none"
 
-    needs_model: ClassVar[bool] = True
     prunes: ClassVar[bool] = True
-    plans_with: ClassVar[tuple[str, ...]] = ()
+    plans_with = ()
 
     def __post_init__(self) -> None:
         refuse_compensation(self.name, self.compensation, "removes whole blocks")
@@ -44,6 +45,26 @@ class ShortGPT:
         """See :class:`cfsp.pruning.base.Pruner`."""
         check_scope(budget, f"pruner={self.name}", "a pruner of FFN neurons (cfsp, flap)")
         check_blocks(view, budget)
+
+    def removed_units(self) -> tuple[Unit, ...]:
+        return ("blocks",)
+
+    def units(self, view: DecoderView, budget: Budget) -> dict[str, int]:
+        """See :class:`cfsp.contracts.Pruner`."""
+        return {"blocks": len(budget.free_blocks(len(view.blocks)))}
+
+    def most_removable(self, view: DecoderView, budget: Budget) -> int:
+        """See :class:`cfsp.contracts.Pruner`. One block with attention stays."""
+        free, sizes, attention = budget.free_blocks(len(view.blocks)), block_sizes(view), blocks_with_attention(view)
+        staying = 0 if attention - set(free) else min(sizes[index] for index in attention)
+        return sum(sizes[index] for index in free) - staying
+
+    def biased_projections(self) -> tuple[str, ...]:
+        return ()
+
+    def keeps_blocks_equal(self, view: DecoderView, budget: Budget, allocator: Allocator) -> bool:
+        """Whole blocks go, so the others stay as they are."""
+        return True
 
     def plan(self, context: PlanContext) -> PruningPlan:
         """See :class:`cfsp.pruning.base.Pruner`."""
@@ -67,7 +88,7 @@ class ShortGPT:
 
 
 @component
-class SlidingWindow:
+class SlidingWindow(Pruner):
     """The run of n blocks goes whose entering and leaving hidden states are most alike (arXiv 2403.17887).
 
     ``tokens``: similarity over the sequences' last tokens (as published), or over all. n is the number of blocks that
@@ -78,9 +99,8 @@ class SlidingWindow:
     tokens: Literal["mean", "last"] = "last"
     compensation: str = "none"
 
-    needs_model: ClassVar[bool] = True
     prunes: ClassVar[bool] = True
-    plans_with: ClassVar[tuple[str, ...]] = ()
+    plans_with = ()
 
     def __post_init__(self) -> None:
         refuse_compensation(self.name, self.compensation, "removes whole blocks")
@@ -90,6 +110,27 @@ class SlidingWindow:
         check_scope(budget, f"pruner={self.name}", "a pruner of FFN neurons (cfsp, flap)")
         check_blocks(view, budget)
         check_window(view, budget)
+
+    def removed_units(self) -> tuple[Unit, ...]:
+        return ("blocks",)
+
+    def units(self, view: DecoderView, budget: Budget) -> dict[str, int]:
+        """See :class:`cfsp.contracts.Pruner`."""
+        return {"blocks": len(budget.free_blocks(len(view.blocks)))}
+
+    def most_removable(self, view: DecoderView, budget: Budget) -> int:
+        """See :class:`cfsp.contracts.Pruner`. One block with attention stays."""
+        free, sizes, attention = budget.free_blocks(len(view.blocks)), block_sizes(view), blocks_with_attention(view)
+        runs = (free[first:end] for first in range(len(free)) for end in range(first + 1, len(free) + 1))
+        unbroken = (run for run in runs if run[-1] - run[0] == len(run) - 1)
+        return max((sum(sizes[run[0] : run[-1] + 1]) for run in unbroken if attention - set(run)), default=0)
+
+    def biased_projections(self) -> tuple[str, ...]:
+        return ()
+
+    def keeps_blocks_equal(self, view: DecoderView, budget: Budget, allocator: Allocator) -> bool:
+        """Whole blocks go, so the others stay as they are."""
+        return True
 
     def plan(self, context: PlanContext) -> PruningPlan:
         """See :class:`cfsp.pruning.base.Pruner`."""

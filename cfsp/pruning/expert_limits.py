@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import BudgetError, ConfigError, UnsupportedModelError
-from cfsp.importance.base import no_grams, required
+from cfsp.importance.base import no_grams
 
 if TYPE_CHECKING:
-    from cfsp.allocate.budget import Budget
+    from cfsp.allocate.budget import Budget, Structure
     from cfsp.calibrate.statistics import Statistics
-    from cfsp.config import RunConfig
+    from cfsp.components import Component
+    from cfsp.contracts import Allocator, NeuronImportance
     from cfsp.models.views import DecoderView
     from cfsp.pruning.plan import BlockPlan
 
@@ -39,21 +40,25 @@ def check_expert_widths(view: DecoderView, budget: Budget) -> None:
         )
 
 
-def check_expert_settings(view: DecoderView, config: RunConfig) -> None:
+def check_expert_settings(
+    view: DecoderView,
+    structure: Structure,
+    importance: Component[NeuronImportance],
+    allocator: Component[Allocator],
+) -> None:
     """Refuse a metric or an allocator that cannot do with experts what is asked, before anything is calibrated.
 
     Raises:
-        UnsupportedModelError: the metric needs Gram matrices. ConfigError: a search over widths for whole experts.
+        UnsupportedModelError: the metric needs Gram matrices, which are not collected for experts.
+        ConfigError: a search over widths is asked for whole experts.
     """
-    structure = getattr(config.pruner.instance, "structure", None)
-    if structure == "experts" and getattr(config.allocator.instance, "needs_model", False):
+    if structure == "experts" and allocator.instance.needs_model:
         raise ConfigError(
-            f"allocator._target_={config.allocator.target}: it searches for widths of FFNs, and pruner.structure="
+            f"allocator._target_={allocator.target}: it searches for widths of FFNs, and pruner.structure="
             "experts removes whole experts; use allocator=coarse, uniform or global_rank"
         )
-    scored = structure in ("ffn", "heads_ffn") and "importance" in config.plans_with
-    if view.mixtures and scored and "gram" in required(config.importance.instance):
-        raise UnsupportedModelError(no_grams(view.mixtures[0], config.importance.instance))
+    if view.mixtures and structure in ("ffn", "heads_ffn") and "gram" in importance.instance.requires:
+        raise UnsupportedModelError(no_grams(view.mixtures[0], importance.instance))
 
 
 def expert_notes(

@@ -10,30 +10,46 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from cfsp.allocate.budget import Sizes, Structure, Widths, check_scope, keep_fraction, legal_widths, to_widths
+from cfsp.allocate.budget import (
+    Sizes,
+    Structure,
+    SubmoduleKind,
+    Widths,
+    check_scope,
+    keep_fraction,
+    legal_widths,
+    submodules_of,
+    to_widths,
+)  # fmt: skip
 from cfsp.allocate.search import Search
 from cfsp.components import component
-from cfsp.errors import UnsupportedModelError
+from cfsp.contracts import Pruner, Unit
+from cfsp.errors import BudgetError, UnsupportedModelError
 from cfsp.importance.base import Scores, score
 from cfsp.models.latent import has_latent_attention
 from cfsp.pruning.expert_choice import ExpertScore, Unseen, best_experts, score_whole_experts, with_unseen_kept
-from cfsp.pruning.expert_limits import RANKED_BY_WEIGHTS, check_expert_widths, expert_notes
+from cfsp.pruning.expert_limits import RANKED_BY_WEIGHTS, check_expert_settings, check_expert_widths, expert_notes
 from cfsp.pruning.plan import BlockPlan
+from cfsp.pruning.units import count_experts, count_kv_groups, count_neurons
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from torch import Tensor
 
     from cfsp.allocate.base import Allocation
     from cfsp.allocate.budget import Budget
     from cfsp.calibrate.gram import GramMatrices
     from cfsp.calibrate.statistics import BlockStatistics
+    from cfsp.components import Component
+    from cfsp.contracts import Allocator, NeuronImportance
     from cfsp.models.views import BlockView, DecoderView
     from cfsp.pruning.base import PlanContext
     from cfsp.pruning.plan import PruningPlan
 
 
 @component
-class OneShotPruner:
+class OneShotPruner(Pruner):
     """Score, allocate, round, keep the best units of each block.
 
     structure: what may go: FFN neurons (ffn), whole KV groups of attention heads (heads), both (heads_ffn), or whole
@@ -91,23 +107,100 @@ class OneShotPruner:
             )
 
     @property
-    def plans_with(self) -> tuple[str, ...]:
-        """The groups that it draws on: the metric is one of neurons and heads."""
+    def plans_with(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Configuration groups that it draws on: the metric scores neurons and heads, not experts."""
         return ("allocator",) if self.structure == "experts" else ("importance", "allocator")
 
     @property
-    def needs_model(self) -> bool:
-        return self.sequential
-
-    @property
-    def requires(self) -> tuple[str, ...]:
-        """What it needs of the calibration beside the core statistics and what the metric requires."""
+    def requires(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Items of the calibration that the compensation needs."""
         return ("gram",) if self.refits else ()
 
     @property
     def refits(self) -> bool:
         """Whether the columns that stay are refitted."""
         return self.compensation in ("least_squares", "gauss_newton")
+
+    def removed_units(self) -> tuple[Unit, ...]:
+        """See :class:`cfsp.contracts.Pruner`."""
+        if self.structure == "experts":
+            return ("experts",)
+        units: dict[SubmoduleKind, Unit] = {"ffn": "neurons", "attention": "kv_groups"}
+        return tuple(units[kind] for kind in submodules_of(self.structure))
+
+    def units(self, view: DecoderView, budget: Budget) -> dict[str, int]:
+        """See :class:`cfsp.contracts.Pruner`."""
+        if self.structure == "experts":
+            return {"experts": count_experts(view, budget)}
+        neurons = {} if self.structure == "heads" else {"neurons": count_neurons(view, budget)}
+        groups = {} if self.structure == "ffn" else {"KV groups": count_kv_groups(view, budget)}
+        return neurons | groups
+
+    def most_removable(self, view: DecoderView, budget: Budget) -> int:
+        """See :class:`cfsp.contracts.Pruner`. The smallest legal width of each block and one KV group stay."""
+        part = Sizes.of(view, self.structure).only(budget.free_blocks(len(view.blocks)))
+        legal = zip(part.widths, legal_widths(budget, part), part.neuron_parameters, strict=True)
+        neurons = sum((width - options[0]) * cost for width, options, cost in legal)
+        groups = zip(part.kv_groups, part.group_parameters, strict=True)
+        return neurons + sum((n - 1) * cost for n, cost in groups if n)
+
+    def biased_projections(self) -> tuple[str, ...]:
+        """See :class:`cfsp.contracts.Pruner`."""
+        if self.compensation != "bias":
+            return ()
+        names = {"ffn": "mlp.down_proj", "attention": "self_attn.o_proj"}
+        return tuple(names[kind] for kind in submodules_of(self.structure))
+
+    def keeps_blocks_equal(self, view: DecoderView, budget: Budget, allocator: Allocator) -> bool:
+        """See :class:`cfsp.contracts.Pruner`. Rounding may still make equal shares unequal widths."""
+        if not allocator.keeps_shares_equal or len(budget.free_blocks(len(view.blocks))) < len(view.blocks):
+            return False
+        sizes = Sizes.of(view, self.structure)
+        try:
+            keep = keep_fraction(budget, sizes)
+        except BudgetError:  # which check() says
+            return True
+        groups = [keep * n for n in sizes.kv_groups]
+        widths = to_widths([keep * n for n in sizes.widths], budget, sizes, groups=groups)
+        return len(set(widths.per_block)) == len(set(widths.kv_groups)) == 1
+
+    def objections(self, importance: Component[NeuronImportance], allocator: Component[Allocator]) -> Iterator[str]:
+        """Object to gradients, which are those of the dense model, where pruned blocks change what is scored."""
+        if self.sequential and "gradients" in importance.instance.requires:
+            yield (
+                f"pruner.sequential=true: importance._target_={importance.target} goes by gradients of the dense "
+                "model, which pruned blocks do not change; use pruner.sequential=false, or a metric of activations "
+                "(wanda, flap)"
+            )
+
+    def check_choices(
+        self, view: DecoderView, importance: Component[NeuronImportance], allocator: Component[Allocator]
+    ) -> None:
+        """See :class:`cfsp.contracts.Pruner`."""
+        check_expert_settings(view, self.structure, importance, allocator)
+
+    def why_unused(self, group: str) -> str:
+        """See :class:`cfsp.contracts.Pruner`."""
+        return (
+            f"pruner.structure=experts goes by pruner.expert_score and does not use {group}; leave it out, or use "
+            "pruner=cfsp or one_shot"
+        )
+
+    @staticmethod
+    def unused_settings(settings: Mapping[str, Any]) -> frozenset[str]:
+        """See :class:`cfsp.contracts.Pruner`."""
+        newton = settings.get("compensation") == "gauss_newton"
+        refits = newton or settings.get("compensation") == "least_squares"
+        experts = settings.get("structure") == "experts"
+        used = {
+            "ridge": refits,
+            "correction": refits and settings.get("sequential"),
+            "newton_steps": newton,
+            "cg_iterations": newton,
+            "expert_score": experts,
+            "unseen_experts": experts,
+        }
+        return frozenset(key for key, is_used in used.items() if not is_used)
 
     def check(self, view: DecoderView, budget: Budget) -> None:
         """See :class:`cfsp.pruning.base.Pruner`."""
@@ -253,9 +346,8 @@ class OneShotPruner:
         """
         if self.compensation != "bias" or budget.scope == "ffn":
             return budget
-        kinds = {"heads": ("attention",), "heads_ffn": ("ffn", "attention")}.get(self.structure, ("ffn",))
         channels = [view.blocks[block].channels for block in budget.free_blocks(len(view.blocks))]
-        outputs = [found[kind].output for found in channels for kind in kinds if kind in found]
+        outputs = [found[kind].output for found in channels for kind in submodules_of(self.structure) if kind in found]
         added = sum(output.out_features for output in outputs if output.bias is None)
         return replace(budget, ratio=budget.ratio + added / Sizes.of(view).of_scope(budget.scope))
 

@@ -10,10 +10,12 @@ from pydantic import Field
 
 from cfsp.allocate.budget import Budget, Sizes, check_scope, legal_widths
 from cfsp.components import component
+from cfsp.contracts import Allocator, Pruner, Unit
 from cfsp.errors import BudgetError, ConfigError, UnsupportedModelError
 from cfsp.models.latent import has_latent_attention
 from cfsp.pruning.expert_limits import RANKED_BY_WEIGHTS, check_expert_widths, expert_notes
 from cfsp.pruning.one_shot import best_neurons
+from cfsp.pruning.units import count_neurons, free_blocks
 
 if TYPE_CHECKING:
     from cfsp.models.views import DecoderView
@@ -37,7 +39,7 @@ class _Share:
 
 
 @component
-class TwoSSP:
+class TwoSSP(Pruner):
     """Two stages, as in the authors' code.
 
     With s the target share of the decoder's parameters, B blocks of P parameters, F of them in the FFN and A in the
@@ -55,9 +57,8 @@ class TwoSSP:
     search_sequences: Annotated[int, Field(ge=1)] = 1
     compensation: str = "none"
 
-    needs_model: ClassVar[bool] = True
     prunes: ClassVar[bool] = True
-    plans_with: ClassVar[tuple[str, ...]] = ()
+    plans_with = ()
 
     def __post_init__(self) -> None:
         from cfsp.pruning.depth import refuse_compensation
@@ -70,6 +71,21 @@ class TwoSSP:
         if view.mixtures:
             check_expert_widths(view, budget)
         self._share(view, budget)
+
+    def removed_units(self) -> tuple[Unit, ...]:
+        return ("neurons", "submodules")
+
+    def units(self, view: DecoderView, budget: Budget) -> dict[str, int]:
+        """See :class:`cfsp.contracts.Pruner`."""
+        attentions = sum(not block.attention_removed for block in free_blocks(view, budget))
+        return {"neurons": count_neurons(view, budget), "attentions": attentions}
+
+    def biased_projections(self) -> tuple[str, ...]:
+        return ()
+
+    def keeps_blocks_equal(self, view: DecoderView, budget: Budget, allocator: Allocator) -> bool:
+        """Some blocks lose their attention and others do not."""
+        return False
 
     def plan(self, context: PlanContext) -> PruningPlan:
         """See :class:`cfsp.pruning.base.Pruner`."""

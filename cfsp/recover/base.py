@@ -6,15 +6,18 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any
+
+from cfsp.contracts import Recovery
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from cfsp.data.calibration import Limits
-    from cfsp.models.views import DecoderView
     from cfsp.pruning.plan import PruningPlan
+
+
+__all__ = ["Recovered", "Recovery", "RecoveryContext"]
 
 
 @dataclass(frozen=True)
@@ -54,22 +57,3 @@ class Recovered:
 
     model: nn.Module
     record: dict[str, Any] = field(default_factory=dict)
-
-
-class Recovery(Protocol):
-    """``trains``: False where the weights stay as they are."""
-
-    name: str
-    trains: ClassVar[bool]
-
-    def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: torch.device) -> dict[str, Any]:
-        """Find and check the data and the hardware; returns what decides the result, by content.
-
-        Raises:
-            CfspError: data is missing or does not fit, a module to adapt is not there, the hardware lacks something.
-        """
-        ...
-
-    def recover(self, context: RecoveryContext) -> Recovered:
-        """Train; the model is changed in place."""
-        ...

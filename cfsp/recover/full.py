@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cfsp.components import component
+from cfsp.contracts import Recovery
 from cfsp.recover.settings import Name, Training
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @component
-class Full(Training):
+class Full(Training, Recovery):
     """Trains all parameters, in float32; afterwards they are what they were before."""
 
     name: Name = "full"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from cfsp.components import component, suggest
+from cfsp.contracts import Recovery
 from cfsp.errors import ConfigError, RunError
 from cfsp.recover.ranks import importance_guided, matched
 from cfsp.recover.settings import Name, Positive, Training
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @component
-class Lora(Training):
+class Lora(Training, Recovery):
     """``ranks``: plain (``rank`` everywhere), importance (ranks follow the blocks' coarse importance, mean ``rank``) or
     matched (even ranks with the trainable parameters of importance). ``alpha`` / ``rank`` scales every block's update.
 

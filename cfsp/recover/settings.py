@@ -110,6 +110,14 @@ class Training:
             )
         return self
 
+    def memory_advice(self) -> str:
+        """See :class:`cfsp.contracts.Recovery`."""
+        disk = ", recovery.teacher=disk" if self.objective == "distill" else ""
+        return (
+            "lower recovery.micro_batch_size (batch_size stays what it is) or recovery.cutoff, or use "
+            f"recovery.gradient_checkpointing=true{disk} or model.dtype=bfloat16"
+        )
+
     def unread(self) -> Iterator[tuple[str, str]]:
         """(key, why) for every key that nothing looks at with this objective and data: it has its default."""
         if self.objective == "lm":

@@ -14,7 +14,7 @@ from torch import Tensor
 from cfsp import processes
 from cfsp.allocate.coarse import Coarse
 from cfsp.errors import RunError
-from cfsp.importance.base import Scores
+from cfsp.importance.base import Scores, distances_of
 from cfsp.models.checkpoint import round_to_stored
 from cfsp.models.load import load_model
 from cfsp.models.snapshot import Snapshot
@@ -64,11 +64,10 @@ def recover(
 
 
 def coarse_importance(planned: PlanContext) -> Tensor:
-    """s_l [L] of the base model: the allocator's own where it is the coarse one, else Coarse() on the statistics."""
-    allocator = planned.allocator if isinstance(planned.allocator, Coarse) else Coarse()
-    statistics = planned.statistics
-    distances = {metric: statistics.distance(metric) for metric in statistics.blocks[0].distances}
-    return allocator.importance(Scores((), (), distances))
+    """Return s_l [L] of the base model: the allocator's own where it states one, else that of Coarse()."""
+    scores = Scores((), (), distances_of(planned.statistics))
+    importance = planned.allocator.block_importance(scores)
+    return Coarse().block_importance(scores) if importance is None else importance
 
 
 def assist(config: RunConfig) -> int:

@@ -9,11 +9,12 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from cfsp.components import component
+from cfsp.contracts import Launcher
 from cfsp.models.base_models import BaseModels
 from cfsp.record.environment import cores
 from cfsp.sweep.job import Job, Outcome, do, mark_failed, state_of
@@ -25,22 +26,6 @@ if TYPE_CHECKING:
 Report = Callable[[Job, Outcome], None]
 #: Seconds between two looks at runs that another sweep is at.
 LOOK = 1.0
-
-
-class Launcher(Protocol):
-    """One class and one YAML under ``conf/launcher``."""
-
-    def check(self) -> None:
-        """Whether what it needs is here, before any work.
-
-        Raises:
-            ConfigError: what is missing, and how to get it.
-        """
-        return None
-
-    def launch(self, jobs: Sequence[Job], report: Report) -> None:
-        """Do every job; what another process does meanwhile is waited for, not repeated."""
-        ...
 
 
 @component
