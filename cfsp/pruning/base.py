@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from cfsp.contracts import Pruner, Unit
+from cfsp.contracts import Pruner
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,16 +66,7 @@ class PlanContext:
 
 
 def removes_heads(pruner: Pruner) -> bool:
-    """Tell whether KV groups may go, so that the numeric check must try it."""
-    return "kv_groups" in _removed_units(pruner)
-
-
-def removes_experts(pruner: Pruner) -> bool:
-    """Tell whether whole experts may go, so that the numeric check must try it."""
-    return "experts" in _removed_units(pruner)
-
-
-def _removed_units(pruner: Pruner) -> tuple[Unit, ...]:
+    """Tell whether KV groups may go, so that the numeric check must try it; say so where that is not stated."""
     units = pruner.removed_units()
     if units is None:
         log.warning(
@@ -83,5 +74,9 @@ def _removed_units(pruner: Pruner) -> tuple[Unit, ...]:
             "alone",
             pruner.name,
         )
-        return ("neurons",)
-    return units
+    return "kv_groups" in (units or ())
+
+
+def removes_experts(pruner: Pruner) -> bool:
+    """Tell whether whole experts may go, so that the numeric check must try it."""
+    return "experts" in (pruner.removed_units() or ())
