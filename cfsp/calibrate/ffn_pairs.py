@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cfsp.calibrate.gram import taken
+from cfsp.calibrate.gram import subsample_tokens
 from cfsp.calibrate.inputs import watch_inputs
 
 if TYPE_CHECKING:
@@ -79,12 +79,12 @@ class FFNPairs:
 
     def add(self, ffn: FFN, seen: SeenInFFN, missing: Tensor | None) -> None:
         """Keep a batch: targets are what the FFN gives there, and ``missing`` [B, T, d_out] more."""
-        entering, hidden = taken(seen.entering, self._stride), taken(seen.hidden, self._stride)
+        entering, hidden = subsample_tokens(seen.entering, self._stride), subsample_tokens(seen.hidden, self._stride)
         given = hidden @ ffn.output.weight.detach().T
         if ffn.output.bias is not None:
             given = given + ffn.output.bias.detach()
         if missing is not None:
-            given = given + taken(missing, self._stride).to(given.dtype)
+            given = given + subsample_tokens(missing, self._stride).to(given.dtype)
         if self._by_token:
             entering, given = entering.flatten(0, 1), given.flatten(0, 1)
         out = torch.arange(self._seen, self._seen + len(entering), device=entering.device) % HELD_OUT == HELD_OUT - 1

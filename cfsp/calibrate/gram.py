@@ -44,13 +44,13 @@ class Gram:
     tokens: int
 
 
-def taken(values: Tensor, stride: float) -> Tensor:
-    """Of [B, T, ...] the tokens 0, stride, 2 stride, ... of each sequence, each the next whole one."""
+def subsample_tokens(values: Tensor, stride: float) -> Tensor:
+    """Take every ``stride``-th token of each sequence of ``values`` [B, T, ...]; positions are rounded up."""
     if float(stride).is_integer():
         return values[:, :: int(stride)]
-    # The little that is taken off: a whole number that came out of a division must not become the next one.
-    at = [math.ceil(k * stride - 1e-9) for k in range(math.ceil(values.shape[1] / stride))]
-    return values[:, [index for index in at if index < values.shape[1]]]
+    # The subtraction keeps a whole number that came out of a division from being rounded up to the next one.
+    positions = [math.ceil(k * stride - 1e-9) for k in range(math.ceil(values.shape[1] / stride))]
+    return values[:, [index for index in positions if index < values.shape[1]]]
 
 
 class GramSums:
@@ -62,7 +62,7 @@ class GramSums:
         self.stride, self.tokens = stride, 0
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows = taken(args[0].detach(), self.stride).flatten(0, 1).float()
+        rows = subsample_tokens(args[0].detach(), self.stride).flatten(0, 1).float()
         self.tokens += len(rows)
         self.sums += rows.sum(0)
         for start in range(0, rows.shape[1], _PANEL):
@@ -191,7 +191,7 @@ class CrossSums:
 
     def add(self, entering: Tensor, missing: Tensor) -> None:
         """Of one batch: what entered the linear, [B, T, N], and E, [B, T, d]."""
-        x, e = (taken(value, self.stride).flatten(0, 1).float() for value in (entering, missing))
+        x, e = (subsample_tokens(value, self.stride).flatten(0, 1).float() for value in (entering, missing))
         self.matrix.addmm_(x.T, e)
         self.tokens += len(x)
 

@@ -11,9 +11,9 @@ from cfsp.allocate.budget import Budget, Sizes, check_scope
 from cfsp.components import component
 from cfsp.contracts import Allocator, Pruner, Unit
 from cfsp.errors import BudgetError, UnsupportedModelError
+from cfsp.pruner.units import free_blocks
 from cfsp.pruning.depth import refuse_compensation
 from cfsp.pruning.plan import BlockPlan
-from cfsp.pruning.units import free_blocks
 
 if TYPE_CHECKING:
     from cfsp.models.views import BlockView, DecoderView

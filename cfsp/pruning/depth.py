@@ -10,8 +10,8 @@ from cfsp.allocate.budget import Budget, Sizes, check_scope
 from cfsp.components import component
 from cfsp.contracts import Allocator, Pruner, Unit
 from cfsp.errors import BudgetError
+from cfsp.pruner.units import block_sizes, blocks_with_attention
 from cfsp.pruning.plan import BlockPlan
-from cfsp.pruning.units import block_sizes, blocks_with_attention
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -29,10 +29,13 @@ def score_whole_experts(view: DecoderView, statistics: Statistics, kind: ExpertS
 
     nothing = torch.zeros(0, dtype=torch.float64)
     tokens = statistics.n_sequences * statistics.seq_len
-    found = [None if block.experts is None else of.experts for block, of in _pairs(view, statistics)]
-    scores = [
-        nothing if one is None else one.tokens / tokens if kind == "routed_share" else one.contribution for one in found
-    ]
+
+    def score_of(block: BlockView, experts: ExpertStatistics | None) -> Tensor:
+        if block.experts is None or experts is None:
+            return nothing
+        return experts.tokens / tokens if kind == "routed_share" else experts.contribution
+
+    scores = [score_of(block, of_block.experts) for block, of_block in _pairs(view, statistics)]
     return Scores(tuple(scores), tuple(nothing.reshape(0, 1) for _ in scores), distances_of(statistics))
 
 

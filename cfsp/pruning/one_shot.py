@@ -21,29 +21,28 @@ from cfsp.allocate.budget import (
     submodules_of,
     to_widths,
 )  # fmt: skip
-from cfsp.allocate.search import Search
 from cfsp.components import component
 from cfsp.contracts import Pruner, Unit
 from cfsp.errors import BudgetError, UnsupportedModelError
 from cfsp.importance.base import Scores, score
 from cfsp.models.latent import has_latent_attention
+from cfsp.pruner.units import count_experts, count_kv_groups, count_neurons
 from cfsp.pruning.expert_choice import ExpertScore, Unseen, best_experts, score_whole_experts, with_unseen_kept
 from cfsp.pruning.expert_limits import RANKED_BY_WEIGHTS, check_expert_settings, check_expert_widths, expert_notes
 from cfsp.pruning.plan import BlockPlan
-from cfsp.pruning.units import count_experts, count_kv_groups, count_neurons
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from torch import Tensor
 
-    from cfsp.allocate.base import Allocation
     from cfsp.allocate.budget import Budget
     from cfsp.calibrate.gram import GramMatrices
     from cfsp.calibrate.statistics import BlockStatistics
     from cfsp.components import Component
     from cfsp.contracts import Allocator, NeuronImportance
     from cfsp.models.views import BlockView, DecoderView
+    from cfsp.pruner.width_choice import Compensate
     from cfsp.pruning.base import PlanContext
     from cfsp.pruning.plan import PruningPlan
 
@@ -232,111 +231,73 @@ class OneShotPruner(Pruner):
             )
 
     def plan(self, context: PlanContext) -> PruningPlan:
-        """See :class:`cfsp.pruning.base.Pruner`."""
-        from cfsp.models.streamed import resident
+        """See :class:`cfsp.contracts.Pruner`."""
+        from cfsp.pruner.width_choice import choose_widths
         from cfsp.pruning.complete import complete
 
-        view, importance = context.driver.view, context.importance
-        if self.structure == "experts":
-            scores = score_whole_experts(view, context.statistics, self.expert_score)
-        else:
-            scores = score(
-                view, context.statistics, importance, self.structure, context.gradients, context.scored, context.grams
-            )
-        widths, keep_ratios, notes = self._allocate(context, scores)
+        view, statistics = context.driver.view, context.statistics
+        scores = self._score(context)
+        sizes = Sizes.of(view, self.structure)
+        if self.structure == "experts" and self.unseen_experts == "keep":
+            sizes = with_unseen_kept(view, sizes, statistics)
+
+        def compensate(block: BlockView, decision: BlockPlan) -> dict[str, Tensor]:
+            return self.compensate(block, decision, statistics.blocks[block.index], context.grams)
+
+        chosen = choose_widths(context, scores, sizes, self._with_biases(view, context.budget), compensate)
+        notes = dict(chosen.notes)
         if self.sequential:
             from cfsp.pruning.in_sequence import prune_in_sequence
 
-            made = prune_in_sequence(self, context, widths)
-            decisions, tensors = made.decisions, made.tensors
-            notes |= made.notes
+            pruned = prune_in_sequence(self, context, chosen.widths)
+            decisions, tensors = pruned.decisions, pruned.tensors
+            notes |= pruned.notes
         else:
-            decisions, tensors = [], {}
-            for block, found in zip(view.blocks, context.statistics.blocks, strict=True):
-                if self.structure == "experts":
-                    n, own = widths.per_block[block.index], scores.neurons[block.index]
-                    decisions.append(best_experts(block, own, n, found.experts, self.unseen_experts))
-                else:
-                    decisions.append(best(block, scores.units(block.index), scores.kv_groups[block.index], widths))
-                if self.compensation != "none":
-                    with resident(view, block):
-                        tensors |= self.compensate(block, decisions[-1], found, context.grams)
+            decisions, tensors = self._decide(context, scores, chosen.widths, compensate)
         unseen = RANKED_BY_WEIGHTS
         if self.structure == "experts":
             unseen = f"{'stay' if self.unseen_experts == 'keep' else 'go first'} (pruner.unseen_experts)"
-        notes |= expert_notes(view, context.statistics, decisions, self.compensation, unseen)
-        return complete(context, decisions, keep_ratios=keep_ratios, notes=notes, tensors=tensors)
+        notes |= expert_notes(view, statistics, decisions, self.compensation, unseen)
+        return complete(context, decisions, keep_ratios=chosen.keep_ratios, notes=notes, tensors=tensors)
 
-    def _allocate(self, context: PlanContext, scores: Scores) -> tuple[Widths, list[float], dict[str, Any]]:
-        """Kept units per block, the kept share that the allocator asked for, and how a search got there.
-
-        Protected blocks keep all.
-        """
+    def _score(self, context: PlanContext) -> Scores:
         view = context.driver.view
-        budget = self._with_biases(view, context.budget)
-        sizes = Sizes.of(view, self.structure)
-        if self.structure == "experts" and self.unseen_experts == "keep":
-            sizes = with_unseen_kept(view, sizes, context.statistics)
-        free = budget.free_blocks(len(view.blocks))
-        part = sizes.only(free)
-        keep = keep_fraction(budget, part)
-        if isinstance(context.allocator, Search):
-            allocations = [one.allocate(scores.only(free), part, keep) for one in context.allocator.allocators()]
-        else:
-            allocations = [context.allocator.allocate(scores.only(free), part, keep)]
-        chosen = [_rounded(allocations[0], budget, part)]
-        chosen += [_beside(chosen[0].kv_groups, allocation, budget, part) for allocation in allocations[1:]]
-        # One that cannot meet the budget with these groups is no start for a search.
-        chosen = [widths for widths in chosen if widths.kv_groups == chosen[0].kv_groups]
-        shares = allocations[0].keep.tolist()
-        neurons, notes = chosen[0].per_block, dict[str, Any]()
-        if isinstance(context.allocator, Search):
-            neurons, history = self._searched(context, context.allocator, scores, chosen, budget, part, free)
-            notes = {"searched_blocks": free, "search": history}
-            shares = [width / n if n else 1.0 for width, n in zip(neurons, part.widths, strict=True)]
-        widths, groups, kept = list(sizes.widths), list(sizes.kv_groups), [1.0] * len(view.blocks)
-        for at, block in enumerate(free):
-            widths[block], groups[block] = neurons[at], chosen[0].kv_groups[at]
-            kept[block] = float(shares[at])
-        return Widths(tuple(widths), tuple(groups)), kept, notes
+        if self.structure == "experts":
+            return score_whole_experts(view, context.statistics, self.expert_score)
+        return score(
+            view,
+            context.statistics,
+            context.importance,
+            self.structure,
+            context.gradients,
+            context.scored,
+            context.grams,
+        )
 
-    def _searched(
-        self,
-        context: PlanContext,
-        search: Search,
-        scores: Scores,
-        starts: list[Widths],
-        budget: Budget,
-        part: Sizes,
-        free: list[int],
-    ) -> tuple[tuple[int, ...], list[dict[str, Any]]]:
-        """FFN widths of the free blocks with the lowest loss, and the way there; KV groups are the first start's."""
-        from cfsp.models.snapshot import restored
-        from cfsp.pruning.width_search import WidthLosses
+    def _decide(
+        self, context: PlanContext, scores: Scores, widths: Widths, compensate: Compensate
+    ) -> tuple[list[BlockPlan], dict[str, Tensor]]:
+        """Keep the best units of each block, on the statistics of the dense model.
 
-        view, found = context.driver.view, context.statistics.blocks
-        sizes = view.widths
+        Returns:
+            The decision on each block, and the tensors that compensate for it.
+        """
+        from cfsp.models.streamed import resident
 
-        def cut(block: BlockView, width: int) -> tuple[BlockPlan, dict[str, Tensor]]:
-            decision = best_neurons(block, scores.units(block.index), width)
-            return decision, self.compensate(block, decision, found[block.index], context.grams)
-
-        ids = context.calibration.input_ids[: search.n_samples]
-        with restored(view.model):
-            # What the kept losses depend on beside widths and windows: scores and refits, and what both go by.
-            stride = None if context.gram_wanted is None else context.gram_wanted.stride
-            before = {**context.method, "allocator": None, "set": context.calibration.fingerprint, "stride": stride}
-            losses = WidthLosses(context, ids, cut, before)
-
-            def loss(widths: tuple[int, ...]) -> float:
-                every = list(sizes)
-                for at, block in enumerate(free):
-                    every[block] = widths[at]
-                return losses(tuple(every))
-
-            return search.search(
-                [start.per_block for start in starts], legal_widths(budget, part), part.neuron_parameters, loss
-            )
+        view = context.driver.view
+        decisions: list[BlockPlan] = []
+        tensors: dict[str, Tensor] = {}
+        for block, statistics in zip(view.blocks, context.statistics.blocks, strict=True):
+            if self.structure == "experts":
+                n, own_scores = widths.per_block[block.index], scores.neurons[block.index]
+                decision = best_experts(block, own_scores, n, statistics.experts, self.unseen_experts)
+            else:
+                decision = best(block, scores.units(block.index), scores.kv_groups[block.index], widths)
+            decisions.append(decision)
+            if self.compensation != "none":
+                with resident(view, block):
+                    tensors |= compensate(block, decision)
+        return decisions, tensors
 
     def _with_biases(self, view: DecoderView, budget: Budget) -> Budget:
         """The budget of the units alone: what the added biases cost (d each) goes in units too.
@@ -378,26 +339,6 @@ def heads_stay(view: DecoderView) -> str | None:
                 "an output projection, of whole heads)"
             )
     return None
-
-
-def _rounded(allocation: Allocation, budget: Budget, part: Sizes) -> Widths:
-    groups = allocation.keep if allocation.keep_groups is None else allocation.keep_groups
-    return to_widths(
-        [share * n for share, n in zip(allocation.keep.tolist(), part.widths, strict=True)],
-        budget,
-        part,
-        groups=[share * n for share, n in zip(groups.tolist(), part.kv_groups, strict=True)],
-        counted=allocation.counted,
-    )
-
-
-def _beside(groups: tuple[int, ...], allocation: Allocation, budget: Budget, part: Sizes) -> Widths:
-    """Widths that meet the budget where the KV groups are settled: the neurons alone follow ``allocation``.
-
-    Exact rounding moves neurons between blocks until they make up for what the allocation's own groups had weighed.
-    """
-    share = [kept / n if n else 1.0 for kept, n in zip(groups, part.kv_groups, strict=True)]
-    return _rounded(replace(allocation, keep_groups=allocation.keep.new_tensor(share)), budget, part)
 
 
 def best(block: BlockView, neurons: Tensor, groups: Tensor, widths: Widths) -> BlockPlan:

@@ -13,9 +13,9 @@ from cfsp.components import component
 from cfsp.contracts import Allocator, Pruner, Unit
 from cfsp.errors import BudgetError, ConfigError, UnsupportedModelError
 from cfsp.models.latent import has_latent_attention
+from cfsp.pruner.units import count_neurons, free_blocks
 from cfsp.pruning.expert_limits import RANKED_BY_WEIGHTS, check_expert_widths, expert_notes
 from cfsp.pruning.one_shot import best_neurons
-from cfsp.pruning.units import count_neurons, free_blocks
 
 if TYPE_CHECKING:
     from cfsp.models.views import DecoderView
@@ -132,6 +132,7 @@ class TwoSSP(Pruner):
         ffn, attention, whole = self._parts(view, budget)
         n_blocks, sizes = len(view.blocks), Sizes.of(view)
         target = budget.ratio * sizes.of_scope(budget.scope) / sizes.decoder_parameters
+        # The paper's s * B * P with the mean P. It is not simplified to s times the total, which could round otherwise.
         removed = round(target * n_blocks * (whole / n_blocks))
         legal = legal_widths(budget, sizes)
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from cfsp.errors import ConfigError, DataError
 from cfsp.memory import available
+from cfsp.model.nll import total_nll
 from cfsp.models.driver import run_block
 from cfsp.models.ffn import FFN
 from cfsp.models.streamed import streamed
 from cfsp.pruning.plan import BlockPlan
-from cfsp.pruning.search import KnownLosses, _nll
+from cfsp.pruning.search import KnownLosses
 
 if TYPE_CHECKING:
     from cfsp.models.views import BlockView
@@ -94,7 +95,7 @@ class WidthLosses:
             self._widths.append(widths[block.index])
         total, count = 0.0, 0
         for ids, hidden in zip(self._entry.ids, self._states[-1], strict=True):
-            total += _nll(self._driver.logits(ids, hidden.to(device)), ids)
+            total += total_nll(self._driver.logits(ids, hidden.to(device)), ids)
             count += ids[:, 1:].numel()
         return total / count if math.isfinite(total) else math.inf
 

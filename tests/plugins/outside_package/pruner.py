@@ -9,10 +9,10 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from cfsp.components import component
 from cfsp.contracts import Pruner
 from cfsp.errors import BudgetError
+from cfsp.pruner.units import count_neurons, free_blocks
 from cfsp.pruning.compensation import bias_compensation
 from cfsp.pruning.complete import complete
 from cfsp.pruning.plan import BlockPlan
-from cfsp.pruning.units import count_neurons, free_blocks
 
 
 def keep_every_nth(context, n: int) -> list[BlockPlan]:
