@@ -121,8 +121,8 @@ class _NewtonReport:
         if self._plain:
             notes["least_squares_alone"] = self._plain
             log.warning(
-                "pruner.compensation=gauss_newton: the FFNs of %d blocks were refitted by least squares alone: they are "
-                "no act(gate) * up or act(up) of their inputs, or the calibration is of fewer than four tokens",
+                "pruner.compensation=gauss_newton: the FFNs of %d blocks were refitted by least squares alone: they "
+                "are no act(gate) * up or act(up) of their inputs, or the calibration is of fewer than four tokens",
                 len(self._plain),
             )
         return notes
