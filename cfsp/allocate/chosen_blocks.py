@@ -1,4 +1,4 @@
-"""Everything from the most, or from the least, important blocks: a check of what a block distance says."""
+"""Allocation to the most, or to the least, important blocks alone: a check of what a block distance says."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ if TYPE_CHECKING:
 
 @component
 class ChosenBlocks(Allocator):
-    """The ``share`` of the blocks with the highest (``most``) or lowest (``least``) distance loses alike, the others
-    nothing."""
+    """Take the whole budget from a share of the blocks, equally; the other blocks lose nothing.
+
+    Attributes:
+        choose: whether the blocks with the highest (most) or lowest (least) distance are pruned.
+        metric: block distance.
+        share: share of the blocks that are pruned.
+    """
 
     choose: Literal["most", "least"] = "least"
     metric: Literal["angular", "cosine", "mse", "mae"] = "angular"

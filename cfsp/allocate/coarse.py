@@ -22,9 +22,13 @@ SCALE = 128 * 1024 / 1e4
 
 @component
 class Coarse(Allocator):
-    """keep_l = (1 - p) s_l / mean(s), s_l = sigmoid(13.1072 a (A_l - mean A)), shrunk where a block would exceed 1.
+    """Keep more of the blocks that move the hidden state further.
 
-    ``metric`` is the block distance A (``euclidean`` is another name of mse; ``none`` treats every block alike).
+    keep_l = (1 - p) s_l / mean(s) with s_l = sigmoid(13.1072 a (A_l - mean A)), shrunk where a block would exceed 1.
+
+    Attributes:
+        metric: block distance A; ``euclidean`` is another name of mse; ``none`` treats every block alike.
+        temperature: sharpness a.
     """
 
     metric: Literal["angular", "cosine", "mse", "euclidean", "mae", "none"] = "angular"

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @component
 class GlobalRank(Allocator):
-    """Units in the order of (score - mean) / std of their block, kept until their parameters fill the budget.
+    """Keep the units with the highest (score - mean) / std of their block until their parameters fill the budget.
 
-    A KV group counts with the mean z-score of its channels and weighs what its parameters weigh.
+    A KV group counts with the mean z-score of its channels, and weighs as much as its parameters.
     """
 
     def allocate(self, scores: Scores, sizes: Sizes, keep: float) -> Allocation:

@@ -1,4 +1,4 @@
-"""Searched allocation: from the best of some closed forms on, neurons move between blocks while the loss falls."""
+"""Searched allocation: neurons move between blocks while the loss falls, starting from closed-form allocations."""
 
 from __future__ import annotations
 
@@ -27,12 +27,17 @@ _TRIED = 4
 
 @component
 class Search(Allocator):
-    """Widths with the lowest loss on calibration windows that ``evaluations`` candidates find.
+    """Search for the widths with the lowest loss on calibration windows.
 
-    Each of ``starts`` is tried; from the best one on, neurons go from one block to another (an eighth of the width at
-    first, halved when no transfer helps, down to one legal step). What giving to or taking from a single block changes
-    tells which transfers to try. A loss is the mean NLL of the first ``n_samples`` calibration windows (null: all) in
-    the model with these widths, compensated as the pruner says (by least squares where it goes on with Gauss-Newton).
+    Each of the starts is measured. From the best one on, neurons move from one block to another: an eighth of the
+    width at first, halved when no transfer helps, down to one legal step. The change in loss when a single block gets
+    smaller or larger tells which transfers to try. A loss is the mean NLL of the model with these widths, compensated
+    as the pruner says (by least squares where the pruner goes on with Gauss-Newton).
+
+    Attributes:
+        starts: closed-form allocations to start from.
+        evaluations: number of candidates that are measured, at most.
+        n_samples: calibration windows that a loss is measured on, from the first; None: all.
     """
 
     needs_model = True
@@ -42,7 +47,7 @@ class Search(Allocator):
     n_samples: Annotated[int, Field(ge=1)] | None = 32
 
     def allocate(self, scores: Scores, sizes: Sizes, keep: float) -> Allocation:
-        """The first start alone: what there is without a model to run."""
+        """Return the first start, for callers that have no model to run."""
         return self.allocators()[0].allocate(scores, sizes, keep)
 
     def allocators(self) -> list[Allocator]:
@@ -62,11 +67,7 @@ class Search(Allocator):
         costs: Sequence[int],
         loss: Callable[[tuple[int, ...]], float],
     ) -> tuple[tuple[int, ...], list[dict[str, Any]]]:
-        """The best widths found, and how they were reached.
-
-        Args:
-            starts: widths that meet the budget. legal: of each block, ascending. costs: parameters of a neuron.
-            loss: of widths; what was asked before costs nothing.
+        """See :class:`cfsp.contracts.SearchingAllocator`. A loss that was measured before costs nothing.
 
         Raises:
             RunError: no start has a finite loss.

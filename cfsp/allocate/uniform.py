@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @component
 class Uniform(Allocator):
-    """keep_l = keep."""
+    """Keep the same share of every block: keep_l = keep."""
 
     keeps_shares_equal = True
 

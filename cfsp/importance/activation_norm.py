@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @component
 class ActivationNorm(NeuronImportance):
-    """X_i, the root mean square of the activation."""
+    """Score a channel by X_i, the root mean square of its activation."""
 
     def score(self, channels: Channels, activation: Activation) -> Tensor:
         return activation.rms

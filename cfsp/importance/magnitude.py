@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @component
 class Magnitude(NeuronImportance):
-    """L2 norm of column i of down_proj (o_proj for the channels of heads)."""
+    """Score a channel by the L2 norm of its column of down_proj (o_proj for the channels of heads)."""
 
     def score(self, channels: Channels, activation: Activation) -> Tensor:
         return channels.output.weight.detach().float().norm(dim=0)

@@ -1,4 +1,4 @@
-"""Optimal brain surgeon for neurons: what the output error grows by when one goes and the others are refitted."""
+"""Optimal brain surgeon for neurons: the growth of the output error when one goes and the others are refitted."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 @component
 class Obs(NeuronImportance):
-    """Greedy removal on the Gram matrix of the layer's input; a score is what the channel's removal adds to the error.
+    """Score a channel by the error that its removal adds, in a greedy removal on the Gram matrix of the layer's input.
 
-    ``step``: channels that go at a time (1: exact greedy; null: 1 up to 1024 channels, beyond N / 1024 of them).
+    Attributes:
+        damping: added to the diagonal of the Gram matrix, relative to its mean.
+        step: channels that go at a time; 1: exact greedy; None: 1 up to 1024 channels, beyond that N / 1024.
     """
 
     requires = ("gram",)

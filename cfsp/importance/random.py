@@ -22,7 +22,7 @@ _ATTENTION = 500_009
 
 @component
 class RandomImportance(NeuronImportance):
-    """Uniform scores from ``seed`` and the block's index, drawn on CPU so that no device changes them."""
+    """Draw uniform scores from ``seed`` and the block's index, on CPU so that no device changes them."""
 
     seed: int = 0
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @component
 class SequenceNorm(NeuronImportance):
-    """Mean over the calibration sequences of the L2 norm over the sequence's tokens."""
+    """Score a channel by the mean over the sequences of the L2 norm over a sequence's tokens."""
 
     def score(self, channels: Channels, activation: Activation) -> Tensor:
         return activation.mean_norm

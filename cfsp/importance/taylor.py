@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 
 @component
 class Taylor(NeuronImportance):
-    """element1: sum |W g|; element2: sum |W F W|; mix: sum |W g - W F W / 2|; vector: sum of |sum W g| per matrix.
+    """Score a channel by a Taylor expansion of the loss over its coupled group.
 
-    Over the coupled group: a neuron's row of gate, row of up and column of down; a KV group's rows of q, k, v and
-    columns of o. g: gradient of the mean loss, F: mean squared gradient per sequence. The vector variant takes each
-    row or column of a matrix as one vector, as the released code does.
+    The coupled group of a neuron is its row of gate, its row of up and its column of down; that of a KV group its rows
+    of q, k, v and its columns of o. With g the gradient of the mean loss and F the mean squared gradient per sequence:
+
+    Attributes:
+        variant: element1: sum |W g|; element2: sum |W F W|; mix: sum |W g - W F W / 2|; vector: sum over the matrices
+            of |sum W g|, where each row or column is one vector, as in the released code.
+        gradient_checkpointing: whether gradients are computed with less memory in more time.
     """
 
     variant: Literal["element1", "element2", "mix", "vector"] = "element1"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @component
 class Wanda(NeuronImportance):
-    """mean over rows j of |W[j, i]| * sqrt(mean X_i^2), W = down_proj (o_proj for the channels of heads)."""
+    """Score a channel by mean_j |W[j, i]| * sqrt(mean X_i^2), W = down_proj (o_proj for the channels of heads)."""
 
     def score(self, channels: Channels, activation: Activation) -> Tensor:
         return channels.output.weight.detach().float().abs().mean(0) * activation.rms

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @component
 class WeightNorm(NeuronImportance):
-    """sum |W|^p over the coupled group: all weights that leave with a neuron or a KV group."""
+    """Score a channel by sum |W|^p over its coupled group: all weights that leave with it."""
 
     p: Literal[1, 2] = 1
 
@@ -26,7 +26,10 @@ class WeightNorm(NeuronImportance):
         projections = channels.part.projections
         return coupled(
             channels,
-            {name: self._sum(one.weight, 0 if name in ("down", "o") else 1) for name, one in projections.items()},
+            {
+                name: self._sum(projection.weight, 0 if name in ("down", "o") else 1)
+                for name, projection in projections.items()
+            },
         )
 
     def _sum(self, weight: Tensor, axis: int) -> Tensor:

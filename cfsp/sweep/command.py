@@ -209,7 +209,7 @@ def _usual(name: str, variant: str, given: Mapping[str, Values]) -> dict[str, Va
     return {key: value for key, value in usual.items() if key not in given}
 
 
-def _launcher(own: Mapping[str, Values], allowed: Sequence[str]) -> Launcher:
+def _launcher(own: Mapping[str, Values], allowed: Sequence[str] = ()) -> Launcher:
     name = str(own.get("launcher", "sequential"))
     path = config_folder() / "launcher" / f"{name}.yaml"
     if not path.is_file():
