@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cfsp.calibrate.collectors import collecting
-from cfsp.calibrate.ffn_pairs import FFNPairs, seeing_ffn
+from cfsp.calibrate.ffn_pairs import FFNPairs, capturing_ffn
 from cfsp.calibrate.gram import CrossSums, InMemory, gram_sums, reported
 from cfsp.importance.base import score_block
 from cfsp.models.activation import activation_of
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cfsp.allocate.budget import Widths
-    from cfsp.calibrate.ffn_pairs import SeenInFFN
+    from cfsp.calibrate.ffn_pairs import FFNCapture
     from cfsp.models.activation import Activation
     from cfsp.models.driver import BlockStep
     from cfsp.models.hidden_states import HiddenStates
@@ -165,10 +165,10 @@ class _FFNRefit(_NoRefit):
         self._activation: Activation | None = None
 
     def run(self, step: BlockStep) -> None:
-        with seeing_ffn(self._block, self._ffn) as seen:
+        with capturing_ffn(self._block, self._ffn) as seen:
             step.run(partial(self._collect, seen))
 
-    def _collect(self, seen: SeenInFFN, batch: int, output: Tensor) -> None:
+    def _collect(self, seen: FFNCapture, batch: int, output: Tensor) -> None:
         """Collect one batch that the FFN has just seen; ``output``: hidden states leaving the block [B, T, d]."""
         missing = None
         if self._dense is not None and self._missing is not None:
@@ -223,7 +223,7 @@ class _FFNRefit(_NoRefit):
         )
 
 
-def _activation(model: Any, ffn: FFN, seen: SeenInFFN) -> Activation | None:
+def _activation(model: Any, ffn: FFN, seen: FFNCapture) -> Activation | None:
     """Identify the activation function from the first tokens of a batch."""
     x, hidden = (values.flatten(0, 1)[:64] for values in (seen.entering, seen.hidden))
     return activation_of(model, ffn, x, hidden)
