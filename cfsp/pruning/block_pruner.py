@@ -24,10 +24,16 @@ if TYPE_CHECKING:
 
 @component
 class BlockPruner(Pruner):
-    """Again and again the submodule goes without which the NLL of ``search_sequences`` sequences is lowest.
+    """Remove one submodule after another, each time the one without which the NLL is lowest.
 
-    It ends where no removal comes nearer to the budget; a removal that would overshoot by more than it brings is not
-    looked at. ``search_sequences``: that many from the start of the calibration set; null: all of it.
+    The removal ends where no submodule brings it nearer to the budget. A submodule that would overshoot the budget by
+    more than is missing is not tried.
+
+    Attributes:
+        name: name of the method.
+        submodules: kinds that may go.
+        search_sequences: calibration sequences that the NLL is measured on, from the first; None: all.
+        compensation: "none" alone: there is no output projection left to carry a bias.
     """
 
     name: str
@@ -42,7 +48,7 @@ class BlockPruner(Pruner):
         refuse_compensation(self.name, self.compensation, "removes whole submodules")
 
     def check(self, view: DecoderView, budget: Budget) -> None:
-        """See :class:`cfsp.pruning.base.Pruner`."""
+        """See :class:`cfsp.contracts.Pruner`."""
         if self.submodules != "ffn":
             check_scope(budget, f"pruner={self.name}", "pruner.submodules=ffn")
         lacking = [b.index for b in view.blocks if b.attention is None and not b.attention_removed]
@@ -107,7 +113,7 @@ class BlockPruner(Pruner):
         return False
 
     def plan(self, context: PlanContext) -> PruningPlan:
-        """See :class:`cfsp.pruning.base.Pruner`."""
+        """See :class:`cfsp.contracts.Pruner`."""
         from cfsp.pruning.complete import complete
         from cfsp.pruning.search import KnownLosses, SubmoduleSearch
 
@@ -133,7 +139,7 @@ class BlockPruner(Pruner):
         )
 
     def _submodules(self, view: DecoderView, budget: Budget) -> list[Candidate]:
-        """Every submodule that may go."""
+        """Return every submodule that may go."""
         kinds = {"both": ("attention", "ffn"), "attention": ("attention",), "ffn": ("ffn",)}[self.submodules]
         free = set(budget.free_blocks(len(view.blocks)))
         return [(b.index, kind) for b in view.blocks if b.index in free for kind in self._there(b) if kind in kinds]
@@ -147,7 +153,7 @@ class BlockPruner(Pruner):
         return any(not b.attention_removed and (b.index, "attention") not in removed for b in view.blocks)
 
     def _removed(self, view: DecoderView, removed: Sequence[Candidate]) -> int:
-        """Parameters that leave with these submodules, their norms included."""
+        """Count the parameters that leave with these submodules, their norms included."""
         from cfsp.pruning.complete import removed_parameters
 
         blocks = zip(view.blocks, self._blocks(view, removed), strict=True)

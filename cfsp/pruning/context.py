@@ -1,4 +1,4 @@
-"""The calibration stage as a pruner needs it: statistics, and what the metric requires beside them."""
+"""The calibration stage as a pruner needs it: statistics, and the items that metric and pruner require beside them."""
 
 from __future__ import annotations
 
@@ -37,15 +37,19 @@ def plan_context(
     base_fingerprint: str,
     cache: StatisticsCache | None = None,
 ) -> tuple[PlanContext, bool]:
-    """Calibrate, or read what an earlier run left; returns (context, everything cached?)."""
+    """Calibrate, or read the results of an earlier run.
+
+    Returns:
+        The context, and whether everything was read.
+    """
     pruner, importance, gradients = config.pruner.instance, config.importance.instance, None
     pruner.check_choices(driver.view, config.importance, config.allocator)
     structure = pruner.structure
     scored: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def visit(block: BlockView, found: BlockStatistics) -> None:
+    def visit(block: BlockView, statistics_of_block: BlockStatistics) -> None:
         if structure is not None and "importance" in config.plans_with and not required(importance):
-            scored[block.index] = score_block(block, found, importance, structure)
+            scored[block.index] = score_block(block, statistics_of_block, importance, structure)
 
     wanted = _gram_wanted(config, structure, driver.view)
     grams = (
@@ -81,7 +85,11 @@ def plan_context(
 
 
 def _gram_wanted(config: RunConfig, structure: Structure | None, view: DecoderView) -> GramWanted | None:
-    """The Gram matrices that metric or pruner require, of the parts that may go."""
+    """Return the Gram matrices that metric or pruner require, of the submodules that may lose units; None: none.
+
+    Raises:
+        ConfigError: the pruner does not state its structure, so that nobody knows which matrices.
+    """
     asked = [*(required(config.importance.instance) if "importance" in config.plans_with else ())]
     asked += config.pruner.instance.requires
     if "gram" not in asked:

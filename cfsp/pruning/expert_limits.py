@@ -1,4 +1,4 @@
-"""What a plan for mixtures of experts must respect, and what it must say."""
+"""Limits that a plan for mixtures of experts must respect, and the notes that it must carry."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 #: transformers multiplies all experts in one grouped product by default, whose rows must be multiples of 16 bytes.
 GROUPED = 8
-#: What becomes of the neurons of experts that saw no token.
+#: Clause for notes: the neurons of experts that saw no token are ranked by their weights.
 RANKED_BY_WEIGHTS = "keep the neurons with the largest weights"
 
 
@@ -64,13 +64,17 @@ def check_expert_settings(
 def expert_notes(
     view: DecoderView, statistics: Statistics, blocks: Sequence[BlockPlan], compensation: str, unseen: str
 ) -> dict[str, Any]:
-    """What a plan says of its mixtures: experts that saw no token, and a compensation that they did not get.
+    """Note the experts that saw no token, and the mixtures that got no compensation; both are also logged.
 
-    unseen: in words, what became of the experts that saw no token. Both are also logged, a line each.
+    Args:
+        unseen: clause that says what became of the experts that saw no token.
     """
     notes: dict[str, Any] = {}
-    found = zip(view.blocks, statistics.blocks, strict=True)
-    lists = {str(block.index): of.experts.unseen for block, of in found if block.experts and of.experts is not None}
+    lists = {
+        str(block.index): block_statistics.experts.unseen
+        for block, block_statistics in zip(view.blocks, statistics.blocks, strict=True)
+        if block.experts and block_statistics.experts is not None
+    }
     lists = {block: experts for block, experts in lists.items() if experts}
     if lists:
         notes["unseen_experts"] = lists

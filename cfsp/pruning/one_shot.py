@@ -49,20 +49,27 @@ if TYPE_CHECKING:
 
 @component
 class OneShotPruner(Pruner):
-    """Score, allocate, round, keep the best units of each block.
+    """Score the units, allocate the budget over the blocks, and keep the best units of each block.
 
-    structure: what may go: FFN neurons (ffn), whole KV groups of attention heads (heads), both (heads_ffn), or whole
-    experts of mixtures (experts), by ``expert_score`` in the metric's place; those that saw no calibration token go
-    first, or not at all (``unseen_experts``). Of the neurons of a mixture each expert keeps its own best ones, all
-    experts of a block the same number; what is shared by all tokens beside them stays whole.
-    compensation: bias adds what the removed units gave on average to the biases of down_proj and o_proj; least_squares
-    refits their kept columns to give what all gave (``ridge``: towards the original columns, relative to the mean
-    square of the inputs); gauss_newton, which needs ``sequential``, goes on from there and refits each FFN whole, gate
-    and up too, in at most ``newton_steps`` steps of ``cg_iterations`` each (:mod:`cfsp.pruning.gauss_newton`).
-    sequential: the units of a block are chosen (and compensated) on what the pruned blocks before it give, as FLAP's
-    repository does for Wanda-SP; how much each block keeps still comes from the dense pass.
-    correction: with both, each FFN is also refitted to make up for this share of what the pruned blocks before it have
-    changed: 0: it gives what it would have given itself, 1: the dense model's hidden state leaves the block.
+    Each expert of a mixture keeps its own best neurons, all experts of a block the same number; shared experts stay
+    whole.
+
+    Attributes:
+        name: name of the method.
+        structure: units that may go: FFN neurons (ffn), whole KV groups of attention heads (heads), both (heads_ffn),
+            or whole experts of mixtures (experts), which ``expert_score`` ranks in the place of a metric.
+        compensation: bias: the mean output of the removed units goes to the biases of down_proj and o_proj;
+            least_squares: their kept columns are refitted to the output of all columns; gauss_newton, which needs
+            ``sequential``: each FFN is then refitted whole, gate and up too (:mod:`cfsp.pruning.gauss_newton`).
+        sequential: whether the units of a block are chosen (and compensated) on the hidden states of the pruned blocks
+            before it, as in FLAP's repository for Wanda-SP. The widths still come from the dense pass.
+        ridge: strength that holds refitted columns at the original ones, relative to the mean square of the inputs.
+        correction: share of the change by earlier pruned blocks that each FFN makes up for, where blocks are refitted
+            in sequence; 0: the FFN gives its own dense output, 1: the dense model's hidden state leaves the block.
+        newton_steps: steps of gauss_newton, at most.
+        cg_iterations: iterations of conjugate gradients in each of these steps.
+        expert_score: score of whole experts (:func:`cfsp.pruning.expert_choice.score_whole_experts`).
+        unseen_experts: whether whole experts that saw no calibration token stay (keep), or go first (prune).
     """
 
     name: str
@@ -117,7 +124,7 @@ class OneShotPruner(Pruner):
 
     @property
     def refits(self) -> bool:
-        """Whether the columns that stay are refitted."""
+        """Tell whether the columns that stay are refitted."""
         return self.compensation in ("least_squares", "gauss_newton")
 
     def removed_units(self) -> tuple[Unit, ...]:
@@ -202,7 +209,7 @@ class OneShotPruner(Pruner):
         return frozenset(key for key, is_used in used.items() if not is_used)
 
     def check(self, view: DecoderView, budget: Budget) -> None:
-        """See :class:`cfsp.pruning.base.Pruner`."""
+        """See :class:`cfsp.contracts.Pruner`."""
         if self.structure in ("heads", "heads_ffn"):
             check_scope(budget, f"pruner.structure={self.structure}", "pruner.structure=ffn")
             if reason := heads_stay(view):
@@ -300,34 +307,34 @@ class OneShotPruner(Pruner):
         return decisions, tensors
 
     def _with_biases(self, view: DecoderView, budget: Budget) -> Budget:
-        """The budget of the units alone: what the added biases cost (d each) goes in units too.
+        """Return the budget of the units alone: the parameters of added biases (d each) go in units too.
 
-        Every block is reckoned to get them; one that loses nothing of a kind will not. Not in the FFN's scope, which
-        counts what goes with the neurons.
+        Every block is assumed to get them; a block that loses nothing of a kind will not. The scope ffn counts only the
+        parameters that go with the neurons, so nothing is added there.
         """
         if self.compensation != "bias" or budget.scope == "ffn":
             return budget
         channels = [view.blocks[block].channels for block in budget.free_blocks(len(view.blocks))]
-        outputs = [found[kind].output for found in channels for kind in submodules_of(self.structure) if kind in found]
+        outputs = [block[kind].output for block in channels for kind in submodules_of(self.structure) if kind in block]
         added = sum(output.out_features for output in outputs if output.bias is None)
         return replace(budget, ratio=budget.ratio + added / Sizes.of(view).of_scope(budget.scope))
 
     def compensate(
-        self, block: BlockView, decision: BlockPlan, found: BlockStatistics, grams: GramMatrices | None
+        self, block: BlockView, decision: BlockPlan, statistics: BlockStatistics, grams: GramMatrices | None
     ) -> dict[str, Tensor]:
-        """What the outputs of one block get for what they lose, in closed form: where gauss_newton starts too."""
+        """Compensate the outputs of one block for the units that go, in closed form; gauss_newton starts from there."""
         from cfsp.pruning.compensation import bias_compensation
         from cfsp.pruning.least_squares import least_squares_compensation
 
         if self.compensation == "bias":
-            return bias_compensation(block, decision, found)
+            return bias_compensation(block, decision, statistics)
         if self.refits and grams is not None:
             return least_squares_compensation(block, decision, grams, self.ridge)
         return {}
 
 
 def heads_stay(view: DecoderView) -> str | None:
-    """Why KV groups cannot be removed from a model; None where they can."""
+    """Say why KV groups cannot be removed from a model; None where they can."""
     for block in view.blocks:
         if block.attention is not None and block.attention.fixed:
             return f"the heads of block {block.index} cannot be taken apart: {block.attention.fixed}"
@@ -342,13 +349,13 @@ def heads_stay(view: DecoderView) -> str | None:
 
 
 def best(block: BlockView, neurons: Tensor, groups: Tensor, widths: Widths) -> BlockPlan:
-    """The highest scores of a block; a KV group counts with the sum of its channels' scores."""
-    of_ffn = best_neurons(block, neurons, widths.per_block[block.index])
-    return replace(of_ffn, kv_groups_kept=_top(groups.sum(1), widths.kv_groups[block.index]))
+    """Keep the highest scores of a block; a KV group counts with the sum of its channels' scores."""
+    neurons_kept = best_neurons(block, neurons, widths.per_block[block.index])
+    return replace(neurons_kept, kv_groups_kept=_top(groups.sum(1), widths.kv_groups[block.index]))
 
 
 def best_neurons(block: BlockView, scores: Tensor, width: int) -> BlockPlan:
-    """The neurons with the highest scores [N], of a mixture the same number of each expert [E, N]."""
+    """Keep the neurons with the highest scores [N]; in a mixture the same number of each expert [E, N]."""
     if scores.dim() == 1:
         return BlockPlan(_top(scores, width))
     kept = [_top(row, width) for row in scores]

@@ -1,4 +1,4 @@
-"""What a recovery is: it turns the pruned model into one of the same structure with better weights."""
+"""The context that a recovery works in, and its result."""
 
 from __future__ import annotations
 
@@ -22,13 +22,24 @@ __all__ = ["Recovered", "Recovery", "RecoveryContext"]
 
 @dataclass(frozen=True)
 class RecoveryContext:
-    """Everything a recovery may use.
+    """Everything that a recovery may use.
 
-    ``model``: the pruned model. ``dense``: entered, the same module is the dense model again. ``parked``: entered, what
-    only the dense model has waits in the CPU's memory. ``importance``: coarse s_l of the base model's blocks [L].
-    ``folder``: training checkpoints. ``adapter``: where an adapter is written. ``base``: saves the pruned model that an
-    adapter stands on and says where; None where nothing is to be saved. ``report``: called with what happens while it
-    trains. ``seed`` and ``run_id`` are the run's.
+    Attributes:
+        model: the pruned model.
+        dense: while entered, the same module is the dense model again.
+        parked: while entered, the tensors that only the dense model has wait in the CPU's memory.
+        tokenizer: tokenizer of the model.
+        limits: vocabulary and positions of the model.
+        plan: the plan that the model was pruned by.
+        importance: coarse importance s_l of the base model's blocks [L].
+        folder: folder for training checkpoints.
+        adapter: folder for an adapter.
+        base: saves the pruned model that an adapter stands on and returns its folder; None where nothing is saved.
+        cache: folder for results that take long to compute.
+        fingerprint: content of the dense model.
+        run_id: the run's.
+        seed: the run's.
+        report: called with values to log while the model trains.
     """
 
     model: nn.Module
@@ -50,9 +61,13 @@ class RecoveryContext:
 
 @dataclass(frozen=True)
 class Recovered:
-    """The model (adapters merged) and what the record says about how it came to be: at least its ``name``.
+    """The result of a recovery.
 
-    With ``history`` (rows of step and loss), ``objective``, ``tokens`` and ``trainable_parameters`` it is drawn.
+    Where ``history``, ``objective``, ``tokens`` and ``trainable_parameters`` are in the record, it is drawn.
+
+    Attributes:
+        model: the recovered model, adapters merged.
+        record: facts for the run's record, at least the ``name``.
     """
 
     model: nn.Module

@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 @component
 class Full(Training, Recovery):
-    """Trains all parameters, in float32; afterwards they are what they were before."""
+    """Train all parameters, in float32; afterwards they have their dtype again."""
 
     name: Name = "full"
     trains: ClassVar[bool] = True
 
     def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: torch.device) -> dict[str, Any]:
-        """See :class:`cfsp.recover.base.Recovery`."""
+        """See :class:`cfsp.contracts.Recovery`."""
         from cfsp.recover.train import check_training
 
         return check_training(self, tokenizer, limits, device)
 
     def recover(self, context: RecoveryContext) -> Recovered:
-        """See :class:`cfsp.recover.base.Recovery`."""
+        """See :class:`cfsp.contracts.Recovery`."""
         from cfsp.recover.base import Recovered
         from cfsp.recover.train import train
 

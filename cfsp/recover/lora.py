@@ -42,7 +42,7 @@ class Lora(Training, Recovery):
     trains: ClassVar[bool] = True
 
     def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: torch.device) -> dict[str, Any]:
-        """See :class:`cfsp.recover.base.Recovery`."""
+        """See :class:`cfsp.contracts.Recovery`."""
         from cfsp.recover.train import check_training
 
         wanted = _named(self.targets, _linears(view))
@@ -56,7 +56,7 @@ class Lora(Training, Recovery):
         return check_training(self, tokenizer, limits, device)
 
     def recover(self, context: RecoveryContext) -> Recovered:
-        """See :class:`cfsp.recover.base.Recovery`. The adapter is saved and merged."""
+        """See :class:`cfsp.contracts.Recovery`. The adapter is saved and merged."""
         import torch
         from peft import LoraConfig, get_peft_model
 

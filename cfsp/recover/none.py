@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @component
 class NoRecovery(Recovery):
-    """Returns the model untouched."""
+    """Return the model untouched."""
 
     # No field, which would be a key of the configuration.
     name: ClassVar[str] = "none"  # type: ignore[misc]
