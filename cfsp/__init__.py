@@ -8,9 +8,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from cfsp.system import interrupts as _interrupts
 
-from cfsp.registration import register as _register
+_interrupts.quiet_command()  # before anything that takes time
+
+from typing import TYPE_CHECKING, Any  # noqa: E402
+
+from cfsp.registration import register as _register  # noqa: E402
 
 __version__ = "0.1.0"
 

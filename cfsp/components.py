@@ -14,9 +14,10 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Generic, TypeVar, dataclass_transform
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any, ClassVar, Generic, Literal, TypeVar, dataclass_transform, get_args, get_origin
 
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -24,6 +25,8 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from cfsp.contracts import optional_members, required_members
 from cfsp.errors import ConfigError
 from cfsp.package import config_folder
+from cfsp.system.answer import printable
+from cfsp.system.expected import Expected, expected_at, fields_of, takes_numbers_only
 
 _T = TypeVar("_T")
 #: The contract that an instance fulfils (:mod:`cfsp.contracts`).
@@ -79,12 +82,16 @@ def build(name: str, values: Any, allowed: Iterable[str] = (), contract: type[An
             wrong settings.
     """
     if not isinstance(values, Mapping) or not values.get("_target_"):
-        raise ConfigError(f"{name}={shown(values)}: a group with a _target_ class is expected, e.g. {name}=OPTION")
+        way_out = f"null leaves it out, {name}.KEY=VALUE sets a key" if "." in name else f"e.g. {name}=OPTION"
+        raise ConfigError(f"{name}={shown(values)}: a group with a _target_ class is expected; {way_out}")
     settings = {str(key): value for key, value in values.items() if key != "_target_"}
     target = str(values["_target_"])
     cls = _resolve(name, target, allowed)
     needs = () if contract is None else required_members(contract)
     _check_attributes(name, target, cls, needs)
+    wrong = [*booleans_for_numbers(cls, settings, name)]
+    if wrong:
+        raise ConfigError(*wrong)
     if contract is not None:
         cls = _with_defaults(cls, contract)
     try:
@@ -208,31 +215,71 @@ def _known_targets() -> set[str]:
 
 
 def problems_of(error: ValidationError, prefix: str, schema: type) -> list[str]:
-    """One line per finding: the key, the value, what is allowed and the way out."""
-    lines = []
-    described = getattr(schema, "model_fields", None) or {}
-    names = list(described) or [field.name for field in fields(schema)]
-    for finding in error.errors():
-        location = finding["loc"]
-        key = _key(prefix, location)
-        message = finding["msg"].removeprefix("Value error, ")
-        message = message[:1].lower() + message[1:]
-        if finding["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            known = names if len(location) == 1 else []
-            hint = f"; keys: {', '.join(known)}" if known else ""
-            lines.append(f"{key}={shown(finding['input'])}: unknown key{suggest(str(location[-1]), known)}{hint}")
-        elif finding["type"].startswith("missing") and isinstance(location[-1], int):
-            lines.append(f"{_key(prefix, location[:-1])}={shown(finding['input'])}: item {location[-1] + 1} is missing")
-        elif finding["type"].startswith("missing"):
-            lines.append(f"{key} is not set: give it a value, {key}=...")
-        elif not location:  # a check over several keys, which names them itself
-            lines.append(message)
-        else:
-            field = described.get(str(location[0]))
-            hint = f" ({field.description})" if field is not None and field.description else ""
-            near = suggest(str(finding["input"]), re.findall(r"'([^']*)'", str(finding.get("ctx", {}).get("expected"))))
-            lines.append(f"{key}={shown(finding['input'])}: {message}{hint}{near}")
-    return lines
+    """One line per key: its value, what it takes and an example; never the words of the validator.
+
+    Messages of our own checks (a ``ValueError`` in a validator) stand as they are.
+    """
+    lines: dict[str, str] = {}
+    for finding in error.errors(include_url=False):
+        wanted = expected_at(schema, finding["loc"])
+        key = _key(prefix, wanted.key)
+        lines.setdefault(key or str(len(lines)), _problem(finding, key, wanted, prefix, schema))
+    return list(lines.values())
+
+
+def booleans_for_numbers(schema: type, values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """A line for each key that takes a number and is true or false, which the validator would read as 1 or 0."""
+    for name, field in fields_of(schema).items():
+        key, value = _key(prefix, (name,)), values.get(name)
+        if isinstance(value, bool) and takes_numbers_only(field.annotation):
+            wanted = expected_at(schema, (name,))
+            yield f"{key}={shown(value)}: expected {wanted.words}{wanted.example(key)}"
+        elif isinstance(value, Mapping) and isinstance(field.annotation, type) and fields_of(field.annotation):
+            yield from booleans_for_numbers(field.annotation, value, key)
+
+
+def _problem(finding: Any, key: str, wanted: Expected, prefix: str, schema: type) -> str:
+    """The line about one finding of the validator."""
+    kind, location, value = finding["type"], finding["loc"], finding.get("input")
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = list(fields_of(schema)) if len(location) == 1 else []
+        hint = f"; keys: {', '.join(known)}" if known else ""
+        return f"{key}={shown(value)}: unknown key{suggest(str(location[-1]), known)}{hint}"
+    if kind in ("value_error", "assertion_error"):
+        message = str(finding.get("ctx", {}).get("error") or finding["msg"].partition(", ")[2])
+        if not location or message.startswith(f"{prefix}."):  # a check over several keys, which names them itself
+            return message
+        described = wanted.field.description if wanted.field is not None else None
+        return f"{key}={shown(value)}: {message}" + (f" ({described})" if described else "")
+    if not location:
+        return f"{prefix or 'configuration'}={shown(value)}: expected a group of keys: {', '.join(fields_of(schema))}"
+    described = wanted.field.description if wanted.field is not None else None
+    needed = f"{wanted.words}{wanted.example(key)}" + (f" ({described})" if described else "")
+    if kind.startswith("missing") and isinstance(location[-1], int):
+        whole = expected_at(schema, location[:-1])
+        list_key = _key(prefix, whole.key)
+        return (
+            f"{list_key}={shown(value)}: item {location[-1] + 1} is missing; expected {whole.words}"
+            f"{whole.example(list_key)}"
+        )
+    if kind.startswith("missing"):
+        return f"{key} is not set: give it a value, {key}=...; expected {needed}"
+    near = suggest(str(value)[:100], _words_of(wanted.annotation)) if isinstance(value, str) else ""
+    quotes = ""
+    if kind == "string_type" and _is_scalar(value):
+        whole_word = isinstance(wanted.key[-1], str)
+        quotes = f"; write it in quotes, \"{key}='{shown(value)}'\"" if whole_word else "; write it in quotes"
+    return f"{key}={shown(value)}: expected {needed}{near}{quotes}"
+
+
+def _words_of(annotation: Any) -> list[str]:
+    """The words that a key takes, where it takes a few."""
+    members = [annotation, *get_args(annotation)]
+    return [str(word) for member in members if get_origin(member) is Literal for word in get_args(member)]
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, bool | int | float)
 
 
 def _key(prefix: str, location: tuple[int | str, ...]) -> str:
@@ -242,20 +289,33 @@ def _key(prefix: str, location: tuple[int | str, ...]) -> str:
     return key
 
 
-def shown(value: Any) -> str:
+def shown(value: Any, depth: int = 0) -> str:
     """A value as it is written on the command line, on one line and cut where it is long."""
     if value is None or isinstance(value, bool):
         text = {None: "null", True: "true", False: "false"}[value]
+    elif depth > _SHOWN_DEPTH:
+        text = "..."
     elif isinstance(value, list | tuple):
-        text = f"[{','.join(shown(item) for item in value)}]"
+        text = f"[{','.join(_shown_items(value, depth))}]"
     elif isinstance(value, Mapping):
-        text = f"{{{','.join(f'{key}:{shown(item)}' for key, item in value.items())}}}"
+        pairs = islice(value.items(), _SHOWN_ITEMS)
+        text = f"{{{','.join(f'{shown(key)}:{shown(item, depth + 1)}' for key, item in pairs)}}}"
+    elif isinstance(value, int) and abs(value) >= 10**100:  # str() refuses more than 4,300 digits
+        text = f"{'-' if value < 0 else ''}10^{int(abs(value).bit_length() * 0.30103)}"
     else:
-        text = " ".join(str(value).split()) or "''"
+        text = printable(str(value)) or "''"
     return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def _shown_items(values: Iterable[Any], depth: int) -> list[str]:
+    return [shown(item, depth + 1) for item in islice(values, _SHOWN_ITEMS)]
+
+
+#: Items and levels of a nested value that are written out before the line is cut.
+_SHOWN_ITEMS, _SHOWN_DEPTH = 60, 8
 
 
 def suggest(word: str, choices: Iterable[str]) -> str:
     """``"; did you mean X?"`` for the nearest choice, or an empty string."""
-    near = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word[:100], list(choices), n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""

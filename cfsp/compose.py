@@ -15,11 +15,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from cfsp.components import shown, suggest
 from cfsp.errors import ConfigError
 from cfsp.package import config_folder
+from cfsp.system.answer import printable
+from cfsp.system.words_check import check_words
 
 #: Groups that describe several runs.
 OF_A_SWEEP = ("experiment", "launcher")
@@ -31,9 +32,10 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         ConfigError: malformed overrides, unknown keys, groups or options.
     """
+    check_words(overrides)
     try:
         return _compose(overrides)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except Exception as error:  # Hydra trips over some words in ways of its own, TypeError among them
         raise explain(error, overrides) from error
 
 
@@ -48,7 +50,21 @@ def explain(error: Exception, words: Sequence[str], folder: Path | None = None, 
     """
     folders = [config_folder(), *([folder] if folder is not None and folder.is_dir() else [])]
     problems = list(_findings(words, folders, sweep=sweep))
-    return ConfigError(*problems) if problems else ConfigError(" ".join(str(error).split()) or type(error).__name__)
+    return ConfigError(*problems) if problems else ConfigError(_hydra_reason(error, words))
+
+
+def _hydra_reason(error: Exception, words: Sequence[str]) -> str:
+    """What Hydra says, on one line, with the word that it is about where that shows."""
+    reason = printable(str(error).partition("Config search path")[0]) or type(error).__name__
+    reason = re.sub(r"^In '[^']*': ", "", reason)
+    about = [word for word in words if word in reason or _key_of(word) in reason]
+    if len(about) != 1 or about[0] in reason:
+        return f"{reason}; all keys: cfsp --cfg job"
+    return f"{about[0]}: not applied ({reason}); all keys: cfsp --cfg job"
+
+
+def _key_of(word: str) -> str:
+    return word.partition("=")[0].lstrip("+~") or word
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
@@ -66,7 +82,7 @@ def _findings(words: Sequence[str], folders: Sequence[Path], *, sweep: bool) -> 
     for word in words:
         try:
             override = parser.parse_override(word)
-        except (HydraException, ValueError):
+        except Exception:  # a RecursionError among them
             malformed.append(word)
             continue
         key = override.key_or_group
@@ -88,10 +104,16 @@ def _findings(words: Sequence[str], folders: Sequence[Path], *, sweep: bool) -> 
     for word in malformed:
         key = word.partition("=")[0]
         meant = "" if _exists(tree, key) else _nearest(key, _keys(tree))
-        yield f"{word}: not a valid override{meant}; write key=value (quote values with , = or spaces)"
+        yield f"{word}: not a valid override{meant}; {_way_out(word, parser)}"
     for override in values:
-        key = override.key_or_group
-        if not override.is_add() and not override.is_force_add() and not _exists(tree, key):
+        key, node = override.key_or_group, _value_at(tree, override.key_or_group)
+        if isinstance(node, Mapping) and isinstance(override.value(), list):
+            yield f"{override.input_line}: a group of keys is expected: {', '.join(node)}; write {key}.KEY=VALUE"
+        elif isinstance(node, Mapping) and override.value() is None and not override.is_delete():
+            yield f"{override.input_line}: a group of keys is expected: {', '.join(map(str, node))}; leave {key} out"
+        elif override.is_sweep_override() and not override.is_discrete_sweep():
+            yield f"{override.input_line}: a sweep needs its values: write {key}=a,b,c or {key}=range(FIRST,END,STEP)"
+        elif not override.is_add() and not override.is_force_add() and not _exists(tree, key):
             yield _unknown_key(key, tree, folders)
         elif override.is_sweep_override() and not sweep:
             value = str(override.input_line).partition("=")[2]
@@ -103,12 +125,15 @@ def _findings(words: Sequence[str], folders: Sequence[Path], *, sweep: bool) -> 
 
 def _option_problem(override: Override, options: Sequence[str]) -> str | None:
     group = override.key_or_group
+    if isinstance(override.value(), list):
+        return f"{override.input_line}: one option is expected; several need a sweep: -m {group}=A,B (one run each)"
     if override.is_delete() or (override.is_sweep_override() and not override.is_discrete_sweep()):
         return None
     chosen = [*override.sweep_string_iterator()] if override.is_sweep_override() else [shown(override.value())]
     unknown = [option for option in chosen if option not in options]
     if unknown:
-        near = suggest(unknown[0], options)
+        empty = unknown[0] in ("null", "''") and "none" in options
+        near = "; did you mean none?" if empty else suggest(unknown[0], options)
         return f"{group}={unknown[0]}: there is no such option{near}; options: {', '.join(options)}"
     if override.is_add():
         return f"{override.input_line}: {group} is chosen already; write {group}={chosen[0]} without the +"
@@ -125,7 +150,7 @@ def _tree(choices: Sequence[str], folders: Sequence[Path]) -> Any:
     search = [f"hydra.searchpath=[{','.join(f'file://{folder.resolve()}' for folder in folders[1:])}]"]
     try:
         return OmegaConf.to_container(_compose([*single, *search]), resolve=False)
-    except (HydraException, OmegaConfBaseException, ValueError):
+    except Exception:  # the words are what is wrong
         return OmegaConf.to_container(_compose([]), resolve=False)
 
 
@@ -170,6 +195,36 @@ def _nearest(key: str, known: Iterable[str], prefix: str = "", suffix: str = "")
         leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
         near = next((leaves[name] for name in get_close_matches(leaf, leaves, n=1, cutoff=0.6)), None)
     return f"; did you mean {prefix}{near}{suffix}?" if near else ""
+
+
+def _way_out(word: str, parser: OverridesParser) -> str:
+    """How a word that Hydra cannot read is written; quotes only where the word is read with them."""
+    key, equals, value = word.partition("=")
+    if re.match(r"(range|choice|interval|glob|sort|shuffle|tag)\(", value):
+        return "a sweep is written with -m as key=a,b,c, key=range(FIRST,END,STEP) or key=choice(a,b)"
+    bare = value.strip("'\"")
+    for mark in ("'", '\\"'):
+        quote = mark[-1]
+        quoted = f"{key}={quote}{bare}{quote}"
+        if (
+            equals
+            and re.fullmatch(r"[~+]*[\w./@-]+", key)
+            and bare
+            and quote not in bare
+            and not re.match(r"[\[{]", value)
+        ):
+            try:
+                parser.parse_override(quoted)
+            except (HydraException, ValueError):
+                continue
+            return f'this value needs quotes: "{key}={mark}{bare}{mark}"'
+    return "write key=value (quote values with , = # ( ' ~ or spaces: \"key='value'\")"
+
+
+def _value_at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def _exists(tree: Any, key: str) -> bool:

@@ -14,19 +14,24 @@ from functools import cache
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
 
 from cfsp.allocate.budget import Budget, Protect
-from cfsp.components import Component, build, problems_of, shown, suggest
+from cfsp.components import Component, booleans_for_numbers, build, problems_of, shown, suggest
 from cfsp.contracts import Allocator, Evaluator, NeuronImportance, Pruner, Recovery, RunLogger
 from cfsp.errors import ConfigError
-from cfsp.package import config_folder
+from cfsp.evaluate.values import placed
+from cfsp.package import config_folder, is_packaged, package_path
+from cfsp.system.answer import printable
+from cfsp.system.magnitude import LARGEST_TOKENS, too_large
+from cfsp.system.names import RULE, checked_name, is_name
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 SavedDType = Literal["float32", "bfloat16", "float16"]
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 Folder = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, AfterValidator(checked_name)]
 
 
 def _device(name: str) -> str:
@@ -62,6 +67,16 @@ def _batch_size(value: Any) -> int | Literal["auto"]:
     raise ValueError("sequences at a time: give auto or a whole number from 1")
 
 
+def _force(value: Any) -> bool | Literal["check"]:
+    # One sentence where a union of types would give one per type.
+    if value == "check" and isinstance(value, str):
+        return "check"
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        raise ValueError("use false, true (repeat a finished run) or check (compare the hashes of its files)") from None
+
+
 BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Gigabytes = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -74,7 +89,7 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    name: str
+    name: Name
     path: str | None = Field(description="a folder or a hub id, e.g. model=local model.path=FOLDER")
     revision: str | None = None
     dtype: DType = "auto"
@@ -103,14 +118,14 @@ class TextSection(Section):
     text_field: str = "text"
     txt_rows: Literal["whole", "lines", "wikitext"] = "whole"
     join: str = "\n\n"
-    bos: Literal["none", "start", "window"] = "none"
+    bos: Literal["auto", "none", "start", "window"] = "auto"
     skip_documents: int = Field(default=0, ge=0)
     max_documents: PositiveInt | None = None
 
 
 class TextCalibration(TextSection):
     kind: Literal["text"]
-    name: str
+    name: Name
     sampling: Literal["random", "sequential"] = "random"
     n_samples: PositiveInt
     seq_len: int = Field(ge=2)
@@ -121,7 +136,7 @@ class TextCalibration(TextSection):
 
 class TokensCalibration(Section):
     kind: Literal["tokens"]
-    name: str
+    name: Name
     path: str | None = Field(description="a .npy file of token ids, shape [n, T]")
     n_samples: PositiveInt | None = None
     seq_len: Annotated[int, Field(ge=2)] | None = None
@@ -132,7 +147,7 @@ class TokensCalibration(Section):
 
 class SelfCalibration(Section):
     kind: Literal["self"]
-    name: str
+    name: Name
     n_samples: PositiveInt
     seq_len: int = Field(ge=2)
     sampling_temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
@@ -164,6 +179,7 @@ class SaveSection(Section):
 
 
 class PluginsSection(Section):
+    #: Packages; ``tasks``: the files of evaluation.*.include_path.
     allow: list[str] = Field(default=[], description="e.g. plugins.allow=[my_package]")
 
 
@@ -194,6 +210,8 @@ class RunConfig:
     debug: bool
     evaluate_selection: bool
     raw: dict[str, Any]
+    #: force=check: the hashes of a finished run's files are compared, not their sizes alone.
+    check_files: bool = False
 
     @property
     def budget(self) -> Budget:
@@ -236,28 +254,38 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
             else dict(config)
         )
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(unresolved(error)) from error
     problems: list[str] = [
         f"{key}={shown(value)}: unknown key{suggest(root, _ROOT_KEYS)}; all keys: cfsp --cfg job"
         for root in raw
         if root not in _ROOT_KEYS
         for key, value in _leaves(str(root), raw[root])
     ]
+    absent = [name for name in ("model", "calibration", "sparsity", "paths") if name not in raw]
+    if absent:
+        raise ConfigError(
+            *problems, *(f"{name} is not set: choose one, e.g. {name}={_option(name)}" for name in absent)
+        )
     parts: dict[str, Any] = {}
     for name, schema in _SECTIONS.items():
-        parts[name] = _section(name, schema, raw.get(name) or {}, problems)
-    parts["calibration"] = _calibration(raw.get("calibration") or {}, problems)
+        parts[name] = _section(name, schema, raw.get(name, {}), problems)
+    parts["calibration"] = _calibration(raw.get("calibration", {}), problems)
     allowed = parts["plugins"].allow if parts["plugins"] is not None else []
     for name, contract in _COMPONENTS.items():
         parts[name] = _component(name, raw.get(name), allowed, contract, problems)
-    evaluation = dict(raw.get("evaluation") or {})
+    evaluation = _evaluators(raw.get("evaluation"), problems)
     evaluation_name = str(evaluation.pop("name", "custom"))
+    problems.extend(_unsafe_names(evaluation_name, parts))
     parts["evaluation"] = {
         name: _component(f"evaluation.{name}", value, allowed, Evaluator, problems)
         for name, value in evaluation.items()
         if value is not None
     }
     problems.extend(_no_sides(parts["evaluation"]))
+    for name, evaluator in parts["evaluation"].items():
+        if evaluator is not None and "key" not in evaluator.settings:
+            placed(evaluator.instance, f"evaluation.{name}")
+    problems.extend(_task_folders(parts["evaluation"], allowed))
     scalars = _section("", _Scalars, {key: raw[key] for key in _Scalars.model_fields if key in raw}, problems)
     if isinstance(parts["model"], ModelSection) and not parts["model"].path:
         problems.append(
@@ -268,19 +296,41 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     if None not in (parts["pruner"], parts["importance"], parts["allocator"]):
         problems.extend(parts["pruner"].instance.objections(parts["importance"], parts["allocator"]))
     problems.extend(_nothing_to_recover(parts["pruner"], parts["recovery"]))
-    problems.extend(_nothing_to_export(parts["save"]))
+    problems.extend(_nothing_to_export(parts["save"], parts["pruner"]))
+    problems.extend(_too_many_tokens(parts["calibration"]))
+    large = {key: f"{key}={shown(value)}: too large; expected at most {most:,}" for key, value, most in too_large(raw)}
+    problems = [line for line in problems if line.partition("=")[0] not in large] + list(large.values())
     if problems:
-        raise ConfigError(*problems)
+        raise ConfigError(*dict.fromkeys(problems))
     parts.pop("plugins")
     return RunConfig(
         **parts,
         evaluation_name=evaluation_name,
         seed=scalars.seed,
-        force=scalars.force,
+        force=scalars.force is True,
         debug=scalars.debug,
         evaluate_selection=scalars.evaluate_selection,
         raw=raw,
+        check_files=scalars.force == "check",
     )
+
+
+def _unsafe_names(evaluation_name: str, parts: Mapping[str, Any]) -> Iterator[str]:
+    """Names that components carry go into names of files, as those of the sections do."""
+    named = {"evaluation.name": evaluation_name}
+    for group in ("pruner", "recovery"):
+        if parts[group] is not None:
+            named[f"{group}.name"] = parts[group].instance.name
+    yield from (f"{key}={shown(name)}: {RULE}" for key, name in named.items() if not is_name(name))
+
+
+def unresolved(error: OmegaConfBaseException) -> str:
+    """The line about a key whose value is missing (???) or refers (${...}) to what is not there."""
+    key = error.full_key or "configuration"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key}=???: has no value; give one, {key}=VALUE"
+    reason = printable(str(error).partition("\n")[0])
+    return f"{key}: its value refers with ${{...}} to what cannot be resolved ({reason}); write the value itself"
 
 
 def _unused(pruner: Component[Pruner] | None, raw: Mapping[str, Any]) -> Iterator[str]:
@@ -304,6 +354,17 @@ def _no_sides(evaluators: Mapping[str, Component[Evaluator] | None]) -> Iterator
             )
 
 
+def _task_folders(evaluation: Mapping[str, Component[Evaluator] | None], allowed: list[str]) -> Iterator[str]:
+    """Folders of task files that are not cfsp's own, without the word that lets them run."""
+    for name, evaluator in evaluation.items():
+        path = None if evaluator is None else evaluator.instance.task_folder()
+        if path is not None and "tasks" not in allowed and package_path(path).is_dir() and not is_packaged(path):
+            yield (
+                f"evaluation.{name}.include_path={path}: task files are code (functions, templates) that would run as "
+                "you; look at them, then allow it with plugins.allow=[tasks]"
+            )
+
+
 def _nothing_to_recover(pruner: Component[Pruner] | None, recovery: Component[Recovery] | None) -> Iterator[str]:
     if pruner is None or recovery is None or pruner.instance.prunes or not recovery.instance.trains:
         return
@@ -313,33 +374,62 @@ def _nothing_to_recover(pruner: Component[Pruner] | None, recovery: Component[Re
     )
 
 
-def _nothing_to_export(save: SaveSection | None) -> Iterator[str]:
-    if save is not None and not save.model and save.format != "hf":
+def _nothing_to_export(save: SaveSection | None, pruner: Component[Pruner] | None) -> Iterator[str]:
+    if save is not None and save.format != "hf" and pruner is not None and not pruner.instance.prunes:
+        yield (
+            f"save.format={save.format}: pruner={pruner.instance.name} removes nothing, so no model is written; leave "
+            "it out, or prune; cfsp export path=FOLDER writes other forms of a pruned folder"
+        )
+    elif save is not None and not save.model and save.format != "hf":
         yield (
             f"save.format={save.format}: save.model=false saves no model that could be exported; use save.model=true, "
             "or leave save.format out"
         )
 
 
+def _too_many_tokens(section: CalibrationSection | None) -> Iterator[str]:
+    """More windows than memory could hold, seen before anything is read."""
+    if section is None or section.n_samples is None or section.seq_len is None:
+        return
+    if section.n_samples * section.seq_len > LARGEST_TOKENS:
+        yield (
+            f"calibration.n_samples={section.n_samples}: with calibration.seq_len={section.seq_len} these are "
+            f"{section.n_samples * section.seq_len:,} tokens, at most {LARGEST_TOKENS:,} are taken; use fewer or "
+            "shorter windows"
+        )
+
+
 @cache
 def _default(group: str) -> dict[str, Any]:
     """The group as config.yaml has it where nobody chooses."""
+    values: Any = OmegaConf.to_container(OmegaConf.load(config_folder() / group / f"{_option(group)}.yaml"))
+    return values
+
+
+def _option(group: str) -> str:
+    """The option of a group that config.yaml chooses."""
     entries = OmegaConf.load(config_folder() / "config.yaml").defaults
     (option,) = [entry[group] for entry in entries if not isinstance(entry, str) and group in entry]
-    values: Any = OmegaConf.to_container(OmegaConf.load(config_folder() / group / f"{option}.yaml"))
-    return values
+    return str(option)
 
 
 class _Scalars(Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
-    force: bool = False
+    force: Annotated[bool | Literal["check"], PlainValidator(_force)] = False
     debug: bool = False
     evaluate_selection: bool = False
 
 
 def _section(name: str, schema: type[Section], values: Any, problems: list[str]) -> Any:
     if not isinstance(values, Mapping):
-        problems.append(f"{name}={shown(values)}: a group of keys is expected: {', '.join(schema.model_fields)}")
+        problems.append(
+            f"{name}={shown(values)}: a group of keys is expected: {', '.join(schema.model_fields)}; leave {name} out "
+            f"for its defaults, or write {name}.KEY=VALUE"
+        )
+        return None
+    wrong = [*booleans_for_numbers(schema, values, name)]
+    if wrong:
+        problems.extend(wrong)
         return None
     try:
         return schema(**{str(key): value for key, value in values.items()})
@@ -349,8 +439,11 @@ def _section(name: str, schema: type[Section], values: Any, problems: list[str])
 
 
 def _calibration(values: Mapping[str, Any], problems: list[str]) -> Any:
-    kind = values.get("kind") if isinstance(values, Mapping) else None
-    if kind not in _CALIBRATION_KINDS:
+    if not isinstance(values, Mapping):
+        problems.append(f"calibration={shown(values)}: a group of keys is expected; choose one, e.g. calibration=text")
+        return None
+    kind = values.get("kind")
+    if not isinstance(kind, str) or kind not in _CALIBRATION_KINDS:
         problems.append(f"calibration.kind={shown(kind)}: use {', '.join(_CALIBRATION_KINDS)}")
         return None
     section = _section("calibration", _CALIBRATION_KINDS[kind], values, problems)
@@ -364,6 +457,20 @@ def _calibration(values: Mapping[str, Any], problems: list[str]) -> Any:
             "calibration.path=null: calibration=tokens needs it: give a .npy file of ids, calibration.path=FILE.npy"
         )
     return section
+
+
+def _evaluators(values: Any, problems: list[str]) -> dict[str, Any]:
+    """The entries of the evaluation, ``name`` among them; null stands for none."""
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        problems.append(
+            f"evaluation={shown(values)}: a group of evaluators is expected; choose one, e.g. evaluation=none"
+        )
+        return {}
+    if not isinstance(values.get("name", "custom"), str):
+        problems.append(f"evaluation.name={shown(values['name'])}: expected text, e.g. evaluation.name=custom")
+    return {str(name): value for name, value in values.items()}
 
 
 def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:

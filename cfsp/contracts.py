@@ -269,9 +269,12 @@ class Evaluator(Protocol):
 
     Attributes:
         side_by_side: whether the dense and the pruned model are measured in turn, by :meth:`measure_sides`.
+        key: configuration key that the evaluator stands under, for messages. It is told when the configuration is
+            parsed, since two of one class may stand under ``evaluation``.
     """
 
     side_by_side: ClassVar[bool]
+    key: ClassVar[str] = "evaluation"
 
     @abstractmethod
     def check(self, tokenizer: Any, limits: Limits) -> dict[str, Any]:
@@ -286,6 +289,18 @@ class Evaluator(Protocol):
     def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
         """Measure one model."""
         ...
+
+    def check_settings(self) -> dict[str, Any] | None:
+        """Check the settings alone, in the place of :meth:`check`, where other inputs of the run are wrong already.
+
+        Returns:
+            The facts of the settings that decide the figures; None: :meth:`check` takes no longer than this would.
+        """
+        return None
+
+    def task_folder(self) -> str | None:
+        """Return the folder whose files the evaluator would run as code; None: there is none."""
+        return None
 
     def parts(self) -> Mapping[str, Evaluator]:
         """Divide the evaluator: name of a task or text -> the evaluator of it alone.

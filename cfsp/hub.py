@@ -1,75 +1,251 @@
-"""Fetching from the Hugging Face hub: first see whether it answers, else use its cache, else say why not."""
+"""Fetching from the Hugging Face hub: see whether it answers, else use its cache, else say why not and the way out."""
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import re
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
-#: Seconds to wait for the hub's first answer; behind a closed firewall one would otherwise wait for minutes.
-TIMEOUT = 10
+from cfsp.errors import CfspError, DataError
+from cfsp.system.library_logs import off_the_console
+from cfsp.system.patient_session import TIMEOUT, HubFailedError, patient_session
+
+log = logging.getLogger(__name__)
+
+_Key = tuple[str, str, str | None, str, str]
+
+#: Seconds of patience with a hub that fails, before and after the local cache has been looked into.
+_BRIEF = 4
+_TRUE = ("1", "ON", "YES", "TRUE")
+_OFFLINE_FLAGS = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+_WITHIN_A_FILE = ("ReadError", "WriteError", "CloseError")
+_CONNECTION = ("TransportError", "TimeoutException", "NetworkError", "ProtocolError", "RequestError", "InvalidURL")
+
+#: The commit of each (kind, repository, revision, endpoint, cache folder): a run reads a text more than once, and a
+#: branch that moves in between must not change it. Kept for the life of the process.
+_commits: dict[_Key, str] = {}
 
 
 def fetch_snapshot(repo: str, revision: str | None, *, allow: list[str], ignore: list[str]) -> Path:
-    """The folder of a model repository, named after its commit."""
+    """Return the folder of a model repository, named after its commit."""
     from huggingface_hub import snapshot_download
 
-    revision, cached_only = _look(repo, "model", revision)
-    return Path(
-        snapshot_download(
-            repo,
-            revision=revision,
-            allow_patterns=allow,
-            ignore_patterns=ignore,
-            local_files_only=cached_only,
-            etag_timeout=TIMEOUT,
-        )
-    )
+    keys = {"allow_patterns": allow, "ignore_patterns": ignore, "etag_timeout": TIMEOUT}
+    return _fetched(repo, "model", revision, partial(snapshot_download, repo, **keys))
 
 
 def fetch_file(repo: str, file: str, revision: str | None) -> Path:
-    """One file of a dataset repository."""
+    """Return one file of a dataset repository."""
     from huggingface_hub import hf_hub_download
 
-    revision, cached_only = _look(repo, "dataset", revision)
-    return Path(
-        hf_hub_download(
-            repo,
-            file,
-            repo_type="dataset",
-            revision=revision,
-            local_files_only=cached_only,
-            etag_timeout=TIMEOUT,
-        )
+    download = partial(hf_hub_download, repo, file, repo_type="dataset", etag_timeout=TIMEOUT)
+    return _fetched(repo, "dataset", revision, download)
+
+
+def _fetched(repo: str, kind: str, revision: str | None, download: Callable[..., str]) -> Path:
+    """Download at the commit that ``revision`` is at, or find in the cache what was downloaded before.
+
+    A hub that fails is asked for a few seconds before the cache is looked into, and longer where that holds nothing.
+    """
+    from huggingface_hub import constants
+
+    key = (kind, repo, revision, constants.ENDPOINT, constants.HF_HUB_CACHE)
+    reason: Exception | None = None
+    for patience in (_BRIEF, None):
+        try:
+            with off_the_console(), patient_session(patience):
+                return _from_hub(key, download)
+        except Exception as error:
+            if _is_definite(error):
+                raise
+            reason = error
+        try:
+            with off_the_console():
+                path = Path(download(revision=_commits.get(key) or revision, local_files_only=True))
+        except Exception as error:  # the reason above says why the cache was looked into
+            if _is_offline(reason):
+                reason = error
+        else:
+            if not _is_offline(reason):
+                _say_cached(repo, path, reason)
+            commit = _commit_of(path)
+            if commit is not None:
+                _commits[key] = commit
+            return path
+        if not isinstance(reason, HubFailedError):
+            break
+    assert reason is not None
+    raise reason
+
+
+def _from_hub(key: _Key, download: Callable[..., str]) -> Path:
+    from huggingface_hub import HfApi
+
+    kind, repo, revision, *_ = key
+    commit = _commits.get(key)
+    if commit is None:
+        commit = HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=TIMEOUT).sha or revision
+    path = _whole(partial(download, revision=commit, local_files_only=False))
+    if commit is not None:
+        _commits[key] = commit
+        _write_ref(path, revision or "main", commit)
+    return path
+
+
+def _whole(download: Callable[..., str], attempts: int = 3) -> Path:
+    """Download, again where the connection broke within a file in a way that huggingface_hub does not repeat."""
+    for _ in range(attempts - 1):
+        try:
+            return Path(download())
+        except Exception as error:
+            if not (type(error).__name__ in _WITHIN_A_FILE or "onsistency check failed" in str(error)):
+                raise
+    return Path(download())
+
+
+def _write_ref(path: Path, revision: str, commit: str) -> None:
+    """Note in the cache which commit a branch or tag is at, as huggingface_hub does when it fetches by that name.
+
+    Files are fetched by the commit, so that all of them are of one, and offline they are looked for by the name.
+    """
+    at = _snapshots_at(path)
+    if revision == commit or at is None or ".." in Path(revision).parts:
+        return
+    ref = Path(*path.parts[:at]) / "refs" / revision
+    with suppress(OSError):  # a cache that may only be read serves as well
+        if not ref.is_file() or ref.read_text(encoding="utf-8") != commit:
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            partial_ref = ref.with_name(f".{ref.name}.{os.getpid()}")
+            partial_ref.write_text(commit, encoding="utf-8")
+            os.replace(partial_ref, ref)
+
+
+def _snapshots_at(path: Path) -> int | None:
+    """The place of the folder ``snapshots`` among the parts of a path in the hub's cache."""
+    if "snapshots" not in path.parts[:-1]:
+        return None
+    return len(path.parts) - 1 - path.parts[::-1].index("snapshots")
+
+
+def _commit_of(path: Path) -> str | None:
+    at = _snapshots_at(path)
+    return None if at is None else path.parts[at + 1]
+
+
+def _say_cached(repo: str, path: Path, reason: Exception) -> None:
+    why = hub_reason(reason).partition("; ")[0]
+    log.warning("%s: %s; the copy in the local cache is taken (commit %s)", repo, why, str(_commit_of(path))[:12])
+
+
+def _is_definite(error: Exception) -> bool:
+    """Whether neither patience nor the cache would help: the hub has answered, or the disk is full."""
+    from huggingface_hub.errors import (
+        HFValidationError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
+    answers = (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError)
+    return isinstance(error, answers) or (isinstance(error, OSError) and error.errno in _DISK)
 
-def _look(repo: str, repo_type: str, revision: str | None) -> tuple[str | None, bool]:
-    """The commit of a revision, and whether only the local cache can be used because the hub does not answer.
 
-    The downloads below retry five times with growing pauses (24 s for nothing where there is no network);
-    asked first, the hub fails at once.
+def _is_offline(error: BaseException | None) -> bool:
+    return type(error).__name__ == "OfflineModeIsEnabled"
+
+
+def _is_connection_error(error: BaseException) -> bool:
+    """Whether it is one of the HTTP client's own (httpx, httpx2)."""
+    return any(base.__name__ in _CONNECTION for base in type(error).__mro__)
+
+
+@contextmanager
+def fetching(key: str, way_out: str) -> Iterator[None]:
+    """Fetch within: libraries' requests are repeated where the hub fails in passing, and what remains is one DataError.
+
+    Args:
+        key: key=value that asked for the data, e.g. ``evaluation.zero_shot.tasks=boolq``.
+        way_out: local data to give instead, e.g. ``local tasks with evaluation.zero_shot.include_path=FOLDER``.
+
+    Raises:
+        DataError: the data could not be fetched. Errors that have nothing to do with fetching pass unchanged.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        info = HfApi().repo_info(repo, repo_type=repo_type, revision=revision, timeout=TIMEOUT)
-    except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
-        raise
-    except Exception:  # no network, an overloaded hub, offline mode: what was fetched before still serves
-        return revision, True
-    return info.sha or revision, False
-
-
-def hub_error(what: str, error: Exception, local: str) -> str:
-    """Say why the hub did not give ``what`` and which ``local`` copy to give instead."""
-    return f"{what}: {hub_reason(error)}; give {local}"
+    with off_the_console(), patient_session():
+        try:
+            yield
+        except CfspError:
+            raise
+        except Exception as error:
+            if not is_fetching_error(error):
+                raise
+            raise DataError(hub_error(key, error, way_out)) from error
 
 
-def hub_reason(error: Exception) -> str:
-    """Why the hub did not give something, in a clause."""
+def is_fetching_error(error: BaseException) -> bool:
+    """Whether an error comes from fetching data: the hub, the network, or ``datasets`` building what it fetched."""
+    if isinstance(error, ConnectionError) or _is_connection_error(error):
+        return True
+    if type(error).__module__.partition(".")[0] in ("huggingface_hub", "datasets", "fsspec", "httpx", "httpx2"):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    fetch = ("load_dataset", "snapshot_download", "hf_hub_download")
+    return any(frame.name in fetch for frame in frames) or (isinstance(error, KeyError) and _in_a_data_set(error))
+
+
+def _in_a_data_set(error: BaseException) -> bool:
+    """Whether it was raised where a split is taken out of a data set."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.replace(os.sep, "/").endswith("/datasets/dataset_dict.py")
+
+
+def hub_error(
+    what: str, error: BaseException, local: str, *, revision: str | None = None, file: str | None = None
+) -> str:
+    """Say why the hub did not give ``what``, the way out, and which ``local`` copy to give instead.
+
+    Args:
+        what: key=value that names the repository.
+        revision: the one asked for, None for that of the main branch.
+        file: the file asked for, where it is one.
+    """
+    line = f"{what}: {hub_reason(error, revision=revision, file=file)}"
+    return f"{line}{',' if '; ' in line else ';'} {'or ' if '; ' in line else ''}give {local}"
+
+
+def hub_reason(error: BaseException, *, revision: str | None = None, file: str | None = None) -> str:
+    """Say why the hub did not give something: a clause, and after a semicolon what to do about it, where there is."""
+    chain = _chain(error)
+    for one in chain:
+        reason = _known_reason(one, revision, file)
+        if reason is not None:
+            return reason
+    return f"no local path, and the hub did not give it ({type(error).__name__}: {_short(error)})"
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error, then what it came from."""
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in chain:
+        chain.append(following)
+        following = following.__cause__ or following.__context__
+    # An entry that is not in the cache is the last thing that was tried, not what was wrong first.
+    return sorted(chain, key=lambda one: type(one).__name__ in ("LocalEntryNotFoundError", "IncompleteSnapshotError"))
+
+
+def _known_reason(error: BaseException, revision: str | None, file: str | None) -> str | None:
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
+        DisabledRepoError,
         GatedRepoError,
+        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RemoteEntryNotFoundError,
@@ -77,20 +253,115 @@ def hub_reason(error: Exception) -> str:
         RevisionNotFoundError,
     )
 
-    if isinstance(error, GatedRepoError):
-        reason = "the repository is gated: accept its licence on the hub and set HF_TOKEN"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    reason: str | None = None
+    if isinstance(error, HubFailedError):
+        reason = f"{_short(error)}; try again later"
+    elif isinstance(error, GatedRepoError):
+        reason = _gated(error, status)
     elif isinstance(error, RepositoryNotFoundError):
         reason = "there is no such repository on the hub (or it is private: set HF_TOKEN), and no such local path"
     elif isinstance(error, RevisionNotFoundError):
-        reason = "the repository has no such revision"
+        reason = f"the repository has no such revision{f' ({revision})' if revision else ''}; see its branches and tags"
     elif isinstance(error, RemoteEntryNotFoundError):
-        reason = "the repository has no such file"
+        at = f" at revision {revision}" if revision else ""
+        reason = f"the repository has no such file{f' ({file}{at})' if file else ''}; see its list of files"
+    elif isinstance(error, DisabledRepoError):
+        reason = "the repository has been disabled on the hub"
     elif isinstance(error, HFValidationError):
         reason = "neither a local path nor a name that the hub can have (organisation/name)"
-    elif isinstance(error, LocalEntryNotFoundError):
-        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-        cause = "HF_HUB_OFFLINE is set" if offline else "there is no network, or the hub is down"
-        reason = f"no local path, not in the local cache, and the hub cannot be reached ({cause})"
+    elif isinstance(error, HfHubHTTPError) and status in (401, 403):
+        reason = f"the hub does not accept the token ({status}); set a valid one (HF_TOKEN or `hf auth login`) or none"
+    elif isinstance(error, HfHubHTTPError) and status is not None:
+        reason = f"no local path, and the hub answered {status} ({_short(error)})"
+    elif isinstance(error, LocalEntryNotFoundError) or _is_offline(error):
+        flag = _offline_flag()
+        cause = f"{flag} is set" if flag else "there is no network, or the hub is down"
+        way_out = f"; run it once with {flag}=0" if flag else ""
+        part = "only in part" if type(error).__name__ == "IncompleteSnapshotError" else "not"
+        reason = f"no local path, {part} in the local cache, and the hub cannot be reached ({cause}){way_out}"
+    elif isinstance(error, OSError) and error.errno in _DISK:
+        reason = _disk(error)
+    elif _is_connection_error(error):
+        reason = _connection(error)
+    elif type(error).__name__ in ("JSONDecodeError", "FileMetadataError") or _without_commit(error):
+        reason = f"what answers at HF_ENDPOINT={constants.ENDPOINT} is not a hub's ({_short(error)}); see the network"
     else:
-        reason = f"no local path, and the hub did not give it ({type(error).__name__}: {error})"
+        reason = _of_datasets(error)
     return reason
+
+
+def _without_commit(error: BaseException) -> bool:
+    """Whether huggingface_hub took an answer for that of a hub which lacks what every answer of a hub has."""
+    frames = traceback.extract_tb(error.__traceback__)
+    here = bool(frames) and "huggingface_hub" in frames[-1].filename
+    return here and isinstance(error, KeyError | AssertionError | TypeError)
+
+
+def _gated(error: BaseException, status: int | None) -> str:
+    url = str(getattr(getattr(error, "response", None), "url", ""))
+    page = re.sub(r"/api/(models/)?", "/", re.split(r"/(?:resolve|tree|revision|raw|paths-info)/", url)[0])
+    where = f"its page ({page})" if page.startswith("http") else "the hub"
+    token = "use a token of an account that has access" if status == 403 else "set HF_TOKEN (or `hf auth login`)"
+    return f"the repository is gated: accept its licence on {where} and {token}"
+
+
+def _connection(error: BaseException) -> str:
+    name, text = type(error).__name__, _short(error)
+    if "CERTIFICATE" in text.upper():
+        return f"the hub's certificate is not trusted here ({text}); set SSL_CERT_FILE to that of your network"
+    if name == "ProxyError":
+        return f"the proxy does not let the hub be reached ({text}); see HTTPS_PROXY"
+    if name in ("UnsupportedProtocol", "InvalidURL"):
+        return f"HF_ENDPOINT={os.environ.get('HF_ENDPOINT')} is no address ({text}); give https://HOST or unset it"
+    return f"the connection to the hub broke off ({name}: {text}); try again later"
+
+
+def _disk(error: OSError) -> str:
+    from huggingface_hub import constants
+
+    keys = ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HOME")
+    values = {key: os.environ[key] for key in keys if os.environ.get(key)}
+    place = str(error.filename or "")
+    key = next((key for key, folder in values.items() if place.startswith(folder)), "HF_HOME")
+    folder = values.get(key, constants.HF_HOME)
+    return f"{key}={folder} cannot be written ({error.strerror}); make room, or set {key} to another folder"
+
+
+def _offline_flag() -> str | None:
+    return next((flag for flag in _OFFLINE_FLAGS if os.environ.get(flag, "").upper() in _TRUE), None)
+
+
+def _of_datasets(error: BaseException) -> str | None:
+    """The same of what ``datasets`` raises, which says it in words."""
+    text, flag = _short(error), _offline_flag()
+    if "gated dataset" in text:
+        from huggingface_hub import constants
+
+        name = re.search(r"Dataset '(.+?)'", text)
+        where = f"its page ({constants.ENDPOINT}/datasets/{name[1]})" if name else "the hub"
+        return f"the data set is gated: accept its licence on {where} and set HF_TOKEN (or `hf auth login`)"
+    if isinstance(error, KeyError) and _in_a_data_set(error):
+        return f"the data set has no split {text}"
+    if "offline" in text.lower() or (flag and ("find cache" in text or "reach" in text)):
+        cause = f"{flag} is set" if flag else "there is no network, or the hub is down"
+        return f"not in the local cache, and the hub cannot be reached ({cause}); fetch it while online"
+    found = re.search(r"BuilderConfig '?(.+?)'? not found\. Available: (.+)", text)
+    if found:
+        return f"the data set has no configuration {found[1]} (it has {found[2].strip('[]')[:150]})"
+    if type(error).__name__ == "DatasetNotFoundError":
+        return f"{text.rstrip('.')} (if it is private: set HF_TOKEN or `hf auth login`)"
+    if "Dataset scripts are no longer supported" in text:
+        return f"the data set is a loading script, which is never run ({text})"
+    if type(error).__name__ in ("DataFilesNotFoundError", "EmptyDatasetError"):
+        return f"{text.rstrip('.')}: the repository holds none of the data set's files"
+    if isinstance(error, ConnectionError | FileNotFoundError):
+        return f"{text.rstrip('.')}; fetch it while online"
+    return None
+
+
+def _short(error: BaseException) -> str:
+    """The first lines of a message that hold anything, in one."""
+    text = " ".join(str(error).split())
+    text = re.sub(r" ?\(Request ID: [^)]*\)| For more information check: \S+", "", text)
+    return text if len(text) <= 200 else f"{text[:200]} ..."

@@ -9,6 +9,8 @@ from typing import Any
 
 from cfsp.components import known_class
 from cfsp.config import RunConfig
+from cfsp.errors import ConfigError
+from cfsp.system.names import is_name
 
 #: Raise it when the method's code changes a result, so that no old record stands for the new code.
 METHOD_VERSION = 2
@@ -84,14 +86,25 @@ def identity_of(
 
 
 def run_id_of(config: RunConfig, identity: dict[str, Any]) -> str:
-    """A readable slug and 12 hexadecimal digits of the identity's hash."""
+    """Join a readable slug and 12 hexadecimal digits of the identity's hash.
+
+    Raises:
+        ConfigError: the names in the slug are too long together.
+    """
     name = config.pruner.instance.name
     slug = [config.model.name, name if config.pruner.instance.prunes else "dense"]
     if config.pruner.instance.prunes:
         slug.append(f"{config.sparsity.ratio:g}")
         if config.recovery.instance.trains:
             slug.append(config.recovery.instance.name)
-    return f"{'-'.join(slug)}-{digest(identity)[:12]}"
+    run_id = f"{'-'.join(slug)}-{digest(identity)[:12]}"
+    if not is_name(run_id):
+        key = "model.name" if len(config.model.name) >= len(name) else "pruner.name"
+        raise ConfigError(
+            f"{key}={max(config.model.name, name, key=len)}: the run's id has {len(run_id)} characters with it, at "
+            "most 100 fit into the name of a folder; give a shorter name"
+        )
+    return run_id
 
 
 def digest(value: Any) -> str:

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from cfsp.system.atomic import naming
+
 log = logging.getLogger(__name__)
 
 #: Seconds between two heartbeats, and without any after which a lease of another machine is over.
@@ -60,10 +62,17 @@ def take(path: Path) -> Lease | None:
     if lock is None:
         return None
     token = uuid.uuid4().hex
-    if _claim(path, token):
-        return Lease(path, lock, token)
-    os.close(lock)
-    return None
+    claimed = False
+    try:
+        with naming(path):
+            claimed = _claim(path, token)
+    except OSError:
+        _lock_file(path).unlink(missing_ok=True)  # while it is locked
+        raise
+    finally:
+        if not claimed:
+            os.close(lock)
+    return Lease(path, lock, token) if claimed else None
 
 
 def _lock_file(path: Path) -> Path:
@@ -119,8 +128,8 @@ def _claim(path: Path, token: str) -> bool:
     """Write the lease file as the only one who does; the caller has the machine's lock, if there are any."""
     mine = path.with_name(f".{path.name}.{token}")
     values = {"host": socket.gethostname(), "machine": _machine(), "process": os.getpid(), "token": token}
-    mine.write_text(json.dumps(values), encoding="utf-8")
     try:
+        mine.write_text(json.dumps(values), encoding="utf-8")
         for _ in range(2):
             with suppress(FileExistsError):
                 os.link(mine, path)  # fails where there is one, on a shared file system too

@@ -11,10 +11,24 @@ def package_path(path: str) -> Path:
     """The real path of ``pkg://cfsp/...``; other paths come back with ``~`` expanded."""
     if path.startswith("pkg://cfsp/"):
         return ROOT / path.removeprefix("pkg://cfsp/")
-    return Path(path).expanduser()
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # ~NAME of nobody
+        return Path(path)
+
+
+def is_packaged(path: str) -> bool:
+    """Whether a path, its links followed, lies in the package."""
+    return package_path(path).resolve().is_relative_to(ROOT)
 
 
 def config_folder() -> Path:
     """``conf``: inside the package in an installed wheel, beside it in a checkout."""
     inside = ROOT / "conf"
     return inside if inside.is_dir() else ROOT.parent / "conf"
+
+
+def experiments_folder() -> Path:
+    """``experiments``: inside the package in an installed wheel, beside it in a checkout."""
+    inside = ROOT / "experiments"
+    return inside if inside.is_dir() else ROOT.parent / "experiments"

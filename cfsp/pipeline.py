@@ -22,30 +22,40 @@ from cfsp.calibrate.cache import StatisticsCache, read_or_compute, saved_seconds
 from cfsp.config import RunConfig, SelfCalibration
 from cfsp.data.calibration import CalibrationSet
 from cfsp.data.self_generated import sampled
-from cfsp.errors import BusyError, CheckpointError, ConfigError, RunError
-from cfsp.evaluate.base import Side, parts_of
+from cfsp.errors import BusyError, CfspError, CheckpointError, ConfigError, RunError
+from cfsp.evaluate.base import Side, parts_of, under_its_key
 from cfsp.evaluate.measurement import Measurement
+from cfsp.evaluate.unchanged import measured_unchanged
 from cfsp.export import card
 from cfsp.export.command import Request, check_place, exported, place_beside
 from cfsp.identity import METHOD_VERSION, digest, method_of
 from cfsp.importance.base import required
 from cfsp.lease import holder, take
 from cfsp.models.base_models import BaseModels
-from cfsp.models.checkpoint import SavedCheckpoint, check_destination, round_to_stored, save_checkpoint
+from cfsp.models.checkpoint import MARKER, SavedCheckpoint, check_destination, round_to_stored, save_checkpoint
 from cfsp.models.driver import BlockDriver
 from cfsp.models.remote_code import PRUNED_PREFIX
 from cfsp.models.snapshot import Snapshot
+from cfsp.models.trial import model_code_refused
 from cfsp.models.views import DecoderView, resolve
 from cfsp.prepare import Prepared, prepare
-from cfsp.pruning.apply import apply, sliced
+from cfsp.pruning.apply import apply, check_fits, sliced
 from cfsp.pruning.base import PlanContext, removes_experts, removes_heads
 from cfsp.pruning.context import plan_context
 from cfsp.pruning.plan import COMPENSATION_IN_FOLDER, PruningPlan
+from cfsp.pruning.plan_history import history_of
 from cfsp.record import environment
 from cfsp.record.figure import draw_blocks, draw_recovery
+from cfsp.record.finished import export_files, lacking, lacking_export
+from cfsp.record.out_folder import OutFolder, OutputGoneError, check_apart, log_file, remove_empty, remove_leftovers
 from cfsp.record.run_record import RunRecord
 from cfsp.record.stages import Stages
+from cfsp.record.validation import figure_problem
+from cfsp.record.written import MODEL_FOLDERS, PLAN_FILES, describe_files, within
 from cfsp.recover.stage import recover
+from cfsp.system.atomic import replacing, write_text
+from cfsp.system.reading import read_json
+from cfsp.system.storage import explained, storage_problem
 
 log = logging.getLogger(__name__)
 
@@ -67,31 +77,54 @@ def run(config: RunConfig, *, multirun: bool = False, bases: BaseModels | None =
     prepared = prepare(config, held=bases.held if bases is not None else 0)
     parent = Path(config.paths.output_dir)
     out = parent / prepared.run_id if multirun else parent
+    try:
+        check_apart(out, prepared.source.folder)
+    except ConfigError:
+        remove_empty(out, prepared.source.folder)
+        raise
     _check_owner(out, prepared.run_id, force=config.force)
     if config.save.model and config.pruner.instance.prunes:
+        _allow_replacing(out)
         for name in ("model", "pruned") if config.recovery.instance.trains else ("model",):
             check_destination(out / name)
         if config.save.format != "hf":
             check_place(place_beside(out / "model", config.save.format), config.save.format)
-    with contextlib.ExitStack() as until_the_end:
+    places = {
+        "paths.output_dir": out,
+        "paths.cache_dir": Path(config.paths.cache_dir),
+        "paths.records_dir": Path(config.paths.records_dir),
+    }
+    with explained(places), contextlib.ExitStack() as until_the_end:
         for place in (out / LEASE, prepared.progress.with_name(f"{prepared.run_id}.lease")):
             lease = take(place)
             if lease is None:
                 who = holder(place) or "another process"
                 raise BusyError(f"paths.output_dir={out}: {who} is at this run ({prepared.run_id}); wait for it")
             until_the_end.callback(lease.release)
+        remove_leftovers(out, places["paths.records_dir"], prepared.run_id)
         return _run(prepared, out, bases or BaseModels()), out
 
 
 def _run(prepared: Prepared, out: Path, bases: BaseModels) -> RunRecord:
     config = prepared.config
     earlier = RunRecord.read(out / "record.json")
-    if earlier is not None and not config.force and _is_finished(earlier, out, prepared):
+    damaged = None
+    if earlier is not None and earlier.succeeded and not config.force:
+        damaged = lacking(earlier, out, model=_wants_model(config), hashes=config.check_files)
+        if damaged is not None:
+            log.warning("%s: not finished, %s; the run is done again", out, damaged)
+    if earlier is not None and earlier.succeeded and not config.force and damaged is None:
         shutil.rmtree(prepared.progress, ignore_errors=True)  # it was killed after its record and before this
         copy = Path(config.paths.records_dir) / f"{earlier.run_id}.json"
-        if _lacks_export(earlier, out, config):  # the saved model does not depend on the format of its export
-            log.info("this run is finished (%s); its export as %s is made", out / "record.json", config.save.format)
-            earlier.checkpoint = {**(earlier.checkpoint or {}), "export": _export(config.save.format, out)}
+        form = config.save.format
+        lost = None
+        if form != "hf" and _wants_model(config):  # the saved model does not depend on the format of its export
+            lost = lacking_export(earlier, out, form, hashes=config.check_files)
+        if lost is not None:
+            log.info("this run is finished (%s); its export as %s is made: %s", out / "record.json", form, lost)
+            earlier.checkpoint = {**(earlier.checkpoint or {}), "export": _export(form, out)}
+            if earlier.files is not None:
+                earlier.files |= describe_files(out, export_files(earlier.checkpoint["export"]["place"]))
             earlier.write(out / "record.json")
             _mirror(config, earlier, out)
             earlier.write(copy)
@@ -113,6 +146,7 @@ def _run(prepared: Prepared, out: Path, bases: BaseModels) -> RunRecord:
             "fingerprint": prepared.source.fingerprint,
             "dtype": str(prepared.dtype).removeprefix("torch."),
             "device": str(prepared.device),
+            **({"notes": list(prepared.notes)} if prepared.notes else {}),
         },
         started=_now(),
     )
@@ -121,30 +155,47 @@ def _run(prepared: Prepared, out: Path, bases: BaseModels) -> RunRecord:
     # A repeated run must not cost the record of its success: until it ends well, its own stands beside it.
     repeated = earlier is not None and earlier.status == "success"
     unfinished = out / ("record.repeat.json" if repeated else "record.json")
-    with _log_file(out), _recorded(record, out, prepared, unfinished):
+    folder = OutFolder(out)
+    with log_file(out / "run.log"), _recorded(record, folder, prepared, unfinished):
         record.write(unfinished)
         _write_config(config, out)
         config.logger.instance.start(prepared.run_id, out, config.raw)
-        _execute(prepared, record, out, config.logger.instance.log, bases)
+        _execute(prepared, record, folder, config.logger.instance.log, bases)
     return record
 
 
 def _execute(
     prepared: Prepared,
     record: RunRecord,
-    out: Path,
+    folder: OutFolder,
     report: Callable[[dict[str, Any]], None],
     bases: BaseModels,
 ) -> None:
-    stages = Stages()
+    stages = Stages(after=folder.check)
     record.stages = stages.entries
     with contextlib.ExitStack() as until_the_end:
-        with stages("load") as stage:
+        with stages("load") as stage, _model_code(prepared):
+            for note in prepared.notes:
+                log.warning("%s", note)
             model, stage["cached"] = until_the_end.enter_context(bases.lent(prepared))
             view = resolve(model)
             pruner = prepared.config.pruner.instance
             bases.probe(view, heads=removes_heads(pruner), experts=removes_experts(pruner))
-        _stages(prepared, record, out, report, model, view, stages)
+        _stages(prepared, record, folder.path, report, model, view, stages)
+    written = ["plan.json"] if record.plan else []
+    written += ["model/config.json"] if record.checkpoint else []
+    folder.check(["config.yaml", "run.log", *written])
+    record.files = describe_files(folder.path, _written(record))
+
+
+def _written(record: RunRecord) -> list[str]:
+    """Return the entries of OUT that this run wrote and that others read."""
+    names = list(PLAN_FILES) if record.plan else []
+    if record.checkpoint:
+        names += MODEL_FOLDERS if record.recovery else MODEL_FOLDERS[:1]
+        export = record.checkpoint.get("export")
+        names += export_files(export["place"]) if export else ()
+    return names
 
 
 def _stages(
@@ -162,35 +213,42 @@ def _stages(
             record.measurements["dense"], stage["cached"] = _evaluate_dense(prepared, model)
             _add(record.measurements, _side_by_side(prepared, model, [_side("dense", prepared)]))
         return
-    with stages("calibrate") as stage, saved_seconds(stage):
+    with stages("calibrate") as stage, saved_seconds(stage), _model_code(prepared):
         context, stage["cached"] = _context(prepared, view)
         record.calibration = {**context.calibration.describe(), "batch_size": context.driver.batch_size}
-    with stages("plan") as stage, saved_seconds(stage):
+    with stages("plan") as stage, saved_seconds(stage), _model_code(prepared):
         plan, stage["cached"] = read_or_compute(
             prepared.progress / "plan.json",
-            PruningPlan.load,
+            lambda file: _resumable(PruningPlan.load(file), prepared, view),
             lambda: config.pruner.instance.plan(context),
             PruningPlan.save,
         )
         plan.save(out / "plan.json")
         _record_plan(record, plan)
+    failed: list[Exception] = []
     if prepared.evaluation:
-        with stages("evaluate dense") as stage:
-            record.measurements["dense"], stage["cached"] = _evaluate_dense(prepared, model)
-        if config.evaluate_selection and plan.tensors:
-            with stages("evaluate selected"), sliced(view, plan.blocks):
-                record.measurements["selected"] = _measured(prepared, model, "selected")
+        with _postponed(failed, config):
+            with stages("evaluate dense") as stage:
+                record.measurements["dense"], stage["cached"] = _evaluate_dense(prepared, model)
+            if config.evaluate_selection and plan.tensors:
+                with stages("evaluate selected"), sliced(view, plan.blocks):
+                    record.measurements["selected"] = _measured(prepared, model, "selected")
     compared = any(evaluator.instance.side_by_side for evaluator in config.evaluation.values())
     # It keeps the dense weights, so only where somebody needs them: a teacher, the dense side of a comparison.
-    as_it_was = Snapshot(model) if compared or config.recovery.instance.trains else None
+    trains = config.recovery.instance.trains
+    as_it_was = Snapshot(model) if not failed and (compared or trains) else None
     with stages("apply"):
         apply(model, plan)
     round_to_stored(model, prepared.stored_dtype)
+    if trains and prepared.evaluation and not failed:
+        with _postponed(failed, config), stages("evaluate pruned"):
+            record.measurements["pruned"] = _measured(prepared, model, "pruned")
+    if failed:
+        with stages("save"):
+            _keep(prepared, model, plan, out / ("pruned" if trains else "model"), record)
+        raise failed[0]
     sides = ["pruned"]
-    if config.recovery.instance.trains:
-        if prepared.evaluation:
-            with stages("evaluate pruned"):
-                record.measurements["pruned"] = _measured(prepared, model, "pruned")
+    if trains:
         with stages("recover"):
             assert as_it_was is not None
             base = partial(_save_base, prepared, model, plan, out, _facts(prepared, plan, record))
@@ -216,9 +274,56 @@ def _stages(
         if config.save.format != "hf":  # after the figures, which its card shows and its failure must not cost
             with stages("export"):
                 record.checkpoint["export"] = _export(config.save.format, out)
-    draw_blocks(plan, _distance_shown(config), out / "blocks.png")
+    with replacing(out / "blocks.png") as file:
+        draw_blocks(plan, _distance_shown(config), file)
     if record.recovery and record.recovery.get("history"):
-        draw_recovery(record.recovery, out / "recovery.png")
+        with replacing(out / "recovery.png") as file:
+            draw_recovery(record.recovery, file)
+
+
+@contextlib.contextmanager
+def _postponed(failed: list[Exception], config: RunConfig) -> Iterator[None]:
+    """Put the error of an evaluation into ``failed``, so that the pruned model is saved before the run ends with it."""
+    try:
+        yield
+    except OutputGoneError:
+        raise
+    except Exception as error:
+        if not config.save.model:
+            raise
+        log.warning("the evaluation failed (%s); the pruned model is saved first", type(error).__name__)
+        failed.append(error)
+
+
+def _keep(prepared: Prepared, model: Any, plan: PruningPlan, folder: Path, record: RunRecord) -> None:
+    """Save the pruned model of a run whose evaluation has failed; the record says where it is."""
+    state = _state(plan)
+    try:
+        saved = _save(prepared, model, plan, folder, state, _facts(prepared, plan, record))
+    except Exception as error:
+        log.warning("the pruned model cannot be saved either (%s: %s)", type(error).__name__, error)
+        return
+    record.checkpoint = {
+        "form": saved.form, "bytes": saved.bytes, "dtype": saved.dtype, "state": state, "place": folder.name,
+    }  # fmt: skip
+
+
+def _resumable(plan: PruningPlan, prepared: Prepared, view: DecoderView) -> PruningPlan:
+    """Return a plan that a killed run of this id has left.
+
+    Raises:
+        ValueError, CfspError: it is not a plan for this model.
+    """
+    if plan.base_fingerprint != prepared.source.fingerprint:
+        raise ValueError("it is the plan of another model")
+    if len(plan.details) != len(plan.blocks) or not all({"width", "kv_groups"} <= row.keys() for row in plan.details):
+        raise ValueError("its details are missing")
+    check_fits(view, plan)
+    return plan
+
+
+def _model_code(prepared: Prepared) -> contextlib.AbstractContextManager[None]:
+    return model_code_refused(str(prepared.source.config.get("model_type")), prepared.source.origin)
 
 
 def _export(form: str, out: Path) -> dict[str, Any]:
@@ -305,7 +410,7 @@ def _evaluate_dense(prepared: Prepared, model: nn.Module) -> tuple[list[dict[str
         }
         key = digest(
             {
-                "model": prepared.source.fingerprint,
+                "model": prepared.identity["model"],
                 "dtype": str(prepared.dtype),
                 "device": prepared.device.type,
                 "evaluator": evaluator.target,
@@ -320,7 +425,8 @@ def _evaluate_dense(prepared: Prepared, model: nn.Module) -> tuple[list[dict[str
             path = folder / f"{digest([key, part])[:32]}.json"
             if prepared.config.force:
                 path.unlink(missing_ok=True)
-            found, cached = _figures(path, alone, model, prepared.tokenizer)
+            with under_its_key(name, evaluator.instance):
+                found, cached = _figures(path, name, alone, model, prepared.tokenizer)
             all_cached &= cached
             rows += found
     return rows, all_cached and bool(rows)
@@ -334,24 +440,45 @@ def _measured(prepared: Prepared, model: nn.Module, side: str) -> list[dict[str,
             continue
         for part, alone in parts_of(evaluator.instance).items():
             path = prepared.progress / "measured" / f"{digest([side, name, part])[:32]}.json"
-            rows += _figures(path, alone, model, prepared.tokenizer)[0]
+            with under_its_key(name, evaluator.instance):
+                rows += _figures(path, name, alone, model, prepared.tokenizer)[0]
     return rows
 
 
-def _figures(path: Path, evaluator: Any, model: nn.Module, tokenizer: Any) -> tuple[list[dict[str, Any]], bool]:
+def _figures(
+    path: Path, name: str, evaluator: Any, model: nn.Module, tokenizer: Any
+) -> tuple[list[dict[str, Any]], bool]:
     return read_or_compute(
         path,
-        lambda file: json.loads(file.read_text(encoding="utf-8")),
-        lambda: [measurement.as_dict() for measurement in evaluator.measure(model, tokenizer)],
+        _read_figures,
+        lambda: [
+            measurement.as_dict()
+            for measurement in measured_unchanged(name, model, lambda: evaluator.measure(model, tokenizer))
+        ],
         lambda values, file: file.write_text(json.dumps(values), encoding="utf-8"),
     )
 
 
+def _read_figures(file: Path) -> list[dict[str, Any]]:
+    """Read cached figures.
+
+    Raises:
+        CfspError, ValueError: damaged ones, which are measured again.
+    """
+    rows = read_json(file, str(file))
+    problem = None if isinstance(rows, list) else "no list of figures"
+    problem = problem or next((said for row in rows if (said := figure_problem(row)) is not None), None)
+    if problem is not None:
+        raise ValueError(problem)
+    return rows
+
+
 def _side_by_side(prepared: Prepared, model: nn.Module, sides: list[Side]) -> dict[str, list[Measurement]]:
     found: dict[str, list[Measurement]] = {}
-    for evaluator in prepared.config.evaluation.values():
+    for name, evaluator in prepared.config.evaluation.items():
         if evaluator.instance.side_by_side:
-            for side, rows in evaluator.instance.measure_sides(model, sides).items():
+            measure = partial(evaluator.instance.measure_sides, model, sides)
+            for side, rows in measured_unchanged(name, model, measure).items():
                 found.setdefault(side, []).extend(rows)
     return found
 
@@ -381,10 +508,10 @@ def _record_plan(record: RunRecord, plan: PruningPlan) -> None:
 
 def _plan_in_folder(plan: PruningPlan, prepared: Prepared) -> PruningPlan:
     """The folder's plan starts from the first dense model: pruning a pruned folder composes the two plans."""
-    earlier = prepared.source.folder / "plan.json"
     if prepared.source.state == "recovered":  # its weights are not those that the earlier plan gives
         return plan
-    return plan.compose(PruningPlan.load(earlier)) if earlier.is_file() else plan
+    earlier = history_of(prepared.source.folder)
+    return plan if earlier is None else plan.compose(earlier)
 
 
 def _distance_shown(config: RunConfig) -> str:
@@ -425,24 +552,26 @@ def _is_copied(copy: Path) -> bool:
     return found is not None and found.succeeded
 
 
-def _is_finished(earlier: RunRecord, out: Path, prepared: Prepared) -> bool:
-    if not earlier.succeeded or not (prepared.config.save.model and prepared.config.pruner.instance.prunes):
-        return earlier.succeeded
-    return (out / "model" / "config.json").is_file()
+def _wants_model(config: RunConfig) -> bool:
+    return bool(config.save.model and config.pruner.instance.prunes)
 
 
-def _lacks_export(earlier: RunRecord, out: Path, config: RunConfig) -> bool:
-    """Whether the asked format is not there beside the model of a finished run."""
-    if config.save.format == "hf" or not (config.save.model and config.pruner.instance.prunes):
-        return False
-    export = (earlier.checkpoint or {}).get("export") or {}
-    return export.get("form") != config.save.format or not (out / export["place"]).exists()
+def _allow_replacing(out: Path) -> None:
+    """Give a damaged model folder of ours its marker back, without which it could not be replaced."""
+    earlier = RunRecord.read(out / "record.json")
+    for name in MODEL_FOLDERS[:2]:
+        folder, listed = out / name, within(None if earlier is None else earlier.files, [name])
+        if f"{name}/{MARKER}" not in listed or not folder.is_dir() or (folder / MARKER).exists():
+            continue
+        files = [path for path in folder.rglob("*") if not path.is_dir()]
+        if all(path.relative_to(out).as_posix() in listed for path in files):  # nothing of anybody else's
+            write_text(folder / MARKER, json.dumps({"schema": 1, "state": "damaged"}) + "\n")
 
 
 @contextlib.contextmanager
-def _recorded(record: RunRecord, out: Path, prepared: Prepared, unfinished: Path) -> Iterator[None]:
+def _recorded(record: RunRecord, folder: OutFolder, prepared: Prepared, unfinished: Path) -> Iterator[None]:
     """What happens inside ends up in a record: in ``unfinished`` until it ends well, then in record.json."""
-    config = prepared.config
+    config, out = prepared.config, folder.path
     try:
         yield
     except BaseException as error:
@@ -454,19 +583,62 @@ def _recorded(record: RunRecord, out: Path, prepared: Prepared, unfinished: Path
         }
         log.debug("run failed", exc_info=error)
         record.finished = _now()
-        record.write(unfinished)
+        gone = folder.is_gone
+        if record.checkpoint and not gone:
+            record.checkpoint.setdefault("place", "model")
+        try:
+            record.write(unfinished)
+        except OSError as problem:  # the disk that stopped the run
+            log.warning("%s: the record of the failure cannot be written (%s)", unfinished, problem.strerror)
         _mirror(config, record, out)
-        if _out_of_memory(error):
-            raise RunError(_out_of_memory_hint(config, record)) from error
-        raise
+        explanation = _explanation(error, record, prepared, folder, gone=gone)
+        if explanation is None:
+            raise
+        raise explanation from error
     record.status, record.error = "success", None
     record.finished = _now()
     record.write(out / "record.json")
+    folder.check()
     _mirror(config, record, out)  # before the copy, whose absence says that this is still to be done
     shutil.rmtree(prepared.progress, ignore_errors=True)
     if unfinished.name != "record.json":
         unfinished.unlink()
     record.write(Path(config.paths.records_dir) / f"{record.run_id}.json")
+
+
+def _explanation(
+    error: BaseException, record: RunRecord, prepared: Prepared, folder: OutFolder, *, gone: bool
+) -> CfspError | None:
+    """Return the error to be shown in the place of ``error``; None where that says all there is to say."""
+    config, said, code = prepared.config, None, 1
+    if not isinstance(error, Exception):
+        return None
+    if gone and not isinstance(error, OutputGoneError):
+        try:
+            OutFolder.check(folder)
+        except OutputGoneError as lost:
+            return lost
+        return OutputGoneError(f"paths.output_dir={folder.path}: was removed while the run went on; start it again")
+    places = {
+        "paths.output_dir": folder.path,
+        "paths.cache_dir": Path(config.paths.cache_dir),
+        "paths.records_dir": Path(config.paths.records_dir),
+    }
+    if _out_of_memory(error):
+        said = _out_of_memory_hint(config, record)
+    else:
+        said = storage_problem(error, places)
+    if not record.checkpoint or gone or isinstance(error, OutputGoneError):
+        return None if said is None else RunError(said)
+    if said is None and isinstance(error, CfspError):
+        said, code = str(error), error.exit_code
+    elif said is None:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        said = f"the run failed ({type(error).__name__}: {reason}); debug=true shows where"
+    state = record.checkpoint.get("state", "pruned")
+    shown = RunError(f"{said}; the {state} model is kept in {folder.path / record.checkpoint['place']}")
+    shown.exit_code = code
+    return shown
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -487,23 +659,10 @@ def _out_of_memory_hint(config: RunConfig, record: RunRecord) -> str:
     return f"{hint}{'model.streaming=on (the weights stay on disk) or ' if streams else ''}model.dtype=bfloat16"
 
 
-@contextlib.contextmanager
-def _log_file(out: Path) -> Iterator[None]:
-    handler = logging.FileHandler(out / "run.log", encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logger = logging.getLogger()
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
-
-
 def _write_config(config: RunConfig, out: Path) -> None:
     from omegaconf import OmegaConf
 
-    (out / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config.raw)), encoding="utf-8")
+    write_text(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.raw)))
 
 
 def _mirror(config: RunConfig, record: RunRecord, out: Path) -> None:

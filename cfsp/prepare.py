@@ -16,14 +16,17 @@ from cfsp.config import RunConfig, SelfCalibration, TextCalibration, TokensCalib
 from cfsp.data import calibration as calibration_data
 from cfsp.data.calibration import CalibrationSet, Limits
 from cfsp.errors import CfspError, ConfigError, DataError
+from cfsp.evaluate.base import under_its_key
 from cfsp.export.check import check_exportable
 from cfsp.identity import identity_of, run_id_of
 from cfsp.importance.base import required
 from cfsp.memory import available
-from cfsp.models.load import load_tokenizer, outline, resolve_device, resolve_dtype
+from cfsp.models.load import changed_by_tensors, load_tokenizer, outline, resolve_device, resolve_dtype
 from cfsp.models.remote_code import check_adoptable
 from cfsp.models.source import ModelSource, locate
 from cfsp.models.views import DecoderView
+from cfsp.pruning.plan_check import sizes_of
+from cfsp.pruning.plan_history import check_history
 
 #: Weights that take more of the free memory leave too little for what a pass holds beside them.
 _SHARE_OF_MEMORY = 0.8
@@ -45,6 +48,8 @@ class Prepared:
     evaluation: dict[str, dict[str, Any]]
     identity: dict[str, Any]
     run_id: str
+    #: Sentences on what the weights say against config.json; in the record.
+    notes: tuple[str, ...] = ()
 
     @property
     def progress(self) -> Path:
@@ -81,13 +86,15 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
     calibration, calibration_identity = None, None
     if config.pruner.instance.prunes:
         with _collected(problems):
+            check_history(source.folder, sizes_of(view))
+        with _collected(problems):
             check_adoptable(view.model)
         with _collected(problems):
             config.pruner.instance.check(view, config.budget)
         with _collected(problems):
             config.pruner.instance.check_choices(view, config.importance, config.allocator)
         with _collected(problems):
-            calibration_identity = calibration_data.identity(config.calibration)
+            calibration_identity = calibration_data.identity(config.calibration, tokenizer)
             calibration = _calibration(config, tokenizer, limits)
     recovery = {key: value for key, value in config.recovery.identity().items() if key in ("class", "source")}
     if config.pruner.instance.prunes:
@@ -95,9 +102,11 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
             recovery |= config.recovery.instance.check(view, tokenizer, limits, device)
     evaluation = {}
     for name, evaluator in config.evaluation.items():
-        with _collected(problems):
+        with _collected(problems), under_its_key(name, evaluator.instance):
             code = {key: value for key, value in evaluator.identity().items() if key in ("class", "source")}
-            evaluation[name] = {**code, **evaluator.instance.check(tokenizer, limits)}
+            # What takes longer is tried only where nothing else is wrong.
+            facts = evaluator.instance.check_settings() if problems else None
+            evaluation[name] = code | (evaluator.instance.check(tokenizer, limits) if facts is None else facts)
     dtype = resolve_dtype(config.model.dtype, device, source)
     if config.save.model and config.pruner.instance.prunes:
         with _collected(problems):
@@ -107,9 +116,11 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
         streaming = streams(config, view, dtype, device, held)
     _refuse(problems)
     stored_dtype = config.save.dtype or source.stored_dtype
+    notes = changed_by_tensors(source, trust_remote_code=trust)
     identity = identity_of(
         config,
-        model=source.fingerprint,
+        # Figures of before the head was taken as one of its own are another model's.
+        model=source.fingerprint + ("#own_head" if notes else ""),
         dtype=str(dtype).removeprefix("torch."),
         calibration=calibration_identity,
         recovery=recovery,
@@ -118,7 +129,7 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
     )
     return Prepared(
         config, source, tokenizer, limits, device, dtype, getattr(torch, stored_dtype), streaming, calibration,
-        evaluation, identity, run_id_of(config, identity),
+        evaluation, identity, run_id_of(config, identity), notes,
     )  # fmt: skip
 
 

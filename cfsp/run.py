@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import hydra
@@ -28,11 +29,16 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from cfsp import __version__, processes
-from cfsp.components import suggest
+from cfsp.components import shown, suggest
 from cfsp.compose import explain
 from cfsp.config import parse
-from cfsp.errors import CfspError, ConfigError
+from cfsp.errors import CfspError, ConfigError, RunError
 from cfsp.package import config_folder
+from cfsp.system import interrupts
+from cfsp.system.answer import one_line, printable
+from cfsp.system.names import RULE, is_name
+from cfsp.system.words_check import check_words
+from cfsp.system.yaml_files import check_yaml
 
 #: First words that are not overrides -> the function, of the words after it, that gives the exit code; None: Hydra's.
 COMMANDS = {
@@ -41,6 +47,10 @@ COMMANDS = {
     "verify": "cfsp.verify.command:main",
     "inspect": "cfsp.inspection.command:main",
 }
+
+
+#: Keys whose values become names of folders.
+_NAMES = ("model.name", "calibration.name", "pruner.name", "recovery.name", "evaluation.name")
 
 
 @dataclass
@@ -81,10 +91,12 @@ def _run(config: DictConfig) -> int:
     if not processes.launched().first:
         from cfsp.recover.stage import assist
 
+        interrupts.raise_again()
         return assist(checked)
     from cfsp.pipeline import run
     from cfsp.tables.terminal import show
 
+    interrupts.raise_again()
     record, out = run(checked, multirun=_is_multirun())
     show(record, out)
     return 0
@@ -115,6 +127,9 @@ def _main(argv: list[str]) -> int:
         flags = _arguments(argv)
         session.words, session.sweep = list(flags.overrides), flags.multirun
         session.folder = Path(flags.config_dir) if flags.config_dir else None
+        _check_names(session.words)
+        check_words(session.words, sweep=session.sweep)
+        _check_folder(session.folder)
         _task()
     except Exception as error:
         session.codes.append(_report(error, session))
@@ -137,6 +152,7 @@ def _command(argv: list[str]) -> str | None:
     if argv[1] not in COMMANDS:
         word = argv[1]
         if "." in word:
+            check_words([word])
             raise explain(ValueError(word), [word])
         raise ConfigError(
             f"{word}: neither a command nor key=value{suggest(word, COMMANDS)}; commands: "
@@ -148,23 +164,36 @@ def _command(argv: list[str]) -> str | None:
     return None
 
 
+def _check_folder(folder: Path | None) -> None:
+    """Refuse files of ``--config-dir`` that Hydra could not load in bounded time and memory."""
+    if folder is None or not folder.is_dir():  # Hydra says so
+        return
+    files = sorted(islice(folder.rglob("*.yaml"), 10_001))
+    if len(files) > 10_000:
+        raise ConfigError(f"--config-dir {folder}: holds more than 10,000 YAML files; give the folder of your groups")
+    for file in files:
+        if not file.is_dir():
+            check_yaml(file, f"--config-dir {folder}: {file.relative_to(folder)}")
+
+
 def _other(command: str, words: list[str], session: _Session) -> int:
     """A command that is none of Hydra's; it reports its own errors, and what it does not expect is said here."""
     module, _, function = str(COMMANDS[command]).partition(":")
     if session.debug:
         logging.getLogger("cfsp").setLevel(logging.DEBUG)
-        words = [word for word in words if word.lower() != "debug=true"]
     try:
-        code: int = getattr(importlib.import_module(module), function)(words)
+        body = getattr(importlib.import_module(module), function)
+        interrupts.raise_again()
+        code: int = body(words)
         return code
     except CfspError as error:
         return _report(error, session)
-    except Exception as error:
+    except Exception as error:  # while it was imported: what it does itself is said by sweep.command.command
         if session.debug:
             traceback.print_exception(error)
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = printable(str(error)) or type(error).__name__
         where = "" if session.debug else "; debug=true shows where"
-        print(f"cfsp: {command} failed ({type(error).__name__}: {reason}){where}", file=sys.stderr)
+        print(one_line(f"cfsp: {command} failed ({type(error).__name__}: {reason}){where}"), file=sys.stderr)
         return 1
 
 
@@ -176,11 +205,31 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         known, unknown = parser.parse_known_args(argv[1:])
     except argparse.ArgumentError as error:
         raise ConfigError(f"{error}; see cfsp --help") from error
+    if known.experimental_rerun:  # it loads a pickle, which runs what is in it
+        raise ConfigError("--experimental-rerun: not taken here; give the key=value words of that run again")
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         way_out = "" if unknown[0].startswith("-") else "; write every key=value in one place, after the flags"
         raise ConfigError(f"{unknown[0]}: not understood here{suggest(unknown[0], flags)}{way_out}; see cfsp --help")
     return known
+
+
+def _check_names(words: Sequence[str]) -> None:
+    """Refuse names that cannot be folders before Hydra makes the folders of a multirun."""
+    problems = []
+    for word in words:
+        if word.partition("=")[0].lstrip("+") not in _NAMES:
+            continue
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except (HydraException, ValueError):  # said when all words are explained
+            continue
+        several = override.is_discrete_sweep()
+        for value in [*override.sweep_iterator()] if several else [override.value()]:
+            if not override.is_delete() and not is_name(str(value)):
+                problems.append(f"{override.key_or_group}={shown(value)}: {RULE}")
+    if problems:
+        raise ConfigError(*problems)
 
 
 def _report(error: Exception, session: _Session, label: str = "") -> int:
@@ -199,26 +248,44 @@ def _report(error: Exception, session: _Session, label: str = "") -> int:
         label = f"process {mine.rank}: {label}"
     if isinstance(error, CfspError):
         for problem in error.problems:
-            print(f"cfsp: {label}{' '.join(problem.split())}", file=sys.stderr)
+            print(one_line(f"cfsp: {label}{problem}"), file=sys.stderr)
         return error.exit_code
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = printable(str(error)) or type(error).__name__
     where = "" if session.debug else "; debug=true shows where"
-    print(f"cfsp: {label}the run failed ({type(error).__name__}: {reason}){where}", file=sys.stderr)
+    print(one_line(f"cfsp: {label}the run failed ({type(error).__name__}: {reason}){where}"), file=sys.stderr)
     return 1
 
 
 def _understood(error: Exception, session: _Session) -> Exception:
     """What Hydra raises outside of the task is about the words it was given, or about the folder it makes."""
+    if libraries := _out_of_addresses(error):
+        return RunError(libraries)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain(error, session.words, session.folder, sweep=session.sweep)
     outside = not any(frame.name in ("_run", "return_value") for frame in traceback.extract_tb(error.__traceback__))
-    if outside and isinstance(error, ValueError):
+    if outside and isinstance(error, ValueError | TypeError | AttributeError | LookupError | RecursionError):
         return explain(error, session.words, session.folder, sweep=session.sweep)
     if outside and isinstance(error, OSError) and error.filename:
         return ConfigError(
             f"paths.output_dir: {error.filename} cannot be written ({error.strerror}); give another folder"
         )
     return error
+
+
+def _out_of_addresses(error: BaseException | None) -> str | None:
+    """Return one line where a library could not be loaded for want of memory or address space; None elsewhere."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        texts = ("failed to map segment", "cannot allocate memory", "static TLS")
+        if isinstance(error, ImportError | OSError) and any(text.lower() in str(error).lower() for text in texts):
+            reason = " ".join(str(error).split())
+            return (
+                f"the libraries need more memory or address space than this process may take ({reason:.200}); raise "
+                "its limit (ulimit -v unlimited, or the job's memory)"
+            )
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _is_multirun() -> bool:

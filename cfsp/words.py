@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from cfsp.components import suggest
+from cfsp.system.answer import one_line
 
 
 def plain_values(words: Sequence[str], keys: Collection[str], command: str) -> tuple[dict[str, str], list[str]]:
@@ -21,4 +22,4 @@ def plain_values(words: Sequence[str], keys: Collection[str], command: str) -> t
             problems.append(f"{key}=: has no value; see cfsp {command} --help")
         else:
             given[key] = value
-    return given, problems
+    return given, [one_line(problem) for problem in problems]

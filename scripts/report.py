@@ -2,6 +2,11 @@
 
 import sys
 
+from cfsp.system import interrupts
+
+if __name__ == "__main__":
+    interrupts.quiet("report")
+
 from cfsp.tables.report import main
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 from cfsp.data.calibration import CalibrationSet
 from cfsp.lease import waited
 from cfsp.models.driver import BlockDriver
+from cfsp.system.atomic import replacing, write_text
+from cfsp.system.digests import sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +59,8 @@ def read_or_compute(
     """The value in ``path``, or a new one, which is then kept there atomically; returns (value, cached?).
 
     Of several processes that want it at the same time one computes it, the others wait and read. ``path`` None: nothing
-    is kept. A file that cannot be read is made again. Beside the file stands how many seconds it took
-    (:func:`saved_seconds`).
+    is kept. A file that is damaged (its sha256 stands beside it) or that ``read`` refuses is made again. Beside the
+    file stands how many seconds it took (:func:`saved_seconds`).
     """
     if path is None:
         return compute(), False
@@ -72,13 +74,25 @@ def read_or_compute(
         if found:
             _note_saved(path, waited=time.perf_counter() - asked)
             return found[0], True
+        remove_partials(path)
         start = time.perf_counter()
         value = compute()
-        _cost_of(path).write_text(f"{time.perf_counter() - start:.6f}\n", encoding="utf-8")
-        partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
-        write(value, partial)
-        os.replace(partial, path)
+        write_text(_cost_of(path), f"{time.perf_counter() - start:.6f}\n")  # its folder may have gone meanwhile
+        _digest_of(path).unlink(missing_ok=True)
+        with replacing(path) as partial:
+            write(value, partial)
+            digest = sha256_of(partial)
+        write_text(_digest_of(path), f"{digest}\n")
     return value, False
+
+
+def remove_partials(path: Path) -> None:
+    """Remove what processes that were killed have left of ``path``; the caller alone may write it."""
+    earlier_names = path.parent.glob(f"{glob.escape(path.stem)}.*.partial")  # of earlier versions
+    for partial in (*path.parent.glob(f".{glob.escape(path.name)}.*"), *earlier_names):
+        if partial.is_file() and partial.name.removesuffix(".partial").rpartition(".")[2].isdigit():
+            with suppress(OSError):
+                partial.unlink()
 
 
 @contextmanager
@@ -96,6 +110,11 @@ def saved_seconds(entry: dict[str, Any]) -> Iterator[None]:
 
 def _cost_of(path: Path) -> Path:
     return path.with_suffix(".seconds")
+
+
+def _digest_of(path: Path) -> Path:
+    """Return where the sha256 of ``path`` stands; earlier versions kept none."""
+    return path.with_suffix(".sha256")
 
 
 def note_saved(seconds: float | None) -> None:
@@ -117,6 +136,9 @@ def _kept(path: Path, read: Callable[[Path], Value], *, quiet: bool = False) -> 
     if not path.is_file():
         return None
     try:
+        with suppress(FileNotFoundError):
+            if _digest_of(path).read_text(encoding="ascii").strip() != sha256_of(path):
+                raise ValueError("its content is not what was written")
         return (read(path),)
     except Exception as error:  # any damage: the file can be made again
         if not quiet:

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,22 +13,29 @@ import torch
 from torch import Tensor
 
 from cfsp.config import CalibrationSection, TextCalibration, TokensCalibration
-from cfsp.data.text import bos_of, cut_windows, locate_text, read_text, tokenise, with_bos
+from cfsp.data.text import bos_of, cut_windows, locate_text, read_text, settled, tokenise, with_bos
+from cfsp.data.token_file import open_ids
 from cfsp.errors import DataError
 from cfsp.models.source import file_digest
+from cfsp.package import package_path
+from cfsp.system.magnitude import LARGEST_TOKENS
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """``input_ids`` [n, T] int64 on CPU, and where they come from."""
+    """``input_ids`` [n, T] int64 on CPU, and where they come from.
+
+    ``bos``: of windows of a text, as settled (never auto).
+    """
 
     input_ids: Tensor
     name: str
     split: str
     seed: int
     revision: str | None = None
+    bos: str | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -49,6 +55,7 @@ class CalibrationSet:
             "seq_len": length,
             "seed": self.seed,
             "fingerprint": self.fingerprint,
+            **({"bos": self.bos} if self.bos is not None else {}),
         }
 
 
@@ -80,9 +87,11 @@ def from_ids(input_ids: Tensor, limits: Limits, name: str = "input_ids", seed: i
     Raises:
         DataError: not a non-empty integer matrix, ids outside the vocabulary, or windows that are too long.
     """
-    if input_ids.dim() != 2 or input_ids.dtype.is_floating_point or input_ids.numel() == 0:
+    integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    if input_ids.dim() != 2 or input_ids.dtype not in integers or input_ids.numel() == 0 or input_ids.shape[1] < 2:
         raise DataError(
-            f"{name}: token ids of shape [n, T] are needed, found {input_ids.dtype} of shape {tuple(input_ids.shape)}"
+            f"{name}: integer token ids of shape [n, T], T from 2, are needed, "
+            f"found {input_ids.dtype} of shape {tuple(input_ids.shape)}"
         )
     ids = input_ids.detach().to("cpu", torch.int64)
     limits.check_ids(name, ids.numpy())
@@ -97,6 +106,7 @@ def from_text(section: TextCalibration, tokenizer: Any, limits: Limits, seed: in
         DataError: the text is missing, unreadable or too short, or the windows are too long for the model.
     """
     limits.check_length("calibration.seq_len", section.seq_len)
+    section = settled(section, tokenizer)
     text = locate_text(section, "calibration")
     bos_id = bos_of(tokenizer, section.bos, "calibration")
     ids = tokenise(read_text(text), tokenizer, section.bos)
@@ -117,11 +127,17 @@ def from_text(section: TextCalibration, tokenizer: Any, limits: Limits, seed: in
                 section.name, section.n_samples, section.seq_len, len(ids),
             )  # fmt: skip
         chooser = random.Random(seed)
+        if section.n_samples > max(1, len(ids) - length):
+            raise DataError(
+                f"calibration.n_samples={section.n_samples}: the text of calibration={section.name} has "
+                f"{max(1, len(ids) - length):,} windows of {length} tokens; use fewer, or a longer text"
+            )
         starts = [chooser.randint(0, max(0, len(ids) - length - 1)) for _ in range(section.n_samples)]
         windows = np.stack([ids[start : start + length] for start in starts])
         windows = windows if bos_id is None else with_bos(windows, bos_id)
     limits.check_ids(f"calibration ({section.name})", windows)
-    return CalibrationSet(torch.from_numpy(windows.copy()), section.name, section.split, seed, text.revision)
+    ids_of_windows = torch.from_numpy(windows.copy())
+    return CalibrationSet(ids_of_windows, section.name, section.split, seed, text.revision, section.bos)
 
 
 def from_tokens(section: TokensCalibration, limits: Limits, seed: int) -> CalibrationSet:
@@ -131,32 +147,31 @@ def from_tokens(section: TokensCalibration, limits: Limits, seed: int) -> Calibr
         DataError: missing, empty, not integers, not [n, T], ids outside the vocabulary, or too few.
     """
     key = f"calibration.path={section.path}"
-    path = Path(str(section.path)).expanduser()
-    if not path.is_file():
-        raise DataError(f"{key}: no such file; give a .npy file of token ids, shape [n, T]")
-    try:
-        ids = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{key}: not a .npy file of numbers ({error}); write it with numpy.save") from error
-    if not isinstance(ids, np.ndarray) or ids.ndim != 2 or ids.size == 0:
-        shape = getattr(ids, "shape", None)
-        raise DataError(f"{key}: token ids of shape [n, T] are needed, found shape {shape}")
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise DataError(f"{key}: token ids must be integers, found {ids.dtype}")
+    ids = open_ids(package_path(str(section.path)), key)
     n, length = section.n_samples or ids.shape[0], section.seq_len or ids.shape[1]
     if ids.shape[0] < n or ids.shape[1] < length:
         raise DataError(
             f"{key}: it holds {ids.shape[0]} x {ids.shape[1]} ids; calibration.n_samples={n} "
             f"calibration.seq_len={length} ask for more"
         )
-    ids = ids[:n, :length].astype(np.int64)
     limits.check_length("calibration.seq_len", length)
-    limits.check_ids(key, ids)
-    return CalibrationSet(torch.from_numpy(ids), section.name, "given", seed)
+    if n * length > LARGEST_TOKENS:
+        raise DataError(
+            f"{key}: {n:,} x {length:,} ids are more than the {LARGEST_TOKENS:,} that are taken; use "
+            "calibration.n_samples=128"
+        )
+    chosen = ids[:n, :length]
+    limits.check_ids(key, chosen)
+    return CalibrationSet(torch.from_numpy(chosen.astype(np.int64, order="C")), section.name, "given", seed)
 
 
-def identity(section: CalibrationSection) -> dict[str, Any]:
-    """What decides the set, by content, before anything is tokenised: for the run's identity."""
+def identity(section: CalibrationSection, tokenizer: Any = None) -> dict[str, Any]:
+    """What decides the set, by content, before anything is tokenised: for the run's identity.
+
+    Without a ``tokenizer``, ``bos=auto`` stays unsettled.
+    """
+    if isinstance(section, TextCalibration) and tokenizer is not None:
+        section = settled(section, tokenizer)
     settings = section.model_dump(exclude={"path", "hub", "memory_gb"})
     for later, before in (("gram_share", 1.0), ("skip_documents", 0)):  # as in every run from before there was the key
         if settings.get(later) == before:
@@ -164,8 +179,7 @@ def identity(section: CalibrationSection) -> dict[str, Any]:
     if isinstance(section, TextCalibration):
         settings |= locate_text(section, "calibration").identity
     elif isinstance(section, TokensCalibration):
-        path = Path(str(section.path)).expanduser()
-        if not path.is_file():
-            raise DataError(f"calibration.path={section.path}: no such file; give a .npy file of token ids")
+        path = package_path(str(section.path))
+        open_ids(path, f"calibration.path={section.path}")
         settings["sha256"] = file_digest(path)
     return settings

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from cfsp.config import HubFile, TextSection
 from cfsp.data.calibration import Limits
 from cfsp.data.text import TEXT_FORMS, TextFile, locate_text, read_text, tokenise
+from cfsp.data.text_files import kind_of, reading, rows
 from cfsp.errors import DataError
 
 if TYPE_CHECKING:
@@ -50,9 +49,13 @@ def locate(data: RecoveryData) -> TextFile:
         DataError: no such file, an empty one, or the hub is out of reach.
     """
     hub = None if data.hub is None else HubFile(**asdict(cast(Any, data.hub)))
-    section = TextSection(path=data.path, hub=hub, text_field=data.text_field, txt_rows=data.txt_rows, join=data.join)
-    forms = ".jsonl, .json or .parquet" if data.kind == "instructions" else TEXT_FORMS
-    return locate_text(section, "recovery.data", forms)
+    section = TextSection(
+        path=data.path, hub=hub, text_field=data.text_field, txt_rows=data.txt_rows, join=data.join, bos="none"
+    )
+    rows_only = data.kind == "instructions"
+    forms = ".jsonl, .json, .csv or .parquet" if rows_only else TEXT_FORMS
+    streamed = rows_only and data.n_samples is not None
+    return locate_text(section, "recovery.data", forms, split=None, streamed=streamed)
 
 
 def instructions(file: TextFile, settings: Training, tokenizer: Any) -> list[Example]:
@@ -158,36 +161,10 @@ def _encoded(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> Iterator[tuple
 
 
 def _rows(file: TextFile) -> Iterator[tuple[str, str]]:
-    for number, row in enumerate(_raw_rows(file.path), 1):
-        yield _pair(row, number, file.path)
-
-
-def _raw_rows(path: Path) -> Iterator[Any]:
-    try:
-        if path.name.endswith(".parquet"):
-            import pyarrow.parquet as parquet
-
-            yield from parquet.read_table(path).to_pylist()
-            return
-        opened = gzip.open if path.name.endswith(".gz") else open
-        with opened(path, "rt", encoding="utf-8") as stream:
-            text = stream.read()
-        if text.lstrip()[:1] == "[":
-            yield from json.loads(text)
-            return
-    except (OSError, EOFError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"recovery.data.path={path}: cannot be read as rows ({error}); give a .jsonl, .json or .parquet file"
-        ) from error
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a string may hold other line separators
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"recovery.data.path={path}: line {number} is not JSON ({error}); one JSON object a line is needed"
-                ) from error
-            yield row
+    label = f"recovery.data.path={file.path}"
+    with reading(label):
+        for number, (_, row) in enumerate(rows(file.path, label), 1):
+            yield _pair(row, number, file.path)
 
 
 def _pair(row: Any, number: int, path: Path) -> tuple[str, str]:
@@ -198,12 +175,12 @@ def _pair(row: Any, number: int, path: Path) -> tuple[str, str]:
     """
     where = f"recovery.data.path={path}: row {number}"
     if not isinstance(row, Mapping):
-        raise DataError(f"{where} is a {type(row).__name__}; an object with prompt and response is needed")
+        raise DataError(f"{where} is {kind_of(row)}; an object with prompt and response is needed")
     answer = next((key for key in _ANSWERS if key in row), None)
     question = next((key for key in ("instruction", "prompt") if key in row), None)
     if answer is None or question is None:
-        found = ", ".join(map(str, row))
-        raise DataError(f"{where} has {found}; needed: instruction, (input,) output, or prompt, response")
+        found = ", ".join(str(key)[:40] for key in islice(row, 10))
+        raise DataError(f"{where} has {found or 'nothing'}; needed: instruction, (input,) output, or prompt, response")
     extra = next((key for key in ("input", "context") if row.get(key) is not None), None)
     for key in (question, answer, extra if question == "instruction" else None):
         if key is not None:
@@ -217,7 +194,7 @@ def _pair(row: Any, number: int, path: Path) -> tuple[str, str]:
 
 def _check_text(value: Any, what: str) -> None:
     if not isinstance(value, str):
-        raise DataError(f"{what} is {json.dumps(value, default=str)[:60]}; text is needed")
+        raise DataError(f"{what} is {kind_of(value)}; text is needed")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

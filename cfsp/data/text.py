@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import numpy as np
 
 from cfsp.config import TextSection
+from cfsp.data.text_files import (
+    check_file,
+    dataset_digest,
+    file_form,
+    lines,
+    locate_dataset,
+    open_text,
+    reading,
+    rows,
+    text_of,
+)
 from cfsp.errors import DataError
 from cfsp.hub import fetch_file, hub_error
 from cfsp.models.source import file_digest
 from cfsp.package import package_path
+
+Section = TypeVar("Section", bound=TextSection)
 
 
 @dataclass(frozen=True)
@@ -33,29 +45,41 @@ class TextFile:
 
 
 #: Files that hold a text.
-TEXT_FORMS = ".txt, .jsonl or .parquet"
+TEXT_FORMS = ".txt, .jsonl, .csv or .parquet"
 
 
-def locate_text(section: TextSection, key: str, forms: str = TEXT_FORMS) -> TextFile:
-    """Find the file of a text section: a local path, or one file of a hub repository.
+def locate_text(
+    section: TextSection, key: str, forms: str = TEXT_FORMS, *, split: str | None = "", streamed: bool | None = None
+) -> TextFile:
+    """Find the file of a text section: a local path, a saved dataset, or one file of a hub repository.
 
     Args:
         key: the configuration key of the section, for messages.
         forms: of files that fit, for messages.
+        split: of a dataset that ``datasets.save_to_disk`` wrote; "": the section's; None: the only one.
+        streamed: whether only the first rows are read; None: as the section's ``max_documents`` says.
 
     Raises:
-        DataError: no such file, an empty one, or the hub is out of reach.
+        DataError: no such file, an empty one, no file of text, or the hub is out of reach.
     """
     if section.path is not None:
         path = package_path(section.path)
-        if not path.is_file():
-            raise DataError(f"{key}.path={section.path}: no such file; give a {forms} file")
+        if os.path.isdir(path):
+            chosen = section.split if split == "" else split
+            path = locate_dataset(path, chosen, f"{key}.path={section.path}", forms)
     elif section.hub is not None:
         path = _from_hub(section, key)
     else:
         raise DataError(f"{key}.path=null: give a local {forms} file, {key}.path=FILE")
-    if path.stat().st_size == 0:
-        raise DataError(f"{key}.path={path}: the file is empty; give one that holds text")
+    one_document = file_form(path) == "txt" and section.txt_rows == "whole"
+    remedy = f"use {key}.max_documents=1000" + (f" {key}.txt_rows=lines" if one_document else "")
+    check_file(
+        path,
+        f"{key}.path={section.path or path}",
+        forms=forms,
+        streamed=section.max_documents is not None and not one_document if streamed is None else streamed,
+        remedy=remedy if streamed is None else "give a smaller file",
+    )
     prepared = section.model_dump(
         exclude={
             "path",
@@ -75,14 +99,9 @@ def locate_text(section: TextSection, key: str, forms: str = TEXT_FORMS) -> Text
     commit = (
         path.parts[path.parts.index("snapshots") + 1] if section.path is None and "snapshots" in path.parts else None
     )
-    identity = {"sha256": file_digest(path), "format": _format(path), **prepared}
+    digest = dataset_digest(path, f"{key}.path={path}") if os.path.isdir(path) else file_digest(path)
+    identity = {"sha256": digest, "format": file_form(path), **prepared}
     return TextFile(key, path, section, identity, commit)
-
-
-def _format(path: Path) -> Literal["parquet", "json", "txt"]:
-    if path.name.endswith(".parquet"):
-        return "parquet"
-    return "json" if path.name.endswith((".jsonl", ".json", ".jsonl.gz", ".json.gz")) else "txt"
 
 
 def _from_hub(section: TextSection, key: str) -> Path:
@@ -91,26 +110,22 @@ def _from_hub(section: TextSection, key: str) -> Path:
     try:
         return fetch_file(hub.repo, hub.file, hub.revision)
     except Exception as error:
-        raise DataError(hub_error(f"{key}.hub.repo={hub.repo}", error, f"a local copy with {key}.path=FILE")) from error
+        local = f"a local copy with {key}.path=FILE"
+        raise DataError(
+            hub_error(f"{key}.hub.repo={hub.repo}", error, local, revision=hub.revision, file=hub.file)
+        ) from error
 
 
 def read_text(text: TextFile) -> str:
     """The joined text of a file's documents (``max_documents`` of them, behind the first ``skip_documents``).
 
     Raises:
-        DataError: a row without the text field, broken JSON or parquet, or no text at all.
+        DataError: a row without the text field, broken JSON or parquet, too much text, or none at all.
     """
-    try:
+    with reading(f"{text.key}.path={text.path}"):
         first, many = text.section.skip_documents, text.section.max_documents
         documents = islice(_documents(text), first, None if many is None else first + many)
         joined = text.section.join.join(documents)
-    except DataError:
-        raise
-    except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
-        raise DataError(
-            f"{text.key}.path={text.path}: cannot be read as text ({type(error).__name__}: {error}); give a .txt, "
-            ".jsonl or .parquet file"
-        ) from error
     if re.search("[\ud800-\udfff]", joined):
         raise DataError(
             f"{text.key}.path={text.path}: the text holds half of a character (a lone surrogate); write it as valid "
@@ -126,50 +141,63 @@ def read_text(text: TextFile) -> str:
     return joined
 
 
-def _documents(text: TextFile) -> Iterable[str]:
-    path, kind = text.path, _format(text.path)
-    if kind == "parquet":
-        import pyarrow.parquet as parquet
-
-        field, columns = text.section.text_field, parquet.read_schema(path).names
-        if field not in columns:
-            raise DataError(f"{text.key}.text_field={field}: {path} has no such column; it has {', '.join(columns)}")
-        yield from parquet.read_table(path, columns=[field]).column(0).to_pylist()
-    elif kind == "json":
-        opened = gzip.open if path.name.endswith(".gz") else open
-        with opened(path, "rt", encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield _json_text(text, number, line)
-    else:
-        yield from _txt_documents(path.read_text(encoding="utf-8"), text.section.txt_rows)
+def _documents(text: TextFile) -> Iterator[str]:
+    path, field, label = text.path, text.section.text_field, f"{text.key}.path={text.path}"
+    if file_form(path) == "txt":
+        yield from _txt_documents(path, label, text.section.txt_rows)
+        return
+    for place, row in rows(path, label, field, f"{text.key}.text_field"):
+        yield text_of(row, field, text.key, place, path)
 
 
-def _txt_documents(content: str, rows: str) -> Iterable[str]:
+def _txt_documents(path: Path, label: str, txt_rows: str) -> Iterator[str]:
     """``whole``: one document; ``lines``: one a line; ``wikitext``: lines as the rows of the hub's parquet copy,
 
     where a row keeps its newline and a blank line is an empty row.
     """
-    if rows == "whole":
-        return [content]
-    lines = content.removesuffix("\n").split("\n")
-    if rows == "lines":
-        return [line.strip() for line in lines if line.strip()]
-    return [f"{line}\n" if line.strip() else "" for line in lines]
+    if txt_rows == "whole":
+        with open_text(path, label) as stream:
+            yield stream.read()
+        return
+    for line in lines(path, label):
+        if txt_rows == "wikitext":
+            yield f"{line.removesuffix(chr(10))}\n" if line.strip() else ""
+        elif line.strip():
+            yield line.strip()
 
 
-def _json_text(text: TextFile, number: int, line: str) -> str:
-    field = text.section.text_field
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(
-            f"{text.key}.path={text.path}: line {number} is not JSON ({error}); one JSON object a line is needed"
-        ) from error
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise DataError(f"{text.key}.text_field={field}: line {number} of {text.path} has no such text; it has {found}")
-    return row[field]
+def added_before(tokenizer: Any) -> list[int]:
+    """Ids that a tokenizer puts before a text by itself: BOS for Gemma and LLaMA, nothing for Qwen and GPT-2."""
+    plain = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
+    whole = list(tokenizer("a", verbose=False)["input_ids"])
+    starts = range(len(whole) - len(plain) + 1) if plain else ()
+    return next((whole[:start] for start in starts if whole[start : start + len(plain)] == plain), [])
+
+
+def settled(section: Section, tokenizer: Any) -> Section:
+    """Replace ``bos=auto`` by what it means for this tokenizer; a section of another value comes back as it is.
+
+    It means ``window`` where the tokenizer itself adds one BOS before a text, and ``none`` elsewhere. The identity of
+    a run is that of the value written out.
+    """
+    if section.bos != "auto":
+        return section
+    adds = added_before(tokenizer) == [_bos_id(tokenizer)]
+    return section.model_copy(update={"bos": "window" if adds else "none"})
+
+
+def lacks_added_tokens(section: TextSection, tokenizer: Any) -> bool:
+    """Whether windows of a settled section start without the tokens that the tokenizer adds before a text."""
+    before = added_before(tokenizer)
+    return bool(before) and not (section.bos == "window" and before == [_bos_id(tokenizer)])
+
+
+def _bos_id(tokenizer: Any) -> int | None:
+    """The id of BOS; of a tokenizer that names none, the one token that it puts before a text."""
+    if tokenizer.bos_token_id is not None:
+        return int(tokenizer.bos_token_id)
+    before = added_before(tokenizer)
+    return before[0] if len(before) == 1 else None
 
 
 def tokenise(text: str, tokenizer: Any, bos: str) -> np.ndarray:
@@ -227,6 +255,7 @@ def bos_of(tokenizer: Any, bos: str, key: str) -> int | None:
     """
     if bos != "window":
         return None
-    if tokenizer.bos_token_id is None:
+    bos_id = _bos_id(tokenizer)
+    if bos_id is None:
         raise DataError(f"{key}.bos=window: the tokenizer has no BOS token; use {key}.bos=none")
-    return int(tokenizer.bos_token_id)
+    return bos_id

@@ -44,11 +44,10 @@ class Cost(Evaluator):
     repeats: Annotated[int, Field(ge=1)] = 5
 
     side_by_side: ClassVar[bool] = True
+    key: ClassVar[str] = "evaluation.cost"
 
     def check(self, tokenizer: Any, limits: Limits) -> dict[str, Any]:
-        limits.check_length(
-            "evaluation.cost.prompt_tokens + evaluation.cost.new_tokens", self.prompt_tokens + self.new_tokens
-        )
+        limits.check_length(f"{self.key}.prompt_tokens + {self.key}.new_tokens", self.prompt_tokens + self.new_tokens)
         return {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens, "repeats": self.repeats}
 
     def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
-from pydantic import Field
+from pydantic import Field, PlainValidator
 
 from cfsp.components import component, suggest
 from cfsp.config import TextSection
 from cfsp.contracts import Evaluator
 from cfsp.errors import DataError, RunError
-from cfsp.evaluate.measurement import Measurement
+from cfsp.evaluate.measurement import LACKS_BOS, Measurement
+from cfsp.evaluate.values import checked_batch_size, checked_windows, placed
 from cfsp.progress import progress
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from cfsp.data.calibration import Limits
+
+log = logging.getLogger(__name__)
 
 
 @component
@@ -33,40 +37,47 @@ class Perplexity(Evaluator):
     datasets: Annotated[list[str], Field(min_length=1)]
     texts: dict[str, TextSection]
     seq_len: Annotated[int, Field(ge=2)]
-    windows: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]] | None = None
-    batch_size: Annotated[int, Field(ge=1)] = 8
+    windows: Annotated[tuple[int, int] | None, PlainValidator(checked_windows)] = None
+    batch_size: Annotated[int, PlainValidator(checked_batch_size)] = 8
 
     side_by_side: ClassVar[bool] = False
+    key: ClassVar[str] = "evaluation.perplexity"
 
     def __post_init__(self) -> None:
         for name in self.datasets:
             if name not in self.texts:
                 raise ValueError(
-                    f"evaluation.perplexity.datasets names {name}, which is not defined{suggest(name, self.texts)}; "
+                    f"{self.key}.datasets names {name}, which is not defined{suggest(name, self.texts)}; "
                     f"defined: {', '.join(self.texts)}"
                 )
         if self.windows is not None and self.windows[0] >= self.windows[1]:
             raise ValueError(
-                f"evaluation.perplexity.windows=[{self.windows[0]},{self.windows[1]}]: [first,end] with first < end is "
-                "needed"
+                f"{self.key}.windows=[{self.windows[0]},{self.windows[1]}]: [first,end] with first < end is needed"
             )
 
     def check(self, tokenizer: Any, limits: Limits) -> dict[str, Any]:
-        from cfsp.data.text import locate_text
+        from cfsp.data.text import lacks_added_tokens, locate_text
 
-        limits.check_length("evaluation.perplexity.seq_len", self.seq_len)
+        limits.check_length(f"{self.key}.seq_len", self.seq_len)
         for name in self.datasets:
             windows, _ = self._windows(name, tokenizer)
-            limits.check_ids(f"evaluation.perplexity ({name})", windows)
+            limits.check_ids(f"{self.key} ({name})", windows)
+            section = self._section(name, tokenizer)
+            if lacks_added_tokens(section, tokenizer):
+                log.warning(
+                    "%s (%s): %s (bos=%s), so the figure may be far from what the model can do; %s.bos=auto adds it",
+                    self.key, name, LACKS_BOS, section.bos, self._key(name),
+                )  # fmt: skip
+        sections = {name: self._section(name, tokenizer) for name in self.datasets}
         return {
             "seq_len": self.seq_len,
             "windows": self.windows,
             "batch_size": self.batch_size,
-            "texts": {name: locate_text(self.texts[name], self._key(name)).identity for name in self.datasets},
+            "texts": {name: locate_text(section, self._key(name)).identity for name, section in sections.items()},
         }
 
     def parts(self) -> dict[str, Perplexity]:
-        return {name: replace(cast(Any, self), datasets=[name]) for name in self.datasets}
+        return {name: placed(replace(cast(Any, self), datasets=[name]), self.key) for name in self.datasets}
 
     def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
         return [self._measure(name, model, tokenizer) for name in self.datasets]
@@ -74,41 +85,46 @@ class Perplexity(Evaluator):
     def _measure(self, name: str, model: nn.Module, tokenizer: Any) -> Measurement:
         import torch
 
-        from cfsp.data.text import locate_text
+        from cfsp.data.text import lacks_added_tokens, locate_text
 
         windows, first = self._windows(name, tokenizer)
         version = f"sha256:{locate_text(self.texts[name], self._key(name)).identity['sha256'][:16]}"
         total, count = negative_log_likelihood(model, torch.tensor(windows), self.batch_size, name)
         if not math.isfinite(total):
             raise RunError(f"perplexity on {name} is not finite; try model.dtype=float32")
-        section = self.texts[name]
+        section = self._section(name, tokenizer)
+        lacking = {"lacks_bos": True} if lacks_added_tokens(section, tokenizer) else {}
         return Measurement(
             "perplexity", name, "perplexity", math.exp(total / count), "perplexity per token",
             n=count, seq_len=self.seq_len, split=section.split, num_fewshot=0, version=version,
             detail={
                 "windows": [first, first + len(windows)], "nll": total / count,
-                "bos": section.bos, "join": section.join,
+                "bos": section.bos, "join": section.join, **lacking,
             },
         )  # fmt: skip
 
     def _windows(self, name: str, tokenizer: Any) -> tuple[np.ndarray, int]:
         from cfsp.data.text import bos_of, cut_windows, locate_text, read_text, tokenise
 
-        section, key = self.texts[name], self._key(name)
+        section, key = self._section(name, tokenizer), self._key(name)
         ids = tokenise(read_text(locate_text(section, key)), tokenizer, section.bos)
         windows = cut_windows(ids, self.seq_len, bos_id=bos_of(tokenizer, section.bos, key))
         first, end = self.windows or (0, len(windows))
         if not len(windows) or end > len(windows):
-            asked = "" if self.windows is None else f" for evaluation.perplexity.windows=[{first},{end}]"
+            asked = "" if self.windows is None else f" for {self.key}.windows=[{first},{end}]"
             raise DataError(
-                f"evaluation.perplexity ({name}): the text has {len(windows)} windows of {self.seq_len} tokens, "
-                f"{max(end, 1)} are needed{asked}; use a longer text or a smaller evaluation.perplexity.seq_len"
+                f"{self.key} ({name}): the text has {len(windows)} windows of {self.seq_len} tokens, "
+                f"{max(end, 1)} are needed{asked}; use a longer text or a smaller {self.key}.seq_len"
             )
         return windows[first:end], first
 
-    @staticmethod
-    def _key(name: str) -> str:
-        return f"evaluation.perplexity.texts.{name}"
+    def _section(self, name: str, tokenizer: Any) -> TextSection:
+        from cfsp.data.text import settled
+
+        return settled(self.texts[name], tokenizer)
+
+    def _key(self, name: str) -> str:
+        return f"{self.key}.texts.{name}"
 
 
 def negative_log_likelihood(model: nn.Module, windows: Tensor, batch_size: int, label: str) -> tuple[float, int]:

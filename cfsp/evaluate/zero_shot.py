@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
-import logging
-import random
-import re
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
-from pydantic import Field
+from pydantic import Field, PlainValidator
 
 from cfsp.components import component, suggest
 from cfsp.contracts import Evaluator
 from cfsp.errors import ConfigError, DataError
 from cfsp.evaluate.measurement import Measurement
+from cfsp.evaluate.values import checked_batch_size, checked_limit, placed
 from cfsp.package import package_path
 from cfsp.progress import watched
 
@@ -27,9 +24,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cfsp.data.calibration import Limits
+    from cfsp.evaluate.task_folder import TaskFile
 
-log = logging.getLogger(__name__)
 _METRIC_UNITS = {"acc": "fraction", "acc_norm": "fraction", "exact_match": "fraction", "f1": "fraction"}
+#: What was tried in this process: the runs of a sweep ask for the same.
+_tried: set[str] = set()
 
 
 @component
@@ -37,27 +36,42 @@ class ZeroShot(Evaluator):
     """``tasks``: lm-eval names; ``include_path``: a folder of further task YAMLs, whose data files lie beside them.
 
     The harness is used as it is, without its response cache (which is keyed by prompt only and would answer for
-    another model).
+    another model). ``limit``: items of each task, or below 1 a share of them, as in lm-eval.
     """
 
     tasks: Annotated[list[str], Field(min_length=1)]
     include_path: str | None = None
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
-    limit: Annotated[int, Field(ge=1)] | None = None
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    limit: Annotated[int | float | None, PlainValidator(checked_limit)] = None
+    batch_size: Annotated[int, PlainValidator(checked_batch_size)] = 16
 
     side_by_side: ClassVar[bool] = False
+    key: ClassVar[str] = "evaluation.zero_shot"
 
     def check(self, tokenizer: Any, limits: Limits) -> dict[str, Any]:
+        identity = self.check_settings()
+        if tokenizer is not None:  # without one it is asked for the identity alone
+            self._try(identity, tokenizer, limits)
+        return identity
+
+    def task_folder(self) -> str | None:
+        return self.include_path
+
+    def check_settings(self) -> dict[str, Any]:
+        """The part of :meth:`check` that builds no task and fetches no data."""
+        from cfsp.evaluate.harness import harness_tasks
+        from cfsp.evaluate.task_folder import content_of
+
         local = self._local_tasks()
         others = [name for name in self.tasks if name not in local]
         if others:
-            known = _harness_tasks()
+            known = harness_tasks()
             for name in others:
                 if name not in known:
                     near = suggest(name, [*local, *known])
-                    raise ConfigError(f"evaluation.zero_shot.tasks={name}: lm-eval has no such task{near}")
-        content = {name: _content(path) for name, path in local.items() if name in self.tasks}
+                    raise ConfigError(f"{self.key}.tasks={name}: lm-eval has no such task{near}")
+        folder = self._folder()
+        content = {name: content_of(local[name], folder, self.key) for name in local if name in self.tasks and folder}
         return {
             "tasks": self.tasks,
             "batch_size": self.batch_size,
@@ -66,24 +80,59 @@ class ZeroShot(Evaluator):
             "local": content,
         }
 
+    def _try(self, identity: dict[str, Any], tokenizer: Any, limits: Limits) -> None:
+        """Build each task, which locates its data, and render its first items; once in a process for the same."""
+        from cfsp.evaluate.harness import quiet_harness, with_special_tokens
+        from cfsp.evaluate.task_trial import TRIED_ITEMS, names_the_task, try_task
+
+        tokenizer = with_special_tokens(tokenizer)
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise DataError(
+                f"{self.key}: the tokenizer names neither BOS nor EOS and config.json states no bos_token_id or "
+                "eos_token_id, one of which lm-eval starts from; name one in tokenizer_config.json, or use "
+                f"{self.key}=null"
+            )
+        said = {name: value for name, value in identity.items() if name != "batch_size"}
+        content = getattr(tokenizer, "of_content", None)
+        tried = repr((said, self._folder(), self.key, content, limits)) if content else None
+        if tried in _tried:
+            return
+        with quiet_harness(self._folder(), self.key):
+            local = self._local_tasks()
+            manager = self._task_manager(local)
+            for name in self.tasks:
+                with names_the_task(self.key, name, checking=True):
+                    for leaf, task in manager.load([self._given(name, local)])["tasks"].items():
+                        items = TRIED_ITEMS if name in local else 1
+                        if isinstance(self.limit, int):
+                            items = min(items, self.limit)
+                        label = name if leaf == name else f"{name} ({leaf})"
+                        try_task(task, label, self.key, self.num_fewshot, items, tokenizer, limits)
+        if tried is not None:
+            _tried.add(tried)
+
     def parts(self) -> dict[str, ZeroShot]:
-        return {task: replace(cast(Any, self), tasks=[task]) for task in self.tasks}
+        return {task: placed(replace(cast(Any, self), tasks=[task]), self.key) for task in self.tasks}
 
     def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
+        from cfsp.evaluate.harness import count_truncated, quiet_harness, with_special_tokens
+        from cfsp.evaluate.task_trial import names_the_task
         from cfsp.models.streamed import streamed
 
-        with _quiet_harness():
+        names = ",".join(self.tasks)
+        with quiet_harness(self._folder(), self.key), names_the_task(self.key, names, checking=False):
             store = streamed(model)
-            settings = {"tokenizer": copy.deepcopy(tokenizer), "batch_size": self.batch_size}
+            settings = {"tokenizer": with_special_tokens(tokenizer), "batch_size": self.batch_size}
             if store is None:
                 harness = HFLM(pretrained=model, **settings)
             else:
                 from cfsp.evaluate.streamed_harness import BlockByBlock
 
                 harness = BlockByBlock(store, **settings)
+            truncated = count_truncated(harness)
             if not watched():  # the harness draws its bars whatever tqdm's own switch says
                 for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
                     setattr(harness, name, partial(getattr(harness, name), disable_tqdm=True))
@@ -93,177 +142,120 @@ class ZeroShot(Evaluator):
                     requests, disable_tqdm=True, override_bs=override_bs
                 )
             local = self._local_tasks()
-            tasks = [_given(name, local[name]) if name in local else name for name in self.tasks]
-            try:
-                results = lm_eval.simple_evaluate(
-                    model=harness,
-                    tasks=tasks,
-                    num_fewshot=self.num_fewshot,
-                    limit=self.limit,
-                    bootstrap_iters=1000,  # 0 would drop the analytic standard errors as well
-                    task_manager=_task_manager(
-                        str(package_path(self.include_path)) if self.include_path else None,
-                        bool(set(self.tasks) - set(local)),
-                    ),
-                    log_samples=True,  # carries the hashes of items, prompts and targets
-                )
-            except (ConnectionError, OSError) as error:
-                raise DataError(
-                    f"evaluation.zero_shot.tasks={self.tasks}: a task's data cannot be fetched "
-                    f"({type(error).__name__}: {str(error).splitlines()[0]}); fetch it while online, or give local "
-                    "tasks with evaluation.zero_shot.include_path=FOLDER"
-                ) from error
-        return self._measurements(results, harness.max_length)
+            results = lm_eval.simple_evaluate(
+                model=harness,
+                tasks=[self._given(name, local) for name in self.tasks],
+                num_fewshot=self.num_fewshot,
+                limit=self.limit,
+                bootstrap_iters=1000,  # 0 would drop the analytic standard errors as well
+                task_manager=self._task_manager(local),
+                log_samples=True,  # carries the hashes of items, prompts and targets
+            )
+        return self._measurements(results, harness.max_length, truncated)
 
-    def _measurements(self, results: dict[str, Any], max_length: int) -> list[Measurement]:
-        found = []
+    def _measurements(
+        self, results: dict[str, Any], max_length: int, truncated: Counter[str] | None = None
+    ) -> list[Measurement]:
+        measurements = []
         for task, values in results["results"].items():
-            counts = results["n-samples"].get(task, {})
+            described = self._described(task, results, truncated or Counter())
             for entry, value in values.items():
                 metric, _, filter_name = entry.partition(",")
                 if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):
                     continue
                 stderr = values.get(f"{metric}_stderr,{filter_name}")
-                config = results["configs"].get(task, {})
-                found.append(
+                measurements.append(
                     Measurement(
                         "zero_shot", task, metric, float(value), _METRIC_UNITS.get(metric, metric),
-                        n=counts.get("effective"), seq_len=max_length,
+                        n=described["n"], seq_len=max_length,
                         stderr=float(stderr) if isinstance(stderr, int | float) else None,
-                        split=config.get("test_split") or config.get("validation_split"),
-                        num_fewshot=results.get("n-shot", {}).get(task),
+                        split=described["split"], num_fewshot=described["num_fewshot"],
                         version=str(results["versions"].get(task)), limit=self.limit,
-                        detail={"filter": filter_name, "task_hash": _task_hash(results["samples"].get(task, []))},
+                        detail={"filter": filter_name, **described["detail"]},
                     )
                 )  # fmt: skip
-        return found
+        return measurements
 
-    def _local_tasks(self) -> dict[str, Path]:
-        if self.include_path is None:
-            return {}
-        folder = package_path(self.include_path)
-        if not folder.is_dir():
-            raise DataError(f"evaluation.zero_shot.include_path={self.include_path}: no such folder")
-        found = {}
-        for path in sorted(folder.glob("**/*.yaml")):
-            name = _read_task(path).get("task")
-            if isinstance(name, str):
-                found[name] = path
-        return found
+    def _described(self, task: str, results: dict[str, Any], truncated: Counter[str]) -> dict[str, Any]:
+        """What a task was measured on; of a group, its members together and each by itself."""
+        leaves = _leaves(task, results.get("group_subtasks", {}))
+        if leaves == [task]:
+            config = results["configs"].get(task, {})
+            return {
+                "n": results["n-samples"].get(task, {}).get("effective"),
+                "split": config.get("test_split") or config.get("validation_split"),
+                "num_fewshot": results.get("n-shot", {}).get(task),
+                "detail": {
+                    "task_hash": _task_hash(results["samples"].get(task, [])),
+                    "truncated": truncated[task],
+                },
+            }
+        members = {leaf: self._described(leaf, results, truncated) for leaf in leaves}
+        of_members = {
+            leaf: {
+                "n": each["n"],
+                "num_fewshot": each["num_fewshot"],
+                "task_hash": each["detail"]["task_hash"],
+                "truncated": each["detail"]["truncated"],
+            }
+            for leaf, each in members.items()
+        }
+        return {
+            "n": sum(each["n"] or 0 for each in members.values()),
+            "split": _common(each["split"] for each in members.values()),
+            "num_fewshot": _common(each["num_fewshot"] for each in members.values()),
+            "detail": {
+                "task_hash": hashlib.sha256(
+                    "".join(f"{leaf} {each['task_hash']}\n" for leaf, each in of_members.items()).encode()
+                ).hexdigest(),
+                "truncated": sum(each["truncated"] for each in of_members.values()),
+                "members": of_members,
+            },
+        }
+
+    def _folder(self) -> Path | None:
+        return package_path(self.include_path) if self.include_path is not None else None
+
+    def _local_tasks(self) -> dict[str, list[TaskFile]]:
+        from cfsp.evaluate.task_folder import local_tasks
+
+        return local_tasks(self.include_path, self.key)
+
+    def _given(self, name: str, local: dict[str, list[TaskFile]]) -> str | dict[str, Any]:
+        """What the harness is given: a plain task with its data files made absolute, else the name for it to load."""
+        from cfsp.evaluate.task_folder import with_absolute_data
+
+        files = local.get(name, [])
+        if len(files) != 1 or not files[0].is_plain or files[0].content["task"] != name:
+            return name
+        return copy.deepcopy(with_absolute_data(files[0].content, files[0].path.parent))
+
+    def _task_manager(self, local: dict[str, list[TaskFile]]) -> Any:
+        from cfsp.evaluate.harness import task_manager
+
+        chosen = {file for name in self.tasks for file in local.get(name, [])}
+        asked = {*self.tasks, *(member for file in chosen for member in file.members)}
+        # Of the files: a folder may have changed since this process read it.
+        content = hashlib.sha256(repr([(str(f.path), f.content) for fs in local.values() for f in fs]).encode())
+        folder = self._folder()
+        digest = content.hexdigest() if local else ""
+        return task_manager(str(folder) if local else None, bool(asked - set(local)), digest)
+
+
+def _leaves(task: str, members: dict[str, list[str]]) -> list[str]:
+    """The tasks of a group and of the groups in it, in order; of a task, itself."""
+    if not members.get(task):
+        return [task]
+    return list(dict.fromkeys(leaf for member in members[task] for leaf in _leaves(member, members)))
+
+
+def _common(values: Any) -> Any:
+    """The one value that all are; None where they differ."""
+    distinct = list(dict.fromkeys(values))
+    return distinct[0] if len(distinct) == 1 else None
 
 
 def _task_hash(samples: list[dict[str, Any]]) -> str | None:
     """The harness's own task hash (its evaluation tracker): sha256 over the hashes of items, prompts and targets."""
     parts = [sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in samples]
     return hashlib.sha256("".join(parts).encode()).hexdigest() if parts else None
-
-
-def _read_task(path: Path) -> dict[str, Any]:
-    """A task YAML as a dictionary; ``!function`` values become strings."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_constructor("!function", lambda loader, node: f"!function {node.value}")
-    try:
-        task = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"evaluation.zero_shot.include_path: {path} is not a task YAML ({' '.join(str(error).split())})"
-        ) from error
-    return task if isinstance(task, dict) else {}
-
-
-def _given(name: str, path: Path) -> str | dict[str, Any]:
-    """What the harness is given: a plain task with its data files made absolute, else the name for it to load."""
-    task = _read_task(path)
-    if "include" in task or "!function" in path.read_text(encoding="utf-8"):
-        return name
-    files = _data_files(task, path)
-    if files:
-        task["dataset_kwargs"] = {**task["dataset_kwargs"], "data_files": files}
-    return task
-
-
-def _data_files(task: dict[str, Any], path: Path) -> dict[str, str]:
-    """split -> absolute path of the data files that a local task names relative to its YAML."""
-    files = (task.get("dataset_kwargs") or {}).get("data_files")
-    if not isinstance(files, dict):
-        return {}
-    return {split: str((path.parent / name).resolve()) for split, name in files.items() if isinstance(name, str)}
-
-
-def _content(path: Path) -> str:
-    """sha256 over everything local that decides a task: its YAML, what it includes, its functions, its data."""
-    digest = hashlib.sha256()
-    for file in _local_files(path):
-        if not file.is_file():
-            raise DataError(
-                f"evaluation.zero_shot: task {path.stem} names the file {file}, which does not exist; "
-                "put it beside the task's YAML"
-            )
-        digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
-
-
-def _local_files(path: Path) -> list[Path]:
-    """The task's YAML, the YAMLs it includes, the modules of its ``!function`` values and its data files."""
-    task = _read_task(path)
-    files = [path]
-    for included in _strings(task.get("include")):
-        files += _local_files(path.parent / included)
-    modules = re.findall(r"!function\s+([\w.]+)\.\w+", path.read_text(encoding="utf-8"))
-    files += [path.parent / f"{module.replace('.', '/')}.py" for module in modules]
-    for name in _strings((task.get("dataset_kwargs") or {}).get("data_files")):
-        if "://" not in name:
-            # The harness itself looks from the working folder on; a plain task is handed over with absolute paths.
-            beside = path.parent / name
-            files.append(beside if beside.is_file() or not Path(name).is_file() else Path(name))
-    return sorted(set(files))
-
-
-def _strings(value: Any) -> list[str]:
-    """Every string in a value that may be one, a list of them or a dictionary of either."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [text for item in value for text in _strings(item)] if isinstance(value, list) else []
-
-
-def _harness_tasks() -> set[str]:
-    """The harness's own task names."""
-    with _quiet_harness():
-        return set(_task_manager(None, True).all_tasks)
-
-
-@cache
-def _task_manager(include_path: str | None, include_defaults: bool) -> Any:
-    """The harness's index of tasks; for its own it reads thousands of files."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=include_path, include_defaults=include_defaults)
-
-
-@contextlib.contextmanager
-def _quiet_harness() -> Iterator[None]:
-    """The harness logs much, draws the data sets' progress bars and reseeds every random generator."""
-    import datasets
-    import numpy as np
-    import torch
-
-    logger = logging.getLogger("lm_eval")
-    level, bars = logger.level, datasets.is_progress_bar_enabled()
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    logger.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        if bars:
-            datasets.enable_progress_bars()
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])

@@ -7,13 +7,19 @@ measures after it has saved the model.
 from __future__ import annotations
 
 import json
-import os
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cfsp.errors import CheckpointError
+from cfsp.pruning.plan_history import read_marker
+from cfsp.system.atomic import write_bytes
+from cfsp.system.escape import in_markdown
+from cfsp.system.reading import read_json
+
+log = logging.getLogger(__name__)
 
 CARD, FACTS = "README.md", "cfsp_card.json"
 #: What a card's front matter says of the licence; the last two where it is none that the hub has a name for.
@@ -86,12 +92,20 @@ def card_files(facts: Mapping[str, Any], form: str, name: str) -> dict[str, byte
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What is known of a folder; {} of one that no run wrote."""
+    """Return what is known of a folder; {} of one that no run wrote, and where the facts are damaged."""
     try:
-        found = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        if read_marker(folder) is None:  # a file of that name may be anybody's
+            return {}
+        found = read_json(folder / FACTS, str(folder / FACTS), limit=100_000_000)
+        if isinstance(found, dict):
+            for form in ("plain", "remote_code"):
+                model_card(found, form, folder.name)
+            if "base_model" in found:
+                _step(found)
+            return found
+    except Exception as error:  # any damage: the card then begins with this folder
+        log.debug("%s cannot be used", folder / FACTS, exc_info=error)
+    return {}
 
 
 def write_card(folder: Path, facts: Mapping[str, Any], form: str) -> None:
@@ -101,17 +115,13 @@ def write_card(folder: Path, facts: Mapping[str, Any], form: str) -> None:
         CheckpointError: they cannot be written.
     """
     for name, content in card_files(facts, form, folder.name).items():
-        partial = folder / f".{name}.{os.getpid()}"
         try:
-            partial.write_bytes(content)
-            os.replace(partial, folder / name)
+            write_bytes(folder / name, content)
         except OSError as error:
             raise CheckpointError(
                 f"{folder / name}: the model card cannot be written ({error.strerror}); free some space and give the "
                 "command again"
             ) from error
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def facts_of_run(
@@ -184,6 +194,7 @@ def model_card(facts: Mapping[str, Any], form: str, name: str) -> str:
     if not pruned:
         return "\n".join([_front(front), f"# {name}", "", "## Loading", "", loading])
     front["tags"] = ["pruning", "structured-pruning", "cfsp"]
+    facts = in_markdown(facts)
     base, parameters, steps = facts["base_model"], facts["parameters"], [*facts.get("earlier", ()), _step(facts)]
     scope = facts["requested"].get("scope", "ffn")
     pruned_to = f"{facts['achieved']['ratio']:.1%} of the {scope} parameters pruned"

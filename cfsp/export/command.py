@@ -144,6 +144,8 @@ def exported(request: Request) -> Any:
     import torch
 
     from cfsp.export.folder import read_folder
+    from cfsp.pruning.plan_check import BlockSizes
+    from cfsp.pruning.plan_history import check_history
     from cfsp.verify.reference import place_of
 
     source = read_folder(request.path)
@@ -157,6 +159,7 @@ def exported(request: Request) -> Any:
         raise CheckpointError(
             f"to={to}: lies {relation} the folder to be exported, {source.folder}; give another place"
         )
+    check_history(source.folder, [BlockSizes(layer.width, layer.kv_heads) for layer in source.layers])
     more: dict[str, Any] = {} if request.multiple is None else {"multiple": request.multiple}
     if request.format == "gguf":
         dtype: Any = _OF_GGUF.get(str(request.dtype), request.dtype) or "auto"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.models.remote_code import COMMON_FAMILIES, PRUNED_PREFIX, stock_type
 from cfsp.models.shards import Shards
 from cfsp.models.source import ModelSource, locate
+from cfsp.weights.fit import is_computed
 
 #: What a pruned folder's config.json has beside the base architecture's own keys.
 _PRUNED_KEYS = ("per_layer_config", "allow_global_per_layer_attribute_access", "added_bias", "auto_map")
@@ -126,6 +127,9 @@ def read_source(source: ModelSource) -> ModelFolder:
     Raises:
         CheckpointError, UnsupportedModelError: as :func:`read_folder`.
     """
+    shards = Shards(source.folder)
+    if source.config.get("tie_word_embeddings") and _has_own_head(shards):
+        source = replace(source, config={**source.config, "tie_word_embeddings": False})
     model_type = str(source.config.get("model_type", ""))
     family = stock_type(model_type)
     if family not in COMMON_FAMILIES:
@@ -145,9 +149,14 @@ def read_source(source: ModelSource) -> ModelFolder:
             f"{source.origin}: config.json has {key} beside model_type={model_type}, whose layers are all alike; save "
             f"the model with cfsp, as {PRUNED_PREFIX}{family}, or take {key} out"
         )
-    shards = Shards(source.folder)
     layers = tuple(_layer(config, per_layer.get(n, {}), added.get(n, ())) for n in range(config["num_hidden_layers"]))
     return ModelFolder(source, family, config, layers, shards, getattr(torch, source.stored_dtype), shards.shapes)
+
+
+def _has_own_head(shards: Shards) -> bool:
+    """Whether an LM head is stored that is not the embedding; config.json may say otherwise."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    return head in shards and embedding in shards and not shards.equal(head, embedding)
 
 
 def check_there(source: ModelFolder) -> None:
@@ -159,7 +168,19 @@ def check_there(source: ModelFolder) -> None:
     Raises:
         CheckpointError: names the tensor.
     """
-    for name, shape in _expected(source):
+    expected, dtypes = dict(_expected(source)), source.shards.dtypes
+    extra = [
+        name
+        for name, shape in source.shapes.items()
+        if name not in expected and name != "lm_head.weight" and not is_computed(name, shape)
+    ]
+    if extra:
+        raise CheckpointError(
+            f"{source.folder}: {len(extra):,} tensors have no place in the {source.family} that config.json describes, "
+            f"first {extra[0]}; config.json lacks a setting (e.g. attention_bias=true), or the weights are another "
+            "model's"
+        )
+    for name, shape in expected.items():
         if not source.has(name):
             bare = name.removeprefix("model.")
             other = f" ({bare} is there: it was saved without its LM head)" if bare != name and source.has(bare) else ""
@@ -170,6 +191,11 @@ def check_there(source: ModelFolder) -> None:
         if source.shapes[name] != shape:
             raise CheckpointError(
                 f"{source.folder}: {name} is {source.shapes[name]}, its config.json says {shape}; save the model again"
+            )
+        if not dtypes[name].is_floating_point:
+            raise CheckpointError(
+                f"{source.folder}: {name} is stored as {dtypes[name]} where a weight is a float: quantised "
+                "or damaged; fetch the model again"
             )
 
 

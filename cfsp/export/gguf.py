@@ -18,6 +18,7 @@ from cfsp.export.gguf_layout import CHUNK, GgufTensor, Layout, lay_out, model_co
 from cfsp.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from cfsp.export.result import Exported
 from cfsp.progress import progress
+from cfsp.system.leftovers import held
 from cfsp.verify.reference import copy_reference, is_reference, place_of
 
 if TYPE_CHECKING:
@@ -86,9 +87,11 @@ def export(source: ModelFolder, to: Path, *, dtype: GgufDType = "auto", multiple
     scratch = to.with_name(f".{to.name}.{uuid.uuid4().hex[:8]}")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
-        _write(scratch, to.stem, source, layout, vocabulary, tensors, stored)
-        copy_reference(source.folder, to)  # a full disk meets it before the file has its name
-        os.replace(scratch, to)
+        scratch.touch()
+        with held(scratch):
+            _write(scratch, to.stem, source, layout, vocabulary, tensors, stored)
+            copy_reference(source.folder, to)  # a full disk meets it before the file has its name
+            os.replace(scratch, to)
     except OSError as error:
         raise CheckpointError(
             f"{to}: the file cannot be written there ({error.strerror or error}); free some space or give another place"

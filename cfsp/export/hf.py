@@ -13,6 +13,7 @@ from cfsp.export.plain_folder import write_plain_folder
 from cfsp.export.result import Exported
 from cfsp.models.remote_code import PRUNED_PREFIX, pruned_family
 from cfsp.pruning.plan import COMPENSATION_IN_FOLDER
+from cfsp.pruning.plan_history import history_of
 
 #: The plan and the tensors that it needs.
 _PLAN = ("plan.json", COMPENSATION_IN_FOLDER)
@@ -40,7 +41,8 @@ def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, m
         tensors += layer_tensors(source, index, wanted)
     pruned = not _is_plain(source)
     files = {name: text.encode() for name, text in pruned_family(source.family).files.items()} if pruned else {}
-    if dtype in (None, source.dtype):  # else replaying the plan would not give these weights
+    same = dtype in (None, source.dtype)  # else replaying the plan would not give these weights
+    if same and history_of(source.folder, tensors=False) is not None:
         files |= {name: (source.folder / name).read_bytes() for name in _PLAN if (source.folder / name).is_file()}
     form = "remote_code" if pruned else "plain"
     config = source.source.config if pruned else _plain_config(source)

@@ -19,6 +19,7 @@ from cfsp.models.checkpoint import (
     check_destination,
     copy_companions,
     legacy_rope,
+    marker_of,
     write_json,
 )
 from cfsp.models.shard_writer import Outgoing, write_shards
@@ -47,8 +48,8 @@ def write_plain_folder(
     Raises:
         CheckpointError: the folder holds other things, cannot be written, or a value does not fit into ``dtype``.
     """
-    to = to.resolve()
     check_destination(to)
+    to = to.resolve()
     stored = dtype or source.dtype
     name = str(stored).removeprefix("torch.")
     by_name = {tensor.name: tensor for tensor in tensors}
@@ -78,7 +79,7 @@ def write_plain_folder(
             (scratch / file).parent.mkdir(exist_ok=True)
             (scratch / file).write_bytes(content)
         state = source.source.state or "dense"
-        write_json(scratch / MARKER, {"schema": 1, "form": form, "dtype": name, "state": state})
+        write_json(scratch / MARKER, marker_of(form, name, state, files))
         for file, content in card_files(facts_of_folder(source.folder), form, to.name).items():
             (scratch / file).write_bytes(content)
     return size

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfsp.errors import CheckpointError
-from cfsp.pruning.plan import SCHEMA
+from cfsp.pruning.plan_check import BlockSizes
+from cfsp.pruning.plan_history import history_of
 
 
 @dataclass(frozen=True)
@@ -47,35 +46,27 @@ class History:
         }
 
 
-def read_history(folder: Path, state: str | None) -> History | None:
-    """The history in ``folder``; None where no plan lies there.
+def read_history(folder: Path, state: str | None, sizes: Sequence[BlockSizes]) -> History | None:
+    """Return the history of ``folder``, whose blocks have these ``sizes``; None where nobody vouches for one.
 
     Raises:
-        CheckpointError: a plan.json that is none.
+        CheckpointError: a history that is damaged, or not that of the weights.
     """
-    file = folder / "plan.json"
-    if not file.is_file():
+    plan = history_of(folder, sizes, tensors=False)
+    if plan is None:
         return None
-    try:
-        plan = json.loads(file.read_text(encoding="utf-8"))
-        if plan["schema"] != SCHEMA:
-            raise ValueError(f"schema {plan['schema']}, this version of cfsp reads {SCHEMA}")
-        steps = plan["method"].get("steps") or [plan["method"]]
-        gone = tuple(i for i, block in enumerate(plan["blocks"]) if not (block["attention"] or block["ffn"]))
-        staying = [index for index in range(len(plan["blocks"])) if index not in gone]
-        # Of several prunings the rows are the last one's, whose base was pruned already.
-        rows = plan["details"] if len(steps) == 1 and len(plan["details"]) == len(plan["blocks"]) else None
-        before = [Before() if rows is None else _row(rows[index]) for index in staying]
-        methods = tuple(str(step["name"]) for step in _flat(steps))
-        return History(state, methods, plan["parameters"], len(plan["blocks"]), gone, tuple(before))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{file}: not a pruning plan ({type(error).__name__}: {error}); take it away, or save the model again"
-        ) from error
+    steps = plan.method.get("steps") or [plan.method]
+    gone = tuple(index for index, block in enumerate(plan.blocks) if not block.keeps_block)
+    staying = [index for index in range(len(plan.blocks)) if index not in gone]
+    # Of several prunings the rows are the last one's, whose base was pruned already.
+    rows = plan.details if len(steps) == 1 and len(plan.details) == len(plan.blocks) else None
+    before = [Before() if rows is None else _row(rows[index]) for index in staying]
+    methods = tuple(str(step["name"]) for step in _flat(steps))
+    return History(state, methods, plan.parameters, len(plan.blocks), gone, tuple(before))
 
 
 def _row(details: Mapping[str, Any]) -> Before:
-    return Before(details["base_width"], details["base_kv_groups"], details.get("base_experts"))
+    return Before(details.get("base_width"), details.get("base_kv_groups"), details.get("base_experts"))
 
 
 def _flat(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:

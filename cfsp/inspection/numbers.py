@@ -6,7 +6,7 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from pydantic import ValidationError
 from cfsp.components import problems_of, shown, suggest
 from cfsp.config import ModelSection
 from cfsp.errors import CheckpointError, ConfigError
-from cfsp.hub import fetch_snapshot, hub_error, hub_reason
+from cfsp.hub import TIMEOUT, fetch_snapshot, hub_error, hub_reason
 from cfsp.models.load import load_config
 from cfsp.models.source import ModelSource, is_hub_id
 from cfsp.package import config_folder, package_path
+from cfsp.weights.folder_check import ADAPTER, check_files, check_no_adapter, read_config
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _why(error: Exception) -> str:
     """Why there is no config.json, in a clause."""
     if isinstance(error, CheckpointError):
         return str(error).partition(": ")[2].partition(";")[0]
-    return re.sub(r"^no local path,( and)? ", "", hub_reason(error))  # nobody gave one
+    return re.sub(r"^no local path,( and)? ", "", hub_reason(error).partition("; ")[0])  # nobody gave one
 
 
 def _section(name: str) -> ModelSection:
@@ -124,6 +125,8 @@ def _of_folder(name: str, where: str, origin: str, folder: Path) -> Numbers:
         raise CheckpointError(f"{where}: {found}; give the folder of a model, or the OUT of a run")
     if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
         folder, origin = folder / "model", f"{origin.rstrip('/')}/model"
+    check_no_adapter(folder, where)
+    check_files(folder, where)
     source = ModelSource(name, origin, folder, _config(where, folder), "")
     weights = any(folder.glob("*.safetensors"))
     return Numbers(source, "folder", () if weights else ("the folder holds no *.safetensors weights",))
@@ -134,22 +137,29 @@ def _of_hub(name: str, repo: str, revision: str | None, trust_remote_code: bool)
     code = ["*.py"] if trust_remote_code else []
     folder = fetch_snapshot(repo, revision, allow=["config.json", *code], ignore=[])
     origin = f"{repo}@{folder.name}"
+    adapter = _adapter_of_hub(repo, folder.name)
+    if adapter is not None:
+        check_no_adapter(adapter, origin, full_weights=(folder / "config.json").is_file())
     return Numbers(ModelSource(name, origin, folder, _config(origin, folder), ""), "hub")
 
 
+def _adapter_of_hub(repo: str, commit: str) -> Path | None:
+    """The folder with the adapter's configuration that lies in a repository; None where there is none, or no answer."""
+    from huggingface_hub import hf_hub_download
+
+    with suppress(Exception):  # the hub and the network fail in many ways, and config.json is here
+        return Path(hf_hub_download(repo, ADAPTER, revision=commit, etag_timeout=TIMEOUT)).parent
+    return None
+
+
 def _config(where: str, folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{where}: there is no config.json; give the folder that save_pretrained wrote")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{where}: there is no config.json; give the folder that save_pretrained wrote"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{where}: config.json cannot be read ({error}); fetch the model again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{where}: config.json holds no object ({type(config).__name__}); fetch the model again")
-    return config
+        return read_config(folder, where)
+    except CheckpointError as error:
+        said = str(error).replace("config.json is not valid JSON", "config.json cannot be read, it is not valid JSON")
+        raise CheckpointError(said) from error
 
 
 def _stated(name: str, stated: Mapping[str, Any], scratch: Path) -> ModelSource:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from cfsp.inspection.describe import BlockFacts, alike, blocks_of, is_tied, part
 from cfsp.inspection.history import History, read_history
 from cfsp.inspection.numbers import Numbers
 from cfsp.inspection.reach import Plugins, Reach, reaches
-from cfsp.models.load import outline
+from cfsp.models.load import changed_by_tensors, outline
+from cfsp.pruning.plan_check import sizes_of
 
 SCHEMA = 1
 
@@ -84,10 +85,11 @@ def report_of(numbers: Numbers, *, trust_remote_code: bool = False, plugins: Plu
     """
     source = numbers.source
     view = outline(source, trust_remote_code=trust_remote_code)
-    history = read_history(source.folder, source.state)
+    notes = changed_by_tensors(source, trust_remote_code=trust_remote_code)
+    history = read_history(source.folder, source.state, sizes_of(view))
     embeddings = view.model.get_input_embeddings().weight
     return Report(
-        numbers=numbers,
+        numbers=replace(numbers, notes=(*numbers.notes, *notes)),
         model_class=type(view.model).__name__,
         model_type=str(view.model.config.model_type),
         dtype=source.stored_dtype,

@@ -15,6 +15,7 @@ from cfsp.models.hidden_states import Room
 from cfsp.models.load import load_model
 from cfsp.models.snapshot import Snapshot
 from cfsp.models.streamed import load_streamed, streamed
+from cfsp.models.trial import try_blocks
 from cfsp.models.views import resolve
 from cfsp.pruning.probe import probe
 
@@ -85,6 +86,7 @@ class BaseModels:
     def probe(self, view: DecoderView, *, heads: bool, experts: bool = False) -> None:
         """Probe the view of the lent model, once for all its runs (:func:`cfsp.pruning.probe.probe`)."""
         if (heads, experts) not in self._probed:
+            try_blocks(view)
             probe(view, heads=heads, experts=experts)
             self._probed.add((heads, experts))
 

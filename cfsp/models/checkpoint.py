@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,11 +26,14 @@ from cfsp.models.shards import INDEX, WEIGHTS, read_header, weight_files, weight
 from cfsp.models.streamed import state_tensors, streamed, values
 from cfsp.models.whole_folder import whole_folder
 from cfsp.verify.reference import StreamedReference, place_of, reference_of
+from cfsp.weights.folder_check import leads_outside, without_mark
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from cfsp.models.views import BlockView
+
+log = logging.getLogger(__name__)
 
 MARKER = "cfsp_checkpoint.json"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -85,8 +89,8 @@ def save_checkpoint(
             configuration do not describe its parameters (``remote_code.adopt`` makes them).
         RunError: the model computes values that are not finite.
     """
+    check_destination(Path(folder))
     folder = Path(folder).resolve()
-    check_destination(folder)
     _check_described(model)
     pruned = model.config.model_type.startswith(PRUNED_PREFIX)
     written = str(dtype or model.dtype).removeprefix("torch.")
@@ -105,7 +109,7 @@ def save_checkpoint(
             for name, text in pruned_family(stock_type(model.config.model_type)).files.items():
                 (scratch / name).write_text(text, encoding="utf-8")
         form = "remote_code" if pruned else "plain"
-        write_json(scratch / MARKER, {"schema": 1, "form": form, "dtype": written, "state": state})
+        write_json(scratch / MARKER, marker_of(form, written, state, files))
         for name, content in (files or {}).items():
             (scratch / name).parent.mkdir(exist_ok=True)
             (scratch / name).write_bytes(content)
@@ -115,8 +119,18 @@ def save_checkpoint(
     return SavedCheckpoint(folder, form, size, written)
 
 
-def check_safetensors(folder: Path) -> None:
+def marker_of(form: str, dtype: str, state: str, files: Mapping[str, bytes] | None) -> dict[str, Any]:
+    """Return the content of the marker file, which vouches for the plan.json among ``files``."""
+    plan = (files or {}).get("plan.json")
+    vouched = {} if plan is None else {"plan_sha256": hashlib.sha256(plan).hexdigest()}
+    return {"schema": 1, "form": form, "dtype": dtype, "state": state, **vouched}
+
+
+def check_safetensors(folder: Path) -> int:
     """See from headers and sizes alone that the weights transformers would read here are complete.
+
+    Returns:
+        The number of tensors.
 
     Raises:
         CheckpointError: names the file that is missing, truncated or no safetensors file.
@@ -126,11 +140,14 @@ def check_safetensors(folder: Path) -> None:
     if not files:
         raise CheckpointError(f"{folder}: there is no safetensors file; fetch or save the model again")
     expected = {} if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file() else weight_map(folder)
+    tensors = 0
     for file in files:
         header, _ = read_header(file)
+        tensors += len(header)
         lost = [weight for weight, name in expected.items() if name == file.name and weight not in header]
         if lost:
             raise CheckpointError(f"{file}: lacks {lost[0]}, which {INDEX} expects there; fetch the model again")
+    return tensors
 
 
 def first_non_finite(model: nn.Module) -> str | None:
@@ -173,6 +190,10 @@ def check_destination(folder: Path) -> None:
     Raises:
         CheckpointError: names the folder.
     """
+    if folder.is_symlink():
+        raise CheckpointError(
+            f"{folder}: is a symbolic link, whose target would be replaced; remove the link, or give another folder"
+        )
     try:
         foreign = folder.exists() and (
             not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).is_file())
@@ -301,7 +322,11 @@ def copy_companions(source: Path, folder: Path) -> None:
     """Copy what belongs to the weights of one model folder to another: tokenizer and licence files."""
     for pattern in (*_TOKENIZER_FILES, *_LICENCE_FILES):
         for file in source.glob(pattern):
-            if file.is_file():
+            if leads_outside(file, source):
+                log.warning("%s: a link to a place outside of the folder; it is not copied", file)
+            elif file.is_file() and file.suffix == ".json":  # other tools read no byte order mark
+                (folder / file.name).write_bytes(without_mark(file.read_bytes()))
+            elif file.is_file():
                 shutil.copyfile(file, folder / file.name)
     settings = folder / "tokenizer_config.json"
     if settings.is_file():

@@ -144,6 +144,31 @@ def _texts(base_model_type: str) -> _Texts:
         return _written(base_model_type)
 
 
+def family_names(base_model_type: str) -> dict[str, str]:
+    """Names that are filled into the templates of a family, but for its norms.
+
+    Raises:
+        UnsupportedModelError: transformers has no causal language model of that type.
+    """
+    base_config, base_model, base_causal_lm = stock_classes(base_model_type)
+    pruned_type = PRUNED_PREFIX + base_model_type
+    stem = pruned_type.replace("-", "_").replace(".", "_")
+    return {
+        "base_type": base_model_type,
+        "pruned_type": pruned_type,
+        "configuration_module": f"configuration_{stem}",
+        "modeling_module": f"modeling_{stem}",
+        "import_config": _import_of(base_config),
+        "import_models": _import_of(base_causal_lm, base_model),
+        "base_config": base_config.__name__,
+        "base_model": base_model.__name__,
+        "base_causal_lm": base_causal_lm.__name__,
+        "pruned_config": f"Pruned{base_config.__name__}",
+        "pruned_model": f"Pruned{base_model.__name__}",
+        "pruned_causal_lm": f"Pruned{base_causal_lm.__name__}",
+    }
+
+
 @cache
 def _written(base_model_type: str) -> _Texts:
     """Write the files of a family to the folder that they are imported from."""
@@ -156,24 +181,9 @@ def _written(base_model_type: str) -> _Texts:
     except UnsupportedModelError:
         form = "shapes"
     template = MODELING if form == "sizes" else shapes_template.MODELING
-
-    pruned_type = PRUNED_PREFIX + base_model_type
-    stem = pruned_type.replace("-", "_").replace(".", "_")
-    configuration, modeling = f"configuration_{stem}", f"modeling_{stem}"
-    names = {
-        "base_type": base_model_type,
-        "pruned_type": pruned_type,
-        "configuration_module": configuration,
-        "import_config": _import_of(base_config),
-        "import_models": _import_of(base_causal_lm, base_model),
-        "base_config": base_config.__name__,
-        "base_model": base_model.__name__,
-        "base_causal_lm": base_causal_lm.__name__,
-        "pruned_config": f"Pruned{base_config.__name__}",
-        "pruned_model": f"Pruned{base_model.__name__}",
-        "pruned_causal_lm": f"Pruned{base_causal_lm.__name__}",
-        "norms": json.dumps({kind: list(names) for kind, names in norms.items()}),
-    }
+    names = family_names(base_model_type)
+    names["norms"] = json.dumps({kind: list(attributes) for kind, attributes in norms.items()})
+    configuration, modeling = names["configuration_module"], names["modeling_module"]
     files = {
         f"{configuration}.py": CONFIGURATION.substitute(names),
         f"{modeling}.py": template.substitute(names),

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from cfsp.models.shards import DTYPES, INDEX, WEIGHTS
+from cfsp.system.atomic import naming
+from cfsp.system.digests import HashingWriter
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -91,18 +93,24 @@ def write_file(file: Path, tensors: Sequence[Outgoing], source: Iterator[tuple[s
     Raises:
         OSError: the disk is full, or the file cannot be written.
     """
-    with file.open("wb") as stream:
-        stream.write(_header(tensors))
-        for outgoing in tensors:
-            name, tensor = next(source)
-            assert (name, tuple(tensor.shape)) == (outgoing.name, outgoing.shape)
-            whole = tensor.detach().to(device="cpu", dtype=outgoing.dtype).contiguous()
-            if whole.numel():
-                stream.write(whole.reshape(-1).view(torch.uint8).numpy().data)
-        # On the disk before it gets its name: a machine that goes down must not leave a file of the right size without
-        # its content, which would be taken for a finished one.
-        stream.flush()
-        os.fsync(stream.fileno())
+    with naming(file), file.open("wb") as stream:
+        writer = HashingWriter(stream)
+        written = False
+        try:
+            writer.write(_header(tensors))
+            for outgoing in tensors:
+                name, tensor = next(source)
+                assert (name, tuple(tensor.shape)) == (outgoing.name, outgoing.shape)
+                whole = tensor.detach().to(device="cpu", dtype=outgoing.dtype).contiguous()
+                if whole.numel():
+                    writer.write(whole.reshape(-1).view(torch.uint8).numpy().data)
+            # On the disk before it gets its name: a machine that goes down must not leave a file of the right size
+            # without its content, which would be taken for a finished one.
+            stream.flush()
+            os.fsync(stream.fileno())
+            written = True
+        finally:
+            writer.close(whole=written)
 
 
 def _header(tensors: Sequence[Outgoing]) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cfsp.errors import CheckpointError
+from cfsp.system.reading import check_regular, read_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -32,6 +33,10 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _REMEDY = "fetch or save the model again"
+#: Largest header, as in the safetensors library.
+_MAX_HEADER_BYTES = 100_000_000
+#: Tensors are compared so many bytes at a time.
+_COMPARED_BYTES = 1 << 24
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -53,12 +58,34 @@ def weight_map(folder: Path) -> dict[str, str]:
     Raises:
         CheckpointError: it cannot be read.
     """
-    try:
-        found: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        set(found.values())  # names, not lists
-        return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / INDEX}: not a readable index ({error!r}); fetch the model again") from error
+    index = read_json(folder / INDEX, str(folder / INDEX), limit=_MAX_HEADER_BYTES)
+    found = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise CheckpointError(
+            f"{folder / INDEX}: not a readable index (no weight_map of tensor and file names); fetch the model again"
+        )
+    for name in set(found.values()):
+        # transformers would follow a path, and take another suffix for a pickle.
+        if Path(name).name != name or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{folder / INDEX}: names the file {name[:100]!r}; an index names *.safetensors files that lie beside "
+                "it, without a path; save the model again"
+            )
+    return found
+
+
+def index_decides(folder: Path, headers: Mapping[Path, Iterable[str]]) -> bool:
+    """Whether the index of a sharded checkpoint says more than its files: it leaves some out, or lists other tensors.
+
+    Args:
+        headers: file -> names of its tensors, of the files that :func:`weight_files` gives.
+    """
+    if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
+        return False
+    stored = [(name, file.name) for file, names in headers.items() for name in names]
+    if set(folder.glob("*.safetensors")) != headers.keys():
+        return True
+    return len(dict(stored)) != len(stored) or dict(stored) != weight_map(folder)
 
 
 @dataclass(frozen=True)
@@ -100,6 +127,26 @@ class Shards:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every tensor, by name."""
         return {name: place.shape for name, place in self._places.items()}
+
+    def equal(self, first: str, second: str) -> bool:
+        """Whether two tensors hold the same values; of one dtype, they are compared piece by piece."""
+        one, other = self._places[first], self._places[second]
+        if one.shape != other.shape:
+            return False
+        if one.dtype != other.dtype:
+            return torch.equal(self.read(first).double(), self.read(second).double())
+        for at in range(0, one.size, _COMPARED_BYTES):
+            pieces = [torch.empty(min(_COMPARED_BYTES, one.size - at), dtype=torch.uint8) for _ in range(2)]
+            self._read_into(first, one, pieces[0], one.start + at)
+            self._read_into(second, other, pieces[1], other.start + at)
+            if not torch.equal(*pieces):
+                return False
+        return True
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Stored dtype of every tensor, by name."""
+        return {name: place.dtype for name, place in self._places.items()}
 
     def in_order(self, names: Iterable[str]) -> list[str]:
         """``names`` in the order in which they lie on disk."""
@@ -169,6 +216,8 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
         CheckpointError: missing, truncated, or no safetensors file; a tensor that is not where or what it is said to
             be, by name.
     """
+    if file.exists():  # else the message below
+        check_regular(file, str(file))
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -178,14 +227,18 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > size - 8:
                 raise CheckpointError(f"{file}: truncated or no safetensors file ({size} bytes); {_REMEDY}")
+            if length > _MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{file}: its header has {length:,} bytes, at most {_MAX_HEADER_BYTES:,} are read; {_REMEDY}"
+                )
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         claimed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         wrong = _contradiction(header)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: is missing; {_REMEDY}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: its header cannot be read ({error!r}); {_REMEDY}") from error
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: its header cannot be read ({repr(error)[:200]}); {_REMEDY}") from error
     if claimed != size:
         raise CheckpointError(f"{file}: {size} bytes where its header says {claimed}: truncated; {_REMEDY}")
     if wrong is not None:

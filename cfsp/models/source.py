@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,6 +20,8 @@ from cfsp.config import ModelSection, SavedDType
 from cfsp.errors import CheckpointError
 from cfsp.hub import fetch_snapshot, hub_error
 from cfsp.package import package_path
+from cfsp.system.atomic import write_text
+from cfsp.weights.folder_check import check_files, check_no_adapter, layers_of, read_config
 
 #: Files whose content decides what a model computes and how text becomes tokens.
 _TOKENIZER_FILES = (
@@ -60,17 +61,32 @@ class ModelSource:
 
     @property
     def stored_dtype(self) -> str:
-        """The dtype that the checkpoint is said to be in; float32 where config.json does not say."""
+        """The dtype that config.json states, else the one that most bytes of the weights are in, else float32."""
         found = str(self._stated("dtype", "torch_dtype")).removeprefix("torch.")
-        return found if found in get_args(SavedDType) else "float32"
+        return found if found in get_args(SavedDType) else self._held_dtype or "float32"
+
+    @cached_property
+    def _held_dtype(self) -> str | None:
+        from cfsp.models.shards import read_header, weight_files
+        from cfsp.weights.fit import majority_dtype
+
+        if not self.folder.is_dir():
+            return None
+        headers = (read_header(file)[0] for file in weight_files(self.folder))
+        return majority_dtype(
+            (entry["dtype"], entry["data_offsets"][1] - entry["data_offsets"][0])
+            for header in headers
+            for entry in header.values()
+        )
 
     @property
     def state(self) -> str | None:
         """What a folder that cfsp wrote says of its weights (pruned, compensated, recovered); None for others."""
         try:
-            return json.loads((self.folder / "cfsp_checkpoint.json").read_text(encoding="utf-8"))["state"]
-        except (OSError, ValueError, KeyError):
+            state = json.loads((self.folder / "cfsp_checkpoint.json").read_text(encoding="utf-8"))["state"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
+        return state if isinstance(state, str) else None
 
     def _stated(self, *keys: str) -> Any:
         """The first of the keys in config.json, whose text model may be nested (multimodal families)."""
@@ -116,7 +132,9 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
         return fetch_snapshot(repo, revision, allow=patterns, ignore=["consolidated*", "original/*"])
     except Exception as error:
         raise CheckpointError(
-            hub_error(f"model.path={repo}", error, "a local folder, e.g. model=local model.path=FOLDER")
+            hub_error(
+                f"model.path={repo}", error, "a local folder, e.g. model=local model.path=FOLDER", revision=revision
+            )
         ) from error
 
 
@@ -131,20 +149,22 @@ def _from_folder(
         raise CheckpointError(f"{where}: {found}; give a model folder or a hub id (organisation/name)")
     if not any(folder.iterdir()):
         raise CheckpointError(f"{where}: the folder is empty; it must hold config.json, *.safetensors and a tokenizer")
-    config_file = folder / "config.json"
-    if not config_file.is_file():
+    check_no_adapter(folder, where)
+    if not (folder / "config.json").is_file() and not _is_special(folder / "config.json"):
         raise CheckpointError(f"{where}: there is no config.json; give the folder that save_pretrained wrote")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{where}: config.json is not valid JSON ({error}); fetch the model again") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{where}: config.json holds no object ({type(config).__name__}); fetch the model again")
+    check_files(folder, where)
+    config = read_config(folder, where)
     if not any(folder.glob("*.safetensors")):
         pickles = ", ".join(sorted(path.name for path in folder.glob("*.bin"))[:2])
         found = f"found {pickles}, which is never loaded" if pickles else "found none"
         raise CheckpointError(f"{where}: *.safetensors weights are needed, {found}; save it with save_pretrained")
-    check_safetensors(folder)
+    tensors = check_safetensors(folder)
+    layers = layers_of(config)
+    if layers is not None and layers[1] > tensors:
+        raise CheckpointError(
+            f"{where}: config.json says {layers[0]}={layers[1]:,}, the safetensors hold {tensors:,} tensors; they do "
+            "not belong together, fetch the model again"
+        )
     quantised = config.get("quantization_config")
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
@@ -152,14 +172,26 @@ def _from_folder(
     return ModelSource(name, origin, folder, config, fingerprint or folder_fingerprint(folder, digests))
 
 
+def _is_special(file: Path) -> bool:
+    """Whether there is something that is neither a file nor a folder."""
+    return file.exists() and not file.is_file() and not file.is_dir()
+
+
 def folder_fingerprint(folder: Path, digests: Path | None = None) -> str:
     """sha256 over the content of weights, config, tokenizer and code; names of files count, folders' do not.
 
     A first look at a model reads its files, several at a time; later ones go by ``digests`` (:func:`locate`).
-    Code that a folder brings counts too, except where cfsp wrote it: then it is this package's own.
+    Code that a folder brings counts too, except where cfsp wrote it: then it is this package's own. The index of a
+    sharded checkpoint counts where it says more than the files do (:func:`cfsp.models.shards.index_decides`).
     """
+    from cfsp.models.shards import INDEX, index_decides, read_header, weight_files
+
     digest = hashlib.sha256()
-    files = [*folder.glob("*.safetensors"), folder / "config.json"]
+    index = (folder / INDEX).is_file() and index_decides(
+        folder, {file: read_header(file)[0] for file in weight_files(folder)}
+    )
+    files = [folder / INDEX] if index else []
+    files += [*folder.glob("*.safetensors"), folder / "config.json"]
     files += [] if (folder / _WRITTEN_BY_CFSP).is_file() else folder.glob("*.py")
     files += [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     files.sort()
@@ -194,8 +226,5 @@ def _digest_of(path: Path, state: tuple[int, ...], kept: Path | None) -> str:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if note is not None:
         with suppress(OSError):  # the next process reads the file again
-            note.parent.mkdir(parents=True, exist_ok=True)
-            partial_note = note.with_name(f".{note.name}.{os.getpid()}")
-            partial_note.write_text(digest, encoding="ascii")
-            os.replace(partial_note, note)
+            write_text(note, digest)
     return digest

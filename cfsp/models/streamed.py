@@ -22,6 +22,7 @@ from cfsp.models.hidden_states import Room
 from cfsp.models.shards import Shards
 from cfsp.models.snapshot import twin_of
 from cfsp.models.views import BlockView, DecoderView, resolve, view_block
+from cfsp.weights.folder_check import readable_by_transformers
 
 if TYPE_CHECKING:
     from cfsp.models.source import ModelSource
@@ -300,9 +301,9 @@ def load_streamed(
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from cfsp.models.load import load_config
+    from cfsp.models.load import decided_config
 
-    config = load_config(source, trust_remote_code=trust_remote_code)
+    config = decided_config(source, trust_remote_code=trust_remote_code)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -312,7 +313,7 @@ def load_streamed(
             "cannot be streamed; use model.streaming=off"
         )
     if (source.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+        model.generation_config = GenerationConfig.from_pretrained(readable_by_transformers(source.folder))
     _fill_buffers(model, device)
     model.eval().requires_grad_(False)
     store = StreamedWeights(model, Shards(source.folder), dtype, device)

@@ -178,11 +178,12 @@ def view_block(model: Any, name: str, index: int, block: nn.Module) -> BlockView
     if not found and any(is_removed(module, "mlp") for module in block.modules()):
         return BlockView(index, block, None, attention, attention_removed)
     if len(found) != 1:
-        linears = ", ".join(
+        shapes = [
             f"{child_name} {tuple(child.weight.shape)}"
             for child_name, child in block.named_modules()
             if is_matrix(child)
-        )
+        ]
+        linears = ", ".join(shapes[:4]) + (f" and {len(shapes) - 4} more" if len(shapes) > 4 else "")
         what = "no FFN" if not found else f"{len(found)} FFNs (a mixture of experts without a router?)"
         if not found and (mixer := state_space(block)):
             what = f"a state-space mixer ({mixer}) and no FFN"

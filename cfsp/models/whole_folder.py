@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from cfsp.errors import CheckpointError
+from cfsp.system.leftovers import held, is_held
 
 
 @contextmanager
@@ -26,8 +28,10 @@ def whole_folder(folder: Path, key: str | None = None) -> Iterator[Path]:
     scratch = folder.with_name(f".{folder.name}.{key or uuid.uuid4().hex[:8]}")
     try:
         scratch.mkdir(parents=True, exist_ok=True)
-        yield scratch
-        _replace(scratch, folder)
+        with held(scratch):
+            yield scratch
+            _replace(scratch, folder)
+        _remove_others(folder)
     except (OSError, SafetensorError) as error:
         said = f"{folder}: the model cannot be saved there ({error})"
         finished = len(_finished(scratch)) if key else 0
@@ -43,6 +47,14 @@ def whole_folder(folder: Path, key: str | None = None) -> Iterator[Path]:
         for partial in scratch.glob("*.partial"):  # of no use, and as large as a weight file
             with suppress(OSError):
                 partial.unlink()
+
+
+def _remove_others(folder: Path) -> None:
+    """Remove what earlier saves to ``folder`` left that were stopped; those of living processes are held."""
+    pattern = re.compile(rf"\.{re.escape(folder.name)}\.([0-9a-f]{{8}}|[0-9a-f]{{16}})")
+    for path in folder.parent.iterdir():
+        if pattern.fullmatch(path.name) and not is_held(path):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _finished(scratch: Path) -> list[Path]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -12,6 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import CheckpointError
+from cfsp.pruning.plan_check import check_tensors, check_values
+from cfsp.system.atomic import write_bytes
+from cfsp.system.reading import check_regular, parse_json, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,9 +103,7 @@ class PruningPlan:
         """Write plan.json, and compensation.safetensors beside it where there are tensors, atomically."""
         path = Path(path)
         for name, content in self.files(path.name).items():
-            partial = path.with_name(f".{name}.{os.getpid()}")
-            partial.write_bytes(content)
-            os.replace(partial, path.with_name(name))
+            write_bytes(path.with_name(name), content)
         return path
 
     def files(self, name: str = "plan.json", tensors: str = COMPENSATION) -> dict[str, bytes]:
@@ -127,29 +127,34 @@ class PruningPlan:
         return "{\n" + ",\n".join(lines) + "\n}\n"
 
     @staticmethod
-    def load(path: str | Path) -> PruningPlan:
+    def load(path: str | Path, *, tensors: bool = True) -> PruningPlan:
         """Read a plan.json, and the compensation.safetensors beside it where the plan has one.
+
+        Args:
+            path: the plan.json.
+            tensors: read the tensors too; without them the plan says what goes, and cannot be applied.
 
         Raises:
             CheckpointError: missing, not JSON, of another schema, with wrong entries, or without its tensors.
         """
         path = Path(path)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"plan {path}: cannot be read ({error.strerror}); give a plan.json") from error
-        except ValueError as error:
-            raise CheckpointError(f"plan {path}: not valid JSON ({error})") from error
-        if not isinstance(values, dict) or values.get("schema") != SCHEMA:
+        values = parse_json(read_text(path, f"plan {path}"), f"plan {path}")
+        if not isinstance(values, dict) or values.get("schema") != SCHEMA or isinstance(values["schema"], bool):
             found = values.get("schema") if isinstance(values, dict) else None
-            raise CheckpointError(f"plan {path}: schema {found!r}; this version of cfsp reads schema {SCHEMA}")
+            raise CheckpointError(f"plan {path}: schema {found!r:.60}; this version of cfsp reads schema {SCHEMA}")
         try:
+            check_values(values)
             rows: list[dict[str, Any]] = [{k: _frozen(v) for k, v in row.items()} for row in values["blocks"]]
             blocks = tuple(BlockPlan(**row) for row in rows)
             details = tuple(values.pop("details", ()))
             plan = PruningPlan(**{**values, "blocks": blocks, "details": details})
-            return replace(plan, tensors=_read_tensors(path, plan.compensation)) if plan.compensation else plan
-        except (TypeError, KeyError, AttributeError) as error:
+            if plan.compensation and tensors:
+                plan = replace(plan, tensors=_read_tensors(path, plan.compensation))
+                check_tensors(plan)
+            return plan
+        except CheckpointError as error:
+            raise CheckpointError(f"plan {path}: {str(error).removeprefix(f'plan {path}: ')}") from error
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"plan {path}: not a pruning plan ({error})") from error
 
     def compose(self, earlier: PruningPlan) -> PruningPlan:
@@ -159,7 +164,13 @@ class PruningPlan:
             raise CheckpointError("the two plans have different numbers of blocks and cannot be composed")
         blocks = list(earlier.blocks)
         for index, then in zip(staying, self.blocks, strict=True):
-            blocks[index] = _composed(blocks[index], then)
+            try:
+                blocks[index] = _composed(blocks[index], then)
+            except (IndexError, ValueError) as error:
+                raise CheckpointError(
+                    f"block {index}: the later plan keeps units that the earlier one has removed, so the two cannot be "
+                    "composed"
+                ) from error
         renamed = {_moved(name, staying): tensor for name, tensor in self.tensors.items()}
         kept = _still_there(earlier, dict(zip(staying, self.blocks, strict=True)))
         needed = {
@@ -270,8 +281,9 @@ def _read_tensors(plan: Path, expected: str) -> dict[str, Tensor]:
     if not file.is_file() and (plan.parent / COMPENSATION_IN_FOLDER).is_file():
         file = plan.parent / COMPENSATION_IN_FOLDER
     try:
+        check_regular(file, f"plan {plan}: {file.name}")
         tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, CheckpointError) as error:
         raise CheckpointError(f"plan {plan}: {COMPENSATION} beside it cannot be read ({error}); copy both") from error
     if _digest(tensors) != expected:
         raise CheckpointError(f"plan {plan}: {COMPENSATION} beside it belongs to another plan; copy both together")

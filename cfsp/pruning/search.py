@@ -11,7 +11,6 @@ import inspect
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,6 +29,7 @@ from cfsp.models.experts import ExpertsFFN
 from cfsp.models.submodules import check_can_be_skipped, parts
 from cfsp.models.views import BlockView
 from cfsp.progress import progress
+from cfsp.system.atomic import write_text
 
 if TYPE_CHECKING:
     from cfsp.pruning.base import PlanContext
@@ -55,7 +55,10 @@ class KnownLosses:
             try:
                 kept = json.loads(path.read_text()).items()
                 self.values = {str(key): (float(loss), float(seconds)) for key, (loss, seconds) in kept}
-            except (OSError, ValueError, AttributeError, TypeError) as error:
+                if any(math.isnan(number) for pair in self.values.values() for number in pair):
+                    raise ValueError("a loss is no number")
+            except Exception as error:  # any damage: they can be measured again
+                self.values = {}
                 log.warning("kept losses %s cannot be read (%s); measuring them again", path.name, error)
 
     @staticmethod
@@ -90,10 +93,7 @@ class KnownLosses:
         self.values[self._key(removed)] = (loss, seconds)
         self._own.add(self._key(removed))
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(self.values))
-            os.replace(partial, self.path)
+            write_text(self.path, json.dumps(self.values))
 
     @staticmethod
     def _key(removed: Sequence[Candidate]) -> str:

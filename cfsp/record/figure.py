@@ -38,7 +38,7 @@ def draw_blocks(plan: PruningPlan, metric: str, path: Path) -> Path:
     scope = plan.requested["scope"].replace("ffn", "FFN")
     title = f"{plan.method.get('name', '')}: {plan.achieved['ratio']:.1%} of the {scope} parameters removed"
     widths.set_title(title, fontsize=10)
-    figure.savefig(path, dpi=150, pil_kwargs={"compress_level": 1})
+    figure.savefig(path, format="png", dpi=150, pil_kwargs={"compress_level": 1})
     return path
 
 
@@ -64,7 +64,7 @@ def draw_recovery(recovery: dict[str, Any], path: Path) -> Path:
         panels[0, 1].yaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in panels[0]:
         axes.title.set_size(10)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, format="png", dpi=150)
     return path
 
 

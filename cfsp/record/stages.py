@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,8 +18,10 @@ class Stages:
     Those that prune also have ``saved_seconds``: what was read from the cache had taken so long to compute.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, after: Callable[[], None] = lambda: None) -> None:
+        """``after``: called when a stage has ended well."""
         self.entries: list[dict[str, Any]] = []
+        self._after = after
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[dict[str, Any]]:
@@ -34,6 +36,7 @@ class Stages:
             entry |= _peak()
             self.entries.append(entry)
             log.info("%s: %.1f s%s", name, entry["seconds"], " (cached)" if entry["cached"] else "")
+        self._after()
 
 
 def _reset_peak() -> None:

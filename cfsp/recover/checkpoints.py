@@ -12,6 +12,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfsp.system.atomic import replacing
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -26,12 +28,10 @@ def seal(folder: Path, content: dict[str, Any]) -> None:
         with path.open("rb") as stream:
             os.fsync(stream.fileno())
     sizes = {name: path.stat().st_size for name, path in files.items()}
-    partial = folder.with_name(f".{folder.name}.seal")
-    with partial.open("w", encoding="utf-8") as stream:
+    with replacing(folder / _SEAL) as partial, partial.open("w", encoding="utf-8") as stream:
         json.dump(content | {"files": sizes}, stream)
         stream.flush()
         os.fsync(stream.fileno())
-    os.replace(partial, folder / _SEAL)
 
 
 def read_seal(folder: Path, run_id: str) -> dict[str, Any] | None:
@@ -40,7 +40,7 @@ def read_seal(folder: Path, run_id: str) -> dict[str, Any] | None:
         content = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
         whole = all((folder / name).stat().st_size == size for name, size in content["files"].items())
         return content if whole and content["run_id"] == run_id else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -70,9 +70,10 @@ def save_trained(model: nn.Module, folder: Path, run_id: str, record: dict[str, 
 
     whole = folder / "trained"
     shutil.rmtree(whole, ignore_errors=True)
-    whole.mkdir()
+    whole.mkdir(parents=True)
     trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    save_file(trained, whole / "weights.safetensors")
+    with replacing(whole / "weights.safetensors") as partial:
+        save_file(trained, partial)
     seal(whole, {"run_id": run_id, "record": record})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from cfsp.data.recovery import IGNORED, Example
 from cfsp.progress import progress
 from cfsp.recover.checkpoints import read_seal, seal
+from cfsp.system.atomic import naming
 
 
 class Teacher(Protocol):
@@ -97,13 +99,10 @@ class TopKOnDisk:
         folder.mkdir(parents=True)
         total, vocabulary = int(starts[-1]), int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
         k = min(k, vocabulary - 1)
-        new = lambda name, dtype, shape: np.lib.format.open_memmap(  # noqa: E731
-            folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape
-        )
         values, indices, rest = (
-            new("values", "f4", (total, k)),
-            new("indices", "i4", (total, k)),
-            new("rest", "f4", (total,)),
+            _new_array(folder / "values.npy", "f4", (total, k)),
+            _new_array(folder / "indices.npy", "i4", (total, k)),
+            _new_array(folder / "rest.npy", "f4", (total,)),
         )
         device = next(model.parameters()).device
         for begin in progress(range(0, len(examples), batch_size), "dense model's logits", unit="batch"):
@@ -131,6 +130,19 @@ class TopKOnDisk:
         rest = torch.from_numpy(self.rest[rows]).to(device)
         learnt = inputs["labels"][:, 1:] != IGNORED
         return kl_top_k(student[:, :-1][learnt], values, indices, rest, temperature)
+
+
+def _new_array(file: Path, dtype: str, shape: tuple[int, ...]) -> np.memmap:
+    """Make a .npy file whose room is taken on the disk: a mapped file that finds none later ends the process.
+
+    Raises:
+        OSError: the disk is full; names the file.
+    """
+    array = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+    with naming(file), file.open("r+b") as stream:
+        if hasattr(os, "posix_fallocate"):  # Linux
+            os.posix_fallocate(stream.fileno(), 0, os.fstat(stream.fileno()).st_size)
+    return array
 
 
 def _starts(examples: Sequence[Example]) -> np.ndarray:

@@ -63,6 +63,7 @@ class Lora(Training, Recovery):
         from cfsp.models.views import resolve
         from cfsp.recover.base import Recovered
         from cfsp.recover.train import train
+        from cfsp.system.atomic import naming
 
         view = resolve(context.model)
         blocks = self._adapted(context, view)
@@ -95,7 +96,8 @@ class Lora(Training, Recovery):
             adapted.peft_config["default"].base_model_name_or_path = str(base)
             context.model.config._name_or_path = str(base)  # type: ignore[union-attr]
             # Not looking at the base for embeddings of another size: none are trained.
-            adapted.save_pretrained(str(context.adapter), save_embedding_layers=False)
+            with naming(context.adapter):
+                adapted.save_pretrained(str(context.adapter), save_embedding_layers=False)
             for file in context.adapter.glob("*.safetensors"):  # readable by their owner alone, whatever the umask
                 file.chmod(context.adapter.stat().st_mode & 0o666)
         model = adapted.merge_and_unload()

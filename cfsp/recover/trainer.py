@@ -26,6 +26,7 @@ from cfsp.recover.base import RecoveryContext
 from cfsp.recover.checkpoints import last_whole, seal_checkpoint
 from cfsp.recover.distill import Teacher, collate
 from cfsp.recover.settings import Training
+from cfsp.system.atomic import naming
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,11 @@ class RecoveryTrainer(Trainer):
             state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
             state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
             self.is_fsdp_enabled = True
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # torch.save says of a full disk neither what it is nor which file it was writing.
+        with naming(Path(str(self.args.output_dir))):
+            super()._save_checkpoint(*args, **kwargs)
 
     def compute_loss(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,8 @@ from cfsp.components import build, suggest
 from cfsp.contracts import Launcher
 from cfsp.errors import CfspError, ConfigError
 from cfsp.package import config_folder
-from cfsp.sweep.experiment import Cell, Experiment, Values, given_values, load_experiment
+from cfsp.sweep.experiment import Cell, Experiment, Values, experiment_names, given_values, load_experiment
+from cfsp.system import escape, interrupts
 
 USAGE = """\
 Run what is missing of an experiment, or list what is done.
@@ -66,22 +68,32 @@ class Request:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Sweep; returns the exit code."""
-    usage = USAGE.format(experiments=_options("experiment"), launchers=_options("launcher"))
+    usage = USAGE.format(experiments=", ".join(experiment_names()), launchers=_options("launcher"))
     return command("sweep", usage, words, lambda given: _sweep(request_of(given)))
 
 
 def command(name: str, usage: str, words: Sequence[str] | None, body: Callable[[list[str]], int]) -> int:
-    """Call ``body`` with the words of the command line; errors become lines on stderr and an exit code."""
+    """Call ``body`` with the words of the command line; every error becomes one line on stderr and an exit code.
+
+    ``debug=true`` among the words is taken out of them; with it an error that nobody foresaw comes with its traceback.
+    """
     given = sys.argv[1:] if words is None else list(words)
-    if not given or given[0] in ("-h", "--help"):
+    if not given or any(word in ("-h", "--help") for word in given):
         print(usage)
         return 0 if given else 2
+    debug = any(word.lower().lstrip("+") == "debug=true" for word in given)
+    given = [word for word in given if word.lower().lstrip("+") not in ("debug=true", "debug=false")]
     quiet()
+    interrupts.raise_again()
     try:
-        return body(given)
+        code = body(given)
+        sys.stdout.flush()  # a full disk or a reader that has gone is met here, not when Python ends
+        return code
     except CfspError as error:
+        if debug:
+            traceback.print_exception(error)
         for problem in error.problems:
-            print(f"{name}: {' '.join(problem.split())}", file=sys.stderr)
+            print(f"{name}: {escape.plain(' '.join(problem.split()))}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # whoever reads has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -89,6 +101,18 @@ def command(name: str, usage: str, words: Sequence[str] | None, body: Callable[[
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on", file=sys.stderr)
         return 1
+    except Exception as error:
+        print(unexpected(error, name, debug=debug), file=sys.stderr)
+        return 1
+
+
+def unexpected(error: Exception, name: str, *, debug: bool) -> str:
+    """Say in one line what nobody foresaw; with ``debug`` its traceback is printed before."""
+    if debug:
+        traceback.print_exception(error)
+    reason = escape.plain(" ".join(str(error).split()))[:300] or "no message"
+    where = "" if debug else "; debug=true shows where"
+    return f"{name}: failed ({type(error).__name__}: {reason}){where}"
 
 
 def request_of(words: Sequence[str]) -> Request:
@@ -100,7 +124,7 @@ def request_of(words: Sequence[str]) -> Request:
     given = given_values(words)
     own = {key: given.pop(key) for key in [*given] if key in _OWN or key.startswith("launcher.")}
     if "experiment" not in own:
-        raise ConfigError(f"experiment is not set: give experiment=NAME; experiments: {_options('experiment')}")
+        raise ConfigError(f"experiment is not set: give experiment=NAME; experiments: {', '.join(experiment_names())}")
     experiment = load_experiment(str(own["experiment"]))
     variant = str(own.get("variant", "bundled"))
     cells = experiment.cells(variant, {**_usual(experiment.name, variant, given), **given})
@@ -159,7 +183,7 @@ def _sweep(request: Request) -> int:
         over += 1
         if outcome.name == "failed":
             failed.append(job.run_id)
-        said = {"failed": f"FAILED: {outcome.reason}", "busy": "done by another process"}
+        said = {"failed": f"FAILED: {escape.plain(outcome.reason)}", "busy": "done by another process"}
         ended = said.get(outcome.name, f"{outcome.seconds:.1f} s")
         print(f"[{over}/{len(wanted)}] {request.named(job.cell)}: {ended}", flush=True)
 
@@ -190,7 +214,7 @@ def _show(request: Request, jobs: Sequence[Any], states: Mapping[str, Any]) -> N
     table = Table("state", "run", "run_id", "reason", box=None, pad_edge=False)
     for job in jobs:
         state = states[job.run_id]
-        table.add_row(state.name, request.named(job.cell), job.run_id, state.reason)
+        table.add_row(state.name, request.named(job.cell), job.run_id, escape.plain(state.reason))
     console.print(table)
     counts = Counter(state.name for state in states.values())
     summary = ", ".join(f"{counts[name]} {name}" for name in ("done", "running", "failed", "interrupted", "missing"))

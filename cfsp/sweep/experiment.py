@@ -1,4 +1,4 @@
-"""An experiment: the grid of runs in ``conf/experiment/<name>.yaml``, in the variant that was asked for."""
+"""An experiment: the grid of runs in ``experiments/<name>/grid.yaml``, in the variant that was asked for."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ from pydantic import Field, ValidationError
 from cfsp.components import problems_of, suggest
 from cfsp.config import Section
 from cfsp.errors import ConfigError
-from cfsp.package import config_folder
+from cfsp.package import experiments_folder
+from cfsp.system.words_check import check_words
+from cfsp.system.yaml_files import check_yaml
 
+#: File of an experiment that holds its grid of runs.
+GRID = "grid.yaml"
 #: What an entry says of a key: one value, or several (an axis; none: the key is left out), or names for lists of
 #: overrides (an axis of arms).
 Values = str | int | float | bool | None | list[str | int | float | bool | None] | dict[str, list[str]]
@@ -72,26 +76,40 @@ def load_experiment(name: str) -> Experiment:
     Raises:
         ConfigError: there is none, or its file is not one: the key and what is expected.
     """
-    folder = config_folder() / "experiment"
-    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    names = experiment_names()
     if name not in names:
         raise ConfigError(
             f"experiment={name}: there is no such experiment{suggest(name, names)}; experiments: {', '.join(names)}"
         )
-    return read_experiment(folder / f"{name}.yaml")
+    return read_experiment(experiment_folder(name) / GRID)
+
+
+def experiment_names() -> list[str]:
+    """Names of the experiments of the working folder and of those that come with cfsp, sorted."""
+    return sorted({path.parent.name for home in _homes() for path in home.glob(f"*/{GRID}")})
+
+
+def experiment_folder(name: str) -> Path:
+    """Return the folder of an experiment: that of the working folder, else the one that comes with cfsp."""
+    own, shipped = (home / name for home in _homes())
+    return own if (own / GRID).is_file() else shipped
+
+
+def _homes() -> tuple[Path, Path]:
+    return Path("experiments"), experiments_folder()
 
 
 def read_experiment(path: Path) -> Experiment:
     """The experiment in a file."""
     try:
-        values: Any = OmegaConf.to_container(OmegaConf.load(path))
+        values: Any = OmegaConf.to_container(OmegaConf.create(check_yaml(path, path.name)))
     except (OSError, ValueError, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{path.name}: not a YAML file ({' '.join(str(error).split())})") from error
+        raise ConfigError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from error
     try:
-        return Experiment(name=path.stem, **values)
+        return Experiment(name=path.parent.name, **values)
     except (ValidationError, TypeError) as error:
         lines = problems_of(error, "", Experiment) if isinstance(error, ValidationError) else [str(error)]
-        raise ConfigError(*(f"experiment={path.stem}: {line}" for line in lines)) from error
+        raise ConfigError(*(f"experiment={path.parent.name}: {line}" for line in lines)) from error
 
 
 def given_values(words: Sequence[str]) -> dict[str, Values]:
@@ -100,6 +118,7 @@ def given_values(words: Sequence[str]) -> dict[str, Values]:
     Raises:
         ConfigError: a word of another form.
     """
+    check_words(words)
     found: dict[str, Values] = {}
     parser = OverridesParser.create()
     for word in words:

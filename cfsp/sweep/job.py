@@ -13,13 +13,14 @@ from cfsp.compose import compose
 from cfsp.config import RunConfig, parse
 from cfsp.errors import BusyError, CfspError, CheckpointError, ConfigError
 from cfsp.identity import digest
-from cfsp.lease import holder
 from cfsp.models.base_models import BaseModels
-from cfsp.pipeline import LEASE, run
+from cfsp.pipeline import run
 from cfsp.prepare import prepare
 from cfsp.progress import progress
-from cfsp.record.run_record import UNFINISHED, RunRecord
+from cfsp.record.finished import lacking
+from cfsp.record.run_record import RunRecord
 from cfsp.sweep.experiment import Cell
+from cfsp.sweep.state import State, error_of, state_in
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        """Its record says success, and the model is there if one is wanted.
+        """Its record says success, and the files of the run are whole if a model is wanted.
 
         Raises:
             CheckpointError: what stands in the record's place is none.
@@ -48,16 +49,8 @@ class Job:
         return (
             record is not None
             and record.succeeded
-            and (not self.saves or (self.out / "model" / "config.json").is_file())
+            and lacking(record, self.out, model=self.saves, hashes=self.config.check_files) is None
         )
-
-
-@dataclass(frozen=True)
-class State:
-    """``name``: done, running, failed, interrupted or missing; ``reason`` says more where there is more to say."""
-
-    name: str
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,33 +98,10 @@ def state_of(job: Job) -> State:
     try:
         if job.is_done:
             repeat = RunRecord.read(job.out / "record.repeat.json")
-            return State("done", f"its repeat failed: {_error_of(repeat)}" if repeat is not None else "")
+            return State("done", f"its repeat failed: {error_of(repeat)}" if repeat is not None else "")
     except CheckpointError as error:
         return State("failed", str(error))
     return state_in(job.out)
-
-
-def state_in(out: Path) -> State:
-    """What the folder of a run says that has no record of a success in the records' folder."""
-    try:
-        record = RunRecord.read(out / "record.json")
-    except CheckpointError as error:
-        return State("failed", str(error))
-    who = holder(out / LEASE)
-    if who is not None:
-        return State("running", who)
-    if record is None or record.status == "success":  # or one of its files is gone
-        return State("missing")
-    said = record.error or {}
-    ways = {UNFINISHED["type"]: "killed", "KeyboardInterrupt": "stopped"}
-    if said.get("type") in ways:
-        return State("interrupted", f"it was {ways[said['type']]}; the next launch goes on with it")
-    return State("failed", _error_of(record))
-
-
-def _error_of(record: RunRecord) -> str:
-    said = record.error or {}
-    return f"{said.get('type')}: {_line(said.get('message', ''))}"
 
 
 def do(what: RunConfig | Sequence[str], bases: BaseModels) -> Outcome:

@@ -15,17 +15,20 @@ from pydantic import Field
 
 from cfsp.components import component
 from cfsp.contracts import Launcher
-from cfsp.models.base_models import BaseModels
 from cfsp.record.environment import cores
-from cfsp.sweep.job import Job, Outcome, do, mark_failed, state_of
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
 
+    # Imported where they are used: tables and reports read this module's keys, and need nothing that computes.
+    from cfsp.sweep.job import Job, Outcome
+
 #: Told of every job that is over.
-Report = Callable[[Job, Outcome], None]
+Report = Callable[["Job", "Outcome"], None]
 #: Seconds between two looks at runs that another sweep is at.
 LOOK = 1.0
+#: Seconds for a process that was interrupted to write its record.
+_PATIENCE = 5.0
 
 
 @component
@@ -33,6 +36,9 @@ class Sequential(Launcher):
     """In this process, in order; the base model is loaded once."""
 
     def launch(self, jobs: Sequence[Job], report: Report) -> None:
+        from cfsp.models.base_models import BaseModels
+        from cfsp.sweep.job import do
+
         queue, bases = Queue(jobs), BaseModels(keep=True)
         while queue.waiting:
             job = queue.next()
@@ -94,6 +100,8 @@ class Queue:
 
         What failed there since this sweep began is not tried again: it would fail in the same way.
         """
+        from cfsp.sweep.job import Outcome, state_of
+
         if job.run_id not in self._again:
             return None
         state, record = state_of(job), job.out / "record.json"
@@ -145,6 +153,8 @@ class _Worker:
 
     def result(self) -> tuple[Job, Outcome]:
         """The job that has ended, and how."""
+        from cfsp.sweep.job import Outcome, mark_failed
+
         job, self.job = self.job, None
         assert job is not None
         try:
@@ -160,6 +170,12 @@ class _Worker:
         """Let it go; at work it is ended, which the next launch takes up."""
         self.connection.close()
         if self.job is not None:
+            # Ctrl-C has reached it too, or reaches it now: ended so, it gives back what it holds, its semaphores too.
+            self.process.join(1)
+            if self.process.is_alive() and self.process.pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.process.pid, signal.SIGINT)
+                self.process.join(_PATIENCE)
             self.process.terminate()
         self.process.join(10)
         if self.process.is_alive():
@@ -167,9 +183,16 @@ class _Worker:
 
 
 def _serve(connection: Connection) -> None:
+    import threading
+
+    from tqdm import tqdm
+
+    from cfsp.models.base_models import BaseModels
     from cfsp.sweep.command import quiet
+    from cfsp.sweep.job import do
 
     quiet()
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which nobody frees when this process is ended
     bases = BaseModels(keep=True)
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         while True:

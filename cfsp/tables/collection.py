@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfsp.compose import compose
-from cfsp.config import parse
+from cfsp.config import RunConfig
 from cfsp.errors import CfspError, CheckpointError, ConfigError
 from cfsp.identity import METHOD_VERSION, digest, without_unused
-from cfsp.record.run_record import SCHEMA, RunRecord
+from cfsp.record.run_record import RunRecord
+from cfsp.sweep.composer import GridComposer
 from cfsp.sweep.experiment import Cell
 
 #: Keys that say where something is, who watches, or how a run is repeated: they decide no figure.
@@ -61,28 +60,31 @@ class Collection:
     files: dict[str, Path]
 
 
-def collect(cells: Sequence[Cell], folder: Path) -> Collection:
-    """The records in ``folder`` that the ``cells`` ask for.
+def collect(cells: Sequence[Cell], folder: Path, composer: GridComposer | None = None) -> Collection:
+    """Find the records in ``folder`` that the ``cells`` ask for.
+
+    Args:
+        composer: one that has composed some of the cells already.
 
     Raises:
-        ConfigError: no such folder, records of another schema or of two versions of the methods, two for one cell.
+        ConfigError: no such folder, records of two versions of the methods, two for one cell.
     """
     if not folder.is_dir():
         raise ConfigError(
             f"paths.records_dir={folder}: no such folder; run the sweep first, or say where its records are"
         )
+    composer = composer or GridComposer()
     # First: this imports the classes of other packages that the cells name, which the records' settings are read by.
-    configurations = [parse(compose(cell.words)).raw for cell in cells]
+    configurations = [composer.config(cell.words) for cell in cells]
     damaged: list[str] = []
     by_science: dict[str, list[RunRecord]] = {}
     files: dict[str, Path] = {}
-    for path, record in _read(folder, damaged):
-        if record.status == "success":
-            files[record.run_id] = path
-            by_science.setdefault(science(record.configuration), []).append(record)
+    for path, record, key in _read(folder, damaged):
+        files[record.run_id] = path
+        by_science.setdefault(key, []).append(record)
     found, missing = [], []
-    for cell, raw in zip(cells, configurations, strict=True):
-        records = [record for record in by_science.get(science(raw), ()) if _same_inputs(cell, raw, record)]
+    for cell, config in zip(cells, configurations, strict=True):
+        records = [record for record in by_science.get(science(config.raw), ()) if _same_inputs(config, record)]
         current = [record for record in records if record.identity["version"] == METHOD_VERSION]
         records = current or records
         if len(records) > 1:
@@ -99,14 +101,14 @@ def collect(cells: Sequence[Cell], folder: Path) -> Collection:
     return Collection(found, missing, damaged, files)
 
 
-def _same_inputs(cell: Cell, raw: Mapping[str, Any], record: RunRecord) -> bool:
-    """Whether the record is of what lies at the cell's paths: the same paths, or others with the same content."""
-    if _places(raw) == _places(record.configuration):
+def _same_inputs(config: RunConfig, record: RunRecord) -> bool:
+    """Whether the record is of what lies at the run's paths: the same paths, or others with the same content."""
+    if _places(config.raw) == _places(record.configuration):
         return True
     from cfsp.prepare import prepare
 
     try:
-        identity = prepare(parse(compose(cell.words))).identity
+        identity = prepare(config).identity
     except CfspError:  # what the cell names is not here: nothing says that the record is of it
         return False
     of_machine = {"dtype", "version"}
@@ -131,9 +133,9 @@ def _chosen_texts(value: Mapping[str, Any]) -> Mapping[str, Any]:
     return value
 
 
-def science_of(cell: Cell) -> str:
+def science_of(cell: Cell, composer: GridComposer | None = None) -> str:
     """:func:`science` of the run that a cell asks for."""
-    return science(parse(compose(cell.words)).raw)
+    return science((composer or GridComposer()).config(cell.words).raw)
 
 
 def science(configuration: Mapping[str, Any]) -> str:
@@ -159,28 +161,31 @@ def _without_places(value: Any) -> Any:
     return [_without_places(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _read(folder: Path, damaged: list[str]) -> Iterator[tuple[Path, RunRecord]]:
+def _read(folder: Path, damaged: list[str]) -> Iterator[tuple[Path, RunRecord, str]]:
+    """Every whole record of a success with its :func:`science`; what is in ``damaged`` has a line there."""
     for path in sorted(folder.glob("*.json")):
-        try:
-            schema = json.loads(path.read_text(encoding="utf-8"))["schema"]
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            damaged.append(f"{path}: not a run record ({' '.join(str(error).split())})")
-            continue
-        if schema != SCHEMA:
-            raise ConfigError(
-                f"{path}: a record of schema {schema}, this version reads {SCHEMA}; a table does not mix the two: "
-                "run it again (force=true) or move it away"
-            )
         try:
             record = RunRecord.read(path)
         except CheckpointError as error:
             damaged.append(str(error))
             continue
-        problem = record.problem() if record is not None else None
+        if record is None:  # a link to nothing, or gone since the folder was listed
+            damaged.append(f"{path}: not a run record (there is no such file)")
+            continue
+        problem = record.problem()
+        key = ""
+        if problem is None and record.status == "success":
+            try:
+                key = science(record.configuration)
+                _places(record.configuration)
+            except (AttributeError, KeyError, TypeError, ValueError):
+                problem = "its configuration is not that of a run"
+        elif problem is None and record.status != "failed":
+            problem = f"status {str(record.status)[:40]!r}"
         if problem is not None:
             damaged.append(f"{path}: not a whole run record ({problem})")
-        elif record is not None:
-            yield path, record
+        elif key:
+            yield path, record, key
 
 
 def _one_version(records: Sequence[RunRecord]) -> None:

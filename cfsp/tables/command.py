@@ -12,7 +12,9 @@ from cfsp.compose import compose
 from cfsp.config import parse
 from cfsp.errors import ConfigError
 from cfsp.sweep.command import Request, command, records_folder, request_of
-from cfsp.sweep.experiment import given_values
+from cfsp.sweep.composer import GridComposer
+from cfsp.sweep.experiment import experiment_folder, given_values
+from cfsp.system import escape
 from cfsp.tables.collection import Collection, collect, science, science_of
 from cfsp.tables.figures import draw
 from cfsp.tables.grid import NothingToShowError, table
@@ -78,16 +80,17 @@ def gather(tool: str, words: Sequence[str], *, empty: bool = False) -> tuple[Req
     """
     request = request_of(words)
     records = records_of(request, words)
-    layout = load_layout(Path("experiments") / request.experiment.name)
+    layout = load_layout(experiment_folder(request.experiment.name))
     if empty and not records.is_dir():
         return request, layout, Collection([], list(request.cells), [], {})
-    collection = collect(request.cells, records)
+    composer = GridComposer()
+    collection = collect(request.cells, records, composer)
     for line in collection.damaged:
-        print(f"{tool}: warning: {line}; left out", file=sys.stderr)
+        print(f"{tool}: warning: {escape.plain(line)}; left out", file=sys.stderr)
     if not collection.found and not empty:
         raise no_record(request, records)
     if layout.reported:
-        shipped = {science_of(cell) for cell in request.experiment.cells(request.variant)}
+        shipped = {science_of(cell, composer) for cell in request.experiment.cells(request.variant)}
         found = [replace(one, as_shipped=science(one.record.configuration) in shipped) for one in collection.found]
         collection = replace(collection, found=found)
     return request, layout, collection

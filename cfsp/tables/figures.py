@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from cfsp.errors import ConfigError
+from cfsp.system import escape
+from cfsp.system.names import RULE, is_name
 from cfsp.tables.collection import Found
 from cfsp.tables.grid import Column, by, chosen, column_of, nothing_hidden, value_of
 from cfsp.tables.layout import FigureLayout
@@ -28,6 +30,9 @@ def draw(name: str, layout: FigureLayout, found: Sequence[Found]) -> dict[str, b
     files: dict[str, bytes] = {}
     for values, runs in parts.items():
         file = "-".join([name, *(values if len(parts) > 1 else ())])
+        if not is_name(file):
+            shown = ", ".join(f"{key}={value}" for key, value in zip(layout.each, values, strict=True))
+            raise ConfigError(f"{name}: {shown}: {RULE}; choose one value of it on the command line")
         files |= {f"{file}.{ending}": content for ending, content in _files(name, layout, runs).items()}
     return files
 
@@ -69,7 +74,7 @@ def _curve(figure: Any, name: str, layout: FigureLayout, found: Sequence[Found])
                 by_x.setdefault(float(one.cell.point[x]), []).append(value)
         places = sorted(by_x)
         means = [sum(by_x[place]) / len(by_x[place]) for place in places]
-        axes.plot(places, means, **_style(at), label=label)
+        axes.plot(places, means, **_style(at), label=escape.figure(label))
         lowest, highest = [min(by_x[place]) for place in places], [max(by_x[place]) for place in places]
         axes.fill_between(places, lowest, highest, color=_style(at)["color"], alpha=0.15)
     _finish(axes, layout, x, column)
@@ -93,7 +98,7 @@ def _pareto(figure: Any, name: str, layout: FigureLayout, found: Sequence[Found]
             for one in runs
             if (a := value_of(one.record, across)) is not None and (b := value_of(one.record, column)) is not None
         ]
-        axes.plot([a for a, _ in points], [b for _, b in points], **_style(at), label=label)
+        axes.plot([a for a, _ in points], [b for _, b in points], **_style(at), label=escape.figure(label))
     _finish(axes, layout, across.metric.label, column)
 
 
@@ -109,7 +114,7 @@ def _blocks(figure: Any, name: str, layout: FigureLayout, found: Sequence[Found]
         if not rows:
             raise ConfigError(f"{name}: {one.record.run_id} has no blocks to show; leave it out with where")
         axes.bar(range(len(rows)), [row["width"] / row["base_width"] for row in rows], color="#9db8d6")
-        axes.set(ylim=(0, 1.05), ylabel="kept", title=label)
+        axes.set(ylim=(0, 1.05), ylabel="kept", title=escape.figure(label))
         distances = axes.twinx()
         distances.plot(
             range(len(rows)), [row["distance"]["angular"] for row in rows], color="#c2571a", marker="o", markersize=3
@@ -118,7 +123,7 @@ def _blocks(figure: Any, name: str, layout: FigureLayout, found: Sequence[Found]
         distances.set_ylabel("distance", color="#c2571a")
     axes.set_xlabel("block")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(layout.caption, fontsize=9)
+    figure.suptitle(escape.figure(layout.caption), fontsize=9)
 
 
 def _labelled(found: Sequence[Found], keys: Sequence[str]) -> dict[str, list[Found]]:
@@ -136,8 +141,8 @@ def _style(at: int) -> dict[str, Any]:
 
 def _finish(axes: Any, layout: FigureLayout, across: str, column: Column) -> None:
     better = {1: " (higher is better)", -1: " (lower is better)", 0: ""}[column.metric.better]
-    axes.set(xlabel=across, ylabel=column.metric.label + better)
-    axes.set_title(layout.caption, fontsize=9)
+    axes.set(xlabel=escape.figure(across), ylabel=escape.figure(column.metric.label + better))
+    axes.set_title(escape.figure(layout.caption), fontsize=9)
     if layout.log:
         axes.set_yscale("log")
     axes.grid(alpha=0.25)

@@ -14,13 +14,26 @@ from cfsp.record.run_record import RunRecord
 from cfsp.sweep.experiment import Cell
 from cfsp.tables.collection import Found
 from cfsp.tables.layout import GapOf, MeanOf, MetricSpec, TableLayout
-from cfsp.tables.metrics import Metric, count, describe, gap, memory, seconds, share
+from cfsp.tables.metrics import NOTES, Metric, count, describe, gap, memory, notes_of, seconds, share
 from cfsp.tables.reported import DENSE, Published, published, same_value
 
 #: What two figures must agree in to stand in one column.
-_SETTINGS = ("seq_len", "n", "split", "num_fewshot", "version", "limit", "unit", "task_hash", "device", "threads")
-#: Of these, by suite, what follows from the model: tokens of a text, the longest window that the harness may use.
-_OF_THE_MODEL = {"perplexity": "n", "zero_shot": "seq_len"}
+_SETTINGS = (
+    "seq_len",
+    "n",
+    "split",
+    "num_fewshot",
+    "version",
+    "limit",
+    "unit",
+    "task_hash",
+    "bos",
+    "device",
+    "threads",
+)
+#: Of these, by suite, what follows from the model: tokens of a text and what bos=auto means for its tokenizer, the
+#: longest window that the harness may use.
+_OF_THE_MODEL = {"perplexity": ("n", "bos"), "zero_shot": ("seq_len",)}
 
 
 class NothingToShowError(ConfigError):
@@ -58,12 +71,14 @@ PRUNING = ("calibrate", "plan", "apply")
 class Entry:
     """Values by seed. ``rank``: 1 the best of its section's column, 2 the second best, 0 others and the dense row.
 
-    ``published``: somebody else's figure, measured in the same way.
+    ``published``: somebody else's figure, measured in the same way. ``notes``: marks of what limits a figure here
+    (:func:`cfsp.tables.metrics.notes_of`).
     """
 
     values: dict[int, float] = field(default_factory=dict)
     rank: int = 0
     published: Published | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def mean(self) -> float | None:
@@ -111,6 +126,12 @@ class Table:
     def is_published(self, at: int) -> bool:
         """Whether a figure of the column ``at`` has a published one beside it."""
         return any(row.entries[at].published for row in self.rows)
+
+    @property
+    def notes(self) -> list[str]:
+        """Marks that stand at a figure, in the order of their meaning."""
+        used = {mark for row in self.rows for entry in row.entries for mark in entry.notes}
+        return [mark for mark in NOTES if mark in used]
 
     @property
     def sources(self) -> list[str]:
@@ -236,7 +257,20 @@ def _figures(record: RunRecord, side: str) -> dict[tuple[str, str, str], Mapping
 
 def _entry(column: Column, runs: Sequence[Found]) -> Entry:
     values = {one.seed: value for one in runs if (value := value_of(one.record, column)) is not None}
-    return Entry(values)
+    return Entry(values, notes=_notes(column, runs, None))
+
+
+def _notes(column: Column, runs: Sequence[Found], side: str | None) -> tuple[str, ...]:
+    """Marks of the rows that a figure is made of; ``side`` None: that of each run's result."""
+    marks = {
+        mark
+        for run in runs
+        for figures in [_figures(run.record, side or result_side(run.record))]
+        for member in column.members
+        if member in figures
+        for mark in notes_of(figures[member])
+    }
+    return tuple(mark for mark in NOTES if mark in marks)
 
 
 def _dense_row(name: str, group: tuple[str, ...], columns: Sequence[Column], runs: Sequence[Found]) -> Row:
@@ -252,7 +286,8 @@ def _dense_row(name: str, group: tuple[str, ...], columns: Sequence[Column], run
                 f"{name}, {', '.join(group)}: the dense figures for {column.metric.label} differ between records "
                 f"({min(values):g} to {max(values):g}); they are not of one machine or version: run them again"
             )
-        entries.append(Entry(dict(enumerate([mean(values)]))) if values else Entry())
+        notes = _notes(column, runs, "dense")
+        entries.append(Entry(dict(enumerate([mean(values)])), notes=notes) if values else Entry())
     if not any(e.values for e, column in zip(entries, columns, strict=True) if column not in _OF_THE_RUN.values()):
         raise ConfigError(f"{name}: no record has dense figures, which every table needs; evaluate with evaluation=...")
     return Row("dense", entries, [])
@@ -335,7 +370,7 @@ def _same_settings(name: str, columns: Sequence[Column], found: Sequence[Found])
     """All records agree in how a figure was measured; those of one model also in what follows from the model."""
     models = _by_model(found)
     for key in dict.fromkeys(key for column in columns for key in column.members):
-        general = [setting for setting in _SETTINGS if setting != _OF_THE_MODEL.get(key[0])]
+        general = [setting for setting in _SETTINGS if setting not in _OF_THE_MODEL.get(key[0], ())]
         _agree(name, key, general, found)
         for runs in models.values():
             _agree(name, key, _SETTINGS, runs)

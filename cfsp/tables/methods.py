@@ -8,6 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from cfsp.record.run_record import RunRecord
+from cfsp.system import escape
 from cfsp.tables.metrics import describe
 
 
@@ -51,7 +52,7 @@ def method_table(records: Sequence[RunRecord], figure: Figure, order: Sequence[s
     for record in records:
         by_label.setdefault(label(record), []).append(record)
     for name in [*order, *(name for name in by_label if name not in order)]:
-        cells = [f"`{name}`"]
+        cells = [escape.code(name)]
         for ratio in ratios:
             cells += _cells([r for r in by_label.get(name, ()) if _requested(r)["ratio"] == ratio], figure, shown.show)
         lines.append(line(cells))

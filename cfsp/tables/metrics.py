@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from cfsp.evaluate.measurement import LACKS_BOS, TRUNCATED
+
+#: Mark -> what it says of a figure.
+NOTES = {"†": LACKS_BOS, "‡": TRUNCATED}
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,13 @@ def gap(label: str) -> Metric:
 def count(label: str) -> Metric:
     """A whole number that is neither good nor bad."""
     return Metric(label, 0, lambda value: f"{value:,.0f}", "count")
+
+
+def notes_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Marks of a measurement whose figure is limited by how it was made; records from before have none."""
+    detail = row.get("detail") or {}
+    states = {"†": detail.get("lacks_bos"), "‡": detail.get("truncated")}
+    return tuple(mark for mark, state in states.items() if state)
 
 
 def order(suite: str, task: str) -> int:

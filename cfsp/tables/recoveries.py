@@ -7,6 +7,7 @@ from math import log
 from statistics import mean, stdev
 
 from cfsp.record.run_record import RunRecord
+from cfsp.system import escape
 from cfsp.tables.methods import Figure, line, only
 from cfsp.tables.metrics import describe
 
@@ -39,7 +40,7 @@ def recovery_table(records: Sequence[RunRecord], figure: Figure, order: Sequence
     for name in [*(name for name in order if name in rows), *(name for name in rows if name not in order)]:
         values = {seed: _value(record, figure) for seed, record in rows[name].items()}
         closed = [log(pruned[seed] / value) / log(pruned[seed] / dense) for seed, value in values.items()]
-        cells = ["pruned, no recovery" if name == "none" else f"`{name}`", *_trained(list(rows[name].values()))]
+        cells = ["pruned, no recovery" if name == "none" else escape.code(name), *_trained(list(rows[name].values()))]
         cells.append(f"{shown.show(mean(values.values()))} ± {shown.show(stdev(values.values()))}")
         cells.append("" if name == "none" else f"{mean(closed):.0%}")
         lines.append(line(cells))

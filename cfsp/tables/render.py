@@ -9,55 +9,57 @@ from dataclasses import dataclass
 from typing import Any
 
 from cfsp.record.run_record import RunRecord
+from cfsp.system import escape
 from cfsp.tables.grid import Column, Entry, Row, Table
 from cfsp.tables.methods import line
+from cfsp.tables.metrics import NOTES
 
 _PACKAGES = ("cfsp", "torch", "transformers", "lm-eval", "peft")
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    **{c: f"\\{c}" for c in "&%$#_{}"},
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-}
 
 
 def markdown(table: Table, command: str) -> str:
     """A Markdown table per section; best in bold, second best underlined."""
-    head = [table.head, *_heads(table, _MARKDOWN)]
-    lines = [f"### {table.caption}", ""]
+    text = escape.markdown
+    head = [text(table.head), *_heads(table, _MARKDOWN)]
+    lines = [f"### {text(table.caption)}", ""]
     for label, rows in table.sections:
-        lines += [*([f"**{label}**", ""] if label else []), line(head), line(["---", *["--:"] * (len(head) - 1)])]
-        lines += [line([row.label, *_cells(table, row, _MARKDOWN)]) for row in rows]
+        lines += [*([f"**{text(label)}**", ""] if label else []), line(head), line(["---", *["--:"] * (len(head) - 1)])]
+        lines += [line([text(row.label), *_cells(table, row, _MARKDOWN)]) for row in rows]
         lines.append("")
-    lines += [f"{sentence}  " for sentence in _said(table, command)]
-    ids = ", ".join(f"`{record.run_id}`" for record in table.records)
+    lines += [f"{sentence}  " for sentence in _said(table, command, text)]
+    ids = ", ".join(escape.code(record.run_id) for record in table.records)
     return "\n".join([*lines, "", f"<details><summary>Records</summary>{ids}</details>"]) + "\n"
 
 
 def latex(table: Table, command: str) -> str:
     """A ``table`` environment for booktabs; what it was made from stands in comments above it."""
-    lines = [f"% {sentence}" for sentence in _said(table, command)]
-    lines += [f"% records: {' '.join(record.run_id for record in table.records)}"]
-    lines += [r"\begin{table}", r"\centering", rf"\caption{{{_tex(table.caption)}}}", rf"\label{{tab:{table.name}}}"]
-    heads = [_tex(table.head), *_heads(table, _TEX)]
+    lines = [escape.latex_comment(sentence) for sentence in _said(table, command, escape.plain)]
+    lines += [escape.latex_comment(f"records: {' '.join(record.run_id for record in table.records)}")]
+    lines += [r"\begin{table}", r"\centering", rf"\caption{{{escape.latex(table.caption)}}}"]
+    lines.append(rf"\label{{tab:{table.name}}}")
+    heads = [escape.latex(table.head), *_heads(table, _TEX)]
     lines += [rf"\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}", r"\toprule", " & ".join(heads) + r" \\"]
     for label, rows in table.sections:
         lines.append(r"\midrule")
         if label:
-            lines.append(rf"\multicolumn{{{len(heads)}}}{{l}}{{\emph{{{_tex(label)}}}}} \\")
-        lines += [" & ".join([_tex(row.label), *_cells(table, row, _TEX)]) + r" \\" for row in rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
+            lines.append(rf"\multicolumn{{{len(heads)}}}{{l}}{{\emph{{{escape.latex(label)}}}}} \\")
+        lines += [" & ".join([escape.latex(row.label), *_cells(table, row, _TEX)]) + r" \\" for row in rows]
+    below = [rf"\par\footnotesize {escape.latex(sentence)}" for sentence in notes(table)]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *below, r"\end{table}"]) + "\n"
 
 
 def comma_separated(table: Table) -> str:
     """One line per figure, unrounded: section, row, figure, unit, direction, mean, std, number of seeds, records.
 
-    Where the table has published figures: also the published one, ours less it, and its source.
+    Where the table has published figures: also the published one, ours less it, and its source. Where it has marks:
+    also what they say.
     """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     beside = ["published", "deviation", "source"] if table.sources else []
-    writer.writerow(["section", table.head, "metric", "unit", "better", "mean", "std", "seeds", "records", *beside])
+    marked = ["notes"] if table.notes else []
+    head = escape.cell(table.head)
+    writer.writerow(["section", head, "metric", "unit", "better", "mean", "std", "seeds", "records", *beside, *marked])
     for label, rows in table.sections:
         for row in rows:
             for column, entry in zip(table.columns, row.entries, strict=True):
@@ -67,10 +69,12 @@ def comma_separated(table: Table) -> str:
                 spread = "" if entry.spread is None else repr(entry.spread)
                 seeds = len(entry.values) if row.run_ids else ""
                 writer.writerow(
-                    [
+                    escape.cell(value)
+                    for value in [
                         label, row.label, column.metric.label, column.metric.unit, better,
                         "" if entry.mean is None else repr(entry.mean), spread, seeds, " ".join(row.run_ids),
                         *(_published_values(entry) if beside else ()),
+                        *(["; ".join(NOTES[mark] for mark in entry.notes)] if marked else ()),
                     ]
                 )  # fmt: skip
     return stream.getvalue()
@@ -109,15 +113,15 @@ class _Form:
     best: str
     second: str
     escape: Callable[[str], str]
+    mark: str = "{}"
 
 
-def _tex(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text)
-
-
-_MARKDOWN = _Form({1: " ↑", -1: " ↓", 0: ""}, " ± ", "**{}**", "<u>{}</u>", str)
-_PLAIN = _Form({}, " ± ", "{}", "{}", str)
-_TEX = _Form({1: r" $\uparrow$", -1: r" $\downarrow$", 0: ""}, r" $\pm$ ", r"\textbf{{{}}}", r"\underline{{{}}}", _tex)
+_MARKDOWN = _Form({1: " ↑", -1: " ↓", 0: ""}, " ± ", "**{}**", "<u>{}</u>", escape.markdown)
+_PLAIN = _Form({}, " ± ", "{}", "{}", escape.plain)
+_TEX = _Form(
+    {1: r" $\uparrow$", -1: r" $\downarrow$", 0: ""}, r" $\pm$ ", r"\textbf{{{}}}", r"\underline{{{}}}", escape.latex,
+    r"\textsuperscript{{{}}}",
+)  # fmt: skip
 
 
 def _heads(table: Table, form: _Form) -> list[str]:
@@ -163,10 +167,12 @@ def _cell(column: Column, entry: Entry, seeds: int, form: _Form) -> str:
     if entry.spread is not None and column.metric.better:
         text += form.plus_minus + form.escape(column.metric.show(entry.spread))
     text = {1: form.best, 2: form.second}.get(entry.rank, "{}").format(text)
+    text += "".join(form.mark.format(form.escape(note)) for note in entry.notes)
     return text if len(entry.values) == seeds else f"{text} ({len(entry.values)} of {seeds} seeds)"
 
 
-def _said(table: Table, command: str) -> list[str]:
+def _said(table: Table, command: str, text: Callable[[str], str]) -> list[str]:
+    """Sentences below a table; ``text`` escapes what records and the command line bring into them."""
     marks = "Best in bold, second best underlined; the dense row does not compete."
     spread = (
         "Mean ± standard deviation over seeds." if len({r.configuration["seed"] for r in table.records}) > 1 else ""
@@ -174,9 +180,10 @@ def _said(table: Table, command: str) -> list[str]:
     return [
         " ".join(part for part in (spread, marks) if part),
         *_missing(table),
-        *sources(table),
-        *provenance(table.records),
-        f"Made by: {command}",
+        *(text(sentence) for sentence in notes(table)),
+        *sources(table, text),
+        *(text(sentence) for sentence in provenance(table.records)),
+        text(f"Made by: {command}"),
     ]
 
 
@@ -189,12 +196,18 @@ def _missing(table: Table) -> list[str]:
     ]
 
 
-def sources(table: Table) -> list[str]:
-    """A sentence on where the published figures are from; none where there are none."""
+def notes(table: Table) -> list[str]:
+    """A sentence for each mark that stands at a figure."""
+    return [f"{mark} {NOTES[mark]}." for mark in table.notes]
+
+
+def sources(table: Table, text: Callable[[str], str] = escape.plain) -> list[str]:
+    """A sentence on where the published figures are from, each escaped by ``text``; none where there are none."""
     if not table.sources:
         return []
-    numbered = [f"[{at}] {source}" for at, source in enumerate(table.sources, start=1)]
-    said = "; ".join(numbered if len(numbered) > 1 else table.sources)
+    escaped = [text(source) for source in table.sources]
+    numbered = [f"[{at}] {source}" for at, source in enumerate(escaped, start=1)]
+    said = "; ".join(numbered if len(numbered) > 1 else escaped)
     return [f"Published: {said}. Deviation: ours less the published one."]
 
 

@@ -10,7 +10,7 @@ from cfsp.errors import CheckpointError, ConfigError
 from cfsp.record.run_record import RunRecord
 from cfsp.sweep.command import command
 from cfsp.sweep.experiment import Cell
-from cfsp.sweep.job import State, state_in
+from cfsp.sweep.state import State, state_in
 from cfsp.tables.collection import science, science_of
 from cfsp.tables.command import gather, no_record, records_of
 from cfsp.tables.page import contents, page

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.markup import escape as rich_escape
 from rich.table import Table
 
 from cfsp.record.run_record import RunRecord
-from cfsp.tables.metrics import describe, order
+from cfsp.system import escape
+from cfsp.tables.metrics import NOTES, describe, notes_of, order
 
 
 def summary(record: RunRecord) -> Table | None:
@@ -21,11 +23,13 @@ def summary(record: RunRecord) -> Table | None:
             figures.setdefault((row["suite"], row["task"], row["metric"]), {})[side] = row
     compared = len(sides) > 1
     title = f"{record.model.get('name', '')}: {_what(record)}"
-    caption = f"change: {sides[-1]} relative to dense; tasks in points" if compared else None
-    table = Table(title=title, title_justify="left", title_style="bold", caption=caption, caption_justify="left")
+    said = [f"change: {sides[-1]} relative to dense; tasks in points"] if compared else []
+    marks = {mark for rows in figures.values() for row in rows.values() for mark in notes_of(row)}
+    caption = "\n".join([*said, *(f"{mark} {NOTES[mark]}" for mark in NOTES if mark in marks)]) or None
+    table = Table(title=_text(title), title_justify="left", title_style="bold", caption=caption, caption_justify="left")
     table.add_column("")
     for side in sides:
-        table.add_column(side, justify="right")
+        table.add_column(_text(side), justify="right")
     if compared:
         table.add_column("change", justify="right")
     last = None
@@ -39,11 +43,16 @@ def summary(record: RunRecord) -> Table | None:
         cells = [_cell(rows[side], shown.show) if side in rows else "" for side in sides]
         if compared:
             cells.append(_change(suite, rows.get(sides[0]), rows.get(sides[-1])))
-        table.add_row(_label(shown.label, next(iter(rows.values()))), *cells)
+        table.add_row(_text(_label(shown.label, next(iter(rows.values())))), *cells)
         if any(_spread(row) for row in rows.values()):
             ranges = [_range(rows.get(side), shown.show) for side in sides]
             table.add_row("  lowest to highest", *ranges, *([""] if compared else []), style="dim")
     return table
+
+
+def _text(text: str) -> str:
+    """A text of the record, in which rich finds no markup."""
+    return rich_escape(escape.plain(text))
 
 
 def _what(record: RunRecord) -> str:
@@ -69,8 +78,8 @@ def _label(label: str, row: dict[str, Any]) -> str:
 
 
 def _cell(row: dict[str, Any], show: Any) -> str:
-    stderr = row.get("stderr")
-    return f"{show(row['value'])} ± {stderr:.3f}" if stderr is not None else show(row["value"])
+    stderr, marks = row.get("stderr"), "".join(notes_of(row))
+    return (f"{show(row['value'])} ± {stderr:.3f}" if stderr is not None else show(row["value"])) + marks
 
 
 def _spread(row: dict[str, Any] | None) -> dict[str, float] | None:

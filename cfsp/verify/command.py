@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cfsp.components import suggest
+from cfsp.components import shown, suggest
 from cfsp.errors import CfspError, CheckpointError, ConfigError, RunError
 from cfsp.sweep.command import command
+from cfsp.system.reading import read_json
 from cfsp.verify.tool import TOOLS, Tool, ask, is_installed
 from cfsp.words import plain_values
 
@@ -24,6 +25,7 @@ log-probabilities of fixed tokens with those that the model had in memory when i
   cfsp verify path=DIR tools=transformers,peft   these tools alone, of {", ".join(TOOLS)}
   cfsp verify path=DIR python.vllm=PYTHON        look for vLLM in another environment: /path/to/venv/bin/python
   cfsp verify path=DIR record=FILE.json          write the table as JSON too
+  cfsp verify path=DIR trust_remote_code=true    run Python code in the folder that is not what cfsp writes there
 
 A tool that is not installed is listed and does not count. Exit codes: 0 all that were tried compute the same, 1 one
 differs or cannot load the model, 2 wrong input.
@@ -31,7 +33,7 @@ differs or cannot load the model, 2 wrong input.
 
 #: Weights in float32 that take more of the free memory leave too little for what a tool holds beside them.
 _SHARE_OF_MEMORY = 0.6
-_KEYS = ("path", "tools", "record", *(f"python.{name}" for name in TOOLS))
+_KEYS = ("path", "tools", "record", "trust_remote_code", *(f"python.{name}" for name in TOOLS))
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Request:
     tools: tuple[Tool, ...]
     pythons: Mapping[str, str] = field(default_factory=dict)
     record: Path | None = None
+    trust_remote_code: bool = False
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -62,6 +65,9 @@ def request_of(words: Sequence[str]) -> Request:
         for name in names
         if name not in TOOLS
     ]
+    trust = given.get("trust_remote_code", "false").lower()
+    if trust not in ("true", "false"):
+        problems.append(f"trust_remote_code={shown(trust)}: use true or false")
     if "path" not in given and not problems:
         problems.append("path is not set: give path=DIR, the folder of a saved model; see cfsp verify --help")
     if problems:
@@ -72,6 +78,7 @@ def request_of(words: Sequence[str]) -> Request:
         tuple(TOOLS[name] for name in dict.fromkeys(names)),
         {name: str(Path(python).expanduser()) for name, python in pythons.items()},
         Path(given["record"]).expanduser() if "record" in given else None,
+        trust == "true",
     )
 
 
@@ -91,11 +98,16 @@ def _model_at(path: Path) -> Path:
 
 def _verify(request: Request) -> int:
     from cfsp.progress import progress
+    from cfsp.pruned_model.shipped_code import check_folder_code
     from cfsp.verify.comparison import Finding, compare, tolerance_of
     from cfsp.verify.reference import place_of, read_reference
 
+    damaged = damage_of(request.path)
+    if damaged is not None:
+        print(f"{request.path}: {damaged}")
     reference = read_reference(place_of(request.path))
     form, weights = _form(request.path)
+    runs_code = form != "gguf" and (request.trust_remote_code or check_folder_code(request.path))
     dtype = "float32" if form == "gguf" else _dtype(request.path, weights)
     # Of a GGUF file llama.cpp computes in what the weights are in; of a folder they alone were rounded.
     computed = (reference.computed, dtype, *([weights] if form == "gguf" else []))
@@ -108,6 +120,7 @@ def _verify(request: Request) -> int:
         "token_ids": reference.token_ids.tolist(),
         "greedy": reference.greedy.shape[1],
         "dtype": dtype,
+        "trust_remote_code": runs_code,
     }
     findings = []
     for tool in progress(request.tools, "verify", unit="tool"):
@@ -131,7 +144,26 @@ def _verify(request: Request) -> int:
             + "; ".join(f"{finding.tool}: {finding.note or finding.outcome}" for finding in findings)
             + "); install one, or name the Python that has it with python.TOOL=..."
         )
-    return _show(request.path, findings)
+    return max(_show(request.path, findings), int(damaged is not None))
+
+
+def damage_of(path: Path) -> str | None:
+    """Compare a model folder or GGUF file with what the record of its run, where that lies beside it, says was written.
+
+    Returns:
+        One clause on the first file that is not as the run wrote it; None where all are, or nobody knows.
+    """
+    from cfsp.record.run_record import RunRecord
+    from cfsp.record.written import damage, within
+
+    folder = path.resolve().parent
+    try:
+        record = RunRecord.read(folder / "record.json")
+    except CheckpointError:
+        return None
+    if record is None or not record.succeeded:
+        return None
+    return damage(within(record.files, [path.resolve().name]), folder, hashes=True)
 
 
 def _unread(tool: Tool, form: str, path: Path) -> str:
@@ -151,13 +183,12 @@ def _form(path: Path) -> tuple[str, str]:
     """(gguf, decilm or folder; the dtype of its weights)."""
     if path.suffix == ".gguf":
         return "gguf", _gguf_weights(path)
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / 'config.json'}: cannot be read ({error}); save the model again") from error
-    brings = config.get("auto_map") or {}
+    config = read_json(path / "config.json", f"path={path}: config.json")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"path={path}: config.json holds no keys; save the model again")
+    brings = config.get("auto_map")
     # It brings a configuration, and no class that transformers could make of it.
-    form = "decilm" if brings and "AutoModelForCausalLM" not in brings else "folder"
+    form = "decilm" if isinstance(brings, dict) and brings and "AutoModelForCausalLM" not in brings else "folder"
     return form, str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
 
 

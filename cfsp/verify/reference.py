@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,6 +18,7 @@ import numpy as np
 
 from cfsp import __version__
 from cfsp.errors import CheckpointError, RunError
+from cfsp.system.atomic import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -68,10 +68,8 @@ class Reference:
         settings = {"schema": SCHEMA, "computed": self.computed, "stored": self.stored, "cfsp": __version__}
         digest = ids_digest(self.token_ids)
         arrays = {name: np.ascontiguousarray(getattr(self, name), dtype=kind) for name, kind in _ARRAYS.items()}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f"{file.name}.partial")
-        save_file(arrays, partial, metadata={**settings, "token_ids": digest})
-        os.replace(partial, file)
+        with replacing(file) as partial:
+            save_file(arrays, partial, metadata={**settings, "token_ids": digest})
 
 
 def place_of(path: str | Path) -> Path:
@@ -98,13 +96,8 @@ def copy_reference(source: Path, export: Path) -> bool:
         place_of(export).unlink(missing_ok=True)  # of an earlier export to the same place
         return False
     place = place_of(export)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    partial = place.with_name(f"{place.name}.partial")
-    try:
+    with replacing(place) as partial:
         shutil.copyfile(file, partial)
-        os.replace(partial, place)
-    finally:
-        partial.unlink(missing_ok=True)
     return True
 
 

@@ -77,7 +77,11 @@ def ask(tool: Tool, request: Mapping[str, Any], python: str = sys.executable) ->
     with tempfile.TemporaryDirectory(prefix="cfsp-verify-") as scratch:
         # -I: neither PYTHONPATH nor the script's own folder, whose modules are named like the tools.
         words = [python, "-I", str(_SCRIPTS / f"{tool.name}.py"), json.dumps(request)]
-        ended = subprocess.run(words, capture_output=True, text=True, cwd=scratch, env=_environment(Path(scratch)))
+        # Without an input: transformers would ask there whether to run code that it was not told to trust.
+        environment = _environment(Path(scratch))
+        ended = subprocess.run(
+            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=scratch, env=environment
+        )
     log.debug("%s said:\n%s", tool.name, ended.stderr)
     answer = _answer(ended.stdout)
     if ended.returncode:  # a script that knows why its tool does not take the model says so in its answer

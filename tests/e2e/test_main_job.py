@@ -424,6 +424,7 @@ def test_real_harness_tasks_from_local_files(run_cfsp, tmp_path):
     code, _, err = run_cfsp(
         "model=local", f"model.path={shared('models', 'stories260K')}", "pruner=none",
         "evaluation.zero_shot.tasks=[last_word,arc_easy_local]", f"evaluation.zero_shot.include_path={tasks}",
+        "plugins.allow=[tasks]",
         "evaluation.zero_shot.batch_size=256", "evaluation.perplexity=null", "evaluation.cost=null",
     )  # fmt: skip
     assert code == 0, err

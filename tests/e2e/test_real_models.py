@@ -17,6 +17,7 @@ def _words(model: str, text: str, **keys) -> list[str]:
         "model.dtype": "float32",
         "calibration": "text",
         "calibration.path": shared("data", "text", text),
+        "calibration.bos": "none",  # as measured; the default follows the tokenizer, and LLaMA's adds one
         "calibration.sampling": "sequential",
         "calibration.n_samples": 96,
         "calibration.seq_len": 256,
@@ -24,6 +25,7 @@ def _words(model: str, text: str, **keys) -> list[str]:
         "evaluation": "perplexity",
         "evaluation.perplexity.datasets": "[text]",
         "evaluation.perplexity.texts.text.path": shared("data", "text", text),
+        "evaluation.perplexity.texts.text.bos": "none",
         "evaluation.perplexity.seq_len": 256,
         "evaluation.perplexity.windows": "[100,180]",
         "save.model": "false",

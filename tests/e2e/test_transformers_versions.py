@@ -102,7 +102,10 @@ def test_transformers_alone_makes_the_model_in_memory(models, version, tmp_path)
 def test_peft_trains_and_merges_on_a_folder_that_stock_code_loads(models, name):
     folder = models[0] / name
     reference = read_reference(place_of(folder))
-    request = {"path": str(folder), "token_ids": reference.token_ids.tolist(), "greedy": 0, "dtype": "float32"}
+    request = {
+        "path": str(folder), "token_ids": reference.token_ids.tolist(), "greedy": 0, "dtype": "float32",
+        "trust_remote_code": True,
+    }  # fmt: skip
     answer = ask(TOOLS["peft"], request)
     assert answer["checks"]["merging the trained adapter"] <= 1e-5
     assert compare("peft", answer, reference, 1e-5).outcome == "equal"

@@ -328,3 +328,23 @@ def test_waiting_for_what_another_computes_is_not_counted_twice(tmp_path):
         assert made() == "value"
     other.join()
     assert entry["saved_seconds"] < 0.25
+
+
+def test_bos_auto_follows_the_tokenizer_and_is_the_value_written_out(tmp_path):
+    """stories260K's tokenizer adds BOS (id 1) before a text, books7m's adds nothing; identity is that of what it is."""
+    from cfsp.models.load import load_tokenizer
+    from cfsp.models.source import _from_folder
+    from cfsp.package import ROOT
+
+    path = tmp_path / "text.txt"
+    path.write_text("The sea was grey and the harbour lay quiet. " * 40)
+    folders = {"window": Path(shared("models", "stories260K")), "none": ROOT / "assets" / "books7m"}
+    for settled, folder in folders.items():
+        own = load_tokenizer(_from_folder("own", folder, origin="own"))
+        auto = text_section(path, bos="auto", sampling="sequential")
+        written = text_section(path, bos=settled, sampling="sequential")
+        assert identity(auto, own) == identity(written, own)
+        sets = [from_text(section, own, Limits(4096, 512), 0) for section in (auto, written)]
+        assert sets[0].fingerprint == sets[1].fingerprint
+        assert sets[0].describe()["bos"] == settled
+        assert (sets[0].input_ids[:, 0] == 1).all().item() is (settled == "window")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from cfsp.package import ROOT
 from cfsp.record.run_record import RunRecord
 from cfsp.record.stages import Stages
 from cfsp.tables.summary import summary
+from tests.conftest import shared
 from tests.tiny import tiny_model, tokens
 
 
@@ -61,6 +63,29 @@ def test_perplexity_states_windows_and_tokens(tmp_path, tokenizer):
     assert part.value == pytest.approx(math.exp(total / count))
     with pytest.raises(DataError, match="windows of 16 tokens"):
         perplexity(path, windows=(0, 10_000)).measure(model, tokenizer)
+
+
+def test_windows_without_the_bos_that_the_tokenizer_adds_are_said(tmp_path, caplog):
+    """stories260K's tokenizer adds BOS (id 1): auto puts it before each window; none is noted everywhere."""
+    own = load_tokenizer(_from_folder("own", Path(shared("models", "stories260K")), origin="own"))
+    path = tmp_path / "text.txt"
+    path.write_text("Once upon a time there was a little boy who liked to play in the park. " * 20)
+    model, limits = tiny_model(vocab_size=512), Limits(512, 512)
+    measured, identities = {}, {}
+    for bos in ("auto", "window", "start", "none"):
+        evaluator = Perplexity(["mine"], {"mine": TextSection(path=str(path), bos=bos)}, seq_len=16, windows=(0, 3))
+        caplog.clear()
+        identities[bos] = evaluator.check(own, limits)
+        noted = [line for line in caplog.messages if "windows lack the BOS" in line]
+        (measured[bos],) = evaluator.measure(model, own)
+        assert bool(noted) is measured[bos].detail.get("lacks_bos", False) is (bos in ("start", "none"))
+    assert identities["auto"] == identities["window"] != identities["none"]
+    assert measured["auto"] == measured["window"]
+    assert measured["auto"].detail["bos"] == "window"
+    ids = own(path.read_text(), add_special_tokens=False)["input_ids"][:45]
+    windows = torch.tensor(ids).reshape(3, 15)
+    total, count = negative_log_likelihood(model, torch.nn.functional.pad(windows, (1, 0), value=1), 8, "")
+    assert measured["auto"].value == pytest.approx(math.exp(total / count))
 
 
 def test_the_identity_of_an_evaluation_is_its_content(tmp_path, tokenizer):

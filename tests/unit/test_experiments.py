@@ -11,11 +11,11 @@ from cfsp.contracts import Launcher
 from cfsp.errors import ConfigError
 from cfsp.package import config_folder
 from cfsp.sweep import command
-from cfsp.sweep.experiment import Experiment, given_values, load_experiment, read_experiment
+from cfsp.sweep.experiment import Experiment, experiment_names, given_values, load_experiment, read_experiment
 from cfsp.tables.layout import load_layout
 from tests.conftest import ROOT
 
-EXPERIMENTS = sorted(path.stem for path in (config_folder() / "experiment").glob("*.yaml"))
+EXPERIMENTS = experiment_names()
 
 
 def test_experiments_and_their_folders_are_the_same():
@@ -126,9 +126,9 @@ def test_what_is_refused_in_one_line(capsys, tmp_path):
     ],
 )
 def test_a_file_that_is_no_experiment(tmp_path, text, said):
-    (tmp_path / "x.yaml").write_text(text)
+    (tmp_path / "x/grid.yaml").write_text(text)
     with pytest.raises(ConfigError, match=said):
-        read_experiment(tmp_path / "x.yaml")
+        read_experiment(tmp_path / "x/grid.yaml")
 
 
 def test_an_experiment_or_launcher_given_to_a_single_run_is_explained(refused):

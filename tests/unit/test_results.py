@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 
 from cfsp.sweep.command import request_of
+from cfsp.sweep.experiment import experiment_names
 from cfsp.tables.collection import collect
 from cfsp.tables.command import contents
 from cfsp.tables.grid import table
@@ -16,7 +17,7 @@ from scripts import benchmark_sweep, calibration_fit
 from tests.conftest import ROOT
 
 RESULTS = ROOT / "results"
-EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+EXPERIMENTS = experiment_names()
 BENCHMARKS = {
     "calibration",
     "calibration_64_windows",
@@ -91,15 +92,12 @@ def test_cfsp_plus_is_what_the_readme_says_of_it():
 
 
 def test_nothing_lies_there_that_no_experiment_or_script_made():
-    known = {*EXPERIMENTS, "demo", "pruners", "recoveries"}
+    known = {*EXPERIMENTS, "demo"}
     fits = {path.stem for path in (RESULTS / "calibration_fit").glob("*.json")}
     assert {path.name for path in (RESULTS / "records").iterdir()} <= known
     tables = {path.name for path in (RESULTS / "tables").iterdir()}
     assert tables <= {
         *EXPERIMENTS,
-        "recoveries.md",
-        "pruners-books7m.md",
-        "pruners-stories260K.md",
         *(f"calibration_fit-{name}.md" for name in fits),
         *(f"benchmark_{name}.md" for name in BENCHMARKS),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -49,7 +50,10 @@ ASSETS = ROOT / "cfsp" / "assets" / "books7m"
 
 def asked_of(reference: Reference, folder: Path) -> dict:
     ids = reference.token_ids.tolist()
-    return {"path": str(folder), "token_ids": ids, "greedy": reference.greedy.shape[1], "dtype": reference.computed}
+    return {
+        "path": str(folder), "token_ids": ids, "greedy": reference.greedy.shape[1], "dtype": reference.computed,
+        "trust_remote_code": True,
+    }  # fmt: skip
 
 
 @pytest.fixture
@@ -426,6 +430,107 @@ def test_scripts_do_not_take_cfsp(tmp_path):
     assert "import of cfsp halted" in ended.stderr
 
 
+# Code in the folder
+
+
+def _append(file: Path, line: str) -> None:
+    with file.open("a") as stream:
+        stream.write(line)
+
+
+def _set(file: Path, **keys: object) -> None:
+    values = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**values, **keys}))
+
+
+def _code_elsewhere(folder: Path) -> None:
+    """A link that leads out of the folder to code which is not cfsp's."""
+    modeling = folder / "modeling_pruned_llama.py"
+    outside = folder.parent / "outside.py"
+    outside.write_text(modeling.read_text() + "\nprint()\n")
+    modeling.unlink()
+    modeling.symlink_to(outside)
+
+
+def _subfolder(folder: Path) -> None:
+    (folder.parent / "elsewhere").mkdir()
+    (folder.parent / "elsewhere" / "generate.py").write_text("print()")
+    (folder / "custom_generate").symlink_to(folder.parent / "elsewhere")
+
+
+CODE = {
+    "a line more": (lambda f: _append(f / "modeling_pruned_llama.py", "import os\n"), "modeling_pruned_llama.py"),
+    "in the configuration": (lambda f: _append(f / "configuration_pruned_llama.py", "#"), "configuration_pruned"),
+    "a file more": (lambda f: (f / "helper.py").write_text(""), "helper.py"),
+    "a link to code": (_code_elsewhere, "modeling_pruned_llama.py"),
+    "a linked folder": (_subfolder, "custom_generate/generate.py"),
+    "an auto_map to a repository": (
+        lambda f: _set(f / "config.json", auto_map={"AutoConfig": "x/y--configuration_pruned_llama.PrunedLlamaConfig"}),
+        "config.json names x/y--configuration",
+    ),
+    "a tokenizer's code": (
+        lambda f: _set(f / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "tok.Mine"]}),
+        "tokenizer_config.json names tok.Mine",
+    ),
+    "another configuration": (
+        lambda f: _set(f / "config.json", configuration_files=["../c/config.4.0.0.json"]),
+        "config.json names ../c/config.4.0.0.json",
+    ),
+    "an adapter": (lambda f: _set(f / "adapter_config.json", base_model_name_or_path="/x"), "adapter_config.json"),
+    "a placeholder": (
+        lambda f: (f / "modeling_pruned_llama.py").write_text(
+            (f / "modeling_pruned_llama.py").read_text().replace("PrunedLlamaConfig", "${pruned_config}", 1)
+        ),
+        "modeling_pruned_llama.py",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CODE)
+def test_other_code_than_ours_is_not_run_unasked(run_cfsp, saved, monkeypatch, change):
+    monkeypatch.setattr("cfsp.verify.command.ask", lambda *_: pytest.fail("a tool was started"))
+    tamper, said = CODE[change]
+    tamper(saved)
+    code, out, err = run_cfsp("verify", f"path={saved}", "tools=transformers", defaults=False)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    mentions([err], f"path={saved}", said, "trust_remote_code=true")
+
+
+def test_other_code_runs_where_it_is_trusted_and_none_where_there_is_none(run_cfsp, saved, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("cfsp.verify.command.ask", lambda tool, request, python: asked.append(request) or {})
+    _append(saved / "modeling_pruned_llama.py", "#")
+    run_cfsp("verify", f"path={saved}", "tools=transformers", "trust_remote_code=true", defaults=False)
+    plain = save_checkpoint(tiny_model("llama"), tmp_path / "plain").folder
+    run_cfsp("verify", f"path={plain}", "tools=transformers", defaults=False)
+    assert [request["trust_remote_code"] for request in asked] == [True, False]
+
+
+def test_every_text_that_ships_is_listed():
+    """A template that was changed: add its line to SHIPPED, and leave the old ones."""
+    from cfsp.export import decilm
+    from cfsp.models import pruned_template, shapes_template
+    from cfsp.models.remote_code import family_names
+    from cfsp.pruned_model.shipped_code import SHIPPED, is_shipped
+
+    for family in ("llama", "qwen3", "opt", "gpt_bigcode", "phi"):
+        names = family_names(family)
+        for norms in ('{"attention": [], "mlp": []}', '{"attention": ["input_layernorm"], "mlp": ["a", "b"]}'):
+            for template in (pruned_template.CONFIGURATION, pruned_template.MODELING, shapes_template.MODELING):
+                text = template.substitute(names, norms=norms)
+                assert is_shipped(text, names), family
+                assert not is_shipped(text.replace("import", "import  ", 1), names)
+    assert hashlib.sha256(decilm._CONFIGURATION.encode()).hexdigest() in SHIPPED
+
+
+def test_a_folder_of_an_earlier_version_is_known():
+    from cfsp.models.remote_code import family_names
+    from cfsp.pruned_model.shipped_code import is_shipped
+
+    text = (ROOT / "tests" / "golden" / "modeling_pruned_llama_625daab.txt").read_text()
+    assert is_shipped(text, family_names("llama"))
+
+
 @pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize(("words", "allowed"), [(("format=padded",), 1e-4), (("format=hf", "dtype=bf16"), 0.25)])
 def test_an_export_is_verified_with_the_reference_of_the_folder(run_cfsp, tmp_path, words, allowed):
@@ -533,7 +638,7 @@ def test_a_gguf_file_is_for_llama_cpp(run_cfsp, saved, pretender, tmp_path):
 def test_a_folder_for_vllm_is_not_held_against_the_others(run_cfsp, saved):
     path = saved / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps({**config, "auto_map": {"AutoConfig": "configuration.Config"}}))
+    path.write_text(json.dumps({**config, "auto_map": {"AutoConfig": "configuration_pruned_llama.PrunedLlamaConfig"}}))
     code, _, err = run_cfsp("verify", f"path={saved}", "tools=transformers,llama_cpp", defaults=False)
     assert code == 2
     mentions(err.splitlines(), "none of them can be tried", "made for vLLM", "reads GGUF files")

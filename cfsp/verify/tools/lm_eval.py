@@ -14,7 +14,11 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     harness = HFLM(
-        pretrained=request["path"], trust_remote_code=True, dtype=request["dtype"], device=device, batch_size=1
+        pretrained=request["path"],
+        trust_remote_code=request["trust_remote_code"],
+        dtype=request["dtype"],
+        device=device,
+        batch_size=1,
     )
     windows = request["token_ids"]
     rows = []

@@ -16,7 +16,9 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, request["dtype"])
-    base: Any = AutoModelForCausalLM.from_pretrained(request["path"], trust_remote_code=True, dtype=dtype)
+    base: Any = AutoModelForCausalLM.from_pretrained(
+        request["path"], trust_remote_code=request["trust_remote_code"], dtype=dtype
+    )
     settings = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base.to(device), settings).eval()
     ids = torch.tensor(request["token_ids"], device=device)

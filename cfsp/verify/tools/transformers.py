@@ -15,7 +15,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         request["path"],
-        trust_remote_code=True,
+        trust_remote_code=request["trust_remote_code"],
         dtype=getattr(torch, request["dtype"]),
         output_loading_info=True,
     )

@@ -17,7 +17,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     windows = request["token_ids"]
     engine = LLM(
         model=request["path"],
-        trust_remote_code=True,
+        trust_remote_code=request["trust_remote_code"],
         dtype=request["dtype"],
         enforce_eager=True,
         skip_tokenizer_init=True,

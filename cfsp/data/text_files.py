@@ -1,0 +1,455 @@
+"""Files of texts and rows that somebody else wrote: what they are, and reading them in bounded memory.
+
+A file is read by its name (``.txt``, ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, each but the last also
+compressed: ``.gz``, ``.bz2``, ``.xz``, ``.zst``) after its first bytes have shown that it is what its name says. A
+folder is read where ``datasets.save_to_disk`` wrote it. Everything else is refused with the remedy for its own cause.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from cfsp.errors import DataError
+from cfsp.models.source import file_digest
+from cfsp.system.reading import MAX_STRUCTURED_BYTES, check_regular, read_json
+
+Form = Literal["parquet", "json", "txt", "csv", "tsv", "dataset"]
+
+#: Most bytes of text that are read into memory, after decompression.
+MAX_TEXT_BYTES = 1_000_000_000
+#: Longest line of a file of rows.
+MAX_LINE = 64_000_000
+#: What is decompressed may be so many times as large as the file, once it is larger than MAX_FREE_BYTES.
+MAX_RATIO, MAX_FREE_BYTES = 100, 64_000_000
+#: Bytes at the start of a file that tell what it is.
+_HEAD = 65_536
+
+_COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_ENDINGS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "tsv"}
+#: First bytes of files that are no texts -> what they are.
+_OTHERS = {
+    b"PK\x03\x04": "a ZIP archive (.zip, .docx, .xlsx, .npz)",
+    b"%PDF": "a PDF",
+    b"\x93NUMPY": "a .npy array; token ids go with calibration=tokens",
+    b"ARROW1": "an Arrow file; save it as .parquet or .jsonl",
+    b"\xff\xff\xff\xff": "an Arrow stream; give the folder that datasets.save_to_disk wrote",
+    b"SQLite format 3": "a database",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"\x7fELF": "a program",
+    b"\x89HDF": "an HDF5 file",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!": "a RAR archive",
+}
+_UTF_16 = {b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+
+def file_form(path: Path) -> Form:
+    """The form of a file by its name, without the ending of a compression."""
+    if os.path.isdir(path):
+        return "dataset"
+    name = path.name.lower()
+    for ending in _COMPRESSIONS:
+        name = name.removesuffix(ending)
+    form: Any = _ENDINGS.get(f".{name.rpartition('.')[2]}" if "." in name else "", "txt")
+    return form
+
+
+def locate_dataset(folder: Path, split: str | None, label: str, forms: str) -> Path:
+    """The folder of one split of a dataset that ``datasets.save_to_disk`` wrote.
+
+    Args:
+        folder: a folder that was given in the place of a file.
+        split: of a ``DatasetDict``; None: the only one.
+        label: how messages name the folder.
+        forms: files that fit, for messages.
+
+    Raises:
+        DataError: the folder is no saved dataset (the message lists the files in it), or has no such split.
+    """
+    if (folder / "state.json").is_file():
+        return folder
+    if not (folder / "dataset_dict.json").is_file():
+        raise DataError(f"{label}: this is a folder; {_choice(folder, forms)}")
+    listing = read_json(folder / "dataset_dict.json", f"{label}: dataset_dict.json", limit=1_000_000, error=DataError)
+    splits = listing.get("splits") if isinstance(listing, dict) else None
+    if not isinstance(splits, list) or not splits or not all(_is_plain(name) for name in splits):
+        raise DataError(f"{label}: dataset_dict.json names no splits; save the dataset again")
+    chosen = split if split in splits else splits[0] if split is None and len(splits) == 1 else None
+    if chosen is None:
+        key = label.partition("=")[0].removesuffix(".path")
+        way_out = f"{label}/{splits[0]}" if split is None else f"{key}.split={splits[0]}"
+        said = "" if split is None else f"{key}.split={split}: "
+        raise DataError(f"{said}{label} holds the splits {_listed(splits)}; choose one, e.g. {way_out}")
+    if not (folder / chosen / "state.json").is_file():
+        raise DataError(f"{label}: the split {chosen} has no state.json; save the dataset again")
+    return folder / chosen
+
+
+def dataset_digest(folder: Path, label: str) -> str:
+    """sha256 of the Arrow files of a saved dataset, in their order."""
+    digest = hashlib.sha256()
+    for file in _arrow_files(folder, label):
+        digest.update(file_digest(file).encode())
+    return digest.hexdigest()
+
+
+def check_file(path: Path, label: str, *, forms: str, streamed: bool, remedy: str) -> None:
+    """Refuse a file that cannot be read, before its content is hashed.
+
+    Args:
+        path: a file, or the folder of a saved dataset.
+        label: how messages name the file, e.g. ``calibration.path=FILE``.
+        forms: files that fit, for messages.
+        streamed: whether only the first rows are read, so that the size of the file is of no matter.
+        remedy: what to do where the file is too large, with the key that does it.
+
+    Raises:
+        DataError: no such file, not a regular one, empty, too large, or another kind of file than its name says.
+    """
+    if os.path.isdir(path):
+        sizes = [file.stat().st_size for file in _arrow_files(path, label)]
+        if sum(sizes) > MAX_TEXT_BYTES and not streamed:
+            raise DataError(_too_large(label, sum(sizes), remedy))
+        return
+    if not os.path.lexists(path):
+        raise DataError(f"{label}: no such file; give a {forms} file")
+    check_regular(path, label, error=DataError)
+    size = path.stat().st_size
+    if size == 0:
+        raise DataError(f"{label}: the file is empty; give one that holds text")
+    _check_head(path, label)
+    if size > MAX_TEXT_BYTES and not streamed:
+        raise DataError(_too_large(label, size, remedy))
+
+
+@contextmanager
+def reading(label: str) -> Iterator[None]:
+    """Turn what the readers of files raise into one line that says what to do about it."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise DataError(
+            f"{label}: cannot be read: it is not UTF-8 (byte 0x{byte:02x}; perhaps Latin-1); save it as UTF-8, e.g. "
+            "iconv -f LATIN1 -t UTF-8 FILE > NEW"
+        ) from error
+    except RecursionError as error:
+        raise DataError(f"{label}: cannot be read: it is nested too deep; no file of texts is") from error
+    except MemoryError as error:  # Arrow's among them: sizes that no file of this length can have
+        raise DataError(f"{label}: cannot be read: it asks for more memory than there is; fetch it again") from error
+    except (EOFError, lzma.LZMAError) as error:
+        raise DataError(f"{label}: cannot be read: it is damaged or cut off ({error}); fetch it again") from error
+    except (ValueError, KeyError, TypeError, OSError, csv.Error, OverflowError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise DataError(f"{label}: cannot be read ({reason}); see that it is whole, or fetch it again") from error
+
+
+@contextmanager
+def open_text(path: Path, label: str, *, newline: str | None = None) -> Iterator[IO[str]]:
+    """A text file, decompressed, without byte order mark, of at most MAX_TEXT_BYTES."""
+    with _opened(path) as stream:
+        raw = _Bounded(stream, label, path.stat().st_size if _compression(path) else None)
+        with io.TextIOWrapper(io.BufferedReader(raw, 1 << 20), encoding="utf-8-sig", newline=newline) as text:
+            yield text
+
+
+def lines(path: Path, label: str) -> Iterator[str]:
+    """Lines of a text file, each with its newline.
+
+    Raises:
+        DataError: a line of more than MAX_LINE characters.
+    """
+    with open_text(path, label) as stream:
+        number = 0
+        while line := stream.readline(MAX_LINE + 1):
+            number += 1
+            if len(line) > MAX_LINE:
+                raise DataError(f"{label}: line {number} has more than {MAX_LINE:,} characters; is it a file of lines?")
+            yield line
+
+
+def rows(path: Path, label: str, column: str | None = None, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(place, row) of a file of rows; a place is ``line 3`` or ``row 3``.
+
+    Args:
+        column: the only one that is read, where the form knows columns; ``key`` names it in messages.
+
+    Raises:
+        DataError: not JSON, no such column, or more text than is read.
+    """
+    form = file_form(path)
+    if form in ("json", "txt"):
+        yield from _json_rows(path, label)
+    elif form in ("csv", "tsv"):
+        yield from _csv_rows(path, label, column, key, "\t" if form == "tsv" else ",")
+    else:
+        opened = _parquet_batches if form == "parquet" else _arrow_batches
+        batches = opened(path, label, column, key)
+        yield from _batch_rows(batches, label)
+
+
+def text_of(row: Any, field: str, key: str, place: str, path: Path) -> str:
+    """The text of a row.
+
+    Raises:
+        DataError: the row is no object, has no such field, or no text in it.
+    """
+    where = f"{place} of {path}"
+    if not isinstance(row, Mapping):
+        raise DataError(
+            f"{key}.path={path}: {place} is {kind_of(row)} which holds no such text; one JSON object a line is "
+            f'needed, {{"{field}": "..."}}'
+        )
+    if field not in row:
+        raise DataError(f"{key}.text_field={field}: {where} has no such text; it has {_listed(row)}")
+    if not isinstance(row[field], str):
+        raise DataError(f"{key}.text_field={field}: in {where} it is {kind_of(row[field])}; text is needed")
+    return str(row[field])
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in a user's words."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return f"the number {str(value)[:40]}"
+    if isinstance(value, str):
+        return "a bare string"
+    if isinstance(value, Mapping):
+        return "an object"
+    return "a list" if isinstance(value, list | tuple) else "no text"
+
+
+def parse_row(line: str, label: str, place: str) -> Any:
+    """One row of a file of JSON lines.
+
+    Raises:
+        DataError: not JSON, or nested too deep.
+    """
+    try:
+        return json.loads(line)
+    except RecursionError as error:
+        raise DataError(f"{label}: {place} is JSON that is nested too deep; no row of a text is") from error
+    except ValueError as error:
+        reason = "a number of thousands of digits" if "digits" in str(error) else str(error)
+        raise DataError(f"{label}: {place} is not JSON ({reason}); one JSON object a line is needed") from error
+
+
+def _json_rows(path: Path, label: str) -> Iterator[tuple[str, Any]]:
+    source = enumerate(lines(path, label), 1)
+    first = next(((number, line) for number, line in source if line.strip()), None)
+    if first is None:
+        return
+    if first[1].lstrip()[:1] == "[" and _begins_array_of_rows(path, first[1]):
+        with open_text(path, label) as stream:
+            text = stream.read(MAX_STRUCTURED_BYTES + 1)
+        if len(text) > MAX_STRUCTURED_BYTES:
+            raise DataError(f"{label}: an array of more than {MAX_STRUCTURED_BYTES:,} characters; write one row a line")
+        whole = parse_row(text, label, "the array")
+        yield from ((f"row {number}", row) for number, row in enumerate(whole, 1))
+        return
+    for number, line in chain([first], source):
+        if line.strip():
+            yield f"line {number}", parse_row(line, label, f"line {number}")
+
+
+def _begins_array_of_rows(path: Path, line: str) -> bool:
+    """Whether a line opens an array of rows, rather than being a row that is a list."""
+    if ".jsonl" not in path.name.lower() and ".ndjson" not in path.name.lower():
+        return True
+    return line.strip() == "[" or line.lstrip()[1:].lstrip()[:1] == "{"
+
+
+def _csv_rows(path: Path, label: str, column: str | None, key: str, delimiter: str) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(MAX_LINE)
+    with open_text(path, label, newline="") as stream:
+        reader = csv.reader(stream, delimiter=delimiter)
+        names = next(reader, [])
+        if column is not None and column not in names:
+            raise DataError(f"{key}={column}: {path} has no such column; its first line has {_listed(names)}")
+        for number, cells in enumerate(reader, 1):
+            if cells:
+                yield f"row {number}", dict(zip(names, cells, strict=False))
+
+
+def _parquet_batches(path: Path, label: str, column: str | None, key: str) -> Iterator[Any]:
+    import pyarrow.parquet as parquet
+
+    with parquet.ParquetFile(path, memory_map=True) as file:
+        _check_column(column, file.schema_arrow.names, key, path)
+        yield from file.iter_batches(64, columns=None if column is None else [column], use_threads=False)
+
+
+def _arrow_batches(folder: Path, label: str, column: str | None, key: str) -> Iterator[Any]:
+    import pyarrow
+
+    for file in _arrow_files(folder, label):
+        with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as reader:
+            _check_column(column, reader.schema.names, key, folder)
+            for batch in reader:
+                chosen = batch if column is None else batch.select([column])
+                yield from (chosen.slice(begin, 64) for begin in range(0, chosen.num_rows, 64))
+
+
+def _check_column(column: str | None, names: list[str], key: str, path: Path) -> None:
+    if column is not None and column not in names:
+        raise DataError(f"{key}={column}: {path} has no such column; it has {_listed(names)}")
+
+
+def _batch_rows(batches: Iterable[Any], label: str) -> Iterator[tuple[str, Any]]:
+    number = total = 0
+    for batch in batches:
+        total += batch.nbytes
+        if total > MAX_TEXT_BYTES:
+            raise DataError(f"{label}: its rows hold more than {MAX_TEXT_BYTES:,} bytes; give a smaller file")
+        for row in batch.to_pylist():
+            number += 1
+            yield f"row {number}", row
+
+
+def _arrow_files(folder: Path, label: str) -> list[Path]:
+    """The Arrow files of a saved dataset, all within its folder."""
+    state = read_json(folder / "state.json", f"{label}: state.json", limit=10_000_000, error=DataError)
+    named = state.get("_data_files") if isinstance(state, dict) else None
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in named or []]
+    if not names or not all(_is_plain(name) for name in names):
+        raise DataError(f"{label}: state.json names no Arrow files in this folder; save the dataset again")
+    if state.get("_indices_data_files"):
+        raise DataError(f"{label}: its rows stand in another order than its files; save flatten_indices() of it")
+    files = [folder / str(name) for name in names]
+    for file in files:
+        check_regular(file, f"{label}: {file.name}", error=DataError)
+    return files
+
+
+def _is_plain(name: Any) -> bool:
+    """Whether a name stands for something within a folder."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
+def _compression(path: Path) -> str | None:
+    return _COMPRESSIONS.get(path.suffix.lower())
+
+
+def _opened(path: Path) -> Any:
+    compression = _compression(path)
+    if compression == "gzip":
+        return gzip.open(path, "rb")
+    if compression == "bzip2":
+        return bz2.open(path, "rb")
+    if compression == "xz":
+        return lzma.open(path, "rb")
+    if compression == "zstd":
+        import pyarrow
+
+        return pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+    return path.open("rb")
+
+
+def _check_head(path: Path, label: str) -> None:
+    """Refuse a file whose first bytes are not what its name says."""
+    with path.open("rb") as stream:
+        head = stream.read(_HEAD)
+    named = _compression(path)
+    packed = next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
+    if named is not None and packed != named:
+        raise DataError(
+            f"{label}: cannot be read: its name ends in {path.suffix}, but it is not compressed with {named}; rename it"
+        )
+    if named is None and packed is not None:
+        ending = next(ending for ending, name in _COMPRESSIONS.items() if name == packed)
+        raise DataError(f"{label}: cannot be read: it is compressed with {packed}; rename it to {path.name}{ending}")
+    if named is not None:
+        with reading(label), _opened(path) as stream:
+            head = stream.read(_HEAD)
+        if not head:
+            raise DataError(f"{label}: the file is empty; give one that holds text")
+    is_parquet = head.startswith(b"PAR1")
+    if file_form(path) == "parquet":
+        if named is not None:
+            raise DataError(f"{label}: cannot be read: a compressed parquet file; decompress it")
+        if not is_parquet:
+            raise DataError(f"{label}: cannot be read: its name ends in .parquet, but it is not a parquet file")
+        return
+    if is_parquet:
+        raise DataError(f"{label}: cannot be read: it is a parquet file; rename it to end in .parquet")
+    other = next((what for magic, what in _OTHERS.items() if head.startswith(magic)), None)
+    other = "a tar archive" if head[257:262] == b"ustar" else other
+    if other is not None:
+        raise DataError(f"{label}: cannot be read: it is {other}; give a file of text")
+    wide = next((name for magic, name in _UTF_16.items() if head.startswith(magic)), None)
+    if wide is not None:
+        raise DataError(
+            f"{label}: cannot be read: it is {wide}; save it as UTF-8, e.g. iconv -f {wide} -t UTF-8 FILE > NEW"
+        )
+    if b"\0" in head:
+        raise DataError(
+            f"{label}: cannot be read: it holds NUL bytes, so it is a binary file or UTF-16; give text in UTF-8"
+        )
+
+
+def _too_large(label: str, size: int, remedy: str) -> str:
+    return f"{label}: it has {size:,} bytes, at most {MAX_TEXT_BYTES:,} are read into memory; {remedy}"
+
+
+def _choice(folder: Path, forms: str) -> str:
+    """Which files in a folder could have been meant."""
+    texts = []
+    for file in islice(folder.rglob("*"), 2_000):
+        name = file.name.lower()
+        for ending in _COMPRESSIONS:
+            name = name.removesuffix(ending)
+        if name.endswith((".txt", *_ENDINGS)) and name not in ("config.json", "tokenizer.json", "dataset_info.json"):
+            texts.append(str(file.relative_to(folder)))
+    if not texts:
+        return f"none of its files is a {forms} file, and it is no dataset that save_to_disk wrote; give a file"
+    return f"give a file in it: {_listed(sorted(texts))}"
+
+
+def _listed(names: Iterable[Any], most: int = 8) -> str:
+    """A few names in a sentence, however many there are."""
+    shown = [str(name)[:60] for name in islice(names, most + 1)]
+    return ", ".join(shown[:most]) + (", ..." if len(shown) > most else "") if shown else "nothing"
+
+
+class _Bounded(io.RawIOBase):
+    """A stream that ends in a DataError where it gives more than may be read.
+
+    Args:
+        size: bytes of the compressed file; None where it is not compressed.
+    """
+
+    def __init__(self, stream: Any, label: str, size: int | None) -> None:
+        self._stream, self._label, self._size, self._given = stream, label, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._stream.read(min(len(buffer), 1 << 20))
+        buffer[: len(content)] = content
+        self._given += len(content)
+        if self._size is not None and self._given > max(MAX_FREE_BYTES, MAX_RATIO * self._size):
+            raise DataError(
+                f"{self._label}: {self._size:,} compressed bytes stand for more than {MAX_RATIO} times as many; "
+                "no text is like that"
+            )
+        if self._given > MAX_TEXT_BYTES:
+            raise DataError(f"{self._label}: more than {MAX_TEXT_BYTES:,} bytes of text; give a smaller file")
+        return len(content)

@@ -1,0 +1,73 @@
+"""Two tokens through a model before anything is computed: shapes that are not known here, and code that fails."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from cfsp.errors import CfspError, UnsupportedModelError
+from cfsp.models.driver import BlockDriver, hidden_of, run_block
+from cfsp.models.streamed import resident
+from cfsp.models.views import DecoderView
+
+#: Where the Python code of models lies: transformers' own, and what it fetched with a model.
+_MODEL_CODE = ("/transformers/models/", "/transformers_modules/")
+
+
+@torch.no_grad()
+def try_blocks(view: DecoderView) -> None:
+    """Run two tokens into every block, and through the first block of each class; any other class of data is refused.
+
+    Raises:
+        UnsupportedModelError: a block takes or gives hidden states that are not [batch, tokens, hidden size].
+    """
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    entry = BlockDriver(view, 1).entry(ids)
+    hidden = entry.hidden[0]
+    _check_shape(view, hidden, "takes")
+    tried: set[type] = set()
+    for block in view.blocks:
+        if type(block.module) not in tried:
+            tried.add(type(block.module))
+            with resident(view, block):
+                output = run_block(block, hidden, entry.kwargs[block.index][0])
+            _check_shape(view, hidden_of(output), "gives")
+
+
+def _check_shape(view: DecoderView, hidden: object, verb: str) -> None:
+    found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3 or found[:2] != (1, 2):
+        dimensions = f"{len(found)} dimensions, {list(found)}" if isinstance(found, tuple) else found
+        raise UnsupportedModelError(
+            f"{type(view.model).__name__} (model_type={view.model.config.model_type}): a block {verb} hidden states of "
+            f"{dimensions} for 1 sequence of 2 tokens; blocks of [batch, tokens, hidden size] can be pruned"
+        )
+
+
+@contextmanager
+def model_code_refused(model_type: str, origin: str) -> Iterator[None]:
+    """An error out of a model's own code is one of the input: the model cannot be run as its folder describes it.
+
+    Raises:
+        UnsupportedModelError: names the model type and what its code says.
+    """
+    try:
+        yield
+    except (CfspError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "can't allocate memory" in str(error):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        place = next((f for f in reversed(frames) if any(part in f.filename for part in _MODEL_CODE)), None)
+        if place is None:
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UnsupportedModelError(
+            f"model.path={origin}: the code of model_type={model_type} fails in {place.name} ({type(error).__name__}: "
+            f"{reason}); its config.json describes no model that runs, or this version of transformers does not fit it"
+        ) from error

@@ -1,0 +1,183 @@
+"""Recognise the Python files that cfsp writes into model folders, so that no other code is run unasked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cfsp.components import shown
+from cfsp.errors import CheckpointError, UnsupportedModelError
+from cfsp.registration import PRUNED_PREFIX
+from cfsp.system.reading import read_bytes, read_json
+
+#: sha256 of every text that cfsp has shipped, as :func:`family_independent` makes it (of DeciLM's file as it is). A
+#: changed template gets a new line; the old lines stay, as folders that were written with them do.
+SHIPPED = frozenset(
+    {
+        # configuration_pruned_*.py
+        "35405fca04908b3eba508df8bc440b4425cfdb48774f20f9eef4c4e548af6757",  # since ae27eee
+        # modeling_pruned_*.py with per_layer_config
+        "44882a1c68290c133d0675b00d753fe91a1a765206e36a4cf4b648e3cea11d0b",  # ae27eee
+        "89d90c7f05c3a4d9fbff32d5e8cb61fc343a68491165418b8fb1af13690a24e1",  # 2f5a024
+        "09616c3864da4c0fb05db36a4db93a80be0583c406532c24583f1f6200d7dbc8",  # 625daab
+        "5390dc9acf767081573f4f60615d8020adca8b0fadbbb073c3bd24b7757d8ae8",  # ca4ec03
+        "2af0596830cf9f39a2ffd3ea37b167f3198845b2cd0f7386a384dcf5bc73cd87",  # since e45cd22
+        # modeling_pruned_*.py with layer_changes
+        "158635cf443ae00ffa53f961c1037a88c58f9792c960f88d5f7f8f4d1e92235d",  # e97ff9b
+        "a10797c68783cf041ea8ac0af8d1fcd2b305896b7c2d48c3b59ff7e355547567",  # since fd739ce
+        # configuration_decilm.py
+        "2662f7e339228bbf0ddaf2dac8c396f3ec6509f57c77f50fec64aad756ec36c2",  # since 3c4d99a
+    }
+)
+_DECILM = "configuration_decilm.py"
+_LARGEST_CODE = 1_000_000
+_MOST_FILES = 10_000
+
+
+def check_folder_code(folder: Path) -> bool:
+    """See that all Python code which tools could run for a model folder is code that cfsp ships.
+
+    Tools that are told ``trust_remote_code=True`` run what an ``auto_map`` names, what that imports, and
+    ``custom_generate/``; they follow an ``adapter_config.json`` or ``configuration_files`` to other folders. So no
+    other ``*.py`` file may lie anywhere in the folder, and every ``auto_map`` names modules of the known files.
+
+    Returns:
+        Whether the folder brings code: only then has a tool to be told ``trust_remote_code=True``.
+
+    Raises:
+        CheckpointError: the first thing that is not cfsp's own.
+    """
+    config = read_json(folder / "config.json", f"path={folder}: config.json")
+    model_type = config.get("model_type") if isinstance(config, dict) else None
+    files = sorted(_files(folder))
+    code = [file for file in files if file.suffix.lower() == ".py"]
+    known = _known_files(folder, code, str(model_type))
+    for file in code:
+        if file not in known:
+            raise _foreign(folder, f"{file.relative_to(folder)} is not a file as cfsp writes it")
+    modules = {file.stem for file in known}
+    for file in files:
+        # transformers takes config.4.0.0.json for config.json where that says so.
+        if file.suffix.lower() != ".json" or "config" not in file.name:
+            continue
+        for reference in _code_references(read_json(file, f"path={folder}: {file.relative_to(folder)}")):
+            module, _, name = reference.rpartition(".")
+            if module not in modules or not name.isidentifier():
+                raise _foreign(folder, f"{file.relative_to(folder)} names {shown(reference)}")
+        if file.name == "adapter_config.json":
+            raise _foreign(folder, f"{file.relative_to(folder)} leads to another model")
+    return bool(code)
+
+
+def family_independent(text: str, names: Mapping[str, str]) -> str:
+    """Put placeholders where the text of a family has the family's own names.
+
+    Two texts without a ``$`` that come out equal are equal: filling the placeholders in gives both back.
+
+    Args:
+        text: a file that ships with a pruned model.
+        names: what :func:`cfsp.models.remote_code.family_names` says of the family.
+    """
+    # The line of the norms depends on a trial pass. It holds names of attributes alone, whatever they are.
+    text = re.sub(r'(?m)^NORMS = \{("\w+": \[("\w+"(, "\w+")*)?\](, )?)*\}$', "NORMS = ${norms}", text)
+    shown = {key: names[key] for key in names if not key.startswith("import_")}
+    text = text.replace(names["import_config"], f"from transformers import {names['base_config']}")
+    models = f"from transformers import {names['base_causal_lm']}, {names['base_model']}"
+    text = text.replace(names["import_models"], models)
+    for key, value in sorted(shown.items(), key=lambda item: -len(item[1])):
+        text = re.sub(rf"(?<![\w$-]){re.escape(value)}(?![\w-])", f"${{{key}}}", text)
+    return text
+
+
+def is_shipped(text: str, names: Mapping[str, str]) -> bool:
+    """Whether this version of cfsp, or a listed earlier one, ships this text for the family with these names."""
+    return "$" not in text and _digest(family_independent(text, names)) in SHIPPED
+
+
+def _known_files(folder: Path, code: list[Path], model_type: str) -> set[Path]:
+    """Files whose name and text are those that cfsp ships for the model type."""
+    known = set()
+    names: Mapping[str, str] = {}
+    if code and model_type.startswith(PRUNED_PREFIX):
+        from cfsp.models.remote_code import family_names
+
+        try:
+            names = family_names(model_type.removeprefix(PRUNED_PREFIX))
+        except UnsupportedModelError:  # then none of the files is one that cfsp would write for it
+            names = {}
+    for file in code:
+        if file.parent != folder:
+            continue
+        try:
+            text = read_bytes(file, str(file), limit=_LARGEST_CODE).decode()
+        except (UnicodeDecodeError, CheckpointError):
+            continue
+        of_family = names and file.stem in (names["configuration_module"], names["modeling_module"])
+        if (of_family and is_shipped(text, names)) or (file.name == _DECILM and _digest(text) in SHIPPED):
+            known.add(file)
+    return known
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file below the folder, behind links to folders too."""
+    seen: set[str] = set()
+    looked_at = 0
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link back to where the walk has been
+            folders.clear()
+            continue
+        seen.add(real)
+        looked_at += len(files) + len(folders)
+        if looked_at > _MOST_FILES:
+            raise CheckpointError(
+                f"path={folder}: it holds more than {_MOST_FILES:,} files, so it is no model folder; give one that is"
+            )
+        yield from (Path(place, name) for name in files)
+
+
+def _code_references(value: Any) -> Iterator[str]:
+    """What a JSON file names as code, at any depth, and configurations that lie elsewhere."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, list):
+            waiting.extend(part)
+        elif isinstance(part, dict):
+            for key, inner in part.items():
+                if key in ("auto_map", "custom_pipelines"):
+                    yield from _texts_in(inner)
+                elif key == "configuration_files":
+                    yield from (text for text in _texts_in(inner) if "/" in text or "\\" in text)
+                else:
+                    waiting.append(inner)
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, list):
+            waiting.extend(part)
+        elif isinstance(part, dict):
+            waiting.extend(part.values())
+        elif part is not None:
+            yield json.dumps(part)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _foreign(folder: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"path={folder}: {what}, and the tools would run it; read it and give trust_remote_code=true, or write the "
+        "folder again (cfsp export format=hf)"
+    )

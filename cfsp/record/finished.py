@@ -1,0 +1,56 @@
+"""Finished means whole: a record of a success, and every file that the run wrote as it was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cfsp.errors import CheckpointError
+from cfsp.record.run_record import RunRecord
+from cfsp.record.written import MODEL_FOLDERS, PLAN_FILES, damage, within
+
+
+def lacking(record: RunRecord, out: Path, *, model: bool, hashes: bool = False) -> str | None:
+    """Return one clause on what is not whole of a run that ended well; None where nothing has to be done again.
+
+    Args:
+        record: the record of a success.
+        out: OUT of the run. Where no model is wanted it may be gone: the record alone says what the run gave.
+        model: a model folder is wanted.
+        hashes: compare the content of every file too, not its size alone.
+    """
+    if not model and not (out / "record.json").is_file():
+        return None
+    if record.files is None:  # of an earlier version, which wrote no sizes
+        return _seen_to_lack(out) if model else None
+    wanted = within(record.files, (*PLAN_FILES, *(MODEL_FOLDERS if model else ())))
+    if model and not any(path.startswith("model/") for path in wanted):
+        return "model is missing"
+    return damage(wanted, out, hashes=hashes)
+
+
+def lacking_export(record: RunRecord, out: Path, form: str, *, hashes: bool = False) -> str | None:
+    """Return one clause on why the export of a run in the format ``form`` is not there, or not whole."""
+    export = (record.checkpoint or {}).get("export") or {}
+    if export.get("form") != form:
+        return f"there is no export as {form}"
+    if not (out / export["place"]).exists():
+        return f"{export['place']} is missing"
+    return damage(within(record.files, export_files(export["place"])), out, hashes=hashes)
+
+
+def export_files(place: str) -> tuple[str, ...]:
+    """Return the entries of OUT that an export consists of: a folder, or a file and its reference beside it."""
+    return (place, f"{place.removesuffix('.gguf')}.reference.safetensors") if place.endswith(".gguf") else (place,)
+
+
+def _seen_to_lack(out: Path) -> str | None:
+    from cfsp.models.checkpoint import check_safetensors
+
+    for name in ("plan.json", "model/config.json"):
+        if not (out / name).is_file():
+            return f"{name} is missing"
+    try:
+        check_safetensors(out / "model")
+    except CheckpointError as error:
+        return str(error).partition(";")[0]
+    return None

@@ -1,0 +1,154 @@
+"""What everything that reads run records may count on: names, types and sizes of what they hold."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from cfsp.system.names import RULE, is_name
+
+#: Deeper nesting, larger numbers: no run writes them, and what shows a record cannot cope with them.
+_DEEPEST = 40
+_LARGEST = 1e300
+#: Half of a pair that stands for one character; it cannot be written as UTF-8.
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+Check = Callable[[Any], bool]
+
+
+def is_number(value: Any) -> bool:
+    """An int or float that can be computed with; infinity is one (a perplexity may overflow), NaN is not."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        return False
+    return (isinstance(value, float) and math.isinf(value)) or abs(value) < _LARGEST
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and is_number(value)
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, str | bool) or is_number(value)
+
+
+def _optional(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+def _listed(check: Check) -> Check:
+    return lambda value: isinstance(value, list) and all(check(item) for item in value)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+_NUMBER, _TEXT, _WHOLE = (_optional(check) for check in (is_number, _is_text, _is_whole))
+#: Part -> key -> what its value is; a key is needed where its check refuses None.
+_PARTS: dict[str, dict[str, Check]] = {
+    "configuration": {"seed": _is_whole},
+    "identity": {"version": _is_scalar},
+    "environment": {
+        "git": _optional(_is_mapping), "packages": _is_mapping, "cpu": _is_text, "cores": _is_whole,
+        "gpus": _listed(_is_text),
+    },
+    "model": {"fingerprint": _is_text, "dtype": _is_text, "name": _TEXT},
+    "method": {"name": _TEXT},
+}  # fmt: skip
+_GIT: dict[str, Check] = {"commit": _is_text, "dirty": lambda value: isinstance(value, bool)}
+#: Of a figure and of its detail: what tables compare is hashed, so it is no list.
+_SETTINGS: dict[str, Check] = {
+    "seq_len": _WHOLE, "n": _WHOLE, "split": _TEXT, "num_fewshot": _WHOLE, "version": _optional(_is_scalar),
+    "limit": _optional(_is_scalar), "unit": _TEXT, "task_hash": _TEXT, "device": _TEXT, "threads": _WHOLE,
+}  # fmt: skip
+_FIGURE: dict[str, Check] = {
+    "suite": _is_text, "task": _is_text, "metric": _is_text, "value": is_number, "stderr": _NUMBER,
+    "detail": _optional(_is_mapping), **_SETTINGS,
+}  # fmt: skip
+_STAGE: dict[str, Check] = {
+    "name": _is_text, "seconds": is_number, "cached": lambda value: isinstance(value, bool), "saved_seconds": _NUMBER,
+    "peak_bytes": _NUMBER, "peak_gpu_bytes": _NUMBER,
+}  # fmt: skip
+_BLOCK: dict[str, Check] = {
+    "width": is_number, "base_width": lambda value: is_number(value) and value > 0, "distance": _is_mapping,
+}  # fmt: skip
+
+
+def problem_of(record: Any) -> str | None:
+    """Say what a record of a success lacks, or holds in another form than runs write it; None where it is whole."""
+    return next(_problems(record), None)
+
+
+def figure_problem(row: Any) -> str | None:
+    """Say what a figure lacks that everything which reads figures counts on; None where it is whole."""
+    return next(_wrong(row, _FIGURE, "a figure"), None)
+
+
+def _problems(record: Any) -> Iterator[str]:
+    yield from _too_much(vars(record))
+    if not is_name(record.run_id):
+        yield f"run_id {str(record.run_id)[:60]!r}: {RULE}"
+    for name, checks in _PARTS.items():
+        yield from _wrong(getattr(record, name), checks, name)
+    git = record.environment["git"]
+    yield from _wrong(git, _GIT, "environment.git") if git is not None else ()
+    if not all(_TEXT(version) for version in record.environment["packages"].values()):
+        yield "environment.packages has a version that is no text"
+    if not isinstance(record.measurements, dict) or not all(isinstance(v, list) for v in record.measurements.values()):
+        yield "measurements are no lists of figures"
+    for row in (row for rows in record.measurements.values() for row in rows):
+        yield from _wrong(row, _FIGURE, "a figure")
+        yield from _wrong(row.get("detail") or {}, _SETTINGS, "the detail of a figure")
+    yield from _wrong_list(record.stages, _STAGE, "stages")
+    yield from _wrong_list(record.blocks, _BLOCK, "blocks")
+    for block in record.blocks:
+        yield from _wrong(block["distance"], {"angular": _NUMBER}, "blocks.distance")
+    for name in ("plan", "recovery", "checkpoint", "calibration", "error"):
+        if not _optional(_is_mapping)(getattr(record, name)):
+            yield f"{name} holds no keys"
+    if record.plan is not None:
+        yield from _wrong(record.plan.get("achieved"), {"ratio": is_number}, "plan.achieved")
+    if record.recovery:
+        yield from _wrong(record.recovery, {"trainable_parameters": _NUMBER, "name": _TEXT}, "recovery")
+
+
+def _wrong_list(values: Any, checks: dict[str, Check], name: str) -> Iterator[str]:
+    if not isinstance(values, list):
+        yield f"{name} is no list"
+        return
+    for value in values:
+        yield from _wrong(value, checks, name)
+
+
+def _wrong(values: Any, checks: dict[str, Check], name: str) -> Iterator[str]:
+    if not isinstance(values, dict):
+        yield f"{name} holds no keys"
+        return
+    for key, check in checks.items():
+        if not check(values.get(key)):
+            said = "is missing" if values.get(key) is None else f"is {str(values[key])[:40]!r}"
+            yield f"{name}.{key} {said}"
+
+
+def _too_much(values: dict[str, Any]) -> Iterator[str]:
+    """Without recursion: nesting that is too deep, and texts that cannot be written."""
+    level: list[Any] = [values]
+    for _ in range(_DEEPEST):
+        inner: list[Any] = []
+        for part in level:
+            if isinstance(part, dict):
+                inner += [*part, *part.values()]
+            elif isinstance(part, list):
+                inner += part
+            elif isinstance(part, str) and _SURROGATE.search(part):
+                yield f"{part[:40]!r} cannot be written as UTF-8"
+        level = [part for part in inner if isinstance(part, dict | list | str)]
+        if not level:
+            return
+    yield f"it is nested more than {_DEEPEST} deep"

@@ -1,0 +1,97 @@
+"""Hidden files and folders that killed processes left behind: which are nobody's any more, and removing them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+#: Seconds that writing a small file never takes: what is older was left by a process that is dead.
+_LONGEST_WRITE = 60.0
+_SCRATCH = r"\.(?P<name>{names})\.[0-9a-f]{{8}}(?P<old>\.old)?"
+_PARTIAL = r"\.(?P<name>{names})\.(?P<process>\d{{1,10}})"
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold a lock on a file or folder, which ends with this process however that ends (see :func:`is_held`)."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        yield
+        return
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_held(path: Path) -> bool:
+    """Return whether a process of this machine is inside :func:`held` with ``path``."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def remove_scratch(folder: Path, names: Iterable[str]) -> None:
+    """Remove scratch copies ``.NAME.XXXXXXXX`` of files and folders in ``folder`` that no process writes any more.
+
+    A folder that was being replaced when the process died, and whose successor is not there, gets its name back.
+    """
+    pattern = re.compile(_SCRATCH.format(names="|".join(map(re.escape, names))))
+    for path, match in _matches(folder, pattern):
+        if is_held(path):
+            continue
+        if match["old"] and not (folder / match["name"]).exists():
+            with suppress(OSError):
+                path.rename(folder / match["name"])
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+
+
+def remove_partials(folder: Path, names: Iterable[str]) -> None:
+    """Remove half-written files ``.NAME.PROCESS`` in ``folder`` whose process is dead."""
+    pattern = re.compile(_PARTIAL.format(names="|".join(map(re.escape, names))))
+    for path, match in _matches(folder, pattern):
+        with suppress(OSError):
+            if not _is_alive(int(match["process"])) or time.time() - path.lstat().st_mtime > _LONGEST_WRITE:
+                path.unlink()
+
+
+def _matches(folder: Path, pattern: re.Pattern[str]) -> list[tuple[Path, re.Match[str]]]:
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError:
+        return []
+    return [(path, match) for path in paths if (match := pattern.fullmatch(path.name)) is not None]
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True

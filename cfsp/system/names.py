@@ -1,0 +1,25 @@
+"""Names that become names of files and folders."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
+RULE = "it becomes the name of a folder: use 1 to 100 of the characters A-Z a-z 0-9 . _ -"
+
+
+def is_name(value: Any) -> bool:
+    """Whether a value can be the name of a file or folder, or a part of one, wherever it is put."""
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None and value.strip(".") != ""
+
+
+def checked_name(value: str) -> str:
+    """Return the name.
+
+    Raises:
+        ValueError: it cannot be the name of a folder.
+    """
+    if not is_name(value):
+        raise ValueError(RULE)
+    return value

@@ -1,0 +1,202 @@
+"""Requests to the Hugging Face hub that survive a short outage: repeated with growing pauses, for a bounded time.
+
+huggingface_hub repeats some of its requests (files) and not others (the API: model_info, the listing of files), and
+sleeps as long as a server asks it to. Here the session that all of them share, those of ``datasets`` included, repeats
+every request alike, and gives up with one exception that nobody above repeats again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+#: Seconds until a first answer is waited for; a second attempt waits twice as long, a third three times.
+TIMEOUT = 10
+#: Seconds after the first failure until a request is given up, and the longest pause that a server may ask for.
+PATIENCE, LONGEST_PAUSE = 40, 120
+#: The same where nothing listens at the hub's address or its name is unknown: a machine without a network, mostly.
+UNREACHABLE_PATIENCE = 15
+#: First and longest pause between two attempts, in seconds.
+_FIRST_PAUSE, _LONGEST_OWN_PAUSE = 1.0, 8.0
+_PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504)
+#: After a request was given up, so many seconds pass before the next ones are repeated again.
+_MEMORY = 120
+
+
+class HubFailedError(ConnectionError):
+    """A request failed again and again; the message says how, in a clause."""
+
+
+@dataclass
+class _State:
+    """Shared by all threads: patience in seconds, the read timeout that sufficed last, when a request was given up."""
+
+    patience: float = PATIENCE
+    timeout: float = TIMEOUT
+    gave_up: float | None = None
+
+
+_state = _State()
+_lock = threading.RLock()
+
+
+@contextmanager
+def patient_session(patience: float | None = None) -> Iterator[None]:
+    """Repeat requests of huggingface_hub that fail in passing, as long as the context is entered.
+
+    Args:
+        patience: seconds after the first failure of a request until it is given up; ``PATIENCE`` where None.
+
+    Raises:
+        HubFailedError: of requests within.
+    """
+    from huggingface_hub.utils import get_session
+
+    session = get_session()
+    with _lock:
+        before = _state.patience
+        _state.patience = PATIENCE if patience is None else patience
+        outermost = "send" not in vars(session)
+        if outermost:
+            session.send = _patient(session.send)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        with _lock:
+            _state.patience = before
+            if outermost:
+                vars(session).pop("send", None)
+
+
+def forget_outage() -> None:
+    """Be patient again, although a request was given up a moment ago."""
+    _state.gave_up, _state.timeout = None, TIMEOUT
+
+
+def _patient(send: Callable[..., Any]) -> Callable[..., Any]:
+    try:
+        from huggingface_hub.utils import httpx
+    except ImportError:  # older versions use httpx itself
+        import httpx  # type: ignore[no-redef]
+    passing = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
+
+    def send_patiently(request: Any, **settings: Any) -> Any:
+        if not _is_awaited(request, settings):
+            return send(request, **settings)
+        outage = _Outage()
+        while True:
+            _set_timeout(request, _state.timeout * (outage.failures + 1))
+            started = time.monotonic()
+            try:
+                response = send(request, **settings)
+            except passing as error:
+                if _is_final(error):
+                    raise
+                outage.note(_words(error, time.monotonic() - started), started)
+                pause = None
+                outage.unreachable = type(error).__name__ == "ConnectError"
+            else:
+                if response.status_code not in _PASSING_STATUS:
+                    if outage.failures:
+                        forget_outage()
+                        _state.timeout = min(max(TIMEOUT, 2 * (time.monotonic() - started)), 3 * TIMEOUT)
+                    return response
+                outage.unreachable = False
+                outage.note(f"answered {response.status_code} ({response.reason_phrase})", started)
+                pause = _asked_pause(response.headers)
+                response.close()
+            outage.wait(pause, request)
+
+    return send_patiently
+
+
+def _is_awaited(request: Any, settings: dict[str, Any]) -> bool:
+    """Whether a run waits for the answer: of the hub itself, or a file that the hub has elsewhere (a stream).
+
+    ``datasets`` counts what is loaded at Amazon and asks a second server for previews, the hub for names of agents:
+    all of them do without an answer.
+    """
+    from huggingface_hub import constants
+
+    hub = str(request.url).startswith(f"{constants.ENDPOINT}/") and "/agent-harnesses" not in str(request.url)
+    return hub or bool(settings.get("stream"))
+
+
+class _Outage:
+    """Failures of one request, and the pauses between them."""
+
+    def __init__(self) -> None:
+        self.failures, self.last, self.began = 0, "", 0.0
+        self.next_pause, self.unreachable = _FIRST_PAUSE, False
+
+    def note(self, what: str, started: float) -> None:
+        self.began = self.began if self.failures else started
+        self.failures += 1
+        self.last = what
+
+    def wait(self, asked: float | None, request: Any) -> None:
+        """Sleep before the next attempt, or raise HubFailedError."""
+        now = time.monotonic()
+        recently = _state.gave_up is not None and now - _state.gave_up < _MEMORY
+        pause = self.next_pause if asked is None else max(asked, self.next_pause)
+        patience = min(_state.patience, UNREACHABLE_PATIENCE) if self.unreachable else _state.patience
+        left = self.began + (0 if recently else patience) - now
+        if asked is not None and asked > 0 and not recently and _state.patience >= PATIENCE:
+            left = max(left, LONGEST_PAUSE - (now - self.began))
+        if pause > left:
+            if _state.patience >= PATIENCE:
+                _state.gave_up = now
+            times = f" ({self.failures} attempts in {now - self.began:.0f} s)" if self.failures > 1 else ""
+            later = f", and asks to come back in {asked:.0f} s" if asked else ""
+            raise HubFailedError(f"the hub {self.last}{times}{later}")
+        log.info("%s %s: the hub %s; asked again in %.0f s", request.method, request.url, self.last, pause)
+        time.sleep(pause)
+        self.next_pause = min(2 * self.next_pause, _LONGEST_OWN_PAUSE)
+
+
+def _set_timeout(request: Any, seconds: float) -> None:
+    """Give a request that would wait for ever a time limit, and one with a limit at least ``seconds``."""
+    given = dict(request.extensions.get("timeout") or {})
+    for kind in ("connect", "read", "write", "pool"):
+        given[kind] = max(given.get(kind) or 0, TIMEOUT if kind == "connect" else seconds)
+    request.extensions = {**request.extensions, "timeout": given}
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether another attempt ends in the same way: a certificate that is not trusted."""
+    return "CERTIFICATE" in str(error).upper()
+
+
+def _words(error: Exception, seconds: float) -> str:
+    """What happened, as the end of a sentence that begins with "the hub"."""
+    name = type(error).__name__
+    if name == "ConnectError":
+        return f"cannot be reached ({error})"
+    if "Timeout" in name:
+        return f"gave no answer within {seconds:.0f} s"
+    return f"broke the connection off ({name}: {error})"
+
+
+def _asked_pause(headers: Any) -> float | None:
+    """Seconds that the server asks to wait: Retry-After (seconds or a date), or until a used-up rate limit is reset."""
+    import re
+    from datetime import UTC, datetime
+    from email.utils import parsedate_to_datetime
+
+    limit = re.search(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("ratelimit") or "")
+    if limit:
+        return float(limit[1])
+    value = (headers.get("retry-after") or "").strip()
+    if value.isdigit():
+        return float(value)
+    try:
+        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()) if value else None
+    except (ValueError, TypeError):
+        return None
