@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.models.sample import weight_sample
 from cfsp.models.submodules import norm_parameters, submodule_parameters
-from cfsp.pruning.plan import BlockPlan, PruningPlan
+from cfsp.pruning.plan import BlockPlan, PruningPlan, TensorKey
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,10 +104,10 @@ def _kept_width(width: int, plan: BlockPlan) -> int:
 
 def _added(view: DecoderView, name: str, tensor: Tensor) -> int:
     """Count the parameters that a replaced tensor adds: those of a bias that the base model has not."""
-    _, index, kind, what = name.split(".")
-    if what != "bias":
+    key = TensorKey.parse(name)
+    if key.what != "bias" or view.blocks[key.block].channels[key.kind].output.bias is not None:
         return 0
-    return 0 if view.blocks[int(index)].channels[kind].output.bias is not None else tensor.numel()
+    return tensor.numel()
 
 
 def _details(
