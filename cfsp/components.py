@@ -85,7 +85,9 @@ def build(name: str, values: Any, allowed: Iterable[str] = (), contract: type[An
         way_out = f"null leaves it out, {name}.KEY=VALUE sets a key" if "." in name else f"e.g. {name}=OPTION"
         raise ConfigError(f"{name}={shown(values)}: a group with a _target_ class is expected; {way_out}")
     settings = {str(key): value for key, value in values.items() if key != "_target_"}
-    target = str(values["_target_"])
+    if not isinstance(values["_target_"], str) or not re.fullmatch(r"[^\W\d][\w.]{0,300}", values["_target_"]):
+        raise ConfigError(f"{name}._target_={shown(values['_target_'])}: expected the name of a class, module.Class")
+    target = values["_target_"]
     cls = _resolve(name, target, allowed)
     needs = () if contract is None else required_members(contract)
     _check_attributes(name, target, cls, needs)

@@ -112,7 +112,7 @@ class HubFile(Section):
 class TextSection(Section):
     """Where a text comes from and how its documents become one token stream."""
 
-    path: str | None = Field(default=None, description="a local .txt, .jsonl, .jsonl.gz, .json.gz or .parquet file")
+    path: str | None = Field(default=None, description="a local .txt, .jsonl, .csv or .parquet file")
     hub: HubFile | None = None
     split: str = "train"
     text_field: str = "text"
@@ -261,6 +261,9 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         if root not in _ROOT_KEYS
         for key, value in _leaves(str(root), raw[root])
     ]
+    large = [f"{key}={shown(value)}: too large; expected at most {most:,}" for key, value, most in too_large(raw)]
+    if large:  # before they are computed with
+        raise ConfigError(*problems, *large)
     absent = [name for name in ("model", "calibration", "sparsity", "paths") if name not in raw]
     if absent:
         raise ConfigError(
@@ -298,8 +301,6 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     problems.extend(_nothing_to_recover(parts["pruner"], parts["recovery"]))
     problems.extend(_nothing_to_export(parts["save"], parts["pruner"]))
     problems.extend(_too_many_tokens(parts["calibration"]))
-    large = {key: f"{key}={shown(value)}: too large; expected at most {most:,}" for key, value, most in too_large(raw)}
-    problems = [line for line in problems if line.partition("=")[0] not in large] + list(large.values())
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
     parts.pop("plugins")
@@ -338,8 +339,10 @@ def _unused(pruner: Component[Pruner] | None, raw: Mapping[str, Any]) -> Iterato
     if pruner is None or not pruner.instance.prunes:
         return
     for group in ("importance", "allocator"):
+        if not isinstance(raw.get(group), Mapping):  # a problem of its own
+            continue
         if group not in pruner.instance.plans_with and raw.get(group) != _default(group):
-            yield f"{group}._target_={raw[group].get('_target_')}: {pruner.instance.why_unused(group)}"
+            yield f"{group}._target_={shown(raw[group].get('_target_'))}: {pruner.instance.why_unused(group)}"
 
 
 def _no_sides(evaluators: Mapping[str, Component[Evaluator] | None]) -> Iterator[str]:

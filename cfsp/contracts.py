@@ -7,6 +7,8 @@ built. So the rest of cfsp asks any component for any member, and never looks at
 
 ``None`` as an answer means "not stated": whoever asked says so instead of guessing.
 
+All contracts stand in this one module, although it is long: it is the page that an author of a component reads.
+
 Example:
     A pruner in a package of your own, chosen with ``pruner._target_=mine.Mine plugins.allow=[mine]``::
 

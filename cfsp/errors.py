@@ -6,6 +6,8 @@ failed on its way.
 
 from __future__ import annotations
 
+from cfsp.system.answer import one_line
+
 
 class CfspError(Exception):
     """Base of every error that cfsp raises on purpose."""
@@ -14,8 +16,8 @@ class CfspError(Exception):
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """One line per finding."""
-        return (str(self),)
+        """One line per finding, of bounded length and without control characters."""
+        return (one_line(str(self)),)
 
 
 class ConfigError(CfspError):
@@ -23,7 +25,7 @@ class ConfigError(CfspError):
 
     def __init__(self, *problems: str) -> None:
         super().__init__("; ".join(problems))
-        self._problems = problems
+        self._problems = tuple(map(one_line, problems))
 
     @property
     def problems(self) -> tuple[str, ...]:

@@ -24,7 +24,8 @@ _Key = tuple[str, str, str | None, str, str]
 _BRIEF = 4
 _TRUE = ("1", "ON", "YES", "TRUE")
 _OFFLINE_FLAGS = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_DISK = _FULL | {errno.EACCES, errno.EPERM, errno.EROFS}
 _WITHIN_A_FILE = ("ReadError", "WriteError", "CloseError")
 _CONNECTION = ("TransportError", "TimeoutException", "NetworkError", "ProtocolError", "RequestError", "InvalidURL")
 
@@ -154,7 +155,7 @@ def _is_definite(error: Exception) -> bool:
     )
 
     answers = (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError)
-    return isinstance(error, answers) or (isinstance(error, OSError) and error.errno in _DISK)
+    return isinstance(error, answers) or (isinstance(error, OSError) and error.errno in _FULL)
 
 
 def _is_offline(error: BaseException | None) -> bool:
@@ -280,7 +281,7 @@ def _known_reason(error: BaseException, revision: str | None, file: str | None) 
         way_out = f"; run it once with {flag}=0" if flag else ""
         part = "only in part" if type(error).__name__ == "IncompleteSnapshotError" else "not"
         reason = f"no local path, {part} in the local cache, and the hub cannot be reached ({cause}){way_out}"
-    elif isinstance(error, OSError) and error.errno in _DISK:
+    elif isinstance(error, OSError) and _is_of_the_disk(error):
         reason = _disk(error)
     elif _is_connection_error(error):
         reason = _connection(error)
@@ -317,6 +318,13 @@ def _connection(error: BaseException) -> str:
     return f"the connection to the hub broke off ({name}: {text}); try again later"
 
 
+def _is_of_the_disk(error: OSError) -> bool:
+    from huggingface_hub import constants
+
+    within = bool(error.filename) and str(error.filename).startswith((constants.HF_HOME, constants.HF_HUB_CACHE))
+    return error.errno in _DISK or within or "No space left" in str(error)
+
+
 def _disk(error: OSError) -> str:
     from huggingface_hub import constants
 
@@ -325,7 +333,8 @@ def _disk(error: OSError) -> str:
     place = str(error.filename or "")
     key = next((key for key, folder in values.items() if place.startswith(folder)), "HF_HOME")
     folder = values.get(key, constants.HF_HOME)
-    return f"{key}={folder} cannot be written ({error.strerror}); make room, or set {key} to another folder"
+    why = error.strerror or "No space left on device"
+    return f"{key}={folder} cannot be written ({why}); make room, or set {key} to another folder"
 
 
 def _offline_flag() -> str | None:

@@ -180,7 +180,7 @@ def _execute(
             model, stage["cached"] = until_the_end.enter_context(bases.lent(prepared))
             view = resolve(model)
             pruner = prepared.config.pruner.instance
-            bases.probe(view, heads=removes_heads(pruner), experts=removes_experts(pruner))
+            bases.probe(view, heads=removes_heads(pruner), experts=removes_experts(pruner), prunes=bool(pruner.prunes))
         _stages(prepared, record, folder.path, report, model, view, stages)
     written = ["plan.json"] if record.plan else []
     written += ["model/config.json"] if record.checkpoint else []

@@ -151,8 +151,8 @@ def _command(argv: list[str]) -> str | None:
         return None
     if argv[1] not in COMMANDS:
         word = argv[1]
+        check_words([word])
         if "." in word:
-            check_words([word])
             raise explain(ValueError(word), [word])
         raise ConfigError(
             f"{word}: neither a command nor key=value{suggest(word, COMMANDS)}; commands: "

@@ -99,6 +99,7 @@ def local(name: str, model: Path, text: Path, work: Path) -> Subject:
         "model=local", f"model.path={model}", f"model.name={name}",
         "calibration=text", f"calibration.path={files['calibration']}", "calibration.n_samples=48",
         "calibration.seq_len=256", "evaluation.perplexity.datasets=[text]",
+        "calibration.bos=none", "evaluation.perplexity.texts.text.bos=none",
         f"evaluation.perplexity.texts.text.path={files['evaluation']}", "evaluation.perplexity.windows=[0,80]",
     )  # fmt: skip
     note = (

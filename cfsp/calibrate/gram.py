@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.calibrate.inputs import watch_inputs
-from cfsp.errors import RunError
+from cfsp.errors import CheckpointError, RunError
 from cfsp.lease import waited
 from cfsp.models.shard_writer import Outgoing, write_file
 from cfsp.models.shards import Shards
@@ -176,10 +176,20 @@ class OnDisk:
         (place / "tokens.json").write_text(json.dumps({kind: gram.tokens for kind, gram in grams.items()}))
 
     def read(self, block: int, kind: str) -> Gram:
+        """
+        Raises:
+            RunError: somebody has deleted or damaged them since they were collected.
+        """
         place = self._place(block)
-        tokens = json.loads((place / "tokens.json").read_text(encoding="utf-8"))
-        shards = Shards(place)
-        return Gram(shards.read(kind), shards.read(f"{kind}.mean"), int(tokens[kind]))
+        try:
+            tokens = json.loads((place / "tokens.json").read_text(encoding="utf-8"))
+            shards = Shards(place)
+            return Gram(shards.read(kind), shards.read(f"{kind}.mean"), int(tokens[kind]))
+        except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
+            raise RunError(
+                f"paths.cache_dir={self.folder}: the Gram matrices of block {block} were deleted or damaged "
+                "while the run went on; give the same command again"
+            ) from error
 
     def has(self, block: int, kinds: Sequence[str]) -> bool:
         """Tell whether the matrices of a block are there, whole."""

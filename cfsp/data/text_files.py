@@ -15,6 +15,7 @@ import io
 import json
 import lzma
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -23,6 +24,7 @@ from typing import IO, Any, Literal
 
 from cfsp.errors import DataError
 from cfsp.models.source import file_digest
+from cfsp.system.answer import printable
 from cfsp.system.reading import MAX_STRUCTURED_BYTES, check_regular, read_json
 
 Form = Literal["parquet", "json", "txt", "csv", "tsv", "dataset"]
@@ -151,10 +153,10 @@ def reading(label: str) -> Iterator[None]:
         raise DataError(f"{label}: cannot be read: it is nested too deep; no file of texts is") from error
     except MemoryError as error:  # Arrow's among them: sizes that no file of this length can have
         raise DataError(f"{label}: cannot be read: it asks for more memory than there is; fetch it again") from error
-    except (EOFError, lzma.LZMAError) as error:
+    except (EOFError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{label}: cannot be read: it is damaged or cut off ({error}); fetch it again") from error
     except (ValueError, KeyError, TypeError, OSError, csv.Error, OverflowError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = printable(str(error))[:160]
         raise DataError(f"{label}: cannot be read ({reason}); see that it is whole, or fetch it again") from error
 
 
@@ -199,7 +201,9 @@ def rows(path: Path, label: str, column: str | None = None, key: str = "") -> It
     else:
         opened = _parquet_batches if form == "parquet" else _arrow_batches
         batches = opened(path, label, column, key)
-        yield from _batch_rows(batches, label)
+        size = path.stat().st_size
+        most = MAX_TEXT_BYTES if form == "dataset" else min(MAX_TEXT_BYTES, max(MAX_FREE_BYTES, MAX_RATIO * size))
+        yield from _batch_rows(batches, label, most)
 
 
 def text_of(row: Any, field: str, key: str, place: str, path: Path) -> str:
@@ -312,12 +316,14 @@ def _check_column(column: str | None, names: list[str], key: str, path: Path) ->
         raise DataError(f"{key}={column}: {path} has no such column; it has {_listed(names)}")
 
 
-def _batch_rows(batches: Iterable[Any], label: str) -> Iterator[tuple[str, Any]]:
+def _batch_rows(batches: Iterable[Any], label: str, most: int) -> Iterator[tuple[str, Any]]:
     number = total = 0
     for batch in batches:
         total += batch.nbytes
-        if total > MAX_TEXT_BYTES:
-            raise DataError(f"{label}: its rows hold more than {MAX_TEXT_BYTES:,} bytes; give a smaller file")
+        if total > most:
+            raise DataError(
+                f"{label}: its rows hold more than {most:,} bytes, too many for this file; give a smaller one"
+            )
         for row in batch.to_pylist():
             number += 1
             yield f"row {number}", row

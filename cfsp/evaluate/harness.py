@@ -51,20 +51,24 @@ def quiet_harness(folder: Path | None = None, key: str = "evaluation.zero_shot")
 @contextlib.contextmanager
 def _replaced(folder: Path | None, key: str) -> Iterator[None]:
     import lm_eval.evaluator
-    import lm_eval.tasks._factory
-    import lm_eval.tasks._yaml_loader
     import lm_eval.utils
 
-    loader = _guarded(lm_eval.tasks._yaml_loader.load_yaml, folder, key)
     replacements: list[tuple[Any, str, Any]] = [
         (lm_eval.utils, "env", _sandbox(lm_eval.utils.env)),
         # Reports for a log that nobody reads: `git describe` writes to the console, `pip list` takes seconds.
         (lm_eval.evaluator, "add_env_info", lambda storage: None),
         (lm_eval.evaluator, "get_git_commit_hash", lambda: None),
-        # The loader calls itself for what a file includes.
-        (lm_eval.tasks._yaml_loader, "load_yaml", loader),
-        (lm_eval.tasks._factory, "load_yaml", loader),
     ]
+    # Private modules, which another version may not have; what a task names is looked at before as well.
+    with contextlib.suppress(ImportError, AttributeError):
+        import lm_eval.tasks._factory
+        import lm_eval.tasks._yaml_loader
+
+        loader = _guarded(lm_eval.tasks._yaml_loader.load_yaml, folder, key)
+        # The loader calls itself for what a file includes.
+        replacements += [
+            (module, "load_yaml", loader) for module in (lm_eval.tasks._yaml_loader, lm_eval.tasks._factory)
+        ]
     present = [(module, name, new) for module, name, new in replacements if hasattr(module, name)]
     before = [(module, name, getattr(module, name)) for module, name, _ in present]
     try:

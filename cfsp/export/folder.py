@@ -169,17 +169,6 @@ def check_there(source: ModelFolder) -> None:
         CheckpointError: names the tensor.
     """
     expected, dtypes = dict(_expected(source)), source.shards.dtypes
-    extra = [
-        name
-        for name, shape in source.shapes.items()
-        if name not in expected and name != "lm_head.weight" and not is_computed(name, shape)
-    ]
-    if extra:
-        raise CheckpointError(
-            f"{source.folder}: {len(extra):,} tensors have no place in the {source.family} that config.json describes, "
-            f"first {extra[0]}; config.json lacks a setting (e.g. attention_bias=true), or the weights are another "
-            "model's"
-        )
     for name, shape in expected.items():
         if not source.has(name):
             bare = name.removeprefix("model.")
@@ -197,6 +186,17 @@ def check_there(source: ModelFolder) -> None:
                 f"{source.folder}: {name} is stored as {dtypes[name]} where a weight is a float: quantised "
                 "or damaged; fetch the model again"
             )
+    extra = [
+        name
+        for name, shape in source.shapes.items()
+        if name not in expected and name != "lm_head.weight" and not is_computed(name, shape)
+    ]
+    if extra:
+        raise CheckpointError(
+            f"{source.folder}: {len(extra):,} tensors have no place in the {source.family} that config.json describes, "
+            f"first {extra[0]}; config.json lacks a setting (e.g. attention_bias=true), or the weights are another "
+            "model's"
+        )
 
 
 def _expected(source: ModelFolder) -> Iterator[tuple[str, tuple[int, ...]]]:

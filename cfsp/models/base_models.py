@@ -36,6 +36,7 @@ class BaseModels:
         self._keep = keep
         self._kept: tuple[Any, Any] | None = None
         self._probed: set[tuple[bool, bool]] = set()
+        self._tried = False
 
     @property
     def held(self) -> int:
@@ -65,6 +66,7 @@ class BaseModels:
         del found
         if model is None:
             self._probed.clear()
+            self._tried = False
             load = load_streamed if prepared.streaming else load_model
             model = load(
                 prepared.source,
@@ -83,10 +85,16 @@ class BaseModels:
                 store.follow(resolve(model), None)
             self._kept = (key, model)
 
-    def probe(self, view: DecoderView, *, heads: bool, experts: bool = False) -> None:
-        """Probe the view of the lent model, once for all its runs (:func:`cfsp.pruning.probe.probe`)."""
-        if (heads, experts) not in self._probed:
+    def probe(self, view: DecoderView, *, heads: bool, experts: bool = False, prunes: bool = True) -> None:
+        """Probe the view of the lent model, once for all its runs (:func:`cfsp.pruning.probe.probe`).
+
+        Args:
+            prunes: the run prunes the model; one that is evaluated alone may have blocks of any form.
+        """
+        if prunes and not self._tried:
             try_blocks(view)
+            self._tried = True
+        if (heads, experts) not in self._probed:
             probe(view, heads=heads, experts=experts)
             self._probed.add((heads, experts))
 

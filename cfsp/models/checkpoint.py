@@ -297,10 +297,20 @@ def _config_dict(model: PreTrainedModel, dtype: str) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(model.config.to_json_string())
     config["architectures"] = [type(model).__name__]
     config["dtype"] = dtype
+    if config.get("tie_word_embeddings") and _has_own_head(model):  # a model that cfsp did not load
+        config["tie_word_embeddings"] = False
     config.pop("auto_map", None)
     if model.config.model_type.startswith(PRUNED_PREFIX):
         config["auto_map"] = pruned_family(stock_type(model.config.model_type)).auto_map
     return config | legacy_rope(config.get("rope_parameters"))
+
+
+def _has_own_head(model: Any) -> bool:
+    """Whether the head is a parameter of its own, of a class that ties it to the embedding where it is told to."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or not model._tied_weights_keys:
+        return False
+    return head.weight is not embedding.weight
 
 
 def legacy_rope(rope: dict[str, Any] | None) -> dict[str, Any]:

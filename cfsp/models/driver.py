@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cfsp.errors import UnsupportedModelError
 from cfsp.models.hidden_states import HiddenStates
 from cfsp.models.snapshot import hooks_aside
 from cfsp.models.streamed import resident, streamed
@@ -127,6 +128,7 @@ class BlockDriver:
         for batch in batches:
             with _blocks_skipped(self.view) as calls:
                 self.view.decoder(batch, use_cache=False)
+            check_hidden(self.view, calls[0][0], "takes")
             if hidden:
                 entering_first.append(calls[0][0])
             for index, (_, call_kwargs) in enumerate(calls):
@@ -149,6 +151,19 @@ class BlockDriver:
     def _batches(self, input_ids: Tensor | Sequence[Tensor]) -> list[Tensor]:
         batches = input_ids.split(self.batch_size) if isinstance(input_ids, Tensor) else input_ids
         return [batch.to(self.view.device) for batch in batches]
+
+
+def check_hidden(view: DecoderView, hidden: object, verb: str) -> None:
+    """
+    Raises:
+        UnsupportedModelError: what a block takes or gives is not [batch, tokens, hidden size].
+    """
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+        shape = f"{hidden.dim()} dimensions" if isinstance(hidden, Tensor) else f"the type {type(hidden).__name__}"
+        raise UnsupportedModelError(
+            f"{type(view.model).__name__} (model_type={view.model.config.model_type}): a block {verb} hidden states of "
+            f"{shape}; models whose blocks take and give [batch, tokens, hidden size] can be pruned"
+        )
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -55,7 +55,7 @@ def write_shards(
     missing = {name: shard for name, shard in zip(names, shards, strict=True) if not _holds(folder / name, shard)}
     source = values([outgoing.name for shard in missing.values() for outgoing in shard])
     for name, shard in missing.items():
-        write_file(folder / f"{name}.partial", shard, source)
+        write_file(folder / f"{name}.partial", shard, source, True)
         (folder / f"{name}.partial").rename(folder / name)
     if len(shards) > 1:
         by_file = {outgoing.name: name for name, shard in zip(names, shards, strict=True) for outgoing in shard}
@@ -87,14 +87,19 @@ def _holds(file: Path, tensors: Sequence[Outgoing]) -> bool:
         return False
 
 
-def write_file(file: Path, tensors: Sequence[Outgoing], source: Iterator[tuple[str, Tensor]]) -> None:
+def write_file(
+    file: Path, tensors: Sequence[Outgoing], source: Iterator[tuple[str, Tensor]], hashed: bool = False
+) -> None:
     """Write ``tensors`` to ``file``, taking as many from ``source``, which gives them in the same order.
+
+    Args:
+        hashed: compute the file's sha256 on the way, for :func:`cfsp.system.digests.sha256_of`.
 
     Raises:
         OSError: the disk is full, or the file cannot be written.
     """
     with naming(file), file.open("wb") as stream:
-        writer = HashingWriter(stream)
+        writer = HashingWriter(stream, hashed=hashed)
         written = False
         try:
             writer.write(_header(tensors))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -35,6 +36,7 @@ _TOKENIZER_FILES = (
 )
 #: Files that are hashed at the same time; smaller files than this many bytes are not worth a note.
 _READERS, _LARGE = 4, 16_000_000
+_NOTE = re.compile("[0-9a-f]{64}")
 _WRITTEN_BY_CFSP = "cfsp_checkpoint.json"
 _HUB_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*"]
 
@@ -142,6 +144,7 @@ def _from_folder(
     name: str, folder: Path, *, origin: str, fingerprint: str | None = None, digests: Path | None = None
 ) -> ModelSource:
     from cfsp.models.checkpoint import check_safetensors
+    from cfsp.models.shards import INDEX, WEIGHTS
 
     where = f"model.path={origin}"
     if not folder.is_dir():
@@ -158,6 +161,12 @@ def _from_folder(
         pickles = ", ".join(sorted(path.name for path in folder.glob("*.bin"))[:2])
         found = f"found {pickles}, which is never loaded" if pickles else "found none"
         raise CheckpointError(f"{where}: *.safetensors weights are needed, {found}; save it with save_pretrained")
+    if not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
+        found = min(path.name for path in folder.glob("*.safetensors"))
+        raise CheckpointError(
+            f"{where}: found {found}, but neither {WEIGHTS} nor {INDEX}, one of which every tool looks for; "
+            "rename the file, or save the model with save_pretrained"
+        )
     tensors = check_safetensors(folder)
     layers = layers_of(config)
     if layers is not None and layers[1] > tensors:
@@ -220,7 +229,7 @@ def _digest_of(path: Path, state: tuple[int, ...], kept: Path | None) -> str:
     if note is not None:
         with suppress(OSError):
             found = note.read_text(encoding="ascii")
-            if len(found) == 64:
+            if _NOTE.fullmatch(found):
                 return found
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from cfsp.errors import CfspError, UnsupportedModelError
-from cfsp.models.driver import BlockDriver, hidden_of, run_block
-from cfsp.models.streamed import resident
+from cfsp.models.driver import BlockDriver, check_hidden, run_block
+from cfsp.models.streamed import streamed
 from cfsp.models.views import DecoderView
 
 #: Where the Python code of models lies: transformers' own, and what it fetched with a model.
@@ -20,32 +19,23 @@ _MODEL_CODE = ("/transformers/models/", "/transformers_modules/")
 
 @torch.no_grad()
 def try_blocks(view: DecoderView) -> None:
-    """Run two tokens into every block, and through the first block of each class; any other class of data is refused.
+    """Run two tokens into every block of a model in memory, and through all of it as an evaluation does.
+
+    The blocks of a streamed model would be read for these two tokens; what enters them is seen where it is probed.
 
     Raises:
-        UnsupportedModelError: a block takes or gives hidden states that are not [batch, tokens, hidden size].
+        UnsupportedModelError: a block takes hidden states that are not [batch, tokens, hidden size], or gives others.
     """
+    if streamed(view.model) is not None:
+        return
     ids = torch.zeros(1, 2, dtype=torch.int64)
     entry = BlockDriver(view, 1).entry(ids)
-    hidden = entry.hidden[0]
-    _check_shape(view, hidden, "takes")
     tried: set[type] = set()
     for block in view.blocks:
         if type(block.module) not in tried:
             tried.add(type(block.module))
-            with resident(view, block):
-                output = run_block(block, hidden, entry.kwargs[block.index][0])
-            _check_shape(view, hidden_of(output), "gives")
-
-
-def _check_shape(view: DecoderView, hidden: object, verb: str) -> None:
-    found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-    if not isinstance(hidden, Tensor) or hidden.dim() != 3 or found[:2] != (1, 2):
-        dimensions = f"{len(found)} dimensions, {list(found)}" if isinstance(found, tuple) else found
-        raise UnsupportedModelError(
-            f"{type(view.model).__name__} (model_type={view.model.config.model_type}): a block {verb} hidden states of "
-            f"{dimensions} for 1 sequence of 2 tokens; blocks of [batch, tokens, hidden size] can be pruned"
-        )
+            check_hidden(view, run_block(block, entry.hidden[0], entry.kwargs[block.index][0]), "gives")
+    view.model(ids.to(view.device))
 
 
 @contextmanager

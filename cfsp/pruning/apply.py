@@ -20,6 +20,7 @@ from cfsp.models.submodules import remove_submodule
 from cfsp.models.views import BlockView, DecoderView, resolve
 from cfsp.pruning.expert_slicing import slice_mixture
 from cfsp.pruning.plan import BlockPlan, PruningPlan, tensor_name
+from cfsp.pruning.plan_check import check_tensors
 from cfsp.pruning.slicing import set_input_weights, set_output_bias, set_output_weight, slice_attention, slice_ffn
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -115,6 +116,10 @@ def check_fits(view: DecoderView, plan: PruningPlan) -> None:
             f"the plan was made for {plan.base_model} ({plan.base_fingerprint[:19]}...), whose weights are not "
             "those of this model; load the plan's base model"
         )
+    try:
+        check_tensors(plan)
+    except ValueError as error:
+        raise CheckpointError(f"the plan does not fit in itself: {error}") from error
     if plan.compensation and not plan.tensors:
         raise CheckpointError(
             "the plan replaces weights or biases, but its tensors are not there; read it with PruningPlan.load, with "

@@ -20,7 +20,7 @@ def lacking(record: RunRecord, out: Path, *, model: bool, hashes: bool = False) 
     """
     if not model and not (out / "record.json").is_file():
         return None
-    if record.files is None:  # of an earlier version, which wrote no sizes
+    if not isinstance(record.files, dict):  # of an earlier version, which wrote no sizes
         return _seen_to_lack(out) if model else None
     wanted = within(record.files, (*PLAN_FILES, *(MODEL_FOLDERS if model else ())))
     if model and not any(path.startswith("model/") for path in wanted):
@@ -30,8 +30,8 @@ def lacking(record: RunRecord, out: Path, *, model: bool, hashes: bool = False) 
 
 def lacking_export(record: RunRecord, out: Path, form: str, *, hashes: bool = False) -> str | None:
     """Return one clause on why the export of a run in the format ``form`` is not there, or not whole."""
-    export = (record.checkpoint or {}).get("export") or {}
-    if export.get("form") != form:
+    export = record.checkpoint.get("export") if isinstance(record.checkpoint, dict) else None
+    if not isinstance(export, dict) or export.get("form") != form or not isinstance(export.get("place"), str):
         return f"there is no export as {form}"
     if not (out / export["place"]).exists():
         return f"{export['place']} is missing"

@@ -25,6 +25,10 @@ def is_number(value: Any) -> bool:
     return (isinstance(value, float) and math.isinf(value)) or abs(value) < _LARGEST
 
 
+def _is_finite(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -72,11 +76,11 @@ _FIGURE: dict[str, Check] = {
     "detail": _optional(_is_mapping), **_SETTINGS,
 }  # fmt: skip
 _STAGE: dict[str, Check] = {
-    "name": _is_text, "seconds": is_number, "cached": lambda value: isinstance(value, bool), "saved_seconds": _NUMBER,
+    "name": _is_text, "seconds": _is_finite, "cached": lambda value: isinstance(value, bool), "saved_seconds": _NUMBER,
     "peak_bytes": _NUMBER, "peak_gpu_bytes": _NUMBER,
 }  # fmt: skip
 _BLOCK: dict[str, Check] = {
-    "width": is_number, "base_width": lambda value: is_number(value) and value > 0, "distance": _is_mapping,
+    "width": _is_finite, "base_width": lambda value: _is_finite(value) and value > 0, "distance": _is_mapping,
 }  # fmt: skip
 
 
@@ -96,6 +100,8 @@ def _problems(record: Any) -> Iterator[str]:
         yield f"run_id {str(record.run_id)[:60]!r}: {RULE}"
     for name, checks in _PARTS.items():
         yield from _wrong(getattr(record, name), checks, name)
+    if "git" not in record.environment:
+        yield "environment.git is missing"
     git = record.environment["git"]
     yield from _wrong(git, _GIT, "environment.git") if git is not None else ()
     if not all(_TEXT(version) for version in record.environment["packages"].values()):
@@ -113,7 +119,7 @@ def _problems(record: Any) -> Iterator[str]:
         if not _optional(_is_mapping)(getattr(record, name)):
             yield f"{name} holds no keys"
     if record.plan is not None:
-        yield from _wrong(record.plan.get("achieved"), {"ratio": is_number}, "plan.achieved")
+        yield from _wrong(record.plan.get("achieved"), {"ratio": _is_finite}, "plan.achieved")
     if record.recovery:
         yield from _wrong(record.recovery, {"trainable_parameters": _NUMBER, "name": _TEXT}, "recovery")
 

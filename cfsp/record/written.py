@@ -58,7 +58,8 @@ def damage(files: Mapping[str, Any], out: Path, *, hashes: bool = False) -> str 
 def within(files: Mapping[str, Any] | None, names: Iterable[str]) -> dict[str, Any]:
     """Return the entries of ``files`` that are one of ``names`` or lie in a folder of that name."""
     wanted = tuple(names)
-    return {path: entry for path, entry in (files or {}).items() if path.split("/", 1)[0] in wanted}
+    listed = files.items() if isinstance(files, Mapping) else ()
+    return {path: entry for path, entry in listed if path.split("/", 1)[0] in wanted}
 
 
 def _files_of(place: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -102,6 +103,9 @@ def command(name: str, usage: str, words: Sequence[str] | None, body: Callable[[
         print(f"{name}: interrupted; the same command goes on", file=sys.stderr)
         return 1
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            print(f"{name}: {str(error.filename)[:80]}...: too long for a path; give a shorter one", file=sys.stderr)
+            return 2
         print(unexpected(error, name, debug=debug), file=sys.stderr)
         return 1
 

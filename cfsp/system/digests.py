@@ -17,12 +17,16 @@ _written: dict[tuple[int, int, int, int], str] = {}
 class HashingWriter:
     """Write bytes to an open file and hash them meanwhile, in another thread: OpenSSL lets go of Python's lock."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream, self._digest = stream, hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1)
+    def __init__(self, stream: BinaryIO, *, hashed: bool = True) -> None:
+        """``hashed``: False for files whose digest nobody will ask for."""
+        self._stream, self._hashed, self._digest = stream, hashed, hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1)  # starts no thread until it is given work
 
     def write(self, data: bytes | memoryview) -> None:
         """Write and hash ``data``, which may be changed afterwards."""
+        if not self._hashed:
+            self._stream.write(data)
+            return
         if len(data) < _LARGE:
             self._digest.update(data)
             self._stream.write(data)
@@ -36,7 +40,7 @@ class HashingWriter:
     def close(self, *, whole: bool) -> None:
         """End the thread; ``whole``: all is on the disk and the digest is remembered for :func:`sha256_of`."""
         self._thread.shutdown()
-        if whole:
+        if whole and self._hashed:
             _written[_state(os.fstat(self._stream.fileno()))] = self._digest.hexdigest()
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-#: Seconds until a first answer is waited for; a second attempt waits twice as long, a third three times.
+#: Seconds that an answer is waited for at first; after one that did not come twice as long, then three times.
 TIMEOUT = 10
 #: Seconds after the first failure until a request is given up, and the longest pause that a server may ask for.
 PATIENCE, LONGEST_PAUSE = 40, 120
@@ -36,11 +36,15 @@ class HubFailedError(ConnectionError):
 
 @dataclass
 class _State:
-    """Shared by all threads: patience in seconds, the read timeout that sufficed last, when a request was given up."""
+    """Shared by all threads: patience in seconds, and how long an answer is waited for.
+
+    gave_up, after: when a request was given up, and after how much patience.
+    """
 
     patience: float = PATIENCE
     timeout: float = TIMEOUT
     gave_up: float | None = None
+    after: float = 0.0
 
 
 _state = _State()
@@ -92,7 +96,7 @@ def _patient(send: Callable[..., Any]) -> Callable[..., Any]:
             return send(request, **settings)
         outage = _Outage()
         while True:
-            _set_timeout(request, _state.timeout * (outage.failures + 1))
+            _set_timeout(request, _state.timeout)
             started = time.monotonic()
             try:
                 response = send(request, **settings)
@@ -101,12 +105,12 @@ def _patient(send: Callable[..., Any]) -> Callable[..., Any]:
                     raise
                 outage.note(_words(error, time.monotonic() - started), started)
                 pause = None
+                if isinstance(error, httpx.TimeoutException):  # later requests, too, are given more time
+                    _state.timeout = min(_state.timeout + TIMEOUT, 3 * TIMEOUT)
                 outage.unreachable = type(error).__name__ == "ConnectError"
             else:
                 if response.status_code not in _PASSING_STATUS:
-                    if outage.failures:
-                        forget_outage()
-                        _state.timeout = min(max(TIMEOUT, 2 * (time.monotonic() - started)), 3 * TIMEOUT)
+                    _state.gave_up = None
                     return response
                 outage.unreachable = False
                 outage.note(f"answered {response.status_code} ({response.reason_phrase})", started)
@@ -144,15 +148,15 @@ class _Outage:
     def wait(self, asked: float | None, request: Any) -> None:
         """Sleep before the next attempt, or raise HubFailedError."""
         now = time.monotonic()
-        recently = _state.gave_up is not None and now - _state.gave_up < _MEMORY
+        recently = _state.gave_up is not None and now - _state.gave_up < _MEMORY and _state.after >= _state.patience
         pause = self.next_pause if asked is None else max(asked, self.next_pause)
         patience = min(_state.patience, UNREACHABLE_PATIENCE) if self.unreachable else _state.patience
         left = self.began + (0 if recently else patience) - now
         if asked is not None and asked > 0 and not recently and _state.patience >= PATIENCE:
             left = max(left, LONGEST_PAUSE - (now - self.began))
         if pause > left:
-            if _state.patience >= PATIENCE:
-                _state.gave_up = now
+            if not recently:
+                _state.gave_up, _state.after = now, _state.patience
             times = f" ({self.failures} attempts in {now - self.began:.0f} s)" if self.failures > 1 else ""
             later = f", and asks to come back in {asked:.0f} s" if asked else ""
             raise HubFailedError(f"the hub {self.last}{times}{later}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from math import log
+from math import isfinite, log
 from statistics import mean, stdev
 from typing import Any
 
@@ -86,8 +86,9 @@ class Entry:
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation over the seeds."""
-        return stdev(self.values.values()) if len(self.values) > 1 else None
+        """Standard deviation over the seeds; None of one, or where a perplexity is infinite."""
+        several = len(self.values) > 1 and all(map(isfinite, self.values.values()))
+        return stdev(self.values.values()) if several else None
 
     @property
     def deviation(self) -> float | None:
@@ -187,7 +188,7 @@ def value_of(record: RunRecord, column: Column, side: str | None = None) -> floa
     if column.members == _REMOVED.members:
         return record.plan["achieved"]["ratio"] if record.plan and side != "dense" else 0.0
     if column.members == _TRAINED.members:
-        return record.recovery["trainable_parameters"] if record.recovery and side is None else None
+        return record.recovery.get("trainable_parameters") if record.recovery and side is None else None
     if column.members == PRUNING_TIME.members:
         return pruning_seconds(record) if side is None else None
     if column.members == PEAK_MEMORY.members:
@@ -195,7 +196,7 @@ def value_of(record: RunRecord, column: Column, side: str | None = None) -> floa
     if column.gap:
         whole = replace(column, gap=False)
         dense, own = value_of(record, whole, "dense"), value_of(record, whole, side)
-        return log(own) - log(dense) if dense is not None and own is not None else None
+        return log(own) - log(dense) if dense and own and min(dense, own) > 0 else None
     rows = _figures(record, side or result_side(record))
     values = [rows[key]["value"] for key in column.members if key in rows]
     return mean(values) if len(values) == len(column.members) else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from cfsp.errors import CheckpointError, ConfigError
 from cfsp.record.run_record import RunRecord
 from cfsp.sweep.command import command
+from cfsp.sweep.composer import GridComposer
 from cfsp.sweep.experiment import Cell
 from cfsp.sweep.state import State, state_in
 from cfsp.tables.collection import science, science_of
@@ -68,13 +69,13 @@ def states(cells: Sequence[Cell]) -> list[tuple[Cell, State]]:
         for path in sorted(Path(output).glob("*/record.json")):
             try:
                 record = RunRecord.read(path)
-            except CheckpointError:  # it does not say which run it is
-                continue
-            if record is not None and record.status != "success":
-                folders.setdefault(science(record.configuration), path.parent)
-    found = []
+                if record is not None and record.status != "success":
+                    folders.setdefault(science(record.configuration), path.parent)
+            except (CheckpointError, AttributeError, KeyError, TypeError, ValueError):
+                continue  # it does not say which run it is
+    found, composer = [], GridComposer()
     for cell in cells:
-        folder = folders.get(science_of(cell)) if folders else None
+        folder = folders.get(science_of(cell, composer)) if folders else None
         found.append((cell, State("missing") if folder is None else state_in(folder)))
     return found
 

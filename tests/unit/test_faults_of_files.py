@@ -251,7 +251,7 @@ def test_a_damaged_folder_is_not_finished(run_cfsp, sound_words, tmp_path, caplo
     (out / "plan.json").unlink()
     assert "plan.json is missing" in again()[0]
     (out / "model" / "cfsp_checkpoint.json").unlink()
-    assert "cfsp_checkpoint.json is missing" in again()[0]
+    assert "cfsp_checkpoint.json has" in again()[0]
     (out / "model" / "README.md").write_text("my own card")
     assert again() == []
     weights.write_bytes(whole[:-2] + b"XX")

@@ -360,6 +360,21 @@ def test_a_file_that_is_missing(server):
     mentions([str(refused.value)], "Salesforce/wikitext", "no such file (nothing.parquet)", "calibration.path=FILE")
 
 
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_token_that_is_not_accepted(server, monkeypatch, status):
+    def refused(self: Any, *_: Any, **__: Any) -> None:
+        from huggingface_hub.utils import hf_raise_for_status, httpx
+
+        headers = {"X-Error-Message": "Invalid credentials in Authorization header"}
+        request = httpx.Request("GET", "https://huggingface.co/api/models/a/b")
+        hf_raise_for_status(httpx.Response(status, headers=headers, request=request))
+
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", refused)
+    with pytest.raises(CheckpointError) as error:
+        model()
+    mentions([str(error.value)], f"model.path={MODEL}", "does not accept the token", "HF_TOKEN", "auth login")
+
+
 def test_a_full_disk_names_the_folder(server, cache, monkeypatch):
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device", str(cache / "hub" / "blobs"))
@@ -382,6 +397,40 @@ def test_an_answer_that_is_no_hubs(monkeypatch, tmp_path, body):
     with pytest.raises(CheckpointError) as refused:
         model()
     mentions([str(refused.value)], f"model.path={MODEL}", "HF_ENDPOINT=http://127.0.0.1:9", "not a hub's")
+
+
+@pytest.mark.parametrize("place", ["missing", "file"])
+def test_a_cache_folder_that_cannot_be(server, tmp_path, monkeypatch, place):
+    (tmp_path / "file").write_text("")
+    folder = Path("/proc/nowhere") if place == "missing" else tmp_path / "file"
+    local.use(server.endpoint, folder, monkeypatch)
+    with pytest.raises(CheckpointError) as refused:
+        model()
+    mentions([str(refused.value)], f"model.path={MODEL}", f"HF_HOME={folder} cannot be written")
+
+
+# The other doors
+
+
+def test_inspect_by_the_name_on_the_hub(server, models, run_cfsp):
+    local.in_shards(models, "org/gated")
+    code, out, err = run_cfsp("inspect", f"path={MODEL}", defaults=False)
+    assert (code, err) == (0, "")
+    assert "260,032 parameters" in out
+    code, _, err = run_cfsp("inspect", "path=org/gated", defaults=False)
+    assert code == 2
+    mentions(err.splitlines(), "cfsp: path=org/gated", "accept its licence", "HF_TOKEN", "path=DIR")
+
+
+def test_load_by_the_name_on_the_hub(server, models):
+    import cfsp
+
+    local.in_shards(models, "org/gated")
+    loaded, tokenizer = cfsp.load(MODEL, device="cpu")
+    assert sum(parameter.numel() for parameter in loaded.parameters()) == 260_032
+    assert tokenizer("a")["input_ids"]
+    with pytest.raises(CheckpointError, match="gated: accept its licence"):
+        cfsp.load("org/gated")
 
 
 # Task data: what ``datasets`` says

@@ -154,6 +154,17 @@ def test_one_plan_gives_one_figure_in_memory_streamed_and_saved(own_head, sound_
     assert figures["on"] == pytest.approx(figures["off"], rel=1e-6)
 
 
+def test_a_model_of_somebody_elses_loading_is_saved_as_it_is(own_head, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from cfsp.models.checkpoint import save_checkpoint
+
+    model = AutoModelForCausalLM.from_pretrained(own_head)
+    assert model.config.tie_word_embeddings is True  # and yet the two are not tied
+    saved = save_checkpoint(model, tmp_path / "saved", reference=False).folder
+    assert json.loads((saved / "config.json").read_text())["tie_word_embeddings"] is False
+
+
 def test_exports_of_a_head_of_its_own_say_so(own_head, tmp_path):
     from cfsp.export.command import Request, exported
 
@@ -457,7 +468,13 @@ def test_blocks_of_four_dimensions_are_refused(tmp_path, sound_words, refused):
     torch.manual_seed(0)
     folder = save_with_tokenizer(Gemma3nForCausalLM(config), tmp_path / "gemma3n")
     for pruner in ("cfsp", "shortgpt"):
-        lines = refused(*sound_words, f"model.path={folder}", f"pruner={pruner}", loads=True)
+        lines = refused(
+            *sound_words,
+            f"model.path={folder}",
+            f"pruner={pruner}",
+            f"paths.output_dir={tmp_path / pruner}",
+            loads=True,
+        )
         mentions(lines, "gemma3n", "4 dimensions")
     with pytest.raises(UnsupportedModelError, match="4 dimensions"):
         try_blocks(resolve(load_model(source_of(folder), dtype=torch.float32, device=CPU)))
@@ -473,3 +490,24 @@ def test_errors_out_of_a_models_own_code_are_one_line():
     assert "\n" not in str(found.value)
     with pytest.raises(ZeroDivisionError), model_code_refused("llama", "there"):
         1 / 0  # noqa: B018
+
+
+def test_a_model_that_fails_as_an_evaluation_calls_it_is_refused_before_calibration(tmp_path, sound_words, refused):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "bailing_hybrid", vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64, num_experts=4,
+        moe_intermediate_size=16, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=2,
+        layer_types=["linear_attention"] * 2, num_shared_experts=1, group_norm_size=1, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = save_with_tokenizer(AutoModelForCausalLM.from_config(config), tmp_path / "hybrid")
+    mentions(refused(*sound_words, f"model.path={folder}", loads=True), "model_type=bailing_hybrid", "get_seq_length")
+    assert not (tmp_path / "cache" / "statistics").exists()
+
+
+def test_weights_have_the_name_that_every_tool_looks_for(model_folder):
+    (model_folder / "model.safetensors").rename(model_folder / "consolidated.safetensors")
+    with pytest.raises(CheckpointError, match=r"found consolidated\.safetensors, but neither model\.safetensors nor"):
+        source_of(model_folder)

@@ -58,7 +58,7 @@ def _record(cell: Cell, perplexity: float, acc: float = 0.5, dense: float = 40.0
         ]
 
     values = {
-        "run_id": "-".join(cell.point.values()),
+        "run_id": re.sub(r"[^\w.-]", "_", "-".join(cell.point.values()))[:100],
         "status": "success",
         "configuration": parse(compose(cell.words)).raw,
         "identity": {"version": METHOD_VERSION},
