@@ -75,8 +75,7 @@ def prune(
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     calibration = from_ids(torch.as_tensor(input_ids), Limits(vocabulary, positions))
     pruner_instance = config.pruner.instance
-    if hasattr(pruner_instance, "check"):
-        pruner_instance.check(view, config.budget)
+    pruner_instance.check(view, config.budget)
     with _evaluating(model):
         probe(view, heads=removes_heads(pruner_instance), experts=removes_experts(pruner_instance))
         context, _ = plan_context(

@@ -13,20 +13,24 @@ import hashlib
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin
+from typing import Any, ClassVar, Generic, Literal, TypeVar, dataclass_transform, get_args, get_origin
 
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
+from cfsp.contracts import optional_members, required_members
 from cfsp.errors import ConfigError
 from cfsp.package import config_folder
 from cfsp.system.answer import printable
 from cfsp.system.expected import Expected, expected_at, fields_of, takes_numbers_only
 
 _T = TypeVar("_T")
+#: The contract that an instance fulfils (:mod:`cfsp.contracts`).
+Contract = TypeVar("Contract", covariant=True)
 #: Attribute of the classes that :func:`component` decorates; subclasses do not inherit the permission.
 _MARK = "__cfsp_component__"
 
@@ -40,10 +44,10 @@ def component(cls: type[_T]) -> type[_T]:
 
 
 @dataclass(frozen=True)
-class Component:
+class Component(Generic[Contract]):
     """An instance together with the configuration it was built from (which goes to the record)."""
 
-    instance: Any
+    instance: Contract
     target: str
     settings: dict[str, Any]
 
@@ -65,12 +69,13 @@ def _source_digest(instance: Any) -> str | None:
     return hashlib.sha256(source.encode()).hexdigest()
 
 
-def build(name: str, values: Any, allowed: Iterable[str] = (), needs: Iterable[str] = ()) -> Component:
+def build(name: str, values: Any, allowed: Iterable[str] = (), contract: type[Any] | None = None) -> Component[Any]:
     """Instantiate the component of configuration group ``name``.
 
     Args:
         allowed: packages outside cfsp that a ``_target_`` may name.
-        needs: attributes that an instance must have to stand in this group.
+        contract: protocol of :mod:`cfsp.contracts` that the instance has to fulfil. Members that it requires must be
+            there; for the others the class gets the defaults of the contract where it has none of its own.
 
     Raises:
         ConfigError: no ``_target_``, a target that is not allowed, does not exist or is of another kind, or
@@ -84,10 +89,13 @@ def build(name: str, values: Any, allowed: Iterable[str] = (), needs: Iterable[s
         raise ConfigError(f"{name}._target_={shown(values['_target_'])}: expected the name of a class, module.Class")
     target = values["_target_"]
     cls = _resolve(name, target, allowed)
+    needs = () if contract is None else required_members(contract)
     _check_attributes(name, target, cls, needs)
     wrong = [*booleans_for_numbers(cls, settings, name)]
     if wrong:
         raise ConfigError(*wrong)
+    if contract is not None:
+        cls = _with_defaults(cls, contract)
     try:
         instance = cls(**settings)
     except ValidationError as error:
@@ -101,15 +109,31 @@ def build(name: str, values: Any, allowed: Iterable[str] = (), needs: Iterable[s
     return Component(instance, target, known)
 
 
+def _with_defaults(cls: type, contract: type[Any]) -> type:
+    """Return a subclass that has the optional members of ``contract`` which ``cls`` lacks; ``cls`` where none is."""
+    declared = getattr(cls, "__dataclass_fields__", {})
+    lacking = {
+        member: default
+        for member, default in optional_members(contract).items()
+        if not hasattr(cls, member) and member not in declared
+    }
+    if not lacking:
+        return cls
+    described: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    described["__annotations__"] = dict.fromkeys(lacking, ClassVar)
+    return type(cls)(cls.__name__, (cls,), described | lacking)
+
+
 def _check_attributes(name: str, target: str, candidate: Any, needs: Iterable[str]) -> None:
     """Refuse what cannot stand in the group: a class of cfsp before it is called, any instance afterwards.
 
     A class of somebody else may give its instances what they need, so its class alone decides nothing.
     """
-    if isinstance(candidate, type) and not _is_component(candidate):
-        return
-    declared = getattr(candidate, "__dataclass_fields__", {})
-    lacking = [attribute for attribute in needs if not hasattr(candidate, attribute) and attribute not in declared]
+    abstract = getattr(candidate, "__abstractmethods__", ()) if isinstance(candidate, type) else ()
+    lacking = [attribute for attribute in needs if attribute in abstract]
+    if not isinstance(candidate, type) or _is_component(candidate):
+        declared = getattr(candidate, "__dataclass_fields__", {})
+        lacking += [attribute for attribute in needs if not hasattr(candidate, attribute) and attribute not in declared]
     if lacking:
         group = name.split(".", 1)[0]
         raise ConfigError(f"{name}._target_={target}: no class for {group}, it has no {', '.join(lacking)}")
@@ -160,6 +184,30 @@ def _resolve(name: str, target: str, allowed: Iterable[str]) -> type:
         f"{name}._target_={target}: this class is defined in {found.__module__}; to run the code of both packages give "
         f"plugins.allow=[{','.join(sorted({_package(target), defined_in}))}]"
     )
+
+
+def known_class(target: str) -> type | None:
+    """Return the class that a ``_target_`` names where it is cfsp's, or in a module that was imported already.
+
+    For the settings of earlier runs: reading a record imports no foreign code.
+    """
+    module_name, _, class_name = target.rpartition(".")
+    if _package(target) == "cfsp":
+        try:
+            importlib.import_module(module_name)
+        except ImportError:
+            return None
+    cls = getattr(sys.modules.get(module_name), class_name, None)
+    return cls if isinstance(cls, type) else None
+
+
+def option_of(group: str, instance: object) -> str:
+    """Return the words that choose the class of ``instance``: ``group=OPTION``, or ``group._target_=CLASS``."""
+    target = f"{type(instance).__module__}.{type(instance).__qualname__}"
+    for path in sorted((config_folder() / group).glob("*.yaml")):
+        if re.search(rf"^_target_:\s*{re.escape(target)}\s*$", path.read_text(encoding="utf-8"), re.MULTILINE):
+            return f"{group}={path.stem}"
+    return f"{group}._target_={target}"
 
 
 def _known_targets() -> set[str]:

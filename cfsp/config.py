@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 
 from cfsp.allocate.budget import Budget, Protect
 from cfsp.components import Component, booleans_for_numbers, build, problems_of, shown, suggest
+from cfsp.contracts import Allocator, Evaluator, NeuronImportance, Pruner, Recovery, RunLogger
 from cfsp.errors import ConfigError
 from cfsp.evaluate.values import placed
 from cfsp.package import config_folder, is_packaged, package_path
@@ -195,13 +196,13 @@ class RunConfig:
     model: ModelSection
     calibration: CalibrationSection
     sparsity: SparsitySection
-    importance: Component
-    allocator: Component
-    pruner: Component
-    recovery: Component
-    evaluation: Mapping[str, Component]
+    importance: Component[NeuronImportance]
+    allocator: Component[Allocator]
+    pruner: Component[Pruner]
+    recovery: Component[Recovery]
+    evaluation: Mapping[str, Component[Evaluator]]
     evaluation_name: str
-    logger: Component
+    logger: Component[RunLogger]
     paths: PathsSection
     save: SaveSection
     seed: int
@@ -219,7 +220,7 @@ class RunConfig:
     @property
     def plans_with(self) -> tuple[str, ...]:
         """The groups that the pruner draws on."""
-        return _plans_with(self.pruner)
+        return self.pruner.instance.plans_with
 
 
 _SECTIONS: dict[str, type[Section]] = {
@@ -230,14 +231,13 @@ _SECTIONS: dict[str, type[Section]] = {
     "paths": PathsSection,
 }
 #: Group -> what an instance must have to stand in it.
-_COMPONENTS = {
-    "importance": ("score",),
-    "allocator": ("allocate",),
-    "pruner": ("name", "prunes", "plan"),
-    "recovery": ("name", "trains", "check", "recover"),
-    "logger": ("start", "log", "finish", "files"),
+_COMPONENTS: dict[str, type[Any]] = {
+    "importance": NeuronImportance,
+    "allocator": Allocator,
+    "pruner": Pruner,
+    "recovery": Recovery,
+    "logger": RunLogger,
 }
-_EVALUATOR = ("side_by_side", "check", "measure")
 _ROOT_KEYS = {*_SECTIONS, *_COMPONENTS, "calibration", "evaluation", "seed", "force", "debug", "evaluate_selection"}
 
 
@@ -274,18 +274,19 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         parts[name] = _section(name, schema, raw.get(name, {}), problems)
     parts["calibration"] = _calibration(raw.get("calibration", {}), problems)
     allowed = parts["plugins"].allow if parts["plugins"] is not None else []
-    for name, needs in _COMPONENTS.items():
-        parts[name] = _component(name, raw.get(name), allowed, needs, problems)
+    for name, contract in _COMPONENTS.items():
+        parts[name] = _component(name, raw.get(name), allowed, contract, problems)
     evaluation = _evaluators(raw.get("evaluation"), problems)
     evaluation_name = str(evaluation.pop("name", "custom"))
     problems.extend(_unsafe_names(evaluation_name, parts))
     parts["evaluation"] = {
-        name: _component(f"evaluation.{name}", value, allowed, _EVALUATOR, problems)
+        name: _component(f"evaluation.{name}", value, allowed, Evaluator, problems)
         for name, value in evaluation.items()
         if value is not None
     }
+    problems.extend(_no_sides(parts["evaluation"]))
     for name, evaluator in parts["evaluation"].items():
-        if evaluator is not None and hasattr(evaluator.instance, "key"):
+        if evaluator is not None and "key" not in evaluator.settings:
             placed(evaluator.instance, f"evaluation.{name}")
     problems.extend(_task_folders(parts["evaluation"], allowed))
     scalars = _section("", _Scalars, {key: raw[key] for key in _Scalars.model_fields if key in raw}, problems)
@@ -295,7 +296,8 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
             "or a hub id, e.g. model.path=meta-llama/Llama-3.1-8B"
         )
     problems.extend(_unused(parts["pruner"], raw))
-    problems.extend(_sequential_gradients(parts["pruner"], parts["importance"]))
+    if None not in (parts["pruner"], parts["importance"], parts["allocator"]):
+        problems.extend(parts["pruner"].instance.objections(parts["importance"], parts["allocator"]))
     problems.extend(_nothing_to_recover(parts["pruner"], parts["recovery"]))
     problems.extend(_nothing_to_export(parts["save"], parts["pruner"]))
     problems.extend(_too_many_tokens(parts["calibration"]))
@@ -332,54 +334,41 @@ def unresolved(error: OmegaConfBaseException) -> str:
     return f"{key}: its value refers with ${{...}} to what cannot be resolved ({reason}); write the value itself"
 
 
-def _plans_with(pruner: Component) -> tuple[str, ...]:
-    return getattr(pruner.instance, "plans_with", ("importance", "allocator"))
-
-
-def _unused(pruner: Component | None, raw: Mapping[str, Any]) -> Iterator[str]:
-    """A metric or allocator that was chosen, but that the chosen pruner does not look at."""
+def _unused(pruner: Component[Pruner] | None, raw: Mapping[str, Any]) -> Iterator[str]:
+    """Refuse a metric or allocator that was chosen, but that the chosen pruner does not look at."""
     if pruner is None or not pruner.instance.prunes:
         return
     for group in ("importance", "allocator"):
         if not isinstance(raw.get(group), Mapping):  # a problem of its own
             continue
-        if group not in _plans_with(pruner) and raw.get(group) != _default(group):
-            name = pruner.instance.name
-            if getattr(pruner.instance, "structure", None) == "experts":
-                yield (
-                    f"{group}._target_={shown(raw[group].get('_target_'))}: pruner.structure=experts goes by "
-                    f"pruner.expert_score and does not use {group}; leave it out, or use pruner=cfsp or one_shot"
-                )
-                continue
+        if group not in pruner.instance.plans_with and raw.get(group) != _default(group):
+            yield f"{group}._target_={shown(raw[group].get('_target_'))}: {pruner.instance.why_unused(group)}"
+
+
+def _no_sides(evaluators: Mapping[str, Component[Evaluator] | None]) -> Iterator[str]:
+    """Refuse an evaluator that is to measure side by side and cannot."""
+    for name, evaluator in evaluators.items():
+        if evaluator is None or not evaluator.instance.side_by_side:
+            continue
+        if type(evaluator.instance).measure_sides is Evaluator.measure_sides:
             yield (
-                f"{group}._target_={shown(raw[group].get('_target_'))}: pruner={name} has its own way of choosing and "
-                f"does not use {group}; leave it out, or use pruner=one_shot"
+                f"evaluation.{name}._target_={evaluator.target}: no class for evaluation, it has side_by_side=true and "
+                "no measure_sides"
             )
 
 
-def _sequential_gradients(pruner: Component | None, importance: Component | None) -> Iterator[str]:
-    """Gradients are those of the dense model: nothing in them changes when the blocks before are pruned."""
-    if pruner is None or importance is None or not getattr(pruner.instance, "sequential", False):
-        return
-    if "gradients" in getattr(importance.instance, "requires", ()):
-        yield (
-            f"pruner.sequential=true: importance._target_={importance.target} goes by gradients of the dense model, "
-            "which pruned blocks do not change; use pruner.sequential=false, or a metric of activations (wanda, flap)"
-        )
-
-
-def _task_folders(evaluation: Mapping[str, Component | None], allowed: list[str]) -> Iterator[str]:
+def _task_folders(evaluation: Mapping[str, Component[Evaluator] | None], allowed: list[str]) -> Iterator[str]:
     """Folders of task files that are not cfsp's own, without the word that lets them run."""
     for name, evaluator in evaluation.items():
-        path = getattr(evaluator.instance, "include_path", None) if evaluator is not None else None
-        if isinstance(path, str) and "tasks" not in allowed and package_path(path).is_dir() and not is_packaged(path):
+        path = None if evaluator is None else evaluator.instance.task_folder()
+        if path is not None and "tasks" not in allowed and package_path(path).is_dir() and not is_packaged(path):
             yield (
                 f"evaluation.{name}.include_path={path}: task files are code (functions, templates) that would run as "
                 "you; look at them, then allow it with plugins.allow=[tasks]"
             )
 
 
-def _nothing_to_recover(pruner: Component | None, recovery: Component | None) -> Iterator[str]:
+def _nothing_to_recover(pruner: Component[Pruner] | None, recovery: Component[Recovery] | None) -> Iterator[str]:
     if pruner is None or recovery is None or pruner.instance.prunes or not recovery.instance.trains:
         return
     yield (
@@ -388,7 +377,7 @@ def _nothing_to_recover(pruner: Component | None, recovery: Component | None) ->
     )
 
 
-def _nothing_to_export(save: SaveSection | None, pruner: Component | None) -> Iterator[str]:
+def _nothing_to_export(save: SaveSection | None, pruner: Component[Pruner] | None) -> Iterator[str]:
     if save is not None and save.format != "hf" and pruner is not None and not pruner.instance.prunes:
         yield (
             f"save.format={save.format}: pruner={pruner.instance.name} removes nothing, so no model is written; leave "
@@ -495,9 +484,9 @@ def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def _component(name: str, values: Any, allowed: list[str], needs: tuple[str, ...], problems: list[str]) -> Any:
+def _component(name: str, values: Any, allowed: list[str], contract: type[Any], problems: list[str]) -> Any:
     try:
-        return build(name, values, allowed, needs)
+        return build(name, values, allowed, contract)
     except ConfigError as error:
         problems.extend(error.problems)
         return None

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from cfsp.components import known_class
 from cfsp.config import RunConfig
 from cfsp.errors import ConfigError
 from cfsp.system.names import is_name
@@ -24,25 +25,20 @@ def method_of(config: RunConfig) -> dict[str, Any]:
     return {
         "name": pruner.instance.name,
         **{group: parts[group].identity() for group in config.plans_with},
-        "pruner": without_unused(pruner.identity()),
+        "pruner": without_unused(pruner.target, pruner.identity()),
         "version": METHOD_VERSION,
     }
 
 
-def without_unused(pruner: Mapping[str, Any]) -> dict[str, Any]:
-    """A pruner's settings without those that decide nothing beside the others."""
-    newton = pruner.get("compensation") == "gauss_newton"
-    fits = newton or pruner.get("compensation") == "least_squares"
-    experts = pruner.get("structure") == "experts"
-    needed = {
-        "ridge": fits,
-        "correction": fits and pruner.get("sequential"),
-        "newton_steps": newton,
-        "cg_iterations": newton,
-        "expert_score": experts,
-        "unseen_experts": experts,
-    }
-    unused = {key for key, used in needed.items() if not used}
+def without_unused(target: str, pruner: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a pruner's settings without those that decide nothing beside the others.
+
+    Args:
+        target: ``_target_`` of the pruner. Settings of a class that this process does not know stay as they are.
+        pruner: its settings, of today or from an earlier record.
+    """
+    cls = known_class(target)
+    unused = cls.unused_settings(pruner) if cls is not None and hasattr(cls, "unused_settings") else ()
     return {key: value for key, value in pruner.items() if key not in unused}
 
 

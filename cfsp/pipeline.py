@@ -515,8 +515,7 @@ def _plan_in_folder(plan: PruningPlan, prepared: Prepared) -> PruningPlan:
 
 
 def _distance_shown(config: RunConfig) -> str:
-    metric = getattr(config.allocator.instance, "metric", "angular")
-    return {"none": "angular", "euclidean": "mse"}.get(metric, metric)
+    return config.allocator.instance.block_distance() or "angular"
 
 
 def _check_owner(out: Path, run_id: str, *, force: bool = False) -> None:
@@ -648,11 +647,9 @@ def _out_of_memory(error: BaseException) -> bool:
 
 def _out_of_memory_hint(config: RunConfig, record: RunRecord) -> str:
     if record.stages and record.stages[-1]["name"] == "recover":
-        disk = ", recovery.teacher=disk" if getattr(config.recovery.instance, "objective", "") == "distill" else ""
-        return (
-            "out of memory: lower recovery.micro_batch_size (batch_size stays what it is) or recovery.cutoff, or use "
-            f"recovery.gradient_checkpointing=true{disk} or model.dtype=bfloat16"
-        )
+        recovery = config.recovery.instance
+        stated = recovery.memory_advice()
+        return f"out of memory: {stated or f'use model.dtype=bfloat16; more is not stated by recovery={recovery.name}'}"
     hint = "out of memory: lower calibration.batch_size and the evaluation's batch_size (e.g. 1), or use "
     if "gradients" in required(config.importance.instance):
         return f"{hint}importance.gradient_checkpointing=true, fewer calibration.n_samples or model.dtype=bfloat16"

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cfsp.components import option_of
 from cfsp.config import RunConfig, SelfCalibration, TextCalibration, TokensCalibration
 from cfsp.data import calibration as calibration_data
 from cfsp.data.calibration import CalibrationSet, Limits
@@ -24,7 +25,6 @@ from cfsp.models.load import changed_by_tensors, load_tokenizer, outline, resolv
 from cfsp.models.remote_code import check_adoptable
 from cfsp.models.source import ModelSource, locate
 from cfsp.models.views import DecoderView
-from cfsp.pruning.expert_limits import check_expert_settings
 from cfsp.pruning.plan_check import sizes_of
 from cfsp.pruning.plan_history import check_history
 
@@ -90,10 +90,9 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
         with _collected(problems):
             check_adoptable(view.model)
         with _collected(problems):
-            if hasattr(config.pruner.instance, "check"):
-                config.pruner.instance.check(view, config.budget)
+            config.pruner.instance.check(view, config.budget)
         with _collected(problems):
-            check_expert_settings(view, config)
+            config.pruner.instance.check_choices(view, config.importance, config.allocator)
         with _collected(problems):
             calibration_identity = calibration_data.identity(config.calibration, tokenizer)
             calibration = _calibration(config, tokenizer, limits)
@@ -105,9 +104,9 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
     for name, evaluator in config.evaluation.items():
         with _collected(problems), under_its_key(name, evaluator.instance):
             code = {key: value for key, value in evaluator.identity().items() if key in ("class", "source")}
-            settled = getattr(evaluator.instance, "check_settings", None) if problems else None
             # What takes longer is tried only where nothing else is wrong.
-            evaluation[name] = code | (settled() if settled else evaluator.instance.check(tokenizer, limits))
+            facts = evaluator.instance.check_settings() if problems else None
+            evaluation[name] = code | (evaluator.instance.check(tokenizer, limits) if facts is None else facts)
     dtype = resolve_dtype(config.model.dtype, device, source)
     if config.save.model and config.pruner.instance.prunes:
         with _collected(problems):
@@ -164,18 +163,20 @@ def streams(config: RunConfig, view: DecoderView, dtype: torch.dtype, device: to
     pruner, importance = config.pruner.instance, config.importance.instance
     if pruner.prunes and "gradients" in required(importance) and "importance" in config.plans_with:
         raise ConfigError(
-            f"{why}: gradients (importance={type(importance).__name__.lower()}) need the whole model in memory; use a "
+            f"{why}: gradients ({option_of('importance', importance)}) need the whole model in memory; use a "
             "metric of activations (importance=cfsp, wanda, flap), or model.streaming=off"
         )
+    if pruner.prunes and pruner.needs_model_in_memory:
+        raise ConfigError(f"{why}: pruner={pruner.name} needs the whole model in memory; use model.streaming=off")
     if pruner.prunes and config.recovery.instance.trains:
         raise ConfigError(
             f"{why}: recovery={config.recovery.instance.name} trains the model in memory; use recovery=none, or "
             "model.streaming=off"
         )
     allocator = config.allocator.instance
-    if pruner.prunes and "allocator" in config.plans_with and getattr(allocator, "needs_model", False):
+    if pruner.prunes and "allocator" in config.plans_with and allocator.needs_model:
         raise ConfigError(
-            f"{why}: allocator={type(allocator).__name__.lower()} runs the model for each candidate, which would read "
+            f"{why}: {option_of('allocator', allocator)} runs the model for each candidate, which would read "
             "it each time; use allocator=coarse or reconstruction, or model.streaming=off"
         )
     if isinstance(config.calibration, SelfCalibration) and pruner.prunes:

@@ -1,1 +1,1 @@
-"""How much each block keeps, and the budget that the widths must meet."""
+"""Allocators: from scores and a budget to the share that each block keeps. Imports no stage above importance."""

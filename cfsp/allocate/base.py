@@ -1,35 +1,28 @@
-"""What an allocator is: scores and a keep fraction -> how much each block would keep, before rounding."""
+"""The result of an allocator: how much each block would keep, before rounding."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
+
+from cfsp.contracts import Allocator
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfsp.allocate.budget import Sizes
-    from cfsp.importance.base import Scores
+__all__ = ["Allocation", "Allocator"]
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """``keep`` [L] fp64: kept share of each block's neurons; ``keep_groups`` of its KV groups (None: the same share).
+    """The share of its units that each block keeps.
 
-    ``counted``: share times number is a whole number already.
+    Attributes:
+        keep: share of the neurons (or whole experts) of each block, [L] fp64.
+        counted: whether share times number is a whole number already.
+        keep_groups: share of the KV groups of each block, [L] fp64; None: the same as ``keep``.
     """
 
     keep: Tensor
     counted: bool = False
     keep_groups: Tensor | None = None
-
-
-class Allocator(Protocol):
-    """One class, one file, one YAML. The parameter-weighted mean of the keep ratios must be ``keep``.
-
-    ``scores`` and ``sizes`` hold the blocks that may be pruned, in order.
-    """
-
-    def allocate(self, scores: Scores, sizes: Sizes, keep: float) -> Allocation:
-        """Split the kept fraction ``keep`` (0 < keep <= 1) of all removable parameters over the blocks."""
-        ...

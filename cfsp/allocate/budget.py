@@ -1,4 +1,4 @@
-"""The budget: what a ratio of a scope asks of the removable units, and whole widths that meet it."""
+"""The sparsity budget: how many removable units a ratio of a scope asks for, and whole widths that meet it."""
 
 from __future__ import annotations
 
@@ -17,19 +17,32 @@ Scope = Literal["ffn", "decoder", "model"]
 Rounding = Literal["exact", "nearest"]
 Structure = Literal["ffn", "heads", "heads_ffn", "experts"]
 Protect = Literal["none", "auto"] | tuple[int, int]
+SubmoduleKind = Literal["ffn", "attention"]
 
 #: From this many blocks on, LLM-Pruner's published 4 first and 2 last blocks are left whole (facts of its README).
 _DEEP = 24
+
+
+def submodules_of(structure: Structure) -> tuple[SubmoduleKind, ...]:
+    """Return the kinds of submodules that lose units."""
+    kinds: dict[Structure, tuple[SubmoduleKind, ...]] = {"heads": ("attention",), "heads_ffn": ("ffn", "attention")}
+    return kinds.get(structure, ("ffn",))
 
 
 @dataclass(frozen=True)
 class Budget:
     """Remove ``ratio`` of the parameters of ``scope``.
 
-    scope ffn: the parameters that go with the FFN neurons; decoder: everything in the blocks; model: everything.
-    Legal FFN widths of a block: the multiples of ``round_to`` from ``min_width`` (None: ``round_to``) up, and its own
-    N; KV groups: 1 to all. ``protect``: (first, last) blocks that stay whole; auto: 4 and 2 from 24 blocks on, else 1
-    and 1.
+    Legal FFN widths of a block are the multiples of ``round_to`` from ``min_width`` up, and the block's own width.
+    Any number of KV groups from one is legal.
+
+    Attributes:
+        ratio: share of the parameters of the scope to remove, 0 < ratio < 1.
+        scope: ffn: the parameters that go with the FFN neurons; decoder: all in the blocks; model: all.
+        round_to: step between legal widths, in neurons.
+        rounding: rule that makes widths whole, see :func:`to_widths`.
+        min_width: smallest width of a block; None: ``round_to``.
+        protect: number of (first, last) blocks that stay whole; auto: 4 and 2 from 24 blocks on, else 1 and 1.
     """
 
     ratio: float
@@ -40,7 +53,7 @@ class Budget:
     protect: Protect = "none"
 
     def free_blocks(self, n_blocks: int) -> list[int]:
-        """Indices of the blocks that may be pruned.
+        """Return the indices of the blocks that may be pruned.
 
         Raises:
             ConfigError: every block is protected.
@@ -60,11 +73,11 @@ class Budget:
         return (4, 2) if n_blocks >= _DEEP else (1, 1)
 
     def shown_protect(self) -> str:
-        """``protect`` as it is written on the command line."""
+        """Write ``protect`` as on the command line."""
         return self.protect if isinstance(self.protect, str) else f"[{self.protect[0]},{self.protect[1]}]"
 
     def requested(self) -> dict[str, Any]:
-        """What was asked for, for the plan."""
+        """Return the request as the plan stores it."""
         return {
             "ratio": self.ratio,
             "scope": self.scope,
@@ -77,11 +90,19 @@ class Budget:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The countable side of a model: the units of each block that ``structure`` may remove; totals of the scopes.
+    """The removable units of each block, and the sizes of the scopes, in parameters.
 
-    ``widths``: FFN neurons, ``kv_groups``: KV groups; 0 where they are not there or not to be removed. Of a mixture of
-    experts a neuron is one of every expert, and under structure experts ``widths`` are whole experts instead, of which
-    ``expert_steps`` says per block how few may stay, and how many leave at a time; (0, 0) where it is no mixture.
+    Attributes:
+        widths: FFN neurons of each block; of a mixture a neuron of every expert counts as one. With structure experts
+            these are whole experts instead. 0 where there are none, or none may go.
+        neuron_parameters: parameters that go with one of these units.
+        kv_groups: KV groups of each block; 0 where there are none, or none may go.
+        group_parameters: parameters that go with one KV group.
+        ffn_parameters: size of the scope ffn.
+        decoder_parameters: size of the scope decoder.
+        model_parameters: size of the scope model.
+        expert_steps: with structure experts, for each block the fewest experts that may stay, and the number that
+            leave at a time; (0, 0) where the block is no mixture.
     """
 
     widths: tuple[int, ...]
@@ -103,9 +124,11 @@ class Sizes:
         steps: tuple[tuple[int, int], ...] = ()
         if structure == "experts":
             mixtures = [block.experts for block in view.blocks]
-            widths = tuple(0 if one is None else one.n_experts for one in mixtures)
-            unit_costs = tuple(0 if one is None else one.expert_parameters for one in mixtures)
-            steps = tuple((0, 0) if one is None else (one.least_experts, one.groups) for one in mixtures)
+            widths = tuple(0 if mixture is None else mixture.n_experts for mixture in mixtures)
+            unit_costs = tuple(0 if mixture is None else mixture.expert_parameters for mixture in mixtures)
+            steps = tuple(
+                (0, 0) if mixture is None else (mixture.least_experts, mixture.groups) for mixture in mixtures
+            )
         return Sizes(
             widths=widths,
             neuron_parameters=unit_costs,
@@ -118,12 +141,12 @@ class Sizes:
         )
 
     def of_scope(self, scope: Scope) -> int:
-        """Parameters of a scope."""
+        """Return the parameters of a scope."""
         totals = {"ffn": self.ffn_parameters, "decoder": self.decoder_parameters, "model": self.model_parameters}
         return totals[scope]
 
     def only(self, blocks: Sequence[int]) -> Sizes:
-        """The same with these blocks alone; the scopes' totals stay."""
+        """Return the sizes of these blocks alone; the sizes of the scopes stay."""
         return replace(
             self,
             widths=tuple(self.widths[block] for block in blocks),
@@ -154,7 +177,7 @@ class Widths:
 
 
 def keep_fraction(budget: Budget, sizes: Sizes) -> float:
-    """The fraction of the removable parameters to keep so that ``ratio`` of the scope goes.
+    """Return the fraction of the removable parameters to keep so that ``ratio`` of the scope goes.
 
     Raises:
         BudgetError: not even the smallest legal widths remove that much; names the largest ratio that can be met.
@@ -169,7 +192,11 @@ def keep_fraction(budget: Budget, sizes: Sizes) -> float:
 
 
 def check_scope(budget: Budget, what: str, instead: str) -> None:
-    """Refuse to count by the FFN where ``what`` removes more than FFN neurons; ``instead`` is the other way out.
+    """Refuse to count by the FFN alone where a pruner removes more than FFN neurons.
+
+    Args:
+        what: the setting that removes more, as on the command line.
+        instead: another setting that does not.
 
     Raises:
         ConfigError: ``sparsity.scope`` is ffn.
@@ -210,13 +237,19 @@ def _unreachable(budget: Budget, sizes: Sizes, most: int) -> str:
 
 
 def _rounded_down(ratio: float) -> float:
-    """To four digits, so that what a message names can be met."""
+    """Round down to four digits, so that the ratio that a message names can be met."""
     return math.floor(ratio * 1e4) / 1e4
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """The removable units of one kind in one block: how many, what one costs, how many may stay."""
+    """The removable units of one kind in one block.
+
+    Attributes:
+        n: number of units.
+        cost: parameters that go with one unit.
+        legal: numbers of units that may stay, ascending.
+    """
 
     kind: Literal["ffn", "attention"]
     block: int
@@ -226,7 +259,7 @@ class _Slot:
 
     @property
     def widest_step(self) -> int:
-        """The most units between two legal widths that follow each other; 0 where nothing can be removed."""
+        """Return the most units between two neighbouring legal widths; 0 where nothing can be removed."""
         return max((after - before for before, after in pairwise(self.legal)), default=0)
 
 
@@ -252,9 +285,9 @@ def _legal(n: int, smallest: int, step: int) -> list[int]:
 
 
 def legal_widths(budget: Budget, sizes: Sizes) -> list[list[int]]:
-    """Of each block, ascending; [0] where it has no FFN to prune."""
-    found = {slot.block: slot.legal for slot in _slots(budget, sizes) if slot.kind == "ffn"}
-    return [found.get(block, [0]) for block in range(len(sizes.widths))]
+    """Return the legal widths of each block, ascending; [0] where it has no FFN to prune."""
+    legal_of = {slot.block: slot.legal for slot in _slots(budget, sizes) if slot.kind == "ffn"}
+    return [legal_of.get(block, [0]) for block in range(len(sizes.widths))]
 
 
 def to_widths(
@@ -265,13 +298,20 @@ def to_widths(
     groups: Sequence[float] | None = None,
     counted: bool = False,
 ) -> Widths:
-    """Round desired numbers of neurons (and of KV ``groups``) per block to legal ones.
+    """Round desired numbers of neurons (and of KV groups) to legal ones.
 
-    ``nearest`` rounds each block alone, as the released code does: int((N keep + r/2) / r) r, and int(N keep) + 1
-    where r = 1 (not where the allocator already ``counted`` neurons); never below the smallest legal width, which is
-    where the released code keeps everything. ``exact`` rounds the KV groups, lets the neurons of the same block make up
-    for it, and then moves whole steps of neurons between blocks, the one furthest from its desired width first, until
-    the total is within half a step of the request; whole groups move only where no neurons can.
+    Rounding ``nearest`` rounds each block alone, as the released code does: int((N keep + r/2) / r) r, and
+    int(N keep) + 1 where r = 1 (not where the allocator already counted neurons). It never goes below the smallest
+    legal width, where the released code keeps everything.
+
+    Rounding ``exact`` first rounds the KV groups, and lets the neurons of the same block make up for it. Then whole
+    steps of neurons move between blocks, the block furthest from its desired width first, until the total is within
+    half a step of the request. Whole KV groups move only where no neurons can.
+
+    Args:
+        desired: number of neurons of each block.
+        groups: number of KV groups of each block; None: all.
+        counted: whether the desired numbers are whole already.
     """
     slots = _slots(budget, sizes)
     wants = [
@@ -279,7 +319,7 @@ def to_widths(
         for slot in slots
     ]
     if budget.rounding == "exact":
-        wants = _made_up(wants, slots)
+        wants = _with_whole_groups(wants, slots)
     if budget.rounding == "nearest":
         whole = counted or bool(sizes.expert_steps)
         chosen = [
@@ -297,7 +337,7 @@ def to_widths(
 
 
 def _step(slot: _Slot, budget: Budget, sizes: Sizes) -> int:
-    """The units that leave at a time."""
+    """Return the number of units that leave at a time."""
     if slot.kind != "ffn":
         return 1
     return sizes.expert_steps[slot.block][1] if sizes.expert_steps else budget.round_to
@@ -311,17 +351,17 @@ def _released_rule(desired: float, slot: _Slot, round_to: int, counted: bool) ->
     return min(max(width, slot.legal[0]), slot.n)
 
 
-def _made_up(wants: list[float], slots: list[_Slot]) -> list[float]:
-    """Wanted numbers where the KV groups are whole and the neurons of their block keep its wanted parameters."""
-    made, excess = list(wants), {}
+def _with_whole_groups(wants: list[float], slots: list[_Slot]) -> list[float]:
+    """Round the KV groups, and let the neurons of each block make up for their parameters."""
+    adjusted, excess = list(wants), {}
     for index, slot in enumerate(slots):
         if slot.kind == "attention":
-            made[index] = _nearest(wants[index], slot.legal)
-            excess[slot.block] = (made[index] - wants[index]) * slot.cost
+            adjusted[index] = _nearest(wants[index], slot.legal)
+            excess[slot.block] = (adjusted[index] - wants[index]) * slot.cost
     for index, slot in enumerate(slots):
         if slot.kind == "ffn":
-            made[index] = wants[index] - excess.get(slot.block, 0) / slot.cost
-    return made
+            adjusted[index] = wants[index] - excess.get(slot.block, 0) / slot.cost
+    return adjusted
 
 
 def _nearest(want: float, legal: list[int]) -> int:

@@ -1,4 +1,4 @@
-"""Everything from the most, or from the least, important blocks: a check of what a block distance says."""
+"""Allocation to the most, or to the least, important blocks alone: a check of what a block distance says."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pydantic import Field
 
 from cfsp.allocate.base import Allocation
 from cfsp.components import component
+from cfsp.contracts import Allocator
 from cfsp.errors import BudgetError
 
 if TYPE_CHECKING:
@@ -16,13 +17,21 @@ if TYPE_CHECKING:
 
 
 @component
-class ChosenBlocks:
-    """The ``share`` of the blocks with the highest (``most``) or lowest (``least``) distance loses alike, the others
-    nothing."""
+class ChosenBlocks(Allocator):
+    """Take the whole budget from a share of the blocks, equally; the other blocks lose nothing.
+
+    Attributes:
+        choose: whether the blocks with the highest (most) or lowest (least) distance are pruned.
+        metric: block distance.
+        share: share of the blocks that are pruned.
+    """
 
     choose: Literal["most", "least"] = "least"
     metric: Literal["angular", "cosine", "mse", "mae"] = "angular"
     share: float = Field(default=0.25, gt=0, le=1)
+
+    def block_distance(self) -> str:
+        return self.metric
 
     def allocate(self, scores: Scores, sizes: Sizes, keep: float) -> Allocation:
         distance = scores.distances[self.metric]

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from cfsp.allocate.base import Allocation
 from cfsp.components import component
+from cfsp.contracts import Allocator
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,25 +21,32 @@ SCALE = 128 * 1024 / 1e4
 
 
 @component
-class Coarse:
-    """keep_l = (1 - p) s_l / mean(s), s_l = sigmoid(13.1072 a (A_l - mean A)), shrunk where a block would exceed 1.
+class Coarse(Allocator):
+    """Keep more of the blocks that move the hidden state further.
 
-    ``metric`` is the block distance A (``euclidean`` is another name of mse; ``none`` treats every block alike).
+    keep_l = (1 - p) s_l / mean(s) with s_l = sigmoid(13.1072 a (A_l - mean A)), shrunk where a block would exceed 1.
+
+    Attributes:
+        metric: block distance A; ``euclidean`` is another name of mse; ``none`` treats every block alike.
+        temperature: sharpness a.
     """
 
     metric: Literal["angular", "cosine", "mse", "euclidean", "mae", "none"] = "angular"
     temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
 
-    def importance(self, scores: Scores) -> Tensor:
-        """s_l [L], before any shrinking (IG-LoRA's ranks follow it)."""
+    def block_distance(self) -> str:
+        return {"none": "angular", "euclidean": "mse"}.get(self.metric, self.metric)
+
+    def block_importance(self, scores: Scores) -> Tensor:
+        """Return s_l [L], before any shrinking (IG-LoRA's ranks follow it)."""
         if self.metric == "none":
             alike = scores.distances["angular"]
             return alike.new_full(alike.shape, 0.5)
-        distance = scores.distances["mse" if self.metric == "euclidean" else self.metric]
+        distance = scores.distances[self.block_distance()]
         return (SCALE * self.temperature * (distance - distance.mean())).sigmoid()
 
     def allocate(self, scores: Scores, sizes: Sizes, keep: float) -> Allocation:
-        share = self.importance(scores)
+        share = self.block_importance(scores)
         weight = share.new_tensor(sizes.parameters) / sizes.removable  # all alike in a dense model
         mean, highest = (share * weight).sum(), share.max()
         if highest / mean * keep >= 1 and highest > mean:

@@ -1,4 +1,4 @@
-"""One order over the units of all blocks, filled up to a budget: what allocators by ranking share."""
+"""Filling a budget with the units of all blocks in one order: the shared part of allocators that rank."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 
 def filled(neurons: Sequence[Tensor], groups: Sequence[Tensor], sizes: Sizes, keep: float) -> Allocation:
-    """Keep the highest-ranked units until their parameters fill the fraction ``keep`` of what is removable.
+    """Keep the highest-ranked units until their parameters fill the fraction ``keep`` of the removable ones.
 
     Args:
-        neurons: the rank of each neuron [N], per block; groups: of each KV group [groups], per block.
+        neurons: rank of each neuron [N], per block.
+        groups: rank of each KV group [groups], per block.
     """
     import torch
 
@@ -33,5 +34,5 @@ def filled(neurons: Sequence[Tensor], groups: Sequence[Tensor], sizes: Sizes, ke
     return Allocation(_share(kept, sizes.widths), counted=True, keep_groups=_share(kept_groups, sizes.kv_groups))
 
 
-def _share(counts: Tensor, of: tuple[int, ...]) -> Tensor:
-    return (counts / counts.new_tensor(of)).nan_to_num(1.0)
+def _share(counts: Tensor, totals: tuple[int, ...]) -> Tensor:
+    return (counts / counts.new_tensor(totals)).nan_to_num(1.0)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from cfsp.allocate.filling import filled
 from cfsp.components import component
+from cfsp.contracts import Allocator
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
 
 
 @component
-class GlobalRank:
-    """Units in the order of (score - mean) / std of their block, kept until their parameters fill the budget.
+class GlobalRank(Allocator):
+    """Keep the units with the highest (score - mean) / std of their block until their parameters fill the budget.
 
-    A KV group counts with the mean z-score of its channels and weighs what its parameters weigh.
+    A KV group counts with the mean z-score of its channels, and weighs as much as its parameters.
     """
 
     def allocate(self, scores: Scores, sizes: Sizes, keep: float) -> Allocation:

@@ -1,4 +1,4 @@
-"""Allocation by reconstruction error: scores say what a removal adds to it, and the cheapest go, wherever they are."""
+"""Allocation by reconstruction error: the units that add least to it go, in whichever block they are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cfsp.allocate.filling import filled
 from cfsp.components import component
+from cfsp.contracts import Allocator
 
 if TYPE_CHECKING:
     from cfsp.allocate.base import Allocation
@@ -14,12 +15,14 @@ if TYPE_CHECKING:
 
 
 @component
-class Reconstruction:
-    """Widths that minimise the sum of the blocks' output errors, for scores that are increments of such an error.
+class Reconstruction(Allocator):
+    """Minimise the sum of the output errors of all blocks, for scores that are increments of such an error.
 
     With ``importance=obs`` the error of a block as a function of its width is the sum of its lowest scores, which is
-    convex, so taking the lowest scores of all blocks per parameter until the budget is met is the optimum.
-    ``weighted``: errors count relative to how much the block moves the hidden state (mse: its squared change).
+    convex. So the optimum takes the lowest scores per parameter of all blocks until the budget is met.
+
+    Attributes:
+        weighted: mse: errors count relative to the squared change that the block makes to the hidden state.
     """
 
     weighted: Literal["none", "mse"] = "mse"
@@ -28,7 +31,9 @@ class Reconstruction:
         import torch
 
         change = scores.distances["mse"] if self.weighted == "mse" else torch.ones(len(scores.neurons)).double()
-        change = change.clamp_min(float(change[change > 0].min()) if bool((change > 0).any()) else 1.0)
+        positive = change[change > 0]
+        # A block that changes nothing counts as the one that changes least.
+        change = change.clamp_min(float(positive.min()) if len(positive) else 1.0)
         neurons = [s / c / cost for s, c, cost in zip(scores.neurons, change, sizes.neuron_parameters, strict=True)]
         groups = [
             s.sum(1) / c / cost for s, c, cost in zip(scores.kv_groups, change, sizes.group_parameters, strict=True)

@@ -1,4 +1,4 @@
-"""Searched allocation: from the best of some closed forms on, neurons move between blocks while the loss falls."""
+"""Searched allocation: neurons move between blocks while the loss falls, starting from closed-form allocations."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from cfsp.allocate.base import Allocation
 from cfsp.components import component
+from cfsp.contracts import Allocator
 from cfsp.errors import RunError
 
 if TYPE_CHECKING:
-    from cfsp.allocate.base import Allocator
     from cfsp.allocate.budget import Sizes
     from cfsp.importance.base import Scores
 
@@ -26,23 +26,28 @@ _TRIED = 4
 
 
 @component
-class Search:
-    """Widths with the lowest loss on calibration windows that ``evaluations`` candidates find.
+class Search(Allocator):
+    """Search for the widths with the lowest loss on calibration windows.
 
-    Each of ``starts`` is tried; from the best one on, neurons go from one block to another (an eighth of the width at
-    first, halved when no transfer helps, down to one legal step). What giving to or taking from a single block changes
-    tells which transfers to try. A loss is the mean NLL of the first ``n_samples`` calibration windows (null: all) in
-    the model with these widths, compensated as the pruner says (by least squares where it goes on with Gauss-Newton).
+    Each of the starts is measured. From the best one on, neurons move from one block to another: an eighth of the
+    width at first, halved when no transfer helps, down to one legal step. The change in loss when a single block gets
+    smaller or larger tells which transfers to try. A loss is the mean NLL of the model with these widths, compensated
+    as the pruner says (by least squares where the pruner goes on with Gauss-Newton).
+
+    Attributes:
+        starts: closed-form allocations to start from.
+        evaluations: number of candidates that are measured, at most.
+        n_samples: calibration windows that a loss is measured on, from the first; None: all.
     """
 
-    needs_model: ClassVar[bool] = True
+    needs_model = True
 
     starts: Annotated[list[Literal["coarse", "uniform", "reconstruction"]], Field(min_length=1)]
     evaluations: Annotated[int, Field(ge=1)] = 150
     n_samples: Annotated[int, Field(ge=1)] | None = 32
 
     def allocate(self, scores: Scores, sizes: Sizes, keep: float) -> Allocation:
-        """The first start alone: what there is without a model to run."""
+        """Return the first start, for callers that have no model to run."""
         return self.allocators()[0].allocate(scores, sizes, keep)
 
     def allocators(self) -> list[Allocator]:
@@ -62,69 +67,42 @@ class Search:
         costs: Sequence[int],
         loss: Callable[[tuple[int, ...]], float],
     ) -> tuple[tuple[int, ...], list[dict[str, Any]]]:
-        """The best widths found, and how they were reached.
-
-        Args:
-            starts: widths that meet the budget. legal: of each block, ascending. costs: parameters of a neuron.
-            loss: of widths; what was asked before costs nothing.
+        """See :class:`cfsp.contracts.SearchingAllocator`. A loss that was measured before costs nothing.
 
         Raises:
             RunError: no start has a finite loss.
         """
-        spent = _Spent(loss, self.evaluations)
-        found = {tuple(widths): spent(tuple(widths)) for widths in starts}
-        best = min(found, key=lambda widths: found[widths])
-        history: list[dict[str, Any]]
-        if not math.isfinite(found[best]):
+        budget = _EvaluationBudget(loss, self.evaluations)
+        losses = {tuple(widths): budget.loss(tuple(widths)) for widths in starts}
+        best = min(losses, key=lambda widths: losses[widths])
+        lowest = losses[best]
+        if not math.isfinite(lowest):
             raise RunError("allocator=search: the loss of every start is not finite; try model.dtype=float32")
-        lowest, history = found[best], [{"widths": list(best), "nll": found[best]}]
-        target = sum(width * cost for width, cost in zip(best, costs, strict=True))
-        gaps = [
-            (after - before) * cost for row, cost in zip(legal, costs, strict=True) for before, after in pairwise(row)
-        ]
-        slack = max(gaps, default=0) / 2
+        history: list[dict[str, Any]] = [{"widths": list(best), "nll": lowest}]
+        transfers = _Transfers(legal, costs, target=_parameters(best, costs))
         steps = max(1, max(len(row) for row in legal) // 8)
-        while spent.left > 0:
-            moves = {}
-            for block in range(len(best)):
-                for direction in (-steps, steps):
-                    moved = _moved(best, legal, block, direction)
-                    if moved is not None and spent.left > 0:
-                        moves[block, direction] = spent(moved) - lowest
-            pairs = [(moves[i, -steps] + moves[j, steps], i, j) for i, a in moves for j, b in moves
-                     if a < 0 < b and i != j]  # fmt: skip
-            better = None
-            for _, giver, taker in sorted(pairs)[:_TRIED]:
-                taken = _moved(best, legal, giver, -steps)
-                candidate = None if taken is None else _moved(taken, legal, taker, steps)
-                if candidate is None or spent.left <= 0:
-                    continue
-                total = sum(width * cost for width, cost in zip(candidate, costs, strict=True))
-                if abs(total - target) > slack:
-                    continue
-                value = spent(candidate)
-                if value < lowest:
-                    better, lowest = candidate, value
-                    break
+        while budget.left > 0:
+            better = _best_transfer(transfers, budget, best, lowest, steps)
             if better is not None:
-                best = better
+                best, lowest = better
                 history.append({"widths": list(best), "nll": lowest})
             elif steps == 1:
                 break
             else:
                 steps //= 2
-        log.info("search: %d candidates, NLL %.4f to %.4f", spent.asked, history[0]["nll"], lowest)
+        log.info("search: %d candidates, NLL %.4f to %.4f", budget.asked, history[0]["nll"], lowest)
         return best, history
 
 
-class _Spent:
-    """Losses, each measured once, with what may still be spent."""
+class _EvaluationBudget:
+    """Measures losses, each once, and counts how many may still be measured."""
 
     def __init__(self, loss: Callable[[tuple[int, ...]], float], evaluations: int) -> None:
         self._loss, self._known = loss, dict[tuple[int, ...], float]()
         self.left, self.asked = evaluations, 0
 
-    def __call__(self, widths: tuple[int, ...]) -> float:
+    def loss(self, widths: tuple[int, ...]) -> float:
+        """Return the loss of the model with these widths; infinity where it is not finite."""
         if widths not in self._known:
             value = self._loss(widths)
             self._known[widths] = value if math.isfinite(value) else math.inf
@@ -133,9 +111,71 @@ class _Spent:
         return self._known[widths]
 
 
-def _moved(widths: tuple[int, ...], legal: Sequence[Sequence[int]], block: int, steps: int) -> tuple[int, ...] | None:
-    """With ``steps`` legal steps more in one block; None where there are not so many."""
-    at = legal[block].index(widths[block]) + steps if widths[block] in legal[block] else -1
-    if not 0 <= at < len(legal[block]):
-        return None
-    return (*widths[:block], legal[block][at], *widths[block + 1 :])
+class _Transfers:
+    """Moves of neurons within the legal widths of the blocks.
+
+    Args:
+        legal: legal widths of each block, ascending.
+        costs: parameters of one neuron of each block.
+        target: parameters that all blocks together keep.
+    """
+
+    def __init__(self, legal: Sequence[Sequence[int]], costs: Sequence[int], target: int) -> None:
+        self._legal, self._costs, self._target = legal, costs, target
+        gaps = [
+            (after - before) * cost for row, cost in zip(legal, costs, strict=True) for before, after in pairwise(row)
+        ]
+        self._slack = max(gaps, default=0) / 2
+
+    def moved(self, widths: tuple[int, ...], block: int, steps: int) -> tuple[int, ...] | None:
+        """Give one block ``steps`` legal steps more (fewer, if negative); None where it has not so many."""
+        row = self._legal[block]
+        position = row.index(widths[block]) + steps if widths[block] in row else -1
+        if not 0 <= position < len(row):
+            return None
+        return (*widths[:block], row[position], *widths[block + 1 :])
+
+    def transferred(self, widths: tuple[int, ...], giver: int, taker: int, steps: int) -> tuple[int, ...] | None:
+        """Move ``steps`` legal steps from one block to another; None where a block or the budget does not allow it."""
+        smaller = self.moved(widths, giver, -steps)
+        candidate = None if smaller is None else self.moved(smaller, taker, steps)
+        if candidate is None or abs(_parameters(candidate, self._costs) - self._target) > self._slack:
+            return None
+        return candidate
+
+
+def _best_transfer(
+    transfers: _Transfers, budget: _EvaluationBudget, best: tuple[int, ...], lowest: float, steps: int
+) -> tuple[tuple[int, ...], float] | None:
+    """Try the most promising transfers of ``steps`` legal steps between two blocks.
+
+    A transfer promises the sum of the changes in loss that its two moves make alone.
+
+    Returns:
+        The first one with a loss below ``lowest``, and its loss; None where none of the tried ones has.
+    """
+    change_if_smaller: dict[int, float] = {}
+    change_if_larger: dict[int, float] = {}
+    for block in range(len(best)):
+        for direction, changes in ((-steps, change_if_smaller), (steps, change_if_larger)):
+            candidate = transfers.moved(best, block, direction)
+            if candidate is not None and budget.left > 0:
+                changes[block] = budget.loss(candidate) - lowest
+    promises = [
+        (change_if_smaller[giver] + change_if_larger[taker], giver, taker)
+        for giver in change_if_smaller
+        for taker in change_if_larger
+        if giver != taker
+    ]
+    for _, giver, taker in sorted(promises)[:_TRIED]:
+        if budget.left <= 0:
+            break
+        candidate = transfers.transferred(best, giver, taker, steps)
+        if candidate is not None and (loss := budget.loss(candidate)) < lowest:
+            return candidate, loss
+    return None
+
+
+def _parameters(widths: Sequence[int], costs: Sequence[int]) -> int:
+    """Return the parameters of FFNs with these widths."""
+    return sum(width * cost for width, cost in zip(widths, costs, strict=True))

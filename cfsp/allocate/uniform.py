@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from cfsp.allocate.base import Allocation
 from cfsp.components import component
+from cfsp.contracts import Allocator
 
 if TYPE_CHECKING:
     from cfsp.allocate.budget import Sizes
@@ -13,8 +14,10 @@ if TYPE_CHECKING:
 
 
 @component
-class Uniform:
-    """keep_l = keep."""
+class Uniform(Allocator):
+    """Keep the same share of every block: keep_l = keep."""
+
+    keeps_shares_equal = True
 
     def allocate(self, scores: Scores, sizes: Sizes, keep: float) -> Allocation:
         import torch

@@ -1,1 +1,1 @@
-"""One forward pass over the calibration set, kept as statistics on disk."""
+"""One pass over the calibration set, and the statistics that it collects. Imports models and data, no later stage."""

@@ -1,7 +1,7 @@
-"""How many sequences go through the model at a time: as many as run fastest, and as the memory holds.
+"""The number of sequences that go through the model at a time: as many as run fastest, and as the memory holds.
 
-The number is the same whenever the same model is calibrated on the same machine. It decides under which name a result,
-and what a killed calibration has left, are kept, so it must not go with the memory that happens to be free.
+The number is the same whenever the same model is calibrated on the same machine. It is part of the name under which
+results, and the remains of a killed calibration, are kept, so it must not depend on the memory that happens to be free.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ _SHARE_OF_MEMORY = 0.5
 
 
 def batch_size(asked: BatchSize, view: DecoderView, seq_len: int) -> int:
-    """``asked``, or (auto) the number of sequences of ``seq_len`` tokens that suits device and memory; at least 1."""
+    """Return the number of sequences of ``seq_len`` tokens to run at a time, at least 1.
+
+    Args:
+        asked: the number, or "auto": the number that suits device and memory.
+    """
     if asked != "auto":
         return asked
     wanted = _TOKENS.get(view.device.type, _TOKENS["other"]) // seq_len
@@ -36,7 +40,7 @@ def batch_size(asked: BatchSize, view: DecoderView, seq_len: int) -> int:
 
 
 def _weights(view: DecoderView) -> int:
-    """Bytes of weights on the device of ``view`` during a pass: all of them, or two blocks of a streamed model."""
+    """Return the bytes of weights on the device of ``view`` during a pass: all, or two blocks of a streamed model."""
     if streamed(view.model) is not None:
         return 2 * max(sum(weight.nbytes for weight in block.module.parameters()) for block in view.blocks)
     return sum(weight.nbytes for weight in view.model.parameters() if weight.device == view.device)

@@ -1,4 +1,4 @@
-"""Forward hooks that turn a pass of the driver into :class:`Statistics`, without copies of activations."""
+"""Forward hooks that collect :class:`Statistics` while the driver runs, without copies of activations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COLLECTOR_VERSION = 2
 
 
 class InputSums:
-    """fp64 sums over the input channels of one linear; each sequence is added on its own, in order."""
+    """Add up the inputs of one linear per channel, in fp64; each sequence is added on its own, in order."""
 
     def __init__(self, channels: int, device: torch.device) -> None:
         self.sums = torch.zeros(3, channels, dtype=torch.float64, device=device)
@@ -42,7 +42,7 @@ class InputSums:
 
 
 def _sums_of_squares(activation: Tensor, dtype: torch.dtype) -> Tensor:
-    """Over the tokens of each sequence: [B, T, N] -> [B, N]."""
+    """Sum the squares over the tokens of each sequence: [B, T, N] -> [B, N]."""
     if activation.device.type != "cpu":
         return torch.linalg.vector_norm(activation, dim=1, dtype=dtype).square()
     # A norm along a strided dimension is not vectorised there; one sequence at a time stays in the processor's cache.
@@ -61,15 +61,19 @@ class BlockSums:
 
     def _distance(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         y = hidden_of(output)
-        # What accelerate spreads over devices enters a block before its own hooks have moved it there.
+        # With a model that accelerate spreads over devices, this hook runs before accelerate's has moved the input.
         x = entering(args, kwargs).to(y.device)
-        # On a CPU a sequence at a time, so that what is made on the way is small; elsewhere few kernels count.
+        # On a CPU one sequence at a time, to keep intermediate values small; on a GPU the number of kernels counts.
         for before, after in zip(x.split(1), y.split(1), strict=True) if y.device.type == "cpu" else [(x, y)]:
             for sequence in block_distances(before, after):
                 self.distances += sequence
 
     def attach(self) -> list[Callable[[], None]]:
-        """Register the hooks; returns what removes them."""
+        """Register the hooks.
+
+        Returns:
+            Functions that remove them.
+        """
         removers = [self.block.module.register_forward_hook(self._distance, with_kwargs=True).remove]
         for kind, channels in self.block.channels.items():
             removers += watch_inputs(self.block, channels.output, self.inputs[kind])
@@ -88,7 +92,7 @@ class BlockSums:
 
 @contextmanager
 def collecting(blocks: Sequence[BlockView]) -> Iterator[list[BlockSums]]:
-    """Collect the core set of ``blocks`` while the model runs; hooks go away whatever happens."""
+    """Collect the core statistics of ``blocks`` while the model runs; the hooks always go away."""
     sums = [BlockSums(block) for block in blocks]
     removers = [remover for block in sums for remover in block.attach()]
     try:
@@ -99,5 +103,5 @@ def collecting(blocks: Sequence[BlockView]) -> Iterator[list[BlockSums]]:
 
 
 def report(sums: list[BlockSums], n_sequences: int, seq_len: int) -> Statistics:
-    """The statistics of what was collected."""
+    """Return the statistics of the collected sums."""
     return Statistics(tuple(block.report(n_sequences, seq_len) for block in sums), n_sequences, seq_len)

@@ -1,4 +1,4 @@
-"""What the calibration pass sees in a mixture of experts: the core set of every expert's neurons, and its tokens."""
+"""Collectors for mixtures of experts: the core statistics of the neurons of every expert, and its token counts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ EXPERTS_VERSION = 1
 
 
 class ExpertSums:
-    """fp64 sums over the inputs of every expert's down matrix, of the tokens that are routed to it.
+    """Add up the inputs of every expert's down matrix over the tokens that are routed to it, in fp64.
 
-    The pass itself keeps these inputs to itself (all experts run in one kernel), so each expert runs once more here on
+    The pass itself does not show these inputs (all experts run in one kernel), so each expert runs once more here on
     its tokens. Each sequence is added on its own, in order.
     """
 
@@ -28,7 +28,12 @@ class ExpertSums:
 
     @torch.no_grad()
     def __call__(self, routing: Routing, shape: tuple[int, int]) -> None:
-        """``shape``: the batch [B, T] whose tokens ``routing`` holds."""
+        """Add one batch.
+
+        Args:
+            routing: routing of the tokens of the batch.
+            shape: its shape [B, T].
+        """
         sequences, length = shape
         for expert in range(self.mixture.n_experts):
             token, weight = routing.of(expert)
@@ -40,7 +45,7 @@ class ExpertSums:
             in_each = (token // length).bincount(minlength=sequences).tolist()
             for part in activation.split(in_each):  # tokens are ascending, so a sequence's stand together
                 if len(part):
-                    self.sums[:, expert] += _of_sequence(part)
+                    self.sums[:, expert] += _sequence_sums(part)
 
     def report(self, n_sequences: int, seq_len: int) -> tuple[InputStatistics, ExpertStatistics]:
         tokens = n_sequences * seq_len
@@ -49,8 +54,8 @@ class ExpertSums:
         return inputs, ExpertStatistics(self.tokens.cpu(), self.contribution.cpu() / tokens)
 
 
-def _of_sequence(activation: Tensor) -> Tensor:
-    """[n, N] -> [3, N]: sum, sum of squares and L2 norm over the tokens."""
+def _sequence_sums(activation: Tensor) -> Tensor:
+    """Return the sum, the sum of squares and the L2 norm over the tokens: [n, N] -> [3, N]."""
     values = activation.to(torch.promote_types(activation.dtype, torch.float32))
     squares = values.square().sum(0).double()
     return torch.stack([values.sum(0).double(), squares, squares.sqrt()])

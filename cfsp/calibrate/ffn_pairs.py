@@ -1,4 +1,4 @@
-"""What entered an FFN and what should leave it: the pairs that a refit of its matrices is fitted to."""
+"""Pairs of inputs and target outputs of an FFN, to which a refit fits its matrices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cfsp.calibrate.gram import taken
+from cfsp.calibrate.gram import subsample_tokens
 from cfsp.calibrate.inputs import watch_inputs
 
 if TYPE_CHECKING:
@@ -21,17 +21,22 @@ if TYPE_CHECKING:
 HELD_OUT = 4
 
 
-class SeenInFFN:
-    """Of the batch that ran last: what entered the FFN, [B, T, d], and its output projection, [B, T, N]."""
+class FFNCapture:
+    """The last batch that an FFN has seen.
+
+    Attributes:
+        entering: input of the FFN [B, T, d].
+        hidden: input of its output projection [B, T, N].
+    """
 
     entering: Tensor
     hidden: Tensor
 
 
 @contextmanager
-def seeing_ffn(block: BlockView, ffn: FFN) -> Iterator[SeenInFFN]:
-    """While ``block``, whose FFN it is, runs. Hooks always go away."""
-    seen = SeenInFFN()
+def capturing_ffn(block: BlockView, ffn: FFN) -> Iterator[FFNCapture]:
+    """Capture each batch that ``ffn`` sees while ``block`` runs; the hooks always go away."""
+    seen = FFNCapture()
 
     def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
         seen.entering = args[0].detach()
@@ -50,7 +55,7 @@ def seeing_ffn(block: BlockView, ffn: FFN) -> Iterator[SeenInFFN]:
 
 
 class Pairs(Sequence[tuple[Tensor, Tensor]]):
-    """Inputs [n, d] and targets [n, d_out] by batch, in memory or not (:class:`cfsp.models.hidden_states`)."""
+    """Inputs [n, d] and targets [n, d_out] by batch, in memory or on disk (:class:`cfsp.models.hidden_states`)."""
 
     def __init__(self, inputs: HiddenStates, targets: HiddenStates) -> None:
         self._inputs, self._targets = inputs, targets
@@ -67,24 +72,32 @@ class Pairs(Sequence[tuple[Tensor, Tensor]]):
 
 
 class FFNPairs:
-    """Pairs of an FFN from every ``stride``-th token of each sequence: those to fit to, and those held out.
+    """Pairs of an FFN from every ``stride``-th token of each sequence, split into pairs to fit to and pairs held out.
 
-    Every fourth of the ``sequences`` is held out; where there are fewer than four, every fourth of the tokens taken.
+    Every fourth sequence is held out; with fewer than four sequences, every fourth of the tokens.
     """
 
     def __init__(self, sequences: int, stride: float, held: Callable[[], HiddenStates]) -> None:
-        """``held``: an empty set, which bounds the memory that it takes."""
+        """Args:
+        sequences: number of sequences to come.
+        stride: distance between two tokens that are kept.
+        held: makes an empty set of states, which bounds the memory that it takes.
+        """
         self.fitted, self.held_out = Pairs(held(), held()), Pairs(held(), held())
         self._stride, self._by_token, self._seen = stride, sequences < HELD_OUT, 0
 
-    def add(self, ffn: FFN, seen: SeenInFFN, missing: Tensor | None) -> None:
-        """Keep a batch: targets are what the FFN gives there, and ``missing`` [B, T, d_out] more."""
-        entering, hidden = taken(seen.entering, self._stride), taken(seen.hidden, self._stride)
+    def add(self, ffn: FFN, seen: FFNCapture, missing: Tensor | None) -> None:
+        """Keep a batch.
+
+        Args:
+            missing: added to the output of the FFN to make the target, [B, T, d_out]; None: nothing.
+        """
+        entering, hidden = subsample_tokens(seen.entering, self._stride), subsample_tokens(seen.hidden, self._stride)
         given = hidden @ ffn.output.weight.detach().T
         if ffn.output.bias is not None:
             given = given + ffn.output.bias.detach()
         if missing is not None:
-            given = given + taken(missing, self._stride).to(given.dtype)
+            given = given + subsample_tokens(missing, self._stride).to(given.dtype)
         if self._by_token:
             entering, given = entering.flatten(0, 1), given.flatten(0, 1)
         out = torch.arange(self._seen, self._seen + len(entering), device=entering.device) % HELD_OUT == HELD_OUT - 1

@@ -37,13 +37,17 @@ VARIANTS = ("element1", "element2", "mix", "vector")
 
 @dataclass(frozen=True)
 class GradientTerms:
-    """Per block: projection (gate, up, down, q, k, v, o) -> [4, n] fp64 on CPU, a row per variant of ``VARIANTS``.
+    """Gradient terms of every block, one number for each row or column of each matrix.
 
-    n: output rows of gate, up, q, k, v; input columns of down, o. With g the gradient of the mean loss over all
-    sequences and F the mean of the squared per-sequence gradients (diagonal Fisher): element1 = sum |W g|,
-    element2 = sum |W F W|, mix = sum |W g - W F W / 2|, vector = |sum W g|, each over one row (column), as in
-    LLM-Pruner's TaylorImportance (LLMPruner/pruner/hf_llama_pruner.py; arXiv 2305.11627, Eq. 3 to 5). Of a mixture of
-    experts gate, up and down are [4, E, n].
+    With g the gradient of the mean loss over all sequences and F the mean of the squared per-sequence gradients
+    (diagonal Fisher), and each sum over one row (column), as in LLM-Pruner's TaylorImportance
+    (LLMPruner/pruner/hf_llama_pruner.py; arXiv 2305.11627, Eq. 3 to 5): element1 = sum |W g|, element2 = sum |W F W|,
+    mix = sum |W g - W F W / 2|, vector = |sum W g|.
+
+    Attributes:
+        blocks: per block, projection (gate, up, down, q, k, v, o) -> [4, n] fp64 on CPU, a row per variant of
+            ``VARIANTS``; n is the number of output rows of gate, up, q, k, v, and of input columns of down, o. In a
+            mixture of experts gate, up and down are [4, E, n].
     """
 
     blocks: tuple[Mapping[str, Tensor], ...]
@@ -57,7 +61,7 @@ class GradientTerms:
 
     @staticmethod
     def load(path: Path) -> GradientTerms:
-        """Read what :meth:`save` wrote."""
+        """Read a file that :meth:`save` wrote."""
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as stream:
@@ -75,14 +79,17 @@ def gradient_terms(
     *,
     checkpointing: bool = False,
 ) -> tuple[GradientTerms, bool]:
-    """The terms of every block, or what an earlier run left; returns (terms, cached?).
+    """Compute the gradient terms of every block, or read those that an earlier run left.
 
-    One sequence at a time (F needs per-sequence gradients). The model, its ``requires_grad`` and ``grad`` are left as
-    they were.
+    Sequences run one at a time, because F needs per-sequence gradients. The model, its ``requires_grad`` and ``grad``
+    are left as they were.
 
     Args:
         checkpointing: keep only the hidden states that enter each block and run the block again when its turn comes,
-            instead of keeping everything that backward needs; the same result in less memory and more time.
+            instead of keeping all values that backward needs; the same result in less memory and more time.
+
+    Returns:
+        The terms, and whether they were read.
 
     Raises:
         ConfigError: some weights are not in memory.
@@ -120,7 +127,7 @@ def _check_in_memory(model: nn.Module) -> None:
 def _compute(driver: BlockDriver, input_ids: Tensor, checkpointing: bool) -> GradientTerms:
     view = driver.view
     entry = driver.entry(input_ids)
-    found: list[dict[str, Tensor]] = [{} for _ in view.blocks]
+    terms_of_blocks: list[dict[str, Tensor]] = [{} for _ in view.blocks]
     with _weights_require_grad(list(view.blocks)):
         inputs: list[list[Tensor]] = []
         outputs: list[list[Tensor]] = []
@@ -129,7 +136,7 @@ def _compute(driver: BlockDriver, input_ids: Tensor, checkpointing: bool) -> Gra
             leaves = [state.detach().requires_grad_() for state in hidden]
             with torch.set_grad_enabled(not checkpointing):
                 left = [run_block(block, x, kw) for x, kw in zip(leaves, entry.kwargs[block.index], strict=True)]
-            # What waits for its turn does so where memory is plenty.
+            # Hidden states that wait for their turn do so in the memory of the CPU, which is larger.
             inputs.append([leaf.detach().cpu() for leaf in leaves] if checkpointing else leaves)
             outputs.append([] if checkpointing else left)
             hidden = [state.detach() for state in left]
@@ -147,13 +154,13 @@ def _compute(driver: BlockDriver, input_ids: Tensor, checkpointing: bool) -> Gra
                     output, [leaf, *terms.matrices()], grads[number], allow_unused=True
                 )
                 terms.add(weights)
-            found[block.index] = terms.report()
+            terms_of_blocks[block.index] = terms.report()
             inputs[block.index], outputs[block.index] = [], []
-    return GradientTerms(tuple(found))
+    return GradientTerms(tuple(terms_of_blocks))
 
 
 def _loss_gradient(driver: BlockDriver, ids: Tensor, hidden: Tensor) -> Tensor:
-    """Gradient of one sequence's mean next-token loss with respect to what leaves the last block."""
+    """Return the gradient of one sequence's mean next-token loss with respect to the last hidden states."""
     leaf = hidden.detach().requires_grad_()
     logits = driver.logits(ids, leaf)
     loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
@@ -161,23 +168,25 @@ def _loss_gradient(driver: BlockDriver, ids: Tensor, hidden: Tensor) -> Tensor:
 
 
 class _Terms:
-    """Gradients of one block's matrices: their mean and mean square over the sequences, fp32."""
+    """Mean and mean square over the sequences of the gradients of one block's matrices, fp32."""
 
     def __init__(self, block: BlockView) -> None:
         self.block = block
         self.projections = projections(block)
         self.n = 0
-        self.sums = [torch.zeros_like(one.weight, dtype=torch.float32) for one in self.projections.values()]
+        self.sums = [
+            torch.zeros_like(projection.weight, dtype=torch.float32) for projection in self.projections.values()
+        ]
         self.squares = [torch.zeros_like(value) for value in self.sums]
 
     def matrices(self) -> list[Tensor]:
         return [projection.parameter for projection in self.projections.values()]
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
-        """Of one sequence; None: of an expert that did not run."""
+        """Add the gradients of one sequence; None for an expert that did not run."""
         self.n += 1
-        of_each = zip(self.projections.values(), self.sums, self.squares, gradients, strict=True)
-        for projection, total, squares, stored in of_each:
+        rows = zip(self.projections.values(), self.sums, self.squares, gradients, strict=True)
+        for projection, total, squares, stored in rows:
             if stored is None:
                 continue
             gradient = projection.part(stored).float()
@@ -185,10 +194,10 @@ class _Terms:
             squares += gradient.square()
 
     def report(self) -> dict[str, Tensor]:
-        found = {}
-        for (name, one), total, squares in zip(self.projections.items(), self.sums, self.squares, strict=True):
+        report = {}
+        for (name, projection), total, squares in zip(self.projections.items(), self.sums, self.squares, strict=True):
             axis = -2 if name.startswith("down") or name == "o" else -1
-            weight = one.weight.detach().float()
+            weight = projection.weight.detach().float()
             first, second = weight * (total / self.n), weight * (squares / self.n) * weight
             terms = [
                 first.abs().sum(axis, dtype=torch.float64),
@@ -196,42 +205,42 @@ class _Terms:
                 (first - 0.5 * second).abs().sum(axis, dtype=torch.float64),
                 first.sum(axis, dtype=torch.float64).abs(),
             ]
-            found[name] = torch.stack(terms).cpu()
-            if not found[name].isfinite().all():
+            report[name] = torch.stack(terms).cpu()
+            if not report[name].isfinite().all():
                 raise RunError(
                     f"block {self.block.index}: the gradients of {name} are not finite; try model.dtype=float32"
                 )
-        return _experts_together(found)
+        return _experts_together(report)
 
 
-def _experts_together(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The terms of experts that are modules as those of fused ones: "gate.0", "gate.1", ... -> gate [4, E, n]."""
-    together = {name: terms for name, terms in found.items() if "." not in name}
-    for kind in dict.fromkeys(name.partition(".")[0] for name in found if "." in name):
-        n = sum(name.startswith(f"{kind}.") for name in found)
-        together[kind] = torch.stack([found[f"{kind}.{expert}"] for expert in range(n)], dim=1)
+def _experts_together(terms_by_name: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Stack the terms of experts that are modules as those of fused ones: "gate.0", "gate.1", ... -> gate [4, E, n]."""
+    together = {name: values for name, values in terms_by_name.items() if "." not in name}
+    for kind in dict.fromkeys(name.partition(".")[0] for name in terms_by_name if "." in name):
+        n = sum(name.startswith(f"{kind}.") for name in terms_by_name)
+        together[kind] = torch.stack([terms_by_name[f"{kind}.{expert}"] for expert in range(n)], dim=1)
     return together
 
 
 def projections(block: BlockView) -> dict[str, Projection | ExpertMatrices]:
-    """The matrices of a block that make its coupled groups, by the names of :class:`GradientTerms`.
+    """Return the matrices of a block that make its coupled groups, by the names of :class:`GradientTerms`.
 
-    Of experts that are modules with the expert's number behind, as "gate.3".
+    Experts that are modules have the expert's number behind the name, as in "gate.3".
     """
-    found: dict[str, Projection | ExpertMatrices] = {}
+    matrices: dict[str, Projection | ExpertMatrices] = {}
     if isinstance(block.ffn, FFN):
-        found |= block.ffn.projections
+        matrices |= block.ffn.projections
     elif block.ffn is not None:
-        found |= block.ffn.fused
-        for expert, one in enumerate(block.ffn.each):
-            found |= {f"{name}.{expert}": projection for name, projection in one.projections.items()}
-    return found if block.attention is None else {**found, **block.attention.projections}
+        matrices |= block.ffn.fused
+        for expert, expert_ffn in enumerate(block.ffn.each):
+            matrices |= {f"{name}.{expert}": projection for name, projection in expert_ffn.projections.items()}
+    return matrices if block.attention is None else {**matrices, **block.attention.projections}
 
 
 @contextmanager
 def _weights_require_grad(blocks: list[BlockView]) -> Iterator[None]:
-    """Every matrix can be differentiated, whatever the user froze; afterwards as it was."""
-    weights = list({one.parameter: None for block in blocks for one in projections(block).values()})
+    """Make every matrix differentiable, whatever the user froze; afterwards all is as it was."""
+    weights = list({projection.parameter: None for block in blocks for projection in projections(block).values()})
     before = [weight.requires_grad for weight in weights]
     for weight in weights:
         weight.requires_grad_(True)

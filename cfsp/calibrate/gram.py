@@ -1,7 +1,7 @@
-"""Gram matrices of the inputs of down_proj and o_proj: what least squares and second-order selection go by.
+"""Gram matrices of the inputs of down_proj and o_proj, for least squares and second-order selection.
 
-An item of its own beside the core statistics: collected only when asked, in fp32, on a share of the tokens, and kept in
-a file that is read one matrix at a time, since those of a large model do not fit into memory together.
+They are an item of their own beside the core statistics: collected only when asked, in fp32, on a share of the tokens,
+and kept in a file that is read one matrix at a time, since those of a large model do not fit into memory together.
 """
 
 from __future__ import annotations
@@ -37,24 +37,30 @@ _PANEL = 512
 
 @dataclass(frozen=True)
 class Gram:
-    """Of the channels of one linear: ``matrix`` [N, N] fp32 = X^T X / tokens, symmetric; ``mean`` [N]; ``tokens``."""
+    """Second moments of the input channels of one linear.
+
+    Attributes:
+        matrix: X^T X / tokens [N, N] fp32, symmetric.
+        mean: mean of each channel [N].
+        tokens: number of tokens.
+    """
 
     matrix: Tensor
     mean: Tensor
     tokens: int
 
 
-def taken(values: Tensor, stride: float) -> Tensor:
-    """Of [B, T, ...] the tokens 0, stride, 2 stride, ... of each sequence, each the next whole one."""
+def subsample_tokens(values: Tensor, stride: float) -> Tensor:
+    """Take every ``stride``-th token of each sequence of ``values`` [B, T, ...]; positions are rounded up."""
     if float(stride).is_integer():
         return values[:, :: int(stride)]
-    # The little that is taken off: a whole number that came out of a division must not become the next one.
-    at = [math.ceil(k * stride - 1e-9) for k in range(math.ceil(values.shape[1] / stride))]
-    return values[:, [index for index in at if index < values.shape[1]]]
+    # The subtraction keeps a whole number that came out of a division from being rounded up to the next one.
+    positions = [math.ceil(k * stride - 1e-9) for k in range(math.ceil(values.shape[1] / stride))]
+    return values[:, [index for index in positions if index < values.shape[1]]]
 
 
 class GramSums:
-    """Adds up X^T X of what enters one linear, in fp32, from every ``stride``-th token of each sequence."""
+    """Add up X^T X of the inputs of one linear, in fp32, from every ``stride``-th token of each sequence."""
 
     def __init__(self, channels: int, device: torch.device, stride: float) -> None:
         self.matrix = torch.zeros(channels, channels, dtype=torch.float32, device=device)
@@ -62,7 +68,7 @@ class GramSums:
         self.stride, self.tokens = stride, 0
 
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows = taken(args[0].detach(), self.stride).flatten(0, 1).float()
+        rows = subsample_tokens(args[0].detach(), self.stride).flatten(0, 1).float()
         self.tokens += len(rows)
         self.sums += rows.sum(0)
         for start in range(0, rows.shape[1], _PANEL):
@@ -70,10 +76,10 @@ class GramSums:
             self.matrix[panel, start:].addmm_(rows[:, panel].T, rows[:, start:])
 
     def report(self) -> Gram:
-        """The lower triangle is filled from the upper one, in place: on a CPU the sums become the matrix.
+        """Return the matrix; sums that are added after a report do not count.
 
-        Those of all blocks may take half of the free memory, so there is no room for a second set; what is seen after
-        a report does not count.
+        The lower triangle is filled from the upper one, in place, and on a CPU the sums become the matrix: the sums of
+        all blocks may take half of the free memory, so there is no room for a second set.
         """
         tokens, matrix = max(self.tokens, 1), self.matrix
         matrix.div_(tokens)
@@ -87,34 +93,40 @@ class GramSums:
 
 
 def reported(block: int, sums: Mapping[str, GramSums]) -> dict[str, Gram]:
-    """The matrices of one block.
+    """Return the matrices of one block: kind -> matrix.
 
     Raises:
-        RunError: one is not finite: nothing can be selected or refitted by it.
+        RunError: a matrix is not finite, so that nothing can be selected or refitted by it.
     """
-    found = {kind: of_kind.report() for kind, of_kind in sums.items()}
-    for kind, gram in found.items():
+    grams = {kind: kind_sums.report() for kind, kind_sums in sums.items()}
+    for kind, gram in grams.items():
         if not bool(gram.matrix.isfinite().all()):
             raise RunError(
                 f"block {block}: the Gram matrix of its {kind} is not finite; try model.dtype=float32, or a metric and "
                 "a compensation that need none (importance=cfsp, pruner.compensation=bias)"
             )
-    return found
+    return grams
 
 
 class GramMatrices(Protocol):
-    """Of every block; kind is ffn or attention."""
+    """The Gram matrices of every block; ``kind`` is ffn or attention."""
 
     def read(self, block: int, kind: str) -> Gram: ...
 
-    def keep(self, block: int, found: Mapping[str, Gram]) -> None: ...
+    def keep(self, block: int, grams: Mapping[str, Gram]) -> None: ...
 
     def has(self, block: int, kinds: Sequence[str]) -> bool: ...
 
 
 @dataclass(frozen=True)
 class GramWanted:
-    """kinds: of ffn and attention; share: of the tokens, taken evenly; limit: bytes that may be in memory together."""
+    """The Gram matrices that are asked for.
+
+    Attributes:
+        kinds: ffn, attention, or both.
+        share: share of the tokens, taken evenly.
+        limit: bytes of matrices that may be in memory together.
+    """
 
     kinds: tuple[str, ...]
     share: float
@@ -122,7 +134,7 @@ class GramWanted:
 
     @property
     def stride(self) -> float:
-        """Tokens from one that is taken to the next; a whole number where the share is one of so many."""
+        """Return the distance between two tokens that are taken; a whole number where 1 / share is one."""
         stride = 1 / self.share
         return round(stride) if math.isclose(stride, round(stride), rel_tol=1e-6) else stride
 
@@ -136,8 +148,8 @@ class InMemory:
     def has(self, block: int, kinds: Sequence[str]) -> bool:
         return all((block, kind) in self._found for kind in kinds)
 
-    def keep(self, block: int, found: Mapping[str, Gram]) -> None:
-        self._found |= {(block, kind): gram for kind, gram in found.items()}
+    def keep(self, block: int, grams: Mapping[str, Gram]) -> None:
+        self._found |= {(block, kind): gram for kind, gram in grams.items()}
 
     def read(self, block: int, kind: str) -> Gram:
         return self._found[block, kind]
@@ -149,18 +161,19 @@ class OnDisk:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def keep(self, block: int, found: Mapping[str, Gram]) -> None:
-        """
+    def keep(self, block: int, grams: Mapping[str, Gram]) -> None:
+        """Write the matrices of one block.
+
         Raises:
             OSError: the disk is full.
         """
         place = self._place(block)
         place.mkdir(parents=True, exist_ok=True)
-        tensors = {kind: gram.matrix for kind, gram in found.items()}
-        tensors |= {f"{kind}.mean": gram.mean for kind, gram in found.items()}
+        tensors = {kind: gram.matrix for kind, gram in grams.items()}
+        tensors |= {f"{kind}.mean": gram.mean for kind, gram in grams.items()}
         described = [Outgoing(kind, tuple(tensor.shape), tensor.dtype) for kind, tensor in tensors.items()]
         write_file(place / "gram.safetensors", described, iter(tensors.items()))
-        (place / "tokens.json").write_text(json.dumps({kind: gram.tokens for kind, gram in found.items()}))
+        (place / "tokens.json").write_text(json.dumps({kind: gram.tokens for kind, gram in grams.items()}))
 
     def read(self, block: int, kind: str) -> Gram:
         """
@@ -179,7 +192,7 @@ class OnDisk:
             ) from error
 
     def has(self, block: int, kinds: Sequence[str]) -> bool:
-        """Whether the matrices of a block are there, whole."""
+        """Tell whether the matrices of a block are there, whole."""
         try:
             return all(kind in Shards(self._place(block)) for kind in kinds) and bool(
                 json.loads((self._place(block) / "tokens.json").read_text(encoding="utf-8")) or not kinds
@@ -192,7 +205,7 @@ class OnDisk:
 
 
 class CrossSums:
-    """Adds up X^T E / tokens, [N, d] fp32: X enters one linear, E is what is missing of its block's output."""
+    """Add up X^T E / tokens [N, d] fp32, where X enters one linear and E is missing from its block's output."""
 
     def __init__(self, channels: Channels, stride: float) -> None:
         weight = channels.output.weight
@@ -200,8 +213,8 @@ class CrossSums:
         self.stride, self.tokens = stride, 0
 
     def add(self, entering: Tensor, missing: Tensor) -> None:
-        """Of one batch: what entered the linear, [B, T, N], and E, [B, T, d]."""
-        x, e = (taken(value, self.stride).flatten(0, 1).float() for value in (entering, missing))
+        """Add one batch: the input of the linear [B, T, N], and E [B, T, d]."""
+        x, e = (subsample_tokens(value, self.stride).flatten(0, 1).float() for value in (entering, missing))
         self.matrix.addmm_(x.T, e)
         self.tokens += len(x)
 
@@ -211,18 +224,25 @@ class CrossSums:
 
 @contextmanager
 def gram_sums(blocks: Sequence[BlockView], wanted: GramWanted | None) -> Iterator[list[dict[str, GramSums]]]:
-    """Collect while the model runs: for each block, kind -> sums (``wanted`` None: nothing). Hooks always go away."""
+    """Collect Gram matrices while the model runs; the hooks always go away.
+
+    Args:
+        wanted: matrices to collect; None: none.
+
+    Yields:
+        For each block, kind -> sums.
+    """
     sums: list[dict[str, GramSums]] = []
     handles: list[Callable[[], None]] = []
     try:
         for block in blocks:
-            of_block = {}
+            block_sums = {}
             for kind, channels in block.channels.items():
                 if wanted is not None and kind in wanted.kinds:
-                    made = GramSums(channels.n, channels.output.weight.device, wanted.stride)
-                    handles += watch_inputs(block, channels.output, made)
-                    of_block[kind] = made
-            sums.append(of_block)
+                    kind_sums = GramSums(channels.n, channels.output.weight.device, wanted.stride)
+                    handles += watch_inputs(block, channels.output, kind_sums)
+                    block_sums[kind] = kind_sums
+            sums.append(block_sums)
         yield sums
     finally:
         for remove in handles:
@@ -230,21 +250,27 @@ def gram_sums(blocks: Sequence[BlockView], wanted: GramWanted | None) -> Iterato
 
 
 def gram_bytes(blocks: Sequence[BlockView], wanted: GramWanted) -> int:
-    """Of the matrices of all blocks together."""
-    channels = [found for block in blocks for kind, found in block.channels.items() if kind in wanted.kinds]
-    return sum(4 * one.n**2 for one in channels)
+    """Return the bytes of the matrices of all blocks together."""
+    channels = [
+        kind_channels for block in blocks for kind, kind_channels in block.channels.items() if kind in wanted.kinds
+    ]
+    return sum(4 * part.n**2 for part in channels)
 
 
 def kinds_of(block: BlockView, wanted: GramWanted) -> list[str]:
-    """The kinds of matrices that a block has."""
+    """Return the kinds of matrices that a block has."""
     return [kind for kind in block.channels if kind in wanted.kinds]
 
 
 class GramCollection:
-    """The matrices of a model's blocks in the making: what is wanted, and where they are kept."""
+    """The collection of the Gram matrices of a model's blocks."""
 
     def __init__(self, blocks: Sequence[BlockView], wanted: GramWanted, folder: Path | None) -> None:
-        """``folder``: where they stay for other runs; None: in memory, which must hold them."""
+        """Args:
+        blocks: blocks of the model.
+        wanted: matrices to collect.
+        folder: where they stay for other runs; None: in memory, which must hold them.
+        """
         self.wanted, self.folder, self._blocks = wanted, folder, blocks
         self.fits = gram_bytes(blocks, wanted) <= wanted.limit
         self.matrices: GramMatrices = InMemory() if folder is None else OnDisk(folder)
@@ -255,7 +281,7 @@ class GramCollection:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """As the only process that collects these; another one that wants the same waits, and finds them there."""
+        """Be the only process that collects these matrices; another one waits, and finds them there."""
         if self.folder is None:
             yield
             return
@@ -264,15 +290,15 @@ class GramCollection:
             yield
 
     def keep(self, sums: Sequence[Mapping[str, GramSums]], first: int = 0) -> None:
-        """Take over what was collected of the blocks from ``first`` on.
+        """Keep the collected matrices of the blocks from ``first`` on.
 
         Raises:
             RunError: the disk is full, or a matrix is not finite.
         """
-        for block, of_block in enumerate(sums, start=first):
-            found = reported(block, of_block)
+        for block, block_sums in enumerate(sums, start=first):
+            grams = reported(block, block_sums)
             try:
-                self.matrices.keep(block, found)
+                self.matrices.keep(block, grams)
             except OSError as error:
                 raise RunError(
                     f"paths.cache_dir={self.folder}: the Gram matrices of block {block} cannot be written "

@@ -1,4 +1,4 @@
-"""Seeing what enters a projection while a model runs, as [B, T, N] whatever shape the block works in."""
+"""Watching the inputs of a projection while a model runs, as [B, T, N] whatever shape the block works in."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from cfsp.models.views import BlockView
 def watch_inputs(
     block: BlockView, projection: Projection, seen: Callable[[nn.Module, tuple[Tensor, ...]], None]
 ) -> list[Callable[[], None]]:
-    """Call ``seen`` as a forward pre-hook of the projection; returns what ends it.
+    """Call ``seen`` as a forward pre-hook of the projection.
 
-    Some families give their FFN all tokens of a batch in one row (OPT): it is folded back by the shape that entered the
-    block.
+    Some families give their FFN all tokens of a batch in one row (OPT). These are folded back by the shape that entered
+    the block.
+
+    Returns:
+        Functions that end it.
     """
     shape: list[int] = []
 

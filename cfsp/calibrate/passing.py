@@ -1,4 +1,4 @@
-"""The calibration pass over a streamed model: block after block, kept on disk on the way against a kill."""
+"""The calibration pass over a streamed model, block by block; its state is kept on disk in case the run is killed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cfsp.models.views import BlockView
 
 log = logging.getLogger(__name__)
 
-#: What is kept on the way may take this share of the time.
+#: Share of the time that keeping the state of the pass may take.
 _SHARE_OF_TIME = 0.1
 
 Visit = Callable[[BlockView, BlockStatistics], None]
@@ -33,7 +33,7 @@ Visit = Callable[[BlockView, BlockStatistics], None]
 
 @dataclass(frozen=True)
 class _Progress:
-    """A folder ``<number of blocks done>/`` with their statistics and the hidden states leaving the last of them.
+    """The state of a pass: a folder ``<number of blocks done>/`` with statistics and the last hidden states.
 
     The states are written and read batch by batch, like a checkpoint, so that they are not in memory once more.
     """
@@ -41,7 +41,11 @@ class _Progress:
     folder: Path | None
 
     def read(self, hidden: HiddenStates, batches: int) -> list[BlockStatistics]:
-        """What is there of a pass that was killed: statistics, and its states into ``hidden``; [] where nothing is."""
+        """Read the state of a pass that was killed; its hidden states are appended to ``hidden``.
+
+        Returns:
+            The statistics of the blocks that are done; [] where there is no state.
+        """
         if self.folder is None or not self.folder.is_dir():
             return []
         done = max((int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), default=0)
@@ -60,10 +64,10 @@ class _Progress:
         return list(statistics.blocks)
 
     def write(self, blocks: list[BlockStatistics], hidden: HiddenStates, shape: torch.Size) -> None:
-        """Put the state of the pass in the place of the one before.
+        """Replace the state of the pass.
 
         Raises:
-            OSError, SafetensorError: it cannot be written; the one before is still there.
+            OSError, SafetensorError: it cannot be written; the earlier state is still there.
         """
         if self.folder is None:
             return
@@ -97,13 +101,13 @@ def block_by_block(
     visit: Visit | None,
     grams: GramCollection | None = None,
 ) -> Statistics:
-    """Each block is read once and sees every sequence before the next one is.
+    """Run every sequence through one block before the next block starts, so that each block is read once.
 
     Args:
         input_ids: [n, T].
         folder: where the state of the pass is kept until it ends; None: nowhere.
-        grams: matrices to be collected on the way.
         visit: called with each block while its weights are in memory, and its statistics.
+        grams: matrices to be collected on the way.
     """
     progress = _Progress(folder)
     kept = driver.hidden_states()

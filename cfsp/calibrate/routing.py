@@ -1,4 +1,4 @@
-"""Seeing which tokens a mixture sends to which expert, and with which weight, while a model runs."""
+"""Watching the routing of a mixture while a model runs: which expert sees which tokens, and with which weight."""
 
 from __future__ import annotations
 
@@ -17,23 +17,32 @@ from cfsp.models.views import BlockView
 
 @dataclass(frozen=True)
 class Routing:
-    """``states`` [S, d]: all tokens of a batch; of each, ``chosen`` [S, k] experts and their ``weights`` [S, k]."""
+    """The routing of one batch.
+
+    Attributes:
+        states: hidden states of all its tokens [S, d].
+        chosen: experts of each token [S, k].
+        weights: weights of their outputs [S, k].
+    """
 
     states: Tensor
     chosen: Tensor
     weights: Tensor
 
     def of(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Indices [n] of the tokens that the expert sees, ascending, and the weights [n] of its output."""
+        """Return the indices [n] of the tokens that the expert sees, ascending, and the weights [n] of its output."""
         token, place = torch.where(self.chosen == expert)
         return token, self.weights[token, place]
 
 
 def watch_routing(block: BlockView, seen: Callable[[Routing, tuple[int, int]], None]) -> list[Callable[[], None]]:
-    """Call ``seen`` with the routing of each batch and its shape [B, T], before the experts run; returns what ends it.
+    """Call ``seen`` with the routing of each batch and its shape [B, T], before the experts run.
 
     A module with the matrices of all experts is handed the routing. Experts that are modules of their own see their
     tokens alone: there the mixture runs twice more, with experts that cost nothing (:func:`routing_of_modules`).
+
+    Returns:
+        Functions that end it.
     """
     mixture = block.experts
     assert mixture is not None
@@ -45,11 +54,11 @@ def watch_routing(block: BlockView, seen: Callable[[Routing, tuple[int, int]], N
     def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = [*args, *kwargs.values()]
         if mixture.each:
-            found = routing_of_modules(mixture, given[0].detach())
+            routing = routing_of_modules(mixture, given[0].detach())
         else:
             states, chosen, weights = (value.detach() for value in given[:3])
-            found = Routing(states.flatten(0, -2), chosen.flatten(0, -2), weights.flatten(0, -2))
-        seen(found, (shape[0], shape[1]))
+            routing = Routing(states.flatten(0, -2), chosen.flatten(0, -2), weights.flatten(0, -2))
+        seen(routing, (shape[0], shape[1]))
 
     at = mixture.module if mixture.each else mixture.experts
     return [
@@ -59,10 +68,13 @@ def watch_routing(block: BlockView, seen: Callable[[Routing, tuple[int, int]], N
 
 
 def routing_of_modules(mixture: ExpertsFFN, states: Tensor) -> Routing:
-    """Of ``states`` [..., d] entering a mixture whose experts are modules.
+    """Find the routing of a mixture whose experts are modules.
 
-    A mixture adds up weight * expert(token): where expert e gives the unit vector e, the weight of a token stands at
-    place e of what leaves, beside what leaves where all experts give zeros (what is shared).
+    A mixture adds up weight * expert(token). Where expert e gives the unit vector e, the weight of a token stands at
+    place e of the output, on top of the output where all experts give zeros (the shared experts).
+
+    Args:
+        states: hidden states entering the mixture [..., d].
     """
     n, hidden = mixture.n_experts, mixture.hidden
     weights = torch.zeros(states.flatten(0, -2).shape[0], n, dtype=states.dtype, device=states.device)
@@ -73,27 +85,31 @@ def routing_of_modules(mixture: ExpertsFFN, states: Tensor) -> Routing:
         weights[:, here.start : here.stop] = (left - without).flatten(0, -2)[:, : len(here)]
     k = max(1, int((weights != 0).sum(1).max()))
     largest = weights.abs().topk(k, dim=1).indices
-    taken = weights.gather(1, largest)
-    return Routing(states.flatten(0, -2), largest.masked_fill(taken == 0, -1), taken)
+    largest_weights = weights.gather(1, largest)
+    return Routing(states.flatten(0, -2), largest.masked_fill(largest_weights == 0, -1), largest_weights)
 
 
 @torch.no_grad()
 def substituted(mixture: ExpertsFFN, states: Tensor, units: Sequence[int | None]) -> Tensor:
-    """What leaves the mixture, [..., d], where each expert gives a unit vector, or (None) zeros, for every token."""
+    """Run the mixture with experts that give a unit vector, or (None) zeros, for every token.
+
+    Returns:
+        Its output [..., d].
+    """
 
     def giving(unit: int | None) -> Callable[..., Tensor]:
         def forward(x: Tensor, *_: Any, **__: Any) -> Tensor:
-            made = torch.zeros_like(x)
+            output = torch.zeros_like(x)
             if unit is not None:
-                made[..., unit] = 1
-            return made
+                output[..., unit] = 1
+            return output
 
         return forward
 
     with ExitStack() as stack:
         if mixture.each:
-            for one, unit in zip(mixture.each, units, strict=True):
-                stack.enter_context(forward_replaced(one.module, giving(unit)))
+            for expert, unit in zip(mixture.each, units, strict=True):
+                stack.enter_context(forward_replaced(expert.module, giving(unit)))
         else:
             stack.enter_context(forward_replaced(mixture.experts, giving(None)))
         return hidden_of(mixture.module.forward(states))

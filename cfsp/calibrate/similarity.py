@@ -1,4 +1,4 @@
-"""How alike the hidden states between any two blocks are: what depth pruning goes by. One pass, cached."""
+"""Similarity of the hidden states between any two blocks, for depth pruning. One pass, cached."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ SIMILARITY_VERSION = 1
 
 @dataclass(frozen=True)
 class BlockSimilarity:
-    """Cosine similarity of the hidden states h_i and h_j, [L+1, L+1] fp64; h_i enters block i, h_L leaves the last.
+    """Cosine similarity of the hidden states h_i and h_j, [L+1, L+1] fp64; h_i enters block i, h_L leaves the model.
 
-    ``mean``: over all tokens; ``last``: over the last tokens of the sequences.
+    Attributes:
+        mean: over all tokens.
+        last: over the last tokens of the sequences.
     """
 
     mean: Tensor
@@ -33,9 +35,12 @@ class BlockSimilarity:
 def block_similarity(
     driver: BlockDriver, calibration: CalibrationSet, cache: StatisticsCache | None = None
 ) -> tuple[BlockSimilarity, bool]:
-    """One pass over the set, or what an earlier run left; returns (similarity, cached?).
+    """Compute the similarities in one pass over the set, or read those that an earlier run left.
 
-    Holds the hidden states of one batch. Cosines are taken in fp32, summed per sequence in fp64.
+    The pass holds the hidden states of one batch. Cosines are taken in fp32 and summed per sequence in fp64.
+
+    Returns:
+        The similarities, and whether they were read.
     """
     from safetensors.torch import load_file, save_file
 
@@ -44,7 +49,7 @@ def block_similarity(
         path,
         lambda file: BlockSimilarity(**load_file(file)),
         lambda: _compute(driver, calibration.input_ids),
-        lambda found, file: save_file(vars(found), file),
+        lambda similarity, file: save_file(vars(similarity), file),
     )
 
 
@@ -69,7 +74,7 @@ def _compute(driver: BlockDriver, input_ids: Tensor) -> BlockSimilarity:
     handles = [block.module.register_forward_pre_hook(enter, with_kwargs=True) for block in blocks]
     handles.append(blocks[-1].module.register_forward_hook(leave, with_kwargs=True))
     try:
-        # Block by block every batch would be held at once. A streamed model is read once for each batch.
+        # Not block by block, which would hold every batch at once; so a streamed model is read once for each batch.
         BlockDriver(driver.view, driver.batch_size).run(input_ids, "similarity of blocks")
     finally:
         for handle in handles:

@@ -1,7 +1,7 @@
-"""What one forward pass leaves behind: the core set of statistics, whatever is asked of it later.
+"""The core statistics of one forward pass over the calibration set, whichever of them are needed later.
 
-Accumulated per sequence in fp64 in a fixed order and reported per token, so that nothing depends on the number of
-tokens except through noise.
+They are accumulated per sequence in fp64 in a fixed order and reported per token, so that nothing depends on the number
+of tokens except through noise.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ DISTANCES = ("angular", "cosine", "mse", "mae")
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Of the input channels of one linear, [N] fp64 each.
+    """Statistics of the input channels of one linear, [N] fp64 each.
 
-    ``mean`` and ``mean_square`` are over all tokens; ``mean_norm`` is the mean over sequences of the channel's L2
-    norm over the sequence's tokens, divided by the square root of the sequence length.
+    In a mixture of experts they are [E, N]: of the inputs of each expert's down matrix, before the routing weight. A
+    token that is not routed to an expert counts there as 0, so that neurons which few tokens use weigh less.
 
-    Of a mixture of experts [E, N]: the inputs of each expert's down matrix, before the routing weight. A token that is
-    not routed to an expert counts there as 0, so that what few tokens use weighs less.
+    Attributes:
+        mean: over all tokens.
+        mean_square: over all tokens.
+        mean_norm: mean over sequences of the channel's L2 norm over the sequence's tokens, divided by the square root
+            of the sequence length.
     """
 
     mean: Tensor
@@ -34,26 +37,27 @@ class InputStatistics:
     mean_norm: Tensor
 
     def expert(self, index: int) -> InputStatistics:
-        """Of one expert, [N]."""
+        """Return the statistics [N] of one expert."""
         return InputStatistics(self.mean[index], self.mean_square[index], self.mean_norm[index])
 
     @property
     def rms(self) -> Tensor:
-        """Root mean square activation [N]: the L2 norm X_i of a neuron, per token."""
+        """Return the root mean square activation [N]: the L2 norm X_i of a neuron, per token."""
         return self.mean_square.sqrt()
 
     @property
     def variance(self) -> Tensor:
-        """Population variance [N]."""
+        """Return the population variance [N]."""
         return (self.mean_square - self.mean.square()).clamp_min(0)
 
 
 @dataclass(frozen=True)
 class ExpertStatistics:
-    """Of the experts of a mixture, [E] fp64 each.
+    """Statistics of the experts of a mixture, [E] fp64 each.
 
-    ``tokens``: how many calibration tokens were routed to the expert; ``contribution``: the L2 norm of what it adds to
-    the mixture's output (routing weight * output), mean over all calibration tokens.
+    Attributes:
+        tokens: number of calibration tokens that were routed to the expert.
+        contribution: L2 norm of its part of the mixture's output (routing weight * output), mean over all tokens.
     """
 
     tokens: Tensor
@@ -61,15 +65,19 @@ class ExpertStatistics:
 
     @property
     def unseen(self) -> list[int]:
-        """The experts that saw no token."""
+        """Return the experts that saw no token."""
         return (self.tokens == 0).nonzero().flatten().tolist()
 
 
 @dataclass(frozen=True)
 class BlockStatistics:
-    """``ffn``: inputs of down_proj; ``attention``: inputs of o_proj; None where that is not there or not recognised.
+    """Statistics of one block.
 
-    ``experts``: where the FFN is a mixture; ``ffn`` is of every expert there.
+    Attributes:
+        distances: name -> mean block distance.
+        ffn: inputs of down_proj, in a mixture of every expert; None: there is none, or it was not recognised.
+        attention: inputs of o_proj; None: there is none, or it was not recognised.
+        experts: statistics of the experts of a mixture.
     """
 
     distances: dict[str, float]
@@ -80,14 +88,14 @@ class BlockStatistics:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of every block, from ``n_sequences`` sequences of ``seq_len`` tokens."""
+    """Statistics of every block, from ``n_sequences`` sequences of ``seq_len`` tokens."""
 
     blocks: tuple[BlockStatistics, ...]
     n_sequences: int
     seq_len: int
 
     def distance(self, metric: str) -> Tensor:
-        """Mean distance between the hidden state entering and leaving each block, [L] fp64."""
+        """Return the mean distance between the hidden states entering and leaving each block, [L] fp64."""
         return torch.tensor([block.distances[metric] for block in self.blocks], dtype=torch.float64)
 
     def save(self, path: Path, metadata: dict[str, Any]) -> None:
@@ -104,7 +112,7 @@ class Statistics:
 
     @staticmethod
     def load(path: Path) -> Statistics:
-        """Read what :meth:`save` wrote."""
+        """Read a file that :meth:`save` wrote."""
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as stream:

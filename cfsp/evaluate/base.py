@@ -1,50 +1,23 @@
-"""What an evaluator is. Checks come first, before any weight is loaded; measuring comes later."""
+"""The sides that an evaluator compares, and the parts that its figures are kept by."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import nn
 
-from cfsp.data.calibration import Limits
+from cfsp.contracts import Evaluator
 from cfsp.errors import CfspError, ConfigError
-from cfsp.evaluate.measurement import Measurement
+
+__all__ = ["Evaluator", "Side", "parts_of", "under_its_key"]
 
 
-class Evaluator(Protocol):
-    """One class and one YAML entry under ``evaluation``. ``side_by_side``: measured dense against pruned in turn."""
-
-    side_by_side: ClassVar[bool]
-
-    def check(self, tokenizer: Any, limits: Limits) -> dict[str, Any]:
-        """Find and check the inputs; returns what of them decides the figures, by content.
-
-        Raises:
-            DataError: an input is missing or does not fit the model.
-        """
-        ...
-
-    def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
-        """Figures of one model."""
-        ...
-
-
-class DividedEvaluator(Evaluator, Protocol):
-    """Measures one thing after another; what is measured is kept, so that a run that is killed does not repeat it."""
-
-    def parts(self) -> dict[str, Evaluator]:
-        """Name of a task or text -> the evaluator of it alone; together they measure what this one does."""
-        ...
-
-
-def parts_of(evaluator: Evaluator) -> dict[str, Evaluator]:
-    """The parts that ``evaluator`` can be divided into; itself where it cannot."""
-    return evaluator.parts() if hasattr(evaluator, "parts") else {"all": evaluator}
+def parts_of(evaluator: Evaluator) -> Mapping[str, Evaluator]:
+    """Return the parts that ``evaluator`` can be divided into; itself where it cannot."""
+    return evaluator.parts()
 
 
 @contextmanager
@@ -74,11 +47,3 @@ class Side:
     name: str
     active: Callable[[], AbstractContextManager[None]]
     storage_dtype: torch.dtype
-
-
-class SideBySideEvaluator(Evaluator, Protocol):
-    """Measures several sides in alternation, so that a drifting machine does not favour one."""
-
-    def measure_sides(self, model: nn.Module, sides: list[Side]) -> dict[str, list[Measurement]]:
-        """Figures by side name."""
-        ...

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from cfsp.components import component
+from cfsp.contracts import Evaluator
 from cfsp.evaluate.measurement import Measurement
 from cfsp.progress import progress
 
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 @component
-class Cost:
+class Cost(Evaluator):
     """Batch 1: prefill of ``prompt_tokens``, then greedy decoding of ``new_tokens`` (:func:`time_generation`).
 
     Each of the ``repeats`` times every side once, after one warm-up round.

@@ -11,6 +11,7 @@ from pydantic import Field, PlainValidator
 
 from cfsp.components import component, suggest
 from cfsp.config import TextSection
+from cfsp.contracts import Evaluator
 from cfsp.errors import DataError, RunError
 from cfsp.evaluate.measurement import LACKS_BOS, Measurement
 from cfsp.evaluate.values import checked_batch_size, checked_windows, placed
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 @component
-class Perplexity:
+class Perplexity(Evaluator):
     """exp of the mean NLL per predicted token over non-overlapping windows of ``seq_len``; the tail is dropped.
 
     Each window is scored on its own and its first token is not predicted. ``windows`` = [first, end) evaluates only
@@ -129,8 +130,8 @@ class Perplexity:
 def negative_log_likelihood(model: nn.Module, windows: Tensor, batch_size: int, label: str) -> tuple[float, int]:
     """Summed NLL in nats of the tokens 1..T-1 of each window [n, T], and their number; log-softmax in fp32."""
     import torch
-    from torch.nn.functional import cross_entropy
 
+    from cfsp.model.nll import sequence_nll
     from cfsp.models.streamed import streamed
 
     if streamed(model) is not None:
@@ -141,8 +142,8 @@ def negative_log_likelihood(model: nn.Module, windows: Tensor, batch_size: int, 
         for batch in progress(windows.split(batch_size), f"perplexity {label}", unit="batch"):
             ids = batch.to(device)
             logits = model(ids, use_cache=False).logits
-            for sequence, target in zip(logits, ids, strict=True):
-                total += cross_entropy(sequence[:-1].float(), target[1:], reduction="sum").double().cpu()
+            for nll in sequence_nll(logits, ids):
+                total += nll
     return float(total), windows.shape[0] * (windows.shape[1] - 1)
 
 
@@ -154,8 +155,8 @@ def _block_by_block(model: nn.Module, windows: Tensor, batch_size: int, label: s
     there the batch is kept, for the figure to be that in memory.
     """
     import torch
-    from torch.nn.functional import cross_entropy
 
+    from cfsp.model.nll import sequence_nll
     from cfsp.models.driver import BlockDriver
     from cfsp.models.streamed import streamed
     from cfsp.models.views import resolve
@@ -172,6 +173,6 @@ def _block_by_block(model: nn.Module, windows: Tensor, batch_size: int, label: s
             rows = 1 if store.device.type == "cpu" else batch_size
             for some, ids in zip(states.split(rows), batch.split(rows), strict=True):
                 logits = driver.logits(ids, some)
-                for sequence, target in zip(logits, ids.to(logits.device), strict=True):
-                    total += cross_entropy(sequence[:-1].float(), target[1:], reduction="sum").double().cpu()
+                for nll in sequence_nll(logits, ids.to(logits.device)):
+                    total += nll
     return float(total), windows.shape[0] * (windows.shape[1] - 1)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 from pydantic import Field, PlainValidator
 
 from cfsp.components import component, suggest
+from cfsp.contracts import Evaluator
 from cfsp.errors import ConfigError, DataError
 from cfsp.evaluate.measurement import Measurement
 from cfsp.evaluate.values import checked_batch_size, checked_limit, placed
@@ -31,7 +32,7 @@ _tried: set[str] = set()
 
 
 @component
-class ZeroShot:
+class ZeroShot(Evaluator):
     """``tasks``: lm-eval names; ``include_path``: a folder of further task YAMLs, whose data files lie beside them.
 
     The harness is used as it is, without its response cache (which is keyed by prompt only and would answer for
@@ -52,6 +53,9 @@ class ZeroShot:
         if tokenizer is not None:  # without one it is asked for the identity alone
             self._try(identity, tokenizer, limits)
         return identity
+
+    def task_folder(self) -> str | None:
+        return self.include_path
 
     def check_settings(self) -> dict[str, Any]:
         """The part of :meth:`check` that builds no task and fetches no data."""

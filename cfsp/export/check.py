@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
-from cfsp.errors import BudgetError, ConfigError
+from cfsp.errors import ConfigError
 from cfsp.models.source import ModelSource
 
 if TYPE_CHECKING:
     from cfsp.config import RunConfig
     from cfsp.models.views import DecoderView
 
-#: pruner.structure -> the projections that a bias compensation gives a bias.
-_COMPENSATED = {
-    "ffn": ("mlp.down_proj",),
-    "heads": ("self_attn.o_proj",),
-    "heads_ffn": ("mlp.down_proj", "self_attn.o_proj"),
-}
+log = logging.getLogger(__name__)
 
 
 def check_exportable(source: ModelSource, config: RunConfig, view: DecoderView) -> None:
-    """
+    """Refuse a format that cannot hold what the pruner will make of the model.
+
     Raises:
         CfspError: names save.format and why.
     """
@@ -31,9 +28,14 @@ def check_exportable(source: ModelSource, config: RunConfig, view: DecoderView) 
     from cfsp.export.folder import read_source
 
     folder = read_source(source)
-    compensated = getattr(pruner, "compensation", "none") == "bias"
-    biases = _COMPENSATED.get(getattr(pruner, "structure", "ffn"), ()) if compensated else ()
-    added = [name for name in biases if name not in folder.biased]
+    biases = pruner.biased_projections()
+    if biases is None:
+        log.warning(
+            "save.format=%s: biased_projections: not stated by this pruner (pruner=%s); where its plan adds a bias "
+            "that the format cannot hold, the export at the end of the run says so",
+            form, pruner.name,
+        )  # fmt: skip
+    added = [name for name in biases or () if name not in folder.biased]
     instead = "use save.format=hf, or pruner.compensation=none"
     if form == "decilm":
         decilm.check(folder)
@@ -59,34 +61,11 @@ def check_exportable(source: ModelSource, config: RunConfig, view: DecoderView) 
                 f"save.format=gguf: pruner.compensation=bias adds a bias at {added[0]}, for which llama.cpp has no "
                 f"place in a qwen3 model; {instead}"
             )
-        if not folder.tied and not _keeps_equal(config, view):
+        equal = pruner.keeps_blocks_equal(view, config.budget, config.allocator.instance)
+        if not folder.tied and not equal:
+            may = "keeps_blocks_equal: not stated by this pruner" if equal is None else "may leave such"
             raise ConfigError(
                 f"save.format=gguf: llama.cpp has no form for a qwen3 model with unequal blocks whose LM head is not "
-                f"the embedding, and pruner={pruner.name} may leave such; use save.format=padded, and export that "
+                f"the embedding, and pruner={pruner.name} {may}; use save.format=padded, and export that "
                 "folder as gguf, or prune all blocks alike (allocator=uniform sparsity.rounding=nearest)"
             )
-
-
-def _keeps_equal(config: RunConfig, view: DecoderView) -> bool:
-    """Whether all blocks that stay are known to be of the same sizes before anything is computed."""
-    from cfsp.allocate.budget import Sizes, keep_fraction, to_widths
-    from cfsp.allocate.uniform import Uniform
-    from cfsp.pruning.depth import ShortGPT, SlidingWindow
-    from cfsp.pruning.one_shot import OneShotPruner
-
-    pruner, budget = config.pruner.instance, config.budget
-    if isinstance(pruner, ShortGPT | SlidingWindow):  # whole blocks go
-        return True
-    if not isinstance(pruner, OneShotPruner) or not isinstance(config.allocator.instance, Uniform):
-        return False
-    if len(budget.free_blocks(len(view.blocks))) < len(view.blocks):
-        return False
-    sizes = Sizes.of(view, pruner.structure)
-    try:
-        keep = keep_fraction(budget, sizes)
-    except BudgetError:  # which the pruner's own check says
-        return True
-    widths = to_widths(
-        [keep * n for n in sizes.widths], budget, sizes, groups=[keep * groups for groups in sizes.kv_groups]
-    )
-    return len(set(widths.per_block)) == len(set(widths.kv_groups)) == 1

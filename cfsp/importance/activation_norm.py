@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cfsp.components import component
+from cfsp.contracts import NeuronImportance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 
 
 @component
-class ActivationNorm:
-    """X_i, the root mean square of the activation."""
+class ActivationNorm(NeuronImportance):
+    """Score a channel by X_i, the root mean square of its activation."""
 
     def score(self, channels: Channels, activation: Activation) -> Tensor:
         return activation.rms

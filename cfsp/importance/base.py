@@ -1,11 +1,13 @@
-"""What a metric is, and the scores it gives to FFN neurons and to the channels of attention heads."""
+"""The scoring stage: a metric scores FFN neurons, the neurons of experts, and the channels of attention heads."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, cast
 
+from cfsp.components import option_of
+from cfsp.contracts import NeuronImportance
 from cfsp.errors import RunError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -21,12 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Activation:
-    """What the calibration pass saw at the channels, [N] fp32 each, on the weights' device.
+    """Statistics of the channels over the calibration set, [N] fp32 each, on the weights' device.
 
-    rms: root mean square over all tokens; mean and (population) variance over all tokens; mean_norm: mean over the
-    sequences of the L2 norm over a sequence's tokens, divided by sqrt(T). ``gradients``: projection name ->
-    gradient terms (:mod:`cfsp.calibrate.gradients`); ``gram``: X^T X per token, [N, N] (:mod:`cfsp.calibrate.gram`);
-    both only for a metric whose ``requires`` names them.
+    Attributes:
+        rms: root mean square over all tokens.
+        mean: mean over all tokens.
+        variance: population variance over all tokens.
+        mean_norm: mean over the sequences of the L2 norm over a sequence's tokens, divided by sqrt(T).
+        gradients: projection name -> gradient terms (:mod:`cfsp.calibrate.gradients`), for metrics that require them.
+        gram: X^T X per token [N, N] (:mod:`cfsp.calibrate.gram`), for metrics that require it.
     """
 
     rms: Tensor
@@ -37,30 +42,19 @@ class Activation:
     gram: Tensor | None = None
 
 
-class NeuronImportance(Protocol):
-    """A metric: one class, one file, one YAML. Higher scores are kept.
-
-    A class attribute ``requires``, of "gradients" and "gram", asks for what is not collected anyway.
-    """
-
-    def score(self, channels: Channels, activation: Activation) -> Tensor:
-        """Scores [N] of the input channels of one output projection: FFN neurons, or channels of attention heads.
-
-        Args:
-            channels: their weights, in fp32, through ``channels.weights()``: the matrices that make the channels,
-                [N, d] each (ffn: gate, up; attention: q, k, v), and the output's [d, N] (down; o).
-            activation: what the calibration pass saw there.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class Scores:
-    """Per block, fp64 on CPU: ``neurons`` [N]; ``kv_groups`` [groups, channels of a group]; empty where not pruned.
+    """Scores of the removable units of each block, fp64 on CPU; empty where nothing is pruned.
 
-    ``distances``: metric -> [L] block distances. ``experts``: of a mixture the scores of every expert's neurons [E, N],
-    None elsewhere. All experts keep the same number, so allocators see ``neurons`` of slots there: slot i is every
-    expert's i-th best neuron, and its score their sum. Where whole experts go ``neurons`` are theirs [E].
+    All experts of a mixture keep the same number of neurons, so allocators see slots there: slot i is the i-th best
+    neuron of every expert, and its score is their sum.
+
+    Attributes:
+        neurons: scores [N] of the neurons of each block; of a mixture those of its slots; with structure experts those
+            of its experts [E].
+        kv_groups: scores [groups, channels of a group] of each block.
+        distances: name -> block distances [L].
+        experts: scores [E, N] of the neurons of each expert of a mixture; None for other blocks.
     """
 
     neurons: tuple[Tensor, ...]
@@ -69,7 +63,7 @@ class Scores:
     experts: tuple[Tensor | None, ...] = ()
 
     def only(self, blocks: Sequence[int]) -> Scores:
-        """The same with these blocks alone."""
+        """Return the scores of these blocks alone."""
         return Scores(
             tuple(self.neurons[block] for block in blocks),
             tuple(self.kv_groups[block] for block in blocks),
@@ -78,14 +72,14 @@ class Scores:
         )
 
     def units(self, block: int) -> Tensor:
-        """What the kept units of a block are chosen by: :attr:`experts` where it is one, else :attr:`neurons`."""
+        """Return the scores by which the kept units of a block are chosen, [N], or [E, N] in a mixture."""
         experts = self.experts[block] if self.experts else None
         return self.neurons[block] if experts is None else experts
 
 
 def required(importance: NeuronImportance) -> tuple[str, ...]:
-    """What the metric needs beside the core set of statistics."""
-    return tuple(getattr(importance, "requires", ()))
+    """Return the items of the calibration that a metric needs beside the core set of statistics."""
+    return importance.requires
 
 
 def score(
@@ -97,7 +91,13 @@ def score(
     scored: Mapping[int, tuple[Tensor, Tensor]] | None = None,
     grams: GramMatrices | None = None,
 ) -> Scores:
-    """The scoring stage: statistics and weights -> Scores; blocks in ``scored`` are taken from there.
+    """Score every block.
+
+    Args:
+        structure: kinds of units to score.
+        gradients: gradient terms of every block, where the metric requires them.
+        scored: block index -> scores of blocks that were scored earlier, which are taken as they are.
+        grams: Gram matrices, where the metric requires them.
 
     Raises:
         RunError: a score is not finite; names the block.
@@ -107,66 +107,76 @@ def score(
     neurons: list[Tensor] = []
     kv_groups: list[Tensor] = []
     experts: list[Tensor | None] = []
-    for block, found in zip(view.blocks, statistics.blocks, strict=True):
+    for block, block_statistics in zip(view.blocks, statistics.blocks, strict=True):
         terms = None if gradients is None else gradients.blocks[block.index]
         if scored and block.index in scored:
             neurons_of, groups_of = scored[block.index]
         else:
             with resident(view, block):
-                neurons_of, groups_of = score_block(block, found, importance, structure, terms, grams)
+                neurons_of, groups_of = score_block(block, block_statistics, importance, structure, terms, grams)
         experts.append(neurons_of if neurons_of.dim() == 2 else None)
-        neurons.append(neurons_of if neurons_of.dim() == 1 else slots(neurons_of, found.experts))
+        neurons.append(neurons_of if neurons_of.dim() == 1 else slot_scores(neurons_of, block_statistics.experts))
         kv_groups.append(groups_of)
     return Scores(tuple(neurons), tuple(kv_groups), distances_of(statistics), tuple(experts))
 
 
 def distances_of(statistics: Statistics) -> dict[str, Tensor]:
-    """Metric -> [L] block distances."""
+    """Return the block distances: name -> [L]."""
     return {metric: statistics.distance(metric) for metric in statistics.blocks[0].distances}
 
 
-def slots(experts: Tensor, found: ExpertStatistics | None) -> Tensor:
-    """Scores [N] of the slots of a mixture, from those of every expert's neurons [E, N]; unseen experts add nothing."""
-    seen = experts if found is None else experts[found.tokens > 0]
+def slot_scores(experts: Tensor, statistics: ExpertStatistics | None) -> Tensor:
+    """Return the scores [N] of the slots of a mixture.
+
+    Args:
+        experts: scores of the neurons of every expert, [E, N].
+        statistics: token counts of the experts; an expert that saw no token adds nothing.
+    """
+    seen = experts if statistics is None else experts[statistics.tokens > 0]
     return seen.sort(dim=1, descending=True).values.sum(0)
 
 
 def score_block(
     block: BlockView,
-    found: BlockStatistics,
+    statistics: BlockStatistics,
     importance: NeuronImportance,
     structure: Structure,
     gradients: Mapping[str, Tensor] | None = None,
     grams: GramMatrices | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Scores of one block: neurons [N] and KV groups [groups, channels of a group]; empty where not asked for.
+    """Score one block whose weights are in memory.
 
-    Of a mixture of experts the neurons are [E, N]: every expert is scored on its own matrices and statistics.
+    Returns:
+        Scores of neurons [N], in a mixture of every expert's [E, N], and of KV groups [groups, channels of a group];
+        empty where the structure asks for none.
     """
     import torch
 
     neurons, kv_groups = torch.zeros(0, dtype=torch.float64), torch.zeros(0, 1, dtype=torch.float64)
     channels = block.channels
-    if structure != "heads" and "ffn" in channels and found.ffn is not None:
-        neurons = _scored(channels["ffn"], found.ffn, importance, gradients, grams)
-    if structure in ("ffn", "heads_ffn") and block.experts is not None and found.ffn is not None:
-        neurons = score_experts(block, found, importance, gradients)
-    if structure in ("heads", "heads_ffn") and block.attention is not None and found.attention is not None:
-        values = _scored(channels["attention"], found.attention, importance, gradients, grams)
+    if structure != "heads" and "ffn" in channels and statistics.ffn is not None:
+        neurons = _scored(channels["ffn"], statistics.ffn, importance, gradients, grams)
+    if structure in ("ffn", "heads_ffn") and block.experts is not None and statistics.ffn is not None:
+        neurons = score_experts(block, statistics, importance, gradients)
+    if structure in ("heads", "heads_ffn") and block.attention is not None and statistics.attention is not None:
+        values = _scored(channels["attention"], statistics.attention, importance, gradients, grams)
         kv_groups = values.unflatten(0, (block.attention.n_kv_heads, -1))
     return neurons, kv_groups
 
 
 def score_experts(
     block: BlockView,
-    found: BlockStatistics,
+    statistics: BlockStatistics,
     importance: NeuronImportance,
     gradients: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """Scores [E, N] of the neurons of a mixture's experts.
+    """Score the neurons of the experts of a mixture, each on its own matrices and statistics.
 
-    An expert that saw no token has nothing that activations or gradients could tell: its neurons are ranked by their
-    weights, as if all of them were active alike.
+    Neither activations nor gradients tell anything of an expert that saw no token. Its neurons are ranked by their
+    weights, as if all of them were equally active.
+
+    Returns:
+        Scores [E, N].
 
     Raises:
         UnsupportedModelError: the metric needs Gram matrices.
@@ -177,12 +187,12 @@ def score_experts(
     from cfsp.importance.weight_norm import WeightNorm
     from cfsp.models.views import Channels
 
-    mixture, inputs = block.experts, found.ffn
+    mixture, inputs = block.experts, statistics.ffn
     assert mixture is not None
     assert inputs is not None
     if "gram" in required(importance):
         raise UnsupportedModelError(no_grams(block, importance))
-    unseen = set(found.experts.unseen) if found.experts is not None else set()
+    unseen = set(statistics.experts.unseen) if statistics.experts is not None else set()
     alike = torch.ones(mixture.width, dtype=torch.float64)
     rows = []
     for expert in range(mixture.n_experts):
@@ -198,9 +208,9 @@ def score_experts(
 
 
 def no_grams(block: BlockView, importance: NeuronImportance) -> str:
-    """Why a metric of Gram matrices cannot score experts, and the way out."""
+    """Say why a metric of Gram matrices cannot score experts, and the way out."""
     return (
-        f"block {block.index} is a mixture of experts: importance={type(importance).__name__.lower()} goes by Gram "
+        f"block {block.index} is a mixture of experts: {option_of('importance', importance)} goes by Gram "
         "matrices, which are not collected for experts; use importance=cfsp, wanda, flap or another without them"
     )
 
@@ -224,11 +234,11 @@ def _scored(
         raise RunError(
             f"block {channels.block}: {int((~values.isfinite()).sum())} of {len(values)} {channels.kind} scores "
             f"{'' if channels.expert is None else f'of expert {channels.expert} '}of "
-            f"{type(importance).__name__} are not finite; try model.dtype=float32"
+            f"{option_of('importance', importance)} are not finite; try model.dtype=float32"
         )
     return values
 
 
 def shares(values: Tensor, totals: Tensor) -> Tensor:
-    """``values / totals`` where 0/0 counts as 0 (dead columns)."""
+    """Return ``values / totals``, with 0/0 as 0 (dead columns)."""
     return (values / totals).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

@@ -11,9 +11,16 @@ from torch import Tensor
 
 
 def block_distances(x: Tensor, y: Tensor) -> Tensor:
-    """Sums over the tokens of each sequence, [B, 4]: angular, cosine, mse, mae; x and y are [B, T, d].
+    """Sum the distances over the tokens of each sequence.
 
     A zero hidden state has no direction: its cosine counts as 0.
+
+    Args:
+        x: hidden states entering the block [B, T, d].
+        y: hidden states leaving the block [B, T, d].
+
+    Returns:
+        Sums [B, 4] in the order angular, cosine, mse, mae; fp64.
     """
     x, y = x.float(), y.float()
     norms = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cfsp.components import component
+from cfsp.contracts import NeuronImportance
 from cfsp.importance.base import shares
 
 if TYPE_CHECKING:
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
 
 
 @component
-class Cfsp:
-    """S_i = F_i * X_i / sum X, where F_i adds the neuron's share of the weight at every hidden dimension j.
+class Cfsp(NeuronImportance):
+    """Score a neuron by its share of the activation times its share of the weights.
 
-    F_i = sum_j |Wd[j,i]| X_i / sum_i' |Wd[j,i']| X_i'  +  sum_j |Wu[i,j]| / sum_i' |Wu[i',j]|  +  the same for Wg.
-    Each matrix is read once: both sums of a share are matrix-vector products. For the channels of heads, which the
-    paper does not prune, the same with o in the place of Wd and q, k, v in the place of Wu and Wg.
+    S_i = F_i * X_i / sum X with
+    F_i = sum_j |Wd[j,i]| X_i / sum_i' |Wd[j,i']| X_i'  +  sum_j |Wu[i,j]| / sum_i' |Wu[i',j]|  +  the same for Wg,
+    where j runs over the hidden dimensions. Each matrix is read once: both sums of a share are matrix-vector products.
+    The channels of heads, which the paper does not prune, are scored with o in the place of Wd and q, k, v in the
+    place of Wu and Wg.
     """
 
     def score(self, channels: Channels, activation: Activation) -> Tensor:

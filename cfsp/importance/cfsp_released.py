@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from cfsp.components import component
+from cfsp.contracts import NeuronImportance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,12 +18,13 @@ _WEIGHT_FREE = {"three_w_one_wa": (1.0, 3), "three_w_one_a": (1.0, 3), "one_wa":
 
 
 @component
-class CfspReleased:
-    """The released code divides each |W| by its own neuron's sum and averages over the hidden dimension d.
+class CfspReleased(NeuronImportance):
+    """Score a neuron as the released code does.
 
-    A neuron's shares of itself sum to 1, so in the first four variants every weight cancels and what is left is
-    ``matrices / d * X_i ** exponent``; written so here, because that is what the code computes. ``wanda_base`` is
-    mean |Wd| X_i, ``mag_base`` the column norm of Wd.
+    That code divides each |W| by its own neuron's sum and averages over the hidden dimension d. A neuron's shares of
+    itself sum to 1, so in the first four variants every weight cancels, and ``matrices / d * X_i ** exponent`` is left.
+    It is written in that form here, because that is what the code computes. ``wanda_base`` is mean |Wd| X_i,
+    ``mag_base`` the column norm of Wd.
     """
 
     variant: Literal["three_w_one_wa", "three_w_one_a", "one_wa", "one_a", "wanda_base", "mag_base"] = "three_w_one_wa"

@@ -14,10 +14,16 @@ if TYPE_CHECKING:
 
 
 def coupled(channels: Channels, terms: Mapping[str, Tensor]) -> Tensor:
-    """Per channel [N], the sum of ``terms``: per row of gate, up, q, k, v and per column of down, o.
+    """Sum ``terms`` over the weights that leave with each channel.
 
     A row of k or v is shared out among the query heads that read it, so that the sum over a KV group counts each
     weight once.
+
+    Args:
+        terms: projection name -> term of each row of gate, up, q, k, v, and of each column of down, o.
+
+    Returns:
+        Sums per channel [N].
     """
     part = channels.part
     if not isinstance(part, AttentionView):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from cfsp.components import component
+from cfsp.contracts import NeuronImportance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
 
 
 @component
-class Flap:
-    """wifv: Var(X_i) * sum_j W[j,i]^2; ifv: Var(X_i); wifn: mean_j |W[j,i]| * sqrt(mean X_i^2), W = down_proj.
+class Flap(NeuronImportance):
+    """Score a channel by how much its activation varies, and by its output weights W (down_proj, or o_proj for heads).
 
-    For the channels of heads W = o_proj; the released code squares those scores before it standardises them
-    (``square_heads``).
+    Attributes:
+        variant: wifv: Var(X_i) * sum_j W[j,i]^2; ifv: Var(X_i); wifn: mean_j |W[j,i]| * sqrt(mean X_i^2).
+        square_heads: whether the scores of heads are squared, as the released code does before it standardises them.
     """
 
     variant: Literal["wifv", "ifv", "wifn"] = "wifv"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cfsp.components import component
+from cfsp.contracts import NeuronImportance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 
 
 @component
-class Magnitude:
-    """L2 norm of column i of down_proj (o_proj for the channels of heads)."""
+class Magnitude(NeuronImportance):
+    """Score a channel by the L2 norm of its column of down_proj (o_proj for the channels of heads)."""
 
     def score(self, channels: Channels, activation: Activation) -> Tensor:
         return channels.output.weight.detach().float().norm(dim=0)

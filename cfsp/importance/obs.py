@@ -1,12 +1,13 @@
-"""Optimal brain surgeon for neurons: what the output error grows by when one goes and the others are refitted."""
+"""Optimal brain surgeon for neurons: the growth of the output error when one goes and the others are refitted."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from cfsp.components import component
+from cfsp.contracts import NeuronImportance
 from cfsp.importance.second_order import removal_order, scores_of
 
 if TYPE_CHECKING:
@@ -17,13 +18,15 @@ if TYPE_CHECKING:
 
 
 @component
-class Obs:
-    """Greedy removal on the Gram matrix of the layer's input; a score is what the channel's removal adds to the error.
+class Obs(NeuronImportance):
+    """Score a channel by the error that its removal adds, in a greedy removal on the Gram matrix of the layer's input.
 
-    ``step``: channels that go at a time (1: exact greedy; null: 1 up to 1024 channels, beyond N / 1024 of them).
+    Attributes:
+        damping: added to the diagonal of the Gram matrix, relative to its mean.
+        step: channels that go at a time; 1: exact greedy; None: 1 up to 1024 channels, beyond that N / 1024.
     """
 
-    requires: ClassVar[tuple[str, ...]] = ("gram",)
+    requires = ("gram",)
 
     damping: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
     step: Annotated[int, Field(ge=1)] | None = None

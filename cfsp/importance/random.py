@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cfsp.components import component
+from cfsp.contracts import NeuronImportance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,8 +21,8 @@ _ATTENTION = 500_009
 
 
 @component
-class RandomImportance:
-    """Uniform scores from ``seed`` and the block's index, drawn on CPU so that no device changes them."""
+class RandomImportance(NeuronImportance):
+    """Draw uniform scores from ``seed`` and the block's index, on CPU so that no device changes them."""
 
     seed: int = 0
 

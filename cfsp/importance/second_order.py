@@ -1,4 +1,4 @@
-"""Greedy second-order removal: which channels go, in which order, and what each costs in output error.
+"""Greedy second-order removal: the order in which channels go, and the output error that each adds.
 
 Optimal brain surgeon for whole columns of a linear: with H = G + damping * mean(diag G) * I and the columns W that are
 left (already refitted for those that went), removing column j and refitting the rest costs ||w_j||^2 / (H^-1)_jj.
@@ -18,18 +18,23 @@ _CANDIDATES = 4
 def removal_order(
     weight: Tensor, gram: Tensor, *, damping: float = 1e-3, step: int = 1, unit: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """(order, increments): units from the first that goes to the last, and what each adds to the squared output error.
+    """Remove units one after another, each time the one that adds least to the squared output error.
 
-    Exact greedy at ``step=1``; with more, ``step`` of the cheapest units go together and the rest is refitted once.
-    Among the cheapest the choice is greedy too, so that of two channels that stand in for each other one stays, and
-    increments take each other into account. Costs about N^3 multiplications for the inverse and its updates and
-    d N^2 / 2 for the weights, in N / (step * unit) passes over the matrices.
+    The greedy removal is exact at ``step=1``. With more, ``step`` of the cheapest units go together and the rest is
+    refitted once. Among the cheapest the choice is greedy too, so that of two channels that stand in for each other
+    one stays, and increments take each other into account. Costs about N^3 multiplications for the inverse and its
+    updates and d N^2 / 2 for the weights, in N / (step * unit) passes over the matrices.
 
     Args:
-        weight: W [d, N]; gram: [N, N], per token. unit: channels that go together, N a multiple of it.
+        weight: W [d, N].
+        gram: X^T X per token [N, N].
+        damping: added to the diagonal, relative to its mean.
+        step: units that go at a time.
+        unit: channels that go together; N is a multiple of it.
 
     Returns:
-        order [N / unit] int64, increments [N / unit] fp64, per token, summed over the d outputs.
+        Indices of the units in the order in which they go, [N / unit] int64, and the error that each adds, per token
+        and summed over the d outputs, [N / unit] fp64.
 
     Raises:
         ValueError: the Gram matrix is not finite.
@@ -76,15 +81,18 @@ def removal_order(
             inverse = inverse.index_select(0, columns).index_select(1, columns)
             left, alive = left.index_select(1, columns), alive[stay]
             there = torch.ones(len(alive), dtype=torch.bool, device=gram.device)
-    # Where nothing ever comes in, nothing is lost; what was found then is the damping's alone.
+    # An input that is always zero loses nothing; its increments come from the damping alone.
     return torch.cat(order).cpu(), torch.cat(increments).cpu() * (level > 0)
 
 
 def scores_of(order: Tensor, increments: Tensor) -> Tensor:
-    """Scores [N] that rise along ``order`` and whose sums over the first that go are the errors of removing them.
+    """Turn increments of the error into scores.
 
-    Increments are not monotone; where they fall, neighbours share their mean (the nearest rising sequence), and a ramp
+    Increments are not monotone. Where they fall, neighbours share their mean (the nearest rising sequence), and a ramp
     far below rounding keeps the order among equals.
+
+    Returns:
+        Scores [N] that rise along ``order``; the sum of the first k is the error of removing the first k.
     """
     rising = _isotonic(increments.clamp_min(0))
     ramp = torch.arange(len(order), dtype=torch.float64) * (1e-12 * max(float(rising[-1]), 1e-300))
@@ -94,7 +102,7 @@ def scores_of(order: Tensor, increments: Tensor) -> Tensor:
 
 
 def _isotonic(values: Tensor) -> Tensor:
-    """Pool adjacent violators."""
+    """Return the nearest rising sequence (pool adjacent violators)."""
     means: list[float] = []
     counts: list[int] = []
     for value in values.tolist():
@@ -110,19 +118,19 @@ def _isotonic(values: Tensor) -> Tensor:
 
 
 def _costs(left: Tensor, inverse: Tensor, unit: int) -> Tensor:
-    """Of removing each unit alone."""
+    """Return the error added by removing each unit alone."""
     if unit == 1:
         return left.square().sum(0) / inverse.diagonal().clamp_min(1e-300)
-    found = []
+    costs = []
     for start in range(0, inverse.shape[0], unit):
         span = slice(start, start + unit)
         gone = torch.linalg.solve_triangular(_factor(inverse[span, span]), left[:, span].T, upper=False)
-        found.append(gone.square().sum())
-    return torch.stack(found)
+        costs.append(gone.square().sum())
+    return torch.stack(costs)
 
 
 def _together(left: Tensor, inverse: Tensor, candidates: Tensor, n: int) -> Tensor:
-    """``n`` of the ``candidates``, greedily: each is the cheapest once those before it are gone and refitted."""
+    """Choose ``n`` of the candidates greedily: each is the cheapest once the earlier ones are gone and refitted."""
     weight = left.index_select(1, candidates)
     block = inverse.index_select(0, candidates).index_select(1, candidates)
     free = torch.zeros(len(candidates), dtype=block.dtype, device=block.device)
@@ -138,7 +146,7 @@ def _together(left: Tensor, inverse: Tensor, candidates: Tensor, n: int) -> Tens
 
 
 def _factor(matrix: Tensor) -> Tensor:
-    """Cholesky factor; rounding errors on the diagonal are lifted until there is one."""
+    """Return a Cholesky factor; the diagonal is raised until rounding errors allow one."""
     added, level = 0.0, float(matrix.diagonal().abs().mean()) or 1.0
     while True:
         lifted = (

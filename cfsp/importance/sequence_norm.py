@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cfsp.components import component
+from cfsp.contracts import NeuronImportance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 
 
 @component
-class SequenceNorm:
-    """Mean over the calibration sequences of the L2 norm over the sequence's tokens."""
+class SequenceNorm(NeuronImportance):
+    """Score a channel by the mean over the sequences of the L2 norm over a sequence's tokens."""
 
     def score(self, channels: Channels, activation: Activation) -> Tensor:
         return activation.mean_norm

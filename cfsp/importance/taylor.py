@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from cfsp.components import component
+from cfsp.contracts import NeuronImportance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,18 +15,22 @@ if TYPE_CHECKING:
 
 
 @component
-class Taylor:
-    """element1: sum |W g|; element2: sum |W F W|; mix: sum |W g - W F W / 2|; vector: sum of |sum W g| per matrix.
+class Taylor(NeuronImportance):
+    """Score a channel by a Taylor expansion of the loss over its coupled group.
 
-    Over the coupled group: a neuron's row of gate, row of up and column of down; a KV group's rows of q, k, v and
-    columns of o. g: gradient of the mean loss, F: mean squared gradient per sequence. The vector variant takes each
-    row or column of a matrix as one vector, as the released code does.
+    The coupled group of a neuron is its row of gate, its row of up and its column of down; that of a KV group its rows
+    of q, k, v and its columns of o. With g the gradient of the mean loss and F the mean squared gradient per sequence:
+
+    Attributes:
+        variant: element1: sum |W g|; element2: sum |W F W|; mix: sum |W g - W F W / 2|; vector: sum over the matrices
+            of |sum W g|, where each row or column is one vector, as in the released code.
+        gradient_checkpointing: whether gradients are computed with less memory in more time.
     """
 
     variant: Literal["element1", "element2", "mix", "vector"] = "element1"
     gradient_checkpointing: bool = False
 
-    requires: ClassVar[tuple[str, ...]] = ("gradients",)
+    requires = ("gradients",)
 
     def score(self, channels: Channels, activation: Activation) -> Tensor:
         from cfsp.calibrate.gradients import VARIANTS

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cfsp.components import component
+from cfsp.contracts import NeuronImportance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 
 
 @component
-class Wanda:
-    """mean over rows j of |W[j, i]| * sqrt(mean X_i^2), W = down_proj (o_proj for the channels of heads)."""
+class Wanda(NeuronImportance):
+    """Score a channel by mean_j |W[j, i]| * sqrt(mean X_i^2), W = down_proj (o_proj for the channels of heads)."""
 
     def score(self, channels: Channels, activation: Activation) -> Tensor:
         return channels.output.weight.detach().float().abs().mean(0) * activation.rms

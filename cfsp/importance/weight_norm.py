@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from cfsp.components import component
+from cfsp.contracts import NeuronImportance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 
 
 @component
-class WeightNorm:
-    """sum |W|^p over the coupled group: all weights that leave with a neuron or a KV group."""
+class WeightNorm(NeuronImportance):
+    """Score a channel by sum |W|^p over its coupled group: all weights that leave with it."""
 
     p: Literal[1, 2] = 1
 
@@ -25,7 +26,10 @@ class WeightNorm:
         projections = channels.part.projections
         return coupled(
             channels,
-            {name: self._sum(one.weight, 0 if name in ("down", "o") else 1) for name, one in projections.items()},
+            {
+                name: self._sum(projection.weight, 0 if name in ("down", "o") else 1)
+                for name, projection in projections.items()
+            },
         )
 
     def _sum(self, weight: Tensor, axis: int) -> Tensor:

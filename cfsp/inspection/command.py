@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import CfspError, ConfigError
@@ -27,11 +28,13 @@ on the weights themselves (that a unit which is removed is one which is zero) is
 
   json=true                print it for programs
   trust_remote_code=true   run the Python code that the model brings
+  config_dir=FOLDER        pruners of FOLDER/pruner too, as a run finds them with --config-dir FOLDER
+  plugins.allow=[PACKAGE]  packages outside cfsp whose classes these pruners may name
 
 Exit codes: 0 printed, 1 failed on the way, 2 wrong input, or a model that is none to prune.
 """
 
-_KEYS = ("model", "path", "json", "trust_remote_code")
+_KEYS = ("model", "path", "json", "trust_remote_code", "config_dir", "plugins.allow")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Request:
     path: str | None = None
     json: bool = False
     trust_remote_code: bool = False
+    config_dir: Path | None = None
+    allow: tuple[str, ...] = ()
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -68,9 +73,13 @@ def request_of(words: Sequence[str]) -> Request:
         )
     elif "model" not in given and "path" not in given and not problems:
         problems.append("neither model nor path is set: give model=NAME or path=DIR; see cfsp inspect --help")
+    folder = Path(given["config_dir"]) if "config_dir" in given else None
+    if folder is not None and not folder.is_dir():
+        problems.append(f"config_dir={folder}: there is no such folder; give the folder that has pruner/NAME.yaml")
     if problems:
         raise ConfigError(*problems)
-    return Request(given.get("model"), given.get("path"), **flags)
+    allow = tuple(name.strip() for name in given.get("plugins.allow", "").strip("[]").split(",") if name.strip())
+    return Request(given.get("model"), given.get("path"), config_dir=folder, allow=allow, **flags)
 
 
 def inspected(request: Request) -> Report:
@@ -80,12 +89,13 @@ def inspected(request: Request) -> Report:
         CfspError: there is no such model, or it is none that can be pruned.
     """
     from cfsp.inspection.numbers import numbers_of
+    from cfsp.inspection.reach import Plugins
     from cfsp.inspection.report import report_of
 
     trust = request.trust_remote_code
     try:
         with _silent(), numbers_of(request.model, request.path, trust_remote_code=trust) as numbers:
-            return report_of(numbers, trust_remote_code=trust)
+            return report_of(numbers, trust_remote_code=trust, plugins=Plugins(request.config_dir, request.allow))
     except CfspError as error:
         raise _in_words_of_this_command(error) from error
 

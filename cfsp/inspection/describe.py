@@ -1,4 +1,4 @@
-"""What a view says of a model: parameters of its parts, its blocks, and the units that a pruner may remove.
+"""What a view says of a model: parameters of its parts, and its blocks.
 
 All that reads a :class:`cfsp.models.views.DecoderView` is in here.
 """
@@ -11,18 +11,11 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from cfsp.allocate.budget import Sizes, legal_widths
 from cfsp.models.latent import has_latent_attention
-from cfsp.pruning.block_pruner import BlockPruner
-from cfsp.pruning.depth import ShortGPT, SlidingWindow
-from cfsp.pruning.one_shot import OneShotPruner
-from cfsp.pruning.plan import BlockPlan
-from cfsp.pruning.two_ssp import TwoSSP
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from cfsp.allocate.budget import Budget
     from cfsp.inspection.history import Before, History
     from cfsp.models.experts import ExpertsFFN
     from cfsp.models.views import BlockView, DecoderView
@@ -190,75 +183,6 @@ def _window(config: Any, block: int) -> int | None:
     if kinds is None:
         return window
     return window if block < len(kinds) and kinds[block] == "sliding_attention" else None
-
-
-def units_of(view: DecoderView, budget: Budget, pruner: Any) -> dict[str, int]:
-    """Unit -> how many of it lie in the blocks that ``pruner`` may touch; empty for a class that is not known here.
-
-    Raises:
-        ConfigError: every block is protected.
-    """
-    blocks = [view.blocks[index] for index in budget.free_blocks(len(view.blocks))]
-    each = [1 if block.experts is None else block.experts.n_experts for block in blocks]
-    widths = [0 if block.ffn is None else block.ffn.width for block in blocks]
-    neurons = {"neurons": sum(width * n for width, n in zip(widths, each, strict=True))}
-    experts = {"experts": sum(block.experts.n_experts for block in blocks if block.experts is not None)}
-    groups = {"KV groups": sum(block.attention.n_kv_heads for block in blocks if block.attention is not None)}
-    attentions = {"attentions": sum(block.attention is not None for block in blocks)}
-    ffns = {"FFNs": sum(block.ffn is not None for block in blocks)}
-    if isinstance(pruner, OneShotPruner):
-        of = {"ffn": neurons, "heads": groups, "heads_ffn": neurons | groups, "experts": experts}
-        return of.get(pruner.structure, {})
-    if isinstance(pruner, TwoSSP):
-        return neurons | {"attentions": sum(not block.attention_removed for block in blocks)}
-    if isinstance(pruner, BlockPruner):
-        return {"ffn": ffns, "attention": attentions}.get(pruner.submodules, attentions | ffns)
-    return {"blocks": len(blocks)} if isinstance(pruner, ShortGPT | SlidingWindow) else {}
-
-
-def most_of(view: DecoderView, budget: Budget, pruner: Any) -> int | None:
-    """Parameters that go where ``pruner`` removes all it may; None for a class that is not known here, and for 2SSP,
-    whose ratio decides how many attentions go.
-
-    Raises:
-        CfspError: every block is protected, or the family cannot lose whole submodules.
-    """
-    free = budget.free_blocks(len(view.blocks))
-    if isinstance(pruner, OneShotPruner):
-        part = Sizes.of(view, pruner.structure).only(free)
-        legal = zip(part.widths, legal_widths(budget, part), part.neuron_parameters, strict=True)
-        neurons = sum((width - kept[0]) * cost for width, kept, cost in legal)
-        groups = zip(part.kv_groups, part.group_parameters, strict=True)
-        return neurons + sum((n - 1) * cost for n, cost in groups if n)
-    if isinstance(pruner, BlockPruner):
-        return _most_submodules(view, free, pruner.submodules)
-    sizes = [sum(parameter.numel() for parameter in block.module.parameters()) for block in view.blocks]
-    attention = {block.index for block in view.blocks if not block.attention_removed}
-    if isinstance(pruner, ShortGPT):  # one attention stays
-        staying = 0 if attention - set(free) else min(sizes[index] for index in attention)
-        return sum(sizes[index] for index in free) - staying
-    if isinstance(pruner, SlidingWindow):
-        runs = (free[first:end] for first in range(len(free)) for end in range(first + 1, len(free) + 1))
-        unbroken = (run for run in runs if run[-1] - run[0] == len(run) - 1)
-        return max((sum(sizes[run[0] : run[-1] + 1]) for run in unbroken if attention - set(run)), default=0)
-    return None
-
-
-def _most_submodules(view: DecoderView, free: Sequence[int], kinds: str) -> int:
-    from cfsp.pruning.complete import removed_parameters
-
-    attentions = [block.index for block in view.blocks if block.attention is not None]
-    staying = attentions[-1] if attentions and set(attentions) <= set(free) else None  # one attention has to
-    most = 0
-    for index in free:
-        block = view.blocks[index]
-        attention = kinds != "ffn" and block.attention is not None and index != staying
-        plan = BlockPlan(
-            attention=not attention and not block.attention_removed,
-            ffn=block.ffn is not None and kinds == "attention",
-        )
-        most += sum(removed_parameters(view, block, plan).values())
-    return most
 
 
 def alike(blocks: Sequence[BlockFacts]) -> Iterator[tuple[list[int], BlockFacts]]:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.allocate.budget import Budget, Sizes
 from cfsp.compose import compose
 from cfsp.config import RunConfig, parse
 from cfsp.errors import BudgetError, CfspError
-from cfsp.inspection.describe import most_of, units_of
 from cfsp.models.remote_code import check_adoptable
 from cfsp.package import config_folder
 
 if TYPE_CHECKING:
+    from cfsp.contracts import Pruner
     from cfsp.models.views import DecoderView
 
 #: Ratios have four digits. They are looked at from the largest down, in ten-thousandths: a pruner may refuse small ones
@@ -28,31 +29,58 @@ _STEPS = (*range(9_500, 0, -500), 200, 100, 50, 10)
 class Reach:
     """What ``pruner`` could remove with its preset's other settings.
 
-    scope: what its ratio counts; units: of what it removes, how many there are; largest_ratio: the largest
-    sparsity.ratio, to four digits; parameters: so many of the scope. Both are None where it cannot be used; ``reason``
-    then says why.
+    Attributes:
+        pruner: its name in conf/pruner.
+        scope: part of the model that its ratio counts.
+        units: kind of unit that it removes -> number of them; None: not stated by this pruner.
+        largest_ratio: largest sparsity.ratio, to four digits; None where the pruner cannot be used.
+        parameters: number of parameters that this ratio removes; None where the pruner cannot be used.
+        reason: why it cannot be used; empty where it can.
     """
 
     pruner: str
     scope: str
-    units: Mapping[str, int] = field(default_factory=dict)
+    units: Mapping[str, int] | None = field(default_factory=dict)
     largest_ratio: float | None = None
     parameters: int | None = None
     reason: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "units": dict(self.units)}
+        return {**asdict(self), "units": None if self.units is None else dict(self.units)}
 
 
-def reaches(view: DecoderView) -> list[Reach]:
-    """Every pruner of conf/pruner that prunes, by name."""
+@dataclass(frozen=True)
+class Plugins:
+    """Pruners of other packages.
+
+    Attributes:
+        folder: configuration folder with a ``pruner`` group, as ``--config-dir`` names it; None: cfsp's own alone.
+        allow: packages whose classes may be built.
+    """
+
+    folder: Path | None = None
+    allow: tuple[str, ...] = ()
+
+    def overrides(self) -> list[str]:
+        """Return the overrides with which a run would use them."""
+        place = [] if self.folder is None else [f"hydra.searchpath=[file://{self.folder.resolve()}]"]
+        return [*place, *([f"plugins.allow=[{','.join(self.allow)}]"] if self.allow else [])]
+
+    def names(self) -> list[str]:
+        """Return the names of all pruners, cfsp's own and others."""
+        folders = [config_folder(), *([] if self.folder is None else [self.folder])]
+        return sorted({path.stem for folder in folders for path in (folder / "pruner").glob("*.yaml")})
+
+
+def reaches(view: DecoderView, plugins: Plugins | None = None) -> list[Reach]:
+    """Return the reach of every pruner that prunes, by name."""
+    plugins = plugins or Plugins()
     reason = ""
     try:
         check_adoptable(view.model)
     except CfspError as error:
         reason = _line(error)
-    names = sorted(path.stem for path in (config_folder() / "pruner").glob("*.yaml"))
-    configs = {name: _preset(name) for name in names}
+    configs = {name: _preset(name, tuple(plugins.overrides())) for name in plugins.names()}
     return [
         _reach(name, config.pruner.instance, config.budget, view, reason)
         for name, config in configs.items()
@@ -61,18 +89,18 @@ def reaches(view: DecoderView) -> list[Reach]:
 
 
 @cache
-def _preset(pruner: str) -> RunConfig:
-    return parse(compose([f"pruner={pruner}"]))
+def _preset(pruner: str, overrides: tuple[str, ...]) -> RunConfig:
+    return parse(compose([f"pruner={pruner}", *overrides]))
 
 
-def _reach(name: str, pruner: Any, budget: Budget, view: DecoderView, reason: str) -> Reach:
+def _reach(name: str, pruner: Pruner, budget: Budget, view: DecoderView, reason: str) -> Reach:
     if reason:
         return Reach(name, budget.scope, reason=reason)
     whole = Sizes.of(view).of_scope(budget.scope)
     if not whole:
         return Reach(name, budget.scope, reason=f"sparsity.scope={budget.scope}: the model has no parameters in it")
     try:
-        units, most = units_of(view, budget, pruner), most_of(view, budget, pruner)
+        units, most = pruner.units(view, budget), pruner.most_removable(view, budget)
         ratio = min(int(_FINEST * (most or 0) / whole), _FINEST - 1) / _FINEST
         if most is None or not ratio or refusal(pruner, budget, view, ratio) is not None:
             ratio = largest_ratio(pruner, budget, view)
@@ -82,7 +110,7 @@ def _reach(name: str, pruner: Any, budget: Budget, view: DecoderView, reason: st
     return Reach(name, budget.scope, units, ratio, most)
 
 
-def refusal(pruner: Any, budget: Budget, view: DecoderView, ratio: float) -> BudgetError | None:
+def refusal(pruner: Pruner, budget: Budget, view: DecoderView, ratio: float) -> BudgetError | None:
     """Why the pruner's own check does not take the ratio; None where it does.
 
     Raises:
@@ -95,7 +123,7 @@ def refusal(pruner: Any, budget: Budget, view: DecoderView, ratio: float) -> Bud
     return None
 
 
-def largest_ratio(pruner: Any, budget: Budget, view: DecoderView) -> float:
+def largest_ratio(pruner: Pruner, budget: Budget, view: DecoderView) -> float:
     """The largest ratio that the pruner's own check takes, to four digits.
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 from cfsp.inspection.describe import BlockFacts, alike, blocks_of, is_tied, parts_of
 from cfsp.inspection.history import History, read_history
 from cfsp.inspection.numbers import Numbers
-from cfsp.inspection.reach import Reach, reaches
+from cfsp.inspection.reach import Plugins, Reach, reaches
 from cfsp.models.load import changed_by_tensors, outline
 from cfsp.pruning.plan_check import sizes_of
 
@@ -77,8 +77,8 @@ class Report:
         }
 
 
-def report_of(numbers: Numbers, *, trust_remote_code: bool = False) -> Report:
-    """Build the model on the meta device and look at it.
+def report_of(numbers: Numbers, *, trust_remote_code: bool = False, plugins: Plugins | None = None) -> Report:
+    """Build the model on the meta device and look at it; ``plugins``: pruners of other packages.
 
     Raises:
         CfspError: not a causal language model that can be pruned; config.json and weights that differ.
@@ -101,5 +101,5 @@ def report_of(numbers: Numbers, *, trust_remote_code: bool = False) -> Report:
         positions=source.positions,
         blocks=tuple(blocks_of(view, history)),
         history=history,
-        reaches=tuple(reaches(view)),
+        reaches=tuple(reaches(view, plugins)),
     )

@@ -135,7 +135,9 @@ def _reaches(reaches: Sequence[Reach], parameters: int) -> Table:
         column.justify = "right"
     rows: dict[tuple[str, ...], list[str]] = {}
     for reach in reaches:
-        units = ", ".join(f"{n:,} {unit}" for unit, n in reach.units.items())
+        units = "units: not stated by this pruner"
+        if reach.units is not None:
+            units = ", ".join(f"{n:,} {unit}" for unit, n in reach.units.items())
         most = reach.parameters or 0
         row = (units, f"{most:,}", f"{most / parameters:.1%}", f"{reach.largest_ratio:.4f}", reach.scope)
         rows.setdefault(row, []).append(reach.pruner)

@@ -1,7 +1,7 @@
 """The block driver: the one piece of code that runs a decoder over calibration tokens.
 
-``whole`` runs the model as it is; ``blocks`` runs every sequence through one block before the next block starts,
-which is what sequential methods (and, later, models streamed from disk) need. Hooks on the blocks see the same
+:meth:`BlockDriver.run` runs the model as it is. :meth:`BlockDriver.steps` runs every sequence through one block before
+the next block starts, as sequential methods and models streamed from disk need it. Hooks on the blocks see the same
 tensors either way. The LM head runs only where :meth:`BlockDriver.logits` is asked for it.
 """
 
@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,6 @@ from cfsp.models.snapshot import hooks_aside
 from cfsp.models.streamed import resident, streamed
 from cfsp.models.views import BlockView, DecoderView
 from cfsp.progress import progress
-
-Mode = Literal["whole", "blocks"]
 
 
 @dataclass(frozen=True)
@@ -90,15 +88,10 @@ class BlockDriver:
 
     view: DecoderView
     batch_size: int
-    mode: Mode = "whole"
 
     @torch.no_grad()
     def run(self, input_ids: Tensor, label: str = "calibrate") -> None:
         """Every token through every block once; results are what the caller's hooks collect."""
-        if self.mode == "blocks":
-            for step in self.steps(input_ids, label):
-                step.run()
-            return
         for batch in progress(self._batches(input_ids), label, unit="batch"):
             self.view.decoder(batch, use_cache=False)
 

@@ -27,11 +27,17 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def apply(model: Model, plan: PruningPlan) -> Model:
-    """Slice ``model`` (the plan's base model) in place and return it; its configuration and class follow.
+    """Slice ``model`` in place; its configuration and class follow.
+
+    Args:
+        model: the plan's base model.
+
+    Returns:
+        The same model.
 
     Raises:
         CheckpointError: the plan does not fit: another base model, number of blocks, heads or widths.
-        UnsupportedModelError: the plan removes what cannot be removed from this architecture.
+        UnsupportedModelError: the plan removes something that cannot be removed from this architecture.
     """
     check_adoptable(model)  # type: ignore[arg-type]
     view = resolve(model)
@@ -54,7 +60,7 @@ def apply(model: Model, plan: PruningPlan) -> Model:
 
 
 def slice_block(block: BlockView, decision: BlockPlan, tensors: Mapping[str, Tensor]) -> None:
-    """Slice the neurons, experts and KV groups of one block in place; its matrices become what ``tensors`` replace."""
+    """Slice the neurons, experts and KV groups of one block in place, then put replaced ``tensors`` in."""
     if decision.ffn_kept is not None and decision.ffn and isinstance(block.ffn, FFN):
         slice_ffn(block.ffn, torch.tensor(decision.ffn_kept, device=block.ffn.output.parameter.device))
     if block.experts is not None and decision.ffn:
@@ -78,7 +84,7 @@ def slice_block(block: BlockView, decision: BlockPlan, tensors: Mapping[str, Ten
 
 @contextmanager
 def sliced(view: DecoderView, decisions: Sequence[BlockPlan]) -> Iterator[None]:
-    """The blocks of ``view`` have lost what ``decisions`` say for a while; none of them goes as a whole."""
+    """Slice the blocks of ``view`` for a while; no block goes as a whole."""
     store = streamed(view.model)
     with restored(view.model):
         for block, decision in zip(view.blocks, decisions, strict=True):
@@ -93,7 +99,12 @@ def sliced(view: DecoderView, decisions: Sequence[BlockPlan]) -> Iterator[None]:
 
 
 def check_fits(view: DecoderView, plan: PruningPlan) -> None:
-    """Raises where ``plan`` was not made for the model of ``view``, or its tensors are not there."""
+    """Refuse a plan that was not made for the model of ``view``.
+
+    Raises:
+        CheckpointError: another model, or the plan's tensors are not there.
+        UnsupportedModelError: the plan leaves no attention.
+    """
     if len(plan.blocks) != len(view.blocks):
         raise CheckpointError(f"the plan has {len(plan.blocks)} blocks, the model {len(view.blocks)}")
     for block, decision in zip(view.blocks, plan.blocks, strict=True):

@@ -1,34 +1,52 @@
-"""What a pruner is: it turns a planning context into a plan. Weights are never touched while planning."""
+"""The planning context of a pruner, and the units whose removal is tried on a model before it plans."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any
+
+from cfsp.contracts import Pruner
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfsp.allocate.base import Allocator
     from cfsp.allocate.budget import Budget
     from cfsp.calibrate.cache import StatisticsCache
     from cfsp.calibrate.gradients import GradientTerms
     from cfsp.calibrate.gram import GramMatrices, GramWanted
     from cfsp.calibrate.statistics import Statistics
+    from cfsp.contracts import Allocator, NeuronImportance
     from cfsp.data.calibration import CalibrationSet
-    from cfsp.importance.base import NeuronImportance
     from cfsp.models.driver import BlockDriver
-    from cfsp.models.views import DecoderView
-    from cfsp.pruning.plan import PruningPlan
+
+
+__all__ = ["PlanContext", "Pruner", "removes_experts", "removes_heads"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PlanContext:
-    """Everything a pruner may use. ``driver`` is for methods that must run the model while planning.
+    """Everything that a pruner may use while it plans.
 
-    ``gradients``, ``grams``: where metric or compensation require them (``gram_wanted``: which). ``scored``: blocks of
-    a streamed model that were scored while they were in memory for the calibration pass. ``cache``: where what is dear
-    may be kept; None: nowhere.
+    Attributes:
+        driver: runs the model, for methods that must do so while planning.
+        calibration: the calibration set.
+        statistics: statistics of the calibration pass.
+        budget: the sparsity that is asked for.
+        importance: the metric.
+        allocator: the allocation.
+        method: the settings that decide the plan, for the plan's file.
+        base_model: name of the dense model.
+        base_fingerprint: content of the dense model.
+        cache: folder for results that take long to compute; None: nothing is kept.
+        gradients: gradient terms, where the metric requires them.
+        grams: Gram matrices, where metric or pruner require them.
+        gram_wanted: parts and share of the tokens that the Gram matrices are of.
+        scored: block index -> scores of blocks of a streamed model, computed while the block was in memory for the
+            calibration pass.
     """
 
     driver: BlockDriver
@@ -47,37 +65,18 @@ class PlanContext:
     scored: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-class Pruner(Protocol):
-    """``needs_model``: planning runs the model through ``context.driver`` beyond the one calibration pass.
-
-    ``prunes``: False for the dense run. A class attribute ``plans_with`` names the groups it draws on (importance and
-    allocator where it is not there).
-    """
-
-    name: str
-    prunes: ClassVar[bool]
-
-    @property
-    def needs_model(self) -> bool: ...
-
-    def check(self, view: DecoderView, budget: Budget) -> None:
-        """Refuse cheaply, from shapes alone (``view`` may be on the meta device), what :meth:`plan` could not do.
-
-        Raises:
-            CfspError: settings that do not go together, a structure without that part, a ratio that cannot be met.
-        """
-        ...
-
-    def plan(self, context: PlanContext) -> PruningPlan:
-        """The plan; the model is left as it was."""
-        ...
+def removes_heads(pruner: Pruner) -> bool:
+    """Tell whether KV groups may go, so that the numeric check must try it; say so where that is not stated."""
+    units = pruner.removed_units()
+    if units is None:
+        log.warning(
+            "removed_units: not stated by this pruner (pruner=%s); the numeric check before it plans tries FFN neurons "
+            "alone",
+            pruner.name,
+        )
+    return "kv_groups" in (units or ())
 
 
-def removes_heads(pruner: Any) -> bool:
-    """Whether KV groups may go, so that the numeric check must look at them."""
-    return getattr(pruner, "structure", "ffn") in ("heads", "heads_ffn")
-
-
-def removes_experts(pruner: Any) -> bool:
-    """Whether whole experts may go."""
-    return getattr(pruner, "structure", "ffn") == "experts"
+def removes_experts(pruner: Pruner) -> bool:
+    """Tell whether whole experts may go, so that the numeric check must try it."""
+    return "experts" in (pruner.removed_units() or ())

@@ -9,7 +9,9 @@ from pydantic import Field
 
 from cfsp.allocate.budget import Budget, Sizes, check_scope
 from cfsp.components import component
+from cfsp.contracts import Allocator, Pruner, Unit
 from cfsp.errors import BudgetError, UnsupportedModelError
+from cfsp.pruner.units import free_blocks
 from cfsp.pruning.depth import refuse_compensation
 from cfsp.pruning.plan import BlockPlan
 
@@ -21,11 +23,17 @@ if TYPE_CHECKING:
 
 
 @component
-class BlockPruner:
-    """Again and again the submodule goes without which the NLL of ``search_sequences`` sequences is lowest.
+class BlockPruner(Pruner):
+    """Remove one submodule after another, each time the one without which the NLL is lowest.
 
-    It ends where no removal comes nearer to the budget; a removal that would overshoot by more than it brings is not
-    looked at. ``search_sequences``: that many from the start of the calibration set; null: all of it.
+    The removal ends where no submodule brings it nearer to the budget. A submodule that would overshoot the budget by
+    more than is missing is not tried.
+
+    Attributes:
+        name: name of the method.
+        submodules: kinds that may go.
+        search_sequences: calibration sequences that the NLL is measured on, from the first; None: all.
+        compensation: "none" alone: there is no output projection left to carry a bias.
     """
 
     name: str
@@ -33,15 +41,14 @@ class BlockPruner:
     search_sequences: Annotated[int, Field(ge=1)] | None = 32
     compensation: str = "none"
 
-    needs_model: ClassVar[bool] = True
     prunes: ClassVar[bool] = True
-    plans_with: ClassVar[tuple[str, ...]] = ()
+    plans_with = ()
 
     def __post_init__(self) -> None:
         refuse_compensation(self.name, self.compensation, "removes whole submodules")
 
     def check(self, view: DecoderView, budget: Budget) -> None:
-        """See :class:`cfsp.pruning.base.Pruner`."""
+        """See :class:`cfsp.contracts.Pruner`."""
         if self.submodules != "ffn":
             check_scope(budget, f"pruner={self.name}", "pruner.submodules=ffn")
         lacking = [b.index for b in view.blocks if b.attention is None and not b.attention_removed]
@@ -71,8 +78,42 @@ class BlockPruner:
                 f"sparsity.ratio={smallest / scope:.4f}, or a pruner that removes less at a time"
             )
 
+    def removed_units(self) -> tuple[Unit, ...]:
+        return ("submodules",)
+
+    def units(self, view: DecoderView, budget: Budget) -> dict[str, int]:
+        """See :class:`cfsp.contracts.Pruner`."""
+        free = free_blocks(view, budget)
+        attentions = {"attentions": sum(block.attention is not None for block in free)}
+        ffns = {"FFNs": sum(block.ffn is not None for block in free)}
+        return {"attention": attentions, "ffn": ffns, "both": attentions | ffns}[self.submodules]
+
+    def most_removable(self, view: DecoderView, budget: Budget) -> int:
+        """See :class:`cfsp.contracts.Pruner`. One attention stays."""
+        from cfsp.pruning.complete import removed_parameters
+
+        free = free_blocks(view, budget)
+        attentions = [block.index for block in view.blocks if block.attention is not None]
+        staying = attentions[-1] if attentions and set(attentions) <= {block.index for block in free} else None
+        most = 0
+        for block in free:
+            attention_goes = self.submodules != "ffn" and block.attention is not None and block.index != staying
+            plan = BlockPlan(
+                attention=not attention_goes and not block.attention_removed,
+                ffn=block.ffn is not None and self.submodules == "attention",
+            )
+            most += sum(removed_parameters(view, block, plan).values())
+        return most
+
+    def biased_projections(self) -> tuple[str, ...]:
+        return ()
+
+    def keeps_blocks_equal(self, view: DecoderView, budget: Budget, allocator: Allocator) -> bool:
+        """Some blocks lose a submodule and others do not."""
+        return False
+
     def plan(self, context: PlanContext) -> PruningPlan:
-        """See :class:`cfsp.pruning.base.Pruner`."""
+        """See :class:`cfsp.contracts.Pruner`."""
         from cfsp.pruning.complete import complete
         from cfsp.pruning.search import KnownLosses, SubmoduleSearch
 
@@ -98,7 +139,7 @@ class BlockPruner:
         )
 
     def _submodules(self, view: DecoderView, budget: Budget) -> list[Candidate]:
-        """Every submodule that may go."""
+        """Return every submodule that may go."""
         kinds = {"both": ("attention", "ffn"), "attention": ("attention",), "ffn": ("ffn",)}[self.submodules]
         free = set(budget.free_blocks(len(view.blocks)))
         return [(b.index, kind) for b in view.blocks if b.index in free for kind in self._there(b) if kind in kinds]
@@ -112,7 +153,7 @@ class BlockPruner:
         return any(not b.attention_removed and (b.index, "attention") not in removed for b in view.blocks)
 
     def _removed(self, view: DecoderView, removed: Sequence[Candidate]) -> int:
-        """Parameters that leave with these submodules, their norms included."""
+        """Count the parameters that leave with these submodules, their norms included."""
         from cfsp.pruning.complete import removed_parameters
 
         blocks = zip(view.blocks, self._blocks(view, removed), strict=True)

@@ -1,4 +1,4 @@
-"""Bias compensation (FLAP, arXiv 2312.11983): what the removed channels gave on average goes to the output's bias."""
+"""Bias compensation (FLAP, arXiv 2312.11983): the mean output of the removed channels goes to the output's bias."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def bias_of(channels: Channels, mean: Tensor, removed: Tensor) -> Tensor:
-    """The new bias [d], fp32 on CPU: the old one + W[:, removed] @ mean(X[removed]).
+    """Return the new bias [d], fp32 on CPU: the old one + W[:, removed] @ mean(X[removed]).
 
     Args:
-        mean: of the channels' activation, [N].
+        mean: mean activation of the channels [N].
         removed: indices of the removed channels.
     """
     output = channels.output
@@ -27,11 +27,11 @@ def bias_of(channels: Channels, mean: Tensor, removed: Tensor) -> Tensor:
     return (bias if output.bias is None else bias + output.bias.detach().float()).cpu()
 
 
-def bias_compensation(block: BlockView, decision: BlockPlan, found: BlockStatistics) -> dict[str, Tensor]:
-    """The replaced biases of one block, by their names in the plan; empty where nothing is removed."""
+def bias_compensation(block: BlockView, decision: BlockPlan, statistics: BlockStatistics) -> dict[str, Tensor]:
+    """Return the replaced biases of one block, by their names in the plan; empty where nothing is removed."""
     tensors = {}
     for kind, channels in block.channels.items():
-        inputs = found.ffn if kind == "ffn" else found.attention
+        inputs = statistics.ffn if kind == "ffn" else statistics.attention
         removed = removed_channels(block, decision, kind)
         if inputs is not None and len(removed):
             tensors[tensor_name(block.index, kind)] = bias_of(channels, inputs.mean, removed)
@@ -39,7 +39,7 @@ def bias_compensation(block: BlockView, decision: BlockPlan, found: BlockStatist
 
 
 def removed_channels(block: BlockView, decision: BlockPlan, kind: str) -> Tensor:
-    """Indices of the input channels of down_proj (kind ffn) or o_proj (attention) that go."""
+    """Return the indices of the removed input channels of down_proj (kind ffn) or o_proj (attention)."""
     kept = decision.ffn_kept if kind == "ffn" else decision.kv_groups_kept
     if kept is None:
         return torch.zeros(0, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""From decisions to a plan: what they remove, counted on the real shapes, and what led to them."""
+"""From the decisions on the blocks to a plan: the parameters that they remove, counted on the real shapes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.models.sample import weight_sample
 from cfsp.models.submodules import norm_parameters, submodule_parameters
-from cfsp.pruning.plan import BlockPlan, PruningPlan
+from cfsp.pruning.plan import BlockPlan, PruningPlan, TensorKey
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,11 +25,12 @@ def complete(
     notes: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> PruningPlan:
-    """The plan of ``blocks``.
+    """Return the plan of these decisions.
 
     Args:
-        keep_ratios: per block, what an allocator asked for before rounding; None: what the decisions keep.
-        notes: what the method decided on the way.
+        blocks: the decision on each block.
+        keep_ratios: share of each block that an allocator asked for before rounding; None: the share that is kept.
+        notes: facts on how the method decided.
         tensors: weights and biases in the place of the base model's; added biases count in the wider scopes' ratios.
     """
     view, budget = context.driver.view, context.budget
@@ -68,7 +69,11 @@ def complete(
 
 
 def removed_parameters(view: DecoderView, block: BlockView, plan: BlockPlan) -> dict[str, int]:
-    """What ``plan`` takes from ``block``: "ffn" and "attention" with their own parameters, "rest" the norms."""
+    """Count the parameters that ``plan`` removes from ``block``.
+
+    Returns:
+        "ffn" and "attention" with their own parameters, "rest" with those of the norms.
+    """
     ffn = attention = rest = 0
     if block.ffn is not None:
         kept = _kept_width(block.ffn.width, plan)
@@ -92,25 +97,25 @@ def removed_parameters(view: DecoderView, block: BlockView, plan: BlockPlan) -> 
 
 
 def _kept_width(width: int, plan: BlockPlan) -> int:
-    """Neurons of the FFN, of a mixture those of each expert."""
+    """Return the kept neurons of the FFN, in a mixture those of each expert."""
     kept = plan.ffn_kept if plan.expert_neurons_kept is None else plan.expert_neurons_kept[0]
     return width if kept is None else len(kept)
 
 
 def _added(view: DecoderView, name: str, tensor: Tensor) -> int:
-    """Parameters that a replaced bias adds: none where the base model has one there; a refitted weight adds none."""
-    _, index, kind, what = name.split(".")
-    if what != "bias":
+    """Count the parameters that a replaced tensor adds: those of a bias that the base model has not."""
+    key = TensorKey.parse(name)
+    if key.what != "bias" or view.blocks[key.block].channels[key.kind].output.bias is not None:
         return 0
-    return 0 if view.blocks[int(index)].channels[kind].output.bias is not None else tensor.numel()
+    return tensor.numel()
 
 
 def _details(
     context: PlanContext, blocks: Sequence[BlockPlan], keep_ratios: Sequence[float] | None
 ) -> list[dict[str, Any]]:
     rows = []
-    view, found = context.driver.view, context.statistics.blocks
-    for block, plan, statistics in zip(view.blocks, blocks, found, strict=True):
+    view, block_statistics = context.driver.view, context.statistics.blocks
+    for block, plan, statistics in zip(view.blocks, blocks, block_statistics, strict=True):
         base_width, base_groups = view.widths[block.index], view.kv_groups[block.index]
         width = 0 if not plan.ffn else _kept_width(base_width, plan)
         groups = base_groups if plan.kv_groups_kept is None else len(plan.kv_groups_kept)
@@ -131,14 +136,14 @@ def _details(
     return rows
 
 
-def _expert_details(block: BlockView, plan: BlockPlan, found: BlockStatistics) -> dict[str, Any]:
-    """Of a mixture: experts kept and there before, and per expert the calibration tokens and its contribution."""
+def _expert_details(block: BlockView, plan: BlockPlan, statistics: BlockStatistics) -> dict[str, Any]:
+    """Describe a mixture: experts kept and there before; calibration tokens and contribution of each expert."""
     if block.experts is None:
         return {}
     n = block.experts.n_experts
     kept = n if plan.experts_kept is None else len(plan.experts_kept)
     details: dict[str, Any] = {"experts": kept if plan.ffn else 0, "base_experts": n}
-    if found.experts is not None:
-        details["expert_tokens"] = [int(tokens) for tokens in found.experts.tokens.tolist()]
-        details["expert_contribution"] = found.experts.contribution.tolist()
+    if statistics.experts is not None:
+        details["expert_tokens"] = [int(tokens) for tokens in statistics.experts.tokens.tolist()]
+        details["expert_contribution"] = statistics.experts.contribution.tolist()
     return details

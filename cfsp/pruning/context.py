@@ -1,4 +1,4 @@
-"""The calibration stage as a pruner needs it: statistics, and what the metric requires beside them."""
+"""The calibration stage as a pruner needs it: statistics, and the items that metric and pruner require beside them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cfsp.allocate.budget import submodules_of
 from cfsp.calibrate.cache import StatisticsCache
 from cfsp.calibrate.calibrate import calibrate
 from cfsp.calibrate.gram import GRAM_VERSION, GramCollection, GramWanted
+from cfsp.errors import ConfigError
 from cfsp.identity import method_of
 from cfsp.importance.base import required, score_block
 from cfsp.memory import available
 from cfsp.pruning.base import PlanContext
-from cfsp.pruning.expert_limits import check_expert_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,15 +37,19 @@ def plan_context(
     base_fingerprint: str,
     cache: StatisticsCache | None = None,
 ) -> tuple[PlanContext, bool]:
-    """Calibrate, or read what an earlier run left; returns (context, everything cached?)."""
-    check_expert_settings(driver.view, config)
-    importance, gradients = config.importance.instance, None
-    structure: Structure | None = getattr(config.pruner.instance, "structure", None)
+    """Calibrate, or read the results of an earlier run.
+
+    Returns:
+        The context, and whether everything was read.
+    """
+    pruner, importance, gradients = config.pruner.instance, config.importance.instance, None
+    pruner.check_choices(driver.view, config.importance, config.allocator)
+    structure = pruner.structure
     scored: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def visit(block: BlockView, found: BlockStatistics) -> None:
+    def visit(block: BlockView, statistics_of_block: BlockStatistics) -> None:
         if structure is not None and "importance" in config.plans_with and not required(importance):
-            scored[block.index] = score_block(block, found, importance, structure)
+            scored[block.index] = score_block(block, statistics_of_block, importance, structure)
 
     wanted = _gram_wanted(config, structure, driver.view)
     grams = (
@@ -56,9 +61,10 @@ def plan_context(
     if "gradients" in required(importance) and "importance" in config.plans_with:
         from cfsp.calibrate.gradients import gradient_terms
 
-        checkpointing = hasattr(importance, "gradient_checkpointing") and importance.gradient_checkpointing
-        gradients, found = gradient_terms(driver, calibration, cache, checkpointing=checkpointing)
-        cached = cached and found
+        gradients, gradients_cached = gradient_terms(
+            driver, calibration, cache, checkpointing=importance.gradient_checkpointing
+        )
+        cached = cached and gradients_cached
     context = PlanContext(
         driver=driver,
         calibration=calibration,
@@ -79,12 +85,22 @@ def plan_context(
 
 
 def _gram_wanted(config: RunConfig, structure: Structure | None, view: DecoderView) -> GramWanted | None:
-    """The Gram matrices that metric or pruner require, of the parts that may go."""
+    """Return the Gram matrices that metric or pruner require, of the submodules that may lose units; None: none.
+
+    Raises:
+        ConfigError: the pruner does not state its structure, so that nobody knows which matrices.
+    """
     asked = [*(required(config.importance.instance) if "importance" in config.plans_with else ())]
-    asked += getattr(config.pruner.instance, "requires", ())
-    if "gram" not in asked or structure is None:
+    asked += config.pruner.instance.requires
+    if "gram" not in asked:
         return None
-    kinds = {"heads": ("attention",), "heads_ffn": ("ffn", "attention")}.get(structure, ("ffn",))
+    if structure is None:
+        raise ConfigError(
+            f"pruner._target_={config.pruner.target}: Gram matrices are required, and structure is not stated by this "
+            "pruner, so that nobody knows of which projections; state it, or use a metric without them "
+            "(importance=cfsp, wanda, flap)"
+        )
+    kinds = submodules_of(structure)
     memory = getattr(config.calibration, "memory_gb", None)
     limit = available(torch.device("cpu")) // 2 if memory is None else int(memory * 1e9)
     if view.device.type != "cpu":  # in one pass over the whole model they are added up where its weights are

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from cfsp.components import component
+from cfsp.contracts import Pruner, Unit
 from cfsp.pruning.plan import BlockPlan
 
 if TYPE_CHECKING:
@@ -15,18 +16,21 @@ if TYPE_CHECKING:
 
 
 @component
-class Dense:
+class Dense(Pruner):
     """Keeps everything; a run with it neither calibrates nor writes a model."""
 
     name: str = "none"
 
-    needs_model: ClassVar[bool] = False
     prunes: ClassVar[bool] = False
 
     def check(self, view: DecoderView, budget: Budget) -> None:
-        """Nothing can be wrong."""
+        """Refuse nothing."""
+
+    def removed_units(self) -> tuple[Unit, ...]:
+        return ()
 
     def plan(self, context: PlanContext) -> PruningPlan:
+        """Return the plan that keeps everything."""
         from cfsp.pruning.complete import complete
 
         return complete(context, [BlockPlan() for _ in context.driver.view.blocks])

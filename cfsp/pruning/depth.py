@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from cfsp.allocate.budget import Budget, Sizes, check_scope
 from cfsp.components import component
+from cfsp.contracts import Allocator, Pruner, Unit
 from cfsp.errors import BudgetError
+from cfsp.pruner.units import block_sizes, blocks_with_attention
 from cfsp.pruning.plan import BlockPlan
 
 if TYPE_CHECKING:
@@ -22,31 +24,54 @@ _GONE = BlockPlan(attention=False, ffn=False)
 
 
 @component
-class ShortGPT:
-    """The blocks of least influence go, all at once (arXiv 2403.03853): influence = 1 - cos(entering, leaving).
+class ShortGPT(Pruner):
+    """Remove the blocks of least influence, all at once (arXiv 2403.03853): influence = 1 - cos(entering, leaving).
 
-    ``tokens``: the mean over all tokens, or over the sequences' last ones. As many blocks go as come nearest to the
-    budget.
+    As many blocks go as come nearest to the budget.
+
+    Attributes:
+        name: name of the method.
+        tokens: whether the influence is the mean over all tokens, or over the last tokens of the sequences.
+        compensation: "none" alone: there is no output projection left to carry a bias.
     """
 
     name: str
     tokens: Literal["mean", "last"] = "mean"
     compensation: str = "none"
 
-    needs_model: ClassVar[bool] = True
     prunes: ClassVar[bool] = True
-    plans_with: ClassVar[tuple[str, ...]] = ()
+    plans_with = ()
 
     def __post_init__(self) -> None:
         refuse_compensation(self.name, self.compensation, "removes whole blocks")
 
     def check(self, view: DecoderView, budget: Budget) -> None:
-        """See :class:`cfsp.pruning.base.Pruner`."""
+        """See :class:`cfsp.contracts.Pruner`."""
         check_scope(budget, f"pruner={self.name}", "a pruner of FFN neurons (cfsp, flap)")
         check_blocks(view, budget)
 
+    def removed_units(self) -> tuple[Unit, ...]:
+        return ("blocks",)
+
+    def units(self, view: DecoderView, budget: Budget) -> dict[str, int]:
+        """See :class:`cfsp.contracts.Pruner`."""
+        return {"blocks": len(budget.free_blocks(len(view.blocks)))}
+
+    def most_removable(self, view: DecoderView, budget: Budget) -> int:
+        """See :class:`cfsp.contracts.Pruner`. One block with attention stays."""
+        free, sizes, attention = budget.free_blocks(len(view.blocks)), block_sizes(view), blocks_with_attention(view)
+        staying = 0 if attention - set(free) else min(sizes[index] for index in attention)
+        return sum(sizes[index] for index in free) - staying
+
+    def biased_projections(self) -> tuple[str, ...]:
+        return ()
+
+    def keeps_blocks_equal(self, view: DecoderView, budget: Budget, allocator: Allocator) -> bool:
+        """Whole blocks go, so the others stay as they are."""
+        return True
+
     def plan(self, context: PlanContext) -> PruningPlan:
-        """See :class:`cfsp.pruning.base.Pruner`."""
+        """See :class:`cfsp.contracts.Pruner`."""
         from cfsp.pruning.complete import complete
 
         view, budget = context.driver.view, context.budget
@@ -67,38 +92,62 @@ class ShortGPT:
 
 
 @component
-class SlidingWindow:
-    """The run of n blocks goes whose entering and leaving hidden states are most alike (arXiv 2403.17887).
+class SlidingWindow(Pruner):
+    """Remove the run of n blocks whose entering and leaving hidden states are most similar (arXiv 2403.17887).
 
-    ``tokens``: similarity over the sequences' last tokens (as published), or over all. n is the number of blocks that
-    comes nearest to the budget.
+    n is the number of blocks that comes nearest to the budget.
+
+    Attributes:
+        name: name of the method.
+        tokens: whether the similarity is over the last tokens of the sequences (as published), or over all tokens.
+        compensation: "none" alone: there is no output projection left to carry a bias.
     """
 
     name: str
     tokens: Literal["mean", "last"] = "last"
     compensation: str = "none"
 
-    needs_model: ClassVar[bool] = True
     prunes: ClassVar[bool] = True
-    plans_with: ClassVar[tuple[str, ...]] = ()
+    plans_with = ()
 
     def __post_init__(self) -> None:
         refuse_compensation(self.name, self.compensation, "removes whole blocks")
 
     def check(self, view: DecoderView, budget: Budget) -> None:
-        """See :class:`cfsp.pruning.base.Pruner`."""
+        """See :class:`cfsp.contracts.Pruner`."""
         check_scope(budget, f"pruner={self.name}", "a pruner of FFN neurons (cfsp, flap)")
         check_blocks(view, budget)
         check_window(view, budget)
 
+    def removed_units(self) -> tuple[Unit, ...]:
+        return ("blocks",)
+
+    def units(self, view: DecoderView, budget: Budget) -> dict[str, int]:
+        """See :class:`cfsp.contracts.Pruner`."""
+        return {"blocks": len(budget.free_blocks(len(view.blocks)))}
+
+    def most_removable(self, view: DecoderView, budget: Budget) -> int:
+        """See :class:`cfsp.contracts.Pruner`. One block with attention stays."""
+        free, sizes, attention = budget.free_blocks(len(view.blocks)), block_sizes(view), blocks_with_attention(view)
+        runs = (free[first:end] for first in range(len(free)) for end in range(first + 1, len(free) + 1))
+        unbroken = (run for run in runs if run[-1] - run[0] == len(run) - 1)
+        return max((sum(sizes[run[0] : run[-1] + 1]) for run in unbroken if attention - set(run)), default=0)
+
+    def biased_projections(self) -> tuple[str, ...]:
+        return ()
+
+    def keeps_blocks_equal(self, view: DecoderView, budget: Budget, allocator: Allocator) -> bool:
+        """Whole blocks go, so the others stay as they are."""
+        return True
+
     def plan(self, context: PlanContext) -> PruningPlan:
-        """See :class:`cfsp.pruning.base.Pruner`."""
+        """See :class:`cfsp.contracts.Pruner`."""
         from cfsp.calibrate.similarity import block_similarity
         from cfsp.pruning.complete import complete
 
         view, budget = context.driver.view, context.budget
-        found, _ = block_similarity(context.driver, context.calibration, context.cache)
-        similarity = found.last if self.tokens == "last" else found.mean
+        similarities, _ = block_similarity(context.driver, context.calibration, context.cache)
+        similarity = similarities.last if self.tokens == "last" else similarities.mean
         first, n = _best_window(view, budget, similarity)
         blocks = [_GONE if first <= block.index < first + n else BlockPlan() for block in view.blocks]
         notes = {
@@ -109,7 +158,11 @@ class SlidingWindow:
 
 
 def refuse_compensation(name: str, compensation: str, what: str) -> None:
-    """Raises ValueError where a compensation is asked of a pruner that ``what``."""
+    """Refuse a compensation for a pruner that ``what`` (a clause).
+
+    Raises:
+        ValueError: a compensation is asked for.
+    """
     if compensation != "none":
         raise ValueError(
             f"pruner.compensation={compensation}: pruner={name} {what}, which leave no output projection to carry a "
@@ -118,7 +171,11 @@ def refuse_compensation(name: str, compensation: str, what: str) -> None:
 
 
 def check_blocks(view: DecoderView, budget: Budget) -> None:
-    """Raises BudgetError where no number of whole blocks comes near the budget."""
+    """Refuse a budget that no number of whole blocks comes near.
+
+    Raises:
+        BudgetError: names the ratio that can be met.
+    """
     free = _with_attention_left(view, budget.free_blocks(len(view.blocks)))
     sizes, target = [_size(view, block) for block in free], _target(view, budget)
     wish = f"sparsity.ratio={budget.ratio} of sparsity.scope={budget.scope}"
@@ -136,7 +193,7 @@ def check_blocks(view: DecoderView, budget: Budget) -> None:
 
 
 def _with_attention_left(view: DecoderView, order: Sequence[int]) -> list[int]:
-    """``order`` without the blocks at its end that must stay, so that one block with attention is left."""
+    """Drop the blocks at the end of ``order`` that must stay, so that one block with attention is left."""
     staying = [b.index for b in view.blocks if b.index not in set(order) and not b.attention_removed]
     if staying:
         return list(order)
@@ -145,9 +202,12 @@ def _with_attention_left(view: DecoderView, order: Sequence[int]) -> list[int]:
 
 
 def _best_window(view: DecoderView, budget: Budget, similarity: Tensor) -> tuple[int, int]:
-    """(first block, number of blocks) of the run that goes: the most alike ends among the runs of the right length.
+    """Find the run of blocks with the most similar ends among the runs of the right length.
 
     Where blocks differ in size, a run that misses the budget by more than half of the largest block does not count.
+
+    Returns:
+        The first block, and the number of blocks.
     """
     target, unit = _target(view, budget), max(_size(view, block.index) for block in view.blocks)
     missed = {run: abs(_run_size(view, run) - target) for run in _runs(view, budget)}
@@ -157,7 +217,11 @@ def _best_window(view: DecoderView, budget: Budget, similarity: Tensor) -> tuple
 
 
 def check_window(view: DecoderView, budget: Budget) -> None:
-    """Raises BudgetError where no run of blocks is long enough, although as many blocks could go one by one."""
+    """Refuse a budget for which no run of blocks is long enough, although as many blocks could go one by one.
+
+    Raises:
+        BudgetError: names the largest run.
+    """
     blocks = [_size(view, block.index) for block in view.blocks]  # once: there are thousands of runs
     sizes = [sum(blocks[run.start : run.stop]) for run in _runs(view, budget)]
     unit = max(blocks)
@@ -179,7 +243,7 @@ def _run_size(view: DecoderView, run: range) -> int:
 
 
 def _starts(view: DecoderView, budget: Budget, n: int) -> list[int]:
-    """First blocks of the runs of ``n`` free blocks that leave a block with attention."""
+    """Return the first blocks of the runs of ``n`` free blocks that leave a block with attention."""
     free = set(budget.free_blocks(len(view.blocks)))
     runs = [range(start, start + n) for start in range(len(view.blocks) - n + 1)]
     attention = {block.index for block in view.blocks if not block.attention_removed}
@@ -191,11 +255,11 @@ def _size(view: DecoderView, block: int) -> int:
 
 
 def _target(view: DecoderView, budget: Budget) -> float:
-    """Parameters to remove."""
+    """Return the number of parameters to remove."""
     return budget.ratio * Sizes.of(view).of_scope(budget.scope)
 
 
 def _nearest(sizes: Sequence[int], target: float) -> int:
-    """How many from the front come nearest to ``target``; at least one."""
+    """Return how many sizes from the front come nearest to ``target``; at least one."""
     totals = list(accumulate(sizes))
     return 1 + min(range(len(totals)), key=lambda n: abs(totals[n] - target))

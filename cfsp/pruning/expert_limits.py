@@ -1,4 +1,4 @@
-"""What a plan for mixtures of experts must respect, and what it must say."""
+"""Limits that a plan for mixtures of experts must respect, and the notes that it must carry."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import BudgetError, ConfigError, UnsupportedModelError
-from cfsp.importance.base import no_grams, required
+from cfsp.importance.base import no_grams
 
 if TYPE_CHECKING:
-    from cfsp.allocate.budget import Budget
+    from cfsp.allocate.budget import Budget, Structure
     from cfsp.calibrate.statistics import Statistics
-    from cfsp.config import RunConfig
+    from cfsp.components import Component
+    from cfsp.contracts import Allocator, NeuronImportance
     from cfsp.models.views import DecoderView
     from cfsp.pruning.plan import BlockPlan
 
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 
 #: transformers multiplies all experts in one grouped product by default, whose rows must be multiples of 16 bytes.
 GROUPED = 8
-#: What becomes of the neurons of experts that saw no token.
+#: Clause for notes: the neurons of experts that saw no token are ranked by their weights.
 RANKED_BY_WEIGHTS = "keep the neurons with the largest weights"
 
 
@@ -39,33 +40,41 @@ def check_expert_widths(view: DecoderView, budget: Budget) -> None:
         )
 
 
-def check_expert_settings(view: DecoderView, config: RunConfig) -> None:
+def check_expert_settings(
+    view: DecoderView,
+    structure: Structure,
+    importance: Component[NeuronImportance],
+    allocator: Component[Allocator],
+) -> None:
     """Refuse a metric or an allocator that cannot do with experts what is asked, before anything is calibrated.
 
     Raises:
-        UnsupportedModelError: the metric needs Gram matrices. ConfigError: a search over widths for whole experts.
+        UnsupportedModelError: the metric needs Gram matrices, which are not collected for experts.
+        ConfigError: a search over widths is asked for whole experts.
     """
-    structure = getattr(config.pruner.instance, "structure", None)
-    if structure == "experts" and getattr(config.allocator.instance, "needs_model", False):
+    if structure == "experts" and allocator.instance.needs_model:
         raise ConfigError(
-            f"allocator._target_={config.allocator.target}: it searches for widths of FFNs, and pruner.structure="
+            f"allocator._target_={allocator.target}: it searches for widths of FFNs, and pruner.structure="
             "experts removes whole experts; use allocator=coarse, uniform or global_rank"
         )
-    scored = structure in ("ffn", "heads_ffn") and "importance" in config.plans_with
-    if view.mixtures and scored and "gram" in required(config.importance.instance):
-        raise UnsupportedModelError(no_grams(view.mixtures[0], config.importance.instance))
+    if view.mixtures and structure in ("ffn", "heads_ffn") and "gram" in importance.instance.requires:
+        raise UnsupportedModelError(no_grams(view.mixtures[0], importance.instance))
 
 
 def expert_notes(
     view: DecoderView, statistics: Statistics, blocks: Sequence[BlockPlan], compensation: str, unseen: str
 ) -> dict[str, Any]:
-    """What a plan says of its mixtures: experts that saw no token, and a compensation that they did not get.
+    """Note the experts that saw no token, and the mixtures that got no compensation; both are also logged.
 
-    unseen: in words, what became of the experts that saw no token. Both are also logged, a line each.
+    Args:
+        unseen: clause that says what became of the experts that saw no token.
     """
     notes: dict[str, Any] = {}
-    found = zip(view.blocks, statistics.blocks, strict=True)
-    lists = {str(block.index): of.experts.unseen for block, of in found if block.experts and of.experts is not None}
+    lists = {
+        str(block.index): block_statistics.experts.unseen
+        for block, block_statistics in zip(view.blocks, statistics.blocks, strict=True)
+        if block.experts and block_statistics.experts is not None
+    }
     lists = {block: experts for block, experts in lists.items() if experts}
     if lists:
         notes["unseen_experts"] = lists

@@ -24,14 +24,18 @@ _TOKENS = 16
 
 @torch.no_grad()
 def deviation(view: DecoderView, block: BlockView, *, whole: bool) -> float:
-    """The largest of the mixture's outputs' differences, relative to its largest output.
+    """Measure how far slicing a mixture differs from masking it, relative to its largest output.
 
-    Of copies, run in the order of the class's own loop (a width that the grouped product cannot run must not matter):
-    what the recomputed experts add up to, and the mixture with one neuron less in each expert. ``whole``: and without
-    one expert of each group, where the router's logits of these are -inf instead.
+    Copies run in the order of the class's own loop (a width that the grouped product cannot run must not matter). They
+    compare the sum of the recomputed experts with the mixture's output, and the mixture with one neuron less in each
+    expert with one where these neurons are zero.
+
+    Args:
+        whole: also compare the mixture with one expert of each group less with one where the router's logits of these
+            experts are -inf.
 
     Raises:
-        RuntimeError and the like: it does not run so.
+        RuntimeError and the like: the mixture does not run in this way.
     """
     assert block.experts is not None
     with resident(view, block):
@@ -65,7 +69,7 @@ def deviation(view: DecoderView, block: BlockView, *, whole: bool) -> float:
 
 
 def masked_output(mixture: ExpertsFFN, gone: list[int], states: Tensor) -> Tensor:
-    """What a mixture computes where the router's logits of the experts ``gone`` are -inf; it is changed."""
+    """Run a mixture with the router's logits of the experts ``gone`` at -inf; the mixture is changed."""
     for module, name in mixture.per_expert():
         buffer = module._buffers.get(name)
         if buffer is not None and buffer.is_floating_point():  # added to scores that -inf leaves at 0 (DeepSeek-V3)
@@ -75,7 +79,7 @@ def masked_output(mixture: ExpertsFFN, gone: list[int], states: Tensor) -> Tenso
 
 
 class _Masked(TorchFunctionMode):
-    """Linears of the router's shape give -inf at the rows ``gone``."""
+    """Set the rows ``gone`` of the output of linears of the router's shape to -inf."""
 
     def __init__(self, shape: tuple[int, int], gone: list[int]) -> None:
         super().__init__()
@@ -91,7 +95,7 @@ class _Masked(TorchFunctionMode):
 
 
 def _added_up(mixture: ExpertsFFN, states: Tensor) -> Tensor:
-    """The mixture's output from its experts one by one, their routing weights, and what is shared."""
+    """Recompute the mixture's output from its experts one by one, their routing weights, and the shared experts."""
     total = substituted(mixture, states, [None] * mixture.n_experts).clone()
     routing = _routing(mixture, states)
     flat = total.view(-1, total.shape[-1])
@@ -118,19 +122,20 @@ def _routing(mixture: ExpertsFFN, states: Tensor) -> Routing:
 
 
 def _twin(view: DecoderView, block: BlockView) -> ExpertsFFN:
-    """A copy with values of its own, which are zeroed here."""
+    """Copy the mixture, with values of its own that may be zeroed."""
     module = twin_of(block.module, own_values=True)
     for child in module.modules():
         config: Any = getattr(child, "config", None)
         if hasattr(config, "_experts_implementation"):
             config._experts_implementation = "eager"
-    found = view_block(view.model, f"block {block.index}", block.index, module).experts
-    assert found is not None
-    return found
+    mixture = view_block(view.model, f"block {block.index}", block.index, module).experts
+    assert mixture is not None
+    return mixture
 
 
 def check_mixture(view: DecoderView, block: BlockView, tolerance: float, *, whole: bool) -> None:
-    """
+    """Refuse a mixture whose structure is not understood.
+
     Raises:
         UnsupportedModelError: names the block and the deviation.
     """
@@ -140,14 +145,14 @@ def check_mixture(view: DecoderView, block: BlockView, tolerance: float, *, whol
         f"({type(block.experts.module).__name__}), but"
     )
     try:
-        found = deviation(view, block, whole=whole)
+        measured = deviation(view, block, whole=whole)
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
         raise UnsupportedModelError(
             f"{name} it does not run with a neuron{' or an expert' if whole else ''} less "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'})"
         ) from error
-    if not found <= tolerance:
+    if not measured <= tolerance:
         raise UnsupportedModelError(
-            f"{name} what its experts add up to, or removing a unit against zeroing it, differs by {found:.1e} of the "
-            "output; its structure is not understood"
+            f"{name} what its experts add up to, or removing a unit against zeroing it, differs by {measured:.1e} of "
+            "the output; its structure is not understood"
         )

@@ -1,4 +1,4 @@
-"""Removing neurons of experts, and whole experts, for real."""
+"""Slicing mixtures: neurons of experts, and whole experts, are removed for real."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from cfsp.pruning.slicing import slice_ffn
 def slice_mixture(
     mixture: ExpertsFFN, experts: Sequence[int] | None = None, neurons: Sequence[Sequence[int]] | None = None
 ) -> None:
-    """Keep only the experts ``experts``, and of each that stays, in their order, its ``neurons``, in place.
+    """Keep only some experts of a mixture, and some neurons of each, in place.
 
     The router loses the rows of the experts that go, so that it shares their tokens among the others.
+
+    Args:
+        experts: indices of the experts that stay; None: all.
+        neurons: indices of the neurons that stay, of each expert that stays, in order; None: all.
     """
     if experts is not None:
         _keep_experts(mixture, torch.tensor(experts, device=mixture.device))
@@ -25,34 +29,34 @@ def slice_mixture(
     if mixture.each:
         staying = range(mixture.n_experts) if experts is None else experts
         for expert, kept in zip(staying, neurons, strict=True):
-            one = mixture.each[expert]
-            slice_ffn(one, torch.tensor(kept, device=one.output.parameter.device))
+            ffn = mixture.each[expert]
+            slice_ffn(ffn, torch.tensor(kept, device=ffn.output.parameter.device))
         return
     width, kept_of_each = mixture.width, torch.tensor(neurons, device=mixture.device)
     down = mixture.fused["down"]
-    of_first = [matrices for kind, matrices in mixture.fused.items() if kind != "down"]
+    inputs = [matrices for kind, matrices in mixture.fused.items() if kind != "down"]
     # The rows of gate and up in their parameter, in the order that they have there.
-    rows = torch.cat([_places(one, width)[kept_of_each] for one in of_first], dim=1).sort(dim=1).values
-    _take(of_first[0], of_first[0].out_axis, rows)
+    rows = torch.cat([_places(matrices, width)[kept_of_each] for matrices in inputs], dim=1).sort(dim=1).values
+    _take(inputs[0], inputs[0].out_axis, rows)
     _take(down, 3 - down.out_axis, kept_of_each)
-    _replace(of_first[0].owner, f"{of_first[0].name}_bias", lambda bias: bias.gather(1, rows))
+    _replace(inputs[0].owner, f"{inputs[0].name}_bias", lambda bias: bias.gather(1, rows))
     update_counts(mixture.experts, width, kept_of_each.shape[1], width=True)
 
 
 def _places(matrices: ExpertMatrices, width: int) -> Tensor:
-    """Rows of the stored parameter that the rows 0..N-1 of the matrix are."""
+    """Return the rows of the stored parameter that hold the rows 0..N-1 of the matrix."""
     total = matrices.parameter.shape[matrices.out_axis]
     device = matrices.parameter.device
     return torch.arange(total, device=device)[matrices.rows or slice(None)][:width]
 
 
 def _take(matrices: ExpertMatrices, axis: int, kept: Tensor) -> None:
-    """Of each expert's stored matrix the rows or columns ``kept`` [E, K]."""
+    """Keep the rows or columns ``kept`` [E, K] of each expert's stored matrix."""
 
-    def taken(stored: Tensor) -> Tensor:
-        return torch.stack([one.index_select(axis - 1, of) for one, of in zip(stored, kept, strict=True)])
+    def select(stored: Tensor) -> Tensor:
+        return torch.stack([matrix.index_select(axis - 1, own) for matrix, own in zip(stored, kept, strict=True)])
 
-    _replace(matrices.owner, matrices.name, taken)
+    _replace(matrices.owner, matrices.name, select)
 
 
 def _keep_experts(mixture: ExpertsFFN, kept: Tensor) -> None:

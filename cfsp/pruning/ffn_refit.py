@@ -1,4 +1,4 @@
-"""Gauss-Newton refit of one pruned FFN: from the pairs of calibration to the weights that a plan replaces."""
+"""Gauss-Newton refit of one pruned FFN: from the pairs of the calibration to the weights that a plan replaces."""
 
 from __future__ import annotations
 
@@ -20,9 +20,18 @@ if TYPE_CHECKING:
 def refit_ffn(
     block: int, ffn: FFN, pairs: FFNPairs, activation: Activation, *, steps: int, cg_iterations: int, damping: float
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """The replaced weights of a sliced FFN by their names in the plan, and its errors on the pairs that were held out.
+    """Refit the matrices of a sliced FFN; its biases stay as they are.
 
-    No tensors where no step lowered the error; biases stay what they are.
+    Args:
+        block: index of the block.
+        pairs: inputs and targets, to fit to and held out.
+        steps: number of Gauss-Newton steps, at most.
+        cg_iterations: iterations of conjugate gradients in each step.
+        damping: relative to the mean of the diagonal of J^T J.
+
+    Returns:
+        The replaced weights by their names in the plan (empty where no step lowered the error), and the errors on the
+        pairs that were held out.
     """
     projections, output = ffn.inputs, ffn.output
     biases = [projection.bias for projection in projections.values()]
@@ -35,7 +44,7 @@ def refit_ffn(
         torch.stack([projection.weight.detach().float() for projection in projections.values()]),
         output.weight.detach().float(),
     )
-    found, errors = gauss_newton(
+    best, errors = gauss_newton(
         function,
         start,
         pairs.fitted,
@@ -44,10 +53,10 @@ def refit_ffn(
         cg_iterations=cg_iterations,
         damping=damping,
     )
-    if found is start:
+    if best is start:
         return {}, errors
-    refitted = {f"{name}_weight": matrix for name, matrix in zip(projections, found.enter, strict=True)}
-    refitted["weight"] = found.down
+    refitted = {f"{name}_weight": matrix for name, matrix in zip(projections, best.enter, strict=True)}
+    refitted["weight"] = best.down
     dtype = output.weight.dtype
     return {
         tensor_name(block, "ffn", what): matrix.to(dtype).cpu().contiguous() for what, matrix in refitted.items()

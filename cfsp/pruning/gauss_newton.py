@@ -1,11 +1,11 @@
-"""Gauss-Newton refit of what is left of an FFN: the rows of gate and up are fitted along with the columns of down.
+"""Gauss-Newton refit of the neurons that stay in an FFN: rows of gate and up are fitted along with columns of down.
 
-Least squares (:mod:`cfsp.pruning.least_squares`) answers for down_proj alone, exactly. The neurons that stay can
-move too: with f(x) = down(act(gate x) * up x) and targets t, each step linearises f in all three matrices and solves
-the damped normal equations (J^T J + damping) s = J^T (t - f) by preconditioned conjugate gradients, which never form a
-matrix of more than the FFN's own size. Tokens that were held out decide which step is the last, so that what is only
-learnt by heart does not count. No gradient leaves the block: this is layer-wise reconstruction, as for quantisation in
-BRECQ (arXiv 2102.05426), and no training of the model.
+Least squares (:mod:`cfsp.pruning.least_squares`) solves for down_proj alone, exactly. The neurons that stay can move
+too: with f(x) = down(act(gate x) * up x) and targets t, each step linearises f in all three matrices and solves the
+damped normal equations (J^T J + damping) s = J^T (t - f) by preconditioned conjugate gradients, which never form a
+matrix larger than the FFN's own. Tokens that were held out decide which step is the last, so that overfitting does not
+count. No gradient leaves the block: this is layer-wise reconstruction, as for quantisation in BRECQ
+(arXiv 2102.05426), and no training of the model.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from cfsp.models.activation import Activation
 
 #: A step is halved so often while it does not lower the error.
 _HALVINGS = 4
-#: Conjugate gradients end where the square of what is left has fallen to this share: the rest is rounding, which grows
-#: along directions that change nothing where there is no damping.
+#: Conjugate gradients end where the squared residual has fallen to this share. The rest is rounding, which without
+#: damping grows along directions that change nothing.
 _SOLVED = 1e-12
-#: Tokens that are worked on at a time: so many, or what gives so many values of the neurons together, so that
-#: intermediate values of a large model take little beside the pairs.
+#: Tokens at a time: this many, or as many as give this number of neuron values, so that the intermediate values of a
+#: large model take little memory beside the pairs.
 _ROWS, _VALUES = 4096, 2**24
 
 #: Inputs [n, d] and targets [n, d_out] of one part of the tokens.
@@ -34,7 +34,12 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Matrices:
-    """``enter`` [m, N, d]: gate and up, or up alone; ``down`` [d_out, N]. Also a direction in their space."""
+    """The matrices of an FFN, or a direction in their space.
+
+    Attributes:
+        enter: gate and up, or up alone [m, N, d].
+        down: [d_out, N].
+    """
 
     enter: Tensor
     down: Tensor
@@ -51,19 +56,19 @@ class Matrices:
 
 @dataclass(frozen=True)
 class FFNFunction:
-    """An FFN as a function of its matrices; the biases ([m, N] and [d_out], or None) are what they are."""
+    """An FFN as a function of its matrices; its biases ([m, N] and [d_out], or None) are fixed."""
 
     activation: Activation  # elementwise
     enter_bias: Tensor | None = None
     down_bias: Tensor | None = None
 
     def hidden(self, x: Tensor, enter: Tensor) -> Tensor:
-        """What enters down_proj, [n, N], of x [n, d]."""
+        """Return the input of down_proj [n, N] for x [n, d]."""
         first, *rest = self._before(x, enter)
         return self.activation(first) * rest[0] if rest else self.activation(first)
 
     def linearised(self, x: Tensor, enter: Tensor) -> tuple[Tensor, Tensor]:
-        """What enters down_proj, [n, N], and its derivatives [m, n, N] by what gate and up give."""
+        """Return the input of down_proj [n, N], and its derivatives [m, n, N] by the outputs of gate and up."""
         first, *rest = self._before(x, enter)
         with torch.enable_grad():
             variable = first.detach().requires_grad_()
@@ -73,7 +78,7 @@ class FFNFunction:
         return (value * rest[0], torch.stack([slope * rest[0], value])) if rest else (value, slope[None])
 
     def error(self, pairs: Sequence[Pair], at: Matrices) -> float:
-        """Mean squared difference to the targets, over tokens and outputs."""
+        """Return the mean squared difference to the targets, over tokens and outputs."""
         total, count = 0.0, 0
         for x, target in _pieces(pairs, at):
             total += float((target - self._outputs(self.hidden(x, at.enter), at)).double().square().sum())
@@ -81,7 +86,7 @@ class FFNFunction:
         return total / count
 
     def gradient(self, pairs: Sequence[Pair], at: Matrices) -> tuple[Matrices, Matrices]:
-        """(J^T (targets - outputs), diagonal of J^T J as a product of means), per token."""
+        """Return J^T (targets - outputs), and the diagonal of J^T J as a product of means, per token."""
         steepest, tokens = _zeros(at), 0
         slopes_squared, inputs_squared = at.enter.new_zeros(at.enter.shape[:2]), at.enter.new_zeros(at.enter.shape[2])
         hidden_squared = at.down.new_zeros(at.down.shape[1])
@@ -99,15 +104,15 @@ class FFNFunction:
         return Matrices(steepest.enter / tokens, steepest.down / tokens), diagonal
 
     def curvature(self, pairs: Sequence[Pair], at: Matrices, along: Matrices) -> Matrices:
-        """J^T J along a direction, per token."""
-        found, tokens = _zeros(at), 0
+        """Return J^T J along a direction, per token."""
+        product, tokens = _zeros(at), 0
         both = torch.cat([at.down, along.down], dim=1)
         for x, _ in _pieces(pairs, at):
             hidden, slopes = self.linearised(x, at.enter)
             moved = (slopes * torch.einsum("nd,mkd->mnk", x, along.enter)).sum(0)
-            self._add_transposed(found, torch.cat([moved, hidden], dim=1) @ both.T, x, hidden, slopes, at)
+            self._add_transposed(product, torch.cat([moved, hidden], dim=1) @ both.T, x, hidden, slopes, at)
             tokens += len(x)
-        return Matrices(found.enter / tokens, found.down / tokens)
+        return Matrices(product.enter / tokens, product.down / tokens)
 
     def _before(self, x: Tensor, enter: Tensor) -> list[Tensor]:
         values = [x @ matrix.T for matrix in enter]
@@ -139,14 +144,21 @@ def gauss_newton(
     cg_iterations: int,
     damping: float,
 ) -> tuple[Matrices, list[float]]:
-    """The matrices with the lowest error on ``held_out`` of those that ``steps`` steps pass, and the errors on it.
+    """Take Gauss-Newton steps while the error on the pairs that were held out falls.
 
-    The error on ``fitted`` falls with every step; the errors returned are the start's, then those of each step taken.
-    Whatever is not finite ends the steps. Where nothing is held out no step can be judged: the start, and no errors.
+    The error on ``fitted`` falls with every step. An error that is not finite ends the steps. Where nothing is held
+    out no step can be judged, so that none is taken.
 
     Args:
-        fitted, held_out: pairs in parts, which are gone through again and again. damping: >= 0, relative to the mean of
-            each matrix's diagonal of J^T J.
+        start: matrices to start from.
+        fitted: pairs to fit to, in parts that are gone through again and again.
+        held_out: pairs that judge the steps.
+        steps: number of steps, at most.
+        cg_iterations: iterations of conjugate gradients in each step.
+        damping: >= 0, relative to the mean of each matrix's diagonal of J^T J.
+
+    Returns:
+        The matrices with the lowest error on ``held_out``, and the errors on it: of the start, then of each step.
     """
     if not len(held_out):
         return start, []
@@ -170,12 +182,12 @@ def gauss_newton(
 
 
 def _solve(function: FFNFunction, pairs: Sequence[Pair], at: Matrices, iterations: int, damping: float) -> Matrices:
-    """The step from the damped normal equations, as far as ``iterations`` of conjugate gradients get."""
+    """Return the step that solves the damped normal equations, after ``iterations`` of conjugate gradients."""
     left, diagonal = function.gradient(pairs, at)
     added = [damping * float(part.mean()) for part in (diagonal.enter, diagonal.down)]
     tiny = torch.finfo(torch.float32).tiny
     inverse = Matrices(1 / (diagonal.enter + added[0]).clamp_min(tiny), 1 / (diagonal.down + added[1]).clamp_min(tiny))
-    found = _zeros(at)
+    step = _zeros(at)
     scaled = left.times(inverse)
     along, size = scaled, left.dot(scaled)
     solved = _SOLVED * float(size)
@@ -188,11 +200,11 @@ def _solve(function: FFNFunction, pairs: Sequence[Pair], at: Matrices, iteration
         if not curvature > 0 or not math.isfinite(curvature):
             break
         length = size / curvature
-        found, left = found.plus(along, length), left.plus(bent, -length)
+        step, left = step.plus(along, length), left.plus(bent, -length)
         scaled = left.times(inverse)
         size, before = left.dot(scaled), size
         along = scaled.plus(along, size / before)
-    return found
+    return step
 
 
 def _zeros(like: Matrices) -> Matrices:

@@ -1,9 +1,9 @@
-"""Least-squares compensation: the kept columns of down_proj (o_proj) are refitted to give what all columns gave.
+"""Least-squares compensation: the kept columns of down_proj (o_proj) are refitted to the output of all columns.
 
 With G = X^T X / tokens of the layer's inputs, K the kept and R the removed columns of W [d, N], the new columns
 minimise ||X W^T - X_K W'^T||^2 / tokens + ridge * mean(diag G) * ||W' - W_K||^2, whose solution is
-W' = W_K + W_R G_RK (G_KK + ridge mean(diag G) I)^-1. Shrunk towards the ORIGINAL columns, so that nothing removed
-changes nothing, and the error on the tokens of G is never above that of the plain columns.
+W' = W_K + W_R G_RK (G_KK + ridge mean(diag G) I)^-1. The columns are shrunk towards the ORIGINAL ones, so that a
+removal of nothing changes nothing, and the error on the tokens of G is never above that of the plain columns.
 """
 
 from __future__ import annotations
@@ -20,16 +20,21 @@ if TYPE_CHECKING:
     from cfsp.calibrate.gram import GramMatrices
     from cfsp.models.views import BlockView
 
-#: The ridge is raised tenfold so often, where a Gram matrix is too ill-conditioned to be factored.
+#: How often the ridge is raised tenfold where a Gram matrix is too ill-conditioned to be factored.
 _TRIES = 8
 
 
 def refit(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float) -> Tensor:
-    """The kept columns W' [d, K] in fp64, on the device of ``gram``.
+    """Refit the kept columns.
 
     Args:
-        weight: W [d, N]. gram: G [N, N], symmetric, at least positive semidefinite up to rounding.
-        kept: indices of K, ascending. ridge: >= 0, relative to the mean of G's diagonal.
+        weight: W [d, N].
+        gram: G [N, N], symmetric, positive semidefinite up to rounding.
+        kept: indices of K, ascending.
+        ridge: >= 0, relative to the mean of G's diagonal.
+
+    Returns:
+        W' [d, K] fp64, on the device of ``gram``.
     """
     weight, gram = weight.to(gram.device, torch.float64), gram.double()
     gone = torch.ones(gram.shape[0], dtype=torch.bool, device=gram.device)
@@ -45,18 +50,25 @@ def refit(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float) -> Tensor:
 
 
 def corrected(weight: Tensor, gram: Tensor, cross: Tensor, share: float, ridge: float) -> Tensor:
-    """W [d, N] plus what makes its output larger by ``share`` of E where X enters, in the least-squares sense, fp64.
+    """Change W so that its output on X grows by a share of E, in the least-squares sense.
 
     Args:
-        gram: X^T X / tokens [N, N]; cross: X^T E / tokens [N, d]. ridge: as in :func:`refit`.
+        weight: W [d, N].
+        gram: X^T X / tokens [N, N].
+        cross: X^T E / tokens [N, d].
+        share: share of E.
+        ridge: as in :func:`refit`.
+
+    Returns:
+        The new W [d, N], fp64.
     """
     gram = gram.to(weight.device).double()
-    found = solve(gram, cross.to(weight.device).double(), ridge * float(gram.diagonal().mean()))
-    return weight.double() + share * found.T
+    change = solve(gram, cross.to(weight.device).double(), ridge * float(gram.diagonal().mean()))
+    return weight.double() + share * change.T
 
 
 def solve(system: Tensor, right: Tensor, damping: float) -> Tensor:
-    """(system + damping I)^-1 right for a positive semidefinite matrix; damped more where it cannot be factored."""
+    """Solve (system + damping I) x = right for a positive semidefinite matrix, with more damping where that fails."""
     diagonal = system.diagonal()
     level = float(diagonal.abs().mean()) or 1.0
     added = damping
@@ -65,17 +77,17 @@ def solve(system: Tensor, right: Tensor, damping: float) -> Tensor:
         damped.diagonal().add_(added)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
-            found = torch.cholesky_solve(right, factor)
-            if bool(found.isfinite().all()):
-                return found
+            solution = torch.cholesky_solve(right, factor)
+            if bool(solution.isfinite().all()):
+                return solution
         added = max(10 * added, 1e-12 * level)
-    return torch.zeros_like(right)  # nothing can be learnt from such a matrix: the columns stay as they are
+    return torch.zeros_like(right)  # such a matrix tells nothing: the columns stay as they are
 
 
 def least_squares_compensation(
     block: BlockView, decision: BlockPlan, grams: GramMatrices, ridge: float
 ) -> dict[str, Tensor]:
-    """The refitted weights of one block, by their names in the plan; empty where nothing is removed."""
+    """Return the refitted weights of one block, by their names in the plan; empty where nothing is removed."""
     tensors = {}
     for kind, channels in block.channels.items():
         removed = removed_channels(block, decision, kind)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cfsp.errors import CheckpointError
 from cfsp.pruning.plan_check import check_tensors, check_values
@@ -30,11 +29,16 @@ _ROWS = ("gate", "up")
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """``ffn_kept`` and ``kv_groups_kept``: sorted indices, None = all; ``attention``/``ffn``: the submodule stays.
+    """The units of one block that stay. Indices are sorted, and None stands for all.
 
-    Of a mixture of experts ``experts_kept`` says which experts stay, and ``expert_neurons_kept`` holds the neurons kept
-    of each expert that stays, in their order, of all the same number; None = all. plan.json has these two where they
-    are not None.
+    Attributes:
+        ffn_kept: FFN neurons.
+        kv_groups_kept: KV groups.
+        attention: whether the attention stays.
+        ffn: whether the FFN stays.
+        expert_neurons_kept: in a mixture, the neurons of each expert that stays, in the order of the experts, all of
+            the same number. plan.json has this entry only where it is not None.
+        experts_kept: in a mixture, the experts that stay. plan.json has this entry only where it is not None.
     """
 
     ffn_kept: tuple[int, ...] | None = None
@@ -58,7 +62,7 @@ class BlockPlan:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """As plan.json has it: of dense models what it always had."""
+        """Return the entry of plan.json; for dense models it has no keys of experts."""
         return {name: value for name, value in vars(self).items() if "expert" not in name or value is not None}
 
     @property
@@ -69,16 +73,26 @@ class BlockPlan:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """What to keep of ``base_model`` (whose content is ``base_fingerprint``), and why.
+    """The units of a base model that stay, and the facts that led to the decision.
 
-    ``base_sample`` (:func:`cfsp.models.sample.weight_sample`) recognises the base model in memory.
-
-    ``requested`` and ``achieved`` state the budget; ``parameters`` the counts before and after; ``details`` holds per
-    block what led to the decision (width, keep ratio, distance), ``notes`` what the method decided on the way.
-    ``tensors`` are biases [d] and weights [d, kept] of output projections, and weights [kept, d] of gate and up, that
-    replace the base model's (name:
-    :func:`tensor_name`); they are kept in compensation.safetensors beside plan.json, whose hash ``compensation`` is.
     Replayed on the base model by :func:`cfsp.pruning.apply.apply`, a plan gives the same weights bit for bit.
+
+    Attributes:
+        base_model: name of the base model.
+        base_fingerprint: content of the base model.
+        method: the settings that decided.
+        blocks: the decision on each block.
+        requested: the budget that was asked for.
+        achieved: the budget that the plan meets.
+        parameters: parameters of the model before and after.
+        details: facts on each block that led to its decision (width, keep ratio, distance).
+        base_sample: recognises the base model in memory (:func:`cfsp.models.sample.weight_sample`).
+        notes: facts on how the method decided.
+        compensation: hash of ``tensors``; empty where there are none.
+        schema: version of this format.
+        tensors: name (:class:`TensorKey`) -> tensor that replaces the base model's: biases [d] and weights [d, kept]
+            of output projections, and weights [kept, d] of gate and up. They lie in compensation.safetensors beside
+            plan.json.
     """
 
     base_model: str
@@ -107,14 +121,14 @@ class PruningPlan:
         return path
 
     def files(self, name: str = "plan.json", tensors: str = COMPENSATION) -> dict[str, bytes]:
-        """The plan as files: name -> content; the tensors come first, so that a plan never lacks them."""
+        """Return the plan as files: name -> content. The tensors come first, so that a plan never lacks them."""
         from safetensors.torch import save
 
         replaced = {tensors: save(dict(self.tensors))} if self.tensors else {}
         return {**replaced, name: self.to_json().encode()}
 
     def to_json(self) -> str:
-        """One line per block, so that two plans can be compared with diff."""
+        """Serialise the plan with one line per block, so that two plans can be compared with diff."""
         names = ["schema", *(entry.name for entry in fields(self) if entry.name not in ("schema", "tensors"))]
         lines = []
         for key in names:
@@ -158,7 +172,7 @@ class PruningPlan:
             raise CheckpointError(f"plan {path}: not a pruning plan ({error})") from error
 
     def compose(self, earlier: PruningPlan) -> PruningPlan:
-        """This plan in terms of the base of ``earlier``, whose result was this plan's base."""
+        """Return this plan in terms of the base of ``earlier``, whose result was the base of this plan."""
         staying = [index for index, block in enumerate(earlier.blocks) if block.keeps_block]
         if len(staying) != len(self.blocks):
             raise CheckpointError("the two plans have different numbers of blocks and cannot be composed")
@@ -173,13 +187,7 @@ class PruningPlan:
                 ) from error
         renamed = {_moved(name, staying): tensor for name, tensor in self.tensors.items()}
         kept = _still_there(earlier, dict(zip(staying, self.blocks, strict=True)))
-        needed = {
-            tensor_name(index, kind, what)
-            for index, block in enumerate(blocks)
-            for kind, stays in (("ffn", block.ffn), ("attention", block.attention))
-            for what in ("bias", "weight", *(f"{name}_weight" for name in _ROWS if kind == "ffn"))
-            if stays
-        }
+        needed = {key.name for index, block in enumerate(blocks) for key in _tensor_keys(index, block)}
         tensors = {name: tensor for name, tensor in {**kept, **renamed}.items() if name in needed}
         return PruningPlan(
             earlier.base_model,
@@ -205,16 +213,48 @@ def _frozen(value: Any) -> Any:
     return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
 
 
-def tensor_name(block: int, kind: str, what: str = "bias") -> str:
-    """The name of a block's replaced bias, or refitted weight, of down_proj (kind ffn) or o_proj (attention).
+class TensorKey(NamedTuple):
+    """A tensor that a plan replaces.
 
-    ``what`` is bias, weight, or gate_weight and up_weight of the FFN's other two matrices.
+    Attributes:
+        block: index of the block.
+        kind: ffn: of down_proj; attention: of o_proj.
+        what: bias, weight, or gate_weight and up_weight of the FFN's other two matrices.
     """
-    return f"blocks.{block}.{kind}.{what}"
+
+    block: int
+    kind: str
+    what: str = "bias"
+
+    @property
+    def name(self) -> str:
+        """Name of the tensor in compensation.safetensors."""
+        return f"blocks.{self.block}.{self.kind}.{self.what}"
+
+    @staticmethod
+    def parse(name: str) -> TensorKey:
+        """Read a name."""
+        _, block, kind, what = name.split(".")
+        return TensorKey(int(block), kind, what)
+
+
+def tensor_name(block: int, kind: str, what: str = "bias") -> str:
+    """Return the name of a tensor that a plan replaces (:class:`TensorKey`)."""
+    return TensorKey(block, kind, what).name
+
+
+def _tensor_keys(index: int, block: BlockPlan) -> Iterator[TensorKey]:
+    """Yield the keys of all tensors that may be replaced in the submodules that stay in a block."""
+    if block.ffn:
+        for what in ("bias", "weight", *(f"{row}_weight" for row in _ROWS)):
+            yield TensorKey(index, "ffn", what)
+    if block.attention:
+        for what in ("bias", "weight"):
+            yield TensorKey(index, "attention", what)
 
 
 def _still_there(earlier: PruningPlan, then: Mapping[int, BlockPlan]) -> dict[str, Tensor]:
-    """The tensors of ``earlier``, its refitted weights without what ``then`` takes away."""
+    """Return the tensors of ``earlier``, without the columns and rows that ``then`` takes away."""
     tensors = dict(earlier.tensors)
     for index, later in then.items():
         first = earlier.blocks[index]
@@ -233,7 +273,9 @@ def _still_there(earlier: PruningPlan, then: Mapping[int, BlockPlan]) -> dict[st
 
 
 def _moved(name: str, staying: list[int]) -> str:
-    return re.sub(r"\d+", lambda found: str(staying[int(found.group())]), name, count=1)
+    """Return the name of a later plan's tensor with the block's index in the earlier plan's base."""
+    key = TensorKey.parse(name)
+    return key._replace(block=staying[key.block]).name
 
 
 def _composed(first: BlockPlan, then: BlockPlan) -> BlockPlan:

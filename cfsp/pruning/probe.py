@@ -29,10 +29,11 @@ _Kind = Literal["ffn", "attention"]
 
 @torch.no_grad()
 def probe(view: DecoderView, *, heads: bool = False, experts: bool = False) -> None:
-    """Check one block of each distinct shape; runs copies, so no hook on the model sees a token.
+    """Check one block of each distinct shape. Copies run, so no hook on the model sees a token.
 
     Args:
-        heads: check the removal of KV groups too. experts: of whole experts.
+        heads: check the removal of KV groups too.
+        experts: check the removal of whole experts too.
 
     Raises:
         UnsupportedModelError: names the block and the deviation.
@@ -71,7 +72,7 @@ def _judge(view: DecoderView, block: BlockView, kind: _Kind) -> None:
         entry = BlockDriver(view, 1).entry(torch.arange(4)[None])
         deviation = max(_deviation(view, block, kind, entry, removed) for removed in ("first", "last"))
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-        found = [
+        shapes = [
             f"{parameter_name} {tuple(parameter.shape)}"
             for parameter_name, parameter in part.module.named_parameters()
             if part.width in parameter.shape
@@ -81,7 +82,7 @@ def _judge(view: DecoderView, block: BlockView, kind: _Kind) -> None:
         else:
             looked = f"; {_WITHOUT_HEADS}"
         raise UnsupportedModelError(
-            f"{name} it does not run with one {unit} less{looked}, found {', '.join(found)}"
+            f"{name} it does not run with one {unit} less{looked}, found {', '.join(shapes)}"
         ) from error
     if not deviation <= _TOLERANCE.get(part.output.parameter.dtype, _LOW_PRECISION_TOLERANCE):
         raise UnsupportedModelError(
@@ -91,7 +92,12 @@ def _judge(view: DecoderView, block: BlockView, kind: _Kind) -> None:
 
 
 def _deviation(view: DecoderView, block: BlockView, kind: _Kind, entry: Entry, removed: str) -> float:
-    """Of what leaves the output projection while a copy of the whole block runs, relative to its largest value."""
+    """Measure how far slicing a unit differs from zeroing it.
+
+    Returns:
+        The largest difference in the output of the output projection while a copy of the whole block runs, relative to
+        its largest value.
+    """
     kwargs, entering = entry.kwargs[block.index][0], entry.hidden[0]
     # Of the order of one, whatever the embeddings give: what is looked at must be seen to work.
     generator = torch.Generator().manual_seed(0)
@@ -117,7 +123,7 @@ def _deviation(view: DecoderView, block: BlockView, kind: _Kind, entry: Entry, r
 
 
 class _Leaving:
-    """What leaves ``output`` in one run of its block, with the input channels ``zeroed`` at zero."""
+    """The output of a projection in one run of its block, with the input channels ``zeroed`` at zero."""
 
     def __init__(self, output: Projection, zeroed: slice | None) -> None:
         self._outputs: list[Tensor] = []

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from cfsp.calibrate.cache import note_saved
 from cfsp.errors import DataError, RunError
+from cfsp.model.nll import total_nll
 from cfsp.models.driver import BlockDriver, Entry, forward_replaced, run_block
 from cfsp.models.experts import ExpertsFFN
 from cfsp.models.submodules import check_can_be_skipped, parts
@@ -171,7 +171,7 @@ class SubmoduleSearch:
             hidden = self._states[first][batch].to(device)
             for block in self.driver.view.blocks[first:]:
                 hidden = run_block(block, hidden, entry.kwargs[block.index][batch])
-            total += _nll(self.driver.logits(ids, hidden), ids)
+            total += total_nll(self.driver.logits(ids, hidden), ids)
             count += ids[:, 1:].numel()
         self.block_runs += len(self.driver.view.blocks) - first
         return total / count if math.isfinite(total) else math.inf
@@ -220,11 +220,3 @@ def nulled(block: BlockView, kind: str) -> Iterator[None]:
 
     with forward_replaced(module, nothing):
         yield
-
-
-def _nll(logits: Tensor, ids: Tensor) -> float:
-    """Summed NLL of tokens 1..T-1, log-softmax in fp32, a sequence at a time."""
-    total = torch.zeros((), dtype=torch.float64)
-    for sequence, target in zip(logits, ids, strict=True):
-        total += cross_entropy(sequence[:-1].float(), target[1:], reduction="sum").double().cpu()
-    return float(total)

@@ -1,4 +1,4 @@
-"""Removing units for real: new, smaller matrices from rows and columns of the old ones."""
+"""Slicing: new, smaller matrices from rows and columns of the old ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cfsp.models.views import Channels
 
 
 def slice_linear(linear: Any, *, rows: Tensor | None = None, columns: Tensor | None = None) -> nn.Module:
-    """A new linear (or Conv1D) with the given output rows or input columns; the old one is left as it is."""
+    """Return a new linear (or Conv1D) with the given output rows or input columns; the old one is unchanged."""
     stored: Tensor = linear.weight.detach()
     out_axis = 1 if is_transposed(linear) else 0
     bias: Tensor | None = linear.bias
@@ -29,33 +29,33 @@ def slice_linear(linear: Any, *, rows: Tensor | None = None, columns: Tensor | N
 
 
 def with_bias(linear: Any, bias: Tensor) -> nn.Module:
-    """A new linear of the same weight with ``bias`` [out] in the weight's dtype; the old one is left as it is."""
+    """Return a new linear of the same weight with ``bias`` [out] in the weight's dtype; the old one is unchanged."""
     weight: Tensor = linear.weight.detach()
     # A copy: what is written into the model's parameters later must not reach the plan's tensors.
     return _like(linear, weight, bias.to(weight.device, weight.dtype, copy=True))
 
 
 def _like(like: Any, stored: Tensor, bias: Tensor | None) -> nn.Module:
-    """A module of the same kind that holds ``stored``, laid out as the kind stores its matrix."""
-    made: nn.Module
+    """Return a module of the same kind that holds ``stored``, in the layout in which this kind stores its matrix."""
+    module_of_kind: nn.Module
     if is_transposed(like):
         with torch.device("meta"):
-            made = type(like)(stored.shape[1], stored.shape[0])
+            module_of_kind = type(like)(stored.shape[1], stored.shape[0])
     else:
         # Falcon's linears round in another order than nn.Linear: the class stays what it is.
         cls = type(like) if type(like).__init__ is nn.Linear.__init__ else nn.Linear
-        made = cls(stored.shape[1], stored.shape[0], bias=bias is not None, device="meta", dtype=stored.dtype)
+        module_of_kind = cls(stored.shape[1], stored.shape[0], bias=bias is not None, device="meta", dtype=stored.dtype)
     learns = like.weight.requires_grad
-    made.weight = nn.Parameter(stored, requires_grad=learns)
+    module_of_kind.weight = nn.Parameter(stored, requires_grad=learns)
     if bias is not None:
-        made.bias = nn.Parameter(bias, requires_grad=learns)
-    return made.train(like.training)
+        module_of_kind.bias = nn.Parameter(bias, requires_grad=learns)
+    return module_of_kind.train(like.training)
 
 
 def keep_rows(kept: Sequence[tuple[Projection, Tensor]]) -> None:
-    """Keep of each projection the rows with these indices, in place.
+    """Keep the rows with these indices of each projection, in place.
 
-    The rows of a fused matrix, of which all projections must be there, stay in the order that they have.
+    The rows of a fused matrix, of which all projections must be there, stay in their order.
     """
     places: dict[tuple[int, str], list[tuple[Projection, Tensor]]] = {}
     for projection, units in kept:
@@ -123,5 +123,5 @@ def set_input_weights(weights: Sequence[tuple[Projection, Tensor]]) -> None:
 
 
 def _spans(groups: Tensor, size: int) -> Tensor:
-    """Indices of all channels of ``groups``, each of which spans ``size`` channels."""
+    """Return the indices of all channels of ``groups``, each of which spans ``size`` channels."""
     return (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()

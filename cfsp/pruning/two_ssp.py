@@ -10,8 +10,10 @@ from pydantic import Field
 
 from cfsp.allocate.budget import Budget, Sizes, check_scope, legal_widths
 from cfsp.components import component
+from cfsp.contracts import Allocator, Pruner, Unit
 from cfsp.errors import BudgetError, ConfigError, UnsupportedModelError
 from cfsp.models.latent import has_latent_attention
+from cfsp.pruner.units import count_neurons, free_blocks
 from cfsp.pruning.expert_limits import RANKED_BY_WEIGHTS, check_expert_widths, expert_notes
 from cfsp.pruning.one_shot import best_neurons
 
@@ -24,7 +26,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Share:
-    """How the target splits: attention submodules to remove, FFN rate, and neurons kept in each block."""
+    """The two parts that the target splits into.
+
+    Attributes:
+        n_attention: attention submodules to remove.
+        ffn_rate: share of the neurons to remove.
+        widths: neurons kept in each block.
+    """
 
     n_attention: int
     ffn_rate: float
@@ -32,21 +40,28 @@ class _Share:
 
     @property
     def width(self) -> int:
-        """Of the first block, and of all where they are alike."""
+        """Return the width of the first block, which is that of all where they are alike."""
         return self.widths[0]
 
 
 @component
-class TwoSSP:
-    """Two stages, as in the authors' code.
+class TwoSSP(Pruner):
+    """Remove FFN neurons, then attention submodules, as in the authors' code.
 
     With s the target share of the decoder's parameters, B blocks of P parameters, F of them in the FFN and A in the
-    attention (norms in neither): N* = round(B s^((F/A)/alpha)) attentions go (Eq. 5; ``attention_submodules`` forces
-    the number), and every block keeps K = round(N (1 - r)) neurons, r = (round(s B P) - N* A) / (B F): the K with the
-    largest mean L2 norm over a calibration sequence. Then, N* times, the attention goes without which the NLL of the
-    first ``search_sequences`` calibration sequences is lowest. Because K is the same everywhere, the unit of its budget
-    is one step of ``sparsity.round_to`` in every block. Where dense blocks stand beside mixtures of experts, P, F and A
-    are means over the blocks, K follows each block's own N, and F of a mixture is what the routed experts hold.
+    attention (norms in neither), N* = round(B s^((F/A)/alpha)) attentions go (Eq. 5). Every block keeps
+    K = round(N (1 - r)) neurons, r = (round(s B P) - N* A) / (B F): the K with the largest mean L2 norm over a
+    calibration sequence. Then, N* times, the attention goes without which the NLL is lowest. Because K is the same
+    everywhere, the unit of the budget is one step of ``sparsity.round_to`` in every block. Where dense blocks stand
+    beside mixtures of experts, P, F and A are means over the blocks, K follows each block's own N, and F of a mixture
+    counts the routed experts.
+
+    Attributes:
+        name: name of the method.
+        alpha: exponent of Eq. 5.
+        attention_submodules: N*, where it is not to follow Eq. 5.
+        search_sequences: calibration sequences that the NLL is measured on, from the first.
+        compensation: "none" alone: a removed attention leaves no output projection to carry a bias.
     """
 
     name: str
@@ -55,9 +70,8 @@ class TwoSSP:
     search_sequences: Annotated[int, Field(ge=1)] = 1
     compensation: str = "none"
 
-    needs_model: ClassVar[bool] = True
     prunes: ClassVar[bool] = True
-    plans_with: ClassVar[tuple[str, ...]] = ()
+    plans_with = ()
 
     def __post_init__(self) -> None:
         from cfsp.pruning.depth import refuse_compensation
@@ -65,14 +79,29 @@ class TwoSSP:
         refuse_compensation(self.name, self.compensation, "also removes attention submodules")
 
     def check(self, view: DecoderView, budget: Budget) -> None:
-        """See :class:`cfsp.pruning.base.Pruner`."""
+        """See :class:`cfsp.contracts.Pruner`."""
         check_scope(budget, f"pruner={self.name}", "a pruner of FFN neurons (cfsp, flap)")
         if view.mixtures:
             check_expert_widths(view, budget)
         self._share(view, budget)
 
+    def removed_units(self) -> tuple[Unit, ...]:
+        return ("neurons", "submodules")
+
+    def units(self, view: DecoderView, budget: Budget) -> dict[str, int]:
+        """See :class:`cfsp.contracts.Pruner`."""
+        attentions = sum(not block.attention_removed for block in free_blocks(view, budget))
+        return {"neurons": count_neurons(view, budget), "attentions": attentions}
+
+    def biased_projections(self) -> tuple[str, ...]:
+        return ()
+
+    def keeps_blocks_equal(self, view: DecoderView, budget: Budget, allocator: Allocator) -> bool:
+        """Some blocks lose their attention and others do not."""
+        return False
+
     def plan(self, context: PlanContext) -> PruningPlan:
-        """See :class:`cfsp.pruning.base.Pruner`."""
+        """See :class:`cfsp.contracts.Pruner`."""
         from cfsp.importance.base import score
         from cfsp.importance.sequence_norm import SequenceNorm
         from cfsp.pruning.apply import sliced
@@ -111,11 +140,14 @@ class TwoSSP:
         """Split the target.
 
         Raises:
-            ConfigError: protected blocks. UnsupportedModelError: unequal blocks. BudgetError: it cannot be met.
+            ConfigError: blocks are protected.
+            UnsupportedModelError: blocks are unequal.
+            BudgetError: the target cannot be met.
         """
         ffn, attention, whole = self._parts(view, budget)
         n_blocks, sizes = len(view.blocks), Sizes.of(view)
         target = budget.ratio * sizes.of_scope(budget.scope) / sizes.decoder_parameters
+        # The paper's s * B * P with the mean P. It is not simplified to s times the total, which could round otherwise.
         removed = round(target * n_blocks * (whole / n_blocks))
         legal = legal_widths(budget, sizes)
 
@@ -159,7 +191,7 @@ class TwoSSP:
         return f"{wish}: {said} removes {n_attention} of {n_blocks} attention submodules, {why}; {way}"
 
     def _parts(self, view: DecoderView, budget: Budget) -> tuple[int, int, int]:
-        """Parameters of all FFNs (of mixtures: of the routed experts), of all attentions, and of all blocks."""
+        """Count the parameters of all FFNs (of mixtures: routed experts), of all attentions, and of all blocks."""
         from cfsp.models.submodules import submodule_parameters
 
         if budget.protect != "none":
@@ -167,7 +199,7 @@ class TwoSSP:
                 f"sparsity.protect={budget.shown_protect()}: pruner={self.name} keeps the same width in every block "
                 "and protects none; use sparsity.protect=none, or another pruner"
             )
-        found: dict[str, set[tuple[int, ...]]] = {}
+        sizes_of_kind: dict[str, set[tuple[int, ...]]] = {}
         totals = [0, 0, 0]
         for block in view.blocks:
             if block.ffn is None or (block.attention is None and not has_latent_attention(block.module)):
@@ -178,11 +210,11 @@ class TwoSSP:
             attention = (
                 submodule_parameters(block, "attention") if block.attention is None else block.attention.parameters
             )
-            of_block = (block.ffn.parameters, attention, sum(p.numel() for p in block.module.parameters()))
+            block_sizes = (block.ffn.parameters, attention, sum(p.numel() for p in block.module.parameters()))
             kind = "mixture" if block.experts is not None else "dense"
-            found.setdefault(kind, set()).add((*of_block, block.ffn.width))
-            totals = [total + own for total, own in zip(totals, of_block, strict=True)]
-        if any(len(sizes) > 1 for sizes in found.values()):
+            sizes_of_kind.setdefault(kind, set()).add((*block_sizes, block.ffn.width))
+            totals = [total + own for total, own in zip(totals, block_sizes, strict=True)]
+        if any(len(sizes) > 1 for sizes in sizes_of_kind.values()):
             raise UnsupportedModelError(
                 f"{type(view.model).__name__}: pruner={self.name} needs equal blocks, and these differ in size; use "
                 "another pruner on a model that was pruned before"

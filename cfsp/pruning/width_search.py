@@ -13,39 +13,41 @@ from torch import Tensor, nn
 
 from cfsp.errors import ConfigError, DataError
 from cfsp.memory import available
+from cfsp.model.nll import total_nll
 from cfsp.models.driver import run_block
 from cfsp.models.ffn import FFN
 from cfsp.models.streamed import streamed
 from cfsp.pruning.plan import BlockPlan
-from cfsp.pruning.search import KnownLosses, _nll
+from cfsp.pruning.search import KnownLosses
 
 if TYPE_CHECKING:
     from cfsp.models.views import BlockView
     from cfsp.pruning.base import PlanContext
 
-#: Cut FFNs that are kept for other candidates: so many per block, and in all this share of the device's free memory.
+#: Cut FFNs that are kept for other candidates: this many per block, and this share of the device's free memory in all.
 _KEPT, _SHARE_OF_MEMORY = 6, 0.25
 
-#: What an FFN is made of: (owner, attribute, linear), of fused experts (owner, attribute, parameter).
-Made = list[tuple[nn.Module, str, Any]]
+#: The parts of an FFN: (owner, attribute, linear), or of fused experts (owner, attribute, parameter).
+FFNParts = list[tuple[nn.Module, str, Any]]
 
 Cut = Callable[["BlockView", int], tuple[BlockPlan, dict[str, Tensor]]]
 
 
 class WidthLosses:
-    """Mean NLL on ``input_ids`` [n, T] of the model with given FFN widths; run from the first new block on.
+    """Mean NLL on ``input_ids`` [n, T] of the model with given FFN widths.
 
-    Inside ``with restored(model)``: the blocks are changed.
+    The model runs from the first block with another width on. To be used inside ``with restored(model)``: the blocks
+    are changed.
     """
 
     def __init__(self, context: PlanContext, input_ids: Tensor, cut: Cut, before: dict[str, Any]) -> None:
-        """
-        Args:
-            cut: block, width -> what stays of it, and its compensation.
-            before: what decides the losses beside widths and ids, for those that are kept on disk.
+        """Args:
+            cut: block, width -> the decision on the block, and its compensation.
+            before: everything that decides the losses beside widths and ids, for losses that are kept on disk.
 
         Raises:
-            ConfigError: the model is streamed. DataError: windows of one token.
+            ConfigError: the model is streamed.
+            DataError: windows of one token.
         """
         if streamed(context.driver.view.model) is not None:
             raise ConfigError(
@@ -57,23 +59,23 @@ class WidthLosses:
         self._driver, self._ids, self._cut = context.driver, input_ids, cut
         self._known = KnownLosses.of(context, input_ids, before)
         self._entry = self._driver.entry(input_ids)
-        #: (block, width) -> what its cut FFN is made of, the one that was not used for longest first.
-        self._linears: OrderedDict[tuple[int, int], Made] = OrderedDict()
+        #: (block, width) -> parts of its cut FFN, the least recently used first.
+        self._linears: OrderedDict[tuple[int, int], FFNParts] = OrderedDict()
         self._room = int(_SHARE_OF_MEMORY * available(context.driver.view.device))
         self._base = [self._now(block) for block in self._driver.view.blocks]
-        #: Of the widths whose states are held: hidden states entering each block.
+        #: Widths of the blocks up to which hidden states are held.
         self._widths: list[int | None] = []
         self._states: list[list[Tensor]] = [[state.cpu() for state in self._entry.hidden]]
 
     @torch.no_grad()
     def __call__(self, widths: tuple[int, ...]) -> float:
         key = [(block, f"width{width}") for block, width in enumerate(widths)]
-        found = self._known.get(key)
-        if found is None:
+        loss = self._known.get(key)
+        if loss is None:
             start = time.perf_counter()
-            found = self._measured(widths)
-            self._known.put(key, found, time.perf_counter() - start)
-        return found
+            loss = self._measured(widths)
+            self._known.put(key, loss, time.perf_counter() - start)
+        return loss
 
     def _measured(self, widths: tuple[int, ...]) -> float:
         view, device = self._driver.view, self._driver.view.device
@@ -94,7 +96,7 @@ class WidthLosses:
             self._widths.append(widths[block.index])
         total, count = 0.0, 0
         for ids, hidden in zip(self._entry.ids, self._states[-1], strict=True):
-            total += _nll(self._driver.logits(ids, hidden.to(device)), ids)
+            total += total_nll(self._driver.logits(ids, hidden.to(device)), ids)
             count += ids[:, 1:].numel()
         return total / count if math.isfinite(total) else math.inf
 
@@ -114,23 +116,23 @@ class WidthLosses:
             self._room += _bytes(self._linears.popitem(last=False)[1])
         self._put(block, self._linears[key])
 
-    def _now(self, block: BlockView) -> Made:
+    def _now(self, block: BlockView) -> FFNParts:
         if block.ffn is None:
             return []
         if isinstance(block.ffn, FFN):
             return _linears(block.ffn)
         stored = [(module, name, getattr(module, name)) for module, name in block.ffn.stored()]
-        return stored if block.ffn.fused else [made for one in block.ffn.each for made in _linears(one)]
+        return stored if block.ffn.fused else [part for expert in block.ffn.each for part in _linears(expert)]
 
-    def _put(self, block: BlockView, made: Made) -> None:
-        for owner, name, held in made:
+    def _put(self, block: BlockView, parts: FFNParts) -> None:
+        for owner, name, held in parts:
             setattr(owner, name, held)
 
 
-def _linears(ffn: FFN) -> Made:
-    return [(one.owner, one.name, one.module) for one in ffn.projections.values()]
+def _linears(ffn: FFN) -> FFNParts:
+    return [(projection.owner, projection.name, projection.module) for projection in ffn.projections.values()]
 
 
-def _bytes(made: Made) -> int:
-    tensors = [held.parameters() if isinstance(held, nn.Module) else [held] for *_, held in made]
-    return sum(parameter.nbytes for of_one in tensors for parameter in of_one)
+def _bytes(parts: FFNParts) -> int:
+    tensors = [held.parameters() if isinstance(held, nn.Module) else [held] for *_, held in parts]
+    return sum(parameter.nbytes for part in tensors for parameter in part)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cfsp.components import component
+from cfsp.contracts import RunLogger
 
 if TYPE_CHECKING:
     from cfsp.record.run_record import RunRecord
@@ -21,7 +22,7 @@ _FILES = ("record.json", "plan.json", "config.yaml", "blocks.png", "recovery.png
 
 
 @component
-class WandbLogger:
+class WandbLogger(RunLogger):
     """One W&B run per run of cfsp: its id is the run_id; config, summary, curves, figures and files are the record's.
 
     Online it is there from the start and gets the training's curves as they come. Offline it is written at the end,

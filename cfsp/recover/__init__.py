@@ -1,1 +1,1 @@
-"""What happens to the weights after pruning."""
+"""Recovery: training a pruned model. Imports plans, models and data; `stage` alone knows the pipeline."""

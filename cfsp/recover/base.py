@@ -1,4 +1,4 @@
-"""What a recovery is: it turns the pruned model into one of the same structure with better weights."""
+"""The context that a recovery works in, and its result."""
 
 from __future__ import annotations
 
@@ -6,26 +6,40 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any
+
+from cfsp.contracts import Recovery
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from cfsp.data.calibration import Limits
-    from cfsp.models.views import DecoderView
     from cfsp.pruning.plan import PruningPlan
+
+
+__all__ = ["Recovered", "Recovery", "RecoveryContext"]
 
 
 @dataclass(frozen=True)
 class RecoveryContext:
-    """Everything a recovery may use.
+    """Everything that a recovery may use.
 
-    ``model``: the pruned model. ``dense``: entered, the same module is the dense model again. ``parked``: entered, what
-    only the dense model has waits in the CPU's memory. ``importance``: coarse s_l of the base model's blocks [L].
-    ``folder``: training checkpoints. ``adapter``: where an adapter is written. ``base``: saves the pruned model that an
-    adapter stands on and says where; None where nothing is to be saved. ``report``: called with what happens while it
-    trains. ``seed`` and ``run_id`` are the run's.
+    Attributes:
+        model: the pruned model.
+        dense: while entered, the same module is the dense model again.
+        parked: while entered, the tensors that only the dense model has wait in the CPU's memory.
+        tokenizer: tokenizer of the model.
+        limits: vocabulary and positions of the model.
+        plan: the plan that the model was pruned by.
+        importance: coarse importance s_l of the base model's blocks [L].
+        folder: folder for training checkpoints.
+        adapter: folder for an adapter.
+        base: saves the pruned model that an adapter stands on and returns its folder; None where nothing is saved.
+        cache: folder for results that take long to compute.
+        fingerprint: content of the dense model.
+        run_id: the run's.
+        seed: the run's.
+        report: called with values to log while the model trains.
     """
 
     model: nn.Module
@@ -47,29 +61,14 @@ class RecoveryContext:
 
 @dataclass(frozen=True)
 class Recovered:
-    """The model (adapters merged) and what the record says about how it came to be: at least its ``name``.
+    """The result of a recovery.
 
-    With ``history`` (rows of step and loss), ``objective``, ``tokens`` and ``trainable_parameters`` it is drawn.
+    Where ``history``, ``objective``, ``tokens`` and ``trainable_parameters`` are in the record, it is drawn.
+
+    Attributes:
+        model: the recovered model, adapters merged.
+        record: facts for the run's record, at least the ``name``.
     """
 
     model: nn.Module
     record: dict[str, Any] = field(default_factory=dict)
-
-
-class Recovery(Protocol):
-    """``trains``: False where the weights stay as they are."""
-
-    name: str
-    trains: ClassVar[bool]
-
-    def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: torch.device) -> dict[str, Any]:
-        """Find and check the data and the hardware; returns what decides the result, by content.
-
-        Raises:
-            CfspError: data is missing or does not fit, a module to adapt is not there, the hardware lacks something.
-        """
-        ...
-
-    def recover(self, context: RecoveryContext) -> Recovered:
-        """Train; the model is changed in place."""
-        ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cfsp.components import component
+from cfsp.contracts import Recovery
 from cfsp.recover.settings import Name, Training
 
 if TYPE_CHECKING:
@@ -16,20 +17,20 @@ if TYPE_CHECKING:
 
 
 @component
-class Full(Training):
-    """Trains all parameters, in float32; afterwards they are what they were before."""
+class Full(Training, Recovery):
+    """Train all parameters, in float32; afterwards they have their dtype again."""
 
     name: Name = "full"
     trains: ClassVar[bool] = True
 
     def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: torch.device) -> dict[str, Any]:
-        """See :class:`cfsp.recover.base.Recovery`."""
+        """See :class:`cfsp.contracts.Recovery`."""
         from cfsp.recover.train import check_training
 
         return check_training(self, tokenizer, limits, device)
 
     def recover(self, context: RecoveryContext) -> Recovered:
-        """See :class:`cfsp.recover.base.Recovery`."""
+        """See :class:`cfsp.contracts.Recovery`."""
         from cfsp.recover.base import Recovered
         from cfsp.recover.train import train
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from cfsp.components import component, suggest
+from cfsp.contracts import Recovery
 from cfsp.errors import ConfigError, RunError
 from cfsp.recover.ranks import importance_guided, matched
 from cfsp.recover.settings import Name, Positive, Training
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @component
-class Lora(Training):
+class Lora(Training, Recovery):
     """``ranks``: plain (``rank`` everywhere), importance (ranks follow the blocks' coarse importance, mean ``rank``) or
     matched (even ranks with the trainable parameters of importance). ``alpha`` / ``rank`` scales every block's update.
 
@@ -41,7 +42,7 @@ class Lora(Training):
     trains: ClassVar[bool] = True
 
     def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: torch.device) -> dict[str, Any]:
-        """See :class:`cfsp.recover.base.Recovery`."""
+        """See :class:`cfsp.contracts.Recovery`."""
         from cfsp.recover.train import check_training
 
         wanted = _named(self.targets, _linears(view))
@@ -55,7 +56,7 @@ class Lora(Training):
         return check_training(self, tokenizer, limits, device)
 
     def recover(self, context: RecoveryContext) -> Recovered:
-        """See :class:`cfsp.recover.base.Recovery`. The adapter is saved and merged."""
+        """See :class:`cfsp.contracts.Recovery`. The adapter is saved and merged."""
         import torch
         from peft import LoraConfig, get_peft_model
 

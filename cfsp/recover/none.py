@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cfsp.components import component
+from cfsp.contracts import Recovery
 
 if TYPE_CHECKING:
     import torch
@@ -15,10 +16,11 @@ if TYPE_CHECKING:
 
 
 @component
-class NoRecovery:
-    """Returns the model untouched."""
+class NoRecovery(Recovery):
+    """Return the model untouched."""
 
-    name: ClassVar[str] = "none"
+    # No field, which would be a key of the configuration.
+    name: ClassVar[str] = "none"  # type: ignore[misc]
     trains: ClassVar[bool] = False
 
     def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: torch.device) -> dict[str, Any]:

@@ -7,13 +7,14 @@ from math import floor
 
 
 def importance_guided(importance: Sequence[float], rank: int) -> list[int]:
-    """r_l = rank * s_l / mean(s), whole, at least 1 each, with sum(r_l) = rank * L exactly.
+    """Split ranks by coarse importance: r_l = rank * s_l / mean(s), whole, at least 1; sum(r_l) = rank * L exactly.
 
-    Our reconstruction of arXiv 2409.13199, Eq. 9 (rank follows the normalised coarse importance): its text and code are
-    not available to us. Rounded by largest remainder; equal remainders favour the lower block.
+    This is our reconstruction of arXiv 2409.13199, Eq. 9 (rank follows the normalised coarse importance), whose text
+    and code are not available to us. Ranks are rounded by largest remainder; equal remainders favour the lower block.
 
     Args:
         importance: s_l > 0 of the blocks that are adapted.
+        rank: mean rank.
     """
     count = len(importance)
     mean = sum(importance) / count
@@ -32,11 +33,14 @@ def importance_guided(importance: Sequence[float], rank: int) -> list[int]:
 
 
 def matched(guided: Sequence[int], costs: Sequence[int]) -> list[int]:
-    """Ranks that differ by at most 1, with the trainable parameters of ``guided`` within one rank of one block.
+    """Return even ranks with the trainable parameters of ``guided``, within one rank of one block.
 
     Args:
         guided: the ranks to match.
         costs: parameters that one rank costs in each block, the sum of (in + out features) over its targets.
+
+    Returns:
+        Ranks that differ by at most 1.
     """
     wanted = sum(rank * cost for rank, cost in zip(guided, costs, strict=True))
     base = max(1, wanted // sum(costs))

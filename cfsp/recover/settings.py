@@ -1,4 +1,4 @@
-"""What every training has in common: data, objective, batch, schedule, checkpoints. Typed, without heavy imports."""
+"""Settings that every training has in common: data, objective, batch, schedule, checkpoints. No heavy imports."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ class HubFile:
 
 @component
 class RecoveryData:
-    """kind instructions: rows of instruction/input/output or prompt/response. text: a text, cut into windows of
-    ``cutoff`` tokens. self: ``n_samples`` windows sampled from the dense model.
+    """Data of a training.
+
+    kind instructions: rows of instruction/input/output or prompt/response. kind text: a text, cut into windows of
+    ``cutoff`` tokens. kind self: ``n_samples`` windows sampled from the dense model.
     """
 
     kind: Literal["instructions", "text", "self"]
@@ -60,8 +62,10 @@ class RecoveryData:
 
 @component
 class Training:
-    """Fields of every recovery that trains. ``batch_size`` sequences make one optimiser step, ``micro_batch_size`` go
-    through the model at a time; exactly one of ``epochs`` and ``max_steps`` is set.
+    """Settings of every recovery that trains.
+
+    ``batch_size`` sequences make one optimiser step, ``micro_batch_size`` go through the model at a time. Exactly one
+    of ``epochs`` and ``max_steps`` is set.
     """
 
     data: RecoveryData
@@ -110,8 +114,16 @@ class Training:
             )
         return self
 
+    def memory_advice(self) -> str:
+        """See :class:`cfsp.contracts.Recovery`."""
+        disk = ", recovery.teacher=disk" if self.objective == "distill" else ""
+        return (
+            "lower recovery.micro_batch_size (batch_size stays what it is) or recovery.cutoff, or use "
+            f"recovery.gradient_checkpointing=true{disk} or model.dtype=bfloat16"
+        )
+
     def unread(self) -> Iterator[tuple[str, str]]:
-        """(key, why) for every key that nothing looks at with this objective and data: it has its default."""
+        """Yield (key, why) for every key that this objective or kind of data does not use; it has its default."""
         if self.objective == "lm":
             for key in ("teacher", "top_k", "distill_temperature", "distill_weight"):
                 yield key, "is of recovery.objective=distill, and this is lm"

@@ -1,4 +1,4 @@
-"""The recovery stage: what a recovery gets to work with, in the first process and in those that train with it."""
+"""The recovery stage: the context of a recovery, in the first process and in those that train with it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from cfsp import processes
 from cfsp.allocate.coarse import Coarse
 from cfsp.errors import RunError
-from cfsp.importance.base import Scores
+from cfsp.importance.base import Scores, distances_of
 from cfsp.models.checkpoint import round_to_stored
 from cfsp.models.load import load_model
 from cfsp.models.snapshot import Snapshot
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Training:
-    """What the first process tells the others, so that all train the same model."""
+    """The facts that the first process sends to the others, so that all train the same model."""
 
     run_id: str
     plan: PruningPlan
@@ -57,22 +57,25 @@ def recover(
     base: Callable[[], Path | None],
     report: Callable[[dict[str, Any]], None],
 ) -> Recovered:
-    """Train the pruned model of ``as_it_was`` (the dense one, before it was pruned), with all processes there are."""
+    """Train the pruned model with all processes of this run.
+
+    Args:
+        as_it_was: snapshot of the dense model before it was pruned.
+    """
     job = _Training(prepared.run_id, plan, coarse_importance(planned), out)
     processes.shared(lambda: job)
     return _train(prepared, as_it_was, job, base, report)
 
 
 def coarse_importance(planned: PlanContext) -> Tensor:
-    """s_l [L] of the base model: the allocator's own where it is the coarse one, else Coarse() on the statistics."""
-    allocator = planned.allocator if isinstance(planned.allocator, Coarse) else Coarse()
-    statistics = planned.statistics
-    distances = {metric: statistics.distance(metric) for metric in statistics.blocks[0].distances}
-    return allocator.importance(Scores((), (), distances))
+    """Return s_l [L] of the base model: the allocator's own where it states one, else that of Coarse()."""
+    scores = Scores((), (), distances_of(planned.statistics))
+    importance = planned.allocator.block_importance(scores)
+    return Coarse().block_importance(scores) if importance is None else importance
 
 
 def assist(config: RunConfig) -> int:
-    """What every process but the first does: wait, train with it when it says so, and end with its exit code."""
+    """Run as any process but the first: wait, train when the first process says so, and end with its exit code."""
     while True:
         job: Any = processes.shared(lambda: None)
         if isinstance(job, _Ended):
@@ -92,7 +95,7 @@ def assist(config: RunConfig) -> int:
 
 
 def release(code: int) -> None:
-    """Tell the others that this job is over."""
+    """Tell the other processes that this job is over."""
     processes.shared(lambda: _Ended(code))
 
 

@@ -1,4 +1,4 @@
-"""Training on Hugging Face's Trainer: what is checked before, what goes in, what the record says of it."""
+"""Training on Hugging Face's Trainer: checks before it starts, its inputs, and its record."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from cfsp.recover.settings import EXECUTION, Training
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from transformers import TrainingArguments
 
     from cfsp.recover.base import RecoveryContext
 
@@ -30,7 +31,10 @@ log = logging.getLogger(__name__)
 
 
 def check_training(settings: Training, tokenizer: Any, limits: Limits, device: torch.device) -> dict[str, Any]:
-    """Data by content, every setting that decides the result; hardware that is asked for must be there.
+    """Check data, settings and hardware.
+
+    Returns:
+        Data by content, and every setting that decides the result.
 
     Raises:
         CfspError: names the key and the way out.
@@ -62,7 +66,7 @@ def check_training(settings: Training, tokenizer: Any, limits: Limits, device: t
 
 
 def _data(settings: Training, tokenizer: Any, limits: Limits) -> dict[str, Any]:
-    """What of the data decides the result: contents, not where they lie or what they are called."""
+    """Return the facts of the data that decide the result: contents, not places or names."""
     data = settings.data
     decides: dict[str, Any] = {"kind": data.kind, "n_samples": data.n_samples}
     if data.kind == "self":
@@ -96,7 +100,7 @@ def _sha256(settings: Training) -> str | None:
 
 
 def _deciding(settings: Training) -> dict[str, Any]:
-    """The settings that decide the result, without those that this kind of data and objective does not look at."""
+    """Return the settings that decide the result, without those that this data and objective do not use."""
     from dataclasses import asdict
 
     unread = {*EXECUTION, *(key for key, _ in settings.unread())}
@@ -104,7 +108,7 @@ def _deciding(settings: Training) -> dict[str, Any]:
 
 
 def read_examples(settings: Training, tokenizer: Any, limits: Limits) -> list[Example]:
-    """The examples of a file.
+    """Read the examples of a file.
 
     Raises:
         DataError: rows of another form, nothing to learn, or ids that the model does not have.
@@ -117,16 +121,15 @@ def read_examples(settings: Training, tokenizer: Any, limits: Limits) -> list[Ex
 
 
 def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dict[str, Any]:
-    """Train what requires a gradient; goes on from what a killed run left in ``context.folder``.
+    """Train the parameters that require a gradient; a killed run goes on from its checkpoints in ``context.folder``.
 
     Returns:
-        For the record: steps, tokens, seconds, trainable parameters, history of loss and learning rate.
+        Facts for the record: steps, tokens, seconds, trainable parameters, history of loss and learning rate.
 
     Raises:
         RunError: the loss is not finite; says at which step, and the last whole checkpoint stays.
     """
     import torch
-    from transformers import TrainingArguments
 
     from cfsp.recover.trainer import make_trainer, sharded
 
@@ -148,33 +151,7 @@ def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dic
     # Not the launcher's: what decides the result is in the configuration.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if settings.bf16 else "no"
     count = processes.launched().count
-    device = next(model.parameters()).device
-    arguments = TrainingArguments(
-        output_dir=str(context.folder),
-        per_device_train_batch_size=settings.micro_batch_size,
-        gradient_accumulation_steps=settings.batch_size // (settings.micro_batch_size * count),
-        num_train_epochs=settings.epochs or 1.0,
-        max_steps=settings.max_steps or -1,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        optim="adamw_torch" if settings.optimizer == "adamw" else "adamw_bnb_8bit",
-        bf16=settings.bf16,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=settings.checkpoint_every,
-        disable_tqdm=True,
-        report_to="none",
-        seed=context.seed % 2**32,
-        use_cpu=device.type == "cpu",
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
-        ddp_find_unused_parameters=False,
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would split what is on one device here
+    arguments = _arguments(settings, context, count, next(model.parameters()).device)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     # FSDP takes a model apart for good.
     trained: Any = copy.deepcopy(model) if sharded() else model
@@ -198,7 +175,7 @@ def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dic
         for parameter, dtype in narrow:
             parameter.data = parameter.data.to(dtype)
     model.eval()
-    found = {
+    record = {
         "objective": settings.objective,
         "data": settings.data.name,
         "data_sha256": _sha256(settings),
@@ -212,18 +189,59 @@ def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dic
         "history": trainer.history(),
     }
     if processes.launched().first:
-        save_trained(model, context.folder, context.run_id, found)
-    return found
+        save_trained(model, context.folder, context.run_id, record)
+    return record
+
+
+def _arguments(
+    settings: Training, context: RecoveryContext, n_processes: int, device: torch.device
+) -> TrainingArguments:
+    """Return the arguments of Trainer for a training by so many processes, each on its ``device``."""
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(context.folder),
+        per_device_train_batch_size=settings.micro_batch_size,
+        gradient_accumulation_steps=settings.batch_size // (settings.micro_batch_size * n_processes),
+        num_train_epochs=settings.epochs or 1.0,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule if settings.schedule != "constant" else "constant_with_warmup",
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim="adamw_torch" if settings.optimizer == "adamw" else "adamw_bnb_8bit",
+        bf16=settings.bf16,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=settings.checkpoint_every,
+        disable_tqdm=True,
+        report_to="none",
+        seed=context.seed % 2**32,
+        use_cpu=device.type == "cpu",
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        ddp_find_unused_parameters=False,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would split a model that is on one device here
+    return arguments
 
 
 def _widen(model: nn.Module) -> list[tuple[nn.Parameter, torch.dtype]]:
-    """Train in float32 what is kept in 16 bits, where most updates would be rounded away; returns what it was."""
+    """Train parameters of 16 bits in float32, because most updates would be rounded away.
+
+    Returns:
+        The parameters with their earlier dtypes.
+    """
     import torch
 
-    found = [(p, p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
-    for parameter, _ in found:
+    narrow = [
+        (p, p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
+    ]
+    for parameter, _ in narrow:
         parameter.data = parameter.data.float()
-    return found
+    return narrow
 
 
 def _recompute_activations(model: Any, on: bool) -> None:
@@ -255,7 +273,11 @@ def _examples(settings: Training, context: RecoveryContext) -> Sequence[Example]
 
 
 def _teacher(settings: Training, context: RecoveryContext, examples: Sequence[Example], *, trained: bool) -> Any:
-    """``trained``: the model's own weights change, so that the dense model needs a copy of what they share."""
+    """Return the teacher of a distillation; None for other objectives.
+
+    Args:
+        trained: whether the model's own weights change, so that the dense model needs a copy of the shared ones.
+    """
     if settings.objective == "lm":
         return None
     from cfsp.recover.distill import DenseInMemory, TopKOnDisk

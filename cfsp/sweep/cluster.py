@@ -19,13 +19,14 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from cfsp.components import component
+from cfsp.contracts import Launcher
 from cfsp.errors import ConfigError
 from cfsp.lease import holder
 from cfsp.models.base_models import BaseModels
 from cfsp.pipeline import LEASE
 from cfsp.record.environment import cores
 from cfsp.sweep.job import Job, Outcome, do, mark_failed
-from cfsp.sweep.launch import LOOK, Launcher, Queue, Report, environment
+from cfsp.sweep.launch import LOOK, Queue, Report, environment
 
 #: Why a job of submitit is over that left no result; None while it is not over.
 Ended = Callable[[Any], str | None]

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cfsp.components import build, suggest
+from cfsp.contracts import Launcher
 from cfsp.errors import CfspError, ConfigError
 from cfsp.package import config_folder
 from cfsp.sweep.experiment import Cell, Experiment, Values, experiment_names, given_values, load_experiment
@@ -56,7 +57,7 @@ class Request:
     variant: str
     cells: list[Cell]
     varying: list[str]
-    launcher: Any
+    launcher: Launcher
     status: bool
     force: bool
     given: Mapping[str, Values]
@@ -139,7 +140,7 @@ def request_of(words: Sequence[str]) -> Request:
         variant,
         cells,
         varying,
-        _launcher(own),
+        _launcher(own, _allowed(given)),
         status=_flag(own, "status"),
         force=str(given.get("force", "false")).lower() == "true",
         given=given,
@@ -236,7 +237,7 @@ def _usual(name: str, variant: str, given: Mapping[str, Values]) -> dict[str, Va
     return {key: value for key, value in usual.items() if key not in given}
 
 
-def _launcher(own: Mapping[str, Values]) -> Any:
+def _launcher(own: Mapping[str, Values], allowed: Sequence[str] = ()) -> Launcher:
     name = str(own.get("launcher", "sequential"))
     path = config_folder() / "launcher" / f"{name}.yaml"
     if not path.is_file():
@@ -248,7 +249,15 @@ def _launcher(own: Mapping[str, Values]) -> Any:
     for key, value in own.items():
         if key.startswith("launcher."):
             values[key.removeprefix("launcher.")] = _value(key, value)
-    return build("launcher", values, needs=("check", "launch")).instance
+    return build("launcher", values, allowed, Launcher).instance
+
+
+def _allowed(given: Mapping[str, Values]) -> list[str]:
+    """Packages of ``plugins.allow``, whose launchers may be built too."""
+    if "plugins.allow" not in given:
+        return []
+    packages = _value("plugins.allow", given["plugins.allow"])
+    return [str(package) for package in packages] if isinstance(packages, list) else []
 
 
 def _value(key: str, value: Values) -> Any:

@@ -9,11 +9,12 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from cfsp.components import component
+from cfsp.contracts import Launcher
 from cfsp.record.environment import cores
 
 if TYPE_CHECKING:
@@ -28,22 +29,6 @@ Report = Callable[["Job", "Outcome"], None]
 LOOK = 1.0
 #: Seconds for a process that was interrupted to write its record.
 _PATIENCE = 5.0
-
-
-class Launcher(Protocol):
-    """One class and one YAML under ``conf/launcher``."""
-
-    def check(self) -> None:
-        """Whether what it needs is here, before any work.
-
-        Raises:
-            ConfigError: what is missing, and how to get it.
-        """
-        return None
-
-    def launch(self, jobs: Sequence[Job], report: Report) -> None:
-        """Do every job; what another process does meanwhile is waited for, not repeated."""
-        ...
 
 
 @component

@@ -74,6 +74,8 @@ def collect(cells: Sequence[Cell], folder: Path, composer: GridComposer | None =
             f"paths.records_dir={folder}: no such folder; run the sweep first, or say where its records are"
         )
     composer = composer or GridComposer()
+    # First: this imports the classes of other packages that the cells name, which the records' settings are read by.
+    configurations = [composer.config(cell.words) for cell in cells]
     damaged: list[str] = []
     by_science: dict[str, list[RunRecord]] = {}
     files: dict[str, Path] = {}
@@ -81,8 +83,7 @@ def collect(cells: Sequence[Cell], folder: Path, composer: GridComposer | None =
         files[record.run_id] = path
         by_science.setdefault(key, []).append(record)
     found, missing = [], []
-    for cell in cells:
-        config = composer.config(cell.words)
+    for cell, config in zip(cells, configurations, strict=True):
         records = [record for record in by_science.get(science(config.raw), ()) if _same_inputs(config, record)]
         current = [record for record in records if record.identity["version"] == METHOD_VERSION]
         records = current or records
@@ -148,7 +149,7 @@ def science(configuration: Mapping[str, Any]) -> str:
         # Records from before there was auto: how many at a time moves sums in their last digits alone.
         kept["calibration"] = {**calibration, "batch_size": "auto"}
     if isinstance(kept.get("pruner"), Mapping):
-        kept["pruner"] = without_unused(kept["pruner"])
+        kept["pruner"] = without_unused(str(kept["pruner"].get("_target_")), kept["pruner"])
     return digest(_without_places(kept))
 
 

@@ -19,6 +19,7 @@ from cfsp.allocate.budget import Budget, Sizes, to_widths
 from cfsp.allocate.coarse import Coarse
 from cfsp.allocate.global_rank import GlobalRank
 from cfsp.calibrate.calibrate import calibrate
+from cfsp.calibrate.passing import block_by_block
 from cfsp.data.calibration import CalibrationSet
 from cfsp.importance.base import score
 from cfsp.importance.cfsp_released import CfspReleased
@@ -50,12 +51,14 @@ def _each_case():
 
 
 @cache
-def _calibrated(name: str, mode: str = "whole"):
+def _calibrated(name: str, one_block_at_a_time: bool = False):
     model, _ = load(shared("models", MODELS[name]))
     arrays = np.load(shared("golden", f"golden_{name}.npz"))
     tokens = torch.from_numpy(arrays["tokens"].astype(np.int64))
     view = resolve(model)
-    statistics, _ = calibrate(BlockDriver(view, 8, mode), CalibrationSet(tokens, "golden", "given", 0))
+    if one_block_at_a_time:
+        return view, block_by_block(BlockDriver(view, 8), tokens, None, None), arrays
+    statistics, _ = calibrate(BlockDriver(view, 8), CalibrationSet(tokens, "golden", "given", 0))
     return view, statistics, arrays
 
 
@@ -108,7 +111,7 @@ def test_wanda_sp_widths_are_the_released_codes(name, case):
 @pytest.mark.parametrize("name", MODELS)
 def test_block_by_block_driver_collects_the_same(name):
     _, whole, _ = _calibrated(name)
-    _, blocks, _ = _calibrated(name, "blocks")
+    _, blocks, _ = _calibrated(name, one_block_at_a_time=True)
     for one, other in zip(whole.blocks, blocks.blocks, strict=True):
         assert one.distances == other.distances
         assert torch.equal(one.ffn.mean_square, other.ffn.mean_square)

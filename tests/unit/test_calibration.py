@@ -17,6 +17,7 @@ import torch
 from cfsp.calibrate import calibrate as calibrate_module
 from cfsp.calibrate.cache import StatisticsCache, read_or_compute, saved_seconds
 from cfsp.calibrate.calibrate import calibrate
+from cfsp.calibrate.passing import block_by_block
 from cfsp.calibrate.statistics import Statistics
 from cfsp.config import SelfCalibration, TextCalibration, TokensCalibration
 from cfsp.data import text as text_module
@@ -52,7 +53,11 @@ def test_every_linear_of_the_decoder_sees_each_token_once_and_the_head_none(mode
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(lambda _, args, __, name=name: seen.update({name: args[0].shape[:-1].numel()}))
     ids = tokens(10, 32)
-    calibrate(BlockDriver(resolve(model), 4, mode), CalibrationSet(ids, "random", "", 0))
+    driver = BlockDriver(resolve(model), 4)
+    if mode == "whole":
+        calibrate(driver, CalibrationSet(ids, "random", "", 0))
+    else:
+        block_by_block(driver, ids, None, None)
     linears = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"]
     assert len(linears) == 4 * 7
     assert seen == dict.fromkeys(linears, 320)

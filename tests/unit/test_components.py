@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from cfsp.components import build
+from cfsp.contracts import NeuronImportance
 from cfsp.errors import ConfigError
 from tests.conftest import mentions
 
@@ -51,7 +52,7 @@ def site(tmp_path, monkeypatch):
 )
 def test_only_marked_classes_of_cfsp_are_built(site, values):
     with pytest.raises(ConfigError) as refused:
-        build("importance", values, needs=("score",))
+        build("importance", values, contract=NeuronImportance)
     assert "importance" in str(refused.value)
     assert len(str(refused.value)) < 500
     assert not (site / "PWNED").exists()
@@ -62,14 +63,17 @@ def test_the_group_is_checked_before_a_class_is_called(monkeypatch):
 
     monkeypatch.setattr(WandbLogger, "__init__", lambda *_, **__: pytest.fail("it was called"))
     with pytest.raises(ConfigError, match="no class for importance, it has no score"):
-        build("importance", {"_target_": "cfsp.record.wandb_logger.WandbLogger"}, needs=("score",))
+        build("importance", {"_target_": "cfsp.record.wandb_logger.WandbLogger"}, contract=NeuronImportance)
 
 
 @pytest.mark.usefixtures("site")
 def test_a_plug_in_s_class_is_of_the_package_that_defines_it():
-    assert build("importance", {"_target_": "mine.Mine"}, ["mine"], ("score",)).instance.score is len
-    assert build("importance", {"_target_": "mine.Wanda"}, ["mine"], ("score",)).target == "mine.Wanda"
-    assert build("importance", {"_target_": "mine.Theirs"}, ["mine", "other_package"], ("score",)).instance.score() == 1
+    assert build("importance", {"_target_": "mine.Mine"}, ["mine"], NeuronImportance).instance.score is len
+    assert build("importance", {"_target_": "mine.Wanda"}, ["mine"], NeuronImportance).target == "mine.Wanda"
+    assert (
+        build("importance", {"_target_": "mine.Theirs"}, ["mine", "other_package"], NeuronImportance).instance.score()
+        == 1
+    )
     for target, said in {
         "mine.Theirs": "plugins.allow=[mine,other_package]",
         "mine.Environment": "plugins.allow=[jinja2,mine]",
@@ -77,5 +81,5 @@ def test_a_plug_in_s_class_is_of_the_package_that_defines_it():
         "mine.Useless": "no class for importance, it has no score",
     }.items():
         with pytest.raises(ConfigError) as refused:
-            build("importance", {"_target_": target}, ["mine"], ("score",))
+            build("importance", {"_target_": target}, ["mine"], NeuronImportance)
         mentions([str(refused.value)], f"importance._target_={target}", said)

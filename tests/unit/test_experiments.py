@@ -7,6 +7,7 @@ import pytest
 from cfsp.components import build
 from cfsp.compose import compose
 from cfsp.config import parse
+from cfsp.contracts import Launcher
 from cfsp.errors import ConfigError
 from cfsp.package import config_folder
 from cfsp.sweep import command
@@ -137,4 +138,4 @@ def test_an_experiment_or_launcher_given_to_a_single_run_is_explained(refused):
 
 def test_a_launcher_is_a_class_with_launch():
     with pytest.raises(ConfigError, match="no class for launcher"):
-        build("launcher", {"_target_": "cfsp.record.logger.NullLogger"}, needs=("launch",))
+        build("launcher", {"_target_": "cfsp.record.logger.NullLogger"}, contract=Launcher)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import cfsp
 from cfsp.allocate.budget import Budget
 from cfsp.calibrate.calibrate import calibrate
+from cfsp.calibrate.passing import block_by_block
 from cfsp.calibrate.statistics import BlockStatistics, ExpertStatistics, InputStatistics, Statistics
 from cfsp.data.calibration import Limits, from_ids
 from cfsp.errors import BudgetError, CfspError, CheckpointError, ConfigError, UnsupportedModelError
@@ -282,7 +283,7 @@ def test_statistics_do_not_go_with_the_batches_and_survive_the_disk(tmp_path):
     model = SPARSE["qwen3_moe"].build()
     at_once = calibrated(model)
     calibration = from_ids(IDS, Limits(VOCABULARY, None))
-    one_by_one, _ = calibrate(BlockDriver(resolve(model), 1, "blocks"), calibration)
+    one_by_one = block_by_block(BlockDriver(resolve(model), 1), calibration.input_ids, None, None)
     at_once.save(tmp_path / "s.safetensors", {})
     kept = Statistics.load(tmp_path / "s.safetensors")
     for one, other, read in zip(at_once.blocks, one_by_one.blocks, kept.blocks, strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import cfsp
-from cfsp.calibrate.ffn_pairs import FFNPairs, seeing_ffn
+from cfsp.calibrate.ffn_pairs import FFNPairs, capturing_ffn
 from cfsp.compose import compose
 from cfsp.config import parse
 from cfsp.errors import ConfigError, UnsupportedModelError
@@ -433,7 +433,7 @@ def collected(n: int, length: int, stride: float, missing: float | None = None, 
 
     handle = block.ffn.module.register_forward_hook(see)
     more = None if missing is None else normal(n, length, 32, seed=9, scale=missing)
-    with torch.no_grad(), seeing_ffn(block, block.ffn) as seen:
+    with torch.no_grad(), capturing_ffn(block, block.ffn) as seen:
         for at in range(0, n, batch):
             model(ids[at : at + batch])
             pairs.add(block.ffn, seen, None if more is None else more[at : at + batch])
@@ -486,7 +486,7 @@ def test_hooks_go_away_where_a_block_fails() -> None:
     class FailureError(Exception):
         pass
 
-    with pytest.raises(FailureError), seeing_ffn(block, block.ffn):
+    with pytest.raises(FailureError), capturing_ffn(block, block.ffn):
         raise FailureError
     assert not any(module._forward_pre_hooks for module in block.module.modules())
 
@@ -532,7 +532,7 @@ class Learnt(nn.Module):
 def first_seen(model) -> tuple:
     block = resolve(model).blocks[0]
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    with torch.no_grad(), seeing_ffn(block, block.ffn) as seen:
+    with torch.no_grad(), capturing_ffn(block, block.ffn) as seen:
         model(tokens(2, 12, vocabulary=vocabulary))
     return block.ffn, seen.entering.flatten(0, 1), seen.hidden.flatten(0, 1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import linecache
 import shutil
 import sys
@@ -14,12 +15,14 @@ from cfsp.calibrate.cache import StatisticsCache
 from cfsp.components import build
 from cfsp.compose import compose
 from cfsp.config import parse
+from cfsp.identity import identity_of, run_id_of
 from cfsp.models.checkpoint import save_checkpoint
 from cfsp.models.driver import BlockDriver
 from cfsp.models.load import load_model
 from cfsp.models.views import resolve
 from cfsp.package import ROOT
 from cfsp.prepare import prepare
+from tests.conftest import ROOT as PROJECT
 from tests.tiny import tiny_model
 
 
@@ -69,6 +72,30 @@ def test_what_decides_the_result_changes_the_id(folders):
     ids = {name: other.run_id for name, other in others.items()}
     assert base.run_id not in ids.values()
     assert len(set(ids.values())) == len(ids), ids
+
+
+#: Records of every folder, few enough to parse in seconds.
+RECORDS = sorted((PROJECT / "results" / "records").rglob("*.json"))[::25]
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.parent.name + "-" + path.stem[-12:])
+def test_committed_records_keep_their_identity(path):
+    """The configuration and the inputs of a committed record still make its run id: nothing is measured again."""
+    record = json.loads(path.read_text())
+    # Some measured task files of an experiment, which a run would ask to be allowed.
+    config, stored = parse({**record["configuration"], "plugins": {"allow": ["tasks"]}}), record["identity"]
+    pruning = stored["pruning"] or {}
+    identity = identity_of(
+        config,
+        model=stored["model"],
+        dtype=stored["dtype"],
+        calibration=pruning.get("calibration"),
+        recovery=stored["recovery"],
+        stored_dtype=pruning.get("stored", {}).get("dtype", ""),
+        evaluation=stored["evaluation"],
+    )
+    assert run_id_of(config, identity) == record["run_id"]
+    assert json.loads(json.dumps(identity)) == stored
 
 
 def test_place_device_logger_and_paths_do_not(folders):

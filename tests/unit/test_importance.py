@@ -123,7 +123,7 @@ def test_a_score_that_is_not_finite_names_the_block():
     view, statistics = calibrated(tiny_model())
     with torch.no_grad():
         view.blocks[2].ffn.output.weight[0, 0] = float("nan")
-    with pytest.raises(RunError, match="block 2.*Wanda"):
+    with pytest.raises(RunError, match="block 2.*importance=wanda"):
         score(view, statistics, Wanda())
 
 

@@ -13,10 +13,11 @@ from omegaconf import OmegaConf
 
 from cfsp.compose import compose
 from cfsp.config import parse
+from cfsp.contracts import Pruner
 from cfsp.errors import BudgetError, ConfigError, UnsupportedModelError
 from cfsp.inspection import numbers as of_numbers
 from cfsp.inspection.command import Request, inspected, request_of
-from cfsp.inspection.describe import FfnFacts, most_of, ranges
+from cfsp.inspection.describe import FfnFacts, ranges
 from cfsp.inspection.numbers import names
 from cfsp.inspection.reach import largest_ratio, refusal
 from cfsp.inspection.show import ffn_words
@@ -379,7 +380,7 @@ def test_the_most_is_what_the_pruners_own_checks_allow(view):
 )
 def test_units_and_the_most_of_them(view, pruner, units, most):
     config = _config(pruner)
-    assert most_of(view, config.budget, config.pruner.instance) == most
+    assert config.pruner.instance.most_removable(view, config.budget) == most
     (reach,) = [one for one in inspected(Request(model="bundled")).reaches if one.pruner == pruner]
     assert reach.units == units
     assert reach.parameters == most or most is None
@@ -393,12 +394,17 @@ def test_what_takes_no_ratio_says_why(view):
 
 
 def test_a_class_that_is_not_known_here_is_asked_by_its_check(view):
-    class Odd:
+    class Odd(Pruner):
+        name, prunes = "odd", True
+
+        def plan(self, context):
+            return None
+
         def check(self, view, budget):
             if not 0.03 <= budget.ratio <= 0.6123:
                 raise BudgetError("too much, or too little")
 
-    assert most_of(view, _config("cfsp").budget, Odd()) is None
+    assert Odd().most_removable(view, _config("cfsp").budget) is None
     assert largest_ratio(Odd(), _config("cfsp").budget, view) == 0.6123
 
 

@@ -13,7 +13,16 @@ import cfsp
 from cfsp.allocate.budget import Budget, Sizes
 from cfsp.allocate.reconstruction import Reconstruction
 from cfsp.allocate.search import Search
-from cfsp.calibrate.gram import Gram, GramCollection, GramSums, GramWanted, InMemory, OnDisk, gram_sums, taken
+from cfsp.calibrate.gram import (
+    Gram,
+    GramCollection,
+    GramSums,
+    GramWanted,
+    InMemory,
+    OnDisk,
+    gram_sums,
+    subsample_tokens,
+)
 from cfsp.errors import DataError, RunError
 from cfsp.importance.base import Scores
 from cfsp.importance.second_order import removal_order, scores_of
@@ -234,7 +243,7 @@ def test_wide_matrices_are_summed_panel_by_panel() -> None:
     [(1.0, range(12)), (0.25, [0, 4, 8]), (1 / 3, [0, 3, 6, 9]), (0.75, [0, 2, 3, 4, 6, 7, 8, 10, 11])],
 )
 def test_any_share_of_the_tokens_is_taken_evenly(share, expected) -> None:
-    found = taken(torch.arange(12)[None], GramWanted(("ffn",), share, 0).stride)[0].tolist()
+    found = subsample_tokens(torch.arange(12)[None], GramWanted(("ffn",), share, 0).stride)[0].tolist()
     assert found == list(expected)
     assert len(found) == round(12 * share)
 

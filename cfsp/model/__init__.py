@@ -1,0 +1,1 @@
+"""A model that computes: loading, streaming, the block driver."""

@@ -1,0 +1,1 @@
+"""Pruners: from statistics to a plan, and from a plan to a smaller model."""

@@ -1,0 +1,47 @@
+"""Counts of the units that pruners remove, in the blocks that a budget leaves free."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cfsp.allocate.budget import Budget
+    from cfsp.models.views import BlockView, DecoderView
+
+
+def free_blocks(view: DecoderView, budget: Budget) -> list[BlockView]:
+    """Return the blocks that may be pruned.
+
+    Raises:
+        ConfigError: every block is protected.
+    """
+    return [view.blocks[index] for index in budget.free_blocks(len(view.blocks))]
+
+
+def count_neurons(view: DecoderView, budget: Budget) -> int:
+    """Count FFN neurons; of a mixture those of every expert."""
+    return sum(
+        block.ffn.width * (1 if block.experts is None else block.experts.n_experts)
+        for block in free_blocks(view, budget)
+        if block.ffn is not None
+    )
+
+
+def count_kv_groups(view: DecoderView, budget: Budget) -> int:
+    """Count the KV groups of all attentions that are recognised."""
+    return sum(block.attention.n_kv_heads for block in free_blocks(view, budget) if block.attention is not None)
+
+
+def count_experts(view: DecoderView, budget: Budget) -> int:
+    """Count the routed experts of all mixtures."""
+    return sum(block.experts.n_experts for block in free_blocks(view, budget) if block.experts is not None)
+
+
+def block_sizes(view: DecoderView) -> list[int]:
+    """Return the number of parameters of each block of the model."""
+    return [sum(parameter.numel() for parameter in block.module.parameters()) for block in view.blocks]
+
+
+def blocks_with_attention(view: DecoderView) -> set[int]:
+    """Return the indices of the blocks whose attention was not removed earlier; one of them has to stay."""
+    return {block.index for block in view.blocks if not block.attention_removed}

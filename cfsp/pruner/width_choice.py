@@ -1,0 +1,156 @@
+"""The widths that the one-shot engine keeps: an allocation, rounded to the budget, or a search that starts from some.
+
+Only the blocks that the budget leaves free take part; protected blocks keep everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from cfsp.allocate.budget import Budget, Sizes, Widths, keep_fraction, legal_widths, to_widths
+from cfsp.contracts import SearchingAllocator
+from cfsp.pruning.plan import BlockPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cfsp.allocate.base import Allocation
+    from cfsp.importance.base import Scores
+    from cfsp.models.views import BlockView
+    from cfsp.pruning.base import PlanContext
+
+#: Compensates the outputs of one block for the units that a decision removes: tensor name -> tensor.
+Compensate = Callable[["BlockView", BlockPlan], dict[str, "Tensor"]]
+
+
+@dataclass(frozen=True)
+class ChosenWidths:
+    """Widths that meet the budget.
+
+    Attributes:
+        widths: kept neurons (or whole experts) and KV groups of every block of the model.
+        keep_ratios: share of each block that the allocator asked for, before rounding.
+        notes: facts for the plan on how a search got there.
+    """
+
+    widths: Widths
+    keep_ratios: list[float]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _FreePart:
+    """The blocks that may be pruned, their sizes, and the budget that they have to meet."""
+
+    blocks: list[int]
+    sizes: Sizes
+    budget: Budget
+
+
+def choose_widths(
+    context: PlanContext, scores: Scores, sizes: Sizes, budget: Budget, compensate: Compensate
+) -> ChosenWidths:
+    """Allocate the budget, round it to legal widths, and search on from there where the allocator searches.
+
+    Args:
+        scores: scores of the units of every block.
+        sizes: removable units of every block.
+        budget: budget of these units.
+        compensate: compensation of one block, for the losses of a search.
+
+    Raises:
+        BudgetError: the budget cannot be met.
+    """
+    free = budget.free_blocks(len(sizes.widths))
+    part = _FreePart(free, sizes.only(free), budget)
+    keep = keep_fraction(budget, part.sizes)
+    search = context.allocator if isinstance(context.allocator, SearchingAllocator) else None
+    allocators = [context.allocator] if search is None else search.allocators()
+    allocations = [allocator.allocate(scores.only(free), part.sizes, keep) for allocator in allocators]
+    starts = _starting_widths(allocations, part)
+    neurons, shares, notes = starts[0].per_block, allocations[0].keep.tolist(), dict[str, Any]()
+    if search is not None:
+        neurons, history = _search_widths(context, search, scores, part, starts, compensate)
+        shares = [width / n if n else 1.0 for width, n in zip(neurons, part.sizes.widths, strict=True)]
+        notes = {"searched_blocks": free, "search": history}
+    widths, kv_groups, keep_ratios = list(sizes.widths), list(sizes.kv_groups), [1.0] * len(sizes.widths)
+    for position, block in enumerate(free):
+        widths[block], kv_groups[block] = neurons[position], starts[0].kv_groups[position]
+        keep_ratios[block] = float(shares[position])
+    return ChosenWidths(Widths(tuple(widths), tuple(kv_groups)), keep_ratios, notes)
+
+
+def _starting_widths(allocations: Sequence[Allocation], part: _FreePart) -> list[Widths]:
+    """Round every allocation to legal widths; all keep the KV groups that the first one gets.
+
+    An allocation that cannot meet the budget with these KV groups is left out.
+    """
+    first = _round(allocations[0], part)
+    others = [_round_beside(first.kv_groups, allocation, part) for allocation in allocations[1:]]
+    return [first, *(widths for widths in others if widths.kv_groups == first.kv_groups)]
+
+
+def _round(allocation: Allocation, part: _FreePart) -> Widths:
+    groups = allocation.keep if allocation.keep_groups is None else allocation.keep_groups
+    return to_widths(
+        [share * n for share, n in zip(allocation.keep.tolist(), part.sizes.widths, strict=True)],
+        part.budget,
+        part.sizes,
+        groups=[share * n for share, n in zip(groups.tolist(), part.sizes.kv_groups, strict=True)],
+        counted=allocation.counted,
+    )
+
+
+def _round_beside(kv_groups: tuple[int, ...], allocation: Allocation, part: _FreePart) -> Widths:
+    """Round an allocation whose KV groups are settled: its neurons alone follow ``allocation``.
+
+    Exact rounding moves neurons between blocks until they make up for what the allocation's own groups had weighed.
+    """
+    share = [kept / n if n else 1.0 for kept, n in zip(kv_groups, part.sizes.kv_groups, strict=True)]
+    return _round(replace(allocation, keep_groups=allocation.keep.new_tensor(share)), part)
+
+
+def _search_widths(
+    context: PlanContext,
+    search: SearchingAllocator,
+    scores: Scores,
+    part: _FreePart,
+    starts: Sequence[Widths],
+    compensate: Compensate,
+) -> tuple[tuple[int, ...], list[dict[str, Any]]]:
+    """Search for the FFN widths of the free blocks with the lowest loss.
+
+    Returns:
+        The widths of the free blocks, and the steps of the search.
+    """
+    from cfsp.models.snapshot import restored
+    from cfsp.pruning.one_shot import best_neurons
+    from cfsp.pruning.width_search import WidthLosses
+
+    view = context.driver.view
+    base_widths = view.widths
+
+    def cut(block: BlockView, width: int) -> tuple[BlockPlan, dict[str, Tensor]]:
+        decision = best_neurons(block, scores.units(block.index), width)
+        return decision, compensate(block, decision)
+
+    with restored(view.model):
+        windows = context.calibration.input_ids[: search.n_samples]
+        losses = WidthLosses(context, windows, cut, _loss_key(context))
+
+        def loss(free_widths: tuple[int, ...]) -> float:
+            widths = list(base_widths)
+            for block, width in zip(part.blocks, free_widths, strict=True):
+                widths[block] = width
+            return losses(tuple(widths))
+
+        legal = legal_widths(part.budget, part.sizes)
+        return search.search([start.per_block for start in starts], legal, part.sizes.neuron_parameters, loss)
+
+
+def _loss_key(context: PlanContext) -> dict[str, Any]:
+    """Return what the kept losses depend on beside widths and windows: scores, refits, and what both are made of."""
+    stride = None if context.gram_wanted is None else context.gram_wanted.stride
+    return {**context.method, "allocator": None, "set": context.calibration.fingerprint, "stride": stride}
