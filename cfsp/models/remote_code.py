@@ -237,12 +237,6 @@ def _unexpected(record: logging.LogRecord) -> bool:
     return "per-layer attribute" not in record.getMessage()
 
 
-def register_pruned_families() -> None:
-    """Register the common families, for code that loads pruned folders with plain transformers calls."""
-    for base_model_type in COMMON_FAMILIES:
-        pruned_family(base_model_type)
-
-
 def adopt(model: PreTrainedModel) -> None:
     """Make class and configuration of ``model`` tell the truth about its layers as they are now.
 

@@ -28,7 +28,7 @@ from transformers import (
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.models import checkpoint, shard_writer
 from cfsp.models.checkpoint import MARKER, check_safetensors, first_non_finite, save_checkpoint
-from cfsp.models.remote_code import adopt, pruned_family, register_pruned_families
+from cfsp.models.remote_code import adopt, pruned_family
 from cfsp.models.shards import Shards, read_header
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
@@ -287,7 +287,6 @@ def test_adopted_model_copies_and_pickles() -> None:
 
 
 def test_a_pruned_model_trains_from_its_config() -> None:
-    register_pruned_families()
     model = AutoModelForCausalLM.from_config(pruned().config)
     assert [layer.mlp.up_proj.out_features for layer in model.model.layers] == UNEQUAL
     assert model.model.layers[0].mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.3)

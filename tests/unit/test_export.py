@@ -21,7 +21,7 @@ from cfsp.errors import CheckpointError, ConfigError, UnsupportedModelError
 from cfsp.export import decilm, hf, padded
 from cfsp.export.card import CARD, FACTS, licence_of, model_card, read_facts, write_card
 from cfsp.export.command import FORMATS, main, request_of
-from cfsp.export.decilm import ffn_mult, width_of
+from cfsp.export.decilm import ffn_mult
 from cfsp.export.folder import read_folder
 from cfsp.models import shard_writer
 from cfsp.models.checkpoint import MARKER, save_checkpoint
@@ -33,6 +33,11 @@ from tests.unit.test_structures import STRUCTURES, logits, pruned
 
 #: Not the exact function, only another order of the sums where zeros were put in between.
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def width_of(multiplier: float, hidden: int) -> int:
+    """The width that vLLM and llama.cpp's converter make of a multiplier: ceil256(int(2 * multiplier * hidden / 3))."""
+    return -(-int(2 * multiplier * hidden / 3) // 256) * 256
 
 
 def folder_of(tmp_path: Path, architecture: str, structure: str, **settings):
