@@ -437,10 +437,10 @@ def test_json_is_the_whole_report(run_cfsp):
     assert found["removed_before"] is None
 
 
-def test_the_readme_shows_what_is_printed(run_cfsp):
+def test_the_page_shows_what_is_printed(run_cfsp):
     _, out, _ = run_cfsp("inspect", "model=llama3_8b", defaults=False)
     shown = "\n".join(line.rstrip() for line in out.rstrip().splitlines())
-    assert f"inspect model=llama3_8b\n{shown}\n```" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"inspect model=llama3_8b\n{shown}\n```" in (ROOT / "docs" / "inspect.md").read_text(encoding="utf-8")
 
 
 def test_the_table_names_kinds_that_a_view_may_have():
