@@ -1,4 +1,4 @@
-"""From the decisions on the blocks to a plan: the parameters that they remove, counted on the real shapes."""
+"""The plan that the decisions on all blocks make: their parameters are counted on the real shapes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What the model loses without a submodule: candidates are evaluated in the loaded model, which is never rebuilt.
+"""Greedy search for submodules that the model loses least by, in the loaded model, which is never rebuilt.
 
-A removed submodule is nulled by shadowing its forward, so that nothing of it is computed; a candidate in block b runs
-from block b on, on the cached hidden states of the unchanged prefix; every loss that was measured is kept on disk.
+A removed submodule is nulled by shadowing its forward, so that nothing of it is computed. A candidate in block b runs
+from block b on, on the cached hidden states of the unchanged prefix. Every loss that was measured is kept on disk.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ Candidate = tuple[int, str]
 
 
 class KnownLosses:
-    """Losses that were measured, by what was removed, with the seconds that each took; kept in ``path`` (None: in
-    memory alone)."""
+    """Measured losses by the removed submodules, with the seconds that each took; on disk, or in memory alone."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
@@ -63,7 +62,12 @@ class KnownLosses:
 
     @staticmethod
     def of(context: PlanContext, input_ids: Tensor, before: Mapping[str, Any]) -> KnownLosses:
-        """Those of this model, these ids [n, T], and what was done to the model ``before`` the search."""
+        """Read the losses of this model that are kept on disk.
+
+        Args:
+            input_ids: ids that the losses are measured on, [n, T].
+            before: everything that was done to the model before the search.
+        """
         if context.cache is None:
             return KnownLosses()
         key = {
@@ -79,17 +83,17 @@ class KnownLosses:
         return KnownLosses(context.cache.folder / "search" / f"{digest[:32]}.json")
 
     def get(self, removed: Sequence[Candidate]) -> float | None:
-        """A loss that an earlier search measured, or this one."""
-        found = self.values.get(self._key(removed))
-        if found is None:
+        """Return a loss that this search or an earlier one measured; None: it was not measured."""
+        kept = self.values.get(self._key(removed))
+        if kept is None:
             return None
         if self._key(removed) not in self._own:
-            note_saved(found[1])
+            note_saved(kept[1])
             self._own.add(self._key(removed))
-        return found[0]
+        return kept[0]
 
     def put(self, removed: Sequence[Candidate], loss: float, seconds: float) -> None:
-        """Keep a loss, on disk at once: a search that is killed goes on from here."""
+        """Keep a loss, on disk at once, so that a search that is killed goes on from here."""
         self.values[self._key(removed)] = (loss, seconds)
         self._own.add(self._key(removed))
         if self.path is not None:
@@ -101,9 +105,11 @@ class KnownLosses:
 
 
 class SubmoduleSearch:
-    """Greedy removal by loss on ids [n, T]; inside ``with``, what was removed so far is nulled.
+    """Greedy removal by loss on ids [n, T]. Inside ``with``, the submodules removed so far are nulled.
 
-    ``history``: what was removed, in order, with the loss without it; ``block_runs``: how often a block ran on all ids.
+    Attributes:
+        history: removed submodules, in order, each with the loss of the model without it.
+        block_runs: how often a block ran on all ids.
 
     Raises:
         DataError: windows of one token.
@@ -128,9 +134,12 @@ class SubmoduleSearch:
         self._nulled.close()
 
     def greedy(self, allowed: Callable[[Sequence[Candidate]], Sequence[Candidate]]) -> None:
-        """Remove the candidate with the lowest loss, again and again, until ``allowed`` (given the removed) has none.
+        """Remove the candidate with the lowest loss, again and again, until there is none.
 
-        Equal losses: the lower block, then the attention, goes.
+        Of equal losses the lower block goes first, then the attention.
+
+        Args:
+            allowed: returns the candidates that may go, given the removed ones.
 
         Raises:
             RunError: no candidate's loss is finite.
@@ -148,7 +157,11 @@ class SubmoduleSearch:
 
     @torch.no_grad()
     def loss(self, candidate: Candidate) -> float:
-        """Mean NLL, nats per predicted token, without what was removed and ``candidate``; inf where not finite."""
+        """Measure the loss without the removed submodules and ``candidate``.
+
+        Returns:
+            Mean NLL, nats per predicted token; infinity where it is not finite.
+        """
         kept = self.known.get([*self.removed, candidate])
         if kept is None:
             start = time.perf_counter()
@@ -158,7 +171,7 @@ class SubmoduleSearch:
         return kept
 
     def remove(self, candidate: Candidate) -> None:
-        """Null ``candidate`` for the rest of the search; hidden states behind it are forgotten."""
+        """Null ``candidate`` for the rest of the search; hidden states behind it are dropped."""
         self._nulled.enter_context(nulled(self.driver.view.blocks[candidate[0]], candidate[1]))
         self.removed.append(candidate)
         del self._states[candidate[0] + 1 :]
@@ -177,7 +190,7 @@ class SubmoduleSearch:
         return total / count if math.isfinite(total) else math.inf
 
     def _reach(self, block: int) -> Entry:
-        """See that the states entering ``block`` are there: run what lies between them and the last ones known."""
+        """Compute the states entering ``block``, from the last ones known."""
         if self._entry is None:
             self._entry = self.driver.entry(self.input_ids)
         if not self._states:
@@ -197,7 +210,7 @@ class SubmoduleSearch:
 
 @contextmanager
 def nulled(block: BlockView, kind: str) -> Iterator[None]:
-    """The attention or FFN of ``block`` adds nothing to the residual stream, and costs nothing, for a while."""
+    """Let the attention or FFN of ``block`` add nothing to the residual stream, and cost nothing, for a while."""
     part = block.attention if kind == "attention" else block.ffn
     width: int | None = None
     if part is None or isinstance(part, ExpertsFFN):  # an attention without KV groups, or a mixture

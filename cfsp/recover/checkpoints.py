@@ -1,4 +1,4 @@
-"""What a training leaves on its way, so that a killed run goes on: checkpoints, and in the end the trained weights.
+"""Checkpoints of a training, and in the end its trained weights, so that a killed run goes on.
 
 Trainer writes into a checkpoint's folder file by file, so a folder counts only once it is sealed: every file is on the
 disk, and their sizes stand in the seal, which is written last.
@@ -21,7 +21,7 @@ _SEAL = "cfsp_complete.json"
 
 
 def seal(folder: Path, content: dict[str, Any]) -> None:
-    """Say that ``folder`` is whole, with ``content`` for :func:`read_seal`."""
+    """Mark ``folder`` as whole, with ``content`` for :func:`read_seal`."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     files.pop(_SEAL, None)
     for path in files.values():
@@ -35,7 +35,7 @@ def seal(folder: Path, content: dict[str, Any]) -> None:
 
 
 def read_seal(folder: Path, run_id: str) -> dict[str, Any] | None:
-    """What was sealed into ``folder`` by this run; None where it is not whole, or another run's."""
+    """Return the content that this run sealed into ``folder``; None where it is not whole, or another run's."""
     try:
         content = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
         whole = all((folder / name).stat().st_size == size for name, size in content["files"].items())
@@ -45,15 +45,15 @@ def read_seal(folder: Path, run_id: str) -> dict[str, Any] | None:
 
 
 def last_whole(folder: Path, run_id: str) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint of this run with what its seal says; others are removed."""
-    found: dict[int, tuple[Path, dict[str, Any]]] = {}
+    """Return the newest whole checkpoint of this run with the content of its seal; others are removed."""
+    whole: dict[int, tuple[Path, dict[str, Any]]] = {}
     for path in folder.glob("checkpoint-*"):
         content = read_seal(path, run_id)
         if content is None:
             shutil.rmtree(path)
         else:
-            found[int(content["step"])] = path, content
-    return found[max(found)] if found else None
+            whole[int(content["step"])] = path, content
+    return whole[max(whole)] if whole else None
 
 
 def seal_checkpoint(path: Path, content: dict[str, Any]) -> None:

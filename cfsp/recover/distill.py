@@ -20,26 +20,33 @@ from cfsp.system.atomic import naming
 
 
 class Teacher(Protocol):
-    """Gives the distillation loss of a batch, summed over the tokens that are learnt."""
+    """A teacher gives the distillation loss of a batch, summed over the tokens that are learnt."""
 
     def loss(self, student: Tensor, inputs: dict[str, Tensor], temperature: float) -> Tensor:
-        """Args: student: logits [B, T, V] of the batch; inputs: input_ids, attention_mask, labels, index."""
+        """Args:
+        student: logits [B, T, V] of the batch.
+        inputs: input_ids, attention_mask, labels, index.
+        temperature: temperature of both distributions.
+        """
         ...
 
 
 def kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """sum over rows of KL(teacher || student) at ``temperature``, times temperature^2; logits [M, V], fp32."""
+    """Sum KL(teacher || student) at ``temperature`` over rows, times temperature^2; logits [M, V], fp32."""
     log_p = (teacher.float() / temperature).log_softmax(-1)
     log_q = (student.float() / temperature).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum() * temperature**2
 
 
 def kl_top_k(student: Tensor, values: Tensor, indices: Tensor, rest: Tensor, temperature: float) -> Tensor:
-    """The same where of the teacher only the ``k`` largest logits are known; all other tokens count as one.
+    """Return the same sum where only the ``k`` largest logits of the teacher are known; all other tokens count as one.
 
     Args:
-        student: [M, V] logits. values, indices: [M, k], the teacher's logits / temperature and their tokens.
-        rest: [M] logsumexp of the teacher's other logits / temperature.
+        student: logits [M, V].
+        values: the teacher's largest logits / temperature [M, k].
+        indices: their tokens [M, k].
+        rest: logsumexp of the teacher's other logits / temperature [M].
+        temperature: temperature of both distributions.
     """
     log_p = torch.cat([values, rest[:, None]], 1).float().log_softmax(-1)
     scaled = student.float() / temperature
@@ -146,13 +153,13 @@ def _new_array(file: Path, dtype: str, shape: tuple[int, ...]) -> np.memmap:
 
 
 def _starts(examples: Sequence[Example]) -> np.ndarray:
-    """Where the rows of each example's learnt tokens begin, and where the last ones end."""
+    """Return the first row of each example's learnt tokens, and the end of the last ones."""
     counts = [sum(label != IGNORED for label in example.labels) for example in examples]
     return np.concatenate([[0], np.cumsum(counts)])
 
 
 def collate(rows: Sequence[int], examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Padded on the right to the longest: input_ids, attention_mask, labels [B, T], and index [B]."""
+    """Pad on the right to the longest example: input_ids, attention_mask, labels [B, T], and index [B]."""
     length = max(len(examples[row].input_ids) for row in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)

@@ -25,10 +25,18 @@ if TYPE_CHECKING:
 
 @component
 class Lora(Training, Recovery):
-    """``ranks``: plain (``rank`` everywhere), importance (ranks follow the blocks' coarse importance, mean ``rank``) or
-    matched (even ranks with the trainable parameters of importance). ``alpha`` / ``rank`` scales every block's update.
+    """Train adapters on linear layers within the blocks, then merge them.
 
-    ``targets``: names of linear layers within the blocks, or ["all-linear"].
+    ``alpha`` / ``rank`` scales every block's update.
+
+    Attributes:
+        name: name of the recovery.
+        ranks: plain: ``rank`` everywhere; importance: ranks follow the blocks' coarse importance with mean ``rank``;
+            matched: even ranks with the trainable parameters of importance.
+        rank: mean rank.
+        alpha: strength of the updates.
+        dropout: dropout of the adapters' inputs.
+        targets: names of linear layers within the blocks, or ["all-linear"].
     """
 
     name: Name = "lora"
@@ -36,9 +44,9 @@ class Lora(Training, Recovery):
     rank: Positive = 8
     alpha: float = Field(default=16.0, gt=0, allow_inf_nan=False)
     dropout: float = Field(default=0.05, ge=0, lt=1)
-    targets: Annotated[tuple[str, ...], BeforeValidator(lambda one: (one,) if isinstance(one, str) else one)] = (
-        "all-linear",
-    )
+    targets: Annotated[
+        tuple[str, ...], BeforeValidator(lambda names: (names,) if isinstance(names, str) else names)
+    ] = ("all-linear",)
     trains: ClassVar[bool] = True
 
     def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: torch.device) -> dict[str, Any]:
@@ -90,7 +98,7 @@ class Lora(Training, Recovery):
         with torch.random.fork_rng():
             torch.manual_seed(context.seed)
             adapted = get_peft_model(context.model, config)
-        found = train(adapted, self, context)
+        training = train(adapted, self, context)
         if base is not None:
             # In its configuration, and in the card that PEFT writes.
             adapted.peft_config["default"].base_model_name_or_path = str(base)
@@ -104,7 +112,7 @@ class Lora(Training, Recovery):
         model.requires_grad_(True)
         record = {
             "name": self.name,
-            **found,
+            **training,
             "ranks": _per_base_block(context, blocks),
             "mean_rank": sum(block.rank for block in blocks) / len(blocks),
             "coarse_importance": [float(value) for value in context.importance],
@@ -112,28 +120,28 @@ class Lora(Training, Recovery):
         return Recovered(model, record)
 
     def _adapted(self, context: RecoveryContext, view: DecoderView) -> list[_Adapted]:
-        """The blocks that have something to adapt, with their ranks."""
+        """Return the blocks that have a layer to adapt, with their ranks."""
         wanted = _named(self.targets, None)
         survivors = [at for at, block in enumerate(context.plan.blocks) if block.attention or block.ffn]
         modules = {id(module): name for name, module in context.model.named_modules()}
-        found = []
+        adapted = []
         for base, block in zip(survivors, view.blocks, strict=True):
             linears = _linears_of(block.module)
             targets = {name: sum(m.weight.shape) for name, m in linears.items() if _is_wanted(name, wanted)}
             if targets:
                 prefix = modules[id(block.module)]
                 names = tuple(f"{prefix}.{name}" for name in targets)
-                found.append((base, prefix, names, sum(targets.values())))
-        if not found:
+                adapted.append((base, prefix, names, sum(targets.values())))
+        if not adapted:
             raise RunError("recovery: no block of the pruned model has a layer that recovery.targets names")
-        guided = importance_guided([float(context.importance[base]) for base, *_ in found], self.rank)
+        guided = importance_guided([float(context.importance[base]) for base, *_ in adapted], self.rank)
         chosen = {
-            "plain": [self.rank] * len(found),
+            "plain": [self.rank] * len(adapted),
             "importance": guided,
-            "matched": matched(guided, [cost for *_, cost in found]),
+            "matched": matched(guided, [cost for *_, cost in adapted]),
         }[self.ranks]
         return [
-            _Adapted(base, prefix, names, rank) for (base, prefix, names, _), rank in zip(found, chosen, strict=True)
+            _Adapted(base, prefix, names, rank) for (base, prefix, names, _), rank in zip(adapted, chosen, strict=True)
         ]
 
 
@@ -158,10 +166,10 @@ def _linears_of(block: Any) -> Mapping[str, Any]:
 
 
 def _named(targets: Sequence[str], known: set[str] | None) -> set[str] | None:
-    """The names to adapt, None for all; refused where the model has no such layer.
+    """Return the names of the layers to adapt; None: all.
 
     Raises:
-        ConfigError: names what there is.
+        ConfigError: the model has no such layer; names those that it has.
     """
     if not targets:
         raise ConfigError("recovery.targets=[]: nothing to adapt; name layers, or use [all-linear]")

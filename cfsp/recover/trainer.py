@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with our objective, our checkpoints and what we say while it runs."""
+"""Hugging Face's Trainer with cfsp's objective, checkpoints and log lines."""
 
 from __future__ import annotations
 
@@ -87,15 +87,19 @@ class RecoveryTrainer(Trainer):
         return loss
 
     def check_weights(self) -> None:
-        """Raises RunError where a trained weight is not finite."""
+        """Refuse to go on where a trained weight is not finite.
+
+        Raises:
+            RunError: says at which step.
+        """
         model: Any = self.model
         trained = (p for p in model.parameters() if p.requires_grad)
         if processes.total(sum(int(not torch.isfinite(local(p)).all()) for p in trained)):
             raise self._not_finite("a weight is not finite", self.state.global_step)
 
     def _not_finite(self, what: str, step: int) -> RunError:
-        found = last_whole(Path(str(self.args.output_dir)), self.run_id) if processes.launched().first else None
-        kept = "" if found is None else f"; the last good checkpoint is kept in {found[0]}"
+        checkpoint = last_whole(Path(str(self.args.output_dir)), self.run_id) if processes.launched().first else None
+        kept = "" if checkpoint is None else f"; the last good checkpoint is kept in {checkpoint[0]}"
         return RunError(
             f"recovery: {what} at step {step}{kept}; give another paths.output_dir and try a smaller "
             "recovery.learning_rate, more recovery.warmup_steps, model.dtype=float32 or recovery.bf16=false"
@@ -110,7 +114,7 @@ class RecoveryTrainer(Trainer):
         return self.tokens_before + processes.total(self.tokens)
 
     def seconds(self) -> float:
-        """Spent on training, before a resumption too."""
+        """Return the seconds spent on training, before a resumption too."""
         return self.seconds_before + time.perf_counter() - self.started
 
     def gather_into(self, model: nn.Module) -> None:
@@ -123,9 +127,9 @@ class RecoveryTrainer(Trainer):
             model.load_state_dict(full, strict=False)
 
     def history(self) -> list[dict[str, Any]]:
-        """Mean loss of every ``log_every`` steps (of those left at the end), learning rate of their last.
+        """Return the mean loss of every ``log_every`` steps, and the learning rate of the last of them.
 
-        Trainer's own log has every step, so that a resumption does not change a mean.
+        The last mean is of the steps left. Trainer's own log has every step, so a resumption does not change a mean.
         """
         rows = [row for row in self.state.log_history if "loss" in row]
         groups: dict[int, list[dict[str, Any]]] = {}
@@ -142,7 +146,7 @@ class RecoveryTrainer(Trainer):
 
 
 class _Watch(TrainerCallback):
-    """Marks whole checkpoints, and says loss, tokens per second and the time left."""
+    """A callback that seals whole checkpoints, and logs loss, tokens per second and the time left."""
 
     def __init__(self, trainer: RecoveryTrainer, context: RecoveryContext) -> None:
         self.trainer, self.context = trainer, context
@@ -199,17 +203,17 @@ class _Watch(TrainerCallback):
 
 
 def sharded() -> bool:
-    """Whether the launcher asks for FSDP (``accelerate launch --use_fsdp``)."""
+    """Tell whether the launcher asks for FSDP (``accelerate launch --use_fsdp``)."""
     return processes.launched().several and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def local(parameter: Tensor) -> Tensor:
-    """What of a parameter is in this process."""
+    """Return the part of a parameter that is in this process."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 def time_left(done: int, total: int, seconds: float) -> str:
-    """``1:23`` minutes or ``2:03:04`` hours at the pace so far."""
+    """Format the time left at the pace so far: ``1:23`` minutes or ``2:03:04`` hours."""
     left = math.ceil(seconds / max(done, 1) * (total - done))
     hours, rest = divmod(left, 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
@@ -223,7 +227,7 @@ def make_trainer(
     teacher: Teacher | None,
     context: RecoveryContext,
 ) -> RecoveryTrainer:
-    """A trainer over ``examples``, which are handed out by number so that a teacher on disk finds its rows."""
+    """Return a trainer over ``examples``, which are handed out by number so that a teacher on disk finds its rows."""
     trainer = RecoveryTrainer(
         model=model,
         args=arguments,
