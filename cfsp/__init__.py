@@ -14,22 +14,22 @@ _interrupts.quiet_command()  # before anything that takes time
 
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
-from cfsp.registration import register as _register  # noqa: E402
+from cfsp.pruned_model.registration import register as _register  # noqa: E402
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from cfsp.api import prune
-    from cfsp.models.load import load
-    from cfsp.pruning.apply import apply
-    from cfsp.pruning.plan import PruningPlan
+    from cfsp.model.load import load
+    from cfsp.plan.pruning_plan import PruningPlan
+    from cfsp.pruner.apply import apply
 
 #: Public name -> module; imported on first use, so that `cfsp --help` needs neither torch nor transformers.
 _PUBLIC = {
     "prune": "cfsp.api",
-    "apply": "cfsp.pruning.apply",
-    "load": "cfsp.models.load",
-    "PruningPlan": "cfsp.pruning.plan",
+    "apply": "cfsp.pruner.apply",
+    "load": "cfsp.model.load",
+    "PruningPlan": "cfsp.plan.pruning_plan",
 }
 
 _register()

@@ -10,20 +10,22 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from cfsp.allocate.budget import Scope
-from cfsp.calibrate.batching import batch_size as chosen
-from cfsp.compose import compose
-from cfsp.config import RunConfig, parse
-from cfsp.data.calibration import Limits, from_ids
+from cfsp.architecture.views import DecoderView, resolve
+from cfsp.calibration.batching import batch_size as chosen
+from cfsp.calibration.calibration_set import from_ids
+from cfsp.config.budget import Scope
+from cfsp.config.compose import compose
+from cfsp.config.parse import parse
+from cfsp.config.run_config import RunConfig
+from cfsp.data.limits import Limits
 from cfsp.errors import ConfigError, UnsupportedModelError
-from cfsp.models.driver import BlockDriver
-from cfsp.models.remote_code import check_adoptable
-from cfsp.models.sample import weight_sample
-from cfsp.models.views import DecoderView, resolve
-from cfsp.pruning.base import removes_experts, removes_heads
-from cfsp.pruning.context import plan_context
-from cfsp.pruning.plan import PruningPlan
-from cfsp.pruning.probe import probe
+from cfsp.model.driver import BlockDriver
+from cfsp.model.weight_sample import weight_sample
+from cfsp.plan.pruning_plan import PruningPlan
+from cfsp.pruned_model.adopt import check_adoptable
+from cfsp.pruner.base import removes_experts, removes_heads
+from cfsp.pruner.context import plan_context
+from cfsp.pruner.probe import probe
 
 #: Bytes of one checksum of :func:`memory_fingerprint`.
 _CHECKED_BYTES = 16384

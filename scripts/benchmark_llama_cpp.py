@@ -23,19 +23,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
-from benchmarks import llama_cpp_job
-from benchmarks.alternation import pairwise
-from benchmarks.part import Check, Found, Settings, markdown, span, write
 from llama_cpp_environment import default_folder, environment
-from make_checkpoint import Shape, make_checkpoint
 
-from cfsp.components import suggest
+from cfsp.benchmark import llama_cpp_job
+from cfsp.benchmark.alternation import pairwise
+from cfsp.benchmark.make_checkpoint import Shape, make_checkpoint
+from cfsp.benchmark.part import Check, Found, Settings, markdown, span, write
+from cfsp.config.components import suggest
 from cfsp.errors import ConfigError, RunError
 from cfsp.export.gguf import GgufDType
-from cfsp.models.shards import read_header, weight_files
-from cfsp.package import ROOT
-from cfsp.sweep.command import command
 from cfsp.sweep.experiment import given_values
+from cfsp.system.command import command
+from cfsp.system.package import ROOT
+from cfsp.weights.shards import read_header, weight_files
 
 SHAPE = Shape(hidden=1024, ffn=4096, blocks=16, heads=16, kv_heads=8, vocab=8192, dtype="float32")
 STEP = 32
@@ -108,8 +108,8 @@ def folders(work: Path, shape: Shape) -> dict[str, Path]:
     from transformers import AutoModelForCausalLM
 
     import cfsp
-    from cfsp.models.checkpoint import save_checkpoint
-    from cfsp.pruning.plan import BlockPlan, PruningPlan
+    from cfsp.checkpoint.save import save_checkpoint
+    from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
 
     dense, pruned = work / "dense", work / "pruned"
     make_checkpoint(dense, shape)

@@ -22,9 +22,9 @@ from statistics import median
 from typing import Any
 
 from cfsp.errors import ConfigError, RunError
-from cfsp.sweep.command import command
 from cfsp.sweep.experiment import Experiment, Values, given_values
-from cfsp.tables.methods import line
+from cfsp.system.command import command
+from cfsp.tables.markdown_line import line
 
 RATIOS = [0.2, 0.3, 0.4, 0.5]
 ALLOCATORS = ["coarse", "uniform", "global_rank"]
@@ -51,7 +51,7 @@ def make_model(folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from cfsp.package import ROOT
+    from cfsp.system.package import ROOT
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets" / "books7m")
     torch.manual_seed(0)
@@ -62,9 +62,9 @@ def make_model(folder: Path) -> None:
 
 def measured(model: Path, folder: Path, windows: int, ratios: list[float], allocators: list[str]) -> dict[str, Any]:
     """In this process: the runs' seconds, and what their records say of load and calibration."""
+    from cfsp.launcher.launch import Sequential
     from cfsp.record.run_record import RunRecord
     from cfsp.sweep.job import jobs_of
-    from cfsp.sweep.launch import Sequential
 
     experiment = Experiment(
         name="benchmark",
@@ -81,7 +81,7 @@ def measured(model: Path, folder: Path, windows: int, ratios: list[float], alloc
     # Imports are not what is measured.
     from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
-    import cfsp.pipeline  # noqa: F401
+    import cfsp.pipeline.run  # noqa: F401
 
     start = time.perf_counter()
     jobs = jobs_of(experiment.cells("one", words))
@@ -190,7 +190,7 @@ def _in_a_process(model: Path, folder: Path, windows: int, name: str) -> dict[st
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
-        from cfsp.sweep.command import quiet
+        from cfsp.system.logs import quiet
 
         quiet()
         at_model, at_folder, *rest = json.loads(sys.argv[2])

@@ -101,7 +101,7 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
 def perplexities(model: Any, plan: Any, ids: Any, test: Any) -> dict[str, float]:
     """Of the model that ``plan`` leaves, on its own calibration windows and on held-out ones."""
     import cfsp
-    from cfsp.models.snapshot import restored
+    from cfsp.model.snapshot import restored
 
     with restored(model):
         cfsp.apply(model, plan)
@@ -110,7 +110,7 @@ def perplexities(model: Any, plan: Any, ids: Any, test: Any) -> dict[str, float]
 
 def perplexity(model: Any, windows: Any) -> float:
     """exp of the mean NLL per predicted token."""
-    from cfsp.evaluate.perplexity import negative_log_likelihood
+    from cfsp.evaluation.perplexity import negative_log_likelihood
 
     total, count = negative_log_likelihood(model, windows, 8, "windows")
     return math.exp(total / count)

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cfsp.errors import ConfigError, RunError
-from cfsp.package import ROOT
-from cfsp.sweep.command import command
 from cfsp.sweep.experiment import given_values
+from cfsp.system.command import command
+from cfsp.system.package import ROOT
 
 #: No dependency of the project.
 PACKAGES = ("llama-cpp-python==0.3.36", "numpy")

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import CheckpointError, ConfigError
-from cfsp.package import package_path
-from cfsp.sweep.command import command
 from cfsp.sweep.experiment import given_values
+from cfsp.system.command import command
+from cfsp.system.package import package_path
 
 SOURCE, TARGET = "pkg://cfsp/assets/books7m", "outputs/models/bundled_mha"
 

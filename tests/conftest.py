@@ -72,7 +72,7 @@ def refused(run_cfsp, tmp_path, monkeypatch):
     """
     import transformers
 
-    from cfsp.models import base_models
+    from cfsp.pipeline import base_models
 
     def no_weights(*_, **__):
         raise AssertionError("weights were loaded")

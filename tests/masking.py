@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfsp.models.submodules import parts
-from cfsp.models.views import resolve
-from cfsp.pruning.plan import PruningPlan, tensor_name
+from cfsp.architecture.views import resolve
+from cfsp.plan.pruning_plan import PruningPlan, tensor_name
+from cfsp.pruner.submodules import parts
 
 
 @contextmanager

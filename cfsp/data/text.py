@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cfsp.config import TextSection
+from cfsp.config.sections import TextSection
 from cfsp.data.text_files import (
     check_file,
     dataset_digest,
@@ -26,9 +26,10 @@ from cfsp.data.text_files import (
     text_of,
 )
 from cfsp.errors import DataError
-from cfsp.hub import fetch_file, hub_error
-from cfsp.models.source import file_digest
-from cfsp.package import package_path
+from cfsp.system.digest import file_digest
+from cfsp.system.hub import fetch_file
+from cfsp.system.hub_errors import hub_error
+from cfsp.system.package import package_path
 
 Section = TypeVar("Section", bound=TextSection)
 
@@ -205,7 +206,8 @@ def tokenise(text: str, tokenizer: Any, bos: str) -> np.ndarray:
 
     ``bos="start"`` adds what the tokenizer adds by default (LLaMA: one BOS; Qwen: nothing), as the published
     perplexities do; ``none`` and ``window`` add nothing here. Of the tokenizers of model folders
-    (:func:`cfsp.models.load.load_tokenizer`) the last results are kept: the runs of a sweep tokenise the same texts.
+    (:func:`cfsp.model.tokenizer.load_tokenizer`) the last results are kept, because the runs of a sweep tokenise the
+    same texts.
     """
     content = getattr(tokenizer, "of_content", None)
     key = None if content is None else (content, hashlib.sha256(text.encode()).hexdigest(), bos == "start")

@@ -22,9 +22,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from cfsp.errors import DataError
-from cfsp.models.source import file_digest
-from cfsp.system.answer import printable
+from cfsp.errors import DataError, printable
+from cfsp.system.digest import file_digest
 from cfsp.system.reading import MAX_STRUCTURED_BYTES, check_regular, read_json
 
 Form = Literal["parquet", "json", "txt", "csv", "tsv", "dataset"]

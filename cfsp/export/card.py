@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import CheckpointError
-from cfsp.pruning.plan_history import read_marker
+from cfsp.plan.history import read_marker
 from cfsp.system.atomic import write_bytes
 from cfsp.system.escape import in_markdown
 from cfsp.system.reading import read_json

@@ -6,11 +6,11 @@ import logging
 from typing import TYPE_CHECKING
 
 from cfsp.errors import ConfigError
-from cfsp.models.source import ModelSource
+from cfsp.weights.source import ModelSource
 
 if TYPE_CHECKING:
-    from cfsp.config import RunConfig
-    from cfsp.models.views import DecoderView
+    from cfsp.architecture.views import DecoderView
+    from cfsp.config.run_config import RunConfig
 
 log = logging.getLogger(__name__)
 

@@ -112,10 +112,5 @@ def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, m
 
 
 def ffn_mult(width: int, hidden: int) -> float:
-    """The multiplier that both readers turn into ``width`` = ceil256(int(2 * ffn_mult * hidden / 3))."""
+    """Return the multiplier that both readers turn into ``width`` = ceil256(int(2 * ffn_mult * hidden / 3))."""
     return 3 * width / (2 * hidden)
-
-
-def width_of(multiplier: float, hidden: int) -> int:
-    """What they make of a multiplier."""
-    return up_to(int(2 * multiplier * hidden / 3), MULTIPLE)

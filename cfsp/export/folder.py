@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfsp.config import ModelSection
+from cfsp.config.sections import ModelSection
 from cfsp.errors import CheckpointError, UnsupportedModelError
-from cfsp.models.remote_code import COMMON_FAMILIES, PRUNED_PREFIX, stock_type
-from cfsp.models.shards import Shards
-from cfsp.models.source import ModelSource, locate
+from cfsp.pruned_model.family import PRUNED_PREFIX
+from cfsp.pruned_model.names import COMMON_FAMILIES, stock_type
 from cfsp.weights.fit import is_computed
+from cfsp.weights.shards import Shards
+from cfsp.weights.source import ModelSource, locate
 
 #: What a pruned folder's config.json has beside the base architecture's own keys.
 _PRUNED_KEYS = ("per_layer_config", "allow_global_per_layer_attribute_access", "added_bias", "auto_map")

@@ -11,9 +11,9 @@ from cfsp.export.filling import Wanted, layer_tensors, other_tensors, sizes
 from cfsp.export.folder import ModelFolder, check_there
 from cfsp.export.plain_folder import write_plain_folder
 from cfsp.export.result import Exported
-from cfsp.models.remote_code import PRUNED_PREFIX, pruned_family
-from cfsp.pruning.plan import COMPENSATION_IN_FOLDER
-from cfsp.pruning.plan_history import history_of
+from cfsp.plan.history import history_of
+from cfsp.plan.pruning_plan import COMPENSATION_IN_FOLDER
+from cfsp.pruned_model.family import PRUNED_PREFIX, pruned_family
 
 #: The plan and the tensors that it needs.
 _PLAN = ("plan.json", COMPENSATION_IN_FOLDER)

@@ -9,22 +9,15 @@ from typing import Any
 
 import torch
 
+from cfsp.checkpoint.reference import copy_reference
+from cfsp.checkpoint.save import MAX_SHARD_BYTES, check_destination, copy_companions, legacy_rope, marker_of, write_json
 from cfsp.errors import CheckpointError
 from cfsp.export.card import card_files, facts_of_folder
 from cfsp.export.filling import LayerTensor
 from cfsp.export.folder import ModelFolder
-from cfsp.models.checkpoint import (
-    MARKER,
-    MAX_SHARD_BYTES,
-    check_destination,
-    copy_companions,
-    legacy_rope,
-    marker_of,
-    write_json,
-)
-from cfsp.models.shard_writer import Outgoing, write_shards
-from cfsp.models.whole_folder import whole_folder
-from cfsp.verify.reference import copy_reference
+from cfsp.weights.atomic_folder import whole_folder
+from cfsp.weights.shard_writer import Outgoing, write_shards
+from cfsp.weights.shards import MARKER
 
 
 def write_plain_folder(

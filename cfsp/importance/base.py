@@ -6,19 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from cfsp.components import option_of
-from cfsp.contracts import NeuronImportance
+from cfsp.config.components import option_of
+from cfsp.config.contracts import NeuronImportance
 from cfsp.errors import RunError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfsp.allocate.budget import Structure
-    from cfsp.calibrate.gradients import GradientTerms
-    from cfsp.calibrate.gram import GramMatrices
-    from cfsp.calibrate.statistics import BlockStatistics, ExpertStatistics, InputStatistics, Statistics
-    from cfsp.models.ffn import FFN
-    from cfsp.models.views import BlockView, Channels, DecoderView
+    from cfsp.architecture.ffn import FFN
+    from cfsp.architecture.views import BlockView, Channels, DecoderView
+    from cfsp.calibration.gradients import GradientTerms
+    from cfsp.calibration.gram import GramMatrices
+    from cfsp.calibration.statistics import BlockStatistics, ExpertStatistics, InputStatistics, Statistics
+    from cfsp.config.budget import Structure
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Activation:
         mean: mean over all tokens.
         variance: population variance over all tokens.
         mean_norm: mean over the sequences of the L2 norm over a sequence's tokens, divided by sqrt(T).
-        gradients: projection name -> gradient terms (:mod:`cfsp.calibrate.gradients`), for metrics that require them.
-        gram: X^T X per token [N, N] (:mod:`cfsp.calibrate.gram`), for metrics that require it.
+        gradients: projection name -> gradient terms (:mod:`cfsp.calibration.gradients`), for metrics that require them.
+        gram: X^T X per token [N, N] (:mod:`cfsp.calibration.gram`), for metrics that require it.
     """
 
     rms: Tensor
@@ -102,7 +102,7 @@ def score(
     Raises:
         RunError: a score is not finite; names the block.
     """
-    from cfsp.models.streamed import resident
+    from cfsp.model.streamed import resident
 
     neurons: list[Tensor] = []
     kv_groups: list[Tensor] = []
@@ -183,9 +183,9 @@ def score_experts(
     """
     import torch
 
-    from cfsp.calibrate.statistics import InputStatistics
+    from cfsp.architecture.views import Channels
+    from cfsp.calibration.statistics import InputStatistics
     from cfsp.importance.weight_norm import WeightNorm
-    from cfsp.models.views import Channels
 
     mixture, inputs = block.experts, statistics.ffn
     assert mixture is not None

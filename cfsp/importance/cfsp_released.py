@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from cfsp.components import component
-from cfsp.contracts import NeuronImportance
+from cfsp.config.components import component
+from cfsp.config.contracts import NeuronImportance
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cfsp.architecture.views import Channels
     from cfsp.importance.base import Activation
-    from cfsp.models.views import Channels
 
 #: Exponent of X_i after the released normalisation, and how many matrices it sums over.
 _WEIGHT_FREE = {"three_w_one_wa": (1.0, 3), "three_w_one_a": (1.0, 3), "one_wa": (1.0, 1), "one_a": (0.5, 1)}

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from cfsp.models.views import AttentionView
+from cfsp.architecture.views import AttentionView
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfsp.models.views import Channels
+    from cfsp.architecture.views import Channels
 
 
 def coupled(channels: Channels, terms: Mapping[str, Tensor]) -> Tensor:

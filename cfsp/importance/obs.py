@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from cfsp.components import component
-from cfsp.contracts import NeuronImportance
+from cfsp.config.components import component
+from cfsp.config.contracts import NeuronImportance
 from cfsp.importance.second_order import removal_order, scores_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cfsp.architecture.views import AttentionView, Channels
     from cfsp.importance.base import Activation
-    from cfsp.models.views import AttentionView, Channels
 
 
 @component

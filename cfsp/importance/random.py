@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cfsp.components import component
-from cfsp.contracts import NeuronImportance
+from cfsp.config.components import component
+from cfsp.config.contracts import NeuronImportance
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cfsp.architecture.views import Channels
     from cfsp.importance.base import Activation
-    from cfsp.models.views import Channels
 
 
 #: Apart from any block's index and each other, so that the experts of a block are drawn independently too.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from cfsp.components import component
-from cfsp.contracts import NeuronImportance
+from cfsp.config.components import component
+from cfsp.config.contracts import NeuronImportance
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cfsp.architecture.views import Channels
     from cfsp.importance.base import Activation
-    from cfsp.models.views import Channels
 
 
 @component
@@ -33,7 +33,7 @@ class Taylor(NeuronImportance):
     requires = ("gradients",)
 
     def score(self, channels: Channels, activation: Activation) -> Tensor:
-        from cfsp.calibrate.gradients import VARIANTS
+        from cfsp.calibration.gradients import VARIANTS
         from cfsp.importance.coupled import coupled
 
         assert activation.gradients is not None

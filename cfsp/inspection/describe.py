@@ -1,6 +1,6 @@
 """What a view says of a model: parameters of its parts, and its blocks.
 
-All that reads a :class:`cfsp.models.views.DecoderView` is in here.
+All that reads a :class:`cfsp.architecture.views.DecoderView` is in here.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from cfsp.models.latent import has_latent_attention
+from cfsp.architecture.latent import has_latent_attention
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from cfsp.architecture.experts import ExpertsFFN
+    from cfsp.architecture.views import BlockView, DecoderView
     from cfsp.inspection.history import Before, History
-    from cfsp.models.experts import ExpertsFFN
-    from cfsp.models.views import BlockView, DecoderView
 
 #: In the order of the report; other: what is none of these, e.g. a projection between embeddings and blocks.
 PARTS = ("embeddings", "attention", "ffn", "norms", "head", "other")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfsp.pruning.plan_check import BlockSizes
-from cfsp.pruning.plan_history import history_of
+from cfsp.plan.check import BlockSizes
+from cfsp.plan.history import history_of
 
 
 @dataclass(frozen=True)

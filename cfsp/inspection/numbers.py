@@ -14,14 +14,15 @@ from typing import Any
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from cfsp.components import problems_of, shown, suggest
-from cfsp.config import ModelSection
+from cfsp.config.components import problems_of, shown, suggest
+from cfsp.config.sections import ModelSection
 from cfsp.errors import CheckpointError, ConfigError
-from cfsp.hub import TIMEOUT, fetch_snapshot, hub_error, hub_reason
-from cfsp.models.load import load_config
-from cfsp.models.source import ModelSource, is_hub_id
-from cfsp.package import config_folder, package_path
+from cfsp.model.transformers_config import load_config
+from cfsp.system.hub import TIMEOUT, fetch_snapshot
+from cfsp.system.hub_errors import hub_error, hub_reason
+from cfsp.system.package import config_folder, package_path
 from cfsp.weights.folder_check import ADAPTER, check_files, check_no_adapter, read_config
+from cfsp.weights.source import ModelSource, is_hub_id
 
 
 @dataclass(frozen=True)

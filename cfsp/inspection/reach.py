@@ -8,16 +8,18 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfsp.allocate.budget import Budget, Sizes
-from cfsp.compose import compose
-from cfsp.config import RunConfig, parse
+from cfsp.config.budget import Budget
+from cfsp.config.compose import compose
+from cfsp.config.parse import parse
+from cfsp.config.run_config import RunConfig
 from cfsp.errors import BudgetError, CfspError
-from cfsp.models.remote_code import check_adoptable
-from cfsp.package import config_folder
+from cfsp.pruned_model.adopt import check_adoptable
+from cfsp.sparsity.budget import Sizes
+from cfsp.system.package import config_folder
 
 if TYPE_CHECKING:
-    from cfsp.contracts import Pruner
-    from cfsp.models.views import DecoderView
+    from cfsp.architecture.views import DecoderView
+    from cfsp.config.contracts import Pruner
 
 #: Ratios have four digits. They are looked at from the largest down, in ten-thousandths: a pruner may refuse small ones
 #: too (less than half a block), so the first that it takes is searched for before the limit above it.

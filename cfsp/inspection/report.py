@@ -12,8 +12,8 @@ from cfsp.inspection.describe import BlockFacts, alike, blocks_of, is_tied, part
 from cfsp.inspection.history import History, read_history
 from cfsp.inspection.numbers import Numbers
 from cfsp.inspection.reach import Plugins, Reach, reaches
-from cfsp.models.load import changed_by_tensors, outline
-from cfsp.pruning.plan_check import sizes_of
+from cfsp.model.outline import changed_by_tensors, outline
+from cfsp.plan.check import sizes_of
 
 SCHEMA = 1
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cfsp.components import shown
+from cfsp.config.components import shown
 from cfsp.errors import CheckpointError, UnsupportedModelError
-from cfsp.registration import PRUNED_PREFIX
+from cfsp.pruned_model.names import PRUNED_PREFIX
 from cfsp.system.reading import read_bytes, read_json
 
 #: sha256 of every text that cfsp has shipped, as :func:`family_independent` makes it (of DeciLM's file as it is). A
@@ -81,7 +81,7 @@ def family_independent(text: str, names: Mapping[str, str]) -> str:
 
     Args:
         text: a file that ships with a pruned model.
-        names: what :func:`cfsp.models.remote_code.family_names` says of the family.
+        names: what :func:`cfsp.pruned_model.family.family_names` says of the family.
     """
     # The line of the norms depends on a trial pass. It holds names of attributes alone, whatever they are.
     text = re.sub(r'(?m)^NORMS = \{("\w+": \[("\w+"(, "\w+")*)?\](, )?)*\}$', "NORMS = ${norms}", text)
@@ -104,7 +104,7 @@ def _known_files(folder: Path, code: list[Path], model_type: str) -> set[Path]:
     known = set()
     names: Mapping[str, str] = {}
     if code and model_type.startswith(PRUNED_PREFIX):
-        from cfsp.models.remote_code import family_names
+        from cfsp.pruned_model.family import family_names
 
         try:
             names = family_names(model_type.removeprefix(PRUNED_PREFIX))

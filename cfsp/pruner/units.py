@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cfsp.allocate.budget import Budget
-    from cfsp.models.views import BlockView, DecoderView
+    from cfsp.architecture.views import BlockView, DecoderView
+    from cfsp.config.budget import Budget
 
 
 def free_blocks(view: DecoderView, budget: Budget) -> list[BlockView]:

@@ -9,17 +9,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from cfsp.allocate.budget import Budget, Sizes, Widths, keep_fraction, legal_widths, to_widths
-from cfsp.contracts import SearchingAllocator
-from cfsp.pruning.plan import BlockPlan
+from cfsp.config.budget import Budget
+from cfsp.config.contracts import SearchingAllocator
+from cfsp.plan.pruning_plan import BlockPlan
+from cfsp.sparsity.budget import Sizes, Widths, keep_fraction, legal_widths, to_widths
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfsp.allocate.base import Allocation
+    from cfsp.allocator.base import Allocation
+    from cfsp.architecture.views import BlockView
     from cfsp.importance.base import Scores
-    from cfsp.models.views import BlockView
-    from cfsp.pruning.base import PlanContext
+    from cfsp.pruner.base import PlanContext
 
 #: Compensates the outputs of one block for the units that a decision removes: tensor name -> tensor.
 Compensate = Callable[["BlockView", BlockPlan], dict[str, "Tensor"]]
@@ -125,9 +126,9 @@ def _search_widths(
     Returns:
         The widths of the free blocks, and the steps of the search.
     """
-    from cfsp.models.snapshot import restored
-    from cfsp.pruning.one_shot import best_neurons
-    from cfsp.pruning.width_search import WidthLosses
+    from cfsp.model.snapshot import restored
+    from cfsp.pruner.choice import best_neurons
+    from cfsp.pruner.width_search import WidthLosses
 
     view = context.driver.view
     base_widths = view.widths

@@ -9,7 +9,7 @@ import subprocess
 from functools import cache
 from typing import Any
 
-from cfsp.package import ROOT
+from cfsp.system.package import ROOT
 
 PACKAGES = (
     "cfsp",

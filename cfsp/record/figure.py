@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from cfsp.pruning.plan import PruningPlan
+from cfsp.plan.pruning_plan import PruningPlan
 
 _BASE, _KEPT, _DISTANCE = "#dfe3e8", "#4878a8", "#c2571a"
 

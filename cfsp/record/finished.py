@@ -44,7 +44,7 @@ def export_files(place: str) -> tuple[str, ...]:
 
 
 def _seen_to_lack(out: Path) -> str | None:
-    from cfsp.models.checkpoint import check_safetensors
+    from cfsp.weights.shards import check_safetensors
 
     for name in ("plan.json", "model/config.json"):
         if not (out / name).is_file():

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import CheckpointError
+from cfsp.record.schema1 import upgraded
 from cfsp.system.atomic import write_text
 from cfsp.system.reading import read_json
 
-SCHEMA = 1
+SCHEMA = 2
 #: Largest record that is read; the largest of 1,148 committed ones has 0.1 MB.
 _LARGEST = 50_000_000
 #: What a record says until its run ends, and for ever where the run was killed.
@@ -75,6 +76,8 @@ class RunRecord:
             values = read_json(path, str(path), limit=_LARGEST)
             if not isinstance(values, dict):
                 raise ValueError("it holds no keys")
+            if values.get("schema") == 1:
+                values = upgraded(values)
             if values.get("schema") != SCHEMA:
                 raise ValueError(f"schema {str(values.get('schema'))[:40]}, this version reads {SCHEMA}")
             record = RunRecord(**values)

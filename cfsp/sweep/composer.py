@@ -13,10 +13,11 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from cfsp.compose import compose
-from cfsp.config import RunConfig, parse
+from cfsp.config.compose import compose
+from cfsp.config.parse import parse
+from cfsp.config.run_config import RunConfig
 from cfsp.errors import ConfigError
-from cfsp.package import config_folder
+from cfsp.system.package import config_folder
 
 #: An interpolation that names another key from the root, and nothing else.
 _ANOTHER_KEY = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")

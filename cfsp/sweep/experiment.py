@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 
-from cfsp.components import problems_of, suggest
-from cfsp.config import Section
+from cfsp.config.components import problems_of, suggest
+from cfsp.config.sections import Section
 from cfsp.errors import ConfigError
-from cfsp.package import experiments_folder
+from cfsp.system.package import experiments_folder
 from cfsp.system.words_check import check_words
 from cfsp.system.yaml_files import check_yaml
 

@@ -9,18 +9,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cfsp.compose import compose
-from cfsp.config import RunConfig, parse
+from cfsp.config.compose import compose
+from cfsp.config.identity import digest
+from cfsp.config.parse import parse
+from cfsp.config.run_config import RunConfig
 from cfsp.errors import BusyError, CfspError, CheckpointError, ConfigError
-from cfsp.identity import digest
-from cfsp.models.base_models import BaseModels
-from cfsp.pipeline import run
-from cfsp.prepare import prepare
-from cfsp.progress import progress
+from cfsp.pipeline.base_models import BaseModels
+from cfsp.pipeline.preflight import prepare
+from cfsp.pipeline.run import run
 from cfsp.record.finished import lacking
 from cfsp.record.run_record import RunRecord
 from cfsp.sweep.experiment import Cell
 from cfsp.sweep.state import State, error_of, state_in
+from cfsp.system.progress import progress
 
 log = logging.getLogger(__name__)
 

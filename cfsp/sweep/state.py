@@ -19,8 +19,8 @@ class State:
 
 def state_in(out: Path) -> State:
     """Read the state of a run that has no record of a success in the records' folder off its own folder."""
-    from cfsp.lease import holder
-    from cfsp.pipeline import LEASE
+    from cfsp.pipeline.run import LEASE
+    from cfsp.system.lease import holder
 
     try:
         record = RunRecord.read(out / "record.json")

@@ -10,9 +10,8 @@ import re
 from collections.abc import Iterator, Sequence
 from math import isfinite, prod
 
-from cfsp.errors import ConfigError
-from cfsp.package import config_folder
-from cfsp.system.answer import printable
+from cfsp.errors import ConfigError, printable
+from cfsp.system.package import config_folder
 
 #: Longest word, deepest brackets and most digits of one number.
 MAX_LENGTH, MAX_DEPTH, MAX_DIGITS = 8_000, 16, 400

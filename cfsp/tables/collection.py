@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfsp.config import RunConfig
+from cfsp.config.components import component_name
+from cfsp.config.identity import METHOD_VERSION, digest, without_unused
+from cfsp.config.run_config import RunConfig
 from cfsp.errors import CfspError, CheckpointError, ConfigError
-from cfsp.identity import METHOD_VERSION, digest, without_unused
 from cfsp.record.run_record import RunRecord
 from cfsp.sweep.composer import GridComposer
 from cfsp.sweep.experiment import Cell
@@ -105,7 +106,7 @@ def _same_inputs(config: RunConfig, record: RunRecord) -> bool:
     """Whether the record is of what lies at the run's paths: the same paths, or others with the same content."""
     if _places(config.raw) == _places(record.configuration):
         return True
-    from cfsp.prepare import prepare
+    from cfsp.pipeline.preflight import prepare
 
     try:
         identity = prepare(config).identity
@@ -157,8 +158,13 @@ def _without_places(value: Any) -> Any:
     if isinstance(value, Mapping):
         chosen = _chosen_texts(value)
         kept = [key for key in chosen if key not in _PLACES and not (key in _LATER and chosen[key] == _LATER[key])]
-        return {key: _without_places(chosen[key]) for key in kept}
+        return {key: _named(chosen[key]) if key == "_target_" else _without_places(chosen[key]) for key in kept}
     return [_without_places(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _named(target: Any) -> Any:
+    """Name a component of cfsp without its module, which may move."""
+    return component_name(str(target)) or target
 
 
 def _read(folder: Path, damaged: list[str]) -> Iterator[tuple[Path, RunRecord, str]]:

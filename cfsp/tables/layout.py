@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 
-from cfsp.components import problems_of
-from cfsp.config import Section
+from cfsp.config.components import problems_of
+from cfsp.config.sections import Section
 from cfsp.errors import ConfigError
 from cfsp.tables.reported import Published, load_reported
 

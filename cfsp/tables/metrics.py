@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cfsp.evaluate.measurement import LACKS_BOS, TRUNCATED
+from cfsp.evaluation.measurement import LACKS_BOS, TRUNCATED
 
 #: Mark -> what it says of a figure.
 NOTES = {"†": LACKS_BOS, "‡": TRUNCATED}

@@ -20,12 +20,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from cfsp.errors import ConfigError
-from cfsp.package import package_path
 from cfsp.record.run_record import RunRecord
-from cfsp.sweep.command import Request
 from cfsp.sweep.experiment import Cell
+from cfsp.sweep.request import Request
 from cfsp.sweep.state import State
 from cfsp.system import escape
+from cfsp.system.package import package_path
 from cfsp.tables.collection import Collection, Found
 from cfsp.tables.figures import draw
 from cfsp.tables.grid import (

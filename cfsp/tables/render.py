@@ -11,7 +11,7 @@ from typing import Any
 from cfsp.record.run_record import RunRecord
 from cfsp.system import escape
 from cfsp.tables.grid import Column, Entry, Row, Table
-from cfsp.tables.methods import line
+from cfsp.tables.markdown_line import line
 from cfsp.tables.metrics import NOTES
 
 _PACKAGES = ("cfsp", "torch", "transformers", "lm-eval", "peft")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cfsp.verify.reference import Reference
+from cfsp.checkpoint.reference import Reference
 
 #: By how much a log-probability (natural logarithm) may differ, at most and on average, where a tool or the reference
 #: computes in something coarser than float32 (:attr:`cfsp.verify.tool.Tool.float32`). The average tells rounding from

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cfsp.errors import CheckpointError
-from cfsp.models.shards import Shards
+from cfsp.weights.shards import Shards
 
 #: Stored dtypes of parameters, as safetensors names them.
 FLOATS = ("F64", "F32", "F16", "BF16")

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from cfsp import config as schema
-from cfsp.compose import OF_A_SWEEP, compose
-from cfsp.config import Section, TextSection, parse
-from cfsp.package import ROOT, config_folder
+from cfsp.config import parse as schema
+from cfsp.config import sections
+from cfsp.config.compose import OF_A_SWEEP, compose
+from cfsp.config.parse import parse
+from cfsp.config.run_config import RunConfig
+from cfsp.config.sections import Section, TextSection
+from cfsp.system.package import ROOT, config_folder
 
 #: What an option cannot do without.
 REQUIRED = {
@@ -46,7 +49,7 @@ def _composed(*words: str) -> DictConfig:
 
 
 @cache
-def _parsed(*words: str) -> schema.RunConfig:
+def _parsed(*words: str) -> RunConfig:
     return parse(_composed(*words))
 
 
@@ -151,7 +154,7 @@ def _sections() -> list[tuple[str, type[Section], set[str]]]:
         group = option.partition("=")[0]
         if group in ("model", "sparsity", "paths", "calibration"):
             values = _yaml(group, option.partition("=")[2])
-            kind = schema._CALIBRATION_KINDS[values["kind"]] if group == "calibration" else schema._SECTIONS[group]
+            kind = sections.CALIBRATION_KINDS[values["kind"]] if group == "calibration" else schema._SECTIONS[group]
             found.append((option, kind, set(values)))
     root = _yaml("", "config")
     found += [(name, schema._SECTIONS[name], set(root[name])) for name in ("save", "plugins")]
@@ -198,8 +201,8 @@ def _attributes() -> set[str]:
 def test_every_key_is_read_somewhere():
     kinds: list[type] = [
         *schema._SECTIONS.values(),
-        *schema._CALIBRATION_KINDS.values(),
-        schema.HubFile,
+        *sections.CALIBRATION_KINDS.values(),
+        sections.HubFile,
         schema._Scalars,
     ]
     keys = {key for kind in kinds for key in typing.cast(type[Section], kind).model_fields}

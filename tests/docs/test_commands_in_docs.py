@@ -8,14 +8,14 @@ import tomllib
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from cfsp.compose import compose
-from cfsp.config import parse
-from cfsp.export.command import request_of as export_request
-from cfsp.inspection.command import request_of as inspect_request
-from cfsp.sweep.command import request_of as sweep_request
+from cfsp.cli import benchmark
+from cfsp.cli.export import request_of as export_request
+from cfsp.cli.inspect import request_of as inspect_request
+from cfsp.cli.verify import request_of as verify_request
+from cfsp.config.compose import compose
+from cfsp.config.parse import parse
 from cfsp.sweep.experiment import experiment_names
-from cfsp.verify.command import request_of as verify_request
-from scripts import benchmark
+from cfsp.sweep.request import request_of as sweep_request
 from tests.conftest import ROOT
 from tests.documents import FENCES, PAGES, TEXT, code_spans, command_lines, words_of
 

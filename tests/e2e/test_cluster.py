@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from cfsp.package import config_folder
+from cfsp.cli import sweep as command
+from cfsp.launcher.cluster import SubmititLocal
+from cfsp.launcher.slurm import Slurm
 from cfsp.record.run_record import RunRecord
-from cfsp.sweep import command
-from cfsp.sweep.cluster import SubmititLocal
 from cfsp.sweep.experiment import given_values
-from cfsp.sweep.slurm import Slurm
+from cfsp.system.package import config_folder
 from tests.conftest import ROOT
 
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher.config")

@@ -17,10 +17,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cfsp
+from cfsp.checkpoint.save import save_checkpoint
 from cfsp.export.folder import read_folder
 from cfsp.export.gguf import export
-from cfsp.models.checkpoint import save_checkpoint
-from cfsp.pruning.plan import BlockPlan, PruningPlan
+from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
 from cfsp.verify.tools import llama_cpp as tool
 from tests.conftest import SENTENCE, shared
 from tests.tiny import tiny_model

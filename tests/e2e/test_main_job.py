@@ -60,7 +60,7 @@ def test_it_writes_everything_it_promises(demo):
     assert (base / "records" / f"{record['run_id']}.json").read_text() == (out / "record.json").read_text()
     assert record["method"]["importance"]["class"].endswith("Cfsp")
     assert record["method"]["allocator"] == {
-        "class": "cfsp.allocate.coarse.Coarse", "metric": "angular", "temperature": 1.0,
+        "class": "cfsp.allocator.coarse.Coarse", "metric": "angular", "temperature": 1.0,
     }  # fmt: skip
     assert record["method"]["pruner"]["structure"] == "ffn"
     assert len(record["blocks"]) == 8
@@ -170,7 +170,7 @@ def test_the_folder_loads_as_saved_and_the_plan_replays_to_it(demo):
 
 def test_a_whole_runs_calibration_and_planning_see_each_token_once(run_cfsp, monkeypatch):
     """Counted at the linears of the loaded model, over everything that a run does before the plan is written."""
-    from cfsp.models import base_models
+    from cfsp.pipeline import base_models
 
     seen: dict[str, int] = {}
     load = base_models.load_model
@@ -253,7 +253,7 @@ def test_the_folders_figures_are_the_runs_in_every_dtype(words, again, run_cfsp,
 def test_a_foreign_model_folder_is_refused_before_any_work(run_cfsp, tmp_path, monkeypatch):
     (tmp_path / "out" / "model").mkdir(parents=True)
     (tmp_path / "out" / "model" / "notes.txt").write_text("mine")
-    monkeypatch.setattr("cfsp.models.base_models.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("cfsp.pipeline.base_models.load_model", lambda *_, **__: pytest.fail("weights were loaded"))
     code, _, err = run_cfsp("evaluation=none")
     assert code == 2
     assert "was not written by cfsp" in err
@@ -272,7 +272,7 @@ def test_one_wandb_run_per_run_in_a_multirun_after_a_failure_and_when_forced(run
     assert all(len(offline_runs(folder)) == 1 for folder in folders)
     single = f"paths.output_dir={tmp_path / 'single'}"
     with monkeypatch.context() as patch:
-        patch.setattr("cfsp.models.base_models.probe", lambda *_, **__: 1 / 0)
+        patch.setattr("cfsp.pipeline.base_models.probe", lambda *_, **__: 1 / 0)
         assert run_cfsp(*given, single)[0] == 1
     assert len(offline_runs(tmp_path / "single")) == 1
     (failed,) = (tmp_path / "single" / "wandb").glob("offline-run-*")
@@ -285,7 +285,7 @@ def test_one_wandb_run_per_run_in_a_multirun_after_a_failure_and_when_forced(run
 
 
 def test_a_killed_run_leaves_no_wandb_run_and_the_next_launch_writes_what_is_lacking(run_cfsp, tmp_path, monkeypatch):
-    from cfsp.record.wandb_logger import WandbLogger
+    from cfsp.logger.wandb import WandbLogger
 
     given = ["logger=wandb", "evaluation=none", "save.model=false", "calibration.n_samples=4"]
     out = tmp_path / "out"
@@ -309,7 +309,7 @@ def test_a_killed_run_leaves_no_wandb_run_and_the_next_launch_writes_what_is_lac
 
 
 def test_wandb_goes_online_only_where_it_may(monkeypatch):
-    from cfsp.record.wandb_logger import WandbLogger
+    from cfsp.logger.wandb import WandbLogger
 
     monkeypatch.setenv("NETRC", "none")
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -342,7 +342,7 @@ def test_a_finished_run_is_not_repeated_unless_forced(run_cfsp, tmp_path, monkey
     assert run_cfsp(*given)[0] == 0
     started = record_of(tmp_path / "out")["started"]
     with monkeypatch.context() as patch:
-        patch.setattr("cfsp.models.base_models.load_model", lambda *_, **__: pytest.fail("the run was repeated"))
+        patch.setattr("cfsp.pipeline.base_models.load_model", lambda *_, **__: pytest.fail("the run was repeated"))
         assert run_cfsp(*given)[0] == 0
     assert record_of(tmp_path / "out")["started"] == started
     shutil.rmtree(tmp_path / "out" / "model")
@@ -357,7 +357,7 @@ def test_a_repeat_that_fails_does_not_cost_the_record_of_success(run_cfsp, tmp_p
     assert run_cfsp(*given)[0] == 0
     success = (tmp_path / "out" / "record.json").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("cfsp.models.base_models.probe", lambda *_, **__: 1 / 0)
+        patch.setattr("cfsp.pipeline.base_models.probe", lambda *_, **__: 1 / 0)
         assert run_cfsp(*given, "force=true")[0] == 1
     assert (tmp_path / "out" / "record.json").read_bytes() == success
     failed = json.loads((tmp_path / "out" / "record.repeat.json").read_text())

@@ -92,8 +92,8 @@ def test_the_folder_gives_the_runs_own_figures(run_cfsp, words, tmp_path, pruner
 
 
 def test_searches_and_gradients_are_read_back_from_the_cache(run_cfsp, words, tmp_path, monkeypatch):
-    from cfsp.calibrate import gradients
-    from cfsp.pruning.search import SubmoduleSearch
+    from cfsp.calibration import gradients
+    from cfsp.pruner.search import SubmoduleSearch
 
     def never(*_, **__):
         raise AssertionError("measured again")

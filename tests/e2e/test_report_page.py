@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cfsp.tables import report
+from cfsp.cli import report
 from tests.conftest import ROOT
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium (the dev extra)")

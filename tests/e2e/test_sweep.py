@@ -14,10 +14,10 @@ import time
 
 import pytest
 
+from cfsp.cli import sweep as command
+from cfsp.launcher.launch import Queue
 from cfsp.record.run_record import RunRecord
-from cfsp.sweep import command
 from cfsp.sweep.job import Outcome, jobs_of, mark_failed
-from cfsp.sweep.launch import Queue
 from tests.conftest import ROOT
 
 SMALL = (
@@ -38,7 +38,7 @@ def _records(folder) -> dict[str, RunRecord]:
 
 def _start(words, **environment) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "scripts/sweep.py", *words], cwd=ROOT, text=True, start_new_session=True,
+        [sys.executable, "-m", "cfsp.run", "sweep", *words], cwd=ROOT, text=True, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'e2e'}", **environment},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
@@ -234,8 +234,8 @@ def test_killed_many_times_while_it_trains_and_evaluates(tmp_path):
 
 def test_what_a_killed_run_had_planned_and_measured_is_not_done_again(tmp_path, run_cfsp, monkeypatch):
     """Stopped in the second text of the evaluation; then the plan and the first text are read, not made."""
-    from cfsp.evaluate.perplexity import Perplexity
-    from cfsp.pruning.one_shot import OneShotPruner
+    from cfsp.evaluation.perplexity import Perplexity
+    from cfsp.pruner.one_shot import OneShotPruner
 
     texts = [
         f"evaluation.perplexity.texts.{name}.path=pkg://cfsp/assets/text/evaluation.txt" for name in ("text", "ptb")

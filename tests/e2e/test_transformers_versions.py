@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import cfsp
-from cfsp.models.checkpoint import save_checkpoint
-from cfsp.pruning.plan import BlockPlan, PruningPlan
+from cfsp.checkpoint.reference import place_of, read_reference
+from cfsp.checkpoint.save import save_checkpoint
+from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
 from cfsp.verify.comparison import compare
-from cfsp.verify.reference import place_of, read_reference
 from cfsp.verify.tool import TOOLS, ask
 from tests.conftest import ROOT, VOCABULARY
 from tests.environments import with_transformers

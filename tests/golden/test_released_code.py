@@ -15,21 +15,22 @@ import numpy as np
 import pytest
 import torch
 
-from cfsp.allocate.budget import Budget, Sizes, to_widths
-from cfsp.allocate.coarse import Coarse
-from cfsp.allocate.global_rank import GlobalRank
-from cfsp.calibrate.calibrate import calibrate
-from cfsp.calibrate.passing import block_by_block
-from cfsp.data.calibration import CalibrationSet
+from cfsp.allocator.coarse import Coarse
+from cfsp.allocator.global_rank import GlobalRank
+from cfsp.architecture.views import resolve
+from cfsp.calibration.block_pass import block_by_block
+from cfsp.calibration.calibrate import calibrate
+from cfsp.calibration.calibration_set import CalibrationSet
+from cfsp.config.budget import Budget
 from cfsp.importance.base import score
 from cfsp.importance.cfsp_released import CfspReleased
 from cfsp.importance.flap import Flap
 from cfsp.importance.wanda import Wanda
-from cfsp.models.driver import BlockDriver
-from cfsp.models.load import load
-from cfsp.models.views import resolve
-from cfsp.pruning.compensation import bias_compensation
-from cfsp.pruning.plan import BlockPlan
+from cfsp.model.driver import BlockDriver
+from cfsp.model.load import load
+from cfsp.plan.pruning_plan import BlockPlan
+from cfsp.pruner.compensation import bias_compensation
+from cfsp.sparsity.budget import Sizes, to_widths
 from tests.conftest import SHARED, shared
 
 MODELS = {"stories260K": "stories260K", "babyllama361": "babyllama-1M"}

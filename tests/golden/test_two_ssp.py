@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import cfsp
-from cfsp.evaluate.perplexity import negative_log_likelihood
-from cfsp.models.load import load
+from cfsp.evaluation.perplexity import negative_log_likelihood
+from cfsp.model.load import load
 from tests.conftest import SHARED, shared
 
 MODELS = {"stories260K": "stories260K", "babyllama361": "babyllama-1M"}

@@ -50,7 +50,8 @@ def start(slurm, tmp_path):
         places.append(f"launcher.submitit_folder={tmp_path / 'submitit'}")
         environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'e2e'}", "GATE": str(tmp_path / "gate")}
         process = subprocess.Popen(
-            [sys.executable, "scripts/sweep.py", *SMALL, *places, *words], cwd=ROOT, text=True, start_new_session=True,
+            [sys.executable, "-m", "cfsp.run", "sweep", *SMALL, *places, *words], cwd=ROOT, text=True,
+            start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         started.append(process)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cfsp.allocate.budget import Budget, Sizes, keep_fraction, to_widths
-from cfsp.allocate.chosen_blocks import ChosenBlocks
-from cfsp.allocate.coarse import Coarse
-from cfsp.allocate.global_rank import GlobalRank
-from cfsp.allocate.uniform import Uniform
+from cfsp.allocator.chosen_blocks import ChosenBlocks
+from cfsp.allocator.coarse import Coarse
+from cfsp.allocator.global_rank import GlobalRank
+from cfsp.allocator.uniform import Uniform
+from cfsp.config.budget import Budget
 from cfsp.errors import BudgetError, ConfigError
 from cfsp.importance.base import Scores
+from cfsp.sparsity.budget import Sizes, keep_fraction, to_widths
 
 DISTANCES = torch.tensor([0.506, 0.074, 0.097, 0.079, 0.100, 0.092, 0.121, 0.112], dtype=torch.float64)
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 import cfsp
+from cfsp.architecture.views import resolve
+from cfsp.checkpoint.save import save_checkpoint
 from cfsp.errors import UnsupportedModelError
-from cfsp.models.checkpoint import save_checkpoint
-from cfsp.models.views import resolve
 from tests.architectures import ARCHITECTURES, VOCABULARY
 from tests.conftest import VOCABULARY as WORDS
 from tests.conftest import save_with_tokenizer
@@ -159,7 +159,7 @@ def test_what_is_no_decoder_is_refused_in_one_line(model_type, settings, said, t
     ],
 )
 def test_why_heads_stay_is_said(name, said):
-    from cfsp.pruning.one_shot import heads_stay
+    from cfsp.pruner.one_shot import heads_stay
 
     assert said in heads_stay(resolve(built(name)))
 
@@ -196,8 +196,8 @@ def test_finding_out_what_a_block_returns_is_seen_by_no_hook(monkeypatch):
     """The pass of one token that the driver makes once of each class of blocks."""
     import weakref
 
-    from cfsp.models import driver
-    from cfsp.models.driver import BlockDriver
+    from cfsp.model import driver
+    from cfsp.model.driver import BlockDriver
 
     monkeypatch.setattr(driver, "_RETURNS_TUPLE", weakref.WeakKeyDictionary())
     model = copy.deepcopy(built("opt"))
@@ -242,9 +242,9 @@ def test_the_language_model_inside_a_vision_language_model(vision_language_folde
     plan = cfsp.PruningPlan.load(tmp_path / "out" / "plan.json")
     assert plan.base_fingerprint.endswith("#language_model")
     prompt = ids(2, 12, seed=2) + 6  # no image tokens
-    from cfsp.config import ModelSection
-    from cfsp.models.load import load_model
-    from cfsp.models.source import locate
+    from cfsp.config.sections import ModelSection
+    from cfsp.model.load import load_model
+    from cfsp.weights.source import locate
 
     source = locate(ModelSection(name="m", path=str(folder), part="language_model"))
     alone = load_model(source, dtype=torch.float32, device=torch.device("cpu"))

@@ -14,11 +14,11 @@ import torch
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
-from cfsp import hub
-from cfsp.compose import compose
-from cfsp.config import parse
+from cfsp.config.compose import compose
+from cfsp.config.parse import parse
 from cfsp.errors import ConfigError
-from cfsp.models.source import ModelSource
+from cfsp.system import hub
+from cfsp.weights.source import ModelSource
 from tests.conftest import POSITIONS, SENTENCE, VOCABULARY, mentions, save_with_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

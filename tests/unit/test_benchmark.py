@@ -7,13 +7,13 @@ import math
 import sys
 from dataclasses import replace
 
-import benchmark
 import pytest
 import torch
-from benchmarks import calibration, growth, peer_job, peers, processes, shapes, speed, streaming
-from benchmarks.part import Check, Found, Settings, write
-from make_checkpoint import Shape
 
+from cfsp.benchmark import calibration, growth, peer_job, peers, processes, shapes, speed, streaming
+from cfsp.benchmark.make_checkpoint import Shape
+from cfsp.benchmark.part import Check, Found, Settings, write
+from cfsp.cli import benchmark
 from cfsp.errors import RunError
 
 TINY = Shape(hidden=32, ffn=256, blocks=2, heads=4, kv_heads=4, vocab=4096, positions=128, dtype="float32")

@@ -8,9 +8,9 @@ from pathlib import Path
 import benchmark_llama_cpp
 import gguf
 import pytest
-from benchmarks import part
-from make_checkpoint import Shape
 
+from cfsp.benchmark import part
+from cfsp.benchmark.make_checkpoint import Shape
 from cfsp.errors import ConfigError
 
 TINY = Shape(hidden=64, ffn=1024, blocks=4, heads=4, kv_heads=2, vocab=4096, positions=128, dtype="float32")

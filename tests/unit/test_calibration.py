@@ -14,22 +14,24 @@ import numpy as np
 import pytest
 import torch
 
-from cfsp.calibrate import calibrate as calibrate_module
-from cfsp.calibrate.cache import StatisticsCache, read_or_compute, saved_seconds
-from cfsp.calibrate.calibrate import calibrate
-from cfsp.calibrate.passing import block_by_block
-from cfsp.calibrate.statistics import Statistics
-from cfsp.config import SelfCalibration, TextCalibration, TokensCalibration
+from cfsp.architecture.views import resolve
+from cfsp.calibration import calibrate as calibrate_module
+from cfsp.calibration.block_distance import block_distances
+from cfsp.calibration.block_pass import block_by_block
+from cfsp.calibration.calibrate import calibrate
+from cfsp.calibration.calibration_set import CalibrationSet, from_text, from_tokens, identity
+from cfsp.calibration.self_generated import sample_windows
+from cfsp.calibration.statistics import Statistics
+from cfsp.calibration.statistics_cache import StatisticsCache
+from cfsp.config.sections import SelfCalibration, TextCalibration, TokensCalibration
 from cfsp.data import text as text_module
-from cfsp.data.calibration import CalibrationSet, Limits, from_text, from_tokens, identity
-from cfsp.data.self_generated import sample_windows
+from cfsp.data.limits import Limits
 from cfsp.errors import DataError
-from cfsp.importance.block_distance import block_distances
-from cfsp.models.driver import BlockDriver
-from cfsp.models.load import load_tokenizer
-from cfsp.models.source import _from_folder
-from cfsp.models.views import resolve
-from cfsp.package import ROOT
+from cfsp.model.driver import BlockDriver
+from cfsp.model.tokenizer import load_tokenizer
+from cfsp.system.cache import read_or_compute, saved_seconds
+from cfsp.system.package import ROOT
+from cfsp.weights.source import _from_folder
 from tests.conftest import shared
 from tests.tiny import tiny_model, tokens
 
@@ -229,8 +231,8 @@ def test_wikitext_comes_from_a_parquet_repository_and_is_prepared_as_published(t
     import pyarrow
     from pyarrow import parquet
 
-    from cfsp.compose import compose
-    from cfsp.config import parse
+    from cfsp.config.compose import compose
+    from cfsp.config.parse import parse
 
     rows = [" = Title = \n", "", " A line about the sea and the hills . \n"] * 400
     parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "train.parquet")
@@ -332,9 +334,9 @@ def test_waiting_for_what_another_computes_is_not_counted_twice(tmp_path):
 
 def test_bos_auto_follows_the_tokenizer_and_is_the_value_written_out(tmp_path):
     """stories260K's tokenizer adds BOS (id 1) before a text, books7m's adds nothing; identity is that of what it is."""
-    from cfsp.models.load import load_tokenizer
-    from cfsp.models.source import _from_folder
-    from cfsp.package import ROOT
+    from cfsp.model.tokenizer import load_tokenizer
+    from cfsp.system.package import ROOT
+    from cfsp.weights.source import _from_folder
 
     path = tmp_path / "text.txt"
     path.write_text("The sea was grey and the harbour lay quiet. " * 40)

@@ -25,11 +25,14 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from cfsp.checkpoint import save as checkpoint
+from cfsp.checkpoint.save import save_checkpoint
 from cfsp.errors import CheckpointError, UnsupportedModelError
-from cfsp.models import checkpoint, shard_writer
-from cfsp.models.checkpoint import MARKER, check_safetensors, first_non_finite, save_checkpoint
-from cfsp.models.remote_code import adopt, pruned_family, register_pruned_families
-from cfsp.models.shards import Shards, read_header
+from cfsp.model.finite import first_non_finite
+from cfsp.pruned_model.adopt import adopt
+from cfsp.pruned_model.family import pruned_family
+from cfsp.weights import shard_writer
+from cfsp.weights.shards import MARKER, Shards, check_safetensors, read_header
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 HIDDEN, WIDTH, UNEQUAL, EQUAL = 32, 48, [16, 48, 7], [24, 24, 24]
@@ -287,7 +290,6 @@ def test_adopted_model_copies_and_pickles() -> None:
 
 
 def test_a_pruned_model_trains_from_its_config() -> None:
-    register_pruned_families()
     model = AutoModelForCausalLM.from_config(pruned().config)
     assert [layer.mlp.up_proj.out_features for layer in model.model.layers] == UNEQUAL
     assert model.model.layers[0].mlp.up_proj.weight.std().item() == pytest.approx(0.02, rel=0.3)

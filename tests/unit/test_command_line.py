@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfsp.compose import compose
-from cfsp.config import parse
+from cfsp.config.compose import compose
+from cfsp.config.parse import parse
 from cfsp.errors import ConfigError
-from cfsp.pruning import context
-from cfsp.record.logger import NullLogger
+from cfsp.logger.base import NullLogger
+from cfsp.pruner import context
 from cfsp.record.run_record import RunRecord
 from tests.conftest import mentions
 
@@ -95,7 +95,7 @@ def plugin(tmp_path, monkeypatch) -> str:
     """A package of the user's own with a metric in it."""
     (tmp_path / "site" / "my_metrics").mkdir(parents=True)
     (tmp_path / "site" / "my_metrics" / "__init__.py").write_text(
-        "from cfsp.components import component\n\n\n"
+        "from cfsp.config.components import component\n\n\n"
         "@component\nclass LastFirst:\n    reverse: bool = False\n\n"
         "    def score(self, channels, activation):\n"
         "        ranks = activation.rms.new_tensor(range(channels.n))\n"
@@ -138,8 +138,8 @@ def test_a_class_outside_cfsp_runs_where_it_is_allowed(run_cfsp, sound_words, pl
             ["no such class", "did you mean cfsp.importance.cfsp.Cfsp?"],
         ),
         (["importance._target_=cfsp"], ["no such class"]),
-        (["importance._target_=cfsp.allocate.uniform.Uniform"], ["no class for importance", "score"]),
-        (["importance._target_=cfsp.components.build"], ["a class is needed"]),
+        (["importance._target_=cfsp.allocator.uniform.Uniform"], ["no class for importance", "score"]),
+        (["importance._target_=cfsp.config.components.build"], ["a class is needed"]),
         (["importance._target_=my_metrics.Nothing", "plugins.allow=[my_metrics]"], ["no such class"]),
         (
             ["importance._target_=my_metrics.broken.A", "plugins.allow=[my_metrics]"],
@@ -154,7 +154,7 @@ def test_a_class_outside_cfsp_runs_where_it_is_allowed(run_cfsp, sound_words, pl
             ],
             ["importance.revers=true", "did you mean reverse?"],
         ),
-        (["evaluation.cost._target_=cfsp.recover.none.NoRecovery"], ["evaluation.cost"]),
+        (["evaluation.cost._target_=cfsp.recovery.none.NoRecovery"], ["evaluation.cost"]),
         (["importance._target_=null"], ["importance=", "_target_"]),
     ],
     ids=lambda value: value[0].rpartition("=")[2] if "=" in value[0] else "",

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from cfsp.components import build
-from cfsp.contracts import NeuronImportance
+from cfsp.config.components import build
+from cfsp.config.contracts import NeuronImportance
 from cfsp.errors import ConfigError
 from tests.conftest import mentions
 
@@ -37,14 +37,14 @@ def site(tmp_path, monkeypatch):
     "values",
     [
         {"_target_": "cfsp.tables.page.Environment", "extensions": ["evil.Ext"]},
-        {"_target_": "cfsp.components.importlib.import_module", "name": "evil"},
-        {"_target_": "cfsp.components.ConfigDict"},
-        {"_target_": "cfsp.config.RunConfig"},
+        {"_target_": "cfsp.config.components.importlib.import_module", "name": "evil"},
+        {"_target_": "cfsp.config.components.ConfigDict"},
+        {"_target_": "cfsp.config.run_config.RunConfig"},
         {"_target_": "cfsp.tables.page.Path"},
         {"_target_": "cfsp.importance.wanda.__class__"},
         {"_target_": "cfsp.importance.wanda.Wanda.__init__"},
-        {"_target_": "cfsp.components.Any"},
-        {"_target_": "cfsp.evaluate.base.Evaluator"},
+        {"_target_": "cfsp.config.components.Any"},
+        {"_target_": "cfsp.evaluation.base.Evaluator"},
         {"_target_": "evil.Ext"},
         {"_target_": "cfsp.importance.wanda.Wanda", "data": {"_target_": "evil.Ext"}},
     ],
@@ -59,11 +59,11 @@ def test_only_marked_classes_of_cfsp_are_built(site, values):
 
 
 def test_the_group_is_checked_before_a_class_is_called(monkeypatch):
-    from cfsp.record.wandb_logger import WandbLogger
+    from cfsp.logger.wandb import WandbLogger
 
     monkeypatch.setattr(WandbLogger, "__init__", lambda *_, **__: pytest.fail("it was called"))
     with pytest.raises(ConfigError, match="no class for importance, it has no score"):
-        build("importance", {"_target_": "cfsp.record.wandb_logger.WandbLogger"}, contract=NeuronImportance)
+        build("importance", {"_target_": "cfsp.logger.wandb.WandbLogger"}, contract=NeuronImportance)
 
 
 @pytest.mark.usefixtures("site")

@@ -9,10 +9,10 @@ import torch
 from rich.console import Console
 
 import cfsp
-from cfsp.evaluate import cost
-from cfsp.evaluate.base import Side
-from cfsp.evaluate.cost import Cost, time_generation
-from cfsp.pruning.plan import BlockPlan, PruningPlan
+from cfsp.evaluation import cost
+from cfsp.evaluation.base import Side
+from cfsp.evaluation.cost import Cost, time_generation
+from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
 from cfsp.record.run_record import RunRecord
 from cfsp.tables.summary import summary
 from tests.tiny import tiny_model, tokens

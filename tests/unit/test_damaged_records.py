@@ -7,10 +7,10 @@ import os
 
 import pytest
 
+from cfsp.cli import tables as command
 from cfsp.record.run_record import RunRecord
-from cfsp.sweep.command import request_of
 from cfsp.sweep.composer import GridComposer
-from cfsp.tables import command
+from cfsp.sweep.request import request_of
 from cfsp.tables.collection import collect, science
 from tests.conftest import ROOT
 from tests.unit.test_tables import _cell, _record
@@ -100,8 +100,8 @@ def test_every_committed_record_is_whole():
 
 @pytest.mark.parametrize("name", ["single_shot", "neuron_metric", "recovery"])
 def test_a_grid_is_composed_as_hydra_composes_each_run(name):
-    from cfsp.compose import compose
-    from cfsp.config import parse
+    from cfsp.config.compose import compose
+    from cfsp.config.parse import parse
 
     cells, composer = request_of([f"experiment={name}"]).cells, GridComposer()
     for cell in cells[:: max(1, len(cells) // 4)]:
@@ -123,8 +123,8 @@ def test_a_grid_is_composed_as_hydra_composes_each_run(name):
     ids=str,
 )  # fmt: skip
 def test_whatever_the_words_are_the_composer_answers_as_hydra_does(words):
-    from cfsp.compose import compose
-    from cfsp.config import parse
+    from cfsp.config.compose import compose
+    from cfsp.config.parse import parse
     from cfsp.errors import ConfigError
 
     words = (*words, "paths.output_dir=o") if "paths" not in words[0] else words

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 import cfsp
-from cfsp.allocate.budget import Budget
-from cfsp.calibrate.cache import StatisticsCache
-from cfsp.calibrate.similarity import block_similarity
-from cfsp.data.calibration import CalibrationSet
+from cfsp.architecture.views import resolve
+from cfsp.calibration.calibration_set import CalibrationSet
+from cfsp.calibration.similarity import block_similarity
+from cfsp.calibration.statistics_cache import StatisticsCache
+from cfsp.config.budget import Budget
 from cfsp.errors import BudgetError
-from cfsp.models.driver import BlockDriver
-from cfsp.models.views import resolve
-from cfsp.pruning.depth import ShortGPT, SlidingWindow
-from cfsp.pruning.plan import BlockPlan, PruningPlan
+from cfsp.model.driver import BlockDriver
+from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
+from cfsp.pruner.depth import ShortGPT, SlidingWindow
 from tests.tiny import tiny_model, tokens
 from tests.unit.test_search import IDS, context_of
 

@@ -107,9 +107,9 @@ def test_a_name_that_would_leave_the_folder_is_refused_before_a_folder_is_made(
 
 
 def test_names_that_are_too_long_together_are_refused():
-    from cfsp.compose import compose
-    from cfsp.config import parse
-    from cfsp.identity import run_id_of
+    from cfsp.config.compose import compose
+    from cfsp.config.identity import run_id_of
+    from cfsp.config.parse import parse
 
     config = parse(compose([f"model.name={'x' * 90}"]))
     with pytest.raises(ConfigError, match="model.name=x+: the run's id has 112 characters"):

@@ -12,19 +12,19 @@ import torch
 from rich.console import Console
 from torch._subclasses import FakeTensorMode
 
-from cfsp.config import TextSection
-from cfsp.data.calibration import Limits
+from cfsp.config.sections import TextSection
+from cfsp.data.limits import Limits
 from cfsp.errors import DataError
-from cfsp.evaluate.base import Side
-from cfsp.evaluate.cost import Cost, peak_beside, size_of
-from cfsp.evaluate.live_tensors import LiveTensors
-from cfsp.evaluate.perplexity import Perplexity, negative_log_likelihood
-from cfsp.models.load import load_tokenizer
-from cfsp.models.source import _from_folder
-from cfsp.package import ROOT
+from cfsp.evaluation.base import Side
+from cfsp.evaluation.cost import Cost, peak_beside, size_of
+from cfsp.evaluation.live_tensors import LiveTensors
+from cfsp.evaluation.perplexity import Perplexity, negative_log_likelihood
+from cfsp.model.tokenizer import load_tokenizer
 from cfsp.record.run_record import RunRecord
 from cfsp.record.stages import Stages
+from cfsp.system.package import ROOT
 from cfsp.tables.summary import summary
+from cfsp.weights.source import _from_folder
 from tests.conftest import shared
 from tests.tiny import tiny_model, tokens
 
@@ -98,7 +98,7 @@ def test_the_identity_of_an_evaluation_is_its_content(tmp_path, tokenizer):
 
 def test_the_content_of_a_local_task_is_all_that_it_reads(tmp_path):
     """The included YAML, the functions and the data of a task: a change in any of them is another task."""
-    from cfsp.evaluate.zero_shot import ZeroShot
+    from cfsp.evaluation.zero_shot import ZeroShot
 
     (tmp_path / "data.jsonl").write_text("{}\n")
     (tmp_path / "helper.py").write_text("def process(docs): return docs\n")

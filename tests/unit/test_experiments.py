@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from cfsp.components import build
-from cfsp.compose import compose
-from cfsp.config import parse
-from cfsp.contracts import Launcher
+from cfsp.cli import sweep as command
+from cfsp.config.components import build
+from cfsp.config.compose import compose
+from cfsp.config.contracts import Launcher
+from cfsp.config.parse import parse
 from cfsp.errors import ConfigError
-from cfsp.package import config_folder
-from cfsp.sweep import command
 from cfsp.sweep.experiment import Experiment, experiment_names, given_values, load_experiment, read_experiment
+from cfsp.system.package import config_folder
 from cfsp.tables.layout import load_layout
 from tests.conftest import ROOT
 
@@ -133,9 +133,9 @@ def test_a_file_that_is_no_experiment(tmp_path, text, said):
 
 def test_an_experiment_or_launcher_given_to_a_single_run_is_explained(refused):
     (line,) = refused("experiment=single_shot")
-    assert "python scripts/sweep.py experiment=single_shot" in line
+    assert "cfsp sweep experiment=single_shot" in line
 
 
 def test_a_launcher_is_a_class_with_launch():
     with pytest.raises(ConfigError, match="no class for launcher"):
-        build("launcher", {"_target_": "cfsp.record.logger.NullLogger"}, contract=Launcher)
+        build("launcher", {"_target_": "cfsp.logger.base.NullLogger"}, contract=Launcher)

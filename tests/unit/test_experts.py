@@ -14,22 +14,23 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import cfsp
-from cfsp.allocate.budget import Budget
-from cfsp.calibrate.calibrate import calibrate
-from cfsp.calibrate.passing import block_by_block
-from cfsp.calibrate.statistics import BlockStatistics, ExpertStatistics, InputStatistics, Statistics
-from cfsp.data.calibration import Limits, from_ids
+from cfsp.architecture.views import resolve
+from cfsp.calibration.block_pass import block_by_block
+from cfsp.calibration.calibrate import calibrate
+from cfsp.calibration.calibration_set import from_ids
+from cfsp.calibration.statistics import BlockStatistics, ExpertStatistics, InputStatistics, Statistics
+from cfsp.checkpoint.save import save_checkpoint
+from cfsp.config.budget import Budget
+from cfsp.data.limits import Limits
 from cfsp.errors import BudgetError, CfspError, CheckpointError, ConfigError, UnsupportedModelError
 from cfsp.importance.base import score
 from cfsp.importance.cfsp import Cfsp
 from cfsp.importance.magnitude import Magnitude
 from cfsp.importance.random import RandomImportance
-from cfsp.models.checkpoint import save_checkpoint
-from cfsp.models.driver import BlockDriver
-from cfsp.models.views import resolve
-from cfsp.pruning.expert_choice import best_experts, with_unseen_kept
-from cfsp.pruning.plan import BlockPlan, PruningPlan
-from cfsp.pruning.probe import probe
+from cfsp.model.driver import BlockDriver
+from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
+from cfsp.pruner.expert_choice import best_experts, with_unseen_kept
+from cfsp.pruner.probe import probe
 from tests.architectures import ARCHITECTURES, BLOCKS, EXPERT_WIDTH, VOCABULARY, Architecture
 from tests.tiny import tiny_model, tokens
 
@@ -297,8 +298,8 @@ def test_statistics_do_not_go_with_the_batches_and_survive_the_disk(tmp_path):
 
 
 def test_the_file_of_a_dense_model_has_the_name_and_the_entries_that_it_had(tmp_path):
-    from cfsp.calibrate.cache import StatisticsCache
-    from cfsp.calibrate.collectors import COLLECTOR_VERSION
+    from cfsp.calibration.collectors import COLLECTOR_VERSION
+    from cfsp.calibration.statistics_cache import StatisticsCache
 
     model = tiny_model(blocks=2)
     driver, calibration = BlockDriver(resolve(model), 2), from_ids(tokens(), Limits(128, None))
@@ -348,7 +349,7 @@ def test_random_scores_are_drawn_for_each_expert_alone():
 
 @pytest.mark.parametrize("name", ["mixtral", "mixtral_modules", "gpt_oss"])
 def test_gradient_terms_of_experts_are_those_of_the_whole_loss(name):
-    from cfsp.calibrate.gradients import VARIANTS, gradient_terms
+    from cfsp.calibration.gradients import VARIANTS, gradient_terms
 
     a = SPARSE[name]
     model, ids = a.build(), IDS[:3]
@@ -492,7 +493,7 @@ def test_an_expert_without_tokens_stays_or_goes_first_as_configured():
 
 
 def test_unseen_experts_that_stay_bound_what_can_go():
-    from cfsp.allocate.budget import Sizes
+    from cfsp.sparsity.budget import Sizes
 
     view = resolve(SPARSE["deepseek_v3_groups"].build())
     sizes = Sizes.of(view, "experts")
@@ -630,7 +631,7 @@ def test_experts_that_are_modules_may_have_any_width():
 
 
 def test_two_ssp_checks_mixtures_before_anything_runs():
-    from cfsp.pruning.two_ssp import TwoSSP
+    from cfsp.pruner.two_ssp import TwoSSP
 
     with pytest.raises(BudgetError, match="round_to=4"):
         TwoSSP("two_ssp").check(resolve(SPARSE["mixtral"].build()), Budget(0.4, "decoder", round_to=4))

@@ -17,15 +17,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import cfsp
+from cfsp.checkpoint.save import save_checkpoint
+from cfsp.cli.export import main, request_of
 from cfsp.errors import CheckpointError, ConfigError, UnsupportedModelError
 from cfsp.export import decilm, hf, padded
 from cfsp.export.card import CARD, FACTS, licence_of, model_card, read_facts, write_card
-from cfsp.export.command import FORMATS, main, request_of
-from cfsp.export.decilm import ffn_mult, width_of
+from cfsp.export.decilm import ffn_mult
 from cfsp.export.folder import read_folder
-from cfsp.models import shard_writer
-from cfsp.models.checkpoint import MARKER, save_checkpoint
-from cfsp.pruning.plan import COMPENSATION_IN_FOLDER, PruningPlan
+from cfsp.export.write import FORMATS
+from cfsp.plan.pruning_plan import COMPENSATION_IN_FOLDER, PruningPlan
+from cfsp.weights import shard_writer
+from cfsp.weights.shards import MARKER
 from tests.conftest import VOCABULARY, mentions, save_with_tokenizer
 from tests.tiny import ARCHITECTURES, tiny_model, tokens
 from tests.unit.test_recovery import TRAINS
@@ -33,6 +35,11 @@ from tests.unit.test_structures import STRUCTURES, logits, pruned
 
 #: Not the exact function, only another order of the sums where zeros were put in between.
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def width_of(multiplier: float, hidden: int) -> int:
+    """The width that vLLM and llama.cpp's converter make of a multiplier: ceil256(int(2 * multiplier * hidden / 3))."""
+    return -(-int(2 * multiplier * hidden / 3) // 256) * 256
 
 
 def folder_of(tmp_path: Path, architecture: str, structure: str, **settings):
@@ -506,7 +513,7 @@ def test_the_licence_of_the_base_model_is_inherited(text, found, tmp_path) -> No
 
 
 def test_a_dense_folder_s_export_keeps_its_licence(tmp_path) -> None:
-    from cfsp.package import ROOT
+    from cfsp.system.package import ROOT
 
     padded.export(read_folder(ROOT / "assets" / "books7m"), tmp_path / "padded")
     assert licence_of(tmp_path / "padded") == {"license": "apache-2.0"}
@@ -682,7 +689,7 @@ torch.testing.assert_close(found, torch.load({str(tmp_path / "logits.pt")!r}), a
 
 
 def test_tokenizers_travel(tmp_path) -> None:
-    from cfsp.package import ROOT
+    from cfsp.system.package import ROOT
 
     bundled = read_folder(ROOT / "assets" / "books7m")
     padded.export(bundled, tmp_path / "padded")

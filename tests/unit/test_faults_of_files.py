@@ -17,12 +17,12 @@ import pytest
 import torch
 
 import cfsp
-from cfsp.calibrate.cache import read_or_compute
 from cfsp.errors import CheckpointError, ConfigError, RunError
-from cfsp.pruning.plan_history import plan_digest
+from cfsp.plan.history import plan_digest
 from cfsp.record.out_folder import OutFolder, OutputGoneError, check_apart, log_file
 from cfsp.record.run_record import RunRecord
 from cfsp.system import atomic, digests, leftovers
+from cfsp.system.cache import read_or_compute
 from cfsp.system.storage import storage_problem
 from tests.conftest import ROOT, mentions
 
@@ -283,7 +283,7 @@ def test_a_damaged_export_alone_is_made_again(run_cfsp, sound_words, tmp_path, c
 
 
 def test_verify_compares_hashes(run_cfsp, sound_words, tmp_path) -> None:
-    from cfsp.verify.command import damage_of
+    from cfsp.cli.verify import damage_of
 
     out = pruned(run_cfsp, sound_words, tmp_path)
     assert damage_of(out / "model") is None
@@ -294,7 +294,7 @@ def test_verify_compares_hashes(run_cfsp, sound_words, tmp_path) -> None:
 
 
 def test_out_that_is_deleted_in_mid_run_is_no_success(run_cfsp, sound_words, tmp_path, monkeypatch) -> None:
-    from cfsp import pipeline
+    from cfsp.pipeline import run as pipeline
 
     real = pipeline.apply
 
@@ -348,7 +348,7 @@ class _Failing:
 def test_an_evaluation_that_fails_costs_no_model(
     run_cfsp, sound_words, prose_file, tmp_path, monkeypatch, calls
 ) -> None:
-    from cfsp.evaluate.perplexity import Perplexity
+    from cfsp.evaluation.perplexity import Perplexity
 
     failing = _Failing(calls)
     monkeypatch.setattr(Perplexity, "measure", lambda self, model, tokenizer: failing.measure(model, tokenizer))
@@ -546,7 +546,7 @@ def test_a_cache_that_is_deleted_while_it_computes_is_no_matter(tmp_path) -> Non
     "content", ["{}", "[1]", '[{"suite": "a", "task": "b", "metric": "c", "value": null}]', "[" * 9999]
 )
 def test_damaged_figures_are_no_figures(tmp_path, content) -> None:
-    from cfsp.pipeline import _read_figures
+    from cfsp.pipeline.measure import _read_figures
 
     (tmp_path / "x.json").write_text(content)
     with pytest.raises((ValueError, CheckpointError)):
@@ -556,7 +556,7 @@ def test_damaged_figures_are_no_figures(tmp_path, content) -> None:
 def test_a_plan_of_another_model_in_the_progress_of_a_run_is_made_again(
     run_cfsp, sound_words, plan_file, tmp_path, monkeypatch
 ) -> None:
-    from cfsp import pipeline
+    from cfsp.pipeline import run as pipeline
 
     real = pipeline.apply
     monkeypatch.setattr(pipeline, "apply", lambda *_: (_ for _ in ()).throw(RuntimeError("stopped")))

@@ -13,21 +13,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import cfsp
-from cfsp.calibrate.ffn_pairs import FFNPairs, capturing_ffn
-from cfsp.compose import compose
-from cfsp.config import parse
+from cfsp.architecture.activation import activation_of
+from cfsp.architecture.ffn import ffn_of
+from cfsp.architecture.views import resolve
+from cfsp.calibration.ffn_pairs import FFNPairs, capturing_ffn
+from cfsp.checkpoint.save import save_checkpoint
+from cfsp.config.compose import compose
+from cfsp.config.identity import method_of
+from cfsp.config.parse import parse
 from cfsp.errors import ConfigError, UnsupportedModelError
-from cfsp.identity import method_of
-from cfsp.models.activation import activation_of
-from cfsp.models.checkpoint import save_checkpoint
-from cfsp.models.driver import BlockDriver
-from cfsp.models.ffn import ffn_of
-from cfsp.models.hidden_states import HiddenStates
-from cfsp.models.views import resolve
-from cfsp.pruning import gauss_newton as maths
-from cfsp.pruning.gauss_newton import FFNFunction, Matrices, gauss_newton
-from cfsp.pruning.in_sequence import _adds_as_it_is
-from cfsp.pruning.plan import PruningPlan
+from cfsp.model.driver import BlockDriver
+from cfsp.model.hidden_states import HiddenStates
+from cfsp.plan.pruning_plan import PruningPlan
+from cfsp.pruner import gauss_newton as maths
+from cfsp.pruner.gauss_newton import FFNFunction, Matrices, gauss_newton
+from cfsp.pruner.sequential import _adds_as_it_is
 from tests.architectures import ARCHITECTURES, VOCABULARY
 from tests.conftest import VOCABULARY as WORDS
 from tests.conftest import save_with_tokenizer, shared
@@ -621,9 +621,9 @@ def test_where_it_does_not_the_blocks_before_are_not_made_up_for(name) -> None:
 
 def test_targets_hold_the_share_of_what_the_blocks_before_changed(monkeypatch) -> None:
     """Of block 1: block 0 has nothing before it, so what enters block 1 is the same whatever the share."""
-    from cfsp.models.driver import hidden_of
-    from cfsp.pruning import in_sequence
-    from cfsp.pruning.apply import slice_block
+    from cfsp.model.driver import hidden_of
+    from cfsp.plan.slice_block import slice_block
+    from cfsp.pruner import sequential as in_sequence
 
     ids, targets = tokens(8), {}
     for share in (0.0, 0.25, 1.0):
@@ -727,8 +727,8 @@ def test_plans_replay_save_and_reload_and_come_closer_than_least_squares(name, t
 
 def test_rows_of_a_fused_matrix_and_its_biases_go_where_they_belong() -> None:
     """By slice_block alone: the halves of gate_up_proj, Conv1D's transposed matrix, and untouched biases."""
-    from cfsp.pruning.apply import slice_block
-    from cfsp.pruning.plan import BlockPlan, tensor_name
+    from cfsp.plan.pruning_plan import BlockPlan, tensor_name
+    from cfsp.plan.slice_block import slice_block
 
     for name in ("phi3", "gpt2", "llama_bias", "opt"):
         block = resolve(ARCHITECTURES[name].build()).blocks[1]
@@ -823,7 +823,7 @@ def test_a_handful_of_tokens_is_enough_to_run(n, length) -> None:
 
 
 def test_settings_reach_the_refit(monkeypatch) -> None:
-    from cfsp.pruning import ffn_refit
+    from cfsp.pruner import ffn_refit
 
     asked = []
     monkeypatch.setattr(

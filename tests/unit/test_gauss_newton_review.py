@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cfsp
-from cfsp.pruning.plan import PruningPlan
+from cfsp.plan.pruning_plan import PruningPlan
 from tests.tiny import tiny_model, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,8 +51,8 @@ def test_an_activation_that_is_only_near_is_not_taken(dtype) -> None:
 
 def test_an_activation_is_seen_beside_a_token_with_huge_values() -> None:
     """The first token of many models is one: what differs elsewhere is little beside it."""
-    from cfsp.models.activation import activation_of
-    from cfsp.models.views import resolve
+    from cfsp.architecture.activation import activation_of
+    from cfsp.architecture.views import resolve
 
     model = tiny_model(hidden_act="silu")
     ffn = resolve(model).blocks[0].ffn
@@ -69,16 +69,16 @@ def test_an_activation_is_seen_beside_a_token_with_huge_values() -> None:
 
 @pytest.mark.parametrize("words", [[], ["calibration.skip_documents=0"]])
 def test_runs_from_before_documents_could_be_skipped_keep_their_identity(words) -> None:
-    from cfsp.compose import compose
-    from cfsp.config import parse
-    from cfsp.data.calibration import identity
+    from cfsp.calibration.calibration_set import identity
+    from cfsp.config.compose import compose
+    from cfsp.config.parse import parse
 
     assert "skip_documents" not in identity(parse(compose(words)).calibration)
     assert identity(parse(compose(["calibration.skip_documents=1"])).calibration)["skip_documents"] == 1
 
 
 def test_an_evaluated_text_keeps_its_identity_too() -> None:
-    from cfsp.config import TextSection
+    from cfsp.config.sections import TextSection
     from cfsp.data.text import locate_text
 
     path = "pkg://cfsp/assets/text/evaluation.txt"

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 import cfsp
+from cfsp.checkpoint.save import save_checkpoint
 from cfsp.errors import CheckpointError, ConfigError, UnsupportedModelError
 from cfsp.export import gguf as exporter
 from cfsp.export.folder import read_folder
@@ -25,8 +26,7 @@ from cfsp.export.gguf import check, export
 from cfsp.export.gguf_layout import CHUNK
 from cfsp.export.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, read_vocabulary
 from cfsp.export.sentencepiece_file import read_sentencepieces
-from cfsp.models.checkpoint import save_checkpoint
-from cfsp.pruning.plan import BlockPlan, PruningPlan
+from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
 from tests.conftest import ROOT, SENTENCE, mentions, shared
 from tests.tiny import tiny_model
 
@@ -473,7 +473,7 @@ def test_a_disk_that_fills_up_with_the_reference_leaves_what_was_there(tmp_path,
         Path(target).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("cfsp.verify.reference.shutil.copyfile", full)
+    monkeypatch.setattr("cfsp.checkpoint.reference.shutil.copyfile", full)
     with pytest.raises(CheckpointError, match="No space left"):
         export(source, place, dtype="bf16")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before

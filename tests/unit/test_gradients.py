@@ -9,17 +9,17 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import cfsp
-from cfsp.calibrate import gradients
-from cfsp.calibrate.cache import StatisticsCache
-from cfsp.calibrate.gradients import VARIANTS, GradientTerms, gradient_terms, projections
-from cfsp.data.calibration import CalibrationSet
+from cfsp.architecture.views import resolve
+from cfsp.calibration import gradients
+from cfsp.calibration.calibration_set import CalibrationSet
+from cfsp.calibration.gradients import VARIANTS, GradientTerms, gradient_terms, projections
+from cfsp.calibration.statistics_cache import StatisticsCache
 from cfsp.errors import ConfigError, DataError, RunError
 from cfsp.importance.base import Activation
 from cfsp.importance.taylor import Taylor
 from cfsp.importance.weight_norm import WeightNorm
-from cfsp.models.driver import BlockDriver
-from cfsp.models.views import resolve
-from cfsp.pruning.plan import BlockPlan
+from cfsp.model.driver import BlockDriver
+from cfsp.plan.pruning_plan import BlockPlan
 from tests.tiny import tiny_model, tokens
 
 IDS = tokens(5, 24)

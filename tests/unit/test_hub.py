@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from cfsp import hub
-from cfsp.config import ModelSection, TextSection
+from cfsp.config.sections import ModelSection, TextSection
 from cfsp.data.text import locate_text
 from cfsp.errors import CheckpointError, DataError
-from cfsp.models.source import locate
-from cfsp.system import patient_session
+from cfsp.system import hub, patient_session
 from cfsp.system.patient_session import HubFailedError
+from cfsp.weights.source import locate
 from tests import hub as local
 from tests.conftest import mentions, shared
 
@@ -181,9 +180,9 @@ def test_a_hub_that_is_away_gives_way_to_the_cache(server, models, monkeypatch, 
     renewed(models)
     monkeypatch.setattr(hub, "_commits", {})
     server.fault(status=503)
-    with caplog.at_level(logging.WARNING, logger="cfsp.hub"):
+    with caplog.at_level(logging.WARNING, logger="cfsp.system.hub"):
         assert model() == before
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "cfsp.hub"]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "cfsp.system.hub"]
     mentions([line], MODEL, "answered 503", "local cache", before.folder.name[:12])
     server.fault()
     assert model() == before  # this process keeps to what it has begun with
@@ -504,8 +503,8 @@ def test_errors_that_are_not_of_fetching_pass():
 
 
 def test_errors_name_the_key_that_the_evaluator_stands_under():
-    from cfsp.evaluate.base import under_its_key
-    from cfsp.evaluate.zero_shot import ZeroShot
+    from cfsp.evaluation.base import under_its_key
+    from cfsp.evaluation.zero_shot import ZeroShot
 
     evaluator = ZeroShot(tasks=["nq_open"])
     with (

@@ -11,17 +11,17 @@ import sys
 import numpy as np
 import pytest
 
-from cfsp.calibrate.cache import StatisticsCache
-from cfsp.components import build
-from cfsp.compose import compose
-from cfsp.config import parse
-from cfsp.identity import identity_of, run_id_of
-from cfsp.models.checkpoint import save_checkpoint
-from cfsp.models.driver import BlockDriver
-from cfsp.models.load import load_model
-from cfsp.models.views import resolve
-from cfsp.package import ROOT
-from cfsp.prepare import prepare
+from cfsp.architecture.views import resolve
+from cfsp.calibration.statistics_cache import StatisticsCache
+from cfsp.checkpoint.save import save_checkpoint
+from cfsp.config.components import build
+from cfsp.config.compose import compose
+from cfsp.config.identity import identity_of, run_id_of
+from cfsp.config.parse import parse
+from cfsp.model.driver import BlockDriver
+from cfsp.model.load import load_model
+from cfsp.pipeline.preflight import prepare
+from cfsp.system.package import ROOT
 from tests.conftest import ROOT as PROJECT
 from tests.tiny import tiny_model
 
@@ -126,7 +126,7 @@ def test_different_models_and_tokens_never_share_a_cache_entry(folders, tmp_path
 def test_evaluators_of_another_class_are_another_run(folders, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     body = (
-        "from cfsp.components import component\n\n@component\nclass {name}:\n    side_by_side = False\n"
+        "from cfsp.config.components import component\n\n@component\nclass {name}:\n    side_by_side = False\n"
         "    def check(self, tokenizer, limits):\n        return {{}}\n"
         "    def measure(self, model, tokenizer):\n        return []\n"
     )
@@ -147,7 +147,7 @@ def test_the_code_of_a_plug_in_is_part_of_the_identity(tmp_path, monkeypatch):
     identities = []
     for body in ("return activation.rms", "return -activation.rms"):
         (tmp_path / "mine_metric.py").write_text(
-            "from cfsp.components import component\n\n@component\nclass Mine:\n"
+            "from cfsp.config.components import component\n\n@component\nclass Mine:\n"
             f"    def score(self, channels, activation):\n        {body}\n"
         )
         importlib.invalidate_caches()

@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 
-from cfsp.calibrate.calibrate import calibrate
-from cfsp.data.calibration import CalibrationSet
+from cfsp.architecture.views import resolve
+from cfsp.calibration.calibrate import calibrate
+from cfsp.calibration.calibration_set import CalibrationSet
 from cfsp.errors import RunError
 from cfsp.importance.activation_norm import ActivationNorm
 from cfsp.importance.base import Activation, score
@@ -19,8 +20,7 @@ from cfsp.importance.magnitude import Magnitude
 from cfsp.importance.random import RandomImportance
 from cfsp.importance.sequence_norm import SequenceNorm
 from cfsp.importance.wanda import Wanda
-from cfsp.models.driver import BlockDriver
-from cfsp.models.views import resolve
+from cfsp.model.driver import BlockDriver
 from tests.tiny import tiny_model, tokens
 
 WEIGHT_FREE = ("three_w_one_wa", "three_w_one_a", "one_wa", "one_a")

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import cfsp
+from cfsp.architecture.views import resolve
+from cfsp.checkpoint.save import save_checkpoint
 from cfsp.errors import UnsupportedModelError
-from cfsp.models.checkpoint import save_checkpoint
-from cfsp.models.views import resolve
-from cfsp.pruning.one_shot import heads_stay
-from cfsp.pruning.plan import BlockPlan, PruningPlan
+from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
+from cfsp.pruner.one_shot import heads_stay
 from tests.architectures import ARCHITECTURES, VOCABULARY, randomise
 from tests.masking import masked
 from tests.tiny import tokens

@@ -18,12 +18,13 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from cfsp.config import TextCalibration, TextSection, TokensCalibration
+from cfsp.calibration.calibration_set import from_ids, from_text, from_tokens
+from cfsp.config.sections import TextCalibration, TextSection, TokensCalibration
 from cfsp.data import text_files
-from cfsp.data.calibration import Limits, from_ids, from_text, from_tokens
-from cfsp.data.recovery import _rows
+from cfsp.data.limits import Limits
 from cfsp.data.text import locate_text, read_text
 from cfsp.errors import CfspError, ConfigError, DataError
+from cfsp.recovery.data import _rows
 from cfsp.sweep.experiment import read_experiment
 from cfsp.system.yaml_files import check_yaml
 

@@ -11,17 +11,17 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from cfsp.compose import compose
-from cfsp.config import parse
-from cfsp.contracts import Pruner
+from cfsp.architecture.views import resolve
+from cfsp.cli.inspect import Request, inspected, request_of
+from cfsp.config.compose import compose
+from cfsp.config.contracts import Pruner
+from cfsp.config.parse import parse
 from cfsp.errors import BudgetError, ConfigError, UnsupportedModelError
 from cfsp.inspection import numbers as of_numbers
-from cfsp.inspection.command import Request, inspected, request_of
 from cfsp.inspection.describe import FfnFacts, ranges
 from cfsp.inspection.numbers import names
 from cfsp.inspection.reach import largest_ratio, refusal
 from cfsp.inspection.show import ffn_words
-from cfsp.models.views import resolve
 from tests.conftest import ROOT, mentions
 from tests.tiny import tiny_model
 
@@ -238,7 +238,7 @@ def test_a_folder_with_config_json_alone_is_enough(tmp_path):
 
 
 def test_nothing_of_a_folder_is_hashed(model_folder, monkeypatch):
-    from cfsp.models import source
+    from cfsp.weights import source
 
     monkeypatch.setattr(source, "folder_fingerprint", lambda *_: 1 / 0)
     assert inspected(Request(path=str(model_folder))).numbers.notes == ()

@@ -11,10 +11,10 @@ import time
 
 import pytest
 
-from cfsp import lease
-from cfsp.lease import holder, take, waited
+from cfsp.system import lease
+from cfsp.system.lease import holder, take, waited
 
-HOLD = "import sys, time; from pathlib import Path; from cfsp.lease import take; l = take(Path(sys.argv[1])); " \
+HOLD = "import sys, time; from pathlib import Path; from cfsp.system.lease import take; l = take(Path(sys.argv[1])); " \
     "print('held' if l else 'no', flush=True); time.sleep(60)"  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def test_a_lease_that_was_taken_over_meanwhile_is_not_set_aside(tmp_path):
 def test_many_processes_take_turns(tmp_path):
     """Eight processes count up a number in a file, each twenty times: without mutual exclusion some are lost."""
     code = (
-        "import sys; from pathlib import Path; from cfsp.lease import waited\n"
+        "import sys; from pathlib import Path; from cfsp.system.lease import waited\n"
         "folder = Path(sys.argv[1])\n"
         "for _ in range(20):\n"
         "    with waited(folder / 'lease', lambda who: None, every=0.001):\n"

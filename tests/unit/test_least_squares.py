@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import cfsp
-from cfsp.allocate.budget import Budget, Sizes
-from cfsp.allocate.reconstruction import Reconstruction
-from cfsp.allocate.search import Search
-from cfsp.calibrate.gram import (
+from cfsp.allocator.reconstruction import Reconstruction
+from cfsp.allocator.search import Search
+from cfsp.architecture.views import resolve
+from cfsp.calibration.gram import (
     Gram,
     GramCollection,
     GramSums,
@@ -23,14 +23,15 @@ from cfsp.calibrate.gram import (
     gram_sums,
     subsample_tokens,
 )
+from cfsp.config.budget import Budget
 from cfsp.errors import DataError, RunError
 from cfsp.importance.base import Scores
 from cfsp.importance.second_order import removal_order, scores_of
-from cfsp.models.driver import BlockDriver, hidden_of
-from cfsp.models.views import resolve
-from cfsp.pruning.apply import slice_block
-from cfsp.pruning.least_squares import corrected, least_squares_compensation, refit, solve
-from cfsp.pruning.plan import BlockPlan, PruningPlan
+from cfsp.model.driver import BlockDriver, hidden_of
+from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
+from cfsp.plan.slice_block import slice_block
+from cfsp.pruner.least_squares import corrected, least_squares_compensation, refit, solve
+from cfsp.sparsity.budget import Sizes
 from tests.conftest import mentions
 from tests.tiny import ARCHITECTURES, tiny_model, tokens
 
@@ -262,9 +263,9 @@ def test_a_report_is_made_in_the_place_of_the_sums() -> None:
 def test_what_a_gpu_has_free_limits_what_is_collected_at_once(monkeypatch) -> None:
     from types import SimpleNamespace
 
-    from cfsp.compose import compose
-    from cfsp.config import parse
-    from cfsp.pruning import context
+    from cfsp.config.compose import compose
+    from cfsp.config.parse import parse
+    from cfsp.pruner import context
 
     free = {"cpu": 100, "cuda": 10}
     monkeypatch.setattr(context, "available", lambda device: free[device.type])
@@ -281,9 +282,9 @@ def test_two_that_want_the_same_matrices_collect_them_once(tmp_path, monkeypatch
     from concurrent.futures import ThreadPoolExecutor
     from threading import Barrier
 
-    from cfsp.calibrate.cache import StatisticsCache
-    from cfsp.calibrate.calibrate import calibrate
-    from cfsp.data.calibration import CalibrationSet
+    from cfsp.calibration.calibrate import calibrate
+    from cfsp.calibration.calibration_set import CalibrationSet
+    from cfsp.calibration.statistics_cache import StatisticsCache
 
     given, cache = CalibrationSet(tokens(6), "random", "", 0), StatisticsCache(tmp_path, "model")
     drivers = [BlockDriver(resolve(tiny_model()), 2) for _ in range(2)]
@@ -331,8 +332,8 @@ def test_matrices_on_disk_come_back_and_damage_is_seen(tmp_path) -> None:
 
 
 def test_what_does_not_fit_is_collected_block_by_block_with_the_same_result(tmp_path) -> None:
-    from cfsp.calibrate.calibrate import calibrate
-    from cfsp.data.calibration import CalibrationSet
+    from cfsp.calibration.calibrate import calibrate
+    from cfsp.calibration.calibration_set import CalibrationSet
 
     model, given = tiny_model(), CalibrationSet(tokens(6), "random", "", 0)
     view = resolve(model)
@@ -376,7 +377,7 @@ def test_a_compensated_block_gives_more_of_its_output_back(importance, sequentia
 @pytest.mark.parametrize("structure", ["ffn", "heads", "heads_ffn"])
 @pytest.mark.parametrize("sequential", [False, True])
 def test_plans_with_refitted_weights_replay_save_and_reload(architecture, structure, sequential, tmp_path) -> None:
-    from cfsp.models.checkpoint import save_checkpoint
+    from cfsp.checkpoint.save import save_checkpoint
 
     model, ids = tiny_model(architecture), tokens(8)
     words = [*LEAST_SQUARES, f"pruner.structure={structure}", f"pruner.sequential={sequential}"]
@@ -539,7 +540,7 @@ def test_search_refuses_a_model_without_a_finite_loss() -> None:
 
 def test_cut_linears_are_kept_within_the_free_memory(monkeypatch) -> None:
     """Of a large model six cuts of each block would take more than the model itself."""
-    from cfsp.pruning import width_search
+    from cfsp.pruner import width_search
 
     held, words = [], [*SEARCH, "allocator.evaluations=30"]
     install = width_search.WidthLosses._install
@@ -666,7 +667,7 @@ def test_blocks_in_sequence_are_refitted_on_what_the_pruned_ones_give(correction
 
 def test_the_loss_of_widths_is_that_of_the_model_with_them(monkeypatch) -> None:
     """States of blocks that did not change are used again; a loss must not depend on what was asked before."""
-    from cfsp.pruning import width_search
+    from cfsp.pruner import width_search
 
     model, ids, asked = tiny_model(), tokens(12), {}
     measure = width_search.WidthLosses._measured
@@ -687,11 +688,11 @@ def test_the_loss_of_widths_is_that_of_the_model_with_them(monkeypatch) -> None:
 
 def test_plans_that_share_a_cache_folder_are_what_they_are_alone(tmp_path) -> None:
     """Seeds, numbers of windows (the searched ones are the same), shares of the tokens, settings and structures."""
-    from cfsp.calibrate.cache import StatisticsCache
-    from cfsp.compose import compose
-    from cfsp.config import parse
-    from cfsp.data.calibration import CalibrationSet
-    from cfsp.pruning.context import plan_context
+    from cfsp.calibration.calibration_set import CalibrationSet
+    from cfsp.calibration.statistics_cache import StatisticsCache
+    from cfsp.config.compose import compose
+    from cfsp.config.parse import parse
+    from cfsp.pruner.context import plan_context
 
     words = ["pruner=cfsp_plus", *SEARCH, "allocator.evaluations=10", "allocator.n_samples=4", "sparsity.round_to=8"]
     runs = [

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 
-import make_checkpoint as made
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cfsp.evaluate.live_tensors import LiveTensors
-from cfsp.models.checkpoint import check_safetensors
+from cfsp.benchmark import make_checkpoint as made
+from cfsp.evaluation.live_tensors import LiveTensors
+from cfsp.weights.shards import check_safetensors
 
 SMALL = made.Shape(hidden=32, ffn=96, blocks=3, heads=4, kv_heads=2, vocab=4096, positions=64)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfsp import memory
-from cfsp.calibrate.batching import batch_size
-from cfsp.models.views import resolve
+from cfsp.architecture.views import resolve
+from cfsp.calibration.batching import batch_size
+from cfsp.system import memory
 from tests.tiny import tiny_model
 
 CPU, GB = torch.device("cpu"), 10**9

@@ -13,15 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cfsp
-from cfsp.config import ModelSection
+from cfsp.architecture.views import resolve
+from cfsp.checkpoint.save import copy_companions
+from cfsp.config.sections import ModelSection
 from cfsp.errors import CfspError, CheckpointError, ConfigError, RunError, UnsupportedModelError
-from cfsp.evaluate.unchanged import measured_unchanged
-from cfsp.models.checkpoint import copy_companions
-from cfsp.models.load import changed_by_tensors, load_model, load_tokenizer, outline
-from cfsp.models.source import folder_fingerprint, locate
-from cfsp.models.streamed import load_streamed
-from cfsp.models.trial import model_code_refused, try_blocks
-from cfsp.models.views import resolve
+from cfsp.evaluation.unchanged import measured_unchanged
+from cfsp.model.load import load_model, load_streamed
+from cfsp.model.outline import changed_by_tensors, outline
+from cfsp.model.tokenizer import load_tokenizer
+from cfsp.model.trial import model_code_refused, try_blocks
+from cfsp.weights.source import folder_fingerprint, locate
 from tests.conftest import POSITIONS, VOCABULARY, mentions, save_with_tokenizer
 from tests.tiny import tiny_model, tokens
 
@@ -157,7 +158,7 @@ def test_one_plan_gives_one_figure_in_memory_streamed_and_saved(own_head, sound_
 def test_a_model_of_somebody_elses_loading_is_saved_as_it_is(own_head, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from cfsp.models.checkpoint import save_checkpoint
+    from cfsp.checkpoint.save import save_checkpoint
 
     model = AutoModelForCausalLM.from_pretrained(own_head)
     assert model.config.tie_word_embeddings is True  # and yet the two are not tied
@@ -166,7 +167,7 @@ def test_a_model_of_somebody_elses_loading_is_saved_as_it_is(own_head, tmp_path)
 
 
 def test_exports_of_a_head_of_its_own_say_so(own_head, tmp_path):
-    from cfsp.export.command import Request, exported
+    from cfsp.export.write import Request, exported
 
     for form in ("hf", "padded"):
         exported(Request(own_head, form, tmp_path / form))
@@ -174,7 +175,7 @@ def test_exports_of_a_head_of_its_own_say_so(own_head, tmp_path):
 
 
 def test_inspect_says_what_the_tensors_say(own_head):
-    from cfsp.inspection.command import Request, inspected
+    from cfsp.cli.inspect import Request, inspected
 
     report = inspected(Request(path=str(own_head)))
     assert not report.tied

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cfsp.package import package_path
+from cfsp.system.package import package_path
 from scripts.make_multi_head_model import SOURCE, main
 
 

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from cfsp.compose import compose
-from cfsp.config import parse
+from cfsp.config.compose import compose
+from cfsp.config.identity import method_of
+from cfsp.config.parse import parse
 from cfsp.errors import ConfigError
-from cfsp.identity import method_of
 from cfsp.sweep.experiment import Cell
 from tests.conftest import ROOT, mentions
 
@@ -76,7 +76,7 @@ def test_tables_match_records_by_the_settings_that_decide(record, sound_words, t
 
 
 def test_inspect_counts_what_a_pruner_states_and_says_what_it_does_not(capsys):
-    from cfsp.inspection.command import main
+    from cfsp.cli.inspect import main
 
     assert main(["model=bundled", f"config_dir={CONF}", ALLOW, "json=true"]) == 0
     reaches = {reach["pruner"]: reach for reach in json.loads(capsys.readouterr().out)["pruners"]}
@@ -151,7 +151,7 @@ def test_an_evaluator_that_compares_sides_has_to_measure_them(refused, sound_wor
 
 
 def test_a_launcher_runs_a_sweep(tmp_path, sound_words, capsys):
-    from cfsp.sweep import command
+    from cfsp.cli import sweep as command
 
     places = [f"paths.{key}={tmp_path / key}" for key in ("output_dir", "records_dir", "cache_dir")]
     words = [word for word in sound_words if not word.startswith(("evaluation", "save"))]

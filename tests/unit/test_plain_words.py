@@ -10,12 +10,11 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from cfsp.components import shown
-from cfsp.compose import compose
-from cfsp.config import parse
-from cfsp.errors import ConfigError
-from cfsp.package import config_folder
-from cfsp.system.answer import LONGEST, one_line
+from cfsp.config.components import shown
+from cfsp.config.compose import compose
+from cfsp.config.parse import parse
+from cfsp.errors import LONGEST, ConfigError, one_line
+from cfsp.system.package import config_folder
 from tests.conftest import mentions
 
 #: What no answer may hold: words of pydantic and of Python.

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import cfsp
+from cfsp.architecture.views import resolve
 from cfsp.errors import BudgetError, CheckpointError, ConfigError, DataError, UnsupportedModelError
-from cfsp.models.views import resolve
-from cfsp.pruning import slicing
-from cfsp.pruning.plan import BlockPlan, PruningPlan
-from cfsp.pruning.probe import probe
+from cfsp.plan import slicing
+from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
+from cfsp.pruner.probe import probe
 from tests.tiny import ARCHITECTURES, tiny_model, tokens
 
 FFN_PRUNERS = ("cfsp", "uniform", "magnitude_sp", "wanda_sp", "random", "flap")
@@ -87,7 +87,7 @@ def test_every_pruner_on_every_architecture(pruner, architecture, ratio, tmp_pat
     """Budget met, finite, model untouched, deterministic, masked == sliced, saved and reloaded with equal logits."""
     from transformers import AutoModelForCausalLM
 
-    from cfsp.models.checkpoint import save_checkpoint
+    from cfsp.checkpoint.save import save_checkpoint
 
     model = tiny_model(architecture, blocks=6)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -190,11 +190,11 @@ def test_bias_compensation_restores_the_mean_output():
 @pytest.mark.parametrize("compensation", ["none", "bias"])
 def test_sequential_chooses_on_what_the_pruned_blocks_give(compensation):
     """Recomputed block by block from a model whose earlier blocks are pruned by the plan."""
-    from cfsp.calibrate.calibrate import calibrate
-    from cfsp.data.calibration import CalibrationSet
+    from cfsp.calibration.calibrate import calibrate
+    from cfsp.calibration.calibration_set import CalibrationSet
     from cfsp.importance.base import score_block
     from cfsp.importance.wanda import Wanda
-    from cfsp.models.driver import BlockDriver
+    from cfsp.model.driver import BlockDriver
 
     model, ids = tiny_model(), tokens()
     words = [f"pruner.compensation={compensation}"]
@@ -338,10 +338,10 @@ def test_a_planted_error_in_the_slicing_of_heads_is_noticed(which, monkeypatch):
         setattr(attention.module, which, slicing.slice_linear(linear, **axis))
         assert getattr(attention.module, which).weight.shape == good.weight.shape
 
-    monkeypatch.setattr("cfsp.pruning.apply.slice_attention", wrong)
+    monkeypatch.setattr("cfsp.pruner.apply.slice_attention", wrong)
     with pytest.raises(AssertionError):
         assert_masked_equals_sliced(model, plan, tokens(2, seed=1))
-    monkeypatch.setattr("cfsp.pruning.probe.slice_attention", wrong)
+    monkeypatch.setattr("cfsp.pruner.probe.slice_attention", wrong)
     with pytest.raises(UnsupportedModelError, match="not understood"):
         probe(resolve(model), heads=True)
 
@@ -350,7 +350,7 @@ def test_a_planted_error_in_the_slicing_of_heads_is_noticed(which, monkeypatch):
 @pytest.mark.parametrize("mistake", ["other block", "kept", "norm"])
 def test_a_planted_error_in_the_removal_of_submodules_is_noticed(kind, mistake, monkeypatch):
     """The wrong block loses it, nobody does, or its neighbour's norm goes with it."""
-    from cfsp.models.submodules import remove_submodule
+    from cfsp.pruner.submodules import remove_submodule
 
     model = tiny_model("qwen3")
     gone = BlockPlan(attention=kind != "attention", ffn=kind != "mlp")
@@ -365,7 +365,7 @@ def test_a_planted_error_in_the_removal_of_submodules_is_noticed(kind, mistake, 
         elif mistake == "other block":
             remove_submodule(view, view.blocks[2], kind)
 
-    monkeypatch.setattr("cfsp.pruning.apply.remove_submodule", wrong)
+    monkeypatch.setattr("cfsp.pruner.apply.remove_submodule", wrong)
     with pytest.raises(AssertionError):
         assert_masked_equals_sliced(model, plan, tokens(2, seed=1))
 
@@ -385,10 +385,10 @@ def test_a_planted_slicing_error_is_noticed(which, monkeypatch):
         axis = {"columns": shifted} if which == "down" else {"rows": shifted}
         setattr(ffn.module, projection.name, slicing.slice_linear(linear, **axis))
 
-    monkeypatch.setattr("cfsp.pruning.apply.slice_ffn", wrong)
+    monkeypatch.setattr("cfsp.pruner.apply.slice_ffn", wrong)
     with pytest.raises(AssertionError):
         assert_masked_equals_sliced(model, plan, tokens(2, seed=1))
-    monkeypatch.setattr("cfsp.pruning.probe.slice_ffn", wrong)
+    monkeypatch.setattr("cfsp.pruner.probe.slice_ffn", wrong)
     with pytest.raises(UnsupportedModelError, match="not understood"):
         probe(resolve(model))
 
@@ -520,8 +520,8 @@ def test_an_ffn_with_a_part_of_its_own_is_refused():
 def test_a_plan_fits_the_same_weights_wherever_they_come_from(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from cfsp.models.checkpoint import save_checkpoint
-    from cfsp.package import ROOT
+    from cfsp.checkpoint.save import save_checkpoint
+    from cfsp.system.package import ROOT
 
     folder = tmp_path / "model"
     save_checkpoint(tiny_model(vocab_size=4096), folder, source=ROOT / "assets" / "books7m")

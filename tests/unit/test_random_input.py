@@ -17,12 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from cfsp.compose import compose
-from cfsp.config import RunConfig, TextSection, parse
-from cfsp.data.recovery import _rows
+from cfsp.config.compose import compose
+from cfsp.config.parse import parse
+from cfsp.config.run_config import RunConfig
+from cfsp.config.sections import TextSection
 from cfsp.data.text import locate_text, read_text
 from cfsp.errors import ConfigError, DataError
-from cfsp.package import config_folder
+from cfsp.recovery.data import _rows
+from cfsp.system.package import config_folder
 from tests.unit.test_plain_words import GROUPS, WRONG, _compositions, _keys, check_lines
 
 OPTIONS = {group: sorted(path.stem for path in (config_folder() / group).glob("*.yaml")) for group in GROUPS}

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import cfsp
-from cfsp.recover.ranks import importance_guided, matched
+from cfsp.recovery.ranks import importance_guided, matched
 from tests.conftest import POSITIONS, ROOT, SENTENCE, VOCABULARY, mentions, save_with_tokenizer
 from tests.tiny import tiny_model
 
@@ -68,8 +68,8 @@ def test_uniform_importance_is_plain_lora_and_profiles_differ():
 def test_only_the_response_is_learnt(tmp_path):
     from transformers import AutoTokenizer
 
-    from cfsp.data.recovery import IGNORED, PROMPT, instructions, locate
-    from cfsp.recover.settings import RecoveryData, Training
+    from cfsp.recovery.data import IGNORED, PROMPT, instructions, locate
+    from cfsp.recovery.settings import RecoveryData, Training
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "cfsp" / "assets" / "books7m")
     file = tmp_path / "rows.jsonl"
@@ -86,8 +86,8 @@ def test_only_the_response_is_learnt(tmp_path):
 
 def learnt(rows, tmp_path, tokenizer) -> list[list[int]]:
     """The learnt ids of each row."""
-    from cfsp.data.recovery import IGNORED, instructions, locate
-    from cfsp.recover.settings import RecoveryData, Training
+    from cfsp.recovery.data import IGNORED, instructions, locate
+    from cfsp.recovery.settings import RecoveryData, Training
 
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
@@ -131,8 +131,8 @@ def test_rows_are_read_from_every_form(tmp_path, form):
     import pyarrow.parquet
     from transformers import AutoTokenizer
 
-    from cfsp.data.recovery import instructions, locate
-    from cfsp.recover.settings import RecoveryData, Training
+    from cfsp.recovery.data import instructions, locate
+    from cfsp.recovery.settings import RecoveryData, Training
 
     file = tmp_path / f"rows.{form}"
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
@@ -231,7 +231,7 @@ def test_every_architecture_trains_merges_and_reloads(
 
 @pytest.mark.usefixtures("one_thread")
 def test_out_of_memory_names_the_knobs_of_the_training(run_cfsp, sound_words, prose_file, monkeypatch):
-    from cfsp.recover import trainer
+    from cfsp.recovery import trainer
 
     def full(*_, **__):
         raise torch.OutOfMemoryError("full")
@@ -323,7 +323,7 @@ def test_killed_at_any_moment_a_training_goes_on_and_ends_the_same(run_cfsp, sou
     ],
 )  # fmt: skip
 def test_what_is_damaged_is_not_gone_on_from(run_cfsp, sound_words, tmp_path, prose_file, monkeypatch, folder, file):
-    from cfsp import pipeline
+    from cfsp.pipeline import run as pipeline
 
     words = [*sound_words, "recovery=lora", f"recovery.data.path={prose_file}", *TRAINS, "recovery.checkpoint_every=4"]
     words += ["recovery.objective=distill", "recovery.teacher=disk"]
@@ -349,7 +349,7 @@ def test_what_is_damaged_is_not_gone_on_from(run_cfsp, sound_words, tmp_path, pr
 @pytest.mark.usefixtures("one_thread")
 def test_a_killed_training_goes_on_in_another_folder(run_cfsp, sound_words, tmp_path, prose_file, monkeypatch):
     """The default paths.output_dir is a new one each time."""
-    from cfsp import pipeline
+    from cfsp.pipeline import run as pipeline
 
     words = [*sound_words, "recovery=lora", f"recovery.data.path={prose_file}", *TRAINS]
     with monkeypatch.context() as patch:
@@ -364,7 +364,7 @@ def test_a_killed_training_goes_on_in_another_folder(run_cfsp, sound_words, tmp_
 
 @pytest.mark.usefixtures("one_thread")
 def test_force_begins_again(run_cfsp, sound_words, tmp_path, prose_file, monkeypatch):
-    from cfsp import pipeline
+    from cfsp.pipeline import run as pipeline
 
     words = [*sound_words, "recovery=lora", f"recovery.data.path={prose_file}", *TRAINS, "recovery.checkpoint_every=4"]
     with monkeypatch.context() as patch:
@@ -445,7 +445,7 @@ def test_the_history_has_every_step_and_survives_a_resumption(run_cfsp, sound_wo
 
 
 def test_the_dense_teacher_copies_only_what_is_trained():
-    from cfsp.recover.distill import DenseInMemory
+    from cfsp.recovery.distill import DenseInMemory
 
     model = tiny_model()
     up = model.model.layers[0].mlp.up_proj.weight
@@ -457,7 +457,7 @@ def test_the_dense_teacher_copies_only_what_is_trained():
 
 
 def test_what_only_the_dense_model_has_is_parked_on_the_cpu(monkeypatch):
-    from cfsp.models.snapshot import Snapshot
+    from cfsp.model.snapshot import Snapshot
 
     model, moved = tiny_model(), []
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -521,7 +521,7 @@ def test_what_full_training_is_evaluated_as_is_what_it_saved(run_cfsp, sound_wor
 
 @pytest.mark.usefixtures("one_thread")
 def test_loss_rate_and_ranks_go_to_the_logger_and_the_folder(run_cfsp, sound_words, tmp_path, prose_file, monkeypatch):
-    from cfsp.record.logger import NullLogger
+    from cfsp.logger.base import NullLogger
 
     logged, ended = [], []
     monkeypatch.setattr(NullLogger, "log", lambda _, values: logged.append(values))
@@ -554,7 +554,7 @@ def test_distillation_from_either_teacher_lowers_its_loss(
 
 
 def test_the_top_k_loss_with_every_token_is_the_full_divergence():
-    from cfsp.recover.distill import kl, kl_top_k
+    from cfsp.recovery.distill import kl, kl_top_k
 
     student, teacher = torch.randn(5, 11), torch.randn(5, 11)
     scaled = teacher / 2
@@ -604,11 +604,11 @@ def test_bad_input_is_refused_in_one_line(refused, sound_words, words, parts):
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused(refused, sound_words, prose_file, monkeypatch):
-    from cfsp.recover import train
+    from cfsp.recovery import train
 
     monkeypatch.setattr(train.processes, "launched", lambda: train.processes.Launched(0, 4, 0))
     monkeypatch.setattr(train.processes, "connect", lambda: None)
-    monkeypatch.setattr("cfsp.models.load.launched", lambda: train.processes.Launched(0, 1, 0))
+    monkeypatch.setattr("cfsp.model.load.launched", lambda: train.processes.Launched(0, 1, 0))
     words = [*sound_words, "recovery=ig_lora", f"recovery.data.path={prose_file}", *TRAINS]
     mentions(refused(*words), "recovery.batch_size=4", "4 processes", "recovery.micro_batch_size=2", "multiple of 8")
 
@@ -616,8 +616,8 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(refused, sound_words
 @pytest.mark.usefixtures("one_thread")
 def test_a_recovery_of_ones_own_is_part_of_the_run_id(run_cfsp, sound_words, tmp_path, monkeypatch):
     code = """
-from cfsp.components import component
-from cfsp.recover.base import Recovered
+from cfsp.config.components import component
+from cfsp.recovery.base import Recovered
 
 @component
 class Scaled:
@@ -646,10 +646,10 @@ class Scaled:
 def test_hardware_that_is_not_there_is_said():
     from transformers import AutoTokenizer
 
-    from cfsp.data.calibration import Limits
+    from cfsp.data.limits import Limits
     from cfsp.errors import ConfigError
-    from cfsp.recover.settings import RecoveryData, Training
-    from cfsp.recover.train import check_training
+    from cfsp.recovery.settings import RecoveryData, Training
+    from cfsp.recovery.train import check_training
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "cfsp" / "assets" / "books7m")
     data = RecoveryData("self", "self", n_samples=4)
@@ -689,7 +689,7 @@ def test_bad_rows_are_refused_in_one_line(refused, sound_words, tmp_path, conten
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
     run_cfsp, sound_words, tmp_path, prose_file, monkeypatch
 ):
-    from cfsp.recover import trainer
+    from cfsp.recovery import trainer
 
     words = [*sound_words, "recovery=lora", f"recovery.data.path={prose_file}", *TRAINS, "recovery.checkpoint_every=2"]
     real, calls = trainer.functional.cross_entropy, []

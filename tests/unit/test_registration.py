@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfsp.models.checkpoint import save_checkpoint
+from cfsp.checkpoint.save import save_checkpoint
 from tests.conftest import ROOT
 from tests.tiny import tokens
 from tests.unit.test_structures import logits, pruned
@@ -65,7 +65,7 @@ assert config.per_layer_config and type(model).__name__ == "PrunedLlamaForCausal
 ids, wanted = torch.load("logits.pt")
 with torch.no_grad():
     assert torch.equal(model(ids).logits, wanted)
-from cfsp.models.remote_code import pruned_family
+from cfsp.pruned_model.family import pruned_family
 print(pruned_family("llama").causal_lm_class is type(model))
 """
     assert run(program, cwd=tmp_path) == "True"

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from cfsp.tables import report
+from cfsp.cli import report
 from cfsp.tables.page import _number
 from tests.conftest import ROOT
 
@@ -110,13 +110,13 @@ def test_the_page_shows_state_tables_figures_and_every_run(place, capsys):
     assert any("round_to: 32" in pre for pre in page.texts["pre"])
     assert any("python: 3" in pre for pre in page.texts["pre"])
     assert "Commits: 125868d78d06. Versions: cfsp 0.1.0" in page.texts["footer"][0]
-    assert f"Made by python scripts/report.py {' '.join(WORDS)}." in page.texts["footer"][0]
+    assert f"Made by cfsp report {' '.join(WORDS)}." in page.texts["footer"][0]
     sorts = [found for tag, found in page.elements if tag == "th" and "data-first" in found]
     assert len(sorts) == len(re.findall("<th [^>]*><button", text)) == 4 + 2 + 3 + 3
 
 
 def test_tables_are_those_of_the_markdown_files(place):
-    from cfsp.tables import command
+    from cfsp.cli import tables as command
 
     assert report.main(WORDS) == command.main(WORDS) == 0
     markdown = (place / "results" / "tables" / "block_metric" / "bundled" / "main.md").read_text()

@@ -7,10 +7,10 @@ from functools import cache
 
 import pytest
 
-from cfsp.sweep.command import request_of
+from cfsp.cli.tables import contents
 from cfsp.sweep.experiment import experiment_names
+from cfsp.sweep.request import request_of
 from cfsp.tables.collection import collect
-from cfsp.tables.command import contents
 from cfsp.tables.grid import table
 from cfsp.tables.layout import load_layout
 from scripts import benchmark_sweep, calibration_fit
@@ -44,7 +44,7 @@ def test_tables_and_figures_are_those_of_the_records(name, variant):
     assert not collection.missing
     assert len(collection.found) == len(list((RESULTS / "records" / name / variant).glob("*.json")))
     layout = load_layout(ROOT / "experiments" / name)
-    written = contents(request, layout, collection, "python scripts/tables.py " + " ".join(words))
+    written = contents(request, layout, collection, "cfsp tables " + " ".join(words))
     assert not written.left_out
     made = written.files
     assert made == {path: (RESULTS / path).read_bytes() for path in made}

@@ -12,19 +12,20 @@ import pytest
 import torch
 
 import cfsp
-from cfsp.allocate.budget import Budget
-from cfsp.calibrate.cache import StatisticsCache, saved_seconds
-from cfsp.calibrate.calibrate import calibrate
-from cfsp.data.calibration import CalibrationSet
+from cfsp.architecture.views import resolve
+from cfsp.calibration.calibrate import calibrate
+from cfsp.calibration.calibration_set import CalibrationSet
+from cfsp.calibration.statistics_cache import StatisticsCache
+from cfsp.config.budget import Budget
 from cfsp.errors import BudgetError, ConfigError, DataError, RunError, UnsupportedModelError
-from cfsp.evaluate.perplexity import negative_log_likelihood
-from cfsp.models.driver import BlockDriver
-from cfsp.models.views import resolve
-from cfsp.pruning.base import PlanContext
-from cfsp.pruning.block_pruner import BlockPruner
-from cfsp.pruning.plan import BlockPlan, PruningPlan
-from cfsp.pruning.search import KnownLosses, SubmoduleSearch
-from cfsp.pruning.two_ssp import TwoSSP
+from cfsp.evaluation.perplexity import negative_log_likelihood
+from cfsp.model.driver import BlockDriver
+from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
+from cfsp.pruner.base import PlanContext
+from cfsp.pruner.block_pruner import BlockPruner
+from cfsp.pruner.search import KnownLosses, SubmoduleSearch
+from cfsp.pruner.two_ssp import TwoSSP
+from cfsp.system.cache import saved_seconds
 from tests.tiny import ARCHITECTURES, tiny_model, tokens
 
 IDS = tokens(4, 24)

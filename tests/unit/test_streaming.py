@@ -12,18 +12,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cfsp.calibrate import passing
-from cfsp.config import ModelSection
+from cfsp.architecture.views import resolve
+from cfsp.calibration import block_pass as passing
+from cfsp.checkpoint import save as checkpoint
+from cfsp.config.sections import ModelSection
 from cfsp.errors import CheckpointError, ConfigError
-from cfsp.evaluate.zero_shot import ZeroShot
-from cfsp.models import base_models, checkpoint, shard_writer
-from cfsp.models import source as source_module
-from cfsp.models.driver import BlockDriver
-from cfsp.models.hidden_states import HiddenStates, Room
-from cfsp.models.load import load_model, load_tokenizer
-from cfsp.models.source import folder_fingerprint, locate
-from cfsp.models.streamed import load_streamed, streamed
-from cfsp.models.views import resolve
+from cfsp.evaluation.zero_shot import ZeroShot
+from cfsp.model.driver import BlockDriver
+from cfsp.model.hidden_states import HiddenStates, Room
+from cfsp.model.load import load_model, load_streamed
+from cfsp.model.streamed import streamed
+from cfsp.model.tokenizer import load_tokenizer
+from cfsp.pipeline import base_models
+from cfsp.weights import shard_writer
+from cfsp.weights import source as source_module
+from cfsp.weights.source import folder_fingerprint, locate
 from tests.conftest import VOCABULARY, mentions, save_with_tokenizer
 from tests.tiny import tiny_model
 
@@ -116,8 +119,8 @@ def test_evaluation_of_a_streamed_model(run_cfsp, words, tmp_path, prose_file) -
 
 
 def test_logits_of_a_streamed_model_are_never_those_of_a_batch(folder, monkeypatch) -> None:
-    from cfsp.evaluate.perplexity import negative_log_likelihood
-    from cfsp.models.driver import BlockDriver
+    from cfsp.evaluation.perplexity import negative_log_likelihood
+    from cfsp.model.driver import BlockDriver
 
     source, cpu = locate(ModelSection(name="m", path=str(folder))), torch.device("cpu")
     ids = torch.randint(VOCABULARY, (7, 24), generator=torch.Generator().manual_seed(1))
@@ -235,7 +238,7 @@ def test_what_needs_the_model_in_memory_is_refused(refused, words, more, parts) 
 
 
 def test_auto_streams_what_does_not_fit(run_cfsp, words, monkeypatch) -> None:
-    from cfsp import prepare
+    from cfsp.pipeline import preflight as prepare
 
     made = []
     monkeypatch.setattr(prepare, "available", lambda device: 100_000)
@@ -251,10 +254,10 @@ def test_auto_streams_what_does_not_fit(run_cfsp, words, monkeypatch) -> None:
 def test_auto_looks_at_the_memory_that_weights_pass_on_their_way_to_a_gpu(
     words, folder, monkeypatch, gpu, cpu, expected
 ) -> None:
-    from cfsp import prepare
-    from cfsp.compose import compose
-    from cfsp.config import parse
-    from cfsp.models.load import outline
+    from cfsp.config.compose import compose
+    from cfsp.config.parse import parse
+    from cfsp.model.outline import outline
+    from cfsp.pipeline import preflight as prepare
 
     view = outline(locate(ModelSection(name="m", path=str(folder))))
     weights = view.model_parameters * 4
@@ -271,11 +274,11 @@ def test_auto_looks_at_the_memory_that_weights_pass_on_their_way_to_a_gpu(
 
 
 def test_the_base_model_that_a_sweep_keeps_is_not_counted_against_its_next_run(words, monkeypatch, tmp_path) -> None:
-    from cfsp import prepare
-    from cfsp.compose import compose
-    from cfsp.config import parse
-    from cfsp.models.base_models import BaseModels
-    from cfsp.pipeline import run
+    from cfsp.config.compose import compose
+    from cfsp.config.parse import parse
+    from cfsp.pipeline import preflight as prepare
+    from cfsp.pipeline.base_models import BaseModels
+    from cfsp.pipeline.run import run
 
     bases = BaseModels(keep=True)
     total = 10_000_000
@@ -457,9 +460,9 @@ def test_a_disk_that_cannot_hold_the_hidden_states_is_one_line(run_cfsp, words, 
     ],
 )
 def test_out_of_memory_names_streaming_where_it_is_a_way_out(more, named) -> None:
-    from cfsp.compose import compose
-    from cfsp.config import parse
-    from cfsp.pipeline import _out_of_memory_hint
+    from cfsp.config.compose import compose
+    from cfsp.config.parse import parse
+    from cfsp.pipeline.outcome import _out_of_memory_hint
 
     hint = _out_of_memory_hint(parse(compose(more)), SimpleNamespace(stages=[{"name": "load"}]))
     assert ("model.streaming=on" in hint) is named
@@ -490,7 +493,7 @@ def test_rolling_requests_read_each_block_once(tmp_path, capsys) -> None:
     """The harness takes their windows batch by batch; here they are longer than a batch, and of several requests."""
     from lm_eval.models.huggingface import HFLM
 
-    from cfsp.evaluate.streamed_harness import BlockByBlock
+    from cfsp.evaluation.streamed_harness import BlockByBlock
 
     source = locate(ModelSection(name="books7m", path="pkg://cfsp/assets/books7m"))
     cpu = torch.device("cpu")
@@ -538,7 +541,7 @@ def test_a_model_that_accelerate_dispatched_is_pruned_and_evaluated_as_it_is(fol
     from accelerate import dispatch_model
 
     import cfsp
-    from cfsp.evaluate.perplexity import negative_log_likelihood
+    from cfsp.evaluation.perplexity import negative_log_likelihood
 
     source = locate(ModelSection(name="m", path=str(folder)))
     cpu = torch.device("cpu")

@@ -12,10 +12,11 @@ import torch
 from safetensors import safe_open
 
 import cfsp
+from cfsp.checkpoint.save import save_checkpoint
 from cfsp.errors import CheckpointError, UnsupportedModelError
-from cfsp.models.checkpoint import save_checkpoint
-from cfsp.models.remote_code import adopt, pruned_family
-from cfsp.pruning.plan import BlockPlan, PruningPlan
+from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
+from cfsp.pruned_model.adopt import adopt
+from cfsp.pruned_model.family import pruned_family
 from tests import architectures
 from tests.tiny import ARCHITECTURES, tiny_model, tokens
 
@@ -260,7 +261,7 @@ def test_a_plan_for_more_heads_than_there_are_is_refused():
 
 
 def test_rounding_the_model_leaves_the_plan_as_it_was(tmp_path):
-    from cfsp.models.checkpoint import round_to_stored
+    from cfsp.model.finite import round_to_stored
 
     blocks = (BlockPlan(SOME), *[BlockPlan()] * 4)
     plan = PruningPlan("m", "f", {"name": "hand"}, blocks, {}, {}, tensors={"blocks.0.ffn.bias": torch.randn(32)})

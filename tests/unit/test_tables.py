@@ -11,14 +11,14 @@ from dataclasses import replace
 
 import pytest
 
-from cfsp.compose import compose
-from cfsp.config import parse
+from cfsp.cli import tables as command
+from cfsp.config.compose import compose
+from cfsp.config.identity import METHOD_VERSION
+from cfsp.config.parse import parse
 from cfsp.errors import ConfigError
-from cfsp.identity import METHOD_VERSION
-from cfsp.prepare import prepare
+from cfsp.pipeline.preflight import prepare
 from cfsp.record.run_record import RunRecord
 from cfsp.sweep.experiment import Cell
-from cfsp.tables import command
 from cfsp.tables.collection import Found, collect
 from cfsp.tables.figures import draw
 from cfsp.tables.grid import PEAK_MEMORY, pruning_seconds, table, value_of
@@ -97,7 +97,7 @@ def test_records_are_found_by_what_they_decide_not_by_name_or_place(folder):
 
 def test_markdown_shows_means_spreads_marks_and_where_it_all_comes_from(folder):
     path, cells = folder
-    text = markdown(table("main", LAYOUT, collect(cells, path).found), "python scripts/tables.py experiment=x")
+    text = markdown(table("main", LAYOUT, collect(cells, path).found), "cfsp tables experiment=x")
     lines = text.splitlines()
     assert "| pruner | removed | perplexity, bundled ↓ | mean acc ↑ |" in lines
     assert "| dense | 0.0% | 40.00 | 0.800 |" in lines
@@ -106,7 +106,7 @@ def test_markdown_shows_means_spreads_marks_and_where_it_all_comes_from(folder):
     assert "| uniform | 50.0% | 90.50 ± 0.71 | 0.655 ± 0.007 |" in lines
     assert "6 records, seeds 0, 1." in text
     assert "Commits: 0123456789ab. Versions: cfsp 0.1.0, torch 2.13.0" in text
-    assert "Made by: python scripts/tables.py experiment=x" in text
+    assert "Made by: cfsp tables experiment=x" in text
     assert all(f"`{'-'.join(cell.point.values())}`" in text for cell in cells)
 
 

@@ -13,15 +13,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cfsp.data.calibration import Limits
+from cfsp.data.limits import Limits
 from cfsp.errors import CfspError, ConfigError, DataError, RunError
-from cfsp.evaluate import harness as harness_module
-from cfsp.evaluate.harness import quiet_harness, with_special_tokens
-from cfsp.evaluate.task_folder import local_tasks, read_task
-from cfsp.evaluate.zero_shot import ZeroShot
-from cfsp.models.load import load_model, load_tokenizer
-from cfsp.models.source import _from_folder
-from cfsp.package import ROOT
+from cfsp.evaluation import harness as harness_module
+from cfsp.evaluation.harness import quiet_harness, with_special_tokens
+from cfsp.evaluation.task_folder import local_tasks, read_task
+from cfsp.evaluation.zero_shot import ZeroShot
+from cfsp.model.load import load_model
+from cfsp.model.tokenizer import load_tokenizer
+from cfsp.system.package import ROOT
+from cfsp.weights.source import _from_folder
 
 LIMITS = Limits(4096, 512)
 ROWS = [{"q": f"The sea is {n}", "c": [" wide", " deep", " grey"], "g": n % 3} for n in range(6)]
@@ -179,8 +180,8 @@ def test_yaml_that_never_ends_is_refused(tmp_path):
 
 
 def test_a_folder_of_tasks_needs_the_word(tmp_path):
-    from cfsp.compose import compose
-    from cfsp.config import parse
+    from cfsp.config.compose import compose
+    from cfsp.config.parse import parse
 
     words = ["evaluation=tables", f"evaluation.generation.include_path={tmp_path}"]
     with pytest.raises(ConfigError, match=r"evaluation\.generation\.include_path=.*plugins\.allow=\[tasks\]"):
@@ -233,8 +234,9 @@ def test_requests_that_are_cut_are_counted_by_task(tmp_path, tokenizer, model, m
 
 
 def test_streamed_requests_are_counted_alike(tmp_path, tokenizer, source):
-    from cfsp.models.hidden_states import Room
-    from cfsp.models.streamed import load_streamed, streamed
+    from cfsp.model.hidden_states import Room
+    from cfsp.model.load import load_streamed
+    from cfsp.model.streamed import streamed
 
     write_task(tmp_path, "cut", rows=[{**ROWS[0], "q": "sea " * 600}, ROWS[1]])
     disk = load_streamed(source, dtype=torch.float32, device=torch.device("cpu"))
@@ -293,8 +295,8 @@ def test_a_group_of_groups_is_its_leaves():
     ],
 )
 def test_values_in_the_words_of_the_key(key, value, sentence):
-    from cfsp.compose import compose
-    from cfsp.config import parse
+    from cfsp.config.compose import compose
+    from cfsp.config.parse import parse
 
     with pytest.raises(CfspError) as caught:
         parse(compose([f"{key}={value}"]))
@@ -318,7 +320,7 @@ def test_data_that_is_not_to_be_had_names_the_key(tmp_path, monkeypatch, tokeniz
 
 
 def test_memory_errors_pass_as_they_are(monkeypatch):
-    from cfsp.evaluate.task_trial import names_the_task
+    from cfsp.evaluation.task_trial import names_the_task
 
     with pytest.raises(torch.OutOfMemoryError), names_the_task("evaluation.zero_shot", "mine", checking=False):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -352,7 +354,7 @@ def test_marks_stand_in_the_table_of_a_run():
 
 
 def test_a_tokenizer_is_asked_what_it_adds():
-    from cfsp.config import TextSection
+    from cfsp.config.sections import TextSection
     from cfsp.data.text import added_before, bos_of, lacks_added_tokens, settled
 
     def fake(before: list[int], after: list[int], bos_id: int | None):

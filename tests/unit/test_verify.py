@@ -16,25 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cfsp.config import ModelSection
+from cfsp.checkpoint import reference as references
+from cfsp.checkpoint.reference import LENGTH, Reference, copy_reference, ids_digest, place_of, read_reference
+from cfsp.checkpoint.reference_pass import GREEDY, reference_of, token_windows
+from cfsp.checkpoint.save import save_checkpoint
+from cfsp.config.sections import ModelSection
 from cfsp.errors import CheckpointError, RunError
-from cfsp.models.checkpoint import save_checkpoint
-from cfsp.models.load import load_model
-from cfsp.models.source import locate
-from cfsp.models.streamed import load_streamed, streamed
-from cfsp.verify import reference as references
+from cfsp.model.load import load_model, load_streamed
+from cfsp.model.streamed import streamed
 from cfsp.verify.comparison import compare, tolerance_of
-from cfsp.verify.reference import (
-    GREEDY,
-    LENGTH,
-    Reference,
-    copy_reference,
-    ids_digest,
-    place_of,
-    read_reference,
-    reference_of,
-    token_windows,
-)
+from cfsp.weights.source import locate
 from tests.conftest import ROOT, mentions
 from tests.tiny import ARCHITECTURES, tiny_model
 from tests.unit.test_recovery import TRAINS
@@ -284,7 +275,7 @@ def in_this_process(monkeypatch):
     def ask(tool, asked, python):
         return importlib.import_module(f"cfsp.verify.tools.{tool.name}").main(asked)
 
-    monkeypatch.setattr("cfsp.verify.command.ask", ask)
+    monkeypatch.setattr("cfsp.cli.verify.ask", ask)
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -352,7 +343,7 @@ def test_an_export_in_another_dtype_is_held_against_the_old_reference(run_cfsp, 
 def test_a_dense_folder_s_export_is_verified_too(run_cfsp, tmp_path, monkeypatch, streams):
     """No run has written a reference there, so the export comes with one of its own."""
     if streams:
-        monkeypatch.setattr("cfsp.memory.available", lambda device: 1 << 20)
+        monkeypatch.setattr("cfsp.system.memory.available", lambda device: 1 << 20)
     words = [f"path={ASSETS}", "format=padded", f"to={tmp_path / 'padded'}"]
     code, _, err = run_cfsp("export", *words, defaults=False)
     assert (code, err) == (0, "")
@@ -368,7 +359,7 @@ def test_tools_compute_in_what_fits_into_memory(run_cfsp, in_bfloat16, pretender
     answer = {"logprobs": (reference.logprobs + 0.04).tolist(), "greedy": reference.greedy.tolist()}
     words = ["verify", f"path={in_bfloat16}", "tools=vllm", f"python.vllm={pretender(answer)}"]
     for free, dtype, code in ((1 << 40, "float32", 1), (1 << 20, "bfloat16", 0)):
-        monkeypatch.setattr("cfsp.memory.available", lambda device, free=free: free)
+        monkeypatch.setattr("cfsp.system.memory.available", lambda device, free=free: free)
         assert run_cfsp(*words, defaults=False)[0] == code
         assert json.loads((tmp_path / "request").read_text())["dtype"] == dtype
 
@@ -488,7 +479,7 @@ CODE = {
 
 @pytest.mark.parametrize("change", CODE)
 def test_other_code_than_ours_is_not_run_unasked(run_cfsp, saved, monkeypatch, change):
-    monkeypatch.setattr("cfsp.verify.command.ask", lambda *_: pytest.fail("a tool was started"))
+    monkeypatch.setattr("cfsp.cli.verify.ask", lambda *_: pytest.fail("a tool was started"))
     tamper, said = CODE[change]
     tamper(saved)
     code, out, err = run_cfsp("verify", f"path={saved}", "tools=transformers", defaults=False)
@@ -498,7 +489,7 @@ def test_other_code_than_ours_is_not_run_unasked(run_cfsp, saved, monkeypatch, c
 
 def test_other_code_runs_where_it_is_trusted_and_none_where_there_is_none(run_cfsp, saved, monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr("cfsp.verify.command.ask", lambda tool, request, python: asked.append(request) or {})
+    monkeypatch.setattr("cfsp.cli.verify.ask", lambda tool, request, python: asked.append(request) or {})
     _append(saved / "modeling_pruned_llama.py", "#")
     run_cfsp("verify", f"path={saved}", "tools=transformers", "trust_remote_code=true", defaults=False)
     plain = save_checkpoint(tiny_model("llama"), tmp_path / "plain").folder
@@ -509,8 +500,9 @@ def test_other_code_runs_where_it_is_trusted_and_none_where_there_is_none(run_cf
 def test_every_text_that_ships_is_listed():
     """A template that was changed: add its line to SHIPPED, and leave the old ones."""
     from cfsp.export import decilm
-    from cfsp.models import pruned_template, shapes_template
-    from cfsp.models.remote_code import family_names
+    from cfsp.pruned_model import shapes_template
+    from cfsp.pruned_model import sizes_template as pruned_template
+    from cfsp.pruned_model.family import family_names
     from cfsp.pruned_model.shipped_code import SHIPPED, is_shipped
 
     for family in ("llama", "qwen3", "opt", "gpt_bigcode", "phi"):
@@ -524,7 +516,7 @@ def test_every_text_that_ships_is_listed():
 
 
 def test_a_folder_of_an_earlier_version_is_known():
-    from cfsp.models.remote_code import family_names
+    from cfsp.pruned_model.family import family_names
     from cfsp.pruned_model.shipped_code import is_shipped
 
     text = (ROOT / "tests" / "golden" / "modeling_pruned_llama_625daab.txt").read_text()
@@ -706,7 +698,7 @@ def test_a_command_is_found_without_anything_heavy():
 
 
 def test_a_command_that_breaks_says_so_in_one_line(run_cfsp, monkeypatch):
-    from cfsp.verify import command
+    from cfsp.cli import verify as command
 
     monkeypatch.setattr(command, "main", lambda words: 1 / 0)
     code, _, err = run_cfsp("verify", "path=x", defaults=False)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from cfsp.cli import tables as command
+from cfsp.logger.wandb import WandbLogger
 from cfsp.record.run_record import RunRecord
-from cfsp.record.wandb_logger import WandbLogger
-from cfsp.tables import command
 from tests.conftest import ROOT
 from tests.offline_wandb import offline_run
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cfsp.allocate.base import Allocation
+from cfsp.allocator.base import Allocation
 from cfsp.components import component
 
 

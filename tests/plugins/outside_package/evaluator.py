@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from cfsp.components import component
-from cfsp.evaluate.measurement import Measurement
+from cfsp.evaluation.measurement import Measurement
 
 
 @component

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cfsp.components import component
-from cfsp.models.base_models import BaseModels
+from cfsp.pipeline.base_models import BaseModels
 from cfsp.sweep.job import do
 
 

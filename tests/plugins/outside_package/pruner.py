@@ -6,13 +6,12 @@ from typing import ClassVar
 
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from cfsp.components import component
-from cfsp.contracts import Pruner
+from cfsp.components import Pruner, component
 from cfsp.errors import BudgetError
+from cfsp.plan.pruning_plan import BlockPlan
+from cfsp.pruner.build_plan import complete
+from cfsp.pruner.compensation import bias_compensation
 from cfsp.pruner.units import count_neurons, free_blocks
-from cfsp.pruning.compensation import bias_compensation
-from cfsp.pruning.complete import complete
-from cfsp.pruning.plan import BlockPlan
 
 
 def keep_every_nth(context, n: int) -> list[BlockPlan]:

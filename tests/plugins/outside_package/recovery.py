@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from cfsp.components import component
-from cfsp.recover.base import Recovered
+from cfsp.recovery.base import Recovered
 
 
 @component

@@ -1,0 +1,1 @@
+"""Allocators: from scores and a budget to the sparsity of each block."""

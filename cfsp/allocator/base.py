@@ -1,0 +1,28 @@
+"""The result of an allocator: how much each block would keep, before rounding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cfsp.config.contracts import Allocator
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Allocation", "Allocator"]
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The share of its units that each block keeps.
+
+    Attributes:
+        keep: share of the neurons (or whole experts) of each block, [L] fp64.
+        counted: whether share times number is a whole number already.
+        keep_groups: share of the KV groups of each block, [L] fp64; None: the same as ``keep``.
+    """
+
+    keep: Tensor
+    counted: bool = False
+    keep_groups: Tensor | None = None

@@ -1,0 +1,1 @@
+"""What a decoder is made of: blocks, their FFN and attention, recognised by structure."""

@@ -1,0 +1,317 @@
+"""The mixture of experts of a block, recognised by the matrices of the experts and their router's rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from cfsp.architecture.ffn import FFN, ffn_of
+
+#: Names under which a router or a mixture says how many experts see a token.
+_TOP_K = ("top_k", "num_experts_per_tok", "moe_top_k", "k")
+#: Names under which modules repeat the number of experts, and fused experts their width.
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "n_experts", "out_features")
+_WIDTHS = ("intermediate_dim", "intermediate_size", "moe_intermediate_size", "expert_dim", "ffn_dim")
+
+
+@dataclass(frozen=True)
+class ExpertMatrices:
+    """One matrix of every expert as [E, out, in]: all or some rows of the 3-D parameter ``owner.name``.
+
+    transposed: it is stored as [E, in, out] (GPT-OSS). rows: gate and up of one parameter lie one after the other, or
+    alternate; None: all rows.
+    """
+
+    owner: nn.Module
+    name: str
+    transposed: bool = False
+    rows: slice | None = None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """As it is stored, gate and up together."""
+        return getattr(self.owner, self.name)
+
+    @property
+    def weight(self) -> Tensor:
+        """[E, out, in], a view of the parameter."""
+        return self.part(self.parameter)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[E, out]."""
+        bias: Tensor | None = getattr(self.owner, f"{self.name}_bias", None)
+        return bias if bias is None or self.rows is None else bias[:, self.rows]
+
+    @property
+    def out_axis(self) -> int:
+        """Of the stored parameter."""
+        return 2 if self.transposed else 1
+
+    def part(self, stored: Tensor) -> Tensor:
+        """What is this matrix's of a tensor laid out as its parameter is, such as a gradient; [E, out, in]."""
+        rows = stored.transpose(1, 2) if self.transposed else stored
+        return rows if self.rows is None else rows[:, self.rows]
+
+
+@dataclass(frozen=True)
+class ExpertMatrix:
+    """One expert's matrix of :class:`ExpertMatrices`, with what metrics read of a projection."""
+
+    of: ExpertMatrices
+    expert: int
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in]."""
+        return self.of.weight[self.expert]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out]."""
+        bias = self.of.bias
+        return None if bias is None else bias[self.expert]
+
+    @property
+    def out_features(self) -> int:
+        return self.of.weight.shape[1]
+
+    @property
+    def in_features(self) -> int:
+        return self.of.weight.shape[2]
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One of fused experts, as a metric sees an FFN."""
+
+    inputs: dict[str, ExpertMatrix]
+    output: ExpertMatrix
+
+    @property
+    def width(self) -> int:
+        return self.output.in_features
+
+    @property
+    def projections(self) -> dict[str, ExpertMatrix]:
+        """By the names gate, up and down."""
+        return {**self.inputs, "down": self.output}
+
+    def weights(self) -> tuple[Tensor, ...]:
+        """(gate [N, d], up [N, d], down [d, N]), or without gate, in fp32, detached."""
+        return tuple(one.weight.detach().float() for one in self.projections.values())
+
+
+@dataclass(frozen=True)
+class ExpertsFFN:
+    """The FFN of a block that is a mixture: a router sends each token to ``top_k`` of ``n_experts`` FFNs of one width.
+
+    module: the mixture. experts: its child that holds them, with 3-D parameters for all (``fused``: gate, up, down)
+    or an nn.ModuleList (``each``). router: its child with a row of weights per expert. groups: the router chooses
+    ``top_groups`` groups of experts first, which lie one after the other (DeepSeek). shared: the FFN that sees every
+    token beside them, which stays whole.
+    """
+
+    module: nn.Module
+    experts: nn.Module
+    router: nn.Module
+    n_experts: int
+    top_k: int
+    groups: int = 1
+    top_groups: int = 1
+    shared: FFN | None = None
+    fused: dict[str, ExpertMatrices] = field(default_factory=dict)
+    each: tuple[FFN, ...] = ()
+
+    kind: Literal["experts"] = "experts"
+
+    @property
+    def width(self) -> int:
+        """N, the neurons of every expert."""
+        return self.expert(0).width
+
+    @property
+    def hidden(self) -> int:
+        return self.expert(0).output.out_features
+
+    @property
+    def expert_neuron_parameters(self) -> int:
+        """Parameters that go with one neuron of one expert, as :attr:`cfsp.architecture.ffn.FFN.neuron_parameters`."""
+        one = self.expert(0)
+        rows = sum(matrix.in_features + (matrix.bias is not None) for matrix in one.inputs.values())
+        return rows + one.output.out_features
+
+    @property
+    def neuron_parameters(self) -> int:
+        """Parameters that go with a neuron of every expert: all keep the same number."""
+        return self.n_experts * self.expert_neuron_parameters
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters that go with one expert: its matrices and biases, its row of the router."""
+        router = sum(p.numel() for module, name in self.per_expert() if (p := module._parameters.get(name)) is not None)
+        return (self.parameters + router) // self.n_experts
+
+    @property
+    def parameters(self) -> int:
+        """Of the routed experts, with their biases; no router, nothing shared."""
+        return sum(getattr(module, name).numel() for module, name in self.stored())
+
+    @property
+    def least_experts(self) -> int:
+        """With fewer there is nothing to choose ``top_k`` of, or fewer than the two by which a group is judged."""
+        return self.groups * max(2, math.ceil(self.top_k / self.top_groups))
+
+    @property
+    def device(self) -> torch.device:
+        return self.expert(0).output.weight.device
+
+    def expert(self, index: int) -> Expert | FFN:
+        """One expert as a metric sees it."""
+        if self.each:
+            return self.each[index]
+        *inputs, output = ((name, ExpertMatrix(matrices, index)) for name, matrices in self.fused.items())
+        return Expert(dict(inputs), output[1])
+
+    def stored(self) -> list[tuple[nn.Module, str]]:
+        """(module, attribute) of every parameter of the routed experts."""
+        modules = [self.experts] if self.fused else [m for one in self.each for m in one.module.modules()]
+        return [(module, name) for module in modules for name, p in module._parameters.items() if p is not None]
+
+    def per_expert(self) -> Iterator[tuple[nn.Module, str]]:
+        """(module, attribute) of the parameters and buffers outside of the experts that have a row per expert."""
+        for module in (self.module, *self.router.modules()):
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None and tensor.dim() and tensor.shape[0] == self.n_experts:
+                    yield module, name
+
+    def run(self, expert: int, states: Tensor) -> tuple[Tensor, Tensor]:
+        """What one expert makes of ``states`` [n, d]: the inputs of its down matrix [n, N], and its output [n, d].
+
+        The output is before the routing weight.
+        """
+        if self.each:
+            seen: list[Tensor] = []
+            one = self.each[expert]
+            handle = one.output.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            try:
+                output = one.module(states)
+            finally:
+                handle.remove()
+            return seen[0], output
+        made = self._linear(states, "gate" if "gate" in self.fused else "up", expert)
+        gated = getattr(self.experts, "_apply_gate", None)
+        if "gate" not in self.fused:
+            activation = self.experts.act_fn(made)  # type: ignore[operator]
+        elif gated is not None:
+            activation = gated(made)
+        else:
+            gate, up = made.chunk(2, -1)
+            activation = self.experts.act_fn(gate) * up  # type: ignore[operator]
+        return activation, self._linear(activation, "down", expert)
+
+    def _linear(self, x: Tensor, kind: str, expert: int) -> Tensor:
+        """With the whole parameter that holds ``kind``."""
+        matrices = self.fused[kind]
+        stored = matrices.parameter[expert]
+        bias = getattr(matrices.owner, f"{matrices.name}_bias", None)
+        weight = stored.T if matrices.transposed else stored
+        return nn.functional.linear(x, weight, None if bias is None else bias[expert])
+
+
+def experts_in(model: Any, block: nn.Module) -> ExpertsFFN | None:
+    """The mixture of experts of a block of ``model``; None where none is recognised."""
+    for module in block.modules():
+        if module is block:  # a mixture that is no module of its own cannot be looked at alone
+            continue
+        for child in module.children():
+            fused, each = _fused(child), _each(child)
+            if not fused and not each:
+                continue
+            n = fused["down"].parameter.shape[0] if fused else len(each)
+            return _mixture(model, module, child, fused, each, n)
+    return None
+
+
+def looks_like_experts(block: nn.Module) -> bool:
+    """Whether a module of the block has matrices of several experts in its parameters."""
+    for module in block.modules():
+        shapes = [p.shape for p in module._parameters.values() if p is not None and p.dim() == 3]
+        # The gates of a recurrent mixer (RecurrentGemma) are square matrices, one for each head.
+        if len(shapes) >= 2 and any(rows != columns for _, rows, columns in shapes):
+            return True
+    return False
+
+
+def update_counts(module: nn.Module, before: int, after: int, *, width: bool = False) -> None:
+    """Bring the numbers of experts (or their width) that a module keeps from ``before`` to ``after``."""
+    for name in _WIDTHS if width else _COUNTS:
+        if vars(module).get(name) == before:
+            setattr(module, name, after)
+
+
+def _fused(module: nn.Module) -> dict[str, ExpertMatrices]:
+    """gate, up and down of experts in 3-D parameters, by the attributes that transformers gives such modules."""
+    first = next((name for name in ("gate_up_proj", "up_proj") if module._parameters.get(name) is not None), None)
+    down = module._parameters.get("down_proj")
+    if first is None or down is None or down.dim() != 3:
+        return {}
+    transposed = bool(getattr(module, "is_transposed", False))
+    gated = first == "gate_up_proj"
+    whole = ExpertMatrices(module, first, transposed)
+    output = ExpertMatrices(module, "down_proj", transposed)
+    n_experts, hidden, width = output.weight.shape
+    if whole.parameter.dim() != 3 or tuple(whole.weight.shape) != (n_experts, (1 + gated) * width, hidden):
+        return {}
+    if not gated:
+        return {"up": whole, "down": output}
+    one_after_the_other = getattr(module, "is_concatenated", True)
+    rows = (slice(0, width), slice(width, None)) if one_after_the_other else (slice(0, None, 2), slice(1, None, 2))
+    gate, up = (ExpertMatrices(module, first, transposed, own) for own in rows)
+    return {"gate": gate, "up": up, "down": output}
+
+
+def _each(module: nn.Module) -> tuple[FFN, ...]:
+    """The FFNs of a list of experts."""
+    if not isinstance(module, nn.ModuleList) or len(module) < 2:
+        return ()
+    found = [ffn for item in module if (ffn := ffn_of(item)) is not None]
+    alike = {(ffn.kind, ffn.width, ffn.output.out_features) for ffn in found}
+    return tuple(found) if len(found) == len(module) and len(alike) == 1 else ()
+
+
+def _mixture(
+    model: Any, module: nn.Module, experts: nn.Module, fused: dict[str, ExpertMatrices], each: tuple[FFN, ...], n: int
+) -> ExpertsFFN | None:
+    hidden = each[0].output.out_features if each else fused["down"].weight.shape[1]
+    others = [child for child in module.children() if child is not experts]
+    routers = [
+        child for child in others
+        if isinstance(weight := getattr(child, "weight", None), Tensor) and tuple(weight.shape) == (n, hidden)
+    ]  # fmt: skip
+    if len(routers) != 1:
+        return None
+    (router,) = routers
+    config = getattr(model.config, "get_text_config", lambda: model.config)()
+    top_k = next(
+        (k for holder in (router, module, config) for name in _TOP_K if (k := _number(holder, name)) is not None), None
+    )
+    if top_k is None or not 0 < top_k <= n:
+        return None
+    groups, top_groups = _number(router, "num_group", "n_group") or 1, _number(router, "topk_group") or 1
+    if groups == 1 or getattr(router, "topk_method", "") == "greedy":
+        groups = top_groups = 1
+    shared = [ffn for child in others if (ffn := ffn_of(child)) is not None]
+    return ExpertsFFN(
+        module, experts, router, n, top_k, groups, top_groups, shared[0] if len(shared) == 1 else None, fused, each
+    )
+
+
+def _number(holder: Any, *names: str) -> int | None:
+    found = (getattr(holder, name, None) for name in names)
+    return next((n for n in found if isinstance(n, int) and not isinstance(n, bool)), None)

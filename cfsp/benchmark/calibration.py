@@ -1,0 +1,293 @@
+"""What calibration, scoring and planning cost beside a bare forward pass over the same tokens, and their memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from cfsp.benchmark.alternation import alternated, pairwise, seconds_of
+from cfsp.benchmark.part import Check, Found, Settings, markdown, span
+from cfsp.benchmark.shapes import (
+    GPU_SEQ_LEN,
+    GPU_SHAPE,
+    GPU_WINDOWS,
+    SEQ_LEN,
+    SHAPES,
+    describe,
+    dtypes_on,
+    in_memory,
+    random_ids,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Calibration + scoring + planning may cost so many bare forward passes.
+LIMIT = 1.10
+#: The peak of calibration may be above that of the bare forward pass by this share of the weights.
+MEMORY_SHARE = 0.05
+#: A batch size is tried over so many windows at least.
+TRIED_WINDOWS = 8
+RATIO = 0.5
+#: The stages on their own are timed in so many of the repeats at most: each pass is a calibration more.
+STAGE_REPEATS = 3
+STAGES = ("calibrate", "score", "plan", "apply", "save")
+
+
+def measure(settings: Settings) -> Found:
+    """Rows: one for each shape, dtype and number of windows.
+
+    What is dear and grows with the windows is left out of the larger cases: the stages on their own, and on a CPU the
+    dtypes that no limit is set for.
+    """
+    import torch
+
+    from cfsp.model.device import resolve_device
+
+    device = resolve_device(settings.device)
+    # The fewest windows have the record that the README goes by; others alone have one of their own.
+    usual = Settings.windows[0] in settings.windows
+    name = "calibration" if usual else f"calibration_{'_'.join(map(str, settings.windows))}_windows"
+    words = f"windows={','.join(map(str, settings.windows))} shapes={','.join(settings.shapes)}"
+    found = Found(name, f"parts=calibration {words} dtypes={','.join(settings.dtypes)}")
+    cases = [(name, windows, SEQ_LEN) for name in settings.shapes for windows in settings.windows]
+    if device.type == "cuda":
+        cases.append((GPU_SHAPE, GPU_WINDOWS, GPU_SEQ_LEN))
+    fewest: dict[tuple[str, int], int] = {}
+    for name, windows, length in cases:
+        fewest[name, length] = min(windows, fewest.get((name, length), windows))
+    for name in dict.fromkeys(name for name, *_ in cases):
+        for dtype in dtypes_on(device, settings.dtypes):
+            limited = dtype == "float32" or device.type == "cuda"
+            model = in_memory(SHAPES[name], getattr(torch, dtype), device)
+            tried: dict[int, float] = {}
+            for _, windows, length in (case for case in cases if case[0] == name):
+                smallest = windows == fewest[name, length]
+                if not (limited or smallest):
+                    continue
+                ids = random_ids(windows, length, SHAPES[name].vocab)
+                row: dict[str, Any] = {
+                    "shape": name,
+                    "dtype": dtype,
+                    "device": device.type,
+                    "windows": windows,
+                    "seq_len": length,
+                }
+                tried = tried_batches(model, ids, tried)
+                batch = min(tried, key=lambda size: tried[size])
+                row |= {"batch_size": batch, "tried_batch_sizes": tried}
+                row |= compared(model, ids, batch, settings, stages_alone=smallest)
+                found.rows.append(row)
+                found.checks += _checks(row, limited=limited)
+                print(f"calibration: {_name(row)}: {row['ratio']:.3f} ({span(row['ratios'], 3)})", flush=True)
+            del model
+    return found
+
+
+def bare(model: Any, ids: Tensor, batch_size: int) -> None:
+    """The forward pass that calibration is measured against: the decoder without the LM head, without a hook."""
+    import torch
+
+    with torch.no_grad():
+        for batch in ids.split(batch_size):
+            model.model(batch.to(model.device), use_cache=False)
+
+
+def tried_batches(model: Any, ids: Tensor, known: Mapping[int, float] | None = None) -> dict[int, float]:
+    """Batch size -> seconds per window of the bare forward pass, the better of two.
+
+    The sizes double until one is no better than the best before it, or takes all windows, or more memory than there is:
+    the best of them is then not the last only because nobody looked further. ``known``: the same of fewer windows,
+    which leaves the sizes beyond, where the largest of them was the best.
+    """
+    import torch
+
+    cuda = model.device.type == "cuda"
+    found = dict(known or {})
+    size = 2 * max(found, default=0) or 1
+    if found and min(found, key=lambda tried: found[tried]) != max(found):
+        return found
+    while size <= len(ids):
+        some = ids[: max(size, TRIED_WINDOWS)]
+        try:
+            bare(model, some[:size], size)
+            seconds = min(seconds_of(partial(bare, model, some, size), cuda) for _ in range(2)) / len(some)
+        except torch.OutOfMemoryError:
+            break
+        found[size], before = seconds, min(found.values(), default=float("inf"))
+        if seconds >= before:
+            break
+        size *= 2
+    return found
+
+
+def compared(
+    model: Any, ids: Tensor, batch_size: int, settings: Settings, *, stages_alone: bool = True
+) -> dict[str, Any]:
+    """Seconds of the two in alternation, of our stages on their own (or None), and the peak memory of each."""
+    import cfsp
+
+    prune = partial(cfsp.prune, model, ids, ratio=RATIO, batch_size=batch_size)
+    cfsp.prune(model, ids[:batch_size], ratio=RATIO, batch_size=batch_size)  # imports and configuration
+    cuda = model.device.type == "cuda"
+    calls: dict[str, Callable[[], object]] = {"bare": lambda: bare(model, ids, batch_size), "ours": prune}
+    seconds = alternated(calls, settings.repeats, cuda)
+    ratio, ratios = pairwise(seconds["ours"], seconds["bare"])
+    tokens = ids.numel()
+    folder = settings.work / "calibration-saved"
+    alone: dict[str, float] | None = None
+    resident_peaks: dict[str, int] | None = None
+    if stages_alone:
+        passes = [stages(model, ids, batch_size, folder) for _ in range(min(STAGE_REPEATS, settings.repeats))]
+        resident = "peak_gpu_bytes" if cuda else "peak_bytes"
+        alone = {name: median(one[name]["seconds"] for one in passes) for name in STAGES}
+        resident_peaks = {name: max(one[name][resident] or 0 for one in passes) for name in STAGES}
+    peaks, lm_head_calls = peak_bytes(model, ids[: 2 * batch_size], batch_size, folder)
+    return {
+        "seconds": seconds,
+        "ratio": ratio,
+        "ratios": ratios,
+        "stages_ratio": alone and (alone["calibrate"] + alone["plan"]) / median(seconds["bare"]),
+        "tokens": tokens,
+        "tokens_per_second": {name: tokens / median(values) for name, values in seconds.items()},
+        "microseconds_per_token": {name: 1e6 * median(values) / tokens for name, values in seconds.items()},
+        "stage_seconds": alone,
+        "stage_peak_bytes": resident_peaks,
+        "weights_bytes": weights_bytes(model),
+        "peak_beside_weights": peaks,
+        "lm_head_calls": lm_head_calls,
+    }
+
+
+def stages(model: Any, ids: Tensor, batch_size: int, folder: Path) -> dict[str, dict[str, Any]]:
+    """Stage -> seconds and peak memory of the process; plan scores too. The model is put back at the end."""
+    from cfsp.record.stages import Stages
+
+    recorded = Stages()
+    try:
+        for name, call in _stage_calls(model, ids, batch_size, folder):
+            with recorded(name):
+                call()
+                if model.device.type == "cuda":
+                    import torch
+
+                    torch.cuda.synchronize()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return {entry["name"]: entry for entry in recorded.entries}
+
+
+def peak_bytes(model: Any, ids: Tensor, batch_size: int, folder: Path) -> tuple[dict[str, int], int]:
+    """Most bytes beside the weights, of the bare forward pass and of each stage; and calls of the LM head in ours."""
+    from cfsp.evaluation.cost import peak_beside
+
+    weights, here = [*model.parameters(), *model.buffers()], ids.to(model.device)
+    peaks = {"bare": peak_beside(weights, here, lambda: bare(model, here, batch_size))}
+    calls: list[object] = []
+    handle = model.lm_head.register_forward_hook(lambda *_: calls.append(None))
+    try:
+        for name, call in _stage_calls(model, ids, batch_size, folder):
+            held = [*model.parameters(), *model.buffers()]
+            peaks[name] = peak_beside([*weights, *held], here, call)
+    finally:
+        handle.remove()
+        shutil.rmtree(folder, ignore_errors=True)
+    return peaks, len(calls)
+
+
+def weights_bytes(model: Any) -> int:
+    """Parameters and buffers, tied ones once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+
+
+def _stage_calls(model: Any, ids: Tensor, batch_size: int, folder: Path) -> Any:
+    """The stages in order, each to be called before the next one is asked for."""
+    from cfsp.architecture.views import resolve
+    from cfsp.calibration.calibration_set import from_ids
+    from cfsp.checkpoint.save import save_checkpoint
+    from cfsp.config.compose import compose
+    from cfsp.config.parse import parse
+    from cfsp.data.limits import Limits
+    from cfsp.importance.base import score
+    from cfsp.model.driver import BlockDriver
+    from cfsp.model.snapshot import restored
+    from cfsp.pruner.apply import apply
+    from cfsp.pruner.context import plan_context
+
+    config = parse(compose(["pruner=cfsp", f"sparsity.ratio={RATIO}"]))
+    view = resolve(model)
+    driver = BlockDriver(view, batch_size)
+    calibration = from_ids(ids, Limits(model.config.vocab_size, model.config.max_position_embeddings))
+    kept: dict[str, Any] = {}
+
+    def calibrate() -> None:
+        kept["context"], _ = plan_context(
+            config, driver, calibration, base_model="benchmark", base_fingerprint="benchmark"
+        )
+
+    def plan() -> None:
+        kept["plan"] = config.pruner.instance.plan(kept["context"])
+
+    yield "calibrate", calibrate
+    yield "score", lambda: score(view, kept["context"].statistics, config.importance.instance)
+    yield "plan", plan
+    with restored(model):
+        yield "apply", lambda: apply(model, kept["plan"])
+        yield "save", lambda: save_checkpoint(model, folder, reference=False)  # which is another forward pass
+
+
+def _checks(row: dict[str, Any], *, limited: bool) -> list[Check]:
+    peaks = row["peak_beside_weights"]
+    allowed = peaks["bare"] + MEMORY_SHARE * row["weights_bytes"]
+    checks = [Check(f"{_name(row)}, calls of the LM head", row["lm_head_calls"], 0)]
+    if limited:
+        checks.append(Check(f"{_name(row)}, calibration + scoring + planning / bare forward", row["ratio"], LIMIT))
+    checks.append(
+        Check(f"{_name(row)}, MiB of calibration beside the weights", peaks["calibrate"] / 2**20, allowed / 2**20)
+    )
+    return checks
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['shape']} {row['dtype']} {row['device']} {row['windows']} x {row['seq_len']}"
+
+
+def table(found: Found) -> str:
+    """Markdown."""
+    head = [
+        "model, dtype, device, tokens", "batch", "bare forward, s", "ours, s", "ratio (lowest to highest)",
+        "stages alone", "tokens/s", "µs/token", *(f"{name}, s" for name in STAGES),
+        *(f"{name}, MiB" for name in ("bare", *STAGES)),
+    ]  # fmt: skip
+    rows = [
+        [
+            _name(row),
+            str(row["batch_size"]),
+            f"{median(row['seconds']['bare']):.2f}",
+            f"{median(row['seconds']['ours']):.2f}",
+            f"**{row['ratio']:.2f}** ({span(row['ratios'])})",
+            "" if row["stages_ratio"] is None else f"{row['stages_ratio']:.2f}",
+            f"{row['tokens_per_second']['ours']:,.0f}",
+            f"{row['microseconds_per_token']['ours']:,.1f}",
+            *("" if row["stage_seconds"] is None else f"{row['stage_seconds'][name]:.2f}" for name in STAGES),
+            *(f"{row['peak_beside_weights'][name] / 2**20:,.0f}" for name in ("bare", *STAGES)),
+        ]
+        for row in found.rows
+    ]
+    shapes = "; ".join(describe(name) for name in dict.fromkeys(row["shape"] for row in found.rows))
+    explained = (
+        "bare forward: model.model(ids, use_cache=False) with SDPA at its own best batch size for these windows: "
+        "sizes double from 1 until one is no faster than the best before it or holds all windows (each is in the "
+        f"record). ours: cfsp.prune at {RATIO:.0%} and the same batch size, which calibrates, scores and plans; both "
+        "over the same tokens, in alternation, medians; ratio: median of the pairs' ratios; stages alone: calibrate "
+        "and plan (which scores) without checks and fingerprint. The stages are medians too, and are timed for the "
+        "smallest number of windows only; so is, on a CPU, every dtype but float32. MiB: most bytes alive beside the "
+        "weights over two batches, counted where tensors are made (on a GPU by its allocator); buffers of the file "
+        f"writing are outside of it. Resident peaks are in the record. {shapes}."
+    )
+    return markdown("Calibration beside a bare forward pass", head, rows, found, explained)

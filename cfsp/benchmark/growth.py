@@ -1,0 +1,128 @@
+"""How the cost of calibration grows with windows, blocks and width, each doubled three times."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+from cfsp.benchmark.alternation import alternated
+from cfsp.benchmark.part import Check, Found, Settings, markdown, span
+from cfsp.benchmark.shapes import SEQ_LEN, SHAPES, describe, dtypes_on, in_memory, random_ids
+
+#: The exponent of windows and of blocks may be so far from 1.
+TOLERANCE = 0.05
+SHAPE = "small"
+BATCH_SIZE = 4
+#: What grows -> its values; what does not is the first value of its own.
+WINDOWS, BLOCKS = (8, 16, 32, 64), (2, 4, 8, 16)
+FFN = (1408, 2816, 5632, 11264)
+HIDDEN = (256, 512, 1024, 2048)
+#: Blocks of the models whose windows grow or whose width grows.
+FIXED_BLOCKS = 2
+
+
+def measure(settings: Settings) -> Found:
+    """Rows: one for each thing that grows."""
+    import torch
+
+    from cfsp.model.device import resolve_device
+
+    device = resolve_device(settings.device)
+    dtype = dtypes_on(device, settings.dtypes)[0]
+    build = partial(in_memory, SHAPES[SHAPE], getattr(torch, dtype), device)
+    per_hidden = SHAPES[SHAPE].ffn / SHAPES[SHAPE].hidden
+    found = Found(
+        "growth",
+        "parts=growth",
+        notes={"seq_len": SEQ_LEN, "batch_size": BATCH_SIZE, "dtype": dtype, "device": device.type},
+    )
+    cases: dict[str, Callable[[], list[tuple[int, Any, int]]]] = {
+        "windows": lambda: [(n, model, n) for model in [build(blocks=FIXED_BLOCKS)] for n in WINDOWS],
+        "blocks": lambda: [(n, build(blocks=n), WINDOWS[0]) for n in BLOCKS],
+        "FFN width": lambda: [(n, build(blocks=FIXED_BLOCKS, ffn=n), WINDOWS[0]) for n in FFN],
+        "hidden and FFN width": lambda: [
+            (n, build(blocks=FIXED_BLOCKS, hidden=n, ffn=round(per_hidden * n)), WINDOWS[0]) for n in HIDDEN
+        ],
+    }  # fmt: skip
+    for grows, make in cases.items():
+        row = measured(grows, make(), settings.repeats)
+        found.rows.append(row)
+        if grows in ("windows", "blocks"):
+            found.checks.append(Check(f"{grows}, distance of the exponent from 1", abs(row["exponent"] - 1), TOLERANCE))
+        print(f"growth: {grows}: exponent {row['exponent']:.3f}", flush=True)
+    return found
+
+
+def measured(grows: str, cases: list[tuple[int, Any, int]], repeats: int) -> dict[str, Any]:
+    """One row: ``cases`` are (value, model, windows); times are of the calibration stage alone."""
+    from cfsp.architecture.views import resolve
+    from cfsp.calibration.calibrate import calibrate
+    from cfsp.calibration.calibration_set import from_ids
+    from cfsp.data.limits import Limits
+    from cfsp.model.driver import BlockDriver
+
+    calls: dict[str, Callable[[], object]] = {}
+    blocks_parameters = []
+    for value, model, windows in cases:
+        view = resolve(model)
+        limits = Limits(model.config.vocab_size, model.config.max_position_embeddings)
+        calibration = from_ids(random_ids(windows, SEQ_LEN, model.config.vocab_size), limits)
+        calls[str(value)] = partial(calibrate, BlockDriver(view, BATCH_SIZE), calibration)
+        blocks_parameters.append(sum(p.numel() for block in view.blocks for p in block.module.parameters()))
+    for call in calls.values():
+        call()
+    seconds = alternated(calls, repeats, cases[0][1].device.type == "cuda")
+    middle = [median(values) for values in seconds.values()]
+    values = [value for value, *_ in cases]
+    return {
+        "grows": grows,
+        "values": values,
+        "parameters_of_blocks": blocks_parameters,
+        "seconds": seconds,
+        "median_seconds": middle,
+        "exponent": exponent(values, middle),
+        "exponent_of_parameters": exponent(blocks_parameters, middle) if grows != "windows" else None,
+    }
+
+
+def exponent(sizes: list[int], seconds: list[float]) -> float:
+    """b of seconds = a * sizes^b, by least squares of the logarithms."""
+    x, y = [math.log(size) for size in sizes], [math.log(value) for value in seconds]
+    middle_x, middle_y = sum(x) / len(x), sum(y) / len(y)
+    across = sum((a - middle_x) * (b - middle_y) for a, b in zip(x, y, strict=True))
+    return across / sum((a - middle_x) ** 2 for a in x)
+
+
+def table(found: Found) -> str:
+    """Markdown."""
+    head = [
+        "what grows",
+        "values",
+        "seconds (medians)",
+        "lowest to highest of the last, s",
+        "exponent",
+        "of parameters",
+    ]
+    rows = []
+    for row in found.rows:
+        of_parameters = row["exponent_of_parameters"]
+        rows.append(
+            [
+                row["grows"],
+                ", ".join(f"{value:,}" for value in row["values"]),
+                ", ".join(f"{value:.3g}" for value in row["median_seconds"]),
+                span(row["seconds"][str(row["values"][-1])]),
+                f"**{row['exponent']:.3f}**",
+                "" if of_parameters is None else f"{of_parameters:.3f}",
+            ]
+        )
+    explained = (
+        f"Seconds of the calibration stage, {found.notes['dtype']} on {found.notes['device']}, windows of {SEQ_LEN} "
+        f"tokens in batches of {BATCH_SIZE}; {WINDOWS[0]} windows and {FIXED_BLOCKS} blocks where these do not grow, "
+        f"the rest as in {describe(SHAPE)}. exponent: b of seconds = a x value^b, fitted to the medians; of "
+        "parameters: the same with the parameters of the blocks."
+    )
+    return markdown("Growth of the cost of calibration", head, rows, found, explained)

@@ -1,0 +1,246 @@
+"""Write a randomly initialised LLaMA of any size, sharded, with never more than one tensor of it in memory.
+
+    python -m cfsp.benchmark.make_checkpoint path=FOLDER [hidden=2048] [ffn=5632] [blocks=58] [heads=16] [kv_heads=16]
+        [vocab=32000] [positions=2048] [dtype=bfloat16] [shard_gb=1] [seed=0]
+
+What it writes loads like any folder of transformers: model-0000k-of-0000n.safetensors with their index (one shard:
+model.safetensors), config.json, generation_config.json and the bundled tokenizer, whose ids are below ``vocab``. The
+values are transformers' initial ones: normal with standard deviation 0.02, norms 1; the same seed and shape give the
+same values whatever the shards. ``shard_gb`` is in 10^9 bytes. The folder appears when it is whole; one that was
+written so before is left where it is what is asked for, and replaced where it is not. The defaults make 6.2 GB.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cfsp.errors import CheckpointError, ConfigError
+from cfsp.sweep.experiment import given_values
+from cfsp.system.command import command
+from cfsp.system.package import ROOT
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: In the folder: what it was made with, which also says that it may be replaced.
+MARKER = "made_checkpoint.json"
+TOKENIZER = ROOT / "assets" / "books7m"
+#: dtype -> its name in safetensors, bytes of an element.
+DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
+STANDARD_DEVIATION = 0.02
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A LLaMA; ``positions``: its longest window; ``dtype``: of the files."""
+
+    hidden: int = 2048
+    ffn: int = 5632
+    blocks: int = 58
+    heads: int = 16
+    kv_heads: int = 16
+    vocab: int = 32000
+    positions: int = 2048
+    dtype: str = "bfloat16"
+
+    def config(self) -> Any:
+        """The configuration of transformers, without settings of attention or cache."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=self.ffn,
+            num_hidden_layers=self.blocks,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=self.positions,
+            bos_token_id=1,
+            eos_token_id=2,
+            tie_word_embeddings=False,
+            architectures=["LlamaForCausalLM"],
+            dtype=self.dtype,
+        )
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    return command("make_checkpoint", str(__doc__), words, _make)
+
+
+def make_checkpoint(folder: Path, shape: Shape, *, shard_gb: float = 1.0, seed: int = 0) -> bool:
+    """Write the model to ``folder``, all or nothing; returns False where it was there already.
+
+    Raises:
+        ConfigError: sizes that do not go together.
+        CheckpointError: the folder holds other things, or cannot be written.
+    """
+    _check(shape, shard_gb)
+    folder = folder.resolve()
+    made_with = {**asdict(shape), "shard_gb": shard_gb, "seed": seed}
+    if folder.exists():
+        found = _made_with(folder)
+        if found == made_with:
+            return False
+        if found is None:
+            raise CheckpointError(
+                f"path={folder}: exists and was not written by make_checkpoint (no {MARKER}); give another folder"
+            )
+    scratch = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        scratch.mkdir(parents=True)
+        _write_weights(scratch, shape, shard_gb, seed)
+        config = shape.config()
+        _write_json(scratch / "config.json", json.loads(config.to_json_string(use_diff=False)))
+        _write_json(scratch / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(TOKENIZER / name, scratch / name)
+        _write_json(scratch / MARKER, made_with)
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"path={folder}: the model cannot be written there ({error.strerror}); give another folder"
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return True
+
+
+def sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor, in the order of the model, as transformers' class has them."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(shape.config())
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _values(size: tuple[int, ...], number: int, shape: Shape, seed: int) -> Tensor:
+    """The initial values of the ``number``-th tensor."""
+    import torch
+
+    dtype = getattr(torch, shape.dtype)
+    if len(size) == 1:
+        return torch.ones(size, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    return torch.empty(size).normal_(0, STANDARD_DEVIATION, generator=generator).to(dtype)
+
+
+def _write_weights(folder: Path, shape: Shape, shard_gb: float, seed: int) -> None:
+    import torch
+
+    code, itemsize = DTYPES[shape.dtype]
+    everything = sizes(shape)
+    numbers = {name: number for number, name in enumerate(everything)}
+    shards = list(_shards(everything, itemsize, shard_gb * 1e9))
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, size in shard.items():
+            start, end = end, end + _elements(size) * itemsize
+            header[name] = {"dtype": code, "shape": list(size), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8 bytes
+        with (folder / file).open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            for name, size in shard.items():
+                values = _values(size, numbers[name], shape, seed)
+                stream.write(values.flatten().view(torch.uint8).numpy().data)
+                del values  # the next one is drawn before the name is bound again
+        weight_map |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        total = sum(_elements(size) for size in everything.values())
+        metadata = {"total_parameters": total, "total_size": total * itemsize}
+        _write_json(folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
+
+
+def _shards(tensors: dict[str, tuple[int, ...]], itemsize: int, limit: float) -> Iterator[dict[str, tuple[int, ...]]]:
+    shard: dict[str, tuple[int, ...]] = {}
+    held = 0
+    for name, size in tensors.items():
+        if shard and held + _elements(size) * itemsize > limit:
+            yield shard
+            shard, held = {}, 0
+        shard[name] = size
+        held += _elements(size) * itemsize
+    yield shard
+
+
+def _elements(size: tuple[int, ...]) -> int:
+    product = 1
+    for n in size:
+        product *= n
+    return product
+
+
+def _check(shape: Shape, shard_gb: float) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    if shape.hidden % shape.heads or (shape.hidden // shape.heads) % 2:
+        raise ConfigError(
+            f"heads={shape.heads}: hidden={shape.hidden} does not divide into so many heads of an even size; give a "
+            "divisor of hidden / 2"
+        )
+    if shape.heads % shape.kv_heads:
+        raise ConfigError(f"kv_heads={shape.kv_heads}: give a divisor of heads={shape.heads}")
+    if shape.dtype not in DTYPES:
+        raise ConfigError(f"dtype={shape.dtype}: there are {', '.join(DTYPES)}")
+    needed = len(PreTrainedTokenizerFast(tokenizer_file=str(TOKENIZER / "tokenizer.json")))
+    if shape.vocab < needed:
+        raise ConfigError(f"vocab={shape.vocab}: the bundled tokenizer has {needed} tokens; give {needed} or more")
+    if not 0 < shard_gb < float("inf"):
+        raise ConfigError(f"shard_gb={shard_gb}: give a number above 0, in 10^9 bytes")
+
+
+def _made_with(folder: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _make(words: Sequence[str]) -> int:
+    given = {key: str(value) for key, value in given_values(words).items()}
+    whole = [field.name for field in fields(Shape) if field.name != "dtype"] + ["seed"]
+    known = ["path", *whole, "dtype", "shard_gb"]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ConfigError(f"{unknown[0]}={given[unknown[0]]}: there is no such key; there are {', '.join(known)}")
+    if "path" not in given:
+        raise ConfigError("path is not set: give path=FOLDER, where the model is to be written")
+    path, dtype, shard_gb = Path(given.pop("path")), given.pop("dtype", "bfloat16"), given.pop("shard_gb", "1")
+    for key, value in given.items():
+        if not value.isdigit() or (key != "seed" and int(value) < 1):
+            raise ConfigError(f"{key}={value}: give a whole number from {0 if key == 'seed' else 1}")
+    try:
+        limit = float(shard_gb)
+    except ValueError:
+        raise ConfigError(f"shard_gb={shard_gb}: give a number above 0, in 10^9 bytes") from None
+    numbers = {key: int(value) for key, value in given.items()}
+    seed = numbers.pop("seed", 0)
+    shape = Shape(dtype=dtype, **numbers)
+    new = make_checkpoint(path, shape, shard_gb=limit, seed=seed)
+    written = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    print(f"{path}: {written / 1e9:.2f} GB in {len(list(path.glob('*.safetensors')))} files", end="")
+    print("" if new else ", there already")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

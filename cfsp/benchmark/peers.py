@@ -1,0 +1,159 @@
+"""Other tools that remove FFN neurons, doing the same job on the same model, in an environment of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from cfsp.benchmark import peer_job
+from cfsp.benchmark.part import Check, Found, Settings, markdown, span
+from cfsp.benchmark.processes import watched
+from cfsp.benchmark.shapes import SEQ_LEN, SHAPES, describe, on_disk, random_ids
+from cfsp.errors import RunError
+from cfsp.system.package import ROOT
+
+#: None of them is a dependency of the project.
+PACKAGES = ("torch-pruning==1.6.1", "optipfair==0.4.2")
+WINDOWS, BATCH_SIZE, PERCENT = 8, 4, 50
+#: Each repeat loads the model again.
+MOST_REPEATS = 3
+#: What is removed of the FFN may be so far from half.
+REMOVED_TOLERANCE = 0.01
+
+
+def measure(settings: Settings) -> Found:
+    """Rows: one for each shape and peer, ours among them. On the CPU."""
+    import numpy
+
+    work = settings.work / "peers"
+    python = environment(work)
+    repeats = min(settings.repeats, MOST_REPEATS)
+    found = Found(
+        "peers",
+        "parts=peers",
+        notes={"windows": WINDOWS, "seq_len": SEQ_LEN, "batch_size": BATCH_SIZE, "processes": repeats},
+    )
+    for name in settings.shapes:
+        shape = SHAPES[name]
+        folder = on_disk(work / f"model-{name}", shape)
+        ids = work / f"ids-{name}.npy"
+        numpy.save(ids, random_ids(WINDOWS, min(SEQ_LEN, shape.positions), shape.vocab).numpy())
+        runs: dict[str, list[dict[str, Any]]] = {job: [] for job in peer_job.JOBS}
+        for repeat in range(repeats):
+            for job in runs if repeat % 2 == 0 else reversed(runs):
+                runs[job].append(measured(job, Path(sys.executable) if job == "cfsp" else python, folder, ids, work))
+                print(f"peers: {name} {job}: {runs[job][-1]['seconds']:.2f} s", flush=True)
+        for job, rows in runs.items():
+            row = {"shape": name, **summed(rows)}
+            found.rows.append(row)
+            removed = row["parameters"]["before"] - row["parameters"]["after"]
+            ratio = removed / (3 * shape.hidden * shape.ffn * shape.blocks)
+            found.checks.append(
+                Check(
+                    f"{name} {job}, removed share of the FFN, distance from one half",
+                    abs(ratio - PERCENT / 100),
+                    REMOVED_TOLERANCE,
+                )
+            )
+    return found
+
+
+def environment(work: Path) -> Path:
+    """The Python of the peers' environment, which is made where it is not there.
+
+    Raises:
+        RunError: it could not be made; what pip said.
+    """
+    folder = work / "venv"
+    python, done = folder / "bin" / "python", folder / ".installed"
+    wanted = "\n".join(PACKAGES) + "\n"
+    if done.is_file() and done.read_text(encoding="utf-8") == wanted:
+        return python
+    constraints = ROOT.parent / "constraints.txt"
+    pinned = ["--constraint", str(constraints)] if constraints.is_file() else []
+    for words in (
+        [sys.executable, "-m", "venv", "--clear", str(folder)],
+        [str(python), "-m", "pip", "install", "--quiet", *pinned, "torch", "transformers", *PACKAGES],
+    ):
+        process = subprocess.run(words, capture_output=True, text=True)
+        if process.returncode:
+            said = " ".join(process.stderr.split())[-300:]
+            raise RunError(f"the peers' environment could not be made in {folder}: {said}; is a package index at hand?")
+    done.write_text(wanted, encoding="utf-8")
+    return python
+
+
+def measured(job: str, python: Path, folder: Path, ids: Path, work: Path) -> dict[str, Any]:
+    """One job in a process of its own.
+
+    Raises:
+        RunError: it failed; its last words.
+    """
+    request = {"job": job, "model": str(folder), "ids": str(ids), "batch_size": BATCH_SIZE, "percent": PERCENT}
+    words = [str(python), peer_job.__file__, json.dumps(request)]
+    # The checkout is on ours alone, so that no peer can come upon a module of the project.
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    given = {**kept, "PYTHONPATH": str(ROOT.parent)} if job == "cfsp" else kept
+    ended = watched(words, work / f"{job}.log", {**given, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+    if ended.code:
+        said = " ".join(ended.err.split())[-300:] or "no word on stderr"
+        raise RunError(f"{job}: the process ended with exit code {ended.code}: {said}")
+    found = json.loads(ended.out.splitlines()[-1])
+    if not found["finite"]:
+        raise RunError(f"{job}: the pruned model gives logits that are not finite")
+    return found
+
+
+def summed(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of a job's repeats: all seconds, the highest peaks, the rest as in the first."""
+    tokens, seconds = rows[0]["tokens"], [row["seconds"] for row in rows]
+    peaks = {
+        key: None if any(row[key] is None for row in rows) else max(row[key] for row in rows)
+        for key in ("peak_bytes", "beside_bytes")
+    }
+    return {
+        **rows[0],
+        **peaks,
+        "seconds": seconds,
+        "tokens_per_second": tokens / median(seconds) if tokens else None,
+        "microseconds_per_token": 1e6 * median(seconds) / tokens if tokens else None,
+    }
+
+
+def table(found: Found) -> str:
+    """Markdown."""
+    head = [
+        "model, tool", "chooses by", "seconds (lowest to highest)", "tokens", "tokens/s", "µs/token",
+        "peak beside, GiB", "parameters", "version",
+    ]  # fmt: skip
+    rows = []
+    for row in found.rows:
+        uses = row["tokens"] > 0
+        beside = row["beside_bytes"]
+        rows.append(
+            [
+                f"{row['shape']} {row['job']}",
+                peer_job.JOBS[row["job"]][1],
+                f"**{median(row['seconds']):.2f}** ({span(row['seconds'])})",
+                f"{row['tokens']:,}" if uses else "none",
+                f"{row['tokens_per_second']:,.0f}" if uses else "",
+                f"{row['microseconds_per_token']:,.1f}" if uses else "",
+                "" if beside is None else f"{beside / 2**30:.2f}",
+                f"{row['parameters']['before'] / 1e6:,.1f} M to {row['parameters']['after'] / 1e6:,.1f} M",
+                f"{row['package']} {row['version']}",
+            ]
+        )
+    shapes = "; ".join(describe(name) for name in dict.fromkeys(row["shape"] for row in found.rows))
+    explained = (
+        f"Half of the FFN neurons of a randomly initialised LLaMA in float32 on the CPU, {found.notes['windows']} "
+        f"windows of {SEQ_LEN} tokens in batches of {BATCH_SIZE} where tokens are used. Medians of "
+        f"{found.notes['processes']} processes each, in alternation; seconds and peak (resident memory above what it "
+        "was with the model loaded) are of the pruning alone: from the loaded model to the smaller one in memory. A "
+        f"tool that uses no tokens chooses by weights alone, which is another job than ours. {shapes}."
+    )
+    return markdown("Other tools at the same job", head, rows, found, explained)

@@ -1,0 +1,68 @@
+"""The models that are measured: randomly initialised LLaMAs, in memory or as a folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cfsp.benchmark.make_checkpoint import Shape, make_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+#: Tokens of a window.
+SEQ_LEN = 512
+SHAPES = {
+    "small": Shape(hidden=1024, ffn=2816, blocks=8, heads=16, kv_heads=16, dtype="float32"),
+    "large": Shape(hidden=2048, ffn=5632, blocks=16, heads=16, kv_heads=16, dtype="float32"),
+    "llama3_8b": Shape(
+        hidden=4096, ffn=14336, blocks=32, heads=32, kv_heads=8, vocab=128256, positions=8192, dtype="bfloat16"
+    ),
+}
+#: Measured on a GPU too, with windows of this number and length.
+GPU_SHAPE, GPU_WINDOWS, GPU_SEQ_LEN = "llama3_8b", 128, 1024
+
+
+def describe(name: str) -> str:
+    """For the words under a table."""
+    shape = SHAPES[name]
+    heads = f"{shape.heads} heads" + (f" ({shape.kv_heads} KV)" if shape.kv_heads != shape.heads else "")
+    return f"{name}: hidden {shape.hidden}, FFN {shape.ffn}, {shape.blocks} blocks, {heads}, vocabulary {shape.vocab}"
+
+
+def in_memory(shape: Shape, dtype: torch.dtype, device: torch.device, **changed: int) -> Any:
+    """The model in eval mode with transformers' initial values, seeded; ``changed``: fields of the shape."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = replace(shape, **changed).config()  # type: ignore[arg-type]
+    config._attn_implementation = "sdpa"
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        with device:
+            model: Any = LlamaForCausalLM(config)
+            return model.to(dtype).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def on_disk(folder: Path, shape: Shape) -> Path:
+    """The same as a folder, made where it is not there."""
+    make_checkpoint(folder, shape)
+    return folder
+
+
+def random_ids(windows: int, length: int, vocabulary: int) -> Tensor:
+    """Ids [windows, length] on the CPU, seeded."""
+    import torch
+
+    return torch.randint(vocabulary, (windows, length), generator=torch.Generator().manual_seed(0))
+
+
+def dtypes_on(device: torch.device, on_cpu: tuple[str, ...]) -> tuple[str, ...]:
+    """The dtypes to measure there, by name."""
+    return ("bfloat16",) if device.type == "cuda" else on_cpu

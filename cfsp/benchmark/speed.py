@@ -1,0 +1,173 @@
+"""Prefill and decode speed of pruned models beside the dense one, and beside what their sizes promise."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+from cfsp.benchmark.alternation import pairwise
+from cfsp.benchmark.part import Check, Found, Settings, markdown, span
+from cfsp.benchmark.shapes import SHAPES, describe, dtypes_on, in_memory, random_ids
+
+#: Measured speed-up / predicted speed-up.
+LIMIT = 0.90
+#: What the limit holds for.
+LIMIT_RATIO, LIMIT_MULTIPLE = 0.5, 32
+PROMPT_TOKENS, NEW_TOKENS = 256, 16
+#: Windows for the plans, which only have to be plans: what a pruned model costs does not depend on its values.
+PLAN_WINDOWS, PLAN_SEQ_LEN = 2, 128
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A pruned model; ``pruner``: uniform (one width for all blocks) or cfsp (a width for each block)."""
+
+    pruner: str
+    ratio: float
+    round_to: int
+
+    def __str__(self) -> str:
+        return f"{self.pruner} {self.ratio:.0%} in {self.round_to}s"
+
+
+#: Measured side by side with the dense model, one group after the other. A uniform half is a multiple of 128 anyway.
+GROUPS = (
+    (Variant("uniform", 0.5, 32), Variant("cfsp", 0.5, 32)),
+    (Variant("cfsp", 0.5, 1), Variant("cfsp", 0.5, 128)),
+    (Variant("uniform", 0.3, 32), Variant("cfsp", 0.3, 32)),
+    (Variant("uniform", 0.2, 32), Variant("cfsp", 0.2, 32)),
+)
+
+
+def measure(settings: Settings) -> Found:
+    """Rows: one for each shape, dtype and pruned model."""
+    import torch
+
+    from cfsp.model.device import resolve_device
+
+    device = resolve_device(settings.device)
+    found = Found("speed", "parts=speed", notes={"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS})
+    for name in settings.shapes:
+        for dtype in dtypes_on(device, settings.dtypes):
+            model = in_memory(SHAPES[name], getattr(torch, dtype), device)
+            for group in GROUPS:
+                for row in compared(model, group, settings.repeats):
+                    row = {"shape": name, "dtype": dtype, "device": device.type, **row}
+                    found.rows.append(row)
+                    found.checks += _checks(row)
+                    shown = ", ".join(f"{task} x{row[task]['speedup']:.2f}" for task in ("prefill", "decode"))
+                    print(f"speed: {_name(row)}: {shown}", flush=True)
+            del model
+    return found
+
+
+def compared(model: Any, group: tuple[Variant, ...], repeats: int) -> list[dict[str, Any]]:
+    """A row for each variant: speeds of dense and pruned, the speed-up, and the speed-up that was to be expected."""
+    import cfsp
+    from cfsp.evaluation.base import Side
+    from cfsp.evaluation.cost import time_sides
+    from cfsp.model.snapshot import Snapshot
+
+    dense = Snapshot(model)
+    snapshots = {"dense": dense}
+    widths: dict[str, list[int]] = {}
+    ids = random_ids(PLAN_WINDOWS, PLAN_SEQ_LEN, model.config.vocab_size)
+    for variant in group:
+        plan = cfsp.prune(model, ids, variant.pruner, variant.ratio, round_to=variant.round_to)
+        widths[str(variant)] = [int(detail["width"]) for detail in plan.details]
+        cfsp.apply(model, plan)
+        snapshots[str(variant)] = Snapshot(model)
+        dense.restore()
+    sides = [Side(name, snapshot.active, model.dtype) for name, snapshot in snapshots.items()]
+    costs = {}
+    for side in sides:
+        with side.active():
+            costs[side.name] = predicted(model, PROMPT_TOKENS, NEW_TOKENS)
+    prompt = random_ids(1, PROMPT_TOKENS, model.config.vocab_size).to(model.device)
+    times = time_sides(model, sides, prompt, NEW_TOKENS, repeats)
+    rows = []
+    for variant in group:
+        row: dict[str, Any] = {**asdict(variant), "widths": widths[str(variant)], "cache": times["dense"][0].cache}
+        for task, unit, tokens in (("prefill", "macs", PROMPT_TOKENS), ("decode", "bytes_per_step", NEW_TOKENS)):
+            before, after = ([getattr(timing, task) for timing in times[side]] for side in ("dense", str(variant)))
+            speedup, speedups = pairwise(before, after)
+            expected = costs["dense"][unit] / costs[str(variant)][unit]
+            row[task] = {
+                "tokens_per_second": {"dense": tokens / median(before), "pruned": tokens / median(after)},
+                "seconds": {"dense": before, "pruned": after},
+                unit: {"dense": costs["dense"][unit], "pruned": costs[str(variant)][unit]},
+                "speedup": speedup,
+                "speedups": speedups,
+                "predicted": expected,
+                "of_predicted": speedup / expected,
+            }
+        rows.append(row)
+    return rows
+
+
+def predicted(model: Any, prompt_tokens: int, new_tokens: int) -> dict[str, int]:
+    """What the time of a prefill and of a decoding step should go by.
+
+    macs: of a prefill of T tokens: every linear of the decoder for T tokens, the LM head for one, and the products of
+    queries with keys and of their weights with values, of which a causal pass needs T (T + 1) / 2 each.
+    bytes_per_step: read by a decoding step at batch 1: all weights but the embedding, of which it is one row, and the
+    keys and values of all ``prompt_tokens`` + ``new_tokens`` places of the cache.
+    """
+    from torch import nn
+
+    from cfsp.architecture.views import resolve
+
+    view = resolve(model)
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    linears = sum(m.weight.numel() for m in view.decoder.modules() if isinstance(m, nn.Linear))
+    macs = prompt_tokens * linears + head.numel()
+    numbers = sum(parameter.numel() for parameter in view.decoder.parameters()) - embedding.numel()
+    numbers += head.numel() + embedding.shape[1]
+    for block in view.blocks:
+        if block.attention is not None:
+            macs += block.attention.width * prompt_tokens * (prompt_tokens + 1)
+            numbers += 2 * block.attention.n_kv_heads * block.attention.head_dim * (prompt_tokens + new_tokens)
+    return {"macs": macs, "bytes_per_step": numbers * model.dtype.itemsize}
+
+
+def _checks(row: dict[str, Any]) -> list[Check]:
+    limited = (row["device"], row["dtype"], row["ratio"]) == ("cpu", "float32", LIMIT_RATIO)
+    if not limited or row["round_to"] % LIMIT_MULTIPLE:
+        return []
+    return [
+        Check(f"{_name(row)}, {task}: measured / predicted speed-up", row[task]["of_predicted"], LIMIT, at_least=True)
+        for task in ("prefill", "decode")
+    ]
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['shape']} {row['dtype']} {row['device']} {row['pruner']} {row['ratio']:.0%} in {row['round_to']}s"
+
+
+def table(found: Found) -> str:
+    """Markdown."""
+    head = ["model, dtype, device, pruning"]
+    for task in ("prefill", "decode"):
+        head += [f"{task}: dense, tokens/s", "pruned, tokens/s", "speed-up (lowest to highest)", "predicted", "of it"]
+    rows = []
+    for row in found.rows:
+        cells = [_name(row)]
+        for task, digits in (("prefill", 0), ("decode", 1)):
+            one = row[task]
+            cells += [
+                *(f"{one['tokens_per_second'][side]:,.{digits}f}" for side in ("dense", "pruned")),
+                f"x{one['speedup']:.2f} ({span(one['speedups'])})",
+                f"x{one['predicted']:.2f}",
+                f"**{one['of_predicted']:.2f}**",
+            ]
+        rows.append(cells)
+    shapes = "; ".join(describe(name) for name in dict.fromkeys(row["shape"] for row in found.rows))
+    explained = (
+        f"Batch 1: a prefill of {PROMPT_TOKENS} tokens, then {NEW_TOKENS} decoding steps on a KV cache of fixed "
+        "length, as evaluation.cost times them: dense and pruned in alternation, medians after a round of warming "
+        "up; speed-up: median of the rounds' ratios. FFN neurons removed, widths in multiples of the last number: "
+        "one width (uniform) or a width for each block (cfsp). predicted: of a prefill by the MACs of the linear "
+        f"layers and of attention, of decoding by the bytes that a step reads (weights, KV cache). {shapes}."
+    )
+    return markdown("Speed of pruned models against prediction", head, rows, found, explained)

@@ -1,0 +1,186 @@
+"""Pruning a checkpoint straight from its shards, beside pruning it in memory: peak resident memory, time, plans."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from cfsp.benchmark.make_checkpoint import Shape
+from cfsp.benchmark.part import Check, Found, Settings, markdown, span
+from cfsp.benchmark.processes import watched
+from cfsp.benchmark.shapes import SEQ_LEN, on_disk, random_ids
+from cfsp.errors import RunError
+from cfsp.system.package import ROOT
+
+#: Bytes that a streamed run may have resident at most, whatever the size of the model.
+MEMORY_LIMIT = 2_000_000_000
+#: A streamed run may take so many times as long as one in memory.
+TIME_LIMIT = 1.3
+WINDOWS = 16
+#: Bytes between two looks at whether a file is in the page cache: each may read a little ahead.
+LOOK_EVERY = 2**24
+RATIO = 0.5
+#: As the files have it: model.dtype=auto would widen it on a CPU.
+DTYPE = "bfloat16"
+SHAPE = Shape(hidden=2048, ffn=5632, heads=16, kv_heads=16, dtype=DTYPE)
+
+
+def measure(settings: Settings) -> Found:
+    """Rows: one for each mode (model.streaming) and run."""
+    import numpy
+
+    shape = replace(SHAPE, blocks=settings.blocks)
+    work = settings.work / "streaming"
+    folder = on_disk(work / f"model-{shape.hidden}-{shape.blocks}", shape)
+    ids = work / f"ids-{shape.vocab}.npy"
+    numpy.save(ids, random_ids(WINDOWS, min(SEQ_LEN, shape.positions), shape.vocab).numpy())
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    # Each size has a record of its own.
+    usual = shape.blocks == Settings.blocks
+    name = "streaming" if usual else f"streaming_{shape.blocks}_blocks"
+    words = "parts=streaming" + ("" if usual else f" blocks={shape.blocks}")
+    words += f" modes={','.join(settings.modes)} runs={settings.runs}"
+    notes = {"checkpoint_bytes": size, "blocks": shape.blocks, "windows": WINDOWS}
+    found = Found(name, words, notes=notes)
+    plans: dict[str, Any] = {}
+    for run in range(settings.runs):
+        for mode in settings.modes if run % 2 == 0 else tuple(reversed(settings.modes)):
+            cached = drop_from_page_cache(sorted(folder.iterdir()))
+            row = {"cached_before": cached, **measured(folder, ids, work / "run", mode)}
+            plan = row.pop("plan")
+            row["same_plan"] = plan == plans.setdefault("first", plan)
+            found.rows.append({"run": run, **row})
+            print(f"streaming: {mode}: {row['seconds']:.1f} s, {row['peak_bytes'] / 1e9:.2f} GB resident", flush=True)
+    found.checks = _checks(found)
+    return found
+
+
+def drop_from_page_cache(files: Sequence[Path]) -> float | None:
+    """Make the next read of the files one of the disk; the share of looked at pages that are cached all the same.
+
+    Without it the first run would read the disk and the next one memory, which says nothing of their modes. None where
+    the system cannot do it or cannot tell (a file system in memory, one that is not Linux's).
+    """
+    if not (hasattr(os, "posix_fadvise") and hasattr(os, "RWF_NOWAIT")):
+        return None
+    cached, looks = 0, 0
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # what is not on the disk yet stays in memory
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            for offset in range(0, file.stat().st_size, LOOK_EVERY):
+                looks += 1
+                with suppress(BlockingIOError):  # not in memory
+                    cached += os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT)
+        except OSError:
+            return None
+        finally:
+            os.close(descriptor)
+    return cached / looks if looks else None
+
+
+def measured(folder: Path, ids: Path, run: Path, mode: str | None) -> dict[str, Any]:
+    """One run of the command line in a process of its own, with empty caches; ``mode`` None: the key left out.
+
+    Raises:
+        RunError: it failed; its last words.
+    """
+    shutil.rmtree(run, ignore_errors=True)
+    words = [
+        "model=local", f"model.path={folder}", f"model.dtype={DTYPE}", "calibration=tokens", f"calibration.path={ids}",
+        "pruner=cfsp", f"sparsity.ratio={RATIO}", "evaluation=none", "logger=none",
+        f"paths.output_dir={run / 'out'}", f"paths.records_dir={run / 'records'}", f"paths.cache_dir={run / 'cache'}",
+    ]  # fmt: skip
+    if mode is not None:
+        words.append(f"model.streaming={mode}")
+    # The child runs this checkout, whatever is installed.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT.parent)}
+    ended = watched([sys.executable, "-m", "cfsp.run", *words], run / "process.log", environment)
+    if ended.code:
+        said = " ".join(ended.err.split())[-300:] or "no word on stderr"
+        raise RunError(f"model.streaming={mode}: the run ended with exit code {ended.code}: {said}")
+    record = json.loads((run / "out" / "record.json").read_text(encoding="utf-8"))
+    plan = json.loads((run / "out" / "plan.json").read_text(encoding="utf-8"))
+    stages = {stage["name"]: stage for stage in record["stages"]}
+    seen = [ended.peak_bytes or 0, *(stage["peak_bytes"] or 0 for stage in record["stages"])]
+    shutil.rmtree(run)  # its model is as large as what is kept of the checkpoint
+    return {
+        "mode": mode,
+        "seconds": ended.seconds,
+        "stages_seconds": sum(stage["seconds"] for stage in record["stages"]),
+        "peak_bytes": max(seen),
+        "stages": {name: {key: stage[key] for key in ("seconds", "peak_bytes")} for name, stage in stages.items()},
+        "written_bytes": record["checkpoint"]["bytes"],
+        "plan": {key: plan[key] for key in ("blocks", "requested", "achieved")},
+    }
+
+
+def _checks(found: Found) -> list[Check]:
+    by_mode: dict[str, list[dict[str, Any]]] = {}
+    for row in found.rows:
+        by_mode.setdefault(row["mode"], []).append(row)
+    checks = []
+    if "on" in by_mode:
+        peak = max(row["peak_bytes"] for row in by_mode["on"])
+        checks.append(Check("streamed, GB resident at most", peak / 1e9, MEMORY_LIMIT / 1e9))
+    if {"on", "off"} <= set(by_mode):
+        on, off = (median(row["seconds"] for row in by_mode[mode]) for mode in ("on", "off"))
+        checks.append(Check("streamed / in memory, seconds of the whole process", on / off, TIME_LIMIT))
+        different = sum(not row["same_plan"] for row in found.rows)
+        checks.append(Check("plans that differ from the first run's", different, 0))
+    return checks
+
+
+def table(found: Found) -> str:
+    """Markdown."""
+    names = list(dict.fromkeys(name for row in found.rows for name in row["stages"]))
+    head = ["model.streaming", "seconds (lowest to highest)", "peak resident, GB", *(f"{name}, s" for name in names)]
+    rows = []
+    for mode in dict.fromkeys(row["mode"] for row in found.rows):
+        runs = [row for row in found.rows if row["mode"] == mode]
+        whole = [row["seconds"] for row in runs]
+        rows.append(
+            [
+                str(mode),
+                f"{median(whole):.1f} ({span(whole, 1)})",
+                f"**{max(row['peak_bytes'] for row in runs) / 1e9:.2f}**",
+                *(f"{_stage(runs, name):.1f}" for name in names),
+            ]
+        )
+    explained = (
+        f"A randomly initialised LLaMA of {found.notes['checkpoint_bytes'] / 1e9:.2f} GB in {DTYPE} (hidden "
+        f"{SHAPE.hidden}, FFN {SHAPE.ffn}, {found.notes['blocks']} blocks) in shards, {found.notes['windows']} "
+        f"windows of {SEQ_LEN} tokens, cfsp at {RATIO:.0%}, the pruned model written. Each run is a process of its "
+        f"own with empty caches of cfsp, {max(row['run'] for row in found.rows) + 1} of each mode, in the order "
+        f"{', '.join(str(row['mode']) for row in found.rows)}; {_cache_state(found)}. Seconds: of the whole process, "
+        "imports and start included, medians; peak resident: VmHWM, the highest seen."
+    )
+    return markdown("Pruning a checkpoint from its shards", head, rows, found, explained)
+
+
+def _cache_state(found: Found) -> str:
+    """In what state of the page cache the runs started."""
+    shares = [row["cached_before"] for row in found.rows]
+    if None in shares:
+        return (
+            "the checkpoint could not be dropped from the page cache, so all runs but the first may find it in memory"
+        )
+    return (
+        "before each the checkpoint is dropped from the page cache (posix_fadvise), so that all read it from the disk: "
+        f"{max(shares):.0%} of it was still in memory at most"
+    )
+
+
+def _stage(runs: list[dict[str, Any]], name: str) -> float:
+    """Median seconds of a stage over the runs that have it; NaN where none has."""
+    seconds = [row["stages"][name]["seconds"] for row in runs if name in row["stages"]]
+    return median(seconds) if seconds else float("nan")

@@ -1,0 +1,1 @@
+"""Calibration sets, one pass over them, and the statistics it collects."""

@@ -1,0 +1,46 @@
+"""The number of sequences that go through the model at a time: as many as run fastest, and as the memory holds.
+
+The number is the same whenever the same model is calibrated on the same machine. It is part of the name under which
+results, and the remains of a killed calibration, are kept, so it must not depend on the memory that happens to be free.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from cfsp.model.streamed import streamed
+from cfsp.system.memory import capacity
+
+if TYPE_CHECKING:
+    from cfsp.architecture.views import DecoderView
+
+BatchSize = int | Literal["auto"]
+
+#: More tokens at a time are no faster: on a CPU the activations leave its caches, a GPU is busy already.
+_TOKENS = {"cpu": 2048, "other": 16384}
+#: The share of the memory beside the weights that one batch may take.
+_SHARE_OF_MEMORY = 0.5
+
+
+def batch_size(asked: BatchSize, view: DecoderView, seq_len: int) -> int:
+    """Return the number of sequences of ``seq_len`` tokens to run at a time, at least 1.
+
+    Args:
+        asked: the number, or "auto": the number that suits device and memory.
+    """
+    if asked != "auto":
+        return asked
+    wanted = _TOKENS.get(view.device.type, _TOKENS["other"]) // seq_len
+    # In a block at once: a few hidden states, and in the FFN gate, up and their product.
+    hidden = view.model.get_input_embeddings().weight.shape[-1]
+    widths = [n * (1 if b.experts is None else b.experts.top_k) for b, n in zip(view.blocks, view.widths, strict=True)]
+    per_token = (6 * hidden + 3 * max(widths)) * view.model.dtype.itemsize
+    fitting = int(_SHARE_OF_MEMORY * (capacity(view.device) - _weights(view))) // (per_token * seq_len)
+    return max(1, min(wanted, fitting))
+
+
+def _weights(view: DecoderView) -> int:
+    """Return the bytes of weights on the device of ``view`` during a pass: all, or two blocks of a streamed model."""
+    if streamed(view.model) is not None:
+        return 2 * max(sum(weight.nbytes for weight in block.module.parameters()) for block in view.blocks)
+    return sum(weight.nbytes for weight in view.model.parameters() if weight.device == view.device)

@@ -1,0 +1,77 @@
+"""The calibration stage: model, calibration set -> Statistics; one forward pass, cached on disk by content."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from cfsp.calibration.block_pass import Visit, block_by_block
+from cfsp.calibration.calibration_set import CalibrationSet
+from cfsp.calibration.collectors import COLLECTOR_VERSION, collecting, report
+from cfsp.calibration.expert_collectors import EXPERTS_VERSION
+from cfsp.calibration.gram import GramCollection, gram_sums
+from cfsp.calibration.statistics import Statistics
+from cfsp.calibration.statistics_cache import StatisticsCache
+from cfsp.model.driver import BlockDriver
+from cfsp.model.streamed import streamed
+from cfsp.system.cache import read_or_compute
+
+
+def calibrate(
+    driver: BlockDriver,
+    calibration: CalibrationSet,
+    cache: StatisticsCache | None = None,
+    visit: Visit | None = None,
+    grams: GramCollection | None = None,
+) -> tuple[Statistics, bool]:
+    """Run the decoder once over the set, or read what an earlier run left.
+
+    The pass sees each token of ``calibration`` exactly once in every block, and never the LM head.
+
+    Args:
+        cache: where statistics are kept for other runs; None: nowhere.
+        visit: called with each block of a streamed model and its statistics, while its weights are in memory.
+        grams: matrices to be collected on the way. Where statistics are there already and some matrices are not, they
+            get a pass of their own.
+
+    Returns:
+        The statistics, and whether nothing had to be computed.
+    """
+    # Mixtures of experts have a version of their own, beside which what was kept of dense models stays valid.
+    version = COLLECTOR_VERSION + (1000 * EXPERTS_VERSION if driver.view.mixtures else 0)
+    header = {"name": calibration.name, "collectors": version}
+    path = None if cache is None else cache.path("statistics", driver, calibration, version)
+    progress = None if path is None else path.with_suffix(".progress")
+    statistics, cached = read_or_compute(
+        path,
+        Statistics.load,
+        lambda: _one_pass(driver, calibration.input_ids, progress, visit, grams),
+        lambda computed, file: computed.save(file, header),
+    )
+    if grams is not None and not grams.complete:
+        with grams.alone():
+            if not grams.complete:
+                _one_pass(driver, calibration.input_ids, None, visit, grams)
+                cached = False
+    return statistics, cached
+
+
+def _one_pass(
+    driver: BlockDriver, input_ids: Tensor, progress: Path | None, visit: Visit | None, grams: GramCollection | None
+) -> Statistics:
+    """Run the decoder once over ids [n, T]: all at once, or block by block where memory asks for it.
+
+    Args:
+        progress: folder for the state of a pass block by block until it ends; None: it is not kept.
+    """
+    if streamed(driver.view.model) is not None or (grams is not None and not grams.fits):
+        return block_by_block(driver, input_ids, progress, visit, grams)
+    with (
+        collecting(driver.view.blocks) as sums,
+        gram_sums(driver.view.blocks, None if grams is None else grams.wanted) as matrices,
+    ):
+        driver.run(input_ids)
+    if grams is not None:
+        grams.keep(matrices)
+    return report(sums, *input_ids.shape)

@@ -1,0 +1,164 @@
+"""Calibration sets: windows of token ids with a fingerprint of their content."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfsp.config.sections import CalibrationSection, TextCalibration, TokensCalibration
+from cfsp.data.limits import Limits
+from cfsp.data.text import bos_of, cut_windows, locate_text, read_text, settled, tokenise, with_bos
+from cfsp.data.token_file import open_ids
+from cfsp.errors import DataError
+from cfsp.system.digest import file_digest
+from cfsp.system.magnitude import LARGEST_TOKENS
+from cfsp.system.package import package_path
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """``input_ids`` [n, T] int64 on CPU, and where they come from.
+
+    ``bos``: of windows of a text, as settled (never auto).
+    """
+
+    input_ids: Tensor
+    name: str
+    split: str
+    seed: int
+    revision: str | None = None
+    bos: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the shape and the ids."""
+        digest = hashlib.sha256(repr(tuple(self.input_ids.shape)).encode())
+        digest.update(self.input_ids.contiguous().numpy().tobytes())
+        return f"sha256:{digest.hexdigest()}"
+
+    def describe(self) -> dict[str, Any]:
+        """For the record."""
+        n, length = self.input_ids.shape
+        return {
+            "name": self.name,
+            "split": self.split,
+            "revision": self.revision,
+            "n_samples": n,
+            "seq_len": length,
+            "seed": self.seed,
+            "fingerprint": self.fingerprint,
+            **({"bos": self.bos} if self.bos is not None else {}),
+        }
+
+
+def from_ids(input_ids: Tensor, limits: Limits, name: str = "input_ids", seed: int = 0) -> CalibrationSet:
+    """A calibration set from ids [n, T] that the caller already has.
+
+    Raises:
+        DataError: not a non-empty integer matrix, ids outside the vocabulary, or windows that are too long.
+    """
+    integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+    if input_ids.dim() != 2 or input_ids.dtype not in integers or input_ids.numel() == 0 or input_ids.shape[1] < 2:
+        raise DataError(
+            f"{name}: integer token ids of shape [n, T], T from 2, are needed, "
+            f"found {input_ids.dtype} of shape {tuple(input_ids.shape)}"
+        )
+    ids = input_ids.detach().to("cpu", torch.int64)
+    limits.check_ids(name, ids.numpy())
+    limits.check_length(f"{name} window length", ids.shape[1])
+    return CalibrationSet(ids, name, "given", seed)
+
+
+def from_text(section: TextCalibration, tokenizer: Any, limits: Limits, seed: int) -> CalibrationSet:
+    """Windows of a text, tokenised once: at random starts (Python's ``random``, as the authors do) or in order.
+
+    Raises:
+        DataError: the text is missing, unreadable or too short, or the windows are too long for the model.
+    """
+    limits.check_length("calibration.seq_len", section.seq_len)
+    section = settled(section, tokenizer)
+    text = locate_text(section, "calibration")
+    bos_id = bos_of(tokenizer, section.bos, "calibration")
+    ids = tokenise(read_text(text), tokenizer, section.bos)
+    length = section.seq_len if bos_id is None else section.seq_len - 1
+    needed = length if section.sampling == "random" else length * section.n_samples
+    if len(ids) < needed:
+        raise DataError(
+            f"calibration ({section.name}): the text has {len(ids)} tokens, {needed} are needed for "
+            f"calibration.n_samples={section.n_samples} calibration.seq_len={section.seq_len} "
+            f"({section.sampling}); use a longer text or smaller values"
+        )
+    if section.sampling == "sequential":
+        windows = cut_windows(ids, section.seq_len, bos_id=bos_id)[: section.n_samples]
+    else:
+        if len(ids) < length * section.n_samples:
+            log.warning(
+                "calibration (%s): %d random windows of %d tokens overlap in a text of %d tokens",
+                section.name, section.n_samples, section.seq_len, len(ids),
+            )  # fmt: skip
+        chooser = random.Random(seed)
+        if section.n_samples > max(1, len(ids) - length):
+            raise DataError(
+                f"calibration.n_samples={section.n_samples}: the text of calibration={section.name} has "
+                f"{max(1, len(ids) - length):,} windows of {length} tokens; use fewer, or a longer text"
+            )
+        starts = [chooser.randint(0, max(0, len(ids) - length - 1)) for _ in range(section.n_samples)]
+        windows = np.stack([ids[start : start + length] for start in starts])
+        windows = windows if bos_id is None else with_bos(windows, bos_id)
+    limits.check_ids(f"calibration ({section.name})", windows)
+    ids_of_windows = torch.from_numpy(windows.copy())
+    return CalibrationSet(ids_of_windows, section.name, section.split, seed, text.revision, section.bos)
+
+
+def from_tokens(section: TokensCalibration, limits: Limits, seed: int) -> CalibrationSet:
+    """Frozen ids of a .npy file, untouched but for ``n_samples`` and ``seq_len``.
+
+    Raises:
+        DataError: missing, empty, not integers, not [n, T], ids outside the vocabulary, or too few.
+    """
+    key = f"calibration.path={section.path}"
+    ids = open_ids(package_path(str(section.path)), key)
+    n, length = section.n_samples or ids.shape[0], section.seq_len or ids.shape[1]
+    if ids.shape[0] < n or ids.shape[1] < length:
+        raise DataError(
+            f"{key}: it holds {ids.shape[0]} x {ids.shape[1]} ids; calibration.n_samples={n} "
+            f"calibration.seq_len={length} ask for more"
+        )
+    limits.check_length("calibration.seq_len", length)
+    if n * length > LARGEST_TOKENS:
+        raise DataError(
+            f"{key}: {n:,} x {length:,} ids are more than the {LARGEST_TOKENS:,} that are taken; use "
+            "calibration.n_samples=128"
+        )
+    chosen = ids[:n, :length]
+    limits.check_ids(key, chosen)
+    return CalibrationSet(torch.from_numpy(chosen.astype(np.int64, order="C")), section.name, "given", seed)
+
+
+def identity(section: CalibrationSection, tokenizer: Any = None) -> dict[str, Any]:
+    """What decides the set, by content, before anything is tokenised: for the run's identity.
+
+    Without a ``tokenizer``, ``bos=auto`` stays unsettled.
+    """
+    if isinstance(section, TextCalibration) and tokenizer is not None:
+        section = settled(section, tokenizer)
+    settings = section.model_dump(exclude={"path", "hub", "memory_gb"})
+    for later, before in (("gram_share", 1.0), ("skip_documents", 0)):  # as in every run from before there was the key
+        if settings.get(later) == before:
+            del settings[later]
+    if isinstance(section, TextCalibration):
+        settings |= locate_text(section, "calibration").identity
+    elif isinstance(section, TokensCalibration):
+        path = package_path(str(section.path))
+        open_ids(path, f"calibration.path={section.path}")
+        settings["sha256"] = file_digest(path)
+    return settings

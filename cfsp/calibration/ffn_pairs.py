@@ -1,0 +1,112 @@
+"""Pairs of inputs and target outputs of an FFN, to which a refit fits its matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cfsp.calibration.gram import subsample_tokens
+from cfsp.calibration.inputs import watch_inputs
+
+if TYPE_CHECKING:
+    from cfsp.architecture.ffn import FFN
+    from cfsp.architecture.views import BlockView
+    from cfsp.model.hidden_states import HiddenStates
+
+#: One sequence (or token) of so many is held out.
+HELD_OUT = 4
+
+
+class FFNCapture:
+    """The last batch that an FFN has seen.
+
+    Attributes:
+        entering: input of the FFN [B, T, d].
+        hidden: input of its output projection [B, T, N].
+    """
+
+    entering: Tensor
+    hidden: Tensor
+
+
+@contextmanager
+def capturing_ffn(block: BlockView, ffn: FFN) -> Iterator[FFNCapture]:
+    """Capture each batch that ``ffn`` sees while ``block`` runs; the hooks always go away."""
+    seen = FFNCapture()
+
+    def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.entering = args[0].detach()
+
+    def leave(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.hidden = args[0].detach()
+
+    removers: list[Callable[[], None]] = []
+    try:
+        removers += watch_inputs(block, next(iter(ffn.inputs.values())), enter)
+        removers += watch_inputs(block, ffn.output, leave)
+        yield seen
+    finally:
+        for remove in removers:
+            remove()
+
+
+class Pairs(Sequence[tuple[Tensor, Tensor]]):
+    """Inputs [n, d] and targets [n, d_out] by batch, in memory or on disk (:class:`cfsp.model.hidden_states`)."""
+
+    def __init__(self, inputs: HiddenStates, targets: HiddenStates) -> None:
+        self._inputs, self._targets = inputs, targets
+
+    def append(self, inputs: Tensor, targets: Tensor) -> None:
+        self._inputs.append(inputs)
+        self._targets.append(targets)
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def __getitem__(self, batch: Any) -> Any:
+        return self._inputs[batch], self._targets[batch]
+
+
+class FFNPairs:
+    """Pairs of an FFN from every ``stride``-th token of each sequence, split into pairs to fit to and pairs held out.
+
+    Every fourth sequence is held out; with fewer than four sequences, every fourth of the tokens.
+    """
+
+    def __init__(self, sequences: int, stride: float, held: Callable[[], HiddenStates]) -> None:
+        """Args:
+        sequences: number of sequences to come.
+        stride: distance between two tokens that are kept.
+        held: makes an empty set of states, which bounds the memory that it takes.
+        """
+        self.fitted, self.held_out = Pairs(held(), held()), Pairs(held(), held())
+        self._stride, self._by_token, self._seen = stride, sequences < HELD_OUT, 0
+
+    def add(self, ffn: FFN, seen: FFNCapture, missing: Tensor | None) -> None:
+        """Keep a batch.
+
+        Args:
+            missing: added to the output of the FFN to make the target, [B, T, d_out]; None: nothing.
+        """
+        entering, hidden = subsample_tokens(seen.entering, self._stride), subsample_tokens(seen.hidden, self._stride)
+        given = hidden @ ffn.output.weight.detach().T
+        if ffn.output.bias is not None:
+            given = given + ffn.output.bias.detach()
+        if missing is not None:
+            given = given + subsample_tokens(missing, self._stride).to(given.dtype)
+        if self._by_token:
+            entering, given = entering.flatten(0, 1), given.flatten(0, 1)
+        out = torch.arange(self._seen, self._seen + len(entering), device=entering.device) % HELD_OUT == HELD_OUT - 1
+        self._seen += len(entering)
+        # Picked by a mask, they are copies: a share of the tokens does not hold on to all of them.
+        for pairs, which in ((self.fitted, ~out), (self.held_out, out)):
+            if bool(which.any()):
+                pairs.append(_rows(entering[which]), _rows(given[which]))
+
+
+def _rows(values: Tensor) -> Tensor:
+    return values.reshape(-1, values.shape[-1])

@@ -1,0 +1,37 @@
+"""Watching the inputs of a projection while a model runs, as [B, T, N] whatever shape the block works in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from cfsp.architecture.projection import Projection
+from cfsp.architecture.views import BlockView
+from cfsp.model.driver import entering
+
+
+def watch_inputs(
+    block: BlockView, projection: Projection, seen: Callable[[nn.Module, tuple[Tensor, ...]], None]
+) -> list[Callable[[], None]]:
+    """Call ``seen`` as a forward pre-hook of the projection.
+
+    Some families give their FFN all tokens of a batch in one row (OPT). These are folded back by the shape that entered
+    the block.
+
+    Returns:
+        Functions that end it.
+    """
+    shape: list[int] = []
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        shape[:] = entering(args, kwargs).shape[:2]
+
+    def fold(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen(module, args if args[0].dim() == 3 else (args[0].unflatten(0, tuple(shape)), *args[1:]))
+
+    return [
+        block.module.register_forward_pre_hook(enter, with_kwargs=True).remove,
+        projection.register_forward_pre_hook(fold).remove,
+    ]

@@ -1,0 +1,33 @@
+"""What a pass over the calibration set left, on disk by content: statistics, gradient terms, similarities."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from cfsp.calibration.calibration_set import CalibrationSet
+from cfsp.model.driver import BlockDriver
+
+
+@dataclass(frozen=True)
+class StatisticsCache:
+    """Files by the content of model and tokens, dtype, and the version of what collected them."""
+
+    folder: Path
+    model_fingerprint: str
+
+    def path(
+        self, kind: str, driver: BlockDriver, calibration: CalibrationSet, version: int, *, batched: bool = True
+    ) -> Path:
+        """Where the ``kind`` of this model and set lies; ``batched``: the batch size counts (it moves sums)."""
+        key = {
+            "model": self.model_fingerprint,
+            "tokens": calibration.fingerprint,
+            "dtype": str(driver.view.model.dtype),
+            "batch_size": driver.batch_size if batched else None,
+            "version": version,
+        }
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        return self.folder / kind / f"{digest[:32]}.safetensors"

@@ -1,0 +1,1 @@
+"""Writing a model folder and the reference that other tools are compared with."""

@@ -1,0 +1,291 @@
+"""Computing the reference of a model: log-probabilities and greedy tokens of fixed windows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cfsp.checkpoint.reference import LENGTH, SEED, WINDOWS, Reference
+from cfsp.errors import RunError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from cfsp.architecture.views import BlockView
+    from cfsp.model.driver import BlockDriver
+
+
+#: Of a streamed model it is one: each token after it would read the whole model again.
+GREEDY = 8
+
+
+#: Elements of a matrix that are brought to float32 at a time: 256 MiB.
+_PIECE = 1 << 26
+
+
+def reference_of(model: Any, *, dtype: torch.dtype | None = None, tokenizer: Path | None = None) -> Reference:
+    """What ``model`` computes in float32 with its weights as a folder of ``dtype`` holds them; it is left as it is.
+
+    In float32 whatever the run computes in: what bfloat16 rounds away is as much as another RoPE or a norm that is off
+    by 5 % changes, and nobody could tell the two apart.
+
+    Of a model in memory this is a forward pass over a hundred tokens and ``GREEDY`` more; a streamed model is read
+    for it, block by block (:class:`StreamedReference` needs no read of its own).
+
+    Args:
+        tokenizer: folder of the tokenizer files, whose special tokens are left out of the windows.
+
+    Raises:
+        RunError: the model gives values that are not finite.
+    """
+    import torch
+
+    from cfsp.model.streamed import streamed
+
+    ids = torch.from_numpy(token_windows(model, tokenizer))
+    compute = _in_memory if streamed(model) is None else _block_by_block
+    with torch.no_grad(), _evaluating(model), _as_stored(model, dtype):
+        return _reference(model, dtype, ids, compute(model, ids))
+
+
+class StreamedReference:
+    """The reference of a streamed model, from the blocks that somebody else reads: call it with each of them."""
+
+    def __init__(self, model: Any, *, dtype: torch.dtype | None = None, tokenizer: Path | None = None) -> None:
+        import torch
+
+        from cfsp.architecture.views import resolve
+        from cfsp.model.driver import BlockDriver
+
+        self._model, self._dtype = model, dtype
+        self._ids = torch.from_numpy(token_windows(model, tokenizer))
+        self._driver = BlockDriver(resolve(model), len(self._ids))
+        with _as_stored(model, dtype):
+            self._entry = self._driver.entry(self._ids)
+        self._hidden = self._entry.hidden[0]
+        self._seen = 0
+
+    def __call__(self, block: BlockView) -> None:
+        import torch
+
+        from cfsp.model.driver import run_block
+
+        if block.index == self._seen:
+            with torch.no_grad(), _as_stored(self._model, self._dtype):
+                self._hidden = run_block(block, self._hidden, self._entry.kwargs[block.index][0])
+            self._seen += 1
+
+    def found(self) -> Reference | None:
+        """None where blocks were left out, e.g. because a killed process had written them already.
+
+        Raises:
+            RunError: as :func:`reference_of`.
+        """
+        import torch
+
+        if self._seen < len(self._driver.view.blocks):
+            return None
+        with torch.no_grad(), _as_stored(self._model, self._dtype):
+            return _reference(
+                self._model, self._dtype, self._ids, _of_hidden(self._model, self._driver, self._ids, self._hidden)
+            )
+
+
+def _reference(
+    model: Any, dtype: torch.dtype | None, ids: Tensor, figures: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> Reference:
+    import torch
+
+    logprobs, top, greedy, margins = figures
+    if not (torch.isfinite(logprobs).all() and torch.isfinite(margins).all()):
+        raise RunError(
+            f"{type(model).__name__}: its logits on {WINDOWS} windows of random tokens are not finite, so nobody could "
+            "use what is saved; try model.dtype=float32"
+        )
+    computed = "float64" if model.dtype == torch.float64 else "float32"
+    stored = str(dtype or model.dtype).removeprefix("torch.")
+    return Reference(ids.numpy(), logprobs.numpy(), top.numpy(), greedy.numpy(), margins.numpy(), computed, stored)
+
+
+def token_windows(model: Any, tokenizer: Path | None = None) -> np.ndarray:
+    """Ids [WINDOWS, T] that are the same whenever vocabulary and special tokens are; T = LENGTH where positions allow.
+
+    Random ids: no text is needed, and none would be in the vocabulary of every tokenizer.
+    """
+    config = model.config.get_text_config()
+    size = int(config.vocab_size)
+    special = {
+        value
+        for settings in (config, model.generation_config)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+        for value in _as_list(getattr(settings, name, None))
+    }
+    known, reserved = _tokenizer_ids(tokenizer)
+    usual = [at for at in range(size) if at not in special and at not in reserved and (not known or at in known)]
+    candidates = np.array(usual or range(size))
+    positions = getattr(config, "max_position_embeddings", None) or LENGTH + GREEDY
+    length = max(2, min(LENGTH, positions - GREEDY))
+    return candidates[np.random.default_rng(SEED).integers(len(candidates), size=(WINDOWS, length))].astype(np.int64)
+
+
+def _tokenizer_ids(folder: Path | None) -> tuple[set[int], set[int]]:
+    """(ids that tokenizer.json has a token for, ids of the tokens that were added to it); empty where there is none."""
+    try:
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")) if folder else {}
+        vocabulary = content.get("model", {}).get("vocab", {})
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        return set(ids), {token["id"] for token in content.get("added_tokens", ())}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set(), set()
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _in_memory(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprobs, top, greedy, margins) of :class:`Reference`, on the CPU."""
+    import torch
+
+    device = model.get_input_embeddings().weight.device
+    ids = ids.to(device)
+    output = model(ids, use_cache=True)
+    logprobs, top = _scored(output.logits, ids)
+    tokens, margins = [], []
+    for at in range(GREEDY):
+        token, margin = _likeliest(output.logits)
+        tokens.append(token)
+        margins.append(margin)
+        if at + 1 < GREEDY:
+            past = getattr(output, "past_key_values", None)
+            if past is None:  # RecurrentGemma keeps its states to itself: everything so far is read again
+                output = model(torch.cat([ids, torch.stack(tokens, dim=1).to(device)], dim=1), use_cache=False)
+            else:
+                output = model(token[:, None].to(device), past_key_values=past, use_cache=True)
+    return logprobs, top, torch.stack(tokens, dim=1), torch.stack(margins, dim=1)
+
+
+def _block_by_block(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same of a streamed model, each of whose blocks is read once; a single greedy token."""
+    from cfsp.architecture.views import resolve
+    from cfsp.model.driver import BlockDriver
+
+    driver = BlockDriver(resolve(model), len(ids))
+    hidden = driver.hidden_states()
+    for step in driver.steps(ids, "reference"):
+        hidden = step.advance()
+    return _of_hidden(model, driver, ids, hidden[0])
+
+
+def _of_hidden(model: Any, driver: BlockDriver, ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from cfsp.model.streamed import streamed
+
+    store = streamed(model)
+    assert store is not None
+    with store.resident_rest():
+        logits = driver.logits(ids, hidden)
+    logprobs, top = _scored(logits, ids.to(logits.device))
+    token, margin = _likeliest(logits)
+    return logprobs, top, token[:, None], margin[:, None]
+
+
+def _scored(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [n, T-1] of the next tokens and the likeliest ones [n, T]; log-softmax in fp32."""
+    import torch
+
+    rows = []
+    for sequence, window in zip(logits, ids, strict=True):  # one window's vocabulary in fp32 at a time
+        rows.append(sequence[:-1].float().log_softmax(-1).gather(-1, window[1:, None])[:, 0])
+    return torch.stack(rows).cpu(), logits.argmax(-1).cpu()
+
+
+def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """After the last position: the likeliest token [n], and by how much its log-probability exceeds the second's."""
+    values, tokens = logits[:, -1].float().topk(2, dim=-1)
+    return tokens[:, 0].cpu(), (values[:, 0] - values[:, 1]).cpu()
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was in training:
+            module.training = was
+
+
+@contextmanager
+def _as_stored(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """While a module runs its parameters are what a folder of ``dtype`` holds, in float32, which it then computes in.
+
+    A module at a time, and of a large matrix some rows, so that there is never a second model (or head) in memory.
+    """
+    import torch
+    from torch.nn.functional import linear
+
+    from cfsp.model.driver import forward_replaced
+
+    def bits(kind: torch.dtype) -> int:
+        return torch.finfo(kind).bits
+
+    def exact(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        given = tensor.dtype
+        if dtype is not None and bits(dtype) < bits(given):
+            tensor = tensor.to(dtype)
+        return tensor.to(given if bits(given) > 32 else torch.float32)
+
+    before: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
+
+    def enter(module: nn.Module, args: Any) -> None:
+        before[module] = dict(module._parameters)
+        for name, parameter in before[module].items():
+            if parameter is not None:
+                value = exact(parameter.detach())
+                if value.data_ptr() != parameter.data_ptr():
+                    module._parameters[name] = torch.nn.Parameter(value, requires_grad=False)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        module._parameters.update(before.pop(module, {}))
+
+    def looked_up(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return exact(output)
+
+    def by_rows(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+        def forward(states: Tensor) -> Tensor:
+            weight, bias = module.weight, module.bias
+            rows = max(1, _PIECE // max(1, weight.shape[1]))
+            parts = [
+                linear(states, exact(piece), None if bias is None else exact(bias[at * rows : (at + 1) * rows]))
+                for at, piece in enumerate(weight.split(rows))
+            ]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+        return forward
+
+    hooks = []
+    replaced = ExitStack()
+    for module in model.modules():
+        if type(module) is torch.nn.Embedding:  # its rows alone, not the vocabulary
+            hooks.append(module.register_forward_hook(looked_up))
+        elif type(module) is torch.nn.Linear:
+            replaced.enter_context(forward_replaced(module, by_rows(module)))
+        elif module._parameters:
+            hooks.append(module.register_forward_pre_hook(enter))
+            # Before those of a streamed model, which take away what was there when they put it there.
+            hooks.append(module.register_forward_hook(leave, always_call=True, prepend=True))
+    try:
+        with replaced:
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,295 @@
+"""Writing a pruned model as a folder that stock tools load; checking a folder before its weights are read.
+
+Equal FFN widths give a plain folder of the stock model type, unequal ones a folder that carries its own code
+(``remote_code``). A stock model type with other shapes is never written.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cfsp.checkpoint.reference import place_of
+from cfsp.checkpoint.reference_pass import StreamedReference, reference_of
+from cfsp.errors import CheckpointError
+from cfsp.model.streamed import streamed
+from cfsp.model.streamed_tensors import state_tensors, values
+from cfsp.pruned_model.family import PRUNED_PREFIX, pruned_family
+from cfsp.pruned_model.names import stock_type
+from cfsp.weights.atomic_folder import whole_folder
+from cfsp.weights.folder_check import leads_outside, without_mark
+from cfsp.weights.shard_writer import Outgoing, write_shards
+from cfsp.weights.shards import MARKER
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from cfsp.architecture.views import BlockView
+
+log = logging.getLogger(__name__)
+
+MAX_SHARD_BYTES = 5_000_000_000
+#: Of a streamed model: a file that is whole need not be written again after a kill.
+STREAMED_SHARD_BYTES = 1_000_000_000
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template*",
+)
+_LICENCE_FILES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """What was written: ``form`` is "plain" or "remote_code", ``bytes`` counts the safetensors files."""
+
+    folder: Path
+    form: str
+    bytes: int
+    dtype: str
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    source: Path | None = None,
+    state: str = "pruned",
+    files: Mapping[str, bytes] | None = None,
+    reference: bool = True,
+) -> SavedCheckpoint:
+    """Write ``model`` to ``folder``, all or nothing; a folder that cfsp wrote earlier is replaced.
+
+    Of a streamed model, whole files that a killed process has left are not written again.
+
+    Args:
+        dtype: cast floating-point tensors to it on the way out; the model itself is left as it is.
+        source: folder whose tokenizer and licence files are copied.
+        state: what happened to the weights: pruned, compensated or recovered.
+        files: name -> content of further files (the plan), written together with the rest.
+        reference: write what the model computes of fixed tokens, which ``cfsp verify`` compares other tools with.
+
+    Raises:
+        CheckpointError: the folder holds other things or cannot be written, or the model's class and
+            configuration do not describe its parameters (``remote_code.adopt`` makes them).
+        RunError: the model computes values that are not finite.
+    """
+    check_destination(Path(folder))
+    folder = Path(folder).resolve()
+    _check_described(model)
+    pruned = model.config.model_type.startswith(PRUNED_PREFIX)
+    written = str(dtype or model.dtype).removeprefix("torch.")
+    with whole_folder(folder, _scratch_key(model, written, source, files)) as scratch:
+        if source is not None:
+            copy_companions(Path(source), scratch)
+        # The blocks that are read to be written compute the reference on the way.
+        wanted = reference and streamed(model) is not None and not place_of(scratch).is_file()
+        walk = StreamedReference(model, dtype=dtype, tokenizer=scratch) if wanted else None
+        size = _write_weights(model, scratch, dtype, walk)
+        write_json(scratch / "config.json", _config_dict(model, written))
+        if model.generation_config is not None:
+            # Not save_pretrained: it refuses settings that published models do have.
+            model.generation_config.to_json_file(scratch / "generation_config.json")
+        if pruned:
+            for name, text in pruned_family(stock_type(model.config.model_type)).files.items():
+                (scratch / name).write_text(text, encoding="utf-8")
+        form = "remote_code" if pruned else "plain"
+        write_json(scratch / MARKER, marker_of(form, written, state, files))
+        for name, content in (files or {}).items():
+            (scratch / name).parent.mkdir(exist_ok=True)
+            (scratch / name).write_bytes(content)
+        if reference and not place_of(scratch).is_file():
+            found = walk.found() if walk is not None else None
+            (found or reference_of(model, dtype=dtype, tokenizer=scratch)).write(place_of(scratch))
+    return SavedCheckpoint(folder, form, size, written)
+
+
+def marker_of(form: str, dtype: str, state: str, files: Mapping[str, bytes] | None) -> dict[str, Any]:
+    """Return the content of the marker file, which vouches for the plan.json among ``files``."""
+    plan = (files or {}).get("plan.json")
+    vouched = {} if plan is None else {"plan_sha256": hashlib.sha256(plan).hexdigest()}
+    return {"schema": 1, "form": form, "dtype": dtype, "state": state, **vouched}
+
+
+def check_destination(folder: Path) -> None:
+    """Refuse a folder that cfsp did not write, so that nothing of the user's is replaced.
+
+    Raises:
+        CheckpointError: names the folder.
+    """
+    if folder.is_symlink():
+        raise CheckpointError(
+            f"{folder}: is a symbolic link, whose target would be replaced; remove the link, or give another folder"
+        )
+    try:
+        foreign = folder.exists() and (
+            not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).is_file())
+        )
+    except OSError as error:
+        raise CheckpointError(f"{folder}: the model cannot be saved there ({error})") from error
+    if foreign:
+        raise CheckpointError(
+            f"{folder}: exists and was not written by cfsp (no {MARKER}); choose another folder or empty it"
+        )
+
+
+def _check_described(model: PreTrainedModel) -> None:
+    """Rebuild the model from class and configuration, without memory, and compare names and shapes."""
+    cls = type(model)
+    pruned = model.config.model_type.startswith(PRUNED_PREFIX)
+    if not pruned and not cls.__module__.startswith("transformers."):
+        raise CheckpointError(f"cannot save a {cls.__name__}: neither a transformers nor a pruned class")
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise CheckpointError(
+                f"cannot save this {cls.__name__}: {name} is {found.get(name, 'absent')}, its configuration "
+                f"says {expected.get(name, 'absent')}; the folder would not load"
+            )
+
+
+def _write_weights(
+    model: PreTrainedModel, folder: Path, dtype: torch.dtype | None, visit: Callable[[BlockView], None] | None
+) -> int:
+    """One tensor at a time is copied (dtype, device, layout) or, of a streamed model, one block read."""
+    store = streamed(model)
+    tensors = _unique_tensors(model) if store is None else {}
+    entries = (
+        state_tensors(model)
+        if store is not None
+        else [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    )
+    described = [
+        Outgoing(name, shape, dtype if dtype and kind.is_floating_point else kind) for name, shape, kind in entries
+    ]
+    limit = MAX_SHARD_BYTES if store is None else STREAMED_SHARD_BYTES
+    return write_shards(
+        folder,
+        described,
+        lambda order: values(model, order, visit) if store is not None else ((name, tensors[name]) for name in order),
+        limit,
+    )
+
+
+def _scratch_key(
+    model: PreTrainedModel, written: str, source: Path | None, files: Mapping[str, bytes] | None
+) -> str | None:
+    """The same for the same checkpoint of a streamed model (its plan is among ``files``); None: one of its own."""
+    if streamed(model) is None or not files:
+        return None
+    digest = hashlib.sha256(f"{written} {source} {MAX_SHARD_BYTES} {STREAMED_SHARD_BYTES}".encode())
+    for name in sorted(files):
+        digest.update(name.encode() + files[name])
+    return digest.hexdigest()[:16]
+
+
+def _unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict with tied tensors kept once, under the name that transformers ties the others to."""
+    tied = set(model._tied_weights_keys or ())
+    state = _as_stored(model)
+    unique: dict[str, Tensor] = {}
+    seen: set[tuple[torch.device, int]] = set()
+    for name in sorted(state, key=lambda name: name in tied):
+        tensor = state[name]
+        if tensor.is_meta:
+            raise CheckpointError(f"cannot save this model: {name} has no data (it is on the meta device)")
+        storage = (tensor.device, tensor.untyped_storage().data_ptr())
+        if storage not in seen:
+            unique[name] = tensor
+        elif name not in tied:
+            # Shared without transformers knowing: nothing would tie it again on loading.
+            unique[name] = tensor.clone()
+        seen.add(storage)
+    return unique
+
+
+def _as_stored(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict; of a stock class under the names and in the shapes that its checkpoints have everywhere.
+
+    transformers stacks the matrices of experts when it loads them, for one; a class of our own has no such mapping.
+    """
+    state = model.state_dict()
+    if model.config.model_type.startswith(PRUNED_PREFIX) or any(tensor.is_meta for tensor in state.values()):
+        return state
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, state)
+
+
+def _config_dict(model: PreTrainedModel, dtype: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(model.config.to_json_string())
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = dtype
+    if config.get("tie_word_embeddings") and _has_own_head(model):  # a model that cfsp did not load
+        config["tie_word_embeddings"] = False
+    config.pop("auto_map", None)
+    if model.config.model_type.startswith(PRUNED_PREFIX):
+        config["auto_map"] = pruned_family(stock_type(model.config.model_type)).auto_map
+    return config | legacy_rope(config.get("rope_parameters"))
+
+
+def _has_own_head(model: Any) -> bool:
+    """Whether the head is a parameter of its own, of a class that ties it to the embedding where it is told to."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or not model._tied_weights_keys:
+        return False
+    return head.weight is not embedding.weight
+
+
+def legacy_rope(rope: dict[str, Any] | None) -> dict[str, Any]:
+    """The spelling of transformers 4, which ignores ``rope_parameters`` and silently takes its own theta."""
+    if not rope:
+        return {}
+    full = rope.get("full_attention", rope)
+    top_level = {"rope_theta", "partial_rotary_factor"}
+    scaling = {key: value for key, value in full.items() if key not in top_level}
+    legacy = {key: value for key, value in full.items() if key in top_level}
+    legacy["rope_scaling"] = scaling if scaling.get("rope_type", "default") != "default" else None
+    sliding = rope.get("sliding_attention") or {}
+    if sliding.get("rope_theta", full.get("rope_theta")) != full.get("rope_theta"):
+        legacy["rope_local_base_freq"] = sliding["rope_theta"]
+    return legacy
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy what belongs to the weights of one model folder to another: tokenizer and licence files."""
+    for pattern in (*_TOKENIZER_FILES, *_LICENCE_FILES):
+        for file in source.glob(pattern):
+            if leads_outside(file, source):
+                log.warning("%s: a link to a place outside of the folder; it is not copied", file)
+            elif file.is_file() and file.suffix == ".json":  # other tools read no byte order mark
+                (folder / file.name).write_bytes(without_mark(file.read_bytes()))
+            elif file.is_file():
+                shutil.copyfile(file, folder / file.name)
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        # What transformers 5 calls this class is unknown to transformers 4; both know the old name.
+        text = settings.read_text(encoding="utf-8")
+        text = text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
+        settings.write_text(text, encoding="utf-8")
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """As a model folder has its JSON files."""
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,119 @@
+"""What pruning costs and what it gives, measured side by side, with the limits that must hold.
+
+    cfsp benchmark [parts=calibration,speed,growth,streaming,compensation,peers] [repeats=5] [device=auto]
+        [shapes=small,large] [dtypes=float32,bfloat16] [windows=8,64] [blocks=58] [modes=off,on] [runs=3]
+        [work=outputs/benchmark] [results=results]
+
+  calibration   calibration + scoring + planning beside a bare forward pass over the same tokens, stage by stage, and
+                the peak memory of each; windows: how many windows of 512 tokens
+  speed         prefill and decode of pruned models beside the dense one, against prediction from MACs and bytes
+  growth        the exponents with which the cost of calibration grows with windows, blocks and width
+  streaming     a sharded checkpoint (6 GB with blocks=58) pruned from its shards and in memory (model.streaming in
+                modes, runs times each, every run with the checkpoint out of the page cache): peak resident memory,
+                time, equal plans; another number of blocks has a record of its own
+  compensation  least squares and second-order selection beside a bare forward pass; their kernels at a large width
+  peers         optipfair and torch-pruning at the same job; installs them into an environment of their own in work
+
+Randomly initialised LLaMAs (small: hidden 1024, FFN 2816, 8 blocks; large: hidden 2048, FFN 5632, 16 blocks). dtypes
+are of a CPU; a GPU runs bfloat16 and, in calibration, the shape of LLaMA-3-8B too. Each part prints its table and
+writes benchmarks/PART.json and tables/benchmark_PART.md under results. Exit codes: 0 all limits hold, 1 one is missed
+(the last lines say which) or a measurement failed, 2 wrong input.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cfsp.benchmark.make_checkpoint import DTYPES
+from cfsp.benchmark.part import Found, Settings, write
+from cfsp.benchmark.shapes import SHAPES
+from cfsp.config.components import suggest
+from cfsp.errors import ConfigError
+from cfsp.sweep.experiment import given_values
+from cfsp.system.command import command
+
+PARTS = ("calibration", "speed", "growth", "streaming", "compensation", "peers")
+MODES = ("off", "on")
+#: Lists, with what may be in them; whole numbers; the rest is text.
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "parts": PARTS, "shapes": tuple(SHAPES), "dtypes": tuple(DTYPES), "modes": MODES,
+}  # fmt: skip
+_NUMBERS = ("repeats", "blocks", "runs")
+_KEYS = ("parts", "repeats", "device", "shapes", "dtypes", "windows", "blocks", "modes", "runs", "work", "results")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    given = sys.argv[1:] if words is None else list(words)
+    return command("benchmark", str(__doc__), given or [f"parts={','.join(PARTS)}"], _benchmark)
+
+
+def read(words: Sequence[str]) -> tuple[tuple[str, ...], Settings]:
+    """The parts to run, and the settings of all.
+
+    Raises:
+        ConfigError: everything that is wrong with the command line.
+    """
+    problems, found = [], dict[str, Any]()
+    for key, value in given_values(words).items():
+        values = [str(one) for one in value] if isinstance(value, list) else [str(value)]
+        if key not in _KEYS:
+            problems.append(
+                f"{key}={','.join(values)}: there is no such key{suggest(key, _KEYS)}; there are {_KEYS_TEXT}"
+            )
+        elif key in _CHOICES:
+            choices = _CHOICES[key]
+            problems += [
+                f"{key}={one}: there is no such choice{suggest(one, choices)}; there are {', '.join(choices)}"
+                for one in values
+                if one not in choices
+            ]
+            found[key] = tuple(dict.fromkeys(values))
+        elif key == "windows" or key in _NUMBERS:
+            numbers = [int(one) for one in values if one.isdigit() and int(one) > 0]
+            if len(numbers) < len(values) or (key != "windows" and len(numbers) != 1):
+                several = "whole numbers" if key == "windows" else "a whole number"
+                problems.append(f"{key}={','.join(values)}: give {several} from 1")
+            else:
+                found[key] = tuple(numbers) if key == "windows" else numbers[0]
+        elif len(values) != 1 or not values[0]:
+            problems.append(f"{key}={','.join(values)}: give one value")
+        else:
+            found[key] = Path(values[0]) if key in ("work", "results") else values[0]
+    if problems:
+        raise ConfigError(*problems)
+    parts = found.pop("parts", PARTS)
+    return parts, Settings(**found)
+
+
+_KEYS_TEXT = ", ".join(_KEYS)
+
+
+def _benchmark(words: Sequence[str]) -> int:
+    from cfsp.model.device import resolve_device
+
+    parts, settings = read(words)
+    device = resolve_device(settings.device)
+    if device.index is not None:  # what is timed is waited for on the current device
+        import torch
+
+        torch.cuda.set_device(device)
+    missed: list[str] = []
+    for name in parts:
+        part = importlib.import_module(f"cfsp.benchmark.{name}")
+        found: Found = part.measure(settings)
+        text = part.table(found)
+        write(found, text, settings)
+        print(f"\n{text}", flush=True)
+        missed += [f"{name}: {check}" for check in found.checks if not check.met]
+    for one in missed:
+        print(f"benchmark: limit missed: {one}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""``cfsp inspect model=NAME`` or ``path=DIR``: what a model is, and what each pruner could remove from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cfsp.config.overrides import plain_values
+from cfsp.errors import CfspError, ConfigError
+from cfsp.system.command import command
+
+if TYPE_CHECKING:
+    from cfsp.inspection.report import Report
+
+USAGE = """\
+Print what is recognised in a model: its blocks, their FFN and attention, parameters of each part, and what each pruner
+could remove at most. The model is built without memory for its weights, in seconds, whatever its size; what a run tries
+on the weights themselves (that a unit which is removed is one which is zero) is not tried here.
+
+  cfsp inspect model=NAME              a model of conf/model, by the numbers in NAME.yaml; where the hub answers, by its
+                                       config.json, and where the two differ
+  cfsp inspect path=DIR                a model folder (config.json is enough), or the OUT of a run that saved one
+  cfsp inspect path=ORGANISATION/NAME  a model of the hub, by its config.json
+
+  json=true                print it for programs
+  trust_remote_code=true   run the Python code that the model brings
+  config_dir=FOLDER        pruners of FOLDER/pruner too, as a run finds them with --config-dir FOLDER
+  plugins.allow=[PACKAGE]  packages outside cfsp whose classes these pruners may name
+
+Exit codes: 0 printed, 1 failed on the way, 2 wrong input, or a model that is none to prune.
+"""
+
+_KEYS = ("model", "path", "json", "trust_remote_code", "config_dir", "plugins.allow")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked command line: one of ``model`` and ``path`` is given."""
+
+    model: str | None = None
+    path: str | None = None
+    json: bool = False
+    trust_remote_code: bool = False
+    config_dir: Path | None = None
+    allow: tuple[str, ...] = ()
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Inspect; returns the exit code."""
+    return command("cfsp", USAGE, words, lambda given: _inspect(request_of(given)))
+
+
+def request_of(words: Sequence[str]) -> Request:
+    """Read the command line.
+
+    Raises:
+        ConfigError: everything that is wrong with its keys and values.
+    """
+    given, problems = plain_values(words, _KEYS, "inspect")
+    flags = {}
+    for key in ("json", "trust_remote_code"):
+        value = given.get(key, "false").lower()
+        flags[key] = value == "true"
+        if value not in ("true", "false"):
+            problems.append(f"{key}={given[key]}: use true or false")
+    if "model" in given and "path" in given:
+        problems.append(
+            f"model={given['model']} path={given['path']}: two models; give one of them, model=NAME or path=DIR"
+        )
+    elif "model" not in given and "path" not in given and not problems:
+        problems.append("neither model nor path is set: give model=NAME or path=DIR; see cfsp inspect --help")
+    folder = Path(given["config_dir"]) if "config_dir" in given else None
+    if folder is not None and not folder.is_dir():
+        problems.append(f"config_dir={folder}: there is no such folder; give the folder that has pruner/NAME.yaml")
+    if problems:
+        raise ConfigError(*problems)
+    allow = tuple(name.strip() for name in given.get("plugins.allow", "").strip("[]").split(",") if name.strip())
+    return Request(given.get("model"), given.get("path"), config_dir=folder, allow=allow, **flags)
+
+
+def inspected(request: Request) -> Report:
+    """Look at what is asked for.
+
+    Raises:
+        CfspError: there is no such model, or it is none that can be pruned.
+    """
+    from cfsp.inspection.numbers import numbers_of
+    from cfsp.inspection.reach import Plugins
+    from cfsp.inspection.report import report_of
+
+    trust = request.trust_remote_code
+    try:
+        with _silent(), numbers_of(request.model, request.path, trust_remote_code=trust) as numbers:
+            return report_of(numbers, trust_remote_code=trust, plugins=Plugins(request.config_dir, request.allow))
+    except CfspError as error:
+        raise _in_words_of_this_command(error) from error
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """transformers' advice on how to use a model is for those who use it."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _in_words_of_this_command(error: CfspError) -> CfspError:
+    """The same with keys as they are written here: what a run calls model.path is path."""
+    problems = [
+        problem.replace("model.path=", "path=").replace("model.trust_remote_code=", "trust_remote_code=")
+        for problem in error.problems
+    ]
+    return type(error)(*problems) if isinstance(error, ConfigError) else type(error)("; ".join(problems))
+
+
+def _inspect(request: Request) -> int:
+    report = inspected(request)
+    if request.json:
+        content: dict[str, Any] = report.as_dict()
+        print(json.dumps(content, indent=2))
+    else:
+        from cfsp.inspection.show import show
+
+        show(report)
+    return 0

@@ -1,0 +1,309 @@
+"""The one entry point: ``cfsp ...`` and ``python -m cfsp.run ...``.
+
+Exit codes: 0 success, 1 a run failed, 2 the configuration or an input is wrong. The Hydra task neither exits
+the process nor lets an error out, so that the other runs of a multirun go on; :func:`main` maps how they
+ended to the exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from cfsp import __version__
+from cfsp.config.components import shown, suggest
+from cfsp.config.compose import explain
+from cfsp.config.parse import parse
+from cfsp.errors import CfspError, ConfigError, RunError, one_line, printable
+from cfsp.system import interrupts, processes
+from cfsp.system.names import RULE, is_name
+from cfsp.system.package import config_folder
+from cfsp.system.words_check import check_words
+from cfsp.system.yaml_files import check_yaml
+
+#: First words that are not overrides -> the function, of the words after it, that gives the exit code; None: Hydra's.
+COMMANDS = {
+    "prune": None,
+    "export": "cfsp.cli.export:main",
+    "verify": "cfsp.cli.verify:main",
+    "inspect": "cfsp.cli.inspect:main",
+    "sweep": "cfsp.cli.sweep:main",
+    "tables": "cfsp.cli.tables:main",
+    "report": "cfsp.cli.report:main",
+    "benchmark": "cfsp.cli.benchmark:main",
+}
+
+
+#: Keys whose values become names of folders.
+_NAMES = ("model.name", "calibration.name", "pruner.name", "recovery.name", "evaluation.name")
+
+
+@dataclass
+class _Session:
+    """One call of the command line: its overrides, --config-dir and -m, its process, the exit code of each run."""
+
+    words: Sequence[str] = ()
+    folder: Path | None = None
+    sweep: bool = False
+    debug: bool = False
+    process: int = field(default_factory=os.getpid)
+    codes: list[int] = field(default_factory=list)
+
+
+#: None, or a copy, in a process that a launcher started: there errors travel back to the command line as exceptions.
+_session: _Session | None = None
+
+
+@hydra.main(config_path=str(config_folder().resolve()), config_name="config", version_base="1.3")
+def _task(config: DictConfig) -> None:
+    if _session is None or _session.process != os.getpid():
+        _run(config)
+        return
+    try:
+        _session.codes.append(_run(config))
+    except Exception as error:
+        _session.codes.append(_report(error, _session, _job_label(_session)))
+    if processes.launched().first and processes.launched().several:
+        from cfsp.pipeline.recovery_stage import release
+
+        release(_session.codes[-1])
+
+
+def _run(config: DictConfig) -> int:
+    """One run; in a process that only helps with the training, the first process's exit code."""
+    checked = parse(config)
+    processes.connect()
+    if not processes.launched().first:
+        from cfsp.pipeline.recovery_stage import assist
+
+        interrupts.raise_again()
+        return assist(checked)
+    from cfsp.pipeline.run import run
+    from cfsp.tables.terminal import show
+
+    interrupts.raise_again()
+    record, out = run(checked, multirun=_is_multirun())
+    show(record, out)
+    return 0
+
+
+def main() -> None:
+    """Run, and exit with the code that says how it ended."""
+    sys.exit(_main(sys.argv))
+
+
+def _main(argv: list[str]) -> int:
+    global _session
+    # Hydra would print its own message and exit; the mapping below needs the exception.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    if not sys.stderr.isatty():  # bars are for people who watch; in a log they bury what matters
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is first imported, which nothing above does
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("cfsp").setLevel(logging.INFO if processes.launched().first else logging.WARNING)
+    _session = session = _Session(debug="debug=true" in [word.lower().lstrip("+") for word in argv])
+    try:
+        if "--version" in argv:
+            print(f"cfsp {__version__}")
+            return 0
+        command = _command(argv)
+        if command is not None:
+            return _other(command, argv[2:], session)
+        flags = _arguments(argv)
+        session.words, session.sweep = list(flags.overrides), flags.multirun
+        session.folder = Path(flags.config_dir) if flags.config_dir else None
+        _check_names(session.words)
+        check_words(session.words, sweep=session.sweep)
+        _check_folder(session.folder)
+        _task()
+    except Exception as error:
+        session.codes.append(_report(error, session))
+    except KeyboardInterrupt:
+        print("cfsp: interrupted", file=sys.stderr)
+        return 1
+    finally:
+        _session = None
+        processes.disconnect()
+    failed = [code for code in session.codes if code]
+    if failed and len(session.codes) > 1 and processes.launched().first:
+        print(f"cfsp: {len(failed)} of {len(session.codes)} runs did not succeed", file=sys.stderr)
+    return max(failed, default=0)
+
+
+def _command(argv: list[str]) -> str | None:
+    """The command that the first word names, where it is not a run; ``prune`` is taken out of ``argv``."""
+    if len(argv) < 2 or argv[1].startswith(("-", "+", "~")) or "=" in argv[1]:
+        return None
+    if argv[1] not in COMMANDS:
+        word = argv[1]
+        check_words([word])
+        if "." in word:
+            raise explain(ValueError(word), [word])
+        raise ConfigError(
+            f"{word}: neither a command nor key=value{suggest(word, COMMANDS)}; commands: "
+            f"{', '.join(COMMANDS)} (the first is the default), then key=value ...; see cfsp --help"
+        )
+    if COMMANDS[argv[1]] is not None:
+        return argv[1]
+    del argv[1]
+    return None
+
+
+def _check_folder(folder: Path | None) -> None:
+    """Refuse files of ``--config-dir`` that Hydra could not load in bounded time and memory."""
+    if folder is None or not folder.is_dir():  # Hydra says so
+        return
+    files = sorted(islice(folder.rglob("*.yaml"), 10_001))
+    if len(files) > 10_000:
+        raise ConfigError(f"--config-dir {folder}: holds more than 10,000 YAML files; give the folder of your groups")
+    for file in files:
+        if not file.is_dir():
+            check_yaml(file, f"--config-dir {folder}: {file.relative_to(folder)}")
+
+
+def _other(command: str, words: list[str], session: _Session) -> int:
+    """A command that is none of Hydra's; it reports its own errors, and what it does not expect is said here."""
+    module, _, function = str(COMMANDS[command]).partition(":")
+    if session.debug:
+        logging.getLogger("cfsp").setLevel(logging.DEBUG)
+    try:
+        body = getattr(importlib.import_module(module), function)
+        interrupts.raise_again()
+        code: int = body(words)
+        return code
+    except CfspError as error:
+        return _report(error, session)
+    except Exception as error:  # while it was imported: what it does itself is said by sweep.command.command
+        if session.debug:
+            traceback.print_exception(error)
+        reason = printable(str(error)) or type(error).__name__
+        where = "" if session.debug else "; debug=true shows where"
+        print(one_line(f"cfsp: {command} failed ({type(error).__name__}: {reason}){where}"), file=sys.stderr)
+        return 1
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    """The command line as Hydra reads it; what it does not know is refused here, in one line."""
+    parser = get_args_parser()
+    parser.exit_on_error = False
+    try:
+        known, unknown = parser.parse_known_args(argv[1:])
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error}; see cfsp --help") from error
+    if known.experimental_rerun:  # it loads a pickle, which runs what is in it
+        raise ConfigError("--experimental-rerun: not taken here; give the key=value words of that run again")
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        way_out = "" if unknown[0].startswith("-") else "; write every key=value in one place, after the flags"
+        raise ConfigError(f"{unknown[0]}: not understood here{suggest(unknown[0], flags)}{way_out}; see cfsp --help")
+    return known
+
+
+def _check_names(words: Sequence[str]) -> None:
+    """Refuse names that cannot be folders before Hydra makes the folders of a multirun."""
+    problems = []
+    for word in words:
+        if word.partition("=")[0].lstrip("+") not in _NAMES:
+            continue
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except (HydraException, ValueError):  # said when all words are explained
+            continue
+        several = override.is_discrete_sweep()
+        for value in [*override.sweep_iterator()] if several else [override.value()]:
+            if not override.is_delete() and not is_name(str(value)):
+                problems.append(f"{override.key_or_group}={shown(value)}: {RULE}")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _report(error: Exception, session: _Session, label: str = "") -> int:
+    """One line on stderr for each thing that is wrong; returns the exit code."""
+    if session.debug:
+        traceback.print_exception(error)
+    if not isinstance(error, CfspError):
+        error = _understood(error, session)
+    mine = processes.launched()
+    if not mine.first:
+        if isinstance(error, CfspError) and not processes.connected():
+            # Before they met, all found the same. The first says it; whoever is first to end has the launcher end the
+            # others, so it gets the time.
+            time.sleep(5)
+            return error.exit_code
+        label = f"process {mine.rank}: {label}"
+    if isinstance(error, CfspError):
+        for problem in error.problems:
+            print(one_line(f"cfsp: {label}{problem}"), file=sys.stderr)
+        return error.exit_code
+    reason = printable(str(error)) or type(error).__name__
+    where = "" if session.debug else "; debug=true shows where"
+    print(one_line(f"cfsp: {label}the run failed ({type(error).__name__}: {reason}){where}"), file=sys.stderr)
+    return 1
+
+
+def _understood(error: Exception, session: _Session) -> Exception:
+    """What Hydra raises outside of the task is about the words it was given, or about the folder it makes."""
+    if libraries := _out_of_addresses(error):
+        return RunError(libraries)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return explain(error, session.words, session.folder, sweep=session.sweep)
+    outside = not any(frame.name in ("_run", "return_value") for frame in traceback.extract_tb(error.__traceback__))
+    if outside and isinstance(error, ValueError | TypeError | AttributeError | LookupError | RecursionError):
+        return explain(error, session.words, session.folder, sweep=session.sweep)
+    if outside and isinstance(error, OSError) and error.filename:
+        return ConfigError(
+            f"paths.output_dir: {error.filename} cannot be written ({error.strerror}); give another folder"
+        )
+    return error
+
+
+def _out_of_addresses(error: BaseException | None) -> str | None:
+    """Return one line where a library could not be loaded for want of memory or address space; None elsewhere."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        texts = ("failed to map segment", "cannot allocate memory", "static TLS")
+        if isinstance(error, ImportError | OSError) and any(text.lower() in str(error).lower() for text in texts):
+            reason = " ".join(str(error).split())
+            return (
+                f"the libraries need more memory or address space than this process may take ({reason:.200}); raise "
+                "its limit (ulimit -v unlimited, or the job's memory)"
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _is_multirun() -> bool:
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def _job_label(session: _Session) -> str:
+    """In a multirun, the values that make this run differ from the others."""
+    if not _is_multirun():
+        return ""
+    given = OverridesParser.create().parse_overrides(list(session.words))
+    same = {override.key_or_group for override in given if not override.is_sweep_override()}
+    own = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0].lstrip("+~") not in same]
+    return f"[{' '.join(own)}] " if own else ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""``cfsp report experiment=NAME [variant=...]``: the tables, figures and runs of a sweep in one HTML file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cfsp.cli.tables import gather, no_record, records_of
+from cfsp.errors import CheckpointError, ConfigError
+from cfsp.record.run_record import RunRecord
+from cfsp.sweep.composer import GridComposer
+from cfsp.sweep.experiment import Cell
+from cfsp.sweep.state import State, state_in
+from cfsp.system.command import command
+from cfsp.tables.collection import science, science_of
+from cfsp.tables.page import contents, page
+
+USAGE = """\
+Write a sweep's report, one HTML file that needs no network: what is done, the experiment's tables and figures, and
+every run with its figures, seconds, commit and configuration.
+
+  cfsp report experiment=NAME [variant=bundled] [report=FILE]
+
+The page is outputs/reports/NAME-VARIANT.html; with report=FILE that file, with results=FOLDER
+FOLDER/reports/NAME/VARIANT.html. Records and other key=value as for cfsp tables; why a run has no record is read
+in the runs' own folders, outputs/sweeps/NAME/VARIANT (paths.output_dir). Exit codes: 0; 1 a damaged record was left
+out, or a table or figure that cannot be made while runs are missing; 2 wrong input.
+"""
+
+#: Keys of the report itself; their values are paths, taken as they are.
+_OWN = ("report", "results")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Write the report; returns the exit code."""
+    return command("report", USAGE, words, _report)
+
+
+def _report(words: Sequence[str]) -> int:
+    own = {key: value for key, _, value in (word.partition("=") for word in words) if key in _OWN}
+    words = [word for word in words if word.partition("=")[0] not in _OWN]
+    for key in own:
+        if not own[key]:
+            raise ConfigError(f"{key}= is empty: give a {'file' if key == 'report' else 'folder'}")
+    request, layout, collection = gather("report", words, empty=True)
+    unfinished = states(collection.missing)
+    if not collection.found and all(state.name == "missing" for _, state in unfinished):
+        raise no_record(request, records_of(request, words))
+    file = _file(own, request.experiment.name, request.variant)
+    made = contents(layout, collection, request.cells)
+    for line in made.refused:
+        print(f"report: warning: {line}; left out while runs are missing", file=sys.stderr)
+    content = page(request, made, collection, unfinished, file.parent, words)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    except OSError as error:
+        raise ConfigError(f"report={file}: cannot be written ({error.strerror})") from error
+    print(f"{len(collection.found)} of {len(request.cells)} runs have a record")
+    print(f"Written: {file}")
+    return 1 if collection.damaged or made.refused else 0
+
+
+def states(cells: Sequence[Cell]) -> list[tuple[Cell, State]]:
+    """What the runs' own folders say of ``cells`` that have no record; runs are found as records are."""
+    folders: dict[str, Path] = {}
+    for output in sorted({cell.point["paths.output_dir"] for cell in cells}):
+        for path in sorted(Path(output).glob("*/record.json")):
+            try:
+                record = RunRecord.read(path)
+                if record is not None and record.status != "success":
+                    folders.setdefault(science(record.configuration), path.parent)
+            except (CheckpointError, AttributeError, KeyError, TypeError, ValueError):
+                continue  # it does not say which run it is
+    found, composer = [], GridComposer()
+    for cell in cells:
+        folder = folders.get(science_of(cell, composer)) if folders else None
+        found.append((cell, State("missing") if folder is None else state_in(folder)))
+    return found
+
+
+def _file(own: Mapping[str, str], name: str, variant: str) -> Path:
+    if "report" in own:
+        return Path(own["report"])
+    if "results" in own:
+        return Path(own["results"]) / "reports" / name / f"{variant}.html"
+    return Path("outputs") / "reports" / f"{name}-{variant}.html"

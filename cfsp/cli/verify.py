@@ -1,0 +1,273 @@
+"""``cfsp verify path=DIR``: is what other tools load from a folder the model that was saved there?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cfsp.config.components import shown, suggest
+from cfsp.config.overrides import plain_values
+from cfsp.errors import CfspError, CheckpointError, ConfigError, RunError
+from cfsp.system.command import command
+from cfsp.system.reading import read_json
+from cfsp.verify.tool import TOOLS, Tool, ask, is_installed
+
+USAGE = f"""\
+Load a saved model in the tools that are installed, each in a process of its own and without cfsp, and compare the
+log-probabilities of fixed tokens with those that the model had in memory when it was saved.
+
+  cfsp verify path=OUT/model                     the folder that a run wrote (path=OUT will do), or an export of it
+  cfsp verify path=FILE.gguf                     a GGUF file that cfsp exported
+  cfsp verify path=DIR tools=transformers,peft   these tools alone, of {", ".join(TOOLS)}
+  cfsp verify path=DIR python.vllm=PYTHON        look for vLLM in another environment: /path/to/venv/bin/python
+  cfsp verify path=DIR record=FILE.json          write the table as JSON too
+  cfsp verify path=DIR trust_remote_code=true    run Python code in the folder that is not what cfsp writes there
+
+A tool that is not installed is listed and does not count. Exit codes: 0 all that were tried compute the same, 1 one
+differs or cannot load the model, 2 wrong input.
+"""
+
+#: Weights in float32 that take more of the free memory leave too little for what a tool holds beside them.
+_SHARE_OF_MEMORY = 0.6
+_KEYS = ("path", "tools", "record", "trust_remote_code", *(f"python.{name}" for name in TOOLS))
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked command line; ``pythons``: tool -> the Python that has it."""
+
+    path: Path
+    tools: tuple[Tool, ...]
+    pythons: Mapping[str, str] = field(default_factory=dict)
+    record: Path | None = None
+    trust_remote_code: bool = False
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Verify; returns the exit code."""
+    return command("cfsp", USAGE, words, lambda given: _verify(request_of(given)))
+
+
+def request_of(words: Sequence[str]) -> Request:
+    """Read the command line.
+
+    Raises:
+        ConfigError: everything that is wrong with its keys and values.
+    """
+    given, problems = plain_values(words, _KEYS, "verify")
+    names = [name.strip() for name in given.get("tools", ",".join(TOOLS)).strip("[]").split(",")]
+    problems += [
+        f"tools={name}: there is no such tool{suggest(name, TOOLS)}; tools: {', '.join(TOOLS)}"
+        for name in names
+        if name not in TOOLS
+    ]
+    trust = given.get("trust_remote_code", "false").lower()
+    if trust not in ("true", "false"):
+        problems.append(f"trust_remote_code={shown(trust)}: use true or false")
+    if "path" not in given and not problems:
+        problems.append("path is not set: give path=DIR, the folder of a saved model; see cfsp verify --help")
+    if problems:
+        raise ConfigError(*problems)
+    pythons = {key.removeprefix("python."): value for key, value in given.items() if key.startswith("python.")}
+    return Request(
+        _model_at(Path(given["path"]).expanduser()),
+        tuple(TOOLS[name] for name in dict.fromkeys(names)),
+        {name: str(Path(python).expanduser()) for name, python in pythons.items()},
+        Path(given["record"]).expanduser() if "record" in given else None,
+        trust == "true",
+    )
+
+
+def _model_at(path: Path) -> Path:
+    """A model folder or GGUF file; of a run's OUT, its model."""
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if not path.exists():
+        raise CheckpointError(f"path={path}: there is no such folder; give the folder of a saved model")
+    if not path.is_dir():
+        raise CheckpointError(f"path={path}: is neither a folder nor a GGUF file; give the folder of a saved model")
+    for folder in (path, path / "model"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise CheckpointError(f"path={path}: holds no model (no config.json); give the folder of a saved model")
+
+
+def _verify(request: Request) -> int:
+    from cfsp.checkpoint.reference import place_of, read_reference
+    from cfsp.pruned_model.shipped_code import check_folder_code
+    from cfsp.system.progress import progress
+    from cfsp.verify.comparison import Finding, compare, tolerance_of
+
+    damaged = damage_of(request.path)
+    if damaged is not None:
+        print(f"{request.path}: {damaged}")
+    reference = read_reference(place_of(request.path))
+    form, weights = _form(request.path)
+    runs_code = form != "gguf" and (request.trust_remote_code or check_folder_code(request.path))
+    dtype = "float32" if form == "gguf" else _dtype(request.path, weights)
+    # Of a GGUF file llama.cpp computes in what the weights are in; of a folder they alone were rounded.
+    computed = (reference.computed, dtype, *([weights] if form == "gguf" else []))
+    rounded = weights if form != "gguf" and weights != reference.stored else "float32"
+    # Asked before a model is loaded, so that a wrong python.TOOL is said at once.
+    there = {tool.name: is_installed(tool, request.pythons.get(tool.name, sys.executable)) for tool in request.tools}
+    asked = {
+        "path": str(request.path.resolve()),
+        "file": str(request.path.resolve()),
+        "token_ids": reference.token_ids.tolist(),
+        "greedy": reference.greedy.shape[1],
+        "dtype": dtype,
+        "trust_remote_code": runs_code,
+    }
+    findings = []
+    for tool in progress(request.tools, "verify", unit="tool"):
+        unread = _unread(tool, form, request.path)
+        if unread:
+            findings.append(Finding(tool.name, "another form", note=unread))
+        elif not there[tool.name]:
+            findings.append(Finding(tool.name, "not installed"))
+        else:
+            try:
+                answer = ask(tool, asked, request.pythons.get(tool.name, sys.executable))
+                allowed = tolerance_of(tool.float32, *computed, rounded=rounded)
+                findings.append(compare(tool.name, answer, reference, *allowed))
+            except RunError as error:
+                findings.append(Finding(tool.name, "fails", note=str(error)))
+    if request.record is not None:
+        _write(request.record, request.path, reference, findings)
+    if not any(finding.tried for finding in findings):
+        raise ConfigError(
+            f"tools={','.join(tool.name for tool in request.tools)}: none of them can be tried on {request.path} ("
+            + "; ".join(f"{finding.tool}: {finding.note or finding.outcome}" for finding in findings)
+            + "); install one, or name the Python that has it with python.TOOL=..."
+        )
+    return max(_show(request.path, findings), int(damaged is not None))
+
+
+def damage_of(path: Path) -> str | None:
+    """Compare a model folder or GGUF file with what the record of its run, where that lies beside it, says was written.
+
+    Returns:
+        One clause on the first file that is not as the run wrote it; None where all are, or nobody knows.
+    """
+    from cfsp.record.run_record import RunRecord
+    from cfsp.record.written import damage, within
+
+    folder = path.resolve().parent
+    try:
+        record = RunRecord.read(folder / "record.json")
+    except CheckpointError:
+        return None
+    if record is None or not record.succeeded:
+        return None
+    return damage(within(record.files, [path.resolve().name]), folder, hashes=True)
+
+
+def _unread(tool: Tool, form: str, path: Path) -> str:
+    """Why the tool does not read this kind of export; empty where it should."""
+    if tool.reads == "gguf":
+        return "" if form == "gguf" else "reads GGUF files: cfsp export path=DIR format=gguf"
+    if form == "gguf":
+        return "reads model folders"
+    if form == "decilm" and tool.name != "vllm":
+        return "has no class for this folder, which is made for vLLM"
+    if tool.name == "lm_eval" and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return "needs a tokenizer, and the folder has none"
+    return ""
+
+
+def _form(path: Path) -> tuple[str, str]:
+    """(gguf, decilm or folder; the dtype of its weights)."""
+    if path.suffix == ".gguf":
+        return "gguf", _gguf_weights(path)
+    config = read_json(path / "config.json", f"path={path}: config.json")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"path={path}: config.json holds no keys; save the model again")
+    brings = config.get("auto_map")
+    # It brings a configuration, and no class that transformers could make of it.
+    form = "decilm" if isinstance(brings, dict) and brings and "AutoModelForCausalLM" not in brings else "folder"
+    return form, str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+
+
+def _dtype(folder: Path, weights: str) -> str:
+    """What the tools are to compute in: float32, as the reference, unless that does not fit into memory."""
+    if weights == "float32":
+        return weights
+    import torch
+
+    from cfsp.system.memory import available
+    from cfsp.weights.shards import weight_files
+
+    stored = getattr(torch, weights, torch.float32).itemsize
+    needed = sum(file.stat().st_size for file in weight_files(folder)) * torch.float32.itemsize // stored
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return "float32" if needed < _SHARE_OF_MEMORY * available(device) else weights
+
+
+def _gguf_weights(file: Path) -> str:
+    """The dtype that general.file_type names; what is not known is compared as the coarsest."""
+    try:
+        from gguf import GGUFReader, LlamaFileType
+
+        stated: Any = GGUFReader(file).get_field("general.file_type")
+        found = LlamaFileType(stated.contents())
+    except ImportError:
+        return "unknown"
+    except Exception as error:  # a damaged file fails in any place of the reader
+        raise CheckpointError(f"{file}: is no GGUF file that can be read ({error}); export the model again") from error
+    return {"ALL_F32": "float32", "MOSTLY_F16": "float16", "MOSTLY_BF16": "bfloat16", "MOSTLY_Q8_0": "q8_0"}.get(
+        found.name, "unknown"
+    )
+
+
+def _show(path: Path, findings: Sequence[Any]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 160)
+    table = Table(
+        "tool", "version", "loads", "maximum difference", "mean", "allowed", "tokens equal", "result", "note",
+        box=None, pad_edge=False,
+    )  # fmt: skip
+    for finding in findings:
+        loads = {"fails": "no"}.get(finding.outcome, "yes" if finding.tried else "")
+        table.add_row(
+            finding.tool,
+            finding.version,
+            loads,
+            "" if finding.difference is None else f"{finding.difference:.2g}",
+            "" if finding.mean is None else f"{finding.mean:.2g}",
+            "" if finding.tolerance is None else f"{finding.tolerance:g}",
+            finding.tokens,
+            finding.outcome,
+            finding.note,
+        )
+    console.print(table)
+    tried = [finding for finding in findings if finding.tried]
+    wrong = [finding.tool for finding in tried if finding.outcome != "equal"]
+    if wrong:
+        print(f"{path}: is not the saved model in {', '.join(wrong)}")
+        return 1
+    print(f"{path}: the saved model in {', '.join(finding.tool for finding in tried)}")
+    return 0
+
+
+def _write(file: Path, path: Path, reference: Any, findings: Sequence[Any]) -> None:
+    content = {
+        "schema": 1,
+        "model": path.name,
+        "windows": list(reference.token_ids.shape),
+        "computed": reference.computed,
+        "stored": reference.stored,
+        "tools": [finding.as_dict() for finding in findings],
+    }
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CfspError(f"record={file}: cannot be written ({error.strerror}); give another file") from error

@@ -1,0 +1,1 @@
+"""Configuration: schema, composition, components by ``_target_``, and run identity."""

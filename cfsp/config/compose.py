@@ -1,0 +1,243 @@
+"""Composing the configuration outside the command line, and explaining what Hydra refuses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from cfsp.config.components import shown, suggest
+from cfsp.errors import ConfigError, printable
+from cfsp.system.package import config_folder
+from cfsp.system.words_check import check_words
+
+#: Groups that describe several runs.
+OF_A_SWEEP = ("experiment", "launcher")
+
+
+def compose(overrides: Sequence[str] = ()) -> DictConfig:
+    """The configuration that ``cfsp <overrides>`` would run, also from within a running Hydra application.
+
+    Raises:
+        ConfigError: malformed overrides, unknown keys, groups or options.
+    """
+    check_words(overrides)
+    try:
+        return _compose(overrides)
+    except Exception as error:  # Hydra trips over some words in ways of its own, TypeError among them
+        raise explain(error, overrides) from error
+
+
+def explain(error: Exception, words: Sequence[str], folder: Path | None = None, *, sweep: bool = False) -> ConfigError:
+    """What is wrong with the command line ``words`` that Hydra refused with ``error``: one line per finding.
+
+    Hydra stops at the first word that it cannot apply, and says so in many lines; here every word is checked.
+
+    Args:
+        folder: more groups and options, from ``--config-dir``.
+        sweep: the command line is a multirun's, where a key may have several values.
+    """
+    folders = [config_folder(), *([folder] if folder is not None and folder.is_dir() else [])]
+    problems = list(_findings(words, folders, sweep=sweep))
+    return ConfigError(*problems) if problems else ConfigError(_hydra_reason(error, words))
+
+
+def _hydra_reason(error: Exception, words: Sequence[str]) -> str:
+    """What Hydra says, on one line, with the word that it is about where that shows."""
+    reason = printable(str(error).partition("Config search path")[0]) or type(error).__name__
+    reason = re.sub(r"^In '[^']*': ", "", reason)
+    about = [word for word in words if word in reason or _key_of(word) in reason]
+    if len(about) != 1 or about[0] in reason:
+        return f"{reason}; all keys: cfsp --cfg job"
+    return f"{about[0]}: not applied ({reason}); all keys: cfsp --cfg job"
+
+
+def _key_of(word: str) -> str:
+    return word.partition("=")[0].lstrip("+~") or word
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_folder().resolve()), version_base="1.3"):
+            return hydra_compose("config", overrides=list(overrides))
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
+def _findings(words: Sequence[str], folders: Sequence[Path], *, sweep: bool) -> Iterator[str]:
+    parser, malformed, choices, values = OverridesParser.create(), [], [], []
+    for word in words:
+        try:
+            override = parser.parse_override(word)
+        except Exception:  # a RecursionError among them
+            malformed.append(word)
+            continue
+        key = override.key_or_group
+        if not key:
+            malformed.append(word)
+        elif key in OF_A_SWEEP:
+            yield f"{word}: this is a sweep's, not one run's: cfsp sweep {word}"
+        elif _options(key, folders):
+            problem = _option_problem(override, sorted(_options(key, folders)))
+            if problem is None and override.is_sweep_override() and not sweep:
+                problem = f"{word}: several options need a sweep: add -m (one run each)"
+            if problem is None:
+                choices.append(word)
+            else:
+                yield problem
+        elif key.split(".", 1)[0].split("/", 1)[0] != "hydra":
+            values.append(override)
+    tree = _tree(choices, folders)
+    for word in malformed:
+        key = word.partition("=")[0]
+        meant = "" if _exists(tree, key) else _nearest(key, _keys(tree))
+        yield f"{word}: not a valid override{meant}; {_way_out(word, parser)}"
+    for override in values:
+        key, node = override.key_or_group, _value_at(tree, override.key_or_group)
+        if isinstance(node, Mapping) and isinstance(override.value(), list):
+            yield f"{override.input_line}: a group of keys is expected: {', '.join(node)}; write {key}.KEY=VALUE"
+        elif override.is_sweep_override() and not override.is_discrete_sweep():
+            yield f"{override.input_line}: a sweep needs its values: write {key}=a,b,c or {key}=range(FIRST,END,STEP)"
+        elif not override.is_add() and not override.is_force_add() and not _exists(tree, key):
+            yield _unknown_key(key, tree, folders)
+        elif override.is_sweep_override() and not sweep:
+            value = str(override.input_line).partition("=")[2]
+            yield (
+                f"{override.input_line}: several values need a sweep: add -m (one run each); for one list "
+                f"write {key}=[{value}]"
+            )
+
+
+def _option_problem(override: Override, options: Sequence[str]) -> str | None:
+    group = override.key_or_group
+    if isinstance(override.value(), list):
+        return f"{override.input_line}: one option is expected; several need a sweep: -m {group}=A,B (one run each)"
+    if override.is_delete() or (override.is_sweep_override() and not override.is_discrete_sweep()):
+        return None
+    chosen = [*override.sweep_string_iterator()] if override.is_sweep_override() else [shown(override.value())]
+    unknown = [option for option in chosen if option not in options]
+    if unknown:
+        empty = unknown[0] in ("null", "''") and "none" in options
+        near = "; did you mean none?" if empty else suggest(unknown[0], options)
+        return f"{group}={unknown[0]}: there is no such option{near}; options: {', '.join(options)}"
+    if override.is_add():
+        return f"{override.input_line}: {group} is chosen already; write {group}={chosen[0]} without the +"
+    return None
+
+
+def _options(group: str, folders: Sequence[Path]) -> dict[str, Path]:
+    return {path.stem: path for folder in folders for path in sorted((folder / group).glob("*.yaml")) if group != "."}
+
+
+def _tree(choices: Sequence[str], folders: Sequence[Path]) -> Any:
+    """The whole configuration with these groups chosen, values unresolved."""
+    single = [word for word in choices if "," not in word]
+    search = [f"hydra.searchpath=[{','.join(f'file://{folder.resolve()}' for folder in folders[1:])}]"]
+    try:
+        return OmegaConf.to_container(_compose([*single, *search]), resolve=False)
+    except Exception:  # the words are what is wrong
+        return OmegaConf.to_container(_compose([]), resolve=False)
+
+
+def _unknown_key(key: str, tree: Any, folders: Sequence[Path]) -> str:
+    group, _, rest = key.partition(".")
+    contents = {option: _content(path, group) for option, path in _options(group, folders).items()} if rest else {}
+    having = [f"{group}={option}" for option, content in contents.items() if _exists(content, rest)]
+    if having:
+        return f"{key}: there is no such key here; there is with {' or '.join(having)}"
+    near = _nearest(key, [name for name in _keys(tree) if "." in name or not rest])
+    for option, content in contents.items():
+        near = near or _nearest(rest, _keys(content), f"{group}.", f" with {group}={option}")
+    return f"{key}: there is no such key{near}; all keys: cfsp --cfg job"
+
+
+def _content(path: Path, group: str) -> Any:
+    """The keys of an option's file, and of the options within its group that it draws on.
+
+    A preset (package _global_) has its own keys one level down.
+    """
+    content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    if not isinstance(content, dict):
+        return {}
+    for entry in content.get("defaults", ()):
+        for inner, option in entry.items() if isinstance(entry, Mapping) else ():
+            part = path.parent / str(inner) / f"{option}.yaml"
+            if part.is_file():
+                package = re.search(r"^# @package (\S+)", part.read_text(encoding="utf-8"))
+                within = package.group(1).removeprefix(group).strip(".") if package else inner
+                keys = _content(part, f"{group}/{inner}")
+                content |= {within: keys} if within else keys
+    return content.get(group, content)
+
+
+def _nearest(key: str, known: Iterable[str], prefix: str = "", suffix: str = "") -> str:
+    """The known key that ``key`` misspells, or that ends as it does: ``ratio`` for ``sparsity.ratio``."""
+    known = list(known)
+    leaf = key.rpartition(".")[2]
+    same = [name for name in known if name.rpartition(".")[2] == leaf]
+    near = next(iter(get_close_matches(key, same, n=1, cutoff=0) or get_close_matches(key, known, n=1)), None)
+    if near is None:
+        leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
+        near = next((leaves[name] for name in get_close_matches(leaf, leaves, n=1, cutoff=0.6)), None)
+    return f"; did you mean {prefix}{near}{suffix}?" if near else ""
+
+
+def _way_out(word: str, parser: OverridesParser) -> str:
+    """How a word that Hydra cannot read is written; quotes only where the word is read with them."""
+    key, equals, value = word.partition("=")
+    if re.match(r"(range|choice|interval|glob|sort|shuffle|tag)\(", value):
+        return "a sweep is written with -m as key=a,b,c, key=range(FIRST,END,STEP) or key=choice(a,b)"
+    bare = value.strip("'\"")
+    for mark in ("'", '\\"'):
+        quote = mark[-1]
+        quoted = f"{key}={quote}{bare}{quote}"
+        if (
+            equals
+            and re.fullmatch(r"[~+]*[\w./@-]+", key)
+            and bare
+            and quote not in bare
+            and not re.match(r"[\[{]", value)
+        ):
+            try:
+                parser.parse_override(quoted)
+            except (HydraException, ValueError):
+                continue
+            return f'this value needs quotes: "{key}={mark}{bare}{mark}"'
+    return "write key=value (quote values with , = # ( ' ~ or spaces: \"key='value'\")"
+
+
+def _value_at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _exists(tree: Any, key: str) -> bool:
+    for part in key.split("."):
+        if tree is None:
+            return True
+        if not isinstance(tree, Mapping) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
+
+
+def _keys(values: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if key in ("_target_", "defaults"):
+            continue
+        yield prefix + str(key)
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{key}.")

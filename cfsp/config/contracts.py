@@ -1,0 +1,391 @@
+"""The contracts of the seven kinds of components that a ``_target_`` may name.
+
+Each contract is a protocol without state. A member without a value is required:
+:func:`cfsp.config.components.build` refuses a class that lacks it, by its name. Every other member has its default
+here. A class that inherits from its contract gets these defaults in the ordinary way; a class that does not (in a
+package that knows nothing of cfsp) gets them when it is built. So the rest of cfsp asks any component for any member,
+and never looks at its class.
+
+``None`` as an answer means "not stated": whoever asked says so instead of guessing.
+
+All contracts stand in this one module, although it is long: it is the page that an author of a component reads.
+
+Example:
+    A pruner in a package of your own, chosen with ``pruner._target_=mine.Mine plugins.allow=[mine]``::
+
+        @component
+        class Mine(Pruner):
+            name: str = "mine"
+            prunes: ClassVar[bool] = True
+
+            def check(self, view, budget): ...
+
+            def plan(self, context):
+                return complete(context, [BlockPlan(...) for block in context.driver.view.blocks])
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    import torch
+    from torch import Tensor, nn
+
+    from cfsp.allocator.base import Allocation
+    from cfsp.architecture.views import Channels, DecoderView
+    from cfsp.config.budget import Budget, Structure
+    from cfsp.config.components import Component
+    from cfsp.data.limits import Limits
+    from cfsp.evaluation.base import Side
+    from cfsp.evaluation.measurement import Measurement
+    from cfsp.importance.base import Activation, Scores
+    from cfsp.plan.pruning_plan import PruningPlan
+    from cfsp.pruner.base import PlanContext
+    from cfsp.record.run_record import RunRecord
+    from cfsp.recovery.base import Recovered, RecoveryContext
+    from cfsp.sparsity.budget import Sizes
+    from cfsp.sweep.job import Job, Outcome
+
+#: Kinds of units that a pruner may remove.
+Unit = Literal["neurons", "kv_groups", "experts", "submodules", "blocks"]
+
+
+class NeuronImportance(Protocol):
+    """A metric: one class, one file, one YAML. Units with higher scores are kept.
+
+    Attributes:
+        requires: items of the calibration beside the core statistics, of "gradients" and "gram".
+        gradient_checkpointing: whether gradients are computed with less memory in more time.
+    """
+
+    requires: tuple[str, ...] = ()
+    gradient_checkpointing: bool = False
+
+    @abstractmethod
+    def score(self, channels: Channels, activation: Activation) -> Tensor:
+        """Score the input channels of one output projection: FFN neurons, or channels of attention heads.
+
+        Args:
+            channels: their weights, in fp32, through ``channels.weights()``: the matrices that make the channels,
+                [N, d] each (ffn: gate, up; attention: q, k, v), and the output's [d, N] (down; o).
+            activation: statistics of the channels over the calibration set.
+
+        Returns:
+            Scores [N].
+        """
+        ...
+
+
+class Allocator(Protocol):
+    """An allocation: one class, one file, one YAML.
+
+    Attributes:
+        needs_model: whether the model runs for each candidate, so that all of it has to be in memory
+            (:class:`SearchingAllocator`).
+        keeps_shares_equal: whether every block gets the same share.
+    """
+
+    needs_model: bool = False
+    keeps_shares_equal: bool = False
+
+    @abstractmethod
+    def allocate(self, scores: Scores, sizes: Sizes, keep: float) -> Allocation:
+        """Split the kept fraction ``keep`` (0 < keep <= 1) of all removable parameters over the blocks.
+
+        ``scores`` and ``sizes`` hold the blocks that may be pruned, in order. The parameter-weighted mean of the keep
+        ratios must be ``keep``.
+        """
+        ...
+
+    def block_distance(self) -> str | None:
+        """Return the block distance that the allocation follows, for the figure of a run; None: it follows none."""
+        return None
+
+    def block_importance(self, scores: Scores) -> Tensor | None:
+        """Return the coarse importance of each block [L], which IG-LoRA's ranks follow; None: not stated."""
+        return None
+
+
+@runtime_checkable
+class SearchingAllocator(Protocol):
+    """The further members of an allocator with ``needs_model``, which searches for widths by the model's loss.
+
+    Attributes:
+        n_samples: calibration windows that a loss is measured on; None: all.
+    """
+
+    n_samples: int | None
+
+    def allocators(self) -> list[Allocator]:
+        """Return the closed-form allocations that the search starts from."""
+        ...
+
+    def search(
+        self,
+        starts: Sequence[Sequence[int]],
+        legal: Sequence[Sequence[int]],
+        costs: Sequence[int],
+        loss: Callable[[tuple[int, ...]], float],
+    ) -> tuple[tuple[int, ...], list[dict[str, Any]]]:
+        """Search for the FFN widths with the lowest loss.
+
+        Args:
+            starts: widths of each block that meet the budget.
+            legal: legal widths of each block, ascending.
+            costs: parameters of one neuron of each block.
+            loss: measures the mean NLL of the model with given widths.
+
+        Returns:
+            The best widths, and the steps that led to them.
+        """
+        ...
+
+
+class Pruner(Protocol):
+    """A pruner turns a planning context into a plan. Weights are never changed while planning.
+
+    Attributes:
+        name: name of the method, for plans, records and tables.
+        prunes: False for the dense run.
+        plans_with: configuration groups that it draws on; a group that it does not draw on cannot be chosen beside it.
+        requires: items of the calibration beside the core statistics and what the metric requires: "gram".
+        structure: units that the scoring stage ranks for it; None: it does not use the scoring stage, or not stated.
+        needs_model_in_memory: whether planning needs all weights in memory at once, so that none can be streamed.
+    """
+
+    name: str
+    prunes: ClassVar[bool]
+    plans_with: tuple[str, ...] = ("importance", "allocator")
+    requires: tuple[str, ...] = ()
+    structure: Structure | None = None
+    needs_model_in_memory: bool = False
+
+    @abstractmethod
+    def check(self, view: DecoderView, budget: Budget) -> None:
+        """Refuse cheaply, from shapes alone (``view`` may be on the meta device), a plan that cannot be made.
+
+        Raises:
+            CfspError: settings that do not go together, a structure without that part, a ratio that cannot be met.
+        """
+        ...
+
+    @abstractmethod
+    def plan(self, context: PlanContext) -> PruningPlan:
+        """Return the plan; the model is left as it was."""
+        ...
+
+    def removed_units(self) -> tuple[Unit, ...] | None:
+        """Return the kinds of units that may go, whose removal is tried on the model first; None: not stated."""
+        return None
+
+    def units(self, view: DecoderView, budget: Budget) -> Mapping[str, int] | None:
+        """Count the units in the blocks that may be pruned: "neurons" -> number; None: not stated.
+
+        Raises:
+            ConfigError: every block is protected.
+        """
+        return None
+
+    def most_removable(self, view: DecoderView, budget: Budget) -> int | None:
+        """Count the parameters that go where all goes that may; None: not stated, or only the ratio decides.
+
+        Raises:
+            CfspError: every block is protected, or the family cannot lose such units.
+        """
+        return None
+
+    def biased_projections(self) -> tuple[str, ...] | None:
+        """Return the projections that a plan may give a bias, e.g. "mlp.down_proj"; None: not stated."""
+        return None
+
+    def keeps_blocks_equal(self, view: DecoderView, budget: Budget, allocator: Allocator) -> bool | None:
+        """Tell whether all blocks that stay are sure to have the same sizes; None: not stated."""
+        return None
+
+    def objections(self, importance: Component[NeuronImportance], allocator: Component[Allocator]) -> Iterator[str]:
+        """Yield a line for each chosen metric or allocator that cannot work with these settings, whatever the model."""
+        yield from ()
+
+    def check_choices(
+        self, view: DecoderView, importance: Component[NeuronImportance], allocator: Component[Allocator]
+    ) -> None:
+        """Refuse a metric or an allocator that cannot work with these settings on this model.
+
+        Raises:
+            CfspError: names the metric or the allocator.
+        """
+        return None
+
+    def why_unused(self, group: str) -> str:
+        """Say why ``group`` is not among :attr:`plans_with`, and what to use instead, in a clause."""
+        return (
+            f"pruner={self.name} has its own way of choosing and does not use {group}; leave it out, or use "
+            "pruner=one_shot"
+        )
+
+    @staticmethod
+    def unused_settings(settings: Mapping[str, Any]) -> frozenset[str]:
+        """Return the keys that decide nothing beside the other settings, so that run identity leaves them out.
+
+        Args:
+            settings: keys of the group as a configuration or an earlier record has them; some may be missing.
+        """
+        return frozenset()
+
+
+class Recovery(Protocol):
+    """A recovery turns the pruned model into one of the same structure with better weights.
+
+    Attributes:
+        name: name of the recovery, for records and tables.
+        trains: False where the weights stay as they are.
+    """
+
+    name: str
+    trains: ClassVar[bool]
+
+    @abstractmethod
+    def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: torch.device) -> dict[str, Any]:
+        """Find and check the data and the hardware; return the facts that decide the result, by content.
+
+        Raises:
+            CfspError: data is missing or does not fit, a module to adapt is not there, the hardware lacks something.
+        """
+        ...
+
+    @abstractmethod
+    def recover(self, context: RecoveryContext) -> Recovered:
+        """Train; the model is changed in place."""
+        ...
+
+    def memory_advice(self) -> str | None:
+        """Name the keys to change where memory runs out in training, in a clause; None: not stated."""
+        return None
+
+
+class Evaluator(Protocol):
+    """An evaluator: one class and one YAML entry under ``evaluation``.
+
+    Attributes:
+        side_by_side: whether the dense and the pruned model are measured in turn, by :meth:`measure_sides`.
+        key: configuration key that the evaluator stands under, for messages. It is told when the configuration is
+            parsed, since two of one class may stand under ``evaluation``.
+    """
+
+    side_by_side: ClassVar[bool]
+    key: ClassVar[str] = "evaluation"
+
+    @abstractmethod
+    def check(self, tokenizer: Any, limits: Limits) -> dict[str, Any]:
+        """Find and check the inputs; return the facts of them that decide the figures, by content.
+
+        Raises:
+            DataError: an input is missing or does not fit the model.
+        """
+        ...
+
+    @abstractmethod
+    def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
+        """Measure one model."""
+        ...
+
+    def check_settings(self) -> dict[str, Any] | None:
+        """Check the settings alone, in the place of :meth:`check`, where other inputs of the run are wrong already.
+
+        Returns:
+            The facts of the settings that decide the figures; None: :meth:`check` takes no longer than this would.
+        """
+        return None
+
+    def task_folder(self) -> str | None:
+        """Return the folder whose files the evaluator would run as code; None: there is none."""
+        return None
+
+    def parts(self) -> Mapping[str, Evaluator]:
+        """Divide the evaluator: name of a task or text -> the evaluator of it alone.
+
+        The figures of each part are kept, so that a run that is killed does not measure them again.
+        """
+        return {"all": self}
+
+    def measure_sides(self, model: nn.Module, sides: list[Side]) -> dict[str, list[Measurement]]:
+        """Measure several sides in alternation, so that a drifting machine favours none; required by ``side_by_side``.
+
+        Returns:
+            Figures by the side's name.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: side_by_side needs measure_sides")
+
+
+class RunLogger(Protocol):
+    """A logger mirrors the record. It is started once per run and finished once, whatever happens in between."""
+
+    @abstractmethod
+    def start(self, run_id: str, folder: Path, configuration: dict[str, Any]) -> None:
+        """Begin a run. An error of the logger is raised here, before any work."""
+        ...
+
+    @abstractmethod
+    def log(self, values: dict[str, Any]) -> None:
+        """Log a step of the training."""
+        ...
+
+    @abstractmethod
+    def finish(self, record: RunRecord, folder: Path) -> None:
+        """End a run, successful or not, with the record that OUT holds. May be called again for the same run."""
+        ...
+
+    @abstractmethod
+    def files(self, name: str, folder: Path, files: Mapping[str, Path]) -> None:
+        """Log files made from several runs, such as tables.
+
+        Args:
+            name: name of what the files belong to.
+            folder: where the logger may write.
+            files: name -> file.
+        """
+        ...
+
+
+class Launcher(Protocol):
+    """A launcher starts the runs of a sweep: one class and one YAML under ``conf/launcher``."""
+
+    def check(self) -> None:
+        """Check that everything the launcher needs is here, before any work.
+
+        Raises:
+            ConfigError: what is missing, and how to get it.
+        """
+        return None
+
+    @abstractmethod
+    def launch(self, jobs: Sequence[Job], report: Callable[[Job, Outcome], None]) -> None:
+        """Do every job; wait for a job that another process is doing instead of repeating it.
+
+        Args:
+            jobs: runs of the sweep.
+            report: to be called with each job that is over.
+        """
+        ...
+
+
+def required_members(contract: type[Any]) -> tuple[str, ...]:
+    """Return the members of a contract that have no default."""
+    stated = vars(contract)
+    attributes = [name for name in contract.__annotations__ if name not in stated]
+    return (*attributes, *(name for name, value in stated.items() if _is_abstract(value)))
+
+
+def optional_members(contract: type[Any]) -> dict[str, Any]:
+    """Return the members of a contract that have a default: name -> the default."""
+    own = [name for name in vars(contract) if not name.startswith("_")]
+    return {name: vars(contract)[name] for name in own if not _is_abstract(vars(contract)[name])}
+
+
+def _is_abstract(value: Any) -> bool:
+    return bool(getattr(value, "__isabstractmethod__", False))

@@ -1,0 +1,305 @@
+"""The typed schema of a run's configuration: every value error together, before any heavy import.
+
+The group files under ``conf/`` are plain YAML; here they become frozen, typed sections. Components that plug
+in through ``_target_`` (importance, allocator, pruner, recovery, evaluators, logger) are typed by their own
+class signature: see :mod:`cfsp.config.components`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import Field, PlainValidator, ValidationError
+
+from cfsp.config.components import Component, booleans_for_numbers, build, placed, problems_of, shown, suggest
+from cfsp.config.contracts import Allocator, Evaluator, NeuronImportance, Pruner, Recovery, RunLogger
+from cfsp.config.run_config import RunConfig
+from cfsp.config.sections import (
+    CALIBRATION_KINDS,
+    CalibrationSection,
+    ModelSection,
+    PathsSection,
+    PluginsSection,
+    SaveSection,
+    Section,
+    SparsitySection,
+    TextCalibration,
+    TokensCalibration,
+    checked_force,
+)
+from cfsp.errors import ConfigError, printable
+from cfsp.system.magnitude import LARGEST_TOKENS, too_large
+from cfsp.system.names import RULE, is_name
+from cfsp.system.package import config_folder, is_packaged, package_path
+
+_SECTIONS: dict[str, type[Section]] = {
+    "model": ModelSection,
+    "sparsity": SparsitySection,
+    "save": SaveSection,
+    "plugins": PluginsSection,
+    "paths": PathsSection,
+}
+#: Group -> what an instance must have to stand in it.
+_COMPONENTS: dict[str, type[Any]] = {
+    "importance": NeuronImportance,
+    "allocator": Allocator,
+    "pruner": Pruner,
+    "recovery": Recovery,
+    "logger": RunLogger,
+}
+_ROOT_KEYS = {*_SECTIONS, *_COMPONENTS, "calibration", "evaluation", "seed", "force", "debug", "evaluate_selection"}
+
+
+def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
+    """Check a composed configuration and build its components.
+
+    Raises:
+        ConfigError: with every value error of every section, one line each.
+    """
+    try:
+        raw: Any = (
+            OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+            if isinstance(config, DictConfig)
+            else dict(config)
+        )
+    except OmegaConfBaseException as error:
+        raise ConfigError(unresolved(error)) from error
+    problems: list[str] = [
+        f"{key}={shown(value)}: unknown key{suggest(root, _ROOT_KEYS)}; all keys: cfsp --cfg job"
+        for root in raw
+        if root not in _ROOT_KEYS
+        for key, value in _leaves(str(root), raw[root])
+    ]
+    large = [f"{key}={shown(value)}: too large; expected at most {most:,}" for key, value, most in too_large(raw)]
+    if large:  # before they are computed with
+        raise ConfigError(*problems, *large)
+    absent = [name for name in ("model", "calibration", "sparsity", "paths") if name not in raw]
+    if absent:
+        raise ConfigError(
+            *problems, *(f"{name} is not set: choose one, e.g. {name}={_option(name)}" for name in absent)
+        )
+    parts: dict[str, Any] = {}
+    for name, schema in _SECTIONS.items():
+        parts[name] = _section(name, schema, raw.get(name, {}), problems)
+    parts["calibration"] = _calibration(raw.get("calibration", {}), problems)
+    allowed = parts["plugins"].allow if parts["plugins"] is not None else []
+    for name, contract in _COMPONENTS.items():
+        parts[name] = _component(name, raw.get(name), allowed, contract, problems)
+    evaluation = _evaluators(raw.get("evaluation"), problems)
+    evaluation_name = str(evaluation.pop("name", "custom"))
+    problems.extend(_unsafe_names(evaluation_name, parts))
+    parts["evaluation"] = {
+        name: _component(f"evaluation.{name}", value, allowed, Evaluator, problems)
+        for name, value in evaluation.items()
+        if value is not None
+    }
+    problems.extend(_no_sides(parts["evaluation"]))
+    for name, evaluator in parts["evaluation"].items():
+        if evaluator is not None and "key" not in evaluator.settings:
+            placed(evaluator.instance, f"evaluation.{name}")
+    problems.extend(_task_folders(parts["evaluation"], allowed))
+    scalars = _section("", _Scalars, {key: raw[key] for key in _Scalars.model_fields if key in raw}, problems)
+    if isinstance(parts["model"], ModelSection) and not parts["model"].path:
+        problems.append(
+            f"model.path={shown(parts['model'].path)}: model={parts['model'].name} needs it: give a folder "
+            "or a hub id, e.g. model.path=meta-llama/Llama-3.1-8B"
+        )
+    problems.extend(_unused(parts["pruner"], raw))
+    if None not in (parts["pruner"], parts["importance"], parts["allocator"]):
+        problems.extend(parts["pruner"].instance.objections(parts["importance"], parts["allocator"]))
+    problems.extend(_nothing_to_recover(parts["pruner"], parts["recovery"]))
+    problems.extend(_nothing_to_export(parts["save"], parts["pruner"]))
+    problems.extend(_too_many_tokens(parts["calibration"]))
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+    parts.pop("plugins")
+    return RunConfig(
+        **parts,
+        evaluation_name=evaluation_name,
+        seed=scalars.seed,
+        force=scalars.force is True,
+        debug=scalars.debug,
+        evaluate_selection=scalars.evaluate_selection,
+        raw=raw,
+        check_files=scalars.force == "check",
+    )
+
+
+def _unsafe_names(evaluation_name: str, parts: Mapping[str, Any]) -> Iterator[str]:
+    """Names that components carry go into names of files, as those of the sections do."""
+    named = {"evaluation.name": evaluation_name}
+    for group in ("pruner", "recovery"):
+        if parts[group] is not None:
+            named[f"{group}.name"] = parts[group].instance.name
+    yield from (f"{key}={shown(name)}: {RULE}" for key, name in named.items() if not is_name(name))
+
+
+def unresolved(error: OmegaConfBaseException) -> str:
+    """The line about a key whose value is missing (???) or refers (${...}) to what is not there."""
+    key = error.full_key or "configuration"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key}=???: has no value; give one, {key}=VALUE"
+    reason = printable(str(error).partition("\n")[0])
+    return f"{key}: its value refers with ${{...}} to what cannot be resolved ({reason}); write the value itself"
+
+
+def _unused(pruner: Component[Pruner] | None, raw: Mapping[str, Any]) -> Iterator[str]:
+    """Refuse a metric or allocator that was chosen, but that the chosen pruner does not look at."""
+    if pruner is None or not pruner.instance.prunes:
+        return
+    for group in ("importance", "allocator"):
+        if not isinstance(raw.get(group), Mapping):  # a problem of its own
+            continue
+        if group not in pruner.instance.plans_with and raw.get(group) != _default(group):
+            yield f"{group}._target_={shown(raw[group].get('_target_'))}: {pruner.instance.why_unused(group)}"
+
+
+def _no_sides(evaluators: Mapping[str, Component[Evaluator] | None]) -> Iterator[str]:
+    """Refuse an evaluator that is to measure side by side and cannot."""
+    for name, evaluator in evaluators.items():
+        if evaluator is None or not evaluator.instance.side_by_side:
+            continue
+        if type(evaluator.instance).measure_sides is Evaluator.measure_sides:
+            yield (
+                f"evaluation.{name}._target_={evaluator.target}: no class for evaluation, it has side_by_side=true and "
+                "no measure_sides"
+            )
+
+
+def _task_folders(evaluation: Mapping[str, Component[Evaluator] | None], allowed: list[str]) -> Iterator[str]:
+    """Folders of task files that are not cfsp's own, without the word that lets them run."""
+    for name, evaluator in evaluation.items():
+        path = None if evaluator is None else evaluator.instance.task_folder()
+        if path is not None and "tasks" not in allowed and package_path(path).is_dir() and not is_packaged(path):
+            yield (
+                f"evaluation.{name}.include_path={path}: task files are code (functions, templates) that would run as "
+                "you; look at them, then allow it with plugins.allow=[tasks]"
+            )
+
+
+def _nothing_to_recover(pruner: Component[Pruner] | None, recovery: Component[Recovery] | None) -> Iterator[str]:
+    if pruner is None or recovery is None or pruner.instance.prunes or not recovery.instance.trains:
+        return
+    yield (
+        f"recovery={recovery.instance.name}: pruner={pruner.instance.name} removes nothing, so there is nothing to "
+        "recover; use recovery=none, or prune in the same command (what was calibrated before is read from the cache)"
+    )
+
+
+def _nothing_to_export(save: SaveSection | None, pruner: Component[Pruner] | None) -> Iterator[str]:
+    if save is not None and save.format != "hf" and pruner is not None and not pruner.instance.prunes:
+        yield (
+            f"save.format={save.format}: pruner={pruner.instance.name} removes nothing, so no model is written; leave "
+            "it out, or prune; cfsp export path=FOLDER writes other forms of a pruned folder"
+        )
+    elif save is not None and not save.model and save.format != "hf":
+        yield (
+            f"save.format={save.format}: save.model=false saves no model that could be exported; use save.model=true, "
+            "or leave save.format out"
+        )
+
+
+def _too_many_tokens(section: CalibrationSection | None) -> Iterator[str]:
+    """More windows than memory could hold, seen before anything is read."""
+    if section is None or section.n_samples is None or section.seq_len is None:
+        return
+    if section.n_samples * section.seq_len > LARGEST_TOKENS:
+        yield (
+            f"calibration.n_samples={section.n_samples}: with calibration.seq_len={section.seq_len} these are "
+            f"{section.n_samples * section.seq_len:,} tokens, at most {LARGEST_TOKENS:,} are taken; use fewer or "
+            "shorter windows"
+        )
+
+
+@cache
+def _default(group: str) -> dict[str, Any]:
+    """The group as config.yaml has it where nobody chooses."""
+    values: Any = OmegaConf.to_container(OmegaConf.load(config_folder() / group / f"{_option(group)}.yaml"))
+    return values
+
+
+def _option(group: str) -> str:
+    """The option of a group that config.yaml chooses."""
+    entries = OmegaConf.load(config_folder() / "config.yaml").defaults
+    (option,) = [entry[group] for entry in entries if not isinstance(entry, str) and group in entry]
+    return str(option)
+
+
+class _Scalars(Section):
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    force: Annotated[bool | Literal["check"], PlainValidator(checked_force)] = False
+    debug: bool = False
+    evaluate_selection: bool = False
+
+
+def _section(name: str, schema: type[Section], values: Any, problems: list[str]) -> Any:
+    if not isinstance(values, Mapping):
+        problems.append(
+            f"{name}={shown(values)}: a group of keys is expected: {', '.join(schema.model_fields)}; leave {name} out "
+            f"for its defaults, or write {name}.KEY=VALUE"
+        )
+        return None
+    wrong = [*booleans_for_numbers(schema, values, name)]
+    if wrong:
+        problems.extend(wrong)
+        return None
+    try:
+        return schema(**{str(key): value for key, value in values.items()})
+    except ValidationError as error:
+        problems.extend(problems_of(error, name, schema))
+        return None
+
+
+def _calibration(values: Mapping[str, Any], problems: list[str]) -> Any:
+    if not isinstance(values, Mapping):
+        problems.append(f"calibration={shown(values)}: a group of keys is expected; choose one, e.g. calibration=text")
+        return None
+    kind = values.get("kind")
+    if not isinstance(kind, str) or kind not in CALIBRATION_KINDS:
+        problems.append(f"calibration.kind={shown(kind)}: use {', '.join(CALIBRATION_KINDS)}")
+        return None
+    section = _section("calibration", CALIBRATION_KINDS[kind], values, problems)
+    if isinstance(section, TextCalibration) and section.path is None and section.hub is None:
+        problems.append(
+            f"calibration.path=null: calibration={section.name} has no copy on the hub: "
+            "give a local .txt, .jsonl or .parquet file, calibration.path=FILE"
+        )
+    if isinstance(section, TokensCalibration) and section.path is None:
+        problems.append(
+            "calibration.path=null: calibration=tokens needs it: give a .npy file of ids, calibration.path=FILE.npy"
+        )
+    return section
+
+
+def _evaluators(values: Any, problems: list[str]) -> dict[str, Any]:
+    """The entries of the evaluation, ``name`` among them; null stands for none."""
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        problems.append(
+            f"evaluation={shown(values)}: a group of evaluators is expected; choose one, e.g. evaluation=none"
+        )
+        return {}
+    if not isinstance(values.get("name", "custom"), str):
+        problems.append(f"evaluation.name={shown(values['name'])}: expected text, e.g. evaluation.name=custom")
+    return {str(name): value for name, value in values.items()}
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaves(f"{key}.{name}", inner)
+    else:
+        yield key, value
+
+
+def _component(name: str, values: Any, allowed: list[str], contract: type[Any], problems: list[str]) -> Any:
+    try:
+        return build(name, values, allowed, contract)
+    except ConfigError as error:
+        problems.extend(error.problems)
+        return None

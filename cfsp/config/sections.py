@@ -1,0 +1,186 @@
+"""Typed sections of the configuration: one class for each group of plain keys."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
+
+from cfsp.config.budget import Protect
+from cfsp.system.names import checked_name
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+SavedDType = Literal["float32", "bfloat16", "float16"]
+
+
+PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+
+
+Folder = Annotated[str, Field(min_length=1)]
+
+
+Name = Annotated[str, AfterValidator(checked_name)]
+
+
+def _device(name: str) -> str:
+    # The form only: whether this machine has the device is seen when torch is there.
+    if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu|npu|hpu|mlu)(:\d+)?", name):
+        raise ValueError("use auto, cpu, cuda, cuda:N or mps")
+    return name
+
+
+def _protect(value: Any) -> Protect:
+    # One sentence where a union of types would give one per type.
+    if value in ("none", "auto"):
+        return value
+    numbers = isinstance(value, list | tuple) and len(value) == 2
+    if numbers and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value):
+        return int(value[0]), int(value[1])
+    raise ValueError("blocks that stay whole: use none, auto or [first,last], e.g. sparsity.protect=[4,2]")
+
+
+def _architecture(values: dict[str, Any] | None) -> dict[str, Any] | None:
+    if values is not None and not isinstance(values.get("model_type"), str):
+        raise ValueError("keys of a config.json are expected, model_type among them; leave it out, or use null")
+    nested = [key for key, value in (values or {}).items() if not isinstance(value, str | int | float | None)]
+    if nested:
+        raise ValueError(f"{', '.join(nested)}: a number, a word, true, false or null is expected")
+    return values
+
+
+def _batch_size(value: Any) -> int | Literal["auto"]:
+    # One sentence where a union of types would give one per type.
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError("sequences at a time: give auto or a whole number from 1")
+
+
+def checked_force(value: Any) -> bool | Literal["check"]:
+    # One sentence where a union of types would give one per type.
+    if value == "check" and isinstance(value, str):
+        return "check"
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        raise ValueError("use false, true (repeat a finished run) or check (compare the hashes of its files)") from None
+
+
+BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size)]
+
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+Gigabytes = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A group of keys; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSection(Section):
+    name: Name
+    path: str | None = Field(description="a folder or a hub id, e.g. model=local model.path=FOLDER")
+    revision: str | None = None
+    dtype: DType = "auto"
+    device: Annotated[str, AfterValidator(_device)] = "auto"
+    trust_remote_code: bool = False
+    streaming: Literal["auto", "on", "off"] = "auto"
+    #: What config.json says of sizes, for ``cfsp inspect`` where neither folder nor hub is at hand; no run reads it.
+    architecture: Annotated[dict[str, Any] | None, AfterValidator(_architecture)] = None
+    part: Literal["whole", "language_model"] = "whole"
+
+
+class HubFile(Section):
+    """One file of a dataset repository on the hub (parquet or json; never a loading script)."""
+
+    repo: str
+    file: str
+    revision: str | None = None
+
+
+class TextSection(Section):
+    """Where a text comes from and how its documents become one token stream."""
+
+    path: str | None = Field(default=None, description="a local .txt, .jsonl, .csv or .parquet file")
+    hub: HubFile | None = None
+    split: str = "train"
+    text_field: str = "text"
+    txt_rows: Literal["whole", "lines", "wikitext"] = "whole"
+    join: str = "\n\n"
+    bos: Literal["auto", "none", "start", "window"] = "auto"
+    skip_documents: int = Field(default=0, ge=0)
+    max_documents: PositiveInt | None = None
+
+
+class TextCalibration(TextSection):
+    kind: Literal["text"]
+    name: Name
+    sampling: Literal["random", "sequential"] = "random"
+    n_samples: PositiveInt
+    seq_len: int = Field(ge=2)
+    batch_size: BatchSize = "auto"
+    memory_gb: Gigabytes | None = None
+    gram_share: Share = 1.0
+
+
+class TokensCalibration(Section):
+    kind: Literal["tokens"]
+    name: Name
+    path: str | None = Field(description="a .npy file of token ids, shape [n, T]")
+    n_samples: PositiveInt | None = None
+    seq_len: Annotated[int, Field(ge=2)] | None = None
+    batch_size: BatchSize = "auto"
+    memory_gb: Gigabytes | None = None
+    gram_share: Share = 1.0
+
+
+class SelfCalibration(Section):
+    kind: Literal["self"]
+    name: Name
+    n_samples: PositiveInt
+    seq_len: int = Field(ge=2)
+    sampling_temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    batch_size: PositiveInt = 8
+    gram_share: Share = 1.0
+
+
+CalibrationSection = TextCalibration | TokensCalibration | SelfCalibration
+
+
+CALIBRATION_KINDS: dict[str, type[Section]] = {
+    "text": TextCalibration,
+    "tokens": TokensCalibration,
+    "self": SelfCalibration,
+}
+
+
+class SparsitySection(Section):
+    ratio: float = Field(gt=0, lt=1, allow_inf_nan=False, description="the fraction to remove, e.g. sparsity.ratio=0.5")
+    scope: Literal["ffn", "decoder", "model"] = "ffn"
+    round_to: PositiveInt = Field(default=32, description="kept widths are multiples of it; 1 for no rounding")
+    rounding: Literal["exact", "nearest"] = "exact"
+    min_width: PositiveInt | None = Field(default=None, description="the smallest width of a block; null: round_to")
+    protect: Annotated[Protect, PlainValidator(_protect)] = "none"
+
+
+class SaveSection(Section):
+    model: bool = True
+    format: Literal["hf", "padded", "gguf", "decilm"] = "hf"
+    dtype: SavedDType | None = None
+
+
+class PluginsSection(Section):
+    #: Packages; ``tasks``: the files of evaluation.*.include_path.
+    allow: list[str] = Field(default=[], description="e.g. plugins.allow=[my_package]")
+
+
+class PathsSection(Section):
+    output_dir: Folder
+    records_dir: Folder
+    cache_dir: Folder

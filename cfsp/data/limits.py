@@ -1,0 +1,31 @@
+"""What a model can take: vocabulary and positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cfsp.errors import DataError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model can take: ids below ``vocab_size``, windows of at most ``positions`` tokens (None: unknown)."""
+
+    vocab_size: int
+    positions: int | None
+
+    def check_length(self, key: str, seq_len: int) -> None:
+        """Raises DataError where a window is longer than the model's positions."""
+        if self.positions is not None and seq_len > self.positions:
+            raise DataError(f"{key}={seq_len}: the model has {self.positions} positions; use {self.positions} or less")
+
+    def check_ids(self, what: str, ids: np.ndarray) -> None:
+        """Raises DataError where an id is outside the model's vocabulary."""
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.vocab_size:
+            raise DataError(
+                f"{what}: ids from {low} to {high} are outside the model's vocabulary of {self.vocab_size}; "
+                "tokenise with this model's tokenizer"
+            )

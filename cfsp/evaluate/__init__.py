@@ -1,1 +1,0 @@
-"""Perplexity, zero-shot tasks and cost."""

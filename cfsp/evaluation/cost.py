@@ -1,0 +1,258 @@
+"""Cost: parameters, MACs, checkpoint bytes, prefill and decode speed, peak memory.
+
+Timed in alternation on shapes that stay the same; reported as medians with their spread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from cfsp.config.components import component
+from cfsp.config.contracts import Evaluator
+from cfsp.evaluation.measurement import Measurement
+from cfsp.system.progress import progress
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from cfsp.data.limits import Limits
+    from cfsp.evaluation.base import Side
+
+
+log = logging.getLogger(__name__)
+
+
+@component
+class Cost(Evaluator):
+    """Batch 1: prefill of ``prompt_tokens``, then greedy decoding of ``new_tokens`` (:func:`time_generation`).
+
+    Each of the ``repeats`` times every side once, after one warm-up round.
+    """
+
+    prompt_tokens: Annotated[int, Field(ge=2)] = 256
+    new_tokens: Annotated[int, Field(ge=1)] = 32
+    repeats: Annotated[int, Field(ge=1)] = 5
+
+    side_by_side: ClassVar[bool] = True
+    key: ClassVar[str] = "evaluation.cost"
+
+    def check(self, tokenizer: Any, limits: Limits) -> dict[str, Any]:
+        limits.check_length(f"{self.key}.prompt_tokens + {self.key}.new_tokens", self.prompt_tokens + self.new_tokens)
+        return {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens, "repeats": self.repeats}
+
+    def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
+        from cfsp.evaluation.base import Side
+
+        side = Side("model", contextlib.nullcontext, next(model.parameters()).dtype)
+        return self.measure_sides(model, [side])["model"]
+
+    def measure_sides(self, model: nn.Module, sides: list[Side]) -> dict[str, list[Measurement]]:
+        import torch
+
+        from cfsp.model.streamed import streamed
+
+        found = {}
+        if streamed(model) is not None:
+            log.info("cost: the weights are read from disk for each token, so speed and memory are not measured")
+            for side in sides:
+                with side.active():
+                    found[side.name] = size_of(model, side.storage_dtype)
+            return found
+
+        vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+        generator = torch.Generator().manual_seed(0)
+        prompt = torch.randint(vocabulary, (1, self.prompt_tokens), generator=generator).to(device)
+        times = time_sides(model, sides, prompt, self.new_tokens, self.repeats)
+        for side in sides:
+            with side.active():
+                found[side.name] = [
+                    *size_of(model, side.storage_dtype),
+                    *self._speeds(times[side.name], device),
+                    self._memory(model, prompt),
+                ]
+        return found
+
+    def _memory(self, model: nn.Module, prompt: Tensor) -> Measurement:
+        """The weights and what the same generation holds beside them at most: hidden states, logits, KV cache."""
+        tensors = [*model.parameters(), *model.buffers()]
+        weights = sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+        beside = peak_beside(tensors, prompt, lambda: time_generation(model, prompt, self.new_tokens))
+        detail = {"batch_size": 1, "device": prompt.device.type, "weights": weights}
+        length = self.prompt_tokens + self.new_tokens
+        return Measurement("cost", "memory", "peak_bytes", weights + beside, "bytes", seq_len=length, detail=detail)
+
+    def _speeds(self, times: list[Timing], device: torch.device) -> list[Measurement]:
+        import torch
+
+        detail = {
+            "statistic": "median",
+            "batch_size": 1,
+            "device": device.type,
+            "threads": torch.get_num_threads(),
+        }
+        figures = []
+        for task, tokens, seconds in (
+            ("prefill", self.prompt_tokens, [timing.prefill for timing in times]),
+            ("decode", self.new_tokens, [timing.decode for timing in times]),
+        ):
+            spread = {"min": tokens / max(seconds), "max": tokens / min(seconds)}
+            cache = {"cache": times[0].cache} if task == "decode" else {}
+            figures.append(
+                Measurement(
+                    "cost", task, "tokens_per_second", tokens / median(seconds), "tokens/s",
+                    n=len(seconds), seq_len=tokens, detail={**detail, **cache, "spread": spread, "seconds": seconds},
+                )
+            )  # fmt: skip
+        return figures
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one prefill and of the decoding after it; ``cache``: static or dynamic, the KV cache of the steps."""
+
+    prefill: float
+    decode: float
+    cache: str
+
+
+def time_sides(
+    model: nn.Module, sides: Sequence[Side], prompt: Tensor, new_tokens: int, repeats: int
+) -> dict[str, list[Timing]]:
+    """Side -> its ``repeats`` timings; in each round every side once, the first round for warming up alone."""
+    times: dict[str, list[Timing]] = {side.name: [] for side in sides}
+    for repeat in progress(range(repeats + 1), "time prefill and decode", unit="round"):
+        for side in sides:
+            with side.active():
+                timed = time_generation(model, prompt, new_tokens)
+            if repeat:
+                times[side.name].append(timed)
+    return times
+
+
+def time_generation(model: nn.Module, prompt: Tensor, new_tokens: int) -> Timing:
+    """Time the prefill of ``prompt`` [1, T] and ``new_tokens`` greedy steps after it.
+
+    Every step has the same shapes: its KV cache has T + ``new_tokens`` places from the start, all of which it reads,
+    the empty ones masked (transformers' StaticCache). On a CPU that takes as long as a cache that grows to this
+    length, give or take a few percent. The prefill has one shape anyway and writes T places; carrying them over to
+    the cache of the steps is not timed. Where a model has no static cache that can be filled so (a window shorter
+    than the prompt, a state that is no cache of keys), the cache grows, and ``cache`` of the result says dynamic.
+    """
+    import torch
+
+    synchronise = partial(torch.cuda.synchronize, prompt.device) if prompt.is_cuda else (lambda: None)
+    with torch.no_grad():
+        synchronise()
+        start = time.perf_counter()
+        output = model(prompt, use_cache=True, logits_to_keep=1)
+        synchronise()
+        prefilled = time.perf_counter()
+        grown, logits = output.past_key_values, output.logits
+        del output
+        static = _static_cache(model, grown, prompt.shape[1], new_tokens)
+        cache = grown if static is None else static
+        del grown
+        synchronise()
+        started = time.perf_counter()
+        for _ in range(new_tokens):
+            token = logits[:, -1:].argmax(-1)
+            logits = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        synchronise()
+        ended = time.perf_counter()
+    return Timing(prefilled - start, ended - started, "dynamic" if static is None else "static")
+
+
+def _static_cache(model: nn.Module, grown: Any, length: int, new_tokens: int) -> Any:
+    """A static cache of ``length`` + ``new_tokens`` places with what is in ``grown``; None where it cannot be made.
+
+    Layers that hold nothing (removed attentions have no slot) hold nothing in it either. Keys and values of ``grown``
+    go layer by layer, so that the two are never in memory at once.
+    """
+    from transformers import DynamicCache, StaticCache
+    from transformers.cache_utils import (
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+        StaticLayer,
+        StaticSlidingWindowLayer,
+    )
+
+    if type(grown) is not DynamicCache:
+        return None
+    config: Any = model.config
+    try:
+        static = StaticCache(config=config, max_cache_len=length + new_tokens)
+    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError):  # a kind of layer that has none
+        return None
+    known: dict[type, type] = {DynamicLayer: StaticLayer, DynamicSlidingWindowLayer: StaticSlidingWindowLayer}
+    pairs: list[tuple[Any, Any]] = list(zip(static.layers, grown.layers, strict=False))
+    for ours, theirs in pairs:
+        # A window that is full already keeps less than the prompt, from which a static one cannot go on.
+        held = theirs.keys.shape[-2] if theirs.is_initialized else length
+        if known.get(type(theirs)) is not type(ours) or held != length:
+            return None
+    if len(static.layers) < len(grown.layers):
+        return None
+    for ours, theirs in pairs:
+        if theirs.is_initialized:
+            ours.update(theirs.keys, theirs.values)
+            theirs.keys = theirs.values = None
+    return static
+
+
+def peak_beside(weights: Sequence[Tensor], prompt: Tensor, call: Callable[[], object]) -> int:
+    """Most bytes of tensors beside ``weights`` that are alive at one time during ``call``.
+
+    CUDA: by its allocator, kernels' work space included, summed over the GPUs that hold weights. Elsewhere by counting
+    the tensors that operations return, which is the same on every machine.
+    """
+    import torch
+
+    if prompt.is_cuda:
+        devices = {tensor.device for tensor in (*weights, prompt) if tensor.is_cuda}
+        before = 0
+        for device in devices:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before += torch.cuda.memory_allocated(device)
+        call()
+        for device in devices:
+            torch.cuda.synchronize(device)
+        return sum(torch.cuda.max_memory_allocated(device) for device in devices) - before
+    from cfsp.evaluation.live_tensors import LiveTensors
+
+    with LiveTensors([*weights, prompt]) as live:
+        call()
+    return live.peak
+
+
+def size_of(model: nn.Module, storage_dtype: torch.dtype) -> list[Measurement]:
+    """Parameters (tied ones once), bytes of their checkpoint in ``storage_dtype``, MACs of the linears per token."""
+    from cfsp.architecture.projection import is_matrix
+
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    size = parameters * storage_dtype.itemsize
+    matrices: list[Any] = [module for module in model.modules() if is_matrix(module)]
+    macs = sum(module.weight.numel() for module in matrices)
+    return [
+        Measurement("cost", "parameters", "count", parameters, "parameters"),
+        Measurement(
+            "cost",
+            "checkpoint",
+            "bytes",
+            size,
+            "bytes",
+            detail={"dtype": str(storage_dtype).removeprefix("torch.")},
+        ),
+        Measurement("cost", "linear_macs", "count", macs, "MACs per token"),
+    ]

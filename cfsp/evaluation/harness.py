@@ -1,0 +1,186 @@
+"""lm-evaluation-harness as this project runs it: quiet, sandboxed, without reports on the machine, and counted.
+
+Everything that is changed in the library is put back when :func:`quiet_harness` is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from cfsp.errors import DataError
+from cfsp.evaluation.task_folder import check_task_file, with_absolute_data
+from cfsp.system.package import ROOT
+
+
+@contextlib.contextmanager
+def quiet_harness(folder: Path | None = None, key: str = "evaluation.zero_shot") -> Iterator[None]:
+    """Run the harness inside: it logs much, draws progress bars, reseeds every random generator and calls git and pip.
+
+    Its templates are rendered in a sandbox, and of task files outside lm-eval and cfsp only those in ``folder`` may
+    bring functions (:func:`cfsp.evaluation.task_folder.check_task_file`).
+    """
+    import datasets
+    import numpy as np
+    import torch
+
+    logger = logging.getLogger("lm_eval")
+    level, bars = logger.level, datasets.is_progress_bar_enabled()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        with _replaced(folder, key):
+            yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+@contextlib.contextmanager
+def _replaced(folder: Path | None, key: str) -> Iterator[None]:
+    import lm_eval.evaluator
+    import lm_eval.utils
+
+    replacements: list[tuple[Any, str, Any]] = [
+        (lm_eval.utils, "env", _sandbox(lm_eval.utils.env)),
+        # Reports for a log that nobody reads: `git describe` writes to the console, `pip list` takes seconds.
+        (lm_eval.evaluator, "add_env_info", lambda storage: None),
+        (lm_eval.evaluator, "get_git_commit_hash", lambda: None),
+    ]
+    # Private modules, which another version may not have; what a task names is looked at before as well.
+    with contextlib.suppress(ImportError, AttributeError):
+        import lm_eval.tasks._factory
+        import lm_eval.tasks._yaml_loader
+
+        loader = _guarded(lm_eval.tasks._yaml_loader.load_yaml, folder, key)
+        # The loader calls itself for what a file includes.
+        replacements += [
+            (module, "load_yaml", loader) for module in (lm_eval.tasks._yaml_loader, lm_eval.tasks._factory)
+        ]
+    present = [(module, name, new) for module, name, new in replacements if hasattr(module, name)]
+    before = [(module, name, getattr(module, name)) for module, name, _ in present]
+    try:
+        for module, name, new in present:
+            setattr(module, name, new)
+        yield
+    finally:
+        for module, name, old in before:
+            setattr(module, name, old)
+
+
+@cache
+def _sandbox(environment: Any) -> Any:
+    """The harness's template environment with attributes and calls restricted; filters and settings are its own."""
+    from jinja2.sandbox import SandboxedEnvironment
+
+    sandbox = SandboxedEnvironment(
+        loader=environment.loader,
+        undefined=environment.undefined,
+        keep_trailing_newline=environment.keep_trailing_newline,
+    )
+    sandbox.filters.update(environment.filters)
+    return sandbox
+
+
+def _guarded(load: Callable[..., dict[str, Any]], folder: Path | None, key: str) -> Callable[..., dict[str, Any]]:
+    import lm_eval.tasks
+
+    trusted = [Path(lm_eval.tasks.__file__).resolve().parent, ROOT]
+
+    def load_yaml(path: Any, *, resolve_func: bool = True, **settings: Any) -> dict[str, Any]:
+        place = Path(path).expanduser().resolve()
+        if resolve_func and not any(place.is_relative_to(root) for root in trusted):
+            if folder is None:
+                raise DataError(f"{key}.tasks: {place} lies outside {key}.include_path; give its folder there")
+            check_task_file(place, folder, key)
+        return with_absolute_data(load(path, resolve_func=resolve_func, **settings), place.parent)
+
+    return load_yaml
+
+
+@cache
+def task_manager(include_path: str | None, include_defaults: bool, content: str = "") -> Any:
+    """The harness's index of tasks; for its own it reads thousands of files. ``content``: of the folder's YAMLs."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path, include_defaults=include_defaults)
+
+
+def harness_tasks() -> set[str]:
+    """The harness's own task names."""
+    with quiet_harness():
+        return set(task_manager(None, True).all_tasks)
+
+
+def with_special_tokens(tokenizer: Any) -> Any:
+    """Copy a tokenizer, with BOS and EOS as the model's configuration states them where it names none itself.
+
+    A tokenizer that names EOS alone keeps having no BOS: the harness starts from EOS then, as it always did.
+    """
+    tokenizer = copy.deepcopy(tokenizer)
+    stated = getattr(tokenizer, "stated_ids", {})
+    wanted = ["eos"] if tokenizer.eos_token_id is None else []
+    wanted += ["bos"] if wanted and tokenizer.bos_token_id is None else []
+    for name in wanted:
+        token = tokenizer.convert_ids_to_tokens(stated[name]) if name in stated else None
+        if token is not None:
+            setattr(tokenizer, f"{name}_token", token)
+    return tokenizer
+
+
+def count_truncated(harness: Any) -> Counter[str]:
+    """Count from now on, by task, the requests of a harness model that are cut on the left to fit its positions.
+
+    Rolling requests are cut into windows instead, and lose nothing.
+    """
+    truncated: Counter[str] = Counter()
+    loglikelihood, of_tokens, generate = (
+        getattr(harness, name) for name in ("loglikelihood", "_loglikelihood_tokens", "generate_until")
+    )
+    asked: list[Any] = []
+
+    def counted_loglikelihood(requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
+        asked[:] = requests
+        try:
+            return loglikelihood(requests, disable_tqdm=disable_tqdm)
+        finally:
+            asked.clear()
+
+    def counted_tokens(requests: Sequence[Any], *arguments: Any, **settings: Any) -> Any:
+        for instance, (_, context, continuation) in zip(asked, requests, strict=False):
+            if len(context) + len(continuation) > harness.max_length + 1:
+                truncated[str(instance.task_name)] += 1
+        asked.clear()  # rolling requests come here as well
+        return of_tokens(requests, *arguments, **settings)
+
+    def counted_generation(requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
+        for instance in requests:
+            text, settings = instance.args[:2]
+            room = harness.max_length - new_tokens(settings, harness.max_gen_toks)
+            if len(harness.tok_encode(text)) > room:
+                truncated[str(instance.task_name)] += 1
+        return generate(requests, disable_tqdm=disable_tqdm)
+
+    harness.loglikelihood = counted_loglikelihood
+    harness._loglikelihood_tokens = counted_tokens
+    harness.generate_until = counted_generation
+    return truncated
+
+
+def new_tokens(settings: Any, default: int) -> int:
+    """The most tokens that a generation request asks for."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    return int(normalize_gen_kwargs(copy.deepcopy(settings), default)["max_gen_toks"])

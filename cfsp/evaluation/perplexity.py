@@ -1,0 +1,178 @@
+"""Perplexity on text: windows, joining and BOS as published, token-weighted mean NLL."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
+
+from pydantic import Field, PlainValidator
+
+from cfsp.config.components import component, placed, suggest
+from cfsp.config.contracts import Evaluator
+from cfsp.config.sections import TextSection
+from cfsp.errors import DataError, RunError
+from cfsp.evaluation.measurement import LACKS_BOS, Measurement
+from cfsp.evaluation.values import checked_batch_size, checked_windows
+from cfsp.system.progress import progress
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+    from cfsp.data.limits import Limits
+
+log = logging.getLogger(__name__)
+
+
+@component
+class Perplexity(Evaluator):
+    """exp of the mean NLL per predicted token over non-overlapping windows of ``seq_len``; the tail is dropped.
+
+    Each window is scored on its own and its first token is not predicted. ``windows`` = [first, end) evaluates only
+    those. ``texts`` defines the names that ``datasets`` may list.
+    """
+
+    datasets: Annotated[list[str], Field(min_length=1)]
+    texts: dict[str, TextSection]
+    seq_len: Annotated[int, Field(ge=2)]
+    windows: Annotated[tuple[int, int] | None, PlainValidator(checked_windows)] = None
+    batch_size: Annotated[int, PlainValidator(checked_batch_size)] = 8
+
+    side_by_side: ClassVar[bool] = False
+    key: ClassVar[str] = "evaluation.perplexity"
+
+    def __post_init__(self) -> None:
+        for name in self.datasets:
+            if name not in self.texts:
+                raise ValueError(
+                    f"{self.key}.datasets names {name}, which is not defined{suggest(name, self.texts)}; "
+                    f"defined: {', '.join(self.texts)}"
+                )
+        if self.windows is not None and self.windows[0] >= self.windows[1]:
+            raise ValueError(
+                f"{self.key}.windows=[{self.windows[0]},{self.windows[1]}]: [first,end] with first < end is needed"
+            )
+
+    def check(self, tokenizer: Any, limits: Limits) -> dict[str, Any]:
+        from cfsp.data.text import lacks_added_tokens, locate_text
+
+        limits.check_length(f"{self.key}.seq_len", self.seq_len)
+        for name in self.datasets:
+            windows, _ = self._windows(name, tokenizer)
+            limits.check_ids(f"{self.key} ({name})", windows)
+            section = self._section(name, tokenizer)
+            if lacks_added_tokens(section, tokenizer):
+                log.warning(
+                    "%s (%s): %s (bos=%s), so the figure may be far from what the model can do; %s.bos=auto adds it",
+                    self.key, name, LACKS_BOS, section.bos, self._key(name),
+                )  # fmt: skip
+        sections = {name: self._section(name, tokenizer) for name in self.datasets}
+        return {
+            "seq_len": self.seq_len,
+            "windows": self.windows,
+            "batch_size": self.batch_size,
+            "texts": {name: locate_text(section, self._key(name)).identity for name, section in sections.items()},
+        }
+
+    def parts(self) -> dict[str, Perplexity]:
+        return {name: placed(replace(cast(Any, self), datasets=[name]), self.key) for name in self.datasets}
+
+    def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
+        return [self._measure(name, model, tokenizer) for name in self.datasets]
+
+    def _measure(self, name: str, model: nn.Module, tokenizer: Any) -> Measurement:
+        import torch
+
+        from cfsp.data.text import lacks_added_tokens, locate_text
+
+        windows, first = self._windows(name, tokenizer)
+        version = f"sha256:{locate_text(self.texts[name], self._key(name)).identity['sha256'][:16]}"
+        total, count = negative_log_likelihood(model, torch.tensor(windows), self.batch_size, name)
+        if not math.isfinite(total):
+            raise RunError(f"perplexity on {name} is not finite; try model.dtype=float32")
+        section = self._section(name, tokenizer)
+        lacking = {"lacks_bos": True} if lacks_added_tokens(section, tokenizer) else {}
+        return Measurement(
+            "perplexity", name, "perplexity", math.exp(total / count), "perplexity per token",
+            n=count, seq_len=self.seq_len, split=section.split, num_fewshot=0, version=version,
+            detail={
+                "windows": [first, first + len(windows)], "nll": total / count,
+                "bos": section.bos, "join": section.join, **lacking,
+            },
+        )  # fmt: skip
+
+    def _windows(self, name: str, tokenizer: Any) -> tuple[np.ndarray, int]:
+        from cfsp.data.text import bos_of, cut_windows, locate_text, read_text, tokenise
+
+        section, key = self._section(name, tokenizer), self._key(name)
+        ids = tokenise(read_text(locate_text(section, key)), tokenizer, section.bos)
+        windows = cut_windows(ids, self.seq_len, bos_id=bos_of(tokenizer, section.bos, key))
+        first, end = self.windows or (0, len(windows))
+        if not len(windows) or end > len(windows):
+            asked = "" if self.windows is None else f" for {self.key}.windows=[{first},{end}]"
+            raise DataError(
+                f"{self.key} ({name}): the text has {len(windows)} windows of {self.seq_len} tokens, "
+                f"{max(end, 1)} are needed{asked}; use a longer text or a smaller {self.key}.seq_len"
+            )
+        return windows[first:end], first
+
+    def _section(self, name: str, tokenizer: Any) -> TextSection:
+        from cfsp.data.text import settled
+
+        return settled(self.texts[name], tokenizer)
+
+    def _key(self, name: str) -> str:
+        return f"{self.key}.texts.{name}"
+
+
+def negative_log_likelihood(model: nn.Module, windows: Tensor, batch_size: int, label: str) -> tuple[float, int]:
+    """Summed NLL in nats of the tokens 1..T-1 of each window [n, T], and their number; log-softmax in fp32."""
+    import torch
+
+    from cfsp.model.nll import sequence_nll
+    from cfsp.model.streamed import streamed
+
+    if streamed(model) is not None:
+        return _block_by_block(model, windows, batch_size, label)
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        for batch in progress(windows.split(batch_size), f"perplexity {label}", unit="batch"):
+            ids = batch.to(device)
+            logits = model(ids, use_cache=False).logits
+            for nll in sequence_nll(logits, ids):
+                total += nll
+    return float(total), windows.shape[0] * (windows.shape[1] - 1)
+
+
+def _block_by_block(model: nn.Module, windows: Tensor, batch_size: int, label: str) -> tuple[float, int]:
+    """The same of a streamed model: each block is read once for all windows, whose hidden states are held meanwhile.
+
+    On a CPU the logits are those of one window at a time: of a batch they would be larger than the two blocks that
+    streaming holds, and a window's come out the same to the bit. A GPU chooses its kernels by the number of rows, so
+    there the batch is kept, for the figure to be that in memory.
+    """
+    import torch
+
+    from cfsp.architecture.views import resolve
+    from cfsp.model.driver import BlockDriver
+    from cfsp.model.nll import sequence_nll
+    from cfsp.model.streamed import streamed
+
+    store = streamed(model)
+    assert store is not None
+    driver = BlockDriver(resolve(model), batch_size)
+    hidden = driver.hidden_states()
+    for step in driver.steps(windows, f"perplexity {label}"):
+        hidden = step.advance()
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad(), store.resident_rest():
+        for states, batch in zip(hidden, windows.split(batch_size), strict=True):
+            rows = 1 if store.device.type == "cpu" else batch_size
+            for some, ids in zip(states.split(rows), batch.split(rows), strict=True):
+                logits = driver.logits(ids, some)
+                for nll in sequence_nll(logits, ids.to(logits.device)):
+                    total += nll
+    return float(total), windows.shape[0] * (windows.shape[1] - 1)

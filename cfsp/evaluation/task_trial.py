@@ -1,0 +1,134 @@
+"""The items of a task are tried before anything is calibrated: what would end an evaluation ends the check instead."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from cfsp.errors import CfspError, DataError, RunError
+from cfsp.evaluation.harness import new_tokens
+from cfsp.system.hub import fetching
+
+if TYPE_CHECKING:
+    from cfsp.data.limits import Limits
+
+#: Items of a local task that are rendered; of lm-eval's own tasks one is.
+TRIED_ITEMS = 200
+#: As lm-eval has it: the tokens of a generation task that does not say how many.
+_NEW_TOKENS = 256
+#: As lm-eval has it where neither model nor tokenizer state a length.
+_POSITIONS = 2048
+
+
+@contextlib.contextmanager
+def names_the_task(key: str, task: str, *, checking: bool) -> Iterator[None]:
+    """Turn any error inside into one line with the key and the task: DataError while checking, RunError later.
+
+    Errors of cfsp and those of memory pass as they are.
+    """
+    what = f"{key}.tasks={task}"
+    try:
+        with fetching(what, f"local tasks with {key}.include_path=FOLDER"):
+            yield
+    except (CfspError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+            raise
+        reason = _reason(error)
+        if checking:
+            raise DataError(f"{what}: its items cannot be asked ({reason}); mend it, or leave it out") from error
+        raise RunError(f"{what}: lm-eval failed ({reason})") from error
+
+
+def try_task(
+    task: Any, name: str, key: str, num_fewshot: int | None, items: int, tokenizer: Any, limits: Limits
+) -> None:
+    """Render the first items of a built task as the harness will: context, choices, target, tokens.
+
+    Raises:
+        DataError: no items, an empty choice, a target that is no choice, or a kind of task that cannot be run here.
+        Exception: whatever the task's own functions and templates raise.
+    """
+    what = f"{key}.tasks={name}"
+    if getattr(task, "UNSAFE_CODE", False):
+        raise DataError(
+            f"{what}: it runs code that the model writes (unsafe_code), which is not done here; leave it out"
+        )
+    if getattr(task, "MULTIMODAL", False):
+        raise DataError(f"{what}: it needs images or sound, and text alone is given to the model; leave it out")
+    # As lm_eval.simple_evaluate does it.
+    if num_fewshot is not None and task.get_config("num_fewshot") != 0:
+        task.set_config(key="num_fewshot", value=num_fewshot)
+    shots = task.get_config("num_fewshot") or 0
+    task.set_fewshot_seed(seed=1234)
+    documents = task.eval_docs
+    if len(documents) == 0:
+        raise DataError(f"{what}: it has no items; see its split and its data")
+    for at, document in enumerate(islice(documents, items)):
+        context = task.fewshot_context(document, num_fewshot=shots, gen_prefix=task.doc_to_prefix(document))
+        requests = task.construct_requests(
+            doc=document, ctx=context, metadata=(name, at, 1), apply_chat_template=False, chat_template=None
+        )
+        requests = requests if isinstance(requests, list) else [requests]
+        if task.OUTPUT_TYPE == "multiple_choice":
+            _check_choices(task, document, f"{what}, item {at + 1}")
+        for request in requests if at == 0 else ():
+            _check_request(request, what, tokenizer, limits)
+
+
+def _check_choices(task: Any, document: Any, what: str) -> None:
+    choices = task.doc_to_choice(document)
+    if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
+        raise DataError(f"{what}: its choices are no list of texts; see doc_to_choice")
+    if not all(f"{task.config.target_delimiter}{choice}" for choice in choices):
+        raise DataError(f"{what}: a choice is empty; give each a text, or leave the item out")
+    if not task.multiple_input:
+        target = task.doc_to_target(document)
+        targets = target if isinstance(target, list) else [target]
+        for gold in targets:
+            known = gold in choices if isinstance(gold, str) else isinstance(gold, int) and 0 <= gold < len(choices)
+            if not known:
+                raise DataError(f"{what}: its target {str(gold)[:60]!r} is none of its {len(choices)} choices")
+
+
+def _check_request(request: Any, what: str, tokenizer: Any, limits: Limits) -> None:
+    """What the harness asserts of a request's tokens when it is too late."""
+    kind, arguments = request.request_type, request.args
+    positions = limits.positions or _POSITIONS
+    if kind == "generate_until":
+        if tokenizer.eos_token_id is None:
+            raise DataError(
+                f"{what}: it generates text, and the tokenizer names no EOS to end it with; name it in "
+                "tokenizer_config.json, or leave the task out"
+            )
+        asked = new_tokens(arguments[1], _NEW_TOKENS)
+        if asked >= positions:
+            raise DataError(
+                f"{what}: it asks for {asked} new tokens (max_gen_toks), and the model has {positions} positions in "
+                "all; leave it out, or set generation_kwargs.max_gen_toks in a local task"
+            )
+    elif kind == "loglikelihood":
+        context, continuation = arguments[0], arguments[1]
+        stripped = context.rstrip()
+        continuation = context[len(stripped) :] + continuation
+        whole = tokenizer(stripped + continuation, verbose=False)["input_ids"]
+        before = tokenizer(stripped, verbose=False)["input_ids"] if context else []
+        if (context and not before) or len(whole) <= len(before):
+            raise DataError(
+                f"{what}: the tokenizer makes no tokens of {(context[-30:] if before == [] else continuation[:30])!r}; "
+                "mend the item"
+            )
+        if len(whole) - len(before) > positions:
+            raise DataError(
+                f"{what}: an answer has {len(whole) - len(before)} tokens, and the model has {positions} positions; "
+                "leave the task out"
+            )
+
+
+def _reason(error: Exception) -> str:
+    """The error in one line."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__

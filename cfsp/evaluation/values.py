@@ -1,0 +1,35 @@
+"""Checks of evaluators' values, with one sentence each where pydantic would tell of its types."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def checked_windows(value: Any) -> tuple[int, int] | None:
+    """[first, end) of the windows to evaluate, or None for all of them."""
+    if value is None:
+        return None
+    if isinstance(value, list | tuple) and len(value) == 2 and _is_whole(value[0], 0) and _is_whole(value[1], 1):
+        return value[0], value[1]
+    missing = "; item 2 is missing" if isinstance(value, list | tuple) and len(value) == 1 else ""
+    raise ValueError(f"expected [first, end], e.g. [0,24]{missing}")
+
+
+def checked_batch_size(value: Any) -> int:
+    """Sequences or requests at a time. There is no auto: the number moves the last digits of a figure."""
+    if _is_whole(value, 1):
+        return value
+    raise ValueError("sequences at a time: give a whole number from 1, e.g. 16")
+
+
+def checked_limit(value: Any) -> int | float | None:
+    """As lm-eval takes its limit: items of a task, or a share of them between 0 and 1."""
+    if value is None or _is_whole(value, 1) or (isinstance(value, float) and 0 < value < 1):
+        return value
+    raise ValueError(
+        "items of a task: a whole number greater than or equal to 1, a share of them between 0 and 1, or null for all"
+    )

@@ -1,0 +1,261 @@
+"""Zero-shot tasks through lm-evaluation-harness: its own task names, and local task YAMLs."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
+
+from pydantic import Field, PlainValidator
+
+from cfsp.config.components import component, placed, suggest
+from cfsp.config.contracts import Evaluator
+from cfsp.errors import ConfigError, DataError
+from cfsp.evaluation.measurement import Measurement
+from cfsp.evaluation.values import checked_batch_size, checked_limit
+from cfsp.system.package import package_path
+from cfsp.system.progress import watched
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cfsp.data.limits import Limits
+    from cfsp.evaluation.task_folder import TaskFile
+
+_METRIC_UNITS = {"acc": "fraction", "acc_norm": "fraction", "exact_match": "fraction", "f1": "fraction"}
+#: What was tried in this process: the runs of a sweep ask for the same.
+_tried: set[str] = set()
+
+
+@component
+class ZeroShot(Evaluator):
+    """``tasks``: lm-eval names; ``include_path``: a folder of further task YAMLs, whose data files lie beside them.
+
+    The harness is used as it is, without its response cache (which is keyed by prompt only and would answer for
+    another model). ``limit``: items of each task, or below 1 a share of them, as in lm-eval.
+    """
+
+    tasks: Annotated[list[str], Field(min_length=1)]
+    include_path: str | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    limit: Annotated[int | float | None, PlainValidator(checked_limit)] = None
+    batch_size: Annotated[int, PlainValidator(checked_batch_size)] = 16
+
+    side_by_side: ClassVar[bool] = False
+    key: ClassVar[str] = "evaluation.zero_shot"
+
+    def check(self, tokenizer: Any, limits: Limits) -> dict[str, Any]:
+        identity = self.check_settings()
+        if tokenizer is not None:  # without one it is asked for the identity alone
+            self._try(identity, tokenizer, limits)
+        return identity
+
+    def task_folder(self) -> str | None:
+        return self.include_path
+
+    def check_settings(self) -> dict[str, Any]:
+        """The part of :meth:`check` that builds no task and fetches no data."""
+        from cfsp.evaluation.harness import harness_tasks
+        from cfsp.evaluation.task_folder import content_of
+
+        local = self._local_tasks()
+        others = [name for name in self.tasks if name not in local]
+        if others:
+            known = harness_tasks()
+            for name in others:
+                if name not in known:
+                    near = suggest(name, [*local, *known])
+                    raise ConfigError(f"{self.key}.tasks={name}: lm-eval has no such task{near}")
+        folder = self._folder()
+        content = {name: content_of(local[name], folder, self.key) for name in local if name in self.tasks and folder}
+        return {
+            "tasks": self.tasks,
+            "batch_size": self.batch_size,
+            "num_fewshot": self.num_fewshot,
+            "limit": self.limit,
+            "local": content,
+        }
+
+    def _try(self, identity: dict[str, Any], tokenizer: Any, limits: Limits) -> None:
+        """Build each task, which locates its data, and render its first items; once in a process for the same."""
+        from cfsp.evaluation.harness import quiet_harness, with_special_tokens
+        from cfsp.evaluation.task_trial import TRIED_ITEMS, names_the_task, try_task
+
+        tokenizer = with_special_tokens(tokenizer)
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise DataError(
+                f"{self.key}: the tokenizer names neither BOS nor EOS and config.json states no bos_token_id or "
+                "eos_token_id, one of which lm-eval starts from; name one in tokenizer_config.json, or use "
+                f"{self.key}=null"
+            )
+        said = {name: value for name, value in identity.items() if name != "batch_size"}
+        content = getattr(tokenizer, "of_content", None)
+        tried = repr((said, self._folder(), self.key, content, limits)) if content else None
+        if tried in _tried:
+            return
+        with quiet_harness(self._folder(), self.key):
+            local = self._local_tasks()
+            manager = self._task_manager(local)
+            for name in self.tasks:
+                with names_the_task(self.key, name, checking=True):
+                    for leaf, task in manager.load([self._given(name, local)])["tasks"].items():
+                        items = TRIED_ITEMS if name in local else 1
+                        if isinstance(self.limit, int):
+                            items = min(items, self.limit)
+                        label = name if leaf == name else f"{name} ({leaf})"
+                        try_task(task, label, self.key, self.num_fewshot, items, tokenizer, limits)
+        if tried is not None:
+            _tried.add(tried)
+
+    def parts(self) -> dict[str, ZeroShot]:
+        return {task: placed(replace(cast(Any, self), tasks=[task]), self.key) for task in self.tasks}
+
+    def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        from cfsp.evaluation.harness import count_truncated, quiet_harness, with_special_tokens
+        from cfsp.evaluation.task_trial import names_the_task
+        from cfsp.model.streamed import streamed
+
+        names = ",".join(self.tasks)
+        with quiet_harness(self._folder(), self.key), names_the_task(self.key, names, checking=False):
+            store = streamed(model)
+            settings = {"tokenizer": with_special_tokens(tokenizer), "batch_size": self.batch_size}
+            if store is None:
+                harness = HFLM(pretrained=model, **settings)
+            else:
+                from cfsp.evaluation.streamed_harness import BlockByBlock
+
+                harness = BlockByBlock(store, **settings)
+            truncated = count_truncated(harness)
+            if not watched():  # the harness draws its bars whatever tqdm's own switch says
+                for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+                    setattr(harness, name, partial(getattr(harness, name), disable_tqdm=True))
+                # Rolling requests draw one for each batch of windows, whatever they are told.
+                asked = harness._loglikelihood_tokens
+                harness._loglikelihood_tokens = lambda requests, disable_tqdm=True, override_bs=None: asked(
+                    requests, disable_tqdm=True, override_bs=override_bs
+                )
+            local = self._local_tasks()
+            results = lm_eval.simple_evaluate(
+                model=harness,
+                tasks=[self._given(name, local) for name in self.tasks],
+                num_fewshot=self.num_fewshot,
+                limit=self.limit,
+                bootstrap_iters=1000,  # 0 would drop the analytic standard errors as well
+                task_manager=self._task_manager(local),
+                log_samples=True,  # carries the hashes of items, prompts and targets
+            )
+        return self._measurements(results, harness.max_length, truncated)
+
+    def _measurements(
+        self, results: dict[str, Any], max_length: int, truncated: Counter[str] | None = None
+    ) -> list[Measurement]:
+        measurements = []
+        for task, values in results["results"].items():
+            described = self._described(task, results, truncated or Counter())
+            for entry, value in values.items():
+                metric, _, filter_name = entry.partition(",")
+                if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):
+                    continue
+                stderr = values.get(f"{metric}_stderr,{filter_name}")
+                measurements.append(
+                    Measurement(
+                        "zero_shot", task, metric, float(value), _METRIC_UNITS.get(metric, metric),
+                        n=described["n"], seq_len=max_length,
+                        stderr=float(stderr) if isinstance(stderr, int | float) else None,
+                        split=described["split"], num_fewshot=described["num_fewshot"],
+                        version=str(results["versions"].get(task)), limit=self.limit,
+                        detail={"filter": filter_name, **described["detail"]},
+                    )
+                )  # fmt: skip
+        return measurements
+
+    def _described(self, task: str, results: dict[str, Any], truncated: Counter[str]) -> dict[str, Any]:
+        """What a task was measured on; of a group, its members together and each by itself."""
+        leaves = _leaves(task, results.get("group_subtasks", {}))
+        if leaves == [task]:
+            config = results["configs"].get(task, {})
+            return {
+                "n": results["n-samples"].get(task, {}).get("effective"),
+                "split": config.get("test_split") or config.get("validation_split"),
+                "num_fewshot": results.get("n-shot", {}).get(task),
+                "detail": {
+                    "task_hash": _task_hash(results["samples"].get(task, [])),
+                    "truncated": truncated[task],
+                },
+            }
+        members = {leaf: self._described(leaf, results, truncated) for leaf in leaves}
+        of_members = {
+            leaf: {
+                "n": each["n"],
+                "num_fewshot": each["num_fewshot"],
+                "task_hash": each["detail"]["task_hash"],
+                "truncated": each["detail"]["truncated"],
+            }
+            for leaf, each in members.items()
+        }
+        return {
+            "n": sum(each["n"] or 0 for each in members.values()),
+            "split": _common(each["split"] for each in members.values()),
+            "num_fewshot": _common(each["num_fewshot"] for each in members.values()),
+            "detail": {
+                "task_hash": hashlib.sha256(
+                    "".join(f"{leaf} {each['task_hash']}\n" for leaf, each in of_members.items()).encode()
+                ).hexdigest(),
+                "truncated": sum(each["truncated"] for each in of_members.values()),
+                "members": of_members,
+            },
+        }
+
+    def _folder(self) -> Path | None:
+        return package_path(self.include_path) if self.include_path is not None else None
+
+    def _local_tasks(self) -> dict[str, list[TaskFile]]:
+        from cfsp.evaluation.task_folder import local_tasks
+
+        return local_tasks(self.include_path, self.key)
+
+    def _given(self, name: str, local: dict[str, list[TaskFile]]) -> str | dict[str, Any]:
+        """What the harness is given: a plain task with its data files made absolute, else the name for it to load."""
+        from cfsp.evaluation.task_folder import with_absolute_data
+
+        files = local.get(name, [])
+        if len(files) != 1 or not files[0].is_plain or files[0].content["task"] != name:
+            return name
+        return copy.deepcopy(with_absolute_data(files[0].content, files[0].path.parent))
+
+    def _task_manager(self, local: dict[str, list[TaskFile]]) -> Any:
+        from cfsp.evaluation.harness import task_manager
+
+        chosen = {file for name in self.tasks for file in local.get(name, [])}
+        asked = {*self.tasks, *(member for file in chosen for member in file.members)}
+        # Of the files: a folder may have changed since this process read it.
+        content = hashlib.sha256(repr([(str(f.path), f.content) for fs in local.values() for f in fs]).encode())
+        folder = self._folder()
+        digest = content.hexdigest() if local else ""
+        return task_manager(str(folder) if local else None, bool(asked - set(local)), digest)
+
+
+def _leaves(task: str, members: dict[str, list[str]]) -> list[str]:
+    """The tasks of a group and of the groups in it, in order; of a task, itself."""
+    if not members.get(task):
+        return [task]
+    return list(dict.fromkeys(leaf for member in members[task] for leaf in _leaves(member, members)))
+
+
+def _common(values: Any) -> Any:
+    """The one value that all are; None where they differ."""
+    distinct = list(dict.fromkeys(values))
+    return distinct[0] if len(distinct) == 1 else None
+
+
+def _task_hash(samples: list[dict[str, Any]]) -> str | None:
+    """The harness's own task hash (its evaluation tracker): sha256 over the hashes of items, prompts and targets."""
+    parts = [sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in samples]
+    return hashlib.sha256("".join(parts).encode()).hexdigest() if parts else None

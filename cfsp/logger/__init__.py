@@ -1,0 +1,1 @@
+"""Loggers: mirrors of the record."""

@@ -1,0 +1,43 @@
+"""The device and the dtype of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from cfsp.config.sections import DType
+from cfsp.errors import ConfigError
+from cfsp.system.processes import launched
+
+if TYPE_CHECKING:
+    from cfsp.weights.source import ModelSource
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is cuda where there is one, else cpu; of several processes each takes the GPU of its own number.
+
+    Raises:
+        ConfigError: an unknown device, one that this machine lacks, or one for several processes.
+    """
+    mine = launched()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and mine.several:
+        name = f"cuda:{mine.local_rank}"
+    elif ":" in name and mine.several:
+        raise ConfigError(f"model.device={name}: {mine.count} processes would share it; use model.device=auto")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"model.device={name}: not usable here ({reason}); use model.device=auto or cpu") from error
+    return device
+
+
+def resolve_dtype(name: DType, device: torch.device, source: ModelSource) -> torch.dtype:
+    """``auto``: float32 on CPU (fast and exact there), the checkpoint's dtype on an accelerator."""
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.float32 if device.type == "cpu" else getattr(torch, source.stored_dtype)

@@ -1,0 +1,182 @@
+"""Loading a model and its tokenizer: structure first (meta device), then the weights, refused if incomplete."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cfsp.architecture.views import resolve
+from cfsp.config.sections import DType, ModelSection
+from cfsp.errors import CheckpointError, UnsupportedModelError
+from cfsp.model.device import resolve_device, resolve_dtype
+from cfsp.model.finite import first_non_finite
+from cfsp.model.outline import decided_config
+from cfsp.model.streamed import ATTRIBUTE, StreamedWeights
+from cfsp.model.tokenizer import load_tokenizer
+from cfsp.model.transformers_config import first_line
+from cfsp.model.weight_sample import weight_sample
+from cfsp.weights.fit import without_place
+from cfsp.weights.folder_check import readable_by_transformers
+from cfsp.weights.shards import Shards
+from cfsp.weights.source import ModelSource, locate
+
+if TYPE_CHECKING:
+    from cfsp.weights.source import ModelSource
+
+
+def load_model(
+    source: ModelSource, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> nn.Module:
+    """Load the weights, in eval mode.
+
+    Raises:
+        CheckpointError: weights are missing, of the wrong shape, unreadable, or not finite.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = decided_config(source, trust_remote_code=trust_remote_code)
+    whole = source.part == "whole"
+    try:
+        loaded: Any = (AutoModelForCausalLM if whole else AutoModelForImageTextToText).from_pretrained(
+            readable_by_transformers(source.folder),
+            config=config if whole else None,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"model.path={source.origin}: the weights cannot be loaded ({first_line(error)}); fetch the model again"
+        ) from error
+    model, report = loaded
+    wrong = [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]
+    if wrong:
+        raise CheckpointError(
+            f"model.path={source.origin}: {len(wrong)} weights are missing or of another shape, first {wrong[0]}; "
+            "the folder's config.json and safetensors do not belong together"
+        )
+    lost = without_place(model, report.get("unexpected_keys", ()))  # the headers said so before, of the same names
+    if lost:
+        raise CheckpointError(
+            f"model.path={source.origin}: {len(lost)} stored tensors have no place in {type(model).__name__}, first "
+            f"{lost[0]}; the folder's config.json and safetensors do not belong together"
+        )
+    if not whole:
+        model = language_model_of(model, config, source)
+    name = first_non_finite(model)
+    if name is not None:
+        raise CheckpointError(
+            f"model.path={source.origin}: {name} holds NaN or infinite values as {dtype}; the checkpoint is damaged "
+            "(fetch it again), or its values need model.dtype=float32"
+        )
+    model = model.to(device).eval()
+    with contextlib.suppress(UnsupportedModelError):  # then it can be evaluated, not pruned
+        model._cfsp_loaded = (source.fingerprint, weight_sample(resolve(model)))
+    return model
+
+
+def language_model_of(model: Any, config: Any, source: ModelSource) -> Any:
+    """The causal language model of ``config`` with the decoder and the head that are inside ``model``.
+
+    Raises:
+        UnsupportedModelError: there is no such decoder in it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        alone: Any = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    inner = [module for module in model.modules() if type(module) is type(alone.base_model)]
+    head = model.get_output_embeddings()
+    if len(inner) != 1 or head is None:
+        raise UnsupportedModelError(
+            f"model.part={source.part}: {type(model).__name__} holds {len(inner)} decoders of the class "
+            f"{type(alone.base_model).__name__}; save its language model as a folder of its own"
+        )
+    setattr(alone, alone.base_model_prefix, inner[0])
+    alone.set_output_embeddings(head)
+    inner[0].config = alone.config
+    if (source.folder / "generation_config.json").is_file():
+        alone.generation_config = model.generation_config
+    return alone
+
+
+def load(path: str | Path, *, dtype: DType = "auto", device: str = "auto") -> tuple[Any, Any]:
+    """Load any model folder or hub id, pruned ones of any form included: ``model, tokenizer = cfsp.load(path)``.
+
+    Raises:
+        CheckpointError: the folder is missing, incomplete or damaged.
+    """
+    source = locate(ModelSection(name=Path(path).name, path=str(path)))
+    where = resolve_device(device)
+    model = load_model(source, dtype=resolve_dtype(dtype, where, source), device=where)
+    return model, load_tokenizer(source)
+
+
+def load_streamed(
+    source: ModelSource, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> Any:
+    """A model in eval mode whose weights are read from the folder of ``source`` block by block.
+
+    Raises:
+        CheckpointError: weights are missing. UnsupportedModelError: this architecture cannot be streamed.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from cfsp.model.load import decided_config
+
+    config = decided_config(source, trust_remote_code=trust_remote_code)
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    if resolve(model).mixtures:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: a mixture of experts lies in a checkpoint in another form than in memory, so it "
+            "cannot be streamed; use model.streaming=off"
+        )
+    if (source.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(readable_by_transformers(source.folder))
+    _fill_buffers(model, device)
+    model.eval().requires_grad_(False)
+    store = StreamedWeights(model, Shards(source.folder), dtype, device)
+    object.__setattr__(model, ATTRIBUTE, store)
+    return model
+
+
+def _fill_buffers(model: Any, device: torch.device) -> None:
+    """Buffers that no checkpoint holds (rotary frequencies), by the model's own initialisation."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True
+    made = []
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                persistent = name not in module._non_persistent_buffers_set
+                if persistent:
+                    raise UnsupportedModelError(
+                        f"{type(model).__name__}: keeps buffers in its checkpoint ({name}), which streaming does not "
+                        "read; use model.streaming=off"
+                    )
+                filled = (
+                    torch.full(buffer.shape, float("nan"))
+                    if buffer.is_floating_point()
+                    else torch.zeros_like(buffer, device="cpu")
+                )
+                module._buffers[name] = filled.to(buffer.dtype)
+                made.append((module, name))
+    with torch.no_grad():
+        model.initialize_weights()
+    for module, name in made:
+        buffer = module._buffers[name]
+        if buffer.is_floating_point() and not buffer.isfinite().all():
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: {type(module).__name__}.{name} is not set by its initialisation, so it "
+                "cannot be streamed; use model.streaming=off"
+            )
+        module._buffers[name] = buffer.to(device)

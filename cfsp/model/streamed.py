@@ -1,0 +1,319 @@
+"""A model whose weights stay on disk: each block is in memory while it runs, the next one is read meanwhile.
+
+The modules are transformers' own, with parameters on the meta device; while a block (or the head) runs, its parameters
+are real. A plan that is applied is a transformation of what is read, by the same slicing as in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cfsp.architecture.views import BlockView, DecoderView, resolve, view_block
+from cfsp.errors import CheckpointError, RunError
+from cfsp.model.hidden_states import Room
+from cfsp.model.snapshot import twin_of
+from cfsp.system.memory import return_freed
+from cfsp.weights.shards import Shards
+
+if TYPE_CHECKING:
+    from cfsp.plan.pruning_plan import BlockPlan
+
+ATTRIBUTE = "_cfsp_streamed"
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where a block comes from: its index in the checkpoint, its modules as stored (meta), what stays of it."""
+
+    index: int
+    stored: nn.Module
+    decision: BlockPlan | None = None
+
+
+class StreamedWeights:
+    """The weights of ``model``, read from ``shards`` when they are needed, as ``dtype`` on ``device``.
+
+    ``rounded_to``: a narrower dtype that the values are rounded to, as a checkpoint of it would hold them.
+    ``room``: where hidden states between two blocks are held. ``reads``: how often each block was read.
+    """
+
+    def __init__(self, model: Any, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
+        self.model, self.shards, self.dtype, self.device = model, shards, dtype, device
+        self.rounded_to: torch.dtype | None = None
+        #: Where the hidden states between two blocks are held; None: on ``device``.
+        self.room: Room | None = None
+        #: Content samples by index in the checkpoint (:func:`cfsp.architecture.block_sample.block_sample`).
+        self.samples: dict[int, bytes] = {}
+        self._names = _stored_names(model, shards)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="cfsp-read")
+        self._coming: dict[int, Future[dict[str, Tensor]]] = {}
+        self._here: dict[int, int] = {}
+        self._hooked: list[Any] = []
+        view = resolve(model)
+        prefixes = {module: name for name, module in model.named_modules()}
+        self._prefixes = [f"{prefixes[block.module]}." for block in view.blocks]
+        self._dense = tuple(_Origin(block.index, twin_of(block.module)) for block in view.blocks)
+        self._origins = self._dense
+        self._tensors: Mapping[str, Tensor] = {}
+        self.reads = [0] * len(view.blocks)
+        self._attach(view)
+
+    def follow(
+        self, view: DecoderView, decisions: Sequence[BlockPlan] | None, tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """From now on the blocks are what ``decisions`` leave of the stored ones (None: all), as ``view`` has them.
+
+        ``tensors``: a plan's replaced biases.
+        """
+        self._forget()
+        self._tensors = tensors or {}
+        if decisions is None:
+            self._origins = self._dense
+            self.rounded_to = None
+        else:
+            staying = [origin for origin in self._dense if decisions[origin.index].keeps_block]
+            self._origins = tuple(replace(origin, decision=decisions[origin.index]) for origin in staying)
+        self._attach(view)
+
+    def origin(self, block: BlockView) -> int:
+        """Index in the checkpoint."""
+        return self._origins[block.index].index
+
+    @contextmanager
+    def resident(self, block: BlockView) -> Iterator[None]:
+        """The parameters of ``block`` are real inside; the block after it is read meanwhile.
+
+        Raises:
+            CheckpointError: a tensor cannot be read or is not finite; names file, block and tensor.
+        """
+        self._enter(block)
+        try:
+            yield
+        finally:
+            self._leave(block)
+
+    @contextmanager
+    def resident_rest(self) -> Iterator[None]:
+        """What is neither a block nor the embedding (final norm, head) is real inside."""
+        before = []
+        try:
+            for module, name, parameter in self._rest():
+                before.append((module, name, parameter))
+                module._parameters[name] = nn.Parameter(self._rest_tensor(module, name), requires_grad=False)
+            yield
+        finally:
+            for module, name, parameter in before:
+                module._parameters[name] = parameter
+
+    def tensors(self, block: BlockView) -> dict[str, Tensor]:
+        """The parameters of a block by name within it, as they are now; the block after it is read meanwhile."""
+        coming = self._coming.pop(block.index, None)
+        found = coming.result() if coming is not None else self._read(block.index)
+        if block.index + 1 < len(self._origins) and block.index + 1 not in self._coming:
+            self._coming[block.index + 1] = self._reader.submit(self._read, block.index + 1)
+        return found
+
+    def outside_blocks(self, name: str) -> Tensor:
+        """A tensor of the state dict that belongs to no block, on the CPU, with the values that are computed with.
+
+        Raises:
+            CheckpointError, RunError: as for a block.
+        """
+        return self._rounded(name, self._checked(name, self.shards.read(self._names[name])))
+
+    def _attach(self, view: DecoderView) -> None:
+        for handle in self._hooked:
+            handle.remove()
+        self._hooked = []
+        self._within = {module for block in view.blocks for module in block.module.modules()}
+
+        for block in view.blocks:
+
+            def enter(_: nn.Module, args: Any, block: BlockView = block) -> None:
+                self._enter(block)
+
+            def leave(_: nn.Module, args: Any, output: Any, block: BlockView = block) -> None:
+                self._leave(block)
+
+            self._hooked.append(block.module.register_forward_pre_hook(enter))
+            self._hooked.append(block.module.register_forward_hook(leave, always_call=True))
+        self._embedding = self.model.get_input_embeddings()
+        self._hooked.append(self._embedding.register_forward_pre_hook(self._embed))
+        self._hooked.append(self._embedding.register_forward_hook(self._embedded, always_call=True))
+        for module in {module for module, _, _ in self._rest()}:
+            stack = ExitStack()
+
+            def put(module: nn.Module, args: Any, stack: ExitStack = stack) -> None:
+                for name, parameter in list(module._parameters.items()):
+                    if parameter is not None and parameter.is_meta:
+                        real = nn.Parameter(self._rest_tensor(module, name), requires_grad=False)
+                        stack.callback(module._parameters.__setitem__, name, parameter)
+                        module._parameters[name] = real
+
+            def take(module: nn.Module, args: Any, output: Any, stack: ExitStack = stack) -> None:
+                stack.pop_all().close()
+
+            self._hooked.append(module.register_forward_pre_hook(put))
+            self._hooked.append(module.register_forward_hook(take, always_call=True))
+
+    def _rest(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
+        return [
+            (module, name, parameter)
+            for module in self.model.modules()
+            if module not in self._within and module is not self.model.get_input_embeddings()
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+
+    def _rest_tensor(self, module: nn.Module, name: str) -> Tensor:
+        prefix = next(at for at, other in self.model.named_modules() if other is module)
+        full = f"{prefix}.{name}" if prefix else name
+        return self._as_computed(full, self.shards.read(self._names[full]))
+
+    def _embed(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Only the rows of the tokens at hand are read."""
+        ids, positions = args[0].unique(return_inverse=True)
+        prefix = next(at for at, other in self.model.named_modules() if other is module)
+        rows = self.shards.read_rows(self._names[f"{prefix}.weight"], ids.tolist())
+        self._embedding_weight = module._parameters["weight"]
+        module._parameters["weight"] = nn.Parameter(self._as_computed(f"{prefix}.weight", rows), requires_grad=False)
+        self._padding, module.padding_idx = module.padding_idx, None  # type: ignore[assignment]
+        return (positions.to(self.device), *args[1:])
+
+    def _embedded(self, module: nn.Module, args: Any, output: Any) -> None:
+        module._parameters["weight"] = self._embedding_weight
+        module.padding_idx = self._padding
+
+    def _enter(self, block: BlockView) -> None:
+        index = block.index
+        self._here[index] = self._here.get(index, 0) + 1
+        if self._here[index] > 1:
+            return
+        try:
+            found = self.tensors(block)
+        except BaseException:
+            del self._here[index]
+            raise
+        for module, name, path in _places(block.module):
+            module._parameters[name] = nn.Parameter(found[path], requires_grad=False)
+
+    def _leave(self, block: BlockView) -> None:
+        index = block.index
+        if not self._here.get(index):
+            return
+        self._here[index] -= 1
+        if self._here[index]:
+            return
+        del self._here[index]
+        for module, name, _ in _places(block.module):
+            parameter = module._parameters[name]
+            assert parameter is not None
+            module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        if self.device.type == "cpu":
+            return_freed()
+
+    def _forget(self) -> None:
+        for future in self._coming.values():
+            if not future.cancel():
+                future.exception()
+        self._coming.clear()
+
+    def _read(self, at: int) -> dict[str, Tensor]:
+        from cfsp.architecture.block_sample import block_sample
+        from cfsp.plan.slice_block import slice_block
+
+        origin = self._origins[at]
+        self.reads[origin.index] += 1
+        prefix = self._prefixes[origin.index]
+        block = view_block(self.model, f"block {origin.index}", origin.index, twin_of(origin.stored))
+        places = {self._names[prefix + path]: (module, name) for module, name, path in _places(block.module)}
+        for stored in self.shards.in_order(places):
+            tensor = self._checked(stored, self.shards.read(stored), block=origin.index).to(self.device)
+            module, name = places[stored]
+            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        if origin.index not in self.samples:
+            self.samples[origin.index] = block_sample(block)
+        if origin.decision is not None:
+            slice_block(block, origin.decision, self._tensors)
+        found = {path: getattr(module, name).detach() for module, name, path in _places(block.module)}
+        return {path: self._rounded(prefix + path, tensor) for path, tensor in found.items()}
+
+    def _as_computed(self, name: str, tensor: Tensor) -> Tensor:
+        return self._rounded(name, self._checked(name, tensor)).to(self.device)
+
+    def _checked(self, name: str, tensor: Tensor, block: int | None = None) -> Tensor:
+        """In the dtype that is computed with, on the CPU; finite."""
+        if not tensor.is_floating_point():
+            return tensor
+        tensor = tensor.to(self.dtype)
+        if tensor.numel():
+            low, high = torch.aminmax(tensor)
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                where = "" if block is None else f"block {block}: "
+                raise CheckpointError(
+                    f"{self.shards.folder}: {where}{name} holds NaN or infinite values as {self.dtype}; the checkpoint "
+                    "is damaged (fetch it again), or its values need model.dtype=float32"
+                )
+        return tensor
+
+    def _rounded(self, name: str, tensor: Tensor) -> Tensor:
+        if self.rounded_to is None or not tensor.is_floating_point():
+            return tensor
+        rounded = tensor.to(self.rounded_to).to(tensor.dtype)
+        if rounded.numel() and not all(map(torch.isfinite, torch.aminmax(rounded))):
+            raise RunError(f"{name} does not fit into {self.rounded_to}; use save.dtype=bfloat16 or float32")
+        return rounded
+
+
+def streamed(model: Any) -> StreamedWeights | None:
+    """The weights of a streamed model; None for a model that is in memory."""
+    return getattr(model, ATTRIBUTE, None)
+
+
+@contextmanager
+def resident(view: DecoderView, block: BlockView) -> Iterator[None]:
+    """The weights of ``block`` are in memory inside, wherever the model's are."""
+    store = streamed(view.model)
+    if store is None:
+        yield
+        return
+    with store.resident(block):
+        yield
+
+
+def _stored_names(model: Any, shards: Shards) -> dict[str, str]:
+    """Name in the model -> name in the checkpoint; a tied parameter is read under the name it is stored by.
+
+    Raises:
+        CheckpointError: a weight is not there.
+    """
+    same: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        same.setdefault(id(parameter), []).append(name)
+    found = {}
+    for names in same.values():
+        stored = [name for name in names if name in shards]
+        if not stored:
+            raise CheckpointError(
+                f"{shards.folder}: {names[0]} is not in the safetensors files under the model's own name; use "
+                "model.streaming=off, or fetch the model again"
+            )
+        found.update(dict.fromkeys(names, stored[0]))
+    return found
+
+
+def _places(module: nn.Module) -> list[tuple[nn.Module, str, str]]:
+    """(module, attribute, dotted name within) of every parameter."""
+    return [
+        (child, name, f"{prefix}.{name}" if prefix else name)
+        for prefix, child in module.named_modules()
+        for name, parameter in child._parameters.items()
+        if parameter is not None
+    ]

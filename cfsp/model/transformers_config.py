@@ -1,0 +1,53 @@
+"""The transformers configuration of a model folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cfsp.errors import ConfigError, UnsupportedModelError
+from cfsp.pruned_model.family import PRUNED_PREFIX, pruned_family
+from cfsp.weights.folder_check import readable_by_transformers
+
+if TYPE_CHECKING:
+    from cfsp.weights.source import ModelSource
+
+
+def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration of a model folder; pruned folders need no remote code, cfsp knows their form."""
+    from transformers import AutoConfig
+
+    model_type = str(source.config.get("model_type", ""))
+    if model_type.startswith(PRUNED_PREFIX):
+        pruned_family(model_type.removeprefix(PRUNED_PREFIX))
+    elif "auto_map" in source.config and not trust_remote_code:
+        raise ConfigError(
+            f"model.path={source.origin}: the model brings its own Python code (auto_map in config.json); "
+            "to run that code set model.trust_remote_code=true"
+        )
+    try:
+        config = AutoConfig.from_pretrained(
+            readable_by_transformers(source.folder), trust_remote_code=trust_remote_code
+        )
+        return config if source.part == "whole" else _text_config(source, config)
+    except ConfigError:
+        raise
+    except Exception as error:  # transformers' own checks of a configuration raise many types
+        raise UnsupportedModelError(
+            f"model.path={source.origin}: transformers does not know this model (model_type={model_type or None}): "
+            f"{first_line(error)}"
+        ) from error
+
+
+def _text_config(source: ModelSource, config: Any) -> Any:
+    text = config.get_text_config()
+    if text is config:
+        raise ConfigError(
+            f"model.part={source.part}: {source.origin} is no model with a language model inside (model_type="
+            f"{config.model_type}); use model.part=whole"
+        )
+    return text
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

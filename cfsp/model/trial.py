@@ -1,0 +1,63 @@
+"""Two tokens through a model before anything is computed: shapes that are not known here, and code that fails."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from cfsp.architecture.views import DecoderView
+from cfsp.errors import CfspError, UnsupportedModelError
+from cfsp.model.driver import BlockDriver, check_hidden, run_block
+from cfsp.model.streamed import streamed
+
+#: Where the Python code of models lies: transformers' own, and what it fetched with a model.
+_MODEL_CODE = ("/transformers/models/", "/transformers_modules/")
+
+
+@torch.no_grad()
+def try_blocks(view: DecoderView) -> None:
+    """Run two tokens into every block of a model in memory, and through all of it as an evaluation does.
+
+    The blocks of a streamed model would be read for these two tokens; what enters them is seen where it is probed.
+
+    Raises:
+        UnsupportedModelError: a block takes hidden states that are not [batch, tokens, hidden size], or gives others.
+    """
+    if streamed(view.model) is not None:
+        return
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    entry = BlockDriver(view, 1).entry(ids)
+    tried: set[type] = set()
+    for block in view.blocks:
+        if type(block.module) not in tried:
+            tried.add(type(block.module))
+            check_hidden(view, run_block(block, entry.hidden[0], entry.kwargs[block.index][0]), "gives")
+    view.model(ids.to(view.device))
+
+
+@contextmanager
+def model_code_refused(model_type: str, origin: str) -> Iterator[None]:
+    """An error out of a model's own code is one of the input: the model cannot be run as its folder describes it.
+
+    Raises:
+        UnsupportedModelError: names the model type and what its code says.
+    """
+    try:
+        yield
+    except (CfspError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "can't allocate memory" in str(error):
+            raise
+        frames = traceback.extract_tb(error.__traceback__)
+        place = next((f for f in reversed(frames) if any(part in f.filename for part in _MODEL_CODE)), None)
+        if place is None:
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UnsupportedModelError(
+            f"model.path={origin}: the code of model_type={model_type} fails in {place.name} ({type(error).__name__}: "
+            f"{reason}); its config.json describes no model that runs, or this version of transformers does not fit it"
+        ) from error

@@ -1,1 +1,0 @@
-"""Views of an architecture, the block driver, model folders in and out."""

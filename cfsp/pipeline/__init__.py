@@ -1,0 +1,1 @@
+"""One run: preflight, stages, recovery, saving, and what becomes of a failure."""

@@ -1,0 +1,115 @@
+"""Evaluating the sides of a run, with figures that were measured before read back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cfsp.config.identity import METHOD_VERSION, digest
+from cfsp.evaluation.base import Side, parts_of, under_its_key
+from cfsp.evaluation.measurement import Measurement
+from cfsp.evaluation.unchanged import measured_unchanged
+from cfsp.pipeline.preflight import Prepared
+from cfsp.record import environment
+from cfsp.record.validation import figure_problem
+from cfsp.system.cache import read_or_compute
+from cfsp.system.reading import read_json
+
+
+def evaluate_dense(prepared: Prepared, model: nn.Module) -> tuple[list[dict[str, Any]], bool]:
+    """Figures of the model as given, read back where this model and evaluation were measured before."""
+    rows: list[dict[str, Any]] = []
+    all_cached = True
+    for name, evaluator in prepared.config.evaluation.items():
+        if evaluator.instance.side_by_side:
+            continue
+        packages = {
+            k: v for k, v in environment.versions().items() if k in ("cfsp", "torch", "transformers", "lm-eval")
+        }
+        key = digest(
+            {
+                "model": prepared.identity["model"],
+                "dtype": str(prepared.dtype),
+                "device": prepared.device.type,
+                "evaluator": evaluator.target,
+                "source": evaluator.identity().get("source"),
+                "inputs": prepared.evaluation[name],
+                "packages": packages,
+                "version": METHOD_VERSION,
+            }
+        )
+        folder = Path(prepared.config.paths.cache_dir) / "dense"
+        for part, alone in parts_of(evaluator.instance).items():
+            path = folder / f"{digest([key, part])[:32]}.json"
+            if prepared.config.force:
+                path.unlink(missing_ok=True)
+            with under_its_key(name, evaluator.instance):
+                found, cached = _figures(path, name, alone, model, prepared.tokenizer)
+            all_cached &= cached
+            rows += found
+    return rows, all_cached and bool(rows)
+
+
+def measured_side(prepared: Prepared, model: nn.Module, side: str) -> list[dict[str, Any]]:
+    """Figures of one side; what a killed run had measured of it is read."""
+    rows: list[dict[str, Any]] = []
+    for name, evaluator in prepared.config.evaluation.items():
+        if evaluator.instance.side_by_side:
+            continue
+        for part, alone in parts_of(evaluator.instance).items():
+            path = prepared.progress / "measured" / f"{digest([side, name, part])[:32]}.json"
+            with under_its_key(name, evaluator.instance):
+                rows += _figures(path, name, alone, model, prepared.tokenizer)[0]
+    return rows
+
+
+def _figures(
+    path: Path, name: str, evaluator: Any, model: nn.Module, tokenizer: Any
+) -> tuple[list[dict[str, Any]], bool]:
+    return read_or_compute(
+        path,
+        _read_figures,
+        lambda: [
+            measurement.as_dict()
+            for measurement in measured_unchanged(name, model, lambda: evaluator.measure(model, tokenizer))
+        ],
+        lambda values, file: file.write_text(json.dumps(values), encoding="utf-8"),
+    )
+
+
+def _read_figures(file: Path) -> list[dict[str, Any]]:
+    """Read cached figures.
+
+    Raises:
+        CfspError, ValueError: damaged ones, which are measured again.
+    """
+    rows = read_json(file, str(file))
+    problem = None if isinstance(rows, list) else "no list of figures"
+    problem = problem or next((said for row in rows if (said := figure_problem(row)) is not None), None)
+    if problem is not None:
+        raise ValueError(problem)
+    return rows
+
+
+def side_by_side(prepared: Prepared, model: nn.Module, sides: list[Side]) -> dict[str, list[Measurement]]:
+    found: dict[str, list[Measurement]] = {}
+    for name, evaluator in prepared.config.evaluation.items():
+        if evaluator.instance.side_by_side:
+            measure = partial(evaluator.instance.measure_sides, model, sides)
+            for side, rows in measured_unchanged(name, model, measure).items():
+                found.setdefault(side, []).extend(rows)
+    return found
+
+
+def side_of(name: str, prepared: Prepared) -> Side:
+    return Side(name, contextlib.nullcontext, prepared.stored_dtype)
+
+
+def add(measurements: dict[str, list[dict[str, Any]]], found: dict[str, list[Measurement]]) -> None:
+    for side, rows in found.items():
+        measurements.setdefault(side, []).extend(row.as_dict() for row in rows)

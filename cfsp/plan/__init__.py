@@ -1,0 +1,1 @@
+"""The pruning plan, and cutting one block by it."""

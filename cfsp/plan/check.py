@@ -1,0 +1,196 @@
+"""Every value that a plan.json may hold, checked before a plan is made of it; sizes of a folder against its plan."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cfsp.architecture.views import DecoderView
+    from cfsp.plan.pruning_plan import PruningPlan
+
+#: Larger than any layer: what is above is damage.
+_MOST_UNITS = 2**31
+#: A plan that was composed n times is nested n levels deep.
+_DEEPEST = 100
+_TEXTS = ("base_model", "base_fingerprint", "base_sample", "compensation")
+_MAPPINGS = ("method", "requested", "achieved", "parameters", "notes")
+_LISTS = ("blocks", "details")
+_NEEDED = ("base_model", "base_fingerprint", "method", "blocks", "requested", "achieved")
+_KEPT = ("ffn_kept", "kv_groups_kept", "experts_kept")
+_COUNTS = ("width", "base_width", "kv_groups", "base_kv_groups", "experts", "base_experts")
+_TENSOR = re.compile(r"blocks\.(\d{1,6})\.(ffn|attention)\.(bias|weight|gate_weight|up_weight)")
+
+
+def check_values(values: Mapping[str, Any]) -> None:
+    """See that ``values``, the JSON object of a plan.json, is a plan.
+
+    Raises:
+        ValueError: one clause that names the entry and what is wrong with it.
+    """
+    known = {"schema", *_TEXTS, *_MAPPINGS, *_LISTS}
+    for name in values:
+        _expect(name in known, f"{name[:60]!r} is no entry of a plan")
+    for name in _NEEDED:
+        _expect(name in values, f"{name} is missing")
+    for names, kind, said in ((_TEXTS, str, "text"), (_MAPPINGS, dict, "an object"), (_LISTS, list, "a list")):
+        for name in names:
+            _expect(isinstance(values.get(name, kind()), kind), f"{name} must be {said}")
+    _check_depth(values)
+    _check_method(values["method"])
+    _expect(bool(values["blocks"]), "blocks is empty")
+    for index, block in enumerate(values["blocks"]):
+        _check_block(f"blocks[{index}]", block)
+    _check_numbers(values)
+    _check_details(values)
+
+
+def check_tensors(plan: PruningPlan) -> None:
+    """See that the tensors of a plan have the names and the shapes that its blocks ask for.
+
+    Raises:
+        ValueError: names the tensor.
+    """
+    for name, tensor in plan.tensors.items():
+        found = _TENSOR.fullmatch(name)
+        _expect(found is not None and int(found[1]) < len(plan.blocks), f"tensor {name[:80]!r} belongs to no block")
+        assert found is not None
+        block, kind, what = plan.blocks[int(found[1])], found[2], found[3]
+        _expect(kind == "ffn" or what in ("bias", "weight"), f"tensor {name} belongs to no block")
+        _expect(tensor.dim() == (1 if what == "bias" else 2), f"tensor {name} has the shape {list(tensor.shape)}")
+        _expect(tensor.is_floating_point(), f"tensor {name} holds no floating-point numbers")
+        kept = block.ffn_kept if kind == "ffn" else block.kv_groups_kept
+        if what == "bias" or kept is None:
+            continue
+        units = tensor.shape[1 if what == "weight" else 0]
+        fits = units == len(kept) if kind == "ffn" else units % len(kept) == 0
+        _expect(fits, f"tensor {name} has the shape {list(tensor.shape)} where {len(kept)} units are kept")
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """Sizes of a block that is there.
+
+    width: FFN neurons, of a mixture those of one expert, 0 without an FFN. kv_groups: 0 without attention, None where
+    it is not recognised. experts: None where the FFN is no mixture.
+    """
+
+    width: int
+    kv_groups: int | None
+    experts: int | None = None
+
+
+def sizes_of(view: DecoderView) -> list[BlockSizes]:
+    """Return the sizes of each block of a model."""
+    return [
+        BlockSizes(
+            0 if block.ffn is None else block.ffn.width,
+            block.attention.n_kv_heads if block.attention is not None else (0 if block.attention_removed else None),
+            None if block.experts is None else block.experts.n_experts,
+        )
+        for block in view.blocks
+    ]
+
+
+def misfit(plan: PruningPlan, sizes: Sequence[BlockSizes]) -> str | None:
+    """Return one clause on why a model of these ``sizes`` is not what ``plan`` left; None where it may be."""
+    staying = [index for index, block in enumerate(plan.blocks) if block.keeps_block]
+    if len(staying) != len(sizes):
+        return f"it leaves {len(staying)} blocks, the weights have {len(sizes)}"
+    for index, there in zip(staying, sizes, strict=True):
+        block = plan.blocks[index]
+        neurons = block.ffn_kept if block.expert_neurons_kept is None else block.expert_neurons_kept[0]
+        width = 0 if not block.ffn else (None if neurons is None else len(neurons))
+        groups = 0 if not block.attention else (None if block.kv_groups_kept is None else len(block.kv_groups_kept))
+        experts = None if block.experts_kept is None or not block.ffn else len(block.experts_kept)
+        for name, planned, found in (
+            ("FFN neurons", width, there.width),
+            ("KV groups", groups, there.kv_groups),
+            ("experts", experts, there.experts or 0),
+        ):
+            if planned is not None and found is not None and planned != found:
+                return f"blocks[{index}] keeps {planned} {name}, the weights have {found}"
+    return None
+
+
+def _expect(holds: bool, problem: str) -> None:
+    if not holds:
+        raise ValueError(problem)
+
+
+def _check_depth(values: Any) -> None:
+    level, depth = [values], 0
+    while level:
+        depth += 1
+        _expect(depth <= _DEEPEST, f"it is nested more than {_DEEPEST} levels deep")
+        inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
+        level = [item for items in inner for item in items if isinstance(item, dict | list)]
+
+
+def _check_method(method: Mapping[str, Any]) -> None:
+    waiting = [("method", method)]
+    while waiting:
+        where, step = waiting.pop()
+        _expect(isinstance(step, dict) and isinstance(step.get("name"), str), f"{where} has no name")
+        steps = step.get("steps", [])
+        _expect(isinstance(steps, list), f"{where}.steps must be a list")
+        waiting += [(f"{where}.steps[{number}]", inner) for number, inner in enumerate(steps)]
+
+
+def _check_block(where: str, block: Any) -> None:
+    known = {*_KEPT, "attention", "ffn", "expert_neurons_kept"}
+    _expect(isinstance(block, dict), f"{where} must be an object")
+    for name in block:
+        _expect(name in known, f"{where}.{name[:60]} is no entry of a block")
+    for name in ("attention", "ffn"):
+        _expect(isinstance(block.get(name, True), bool), f"{where}.{name} must be true or false")
+    for name in _KEPT:
+        if block.get(name) is not None:
+            _check_kept(f"{where}.{name}", block[name])
+    experts = block.get("expert_neurons_kept")
+    if experts is not None:
+        _expect(isinstance(experts, list) and bool(experts), f"{where}.expert_neurons_kept must be a list of lists")
+        for number, kept in enumerate(experts):
+            _check_kept(f"{where}.expert_neurons_kept[{number}]", kept)
+
+
+def _check_kept(where: str, kept: Any) -> None:
+    _expect(isinstance(kept, list) and bool(kept), f"{where} must be a non-empty list, or null for all")
+    for index in kept:
+        _expect(is_count(index), f"{where} must hold whole numbers from 0, not {str(index)[:40]}")
+    _expect(all(a < b for a, b in pairwise(kept)), f"{where} must be sorted, without repetitions")
+
+
+def _check_numbers(values: Mapping[str, Any]) -> None:
+    for name, number in values.get("parameters", {}).items():
+        whole = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**63
+        _expect(whole, f"parameters.{name[:60]} must be a whole number")
+    for name, number in values["achieved"].items():
+        finite = isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+        _expect(finite, f"achieved.{name[:60]} must be a number")
+
+
+def _check_details(values: Mapping[str, Any]) -> None:
+    rows, blocks = values.get("details", []), values["blocks"]
+    _expect(len(rows) <= len(blocks), f"details has {len(rows)} entries for {len(blocks)} blocks")
+    for index, row in enumerate(rows):
+        _expect(isinstance(row, dict), f"details[{index}] must be an object")
+        for name in _COUNTS:
+            _expect(name not in row or is_count(row[name]), f"details[{index}].{name} must be a whole number from 0")
+    # Of several prunings the rows are the last one's, whose base was pruned already.
+    if len(rows) != len(blocks) or values["method"].get("steps"):
+        return
+    for index, (row, block) in enumerate(zip(rows, blocks, strict=True)):
+        for kept, size in (("ffn_kept", "base_width"), ("kv_groups_kept", "base_kv_groups")):
+            if block.get(kept) is not None and size in row:
+                last = block[kept][-1]
+                _expect(last < row[size], f"blocks[{index}].{kept} names {last}, the base model has {row[size]}")
+
+
+def is_count(value: Any) -> bool:
+    """Return whether ``value`` is a whole number that may count units: no boolean, no float, not absurdly large."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_UNITS

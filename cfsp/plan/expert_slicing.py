@@ -1,0 +1,79 @@
+"""Slicing mixtures: neurons of experts, and whole experts, are removed for real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cfsp.architecture.experts import ExpertMatrices, ExpertsFFN, update_counts
+from cfsp.plan.slicing import slice_ffn
+
+
+def slice_mixture(
+    mixture: ExpertsFFN, experts: Sequence[int] | None = None, neurons: Sequence[Sequence[int]] | None = None
+) -> None:
+    """Keep only some experts of a mixture, and some neurons of each, in place.
+
+    The router loses the rows of the experts that go, so that it shares their tokens among the others.
+
+    Args:
+        experts: indices of the experts that stay; None: all.
+        neurons: indices of the neurons that stay, of each expert that stays, in order; None: all.
+    """
+    if experts is not None:
+        _keep_experts(mixture, torch.tensor(experts, device=mixture.device))
+    if neurons is None:
+        return
+    if mixture.each:
+        staying = range(mixture.n_experts) if experts is None else experts
+        for expert, kept in zip(staying, neurons, strict=True):
+            ffn = mixture.each[expert]
+            slice_ffn(ffn, torch.tensor(kept, device=ffn.output.parameter.device))
+        return
+    width, kept_of_each = mixture.width, torch.tensor(neurons, device=mixture.device)
+    down = mixture.fused["down"]
+    inputs = [matrices for kind, matrices in mixture.fused.items() if kind != "down"]
+    # The rows of gate and up in their parameter, in the order that they have there.
+    rows = torch.cat([_places(matrices, width)[kept_of_each] for matrices in inputs], dim=1).sort(dim=1).values
+    _take(inputs[0], inputs[0].out_axis, rows)
+    _take(down, 3 - down.out_axis, kept_of_each)
+    _replace(inputs[0].owner, f"{inputs[0].name}_bias", lambda bias: bias.gather(1, rows))
+    update_counts(mixture.experts, width, kept_of_each.shape[1], width=True)
+
+
+def _places(matrices: ExpertMatrices, width: int) -> Tensor:
+    """Return the rows of the stored parameter that hold the rows 0..N-1 of the matrix."""
+    total = matrices.parameter.shape[matrices.out_axis]
+    device = matrices.parameter.device
+    return torch.arange(total, device=device)[matrices.rows or slice(None)][:width]
+
+
+def _take(matrices: ExpertMatrices, axis: int, kept: Tensor) -> None:
+    """Keep the rows or columns ``kept`` [E, K] of each expert's stored matrix."""
+
+    def select(stored: Tensor) -> Tensor:
+        return torch.stack([matrix.index_select(axis - 1, own) for matrix, own in zip(stored, kept, strict=True)])
+
+    _replace(matrices.owner, matrices.name, select)
+
+
+def _keep_experts(mixture: ExpertsFFN, kept: Tensor) -> None:
+    rows = [*mixture.per_expert(), *(mixture.stored() if mixture.fused else ())]
+    for module, name in rows:
+        _replace(module, name, lambda tensor: tensor.index_select(0, kept.to(tensor.device)))
+    if isinstance(mixture.experts, nn.ModuleList):
+        for index in sorted(set(range(mixture.n_experts)) - set(kept.tolist()), reverse=True):
+            del mixture.experts[index]
+    for module in {mixture.module, mixture.experts, *mixture.router.modules()}:
+        update_counts(module, mixture.n_experts, len(kept))
+
+
+def _replace(module: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> None:
+    """Put a changed copy in the place of a parameter or buffer, where there is one."""
+    parameter, buffer = module._parameters.get(name), module._buffers.get(name)
+    if parameter is not None:
+        setattr(module, name, nn.Parameter(change(parameter.detach()), requires_grad=parameter.requires_grad))
+    elif buffer is not None:
+        module._buffers[name] = change(buffer)

@@ -1,0 +1,117 @@
+"""The history of a model folder: the plan in it, where cfsp's own marker says that it belongs to the weights.
+
+A file of the name plan.json may be anybody's. It counts only where ``cfsp_checkpoint.json`` was written with it, its
+sha256 stands there (folders of earlier versions have none) and its sizes are those of the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from cfsp.errors import CheckpointError
+from cfsp.plan.check import BlockSizes, misfit
+from cfsp.plan.pruning_plan import COMPENSATION_IN_FOLDER, PruningPlan
+from cfsp.system.reading import read_bytes, read_json
+
+log = logging.getLogger(__name__)
+
+PLAN = "plan.json"
+MARKER = "cfsp_checkpoint.json"
+#: In the marker: sha256 of the plan.json that was saved with the weights.
+PLAN_DIGEST = "plan_sha256"
+
+
+def plan_digest(content: bytes) -> str:
+    """Return what the marker says of a plan.json."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_marker(folder: Path) -> dict[str, Any] | None:
+    """Return what cfsp wrote about a folder; None for folders that it did not write.
+
+    Raises:
+        CheckpointError: a marker that is none.
+    """
+    file = folder / MARKER
+    if not os.path.lexists(file):
+        return None
+    marker = read_json(file, str(file))
+    if not isinstance(marker, dict) or not isinstance(marker.get("state", ""), str):
+        raise CheckpointError(
+            f"{file}: not a marker that cfsp wrote; restore it, or remove it: the folder then counts as any model"
+        )
+    return marker
+
+
+def history_of(folder: Path, sizes: Sequence[BlockSizes] | None = None, *, tensors: bool = True) -> PruningPlan | None:
+    """Return the plan that made the weights in ``folder`` of a dense model; None where there is no such history.
+
+    A plan.json that nobody vouches for is no history; this is said once on the log.
+
+    Args:
+        sizes: of each block of the model in ``folder`` (:func:`cfsp.plan.check.sizes_of`); None: they were
+            compared before.
+        tensors: read what the plan replaces, too.
+
+    Raises:
+        CheckpointError: the marker names a plan that is damaged, exchanged, or not that of the weights.
+    """
+    if not os.path.lexists(folder / PLAN):
+        return None
+    marker = read_marker(folder)
+    if marker is None:
+        _say_ignored(folder / PLAN)
+        return None
+    return _checked(folder, marker.get(PLAN_DIGEST), sizes, tensors)
+
+
+def check_history(folder: Path, sizes: Sequence[BlockSizes]) -> None:
+    """See that the history of ``folder`` is sound, once for each state of its files.
+
+    Raises:
+        CheckpointError: as :func:`history_of`.
+    """
+    if not os.path.lexists(folder / PLAN):
+        read_marker(folder)
+        return
+    files = (folder / PLAN, folder / MARKER, folder / COMPENSATION_IN_FOLDER)
+    _check_once(folder, tuple(sizes), tuple(_state(file) for file in files))
+
+
+@lru_cache(maxsize=64)
+def _check_once(folder: Path, sizes: tuple[BlockSizes, ...], _: tuple[Any, ...]) -> None:
+    history_of(folder, sizes)
+
+
+def _state(file: Path) -> tuple[int, ...] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _checked(folder: Path, digest: Any, sizes: Sequence[BlockSizes] | None, tensors: bool) -> PruningPlan:
+    file = folder / PLAN
+    remedy = "restore it, or remove it: the folder then counts as a model without a history"
+    if digest is not None and plan_digest(read_bytes(file, str(file))) != digest:
+        raise CheckpointError(f"{file}: not the plan that was saved with these weights ({MARKER} differs); {remedy}")
+    try:
+        plan = PruningPlan.load(file, tensors=tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; {remedy}") from error
+    problem = None if sizes is None else misfit(plan, sizes)
+    if problem is not None:
+        raise CheckpointError(f"{file}: not the plan of these weights ({problem}); {remedy}")
+    return plan
+
+
+@lru_cache(maxsize=64)
+def _say_ignored(file: Path) -> None:
+    log.warning("%s: ignored, it is no history of these weights (no %s beside it says so)", file, MARKER)

@@ -1,0 +1,37 @@
+"""Cutting one block by its part of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from cfsp.architecture.ffn import FFN, ffn_of
+from cfsp.architecture.views import BlockView
+from cfsp.plan.expert_slicing import slice_mixture
+from cfsp.plan.pruning_plan import BlockPlan, tensor_name
+from cfsp.plan.slicing import set_input_weights, set_output_bias, set_output_weight, slice_attention, slice_ffn
+
+
+def slice_block(block: BlockView, decision: BlockPlan, tensors: Mapping[str, Tensor]) -> None:
+    """Slice the neurons, experts and KV groups of one block in place, then put replaced ``tensors`` in."""
+    if decision.ffn_kept is not None and decision.ffn and isinstance(block.ffn, FFN):
+        slice_ffn(block.ffn, torch.tensor(decision.ffn_kept, device=block.ffn.output.parameter.device))
+    if block.experts is not None and decision.ffn:
+        slice_mixture(block.experts, decision.experts_kept, decision.expert_neurons_kept)
+    if decision.kv_groups_kept is not None and decision.attention and block.attention is not None:
+        slice_attention(
+            block.attention, torch.tensor(decision.kv_groups_kept, device=block.attention.output.parameter.device)
+        )
+    if isinstance(block.ffn, FFN) and decision.ffn:
+        now = ffn_of(block.ffn.module)  # the rows of fused matrices have moved
+        refitted = {name: tensors.get(tensor_name(block.index, "ffn", f"{name}_weight")) for name in block.ffn.inputs}
+        if now is not None:
+            set_input_weights([(now.inputs[name], weight) for name, weight in refitted.items() if weight is not None])
+    for kind, channels in block.channels.items():
+        weight, bias = (tensors.get(tensor_name(block.index, kind, what)) for what in ("weight", "bias"))
+        if weight is not None:
+            set_output_weight(channels, weight)
+        if bias is not None:
+            set_output_bias(channels, bias)

@@ -1,0 +1,222 @@
+"""Class and configuration of a pruned model of any family: its differences from the stock model, layer by layer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cfsp.architecture.attention import is_layer_config
+from cfsp.architecture.views import is_removed, is_stub, resolve
+from cfsp.errors import UnsupportedModelError
+from cfsp.pruned_model.family import PrunedFamily, replace_config, stock_classes
+from cfsp.pruned_model.names import stock_type
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from cfsp.architecture.views import DecoderView
+
+#: Keys under which configurations state one FFN width for all layers.
+_WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "moe_intermediate_size")
+#: And one number of experts.
+_COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+Changes = dict[str, dict[str, Any]]
+
+
+def adopt_by_shapes(model: PreTrainedModel, family: PrunedFamily) -> None:
+    """As :func:`cfsp.pruned_model.adopt.adopt`, with ``layer_changes`` (:mod:`cfsp.pruned_model.shapes_template`).
+
+    Raises:
+        UnsupportedModelError: no attention is left, or what is left cannot be described so.
+    """
+    view = resolve(model)
+    layers = [block.module for block in view.blocks]
+    if all(block.attention_removed for block in view.blocks):
+        raise UnsupportedModelError("no attention is left in any layer; such a model cannot run")
+    classes = stock_classes(stock_type(model.config.model_type))
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("model_type", None)  # read from a file it is there, and hides that of the class
+    for leftover in ("auto_map", "layer_changes"):
+        config.__dict__.pop(leftover, None)
+    config.__class__ = classes[0]
+    number_cache_slots(layers, config)
+    changes = _changes(layers, _stock_layers(classes[2], config))
+    if changes and (found := _plain_keys(layers, view, classes[2], config)):
+        for key, value in found.items():
+            setattr(config, key, value)
+        changes = {}
+    if changes:
+        classes = (family.config_class, family.model_class, family.causal_lm_class)
+        config.__class__ = family.config_class
+        config.auto_map = family.auto_map
+        config.layer_changes = changes
+    config.architectures = [classes[2].__name__]
+    model.base_model.__class__, model.__class__ = classes[1], classes[2]
+    replace_config(model, model.config, config)
+
+
+def remove_layers(model: PreTrainedModel, indices: Collection[int]) -> None:
+    """Take whole layers out of ``model``, in place; the configuration's lists per layer follow."""
+    view = resolve(model)
+    container = view.container
+    n = len(container)
+    kept = [index for index in range(n) if index not in set(indices)]
+    config = copy.deepcopy(model.config)
+    for form in ("per_layer_config", "layer_changes"):
+        if hasattr(config, form):
+            setattr(config, form, None)  # adopt reads it off the layers again
+    # layer_types, no_rope_layers and the like: one entry a layer.
+    per_layer = {
+        name: value
+        for name, value in vars(config).items()
+        if "layer" in name and isinstance(value, list) and len(value) == n and name != "mlp_only_layers"
+    }
+    for index in sorted(set(indices), reverse=True):
+        del container[index]
+    config.num_hidden_layers = len(kept)
+    for name, value in per_layer.items():
+        setattr(config, name, [value[index] for index in kept])
+    _renumber_mixtures(config, kept)
+    replace_config(model, model.config, config)
+
+
+def _renumber_mixtures(config: PretrainedConfig, kept: list[int]) -> None:
+    """The keys that say by index which layers are mixtures of experts, for the layers ``kept`` under new indices."""
+    if isinstance(getattr(config, "mlp_only_layers", None), list) and hasattr(config, "decoder_sparse_step"):
+        dense, step = set(config.mlp_only_layers), config.decoder_sparse_step
+        config.mlp_only_layers = [at for at, index in enumerate(kept) if index in dense or (index + 1) % step]
+        config.decoder_sparse_step = 1
+    if isinstance(first := getattr(config, "first_k_dense_replace", None), int):
+        config.first_k_dense_replace = sum(index < first for index in kept)
+
+
+def number_cache_slots(layers: list[nn.Module], config: PretrainedConfig) -> None:
+    """Give the attentions that are there the first slots of the cache, each one of its own type (sliding or full).
+
+    The cache counts tokens in slot 0, so where layer 0 lost its attention its type becomes that of the first with one.
+    """
+    there = [not any(is_removed(module, "attention") for module in layer.modules()) for layer in layers]
+    types = list(getattr(config, "layer_types", None) or ["full_attention"] * len(layers))
+    if types and not there[0] and any(there):
+        types[0] = types[there.index(True)]
+        if getattr(config, "layer_types", None):
+            config.layer_types = types
+    free = {kind: [i for i, other in enumerate(types) if other == kind] for kind in set(types)}
+    for layer, kind, attends in zip(layers, types, there, strict=True):
+        slots = [m for m in layer.modules() if m is not layer and isinstance(getattr(m, "layer_idx", None), int)]
+        if attends and slots:
+            slot = free[kind].pop(0)
+            for module in slots:
+                module.layer_idx = slot  # type: ignore[assignment]
+
+
+def _stock_layers(causal_lm_class: Any, config: PretrainedConfig) -> list[nn.Module]:
+    """The layers that the stock class makes of ``config``, without memory."""
+    small = copy.deepcopy(config)
+    small._attn_implementation = "eager"
+    with torch.device("meta"):
+        return [block.module for block in resolve(causal_lm_class(small)).blocks]
+
+
+def _changes(layers: list[nn.Module], stock: list[nn.Module]) -> Changes:
+    if len(layers) != len(stock):
+        raise UnsupportedModelError(f"the model has {len(layers)} layers, its configuration makes {len(stock)}")
+    found = {str(at): _difference(*pair) for at, pair in enumerate(zip(layers, stock, strict=True))}
+    return {at: entry for at, entry in found.items() if entry}
+
+
+def _difference(layer: nn.Module, stock: nn.Module) -> dict[str, Any]:
+    """What an entry of ``layer_changes`` says of one layer."""
+    children, before = dict(layer.named_children()), dict(stock.named_children())
+    skip = {name: child.removed for name, child in children.items() if is_stub(child)}
+    identity = [
+        name
+        for name, child in children.items()
+        if isinstance(child, nn.Identity) and not isinstance(before.get(name), nn.Identity)
+    ]
+    gone = {*skip, *identity}
+    shorter = _shorter_lists(layer, stock, gone)
+    entry: dict[str, Any] = {"skip": skip, "identity": identity, "lists": shorter}
+    own, theirs = _shapes(layer, gone), _shapes(stock, gone)
+    theirs = {name: shape for name, shape in theirs.items() if not _beyond(name, shorter)}
+    if lost := sorted(theirs.keys() - own.keys()):
+        raise UnsupportedModelError(f"{type(layer).__name__}: {lost[0]} is gone; such a layer cannot be written down")
+    entry["shapes"] = {name: shape for name, shape in own.items() if theirs.get(name) != shape}
+    numbers = dict(_numbers(stock, gone))
+    entry["set"] = {name: n for name, n in _numbers(layer, gone) if name in numbers and numbers[name] != n}
+    entry["heads"] = {
+        name: dict(vars(module.config)["heads"])
+        for name, module in layer.named_modules()
+        if name.partition(".")[0] not in gone and is_layer_config(getattr(module, "config", None))
+    }
+    return {kind: found for kind, found in entry.items() if found}
+
+
+def _shorter_lists(layer: nn.Module, stock: nn.Module, gone: Collection[str]) -> dict[str, int]:
+    """Path -> length of the lists of modules that have lost items at their end (experts, whichever of them went)."""
+    lists = {name: len(module) for name, module in layer.named_modules() if isinstance(module, nn.ModuleList)}
+    before = {name: len(module) for name, module in stock.named_modules() if isinstance(module, nn.ModuleList)}
+    return {name: n for name, n in lists.items() if name.partition(".")[0] not in gone and n < before.get(name, n)}
+
+
+def _beyond(name: str, shorter: dict[str, int]) -> bool:
+    """Whether a tensor belongs to an item that its list has no more."""
+    return any(
+        name.startswith(f"{path}.") and int(name.removeprefix(f"{path}.").partition(".")[0]) >= n
+        for path, n in shorter.items()
+    )
+
+
+def _shapes(layer: nn.Module, gone: Collection[str]) -> dict[str, list[int]]:
+    """Of the parameters and of the buffers that a checkpoint holds (what DeepSeek-V3's router adds to its scores)."""
+    return {
+        name: list(tensor.shape)
+        for name, tensor in layer.state_dict(keep_vars=True).items()
+        if name.partition(".")[0] not in gone
+    }
+
+
+def _numbers(layer: nn.Module, gone: Collection[str]) -> Iterator[tuple[str, int | float]]:
+    """The numbers that the modules of a layer keep: sizes, counts of heads, slots of the cache, scales.
+
+    GPT-2 may divide by the index that a layer was built with (scale_attn_by_inverse_layer_idx): in a shorter model it
+    is another one.
+    """
+    for path, module in layer.named_modules():
+        if path.partition(".")[0] in gone:
+            continue
+        for name, value in vars(module).items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and not name.startswith("_"):
+                yield (f"{path}.{name}" if path else name), value
+
+
+def _plain_keys(
+    layers: list[nn.Module], view: DecoderView, causal_lm_class: Any, config: PretrainedConfig
+) -> dict[str, int] | None:
+    """Keys of a plain configuration with which it describes all layers, and their values; None where there are none.
+
+    They state one FFN width, or one width and one number of experts for all mixtures.
+    """
+    blocks = view.mixtures or list(view.blocks)
+    widths = {block.ffn.width if block.ffn is not None else 0 for block in blocks}
+    counts = {block.experts.n_experts for block in blocks if block.experts is not None}
+    if len(widths) != 1 or len(counts) > 1:
+        return None
+    of_width = [{key: next(iter(widths))} for key in _WIDTH_KEYS if hasattr(config, key)]
+    of_count = [{key: next(iter(counts))} for key in _COUNT_KEYS if counts and hasattr(config, key)]
+    for values in [*of_width, *of_count, *({**one, **other} for one in of_width for other in of_count)]:
+        tried = copy.deepcopy(config)
+        try:
+            for key, value in values.items():
+                setattr(tried, key, value)
+            fits = not _changes(layers, _stock_layers(causal_lm_class, tried))
+        except Exception:  # a configuration that its class refuses describes nothing
+            continue
+        if fits:
+            return values
+    return None

@@ -1,0 +1,114 @@
+"""``import cfsp`` makes pruned folders known to transformers: no ``trust_remote_code``, and nothing imported for it.
+
+The classes of a family take seconds to make, so they are made when transformers asks for their model_type, and their
+modules when a pickle names one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from cfsp.pruned_model.names import PACKAGE, PRUNED_PREFIX
+
+_AUTO = "transformers.models.auto.configuration_auto"
+
+
+class _Families(dict[str, Any]):
+    """transformers' registered configurations; a pruned one is made when it is asked for."""
+
+    def __contains__(self, model_type: object) -> bool:
+        return super().__contains__(model_type) or self._is_ours(model_type)
+
+    def __missing__(self, model_type: str) -> Any:
+        if not self._is_ours(model_type):
+            raise KeyError(model_type)
+        from cfsp.pruned_model.family import pruned_family
+
+        return pruned_family(model_type.removeprefix(PRUNED_PREFIX)).config_class
+
+    @staticmethod
+    def _is_ours(model_type: object) -> bool:
+        if not isinstance(model_type, str) or not model_type.startswith(PRUNED_PREFIX):
+            return False
+        from cfsp.pruned_model.names import COMMON_FAMILIES
+
+        return model_type.removeprefix(PRUNED_PREFIX) in COMMON_FAMILIES
+
+
+def register() -> None:
+    """Now where transformers is imported, else as soon as it is."""
+    module = sys.modules.get(_AUTO)
+    if module is not None:
+        _extend(module)
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _extend(module: ModuleType) -> None:
+    mapping = getattr(module, "CONFIG_MAPPING", None)
+    known = getattr(mapping, "_extra_content", None)
+    # Another version may keep them elsewhere; then cfsp.load and trust_remote_code=True still do.
+    if isinstance(known, dict) and not isinstance(known, _Families):
+        mapping._extra_content = _Families(known)  # type: ignore[union-attr]
+
+
+class _Finder(MetaPathFinder):
+    """Sees transformers' table of configurations being imported, and extends it afterwards; finds families' modules."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name == PACKAGE:
+            return ModuleSpec(name, _Package(), is_package=True)
+        if name.startswith(f"{PACKAGE}."):
+            from cfsp.pruned_model.family import write_module
+
+            write_module(name)
+            return None  # it lies in the package's folder, where the others look
+        if name != _AUTO:
+            return None
+        spec = self._others_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Extending(spec.loader)
+        return spec
+
+    def _others_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
+        """Not PathFinder's: somebody else may see to imports too."""
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(name, path, target)
+            if spec is not None:
+                return spec
+        return None
+
+
+class _Package(Loader):
+    """The package that is there, or a new one in a folder of this process."""
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        from cfsp.pruned_model.family import package
+
+        return package()
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It holds nothing of its own."""
+
+
+class _Extending(Loader):
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        _extend(module)
+
+    def __getattr__(self, name: str) -> Any:  # get_source and the like, for tracebacks
+        # A copy is asked for these before it has a loader, which would ask here again, without end.
+        if name == "_loader" or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(name)
+        return getattr(self._loader, name)

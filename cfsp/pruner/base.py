@@ -1,0 +1,82 @@
+"""The planning context of a pruner, and the units whose removal is tried on a model before it plans."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cfsp.config.contracts import Pruner
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cfsp.calibration.calibration_set import CalibrationSet
+    from cfsp.calibration.gradients import GradientTerms
+    from cfsp.calibration.gram import GramMatrices, GramWanted
+    from cfsp.calibration.statistics import Statistics
+    from cfsp.calibration.statistics_cache import StatisticsCache
+    from cfsp.config.budget import Budget
+    from cfsp.config.contracts import Allocator, NeuronImportance
+    from cfsp.model.driver import BlockDriver
+
+
+__all__ = ["PlanContext", "Pruner", "removes_experts", "removes_heads"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PlanContext:
+    """Everything that a pruner may use while it plans.
+
+    Attributes:
+        driver: runs the model, for methods that must do so while planning.
+        calibration: the calibration set.
+        statistics: statistics of the calibration pass.
+        budget: the sparsity that is asked for.
+        importance: the metric.
+        allocator: the allocation.
+        method: the settings that decide the plan, for the plan's file.
+        base_model: name of the dense model.
+        base_fingerprint: content of the dense model.
+        cache: folder for results that take long to compute; None: nothing is kept.
+        gradients: gradient terms, where the metric requires them.
+        grams: Gram matrices, where metric or pruner require them.
+        gram_wanted: parts and share of the tokens that the Gram matrices are of.
+        scored: block index -> scores of blocks of a streamed model, computed while the block was in memory for the
+            calibration pass.
+    """
+
+    driver: BlockDriver
+    calibration: CalibrationSet
+    statistics: Statistics
+    budget: Budget
+    importance: NeuronImportance
+    allocator: Allocator
+    method: dict[str, Any]
+    base_model: str
+    base_fingerprint: str
+    cache: StatisticsCache | None = None
+    gradients: GradientTerms | None = None
+    grams: GramMatrices | None = None
+    gram_wanted: GramWanted | None = None
+    scored: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+def removes_heads(pruner: Pruner) -> bool:
+    """Tell whether KV groups may go, so that the numeric check must try it; say so where that is not stated."""
+    units = pruner.removed_units()
+    if units is None:
+        log.warning(
+            "removed_units: not stated by this pruner (pruner=%s); the numeric check before it plans tries FFN neurons "
+            "alone",
+            pruner.name,
+        )
+    return "kv_groups" in (units or ())
+
+
+def removes_experts(pruner: Pruner) -> bool:
+    """Tell whether whole experts may go, so that the numeric check must try it."""
+    return "experts" in (pruner.removed_units() or ())

@@ -1,0 +1,117 @@
+"""The calibration stage as a pruner needs it: statistics, and the items that metric and pruner require beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from cfsp.calibration.calibrate import calibrate
+from cfsp.calibration.gram import GRAM_VERSION, GramCollection, GramWanted
+from cfsp.calibration.statistics_cache import StatisticsCache
+from cfsp.config.identity import method_of
+from cfsp.errors import ConfigError
+from cfsp.importance.base import required, score_block
+from cfsp.pruner.base import PlanContext
+from cfsp.sparsity.budget import submodules_of
+from cfsp.system.memory import available
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cfsp.architecture.views import BlockView, DecoderView
+    from cfsp.calibration.calibration_set import CalibrationSet
+    from cfsp.calibration.statistics import BlockStatistics
+    from cfsp.config.budget import Structure
+    from cfsp.config.run_config import RunConfig
+    from cfsp.model.driver import BlockDriver
+
+
+def plan_context(
+    config: RunConfig,
+    driver: BlockDriver,
+    calibration: CalibrationSet,
+    *,
+    base_model: str,
+    base_fingerprint: str,
+    cache: StatisticsCache | None = None,
+) -> tuple[PlanContext, bool]:
+    """Calibrate, or read the results of an earlier run.
+
+    Returns:
+        The context, and whether everything was read.
+    """
+    pruner, importance, gradients = config.pruner.instance, config.importance.instance, None
+    pruner.check_choices(driver.view, config.importance, config.allocator)
+    structure = pruner.structure
+    scored: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def visit(block: BlockView, statistics_of_block: BlockStatistics) -> None:
+        if structure is not None and "importance" in config.plans_with and not required(importance):
+            scored[block.index] = score_block(block, statistics_of_block, importance, structure)
+
+    wanted = _gram_wanted(config, structure, driver.view)
+    grams = (
+        None
+        if wanted is None
+        else GramCollection(driver.view.blocks, wanted, _gram_folder(driver, calibration, wanted, cache))
+    )
+    statistics, cached = calibrate(driver, calibration, cache, visit, grams)
+    if "gradients" in required(importance) and "importance" in config.plans_with:
+        from cfsp.calibration.gradients import gradient_terms
+
+        gradients, gradients_cached = gradient_terms(
+            driver, calibration, cache, checkpointing=importance.gradient_checkpointing
+        )
+        cached = cached and gradients_cached
+    context = PlanContext(
+        driver=driver,
+        calibration=calibration,
+        statistics=statistics,
+        budget=config.budget,
+        importance=importance,
+        allocator=config.allocator.instance,
+        method=method_of(config),
+        base_model=base_model,
+        base_fingerprint=base_fingerprint,
+        cache=cache,
+        gradients=gradients,
+        grams=None if grams is None else grams.matrices,
+        gram_wanted=wanted,
+        scored=scored,
+    )
+    return context, cached
+
+
+def _gram_wanted(config: RunConfig, structure: Structure | None, view: DecoderView) -> GramWanted | None:
+    """Return the Gram matrices that metric or pruner require, of the submodules that may lose units; None: none.
+
+    Raises:
+        ConfigError: the pruner does not state its structure, so that nobody knows which matrices.
+    """
+    asked = [*(required(config.importance.instance) if "importance" in config.plans_with else ())]
+    asked += config.pruner.instance.requires
+    if "gram" not in asked:
+        return None
+    if structure is None:
+        raise ConfigError(
+            f"pruner._target_={config.pruner.target}: Gram matrices are required, and structure is not stated by this "
+            "pruner, so that nobody knows of which projections; state it, or use a metric without them "
+            "(importance=cfsp, wanda, flap)"
+        )
+    kinds = submodules_of(structure)
+    memory = getattr(config.calibration, "memory_gb", None)
+    limit = available(torch.device("cpu")) // 2 if memory is None else int(memory * 1e9)
+    if view.device.type != "cpu":  # in one pass over the whole model they are added up where its weights are
+        limit = min(limit, available(view.device) // 2)
+    return GramWanted(kinds, config.calibration.gram_share, limit)
+
+
+def _gram_folder(
+    driver: BlockDriver, calibration: CalibrationSet, wanted: GramWanted, cache: StatisticsCache | None
+) -> Path | None:
+    if cache is None:
+        return None
+    place = cache.path("gram", driver, calibration, GRAM_VERSION)
+    return place.with_name(f"{place.stem}-{wanted.stride:g}-{'-'.join(wanted.kinds)}")

@@ -1,0 +1,82 @@
+"""Choosing whole experts of a mixture: their scores, how few may stay, and the best of each group of the router."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from cfsp.importance.base import Scores, distances_of
+from cfsp.plan.pruning_plan import BlockPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cfsp.architecture.views import BlockView, DecoderView
+    from cfsp.calibration.statistics import BlockStatistics, ExpertStatistics, Statistics
+    from cfsp.sparsity.budget import Sizes
+
+ExpertScore = Literal["routed_share", "contribution"]
+Unseen = Literal["keep", "prune"]
+
+
+def score_whole_experts(view: DecoderView, statistics: Statistics, kind: ExpertScore) -> Scores:
+    """Score the experts of every mixture.
+
+    Args:
+        kind: routed_share: share of the calibration tokens that are routed to the expert; contribution: mean over all
+            calibration tokens of the L2 norm of routing weight * output (0 where the expert does not see the token).
+
+    Returns:
+        Scores with a block's experts [E] in the place of its neurons; empty for a block that is no mixture.
+    """
+    import torch
+
+    nothing = torch.zeros(0, dtype=torch.float64)
+    tokens = statistics.n_sequences * statistics.seq_len
+
+    def score_of(block: BlockView, experts: ExpertStatistics | None) -> Tensor:
+        if block.experts is None or experts is None:
+            return nothing
+        return experts.tokens / tokens if kind == "routed_share" else experts.contribution
+
+    scores = [score_of(block, block_statistics.experts) for block, block_statistics in _pairs(view, statistics)]
+    return Scores(tuple(scores), tuple(nothing.reshape(0, 1) for _ in scores), distances_of(statistics))
+
+
+def with_unseen_kept(view: DecoderView, sizes: Sizes, statistics: Statistics) -> Sizes:
+    """Return ``sizes`` with the experts that saw no token among those that must stay.
+
+    Every group of experts keeps the same number.
+    """
+    steps = list(sizes.expert_steps)
+    for block, block_statistics in _pairs(view, statistics):
+        mixture = block.experts
+        if mixture is None or block_statistics.experts is None:
+            continue
+        per_group = mixture.n_experts // mixture.groups
+        in_groups = [0] * mixture.groups
+        for expert in block_statistics.experts.unseen:
+            in_groups[expert // per_group] += 1
+        least, step = steps[block.index]
+        steps[block.index] = (min(mixture.n_experts, max(least, mixture.groups * max(in_groups))), step)
+    return replace(sizes, expert_steps=tuple(steps))
+
+
+def best_experts(
+    block: BlockView, scores: Tensor, n: int, statistics: ExpertStatistics | None, unseen: Unseen
+) -> BlockPlan:
+    """Keep the ``n`` experts with the highest scores, as many of each group; equal scores keep the lower index."""
+    mixture = block.experts
+    if mixture is None or n == mixture.n_experts:
+        return BlockPlan()
+    ranked = scores.clone()
+    if statistics is not None and unseen == "keep":
+        ranked[statistics.tokens == 0] = float("inf")
+    in_groups = ranked.unflatten(0, (mixture.groups, -1))
+    best = in_groups.argsort(dim=1, descending=True, stable=True)[:, : n // mixture.groups]
+    first = best.new_tensor(range(mixture.groups))[:, None] * in_groups.shape[1]
+    return BlockPlan(experts_kept=tuple((best + first).flatten().sort().values.tolist()))
+
+
+def _pairs(view: DecoderView, statistics: Statistics) -> zip[tuple[BlockView, BlockStatistics]]:
+    return zip(view.blocks, statistics.blocks, strict=True)

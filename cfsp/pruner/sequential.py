@@ -1,0 +1,244 @@
+"""Sequential pruning: each block is chosen, and compensated, on the hidden states of the pruned blocks before it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cfsp.architecture.activation import activation_of
+from cfsp.architecture.ffn import FFN, ffn_of
+from cfsp.calibration.collectors import collecting
+from cfsp.calibration.ffn_pairs import FFNPairs, capturing_ffn
+from cfsp.calibration.gram import CrossSums, InMemory, gram_sums, reported
+from cfsp.importance.base import score_block
+from cfsp.model.snapshot import restored
+from cfsp.plan.pruning_plan import BlockPlan
+from cfsp.plan.slice_block import slice_block
+from cfsp.plan.slicing import set_output_weight
+from cfsp.pruner.ffn_refit import refit_ffn
+from cfsp.pruner.least_squares import corrected
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cfsp.architecture.activation import Activation
+    from cfsp.calibration.ffn_pairs import FFNCapture
+    from cfsp.model.driver import BlockStep
+    from cfsp.model.hidden_states import HiddenStates
+    from cfsp.pruner.base import PlanContext
+    from cfsp.pruner.one_shot import OneShotPruner
+    from cfsp.sparsity.budget import Widths
+
+log = logging.getLogger(__name__)
+
+#: How much half of a block's outputs may move beside the shift of its FFN's output, relative to the shift.
+_ROUNDING = 0.02
+
+
+@dataclass
+class InSequence:
+    """Decisions that were made block after block.
+
+    Attributes:
+        decisions: the decision on each block.
+        tensors: tensor name -> the tensor that replaces the base model's.
+        notes: facts for the plan on how the refits went.
+    """
+
+    decisions: list[BlockPlan] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def prune_in_sequence(pruner: OneShotPruner, context: PlanContext, widths: Widths) -> InSequence:
+    """Decide block after block; the model is put back at the end.
+
+    Where FFNs make up for a share of what the pruned blocks before them have changed (``pruner.correction``), the dense
+    model's hidden states go along beside those of the pruned one.
+    """
+    from cfsp.pruner.choice import best
+
+    driver, ids, wanted = context.driver, context.calibration.input_ids, context.gram_wanted
+    pruned, newton = InSequence(), _NewtonReport()
+    correcting = pruner.refits and pruner.correction > 0 and pruner.structure != "heads"
+    dense = driver.hidden_states() if correcting else None
+    with restored(driver.view.model):
+        for step in driver.steps(ids, "prune in sequence"):
+            block = step.block
+            refit: _NoRefit = _NoRefit()  # the pairs of the last block are freed before the dense model runs
+            if dense is not None:
+                if not len(dense):
+                    for state in step.inputs:
+                        dense.append(state.clone())
+                step.beside(dense)
+            if pruner.refits and isinstance(block.ffn, FFN) and widths.per_block[block.index] < block.ffn.width:
+                refit = _FFNRefit(pruner, context, step, block.ffn, dense)
+            grams = InMemory()
+            with collecting([block]) as sums, gram_sums([block], wanted) as block_grams:
+                refit.run(step)
+            statistics = sums[0].report(*ids.shape)
+            grams.keep(block.index, reported(block.index, block_grams[0]))
+            refit.correct(grams)
+            terms = None if context.gradients is None else context.gradients.blocks[block.index]
+            neurons, groups = score_block(block, statistics, context.importance, pruner.structure, terms, grams)
+            decision = best(block, neurons, groups, widths)
+            replaced = pruner.compensate(block, decision, statistics, grams)
+            if decision != BlockPlan():
+                slice_block(block, decision, replaced)
+                replaced |= refit.solve(newton)
+                step.run()
+            pruned.decisions.append(decision)
+            pruned.tensors |= replaced
+    pruned.notes |= newton.notes()
+    return pruned
+
+
+class _NewtonReport:
+    """The errors of the Gauss-Newton refits of a model, and the blocks that were refitted by least squares alone."""
+
+    def __init__(self) -> None:
+        self._errors: dict[str, list[float]] = {}
+        self._plain: list[int] = []
+
+    def add(self, block: int, errors: Sequence[float]) -> None:
+        """Note the errors of one block; without a finite one, its FFN keeps its least-squares refit."""
+        if finite := [error for error in errors if math.isfinite(error)]:
+            self._errors[str(block)] = finite
+        else:
+            self._plain.append(block)
+
+    def notes(self) -> dict[str, Any]:
+        """Return the facts for the plan; blocks refitted by least squares alone are also logged."""
+        notes: dict[str, Any] = {}
+        if self._errors:
+            notes["gauss_newton"] = self._errors
+        if self._plain:
+            notes["least_squares_alone"] = self._plain
+            log.warning(
+                "pruner.compensation=gauss_newton: the FFNs of %d blocks were refitted by least squares alone: they "
+                "are no act(gate) * up or act(up) of their inputs, or the calibration is of fewer than four tokens",
+                len(self._plain),
+            )
+        return notes
+
+
+class _NoRefit:
+    """The refit of a block whose FFN is not refitted: it collects nothing and changes nothing."""
+
+    def run(self, step: BlockStep) -> None:
+        """Run the whole block on all batches, and collect the data that its FFN is refitted to."""
+        step.run()
+
+    def correct(self, grams: InMemory) -> None:
+        """Refit the whole output projection to make up for its share of the missing output."""
+
+    def solve(self, report: _NewtonReport) -> dict[str, Tensor]:
+        """Refit the sliced FFN by Gauss-Newton, where that is asked for.
+
+        Returns:
+            Tensor name -> replaced weight.
+        """
+        return {}
+
+
+class _FFNRefit(_NoRefit):
+    """The refits of one FFN that loses neurons, from batches collected while its whole block runs."""
+
+    def __init__(
+        self, pruner: OneShotPruner, context: PlanContext, step: BlockStep, ffn: FFN, dense: HiddenStates | None
+    ) -> None:
+        self._ffn, self._pruner, self._block = ffn, pruner, step.block
+        assert context.gram_wanted is not None
+        stride = context.gram_wanted.stride
+        self._dense = dense if dense is not None and _adds_as_it_is(step, ffn) else None
+        self._missing = None if self._dense is None else CrossSums(step.block.channels["ffn"], stride)
+        self._pairs: FFNPairs | None = None
+        if pruner.compensation == "gauss_newton":
+            self._pairs = FFNPairs(len(context.calibration.input_ids), stride, context.driver.hidden_states)
+        self._model = context.driver.view.model
+        self._activation: Activation | None = None
+
+    def run(self, step: BlockStep) -> None:
+        with capturing_ffn(self._block, self._ffn) as seen:
+            step.run(partial(self._collect, seen))
+
+    def _collect(self, seen: FFNCapture, batch: int, output: Tensor) -> None:
+        """Collect one batch that the FFN has just seen; ``output``: hidden states leaving the block [B, T, d]."""
+        missing = None
+        if self._dense is not None and self._missing is not None:
+            missing = self._dense[batch] - output
+            self._missing.add(seen.hidden, missing)
+            missing = self._pruner.correction * missing
+        if self._pairs is None:
+            return
+        if self._activation is None:
+            self._activation = _activation(self._model, self._ffn, seen)
+        if self._activation is None:
+            self._pairs = None
+        else:
+            self._pairs.add(self._ffn, seen, missing)
+
+    def correct(self, grams: InMemory) -> None:
+        if self._missing is None:
+            return
+        channels, gram = self._block.channels["ffn"], grams.read(self._block.index, "ffn").matrix
+        weight = channels.output.weight.detach()
+        shifted = corrected(weight, gram, self._missing.report(), self._pruner.correction, self._pruner.ridge)
+        set_output_weight(channels, shifted)
+
+    def solve(self, report: _NewtonReport) -> dict[str, Tensor]:
+        if self._pruner.compensation != "gauss_newton":
+            return {}
+        weights, errors = self._solve()
+        if weights is not None:
+            slice_block(self._block, BlockPlan(), weights)
+        report.add(self._block.index, errors)
+        return weights or {}
+
+    def _solve(self) -> tuple[dict[str, Tensor] | None, list[float]]:
+        """Refit the sliced FFN.
+
+        Returns:
+            Replaced weights and the errors on the pairs that were held out; None and no errors where the FFN is of a
+            form that cannot be refitted.
+        """
+        if self._pairs is None or self._activation is None:
+            return None, []
+        sliced = ffn_of(self._ffn.module)
+        assert sliced is not None
+        return refit_ffn(
+            self._block.index,
+            sliced,
+            self._pairs,
+            self._activation,
+            steps=self._pruner.newton_steps,
+            cg_iterations=self._pruner.cg_iterations,
+            damping=self._pruner.ridge,
+        )
+
+
+def _activation(model: Any, ffn: FFN, seen: FFNCapture) -> Activation | None:
+    """Identify the activation function from the first tokens of a batch."""
+    x, hidden = (values.flatten(0, 1)[:64] for values in (seen.entering, seen.hidden))
+    return activation_of(model, ffn, x, hidden)
+
+
+def _adds_as_it_is(step: BlockStep, ffn: FFN) -> bool:
+    """Tell whether a block adds the output of its FFN as it is: no norm and no factor comes in between."""
+    before = step.first()
+    # A shift that alternates, so that a norm's mean does not take it away; of the size of what is there.
+    signs = 1 - 2 * (torch.arange(before.shape[-1], device=before.device) % 2)
+    shift = (before.abs().float().median() * signs).to(before.dtype)
+    handle = ffn.output.module.register_forward_hook(lambda _, args, output: output + shift)
+    try:
+        moved = step.first().float() - before.float()
+    finally:
+        handle.remove()
+    # Half of the values decide: a low precision rounds the largest hidden states by more than the shift.
+    return float((moved - shift.float()).abs().median()) <= _ROUNDING * float(shift.float().abs().max())

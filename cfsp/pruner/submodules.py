@@ -1,0 +1,180 @@
+"""Attention and FFN as parts of their block: what stands for them, the norms that serve them alone, taking them out."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from cfsp.architecture.ffn import FFN
+from cfsp.architecture.norms import served, watched
+from cfsp.architecture.views import KINDS, BlockView, DecoderView, Kind
+from cfsp.errors import UnsupportedModelError
+from cfsp.model.driver import BlockDriver, Entry, forward_replaced, hidden_of, run_block
+from cfsp.model.snapshot import twin_of
+from cfsp.model.streamed import resident, streamed
+from cfsp.pruned_model.family import pruned_family
+from cfsp.pruned_model.names import stock_type
+
+#: Of models whose norms were looked at.
+_NORMS: weakref.WeakKeyDictionary[nn.Module, dict[Kind, tuple[str, ...]]] = weakref.WeakKeyDictionary()
+
+
+def parts(block: BlockView, kind: Kind) -> tuple[str, ...]:
+    """Names, within the block, of the modules that a submodule is made of; the first one's output is the submodule's.
+
+    Raises:
+        UnsupportedModelError: there is no such submodule, or it is not recognised.
+    """
+    children = dict(block.module.named_children())
+    if kind == "mlp" and block.ffn is not None:
+        if isinstance(block.ffn, FFN) and block.ffn.module is block.module:  # OPT's has no module of its own
+            return (block.ffn.output.name, *dict.fromkeys(one.name for one in block.ffn.inputs.values()))
+        inner: nn.Module | None = block.ffn.module
+    else:
+        inner = block.attention.module if kind == "attention" and block.attention is not None else None
+    for name, child in children.items():
+        if inner is not None and any(module is inner for module in child.modules()):
+            return (name,)
+        if inner is None and kind == "attention" and "attention" in type(child).__name__.lower():
+            return (name,)
+    raise UnsupportedModelError(
+        f"block {block.index}: its {'FFN' if kind == 'mlp' else kind} was not recognised as a module; found "
+        f"{', '.join(f'{name} ({type(child).__name__})' for name, child in children.items())}"
+    )
+
+
+def submodule_parameters(block: BlockView, kind: Kind) -> int:
+    """Parameters of a block's attention or FFN, without its norms."""
+    return _count(block, parts(block, kind))
+
+
+def norm_parameters(view: DecoderView, block: BlockView, kind: Kind) -> int:
+    """Parameters of the norms that serve a block's attention or FFN alone."""
+    return _count(block, norms(view, kind))
+
+
+def norms(view: DecoderView, kind: Kind) -> tuple[str, ...]:
+    """Names, within a block, of the norms that serve the submodule alone; they go with it.
+
+    A norm whose output enters the submodule, or whose input left it, belongs to it; one that feeds both to neither.
+    """
+    if view.model not in _NORMS:
+        if streamed(view.model) is None and next(view.model.parameters()).is_meta:  # nothing can be run
+            return pruned_family(stock_type(view.model.config.model_type)).norms.get(kind, ())
+        _NORMS[view.model] = _seen_norms(view)
+    return _NORMS[view.model][kind]
+
+
+def remove_submodule(view: DecoderView, block: BlockView, kind: Kind) -> None:
+    """Take the attention or the FFN out of a block, with the norms that serve it alone, in place."""
+    family = pruned_family(stock_type(view.model.config.model_type))
+    serving = norms(view, kind)
+    if family.form == "sizes":
+        family.modeling.skip(block.module, kind, shared=set(family.norms[kind]) - set(serving))
+        return
+    if kind == "mlp":
+        check_can_be_skipped(block)
+    first, *others = parts(block, kind)
+    family.modeling.skip(block.module, first, kind)
+    for name in (*others, *serving):
+        setattr(block.module, name, nn.Identity())
+
+
+@torch.no_grad()
+def check_can_be_skipped(block: BlockView) -> None:
+    """
+    Raises:
+        UnsupportedModelError: the block expects more of its mixture of experts than a hidden state (GPT-OSS).
+    """
+    if block.experts is None:
+        return
+    example = block.experts.expert(0).output.weight
+    if isinstance(block.experts.module.forward(example.new_zeros(1, 1, block.experts.hidden)), tuple):
+        raise UnsupportedModelError(
+            f"block {block.index}: its mixture of experts ({type(block.experts.module).__name__}) gives its block more "
+            "than a hidden state, so it cannot go as a whole; use pruner.submodules=attention, or a pruner of neurons "
+            "or experts"
+        )
+
+
+def _count(block: BlockView, names: tuple[str, ...]) -> int:
+    return sum(parameter.numel() for name in names for parameter in getattr(block.module, name).parameters())
+
+
+def _seen_norms(view: DecoderView) -> dict[Kind, tuple[str, ...]]:
+    """Seen in one pass of four tokens through the first block that has both submodules."""
+    whole = [b for b in view.blocks if b.ffn is not None and not b.attention_removed]
+    if not whole:
+        return dict.fromkeys(KINDS, ())
+    block = whole[0]
+    of_kind = {kind: parts(block, kind) for kind in KINDS}
+    with _Answered(), _experts_aside(view):
+        entry = BlockDriver(view, 1).entry(torch.arange(4)[None])
+    with watched(block.module) as seen, torch.no_grad(), resident(view, block), _experts_aside(view), _Answered():
+        run_block(block, entry.hidden[0], entry.kwargs[block.index][0])
+    found = served(seen, of_kind)
+    if entry.hidden[0].is_meta:  # nothing has a value
+        return found
+    with torch.no_grad(), resident(view, block), _experts_aside(view):
+        return {kind: _alone(view, block, kind, names, entry) for kind, names in found.items()}
+
+
+def _alone(view: DecoderView, block: BlockView, kind: Kind, names: tuple[str, ...], entry: Entry) -> tuple[str, ...]:
+    """Those of the norms ``names`` without which a block that lost the submodule gives the same.
+
+    BLOOM and MiniMax may add the residual behind a norm: that one serves more than the submodule it feeds. In a post-
+    norm a bias outlives the submodule.
+    """
+    if not names:
+        return ()
+    twin = twin_of(block.module)
+    family = pruned_family(stock_type(view.model.config.model_type))
+    if family.form == "sizes":
+        family.modeling.skip(twin, kind, shared=set(names))
+    else:
+        first, *others = parts(block, kind)
+        family.modeling.skip(twin, first, kind)
+        for name in others:
+            setattr(twin, name, nn.Identity())
+    kwargs = entry.kwargs[block.index][0]
+    hidden = torch.randn(entry.hidden[0].shape, generator=torch.Generator().manual_seed(0)).to(entry.hidden[0])
+    try:
+        whole = hidden_of(twin(hidden.clone(), **kwargs))
+    except (ValueError, TypeError):  # GPT-OSS asks its mixture for two values: it cannot go, and is refused elsewhere
+        return names
+    alone = []
+    for name in names:
+        norm = getattr(twin, name)
+        setattr(twin, name, nn.Identity())
+        if torch.equal(hidden_of(twin(hidden.clone(), **kwargs)), whole):
+            alone.append(name)
+        setattr(twin, name, norm)
+    return tuple(alone)
+
+
+class _Answered(TorchFunctionMode):
+    """On the meta device, where nothing has a value: yes to whether all of a mask are there, which the models ask."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__bool__ and args[0].is_meta:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _experts_aside(view: DecoderView) -> Iterator[None]:
+    """The experts of mixtures give zeros: which tokens they see cannot be told on the meta device."""
+    with ExitStack() as stack:
+        for mixture in (block.experts for block in view.blocks if block.experts is not None):
+            # Experts that are modules are called by the mixture's own loop over them.
+            aside = mixture.experts if mixture.fused else mixture.module
+            stack.enter_context(forward_replaced(aside, lambda states, *_, **__: torch.zeros_like(states)))
+        yield

@@ -1,1 +1,0 @@
-"""Plans, their application by real slicing, and the pruners that make them."""

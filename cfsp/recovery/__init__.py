@@ -1,0 +1,1 @@
+"""Recovery: training a pruned model."""

@@ -1,0 +1,138 @@
+"""Settings that every training has in common: data, objective, batch, schedule, checkpoints. No heavy imports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import Field, model_validator
+
+from cfsp.config.components import component, shown
+
+Positive = Annotated[int, Field(ge=1, strict=True)]
+#: Goes into file names.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+
+
+@component
+class HubFile:
+    """One file of a dataset repository on the hub (json, jsonl or parquet)."""
+
+    repo: str
+    file: str
+    revision: str | None = None
+
+
+@component
+class RecoveryData:
+    """Data of a training.
+
+    kind instructions: rows of instruction/input/output or prompt/response. kind text: a text, cut into windows of
+    ``cutoff`` tokens. kind self: ``n_samples`` windows sampled from the dense model.
+    """
+
+    kind: Literal["instructions", "text", "self"]
+    name: str
+    path: str | None = None
+    hub: HubFile | None = None
+    text_field: str = "text"
+    txt_rows: Literal["whole", "lines", "wikitext"] = "whole"
+    join: str = "\n\n"
+    n_samples: Positive | None = None
+    sampling_temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    sampling_batch_size: Positive = 32
+
+    @model_validator(mode="after")
+    def _complete(self) -> RecoveryData:
+        if self.kind == "self" and self.n_samples is None:
+            raise ValueError(
+                "recovery.data.n_samples=null: data sampled from the dense model needs a number of windows"
+            )
+        if self.kind == "self" and (self.path is not None or self.hub is not None):
+            raise ValueError(
+                f"recovery.data.path={self.path}: recovery/data={self.name} is sampled from the dense model and reads "
+                "no file; leave it out, or use recovery/data=text or instructions"
+            )
+        if self.kind != "self" and self.path is None and self.hub is None:
+            raise ValueError(
+                f"recovery.data.path=null: recovery/data={self.name} needs a file, e.g. recovery.data.path=FILE.jsonl"
+            )
+        return self
+
+
+@component
+class Training:
+    """Settings of every recovery that trains.
+
+    ``batch_size`` sequences make one optimiser step, ``micro_batch_size`` go through the model at a time. Exactly one
+    of ``epochs`` and ``max_steps`` is set.
+    """
+
+    data: RecoveryData
+    objective: Literal["lm", "distill"] = "lm"
+    distill_temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    distill_weight: float = Field(default=1.0, gt=0, le=1)
+    teacher: Literal["memory", "disk"] = "memory"
+    top_k: Positive = 64
+    learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    batch_size: Positive = 64
+    micro_batch_size: Positive = 8
+    epochs: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    max_steps: Positive | None = None
+    cutoff: int = Field(default=256, ge=2)
+    packing: bool = False
+    response_only: bool = True
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    checkpoint_every: Positive = 200
+    log_every: Positive = 10
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Any:
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError(
+                f"recovery.epochs={self.epochs} recovery.max_steps={self.max_steps}: give exactly one, the other null"
+            )
+        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"recovery.warmup_steps={self.warmup_steps}: recovery.max_steps={self.max_steps} steps end before the "
+                "learning rate is reached; use fewer warm-up steps"
+            )
+        described = cast(Any, type(self)).__dataclass_fields__
+        for key, reason in self.unread():
+            if getattr(self, key) != getattr(described[key].default, "default", described[key].default):
+                raise ValueError(f"recovery.{key}={shown(getattr(self, key))}: {reason}; leave it out")
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"recovery.batch_size={self.batch_size}: must be a multiple of "
+                f"recovery.micro_batch_size={self.micro_batch_size}"
+            )
+        return self
+
+    def memory_advice(self) -> str:
+        """See :class:`cfsp.config.contracts.Recovery`."""
+        disk = ", recovery.teacher=disk" if self.objective == "distill" else ""
+        return (
+            "lower recovery.micro_batch_size (batch_size stays what it is) or recovery.cutoff, or use "
+            f"recovery.gradient_checkpointing=true{disk} or model.dtype=bfloat16"
+        )
+
+    def unread(self) -> Iterator[tuple[str, str]]:
+        """Yield (key, why) for every key that this objective or kind of data does not use; it has its default."""
+        if self.objective == "lm":
+            for key in ("teacher", "top_k", "distill_temperature", "distill_weight"):
+                yield key, "is of recovery.objective=distill, and this is lm"
+        elif self.teacher == "memory":
+            yield "top_k", "is of recovery.teacher=disk"
+        if self.data.kind != "instructions":
+            yield "packing", f"is for instructions, recovery/data={self.data.name} is cut into full windows already"
+            yield "response_only", f"recovery/data={self.data.name} has no responses, every token is learnt"
+
+
+#: Settings that decide how a training is called and watched, not what comes out; data are identified by content.
+EXECUTION = ("name", "checkpoint_every", "log_every", "data")

@@ -1,0 +1,220 @@
+"""The reason why the hub did not give something, and the way out, in one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import traceback
+
+from cfsp.system.patient_session import HubFailedError
+
+_TRUE = ("1", "ON", "YES", "TRUE")
+
+
+_OFFLINE_FLAGS = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+
+
+FULL = {errno.ENOSPC, errno.EDQUOT}
+
+
+_DISK = FULL | {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+_CONNECTION = ("TransportError", "TimeoutException", "NetworkError", "ProtocolError", "RequestError", "InvalidURL")
+
+
+def is_offline(error: BaseException | None) -> bool:
+    return type(error).__name__ == "OfflineModeIsEnabled"
+
+
+def _is_connection_error(error: BaseException) -> bool:
+    """Whether it is one of the HTTP client's own (httpx, httpx2)."""
+    return any(base.__name__ in _CONNECTION for base in type(error).__mro__)
+
+
+def is_fetching_error(error: BaseException) -> bool:
+    """Whether an error comes from fetching data: the hub, the network, or ``datasets`` building what it fetched."""
+    if isinstance(error, ConnectionError) or _is_connection_error(error):
+        return True
+    if type(error).__module__.partition(".")[0] in ("huggingface_hub", "datasets", "fsspec", "httpx", "httpx2"):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    fetch = ("load_dataset", "snapshot_download", "hf_hub_download")
+    return any(frame.name in fetch for frame in frames) or (isinstance(error, KeyError) and _in_a_data_set(error))
+
+
+def _in_a_data_set(error: BaseException) -> bool:
+    """Whether it was raised where a split is taken out of a data set."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.replace(os.sep, "/").endswith("/datasets/dataset_dict.py")
+
+
+def hub_error(
+    what: str, error: BaseException, local: str, *, revision: str | None = None, file: str | None = None
+) -> str:
+    """Say why the hub did not give ``what``, the way out, and which ``local`` copy to give instead.
+
+    Args:
+        what: key=value that names the repository.
+        revision: the one asked for, None for that of the main branch.
+        file: the file asked for, where it is one.
+    """
+    line = f"{what}: {hub_reason(error, revision=revision, file=file)}"
+    return f"{line}{',' if '; ' in line else ';'} {'or ' if '; ' in line else ''}give {local}"
+
+
+def hub_reason(error: BaseException, *, revision: str | None = None, file: str | None = None) -> str:
+    """Say why the hub did not give something: a clause, and after a semicolon what to do about it, where there is."""
+    chain = _chain(error)
+    for one in chain:
+        reason = _known_reason(one, revision, file)
+        if reason is not None:
+            return reason
+    return f"no local path, and the hub did not give it ({type(error).__name__}: {_short(error)})"
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error, then what it came from."""
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in chain:
+        chain.append(following)
+        following = following.__cause__ or following.__context__
+    # An entry that is not in the cache is the last thing that was tried, not what was wrong first.
+    return sorted(chain, key=lambda one: type(one).__name__ in ("LocalEntryNotFoundError", "IncompleteSnapshotError"))
+
+
+def _known_reason(error: BaseException, revision: str | None, file: str | None) -> str | None:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        DisabledRepoError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    reason: str | None = None
+    if isinstance(error, HubFailedError):
+        reason = f"{_short(error)}; try again later"
+    elif isinstance(error, GatedRepoError):
+        reason = _gated(error, status)
+    elif isinstance(error, RepositoryNotFoundError):
+        reason = "there is no such repository on the hub (or it is private: set HF_TOKEN), and no such local path"
+    elif isinstance(error, RevisionNotFoundError):
+        reason = f"the repository has no such revision{f' ({revision})' if revision else ''}; see its branches and tags"
+    elif isinstance(error, RemoteEntryNotFoundError):
+        at = f" at revision {revision}" if revision else ""
+        reason = f"the repository has no such file{f' ({file}{at})' if file else ''}; see its list of files"
+    elif isinstance(error, DisabledRepoError):
+        reason = "the repository has been disabled on the hub"
+    elif isinstance(error, HFValidationError):
+        reason = "neither a local path nor a name that the hub can have (organisation/name)"
+    elif isinstance(error, HfHubHTTPError) and status in (401, 403):
+        reason = f"the hub does not accept the token ({status}); set a valid one (HF_TOKEN or `hf auth login`) or none"
+    elif isinstance(error, HfHubHTTPError) and status is not None:
+        reason = f"no local path, and the hub answered {status} ({_short(error)})"
+    elif isinstance(error, LocalEntryNotFoundError) or is_offline(error):
+        flag = _offline_flag()
+        cause = f"{flag} is set" if flag else "there is no network, or the hub is down"
+        way_out = f"; run it once with {flag}=0" if flag else ""
+        part = "only in part" if type(error).__name__ == "IncompleteSnapshotError" else "not"
+        reason = f"no local path, {part} in the local cache, and the hub cannot be reached ({cause}){way_out}"
+    elif isinstance(error, OSError) and _is_of_the_disk(error):
+        reason = _disk(error)
+    elif _is_connection_error(error):
+        reason = _connection(error)
+    elif type(error).__name__ in ("JSONDecodeError", "FileMetadataError") or _without_commit(error):
+        reason = f"what answers at HF_ENDPOINT={constants.ENDPOINT} is not a hub's ({_short(error)}); see the network"
+    else:
+        reason = _of_datasets(error)
+    return reason
+
+
+def _without_commit(error: BaseException) -> bool:
+    """Whether huggingface_hub took an answer for that of a hub which lacks what every answer of a hub has."""
+    frames = traceback.extract_tb(error.__traceback__)
+    here = bool(frames) and "huggingface_hub" in frames[-1].filename
+    return here and isinstance(error, KeyError | AssertionError | TypeError)
+
+
+def _gated(error: BaseException, status: int | None) -> str:
+    url = str(getattr(getattr(error, "response", None), "url", ""))
+    page = re.sub(r"/api/(models/)?", "/", re.split(r"/(?:resolve|tree|revision|raw|paths-info)/", url)[0])
+    where = f"its page ({page})" if page.startswith("http") else "the hub"
+    token = "use a token of an account that has access" if status == 403 else "set HF_TOKEN (or `hf auth login`)"
+    return f"the repository is gated: accept its licence on {where} and {token}"
+
+
+def _connection(error: BaseException) -> str:
+    name, text = type(error).__name__, _short(error)
+    if "CERTIFICATE" in text.upper():
+        return f"the hub's certificate is not trusted here ({text}); set SSL_CERT_FILE to that of your network"
+    if name == "ProxyError":
+        return f"the proxy does not let the hub be reached ({text}); see HTTPS_PROXY"
+    if name in ("UnsupportedProtocol", "InvalidURL"):
+        return f"HF_ENDPOINT={os.environ.get('HF_ENDPOINT')} is no address ({text}); give https://HOST or unset it"
+    return f"the connection to the hub broke off ({name}: {text}); try again later"
+
+
+def _is_of_the_disk(error: OSError) -> bool:
+    from huggingface_hub import constants
+
+    within = bool(error.filename) and str(error.filename).startswith((constants.HF_HOME, constants.HF_HUB_CACHE))
+    return error.errno in _DISK or within or "No space left" in str(error)
+
+
+def _disk(error: OSError) -> str:
+    from huggingface_hub import constants
+
+    keys = ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HOME")
+    values = {key: os.environ[key] for key in keys if os.environ.get(key)}
+    place = str(error.filename or "")
+    key = next((key for key, folder in values.items() if place.startswith(folder)), "HF_HOME")
+    folder = values.get(key, constants.HF_HOME)
+    why = error.strerror or "No space left on device"
+    return f"{key}={folder} cannot be written ({why}); make room, or set {key} to another folder"
+
+
+def _offline_flag() -> str | None:
+    return next((flag for flag in _OFFLINE_FLAGS if os.environ.get(flag, "").upper() in _TRUE), None)
+
+
+def _of_datasets(error: BaseException) -> str | None:
+    """The same of what ``datasets`` raises, which says it in words."""
+    text, flag = _short(error), _offline_flag()
+    if "gated dataset" in text:
+        from huggingface_hub import constants
+
+        name = re.search(r"Dataset '(.+?)'", text)
+        where = f"its page ({constants.ENDPOINT}/datasets/{name[1]})" if name else "the hub"
+        return f"the data set is gated: accept its licence on {where} and set HF_TOKEN (or `hf auth login`)"
+    if isinstance(error, KeyError) and _in_a_data_set(error):
+        return f"the data set has no split {text}"
+    if "offline" in text.lower() or (flag and ("find cache" in text or "reach" in text)):
+        cause = f"{flag} is set" if flag else "there is no network, or the hub is down"
+        return f"not in the local cache, and the hub cannot be reached ({cause}); fetch it while online"
+    found = re.search(r"BuilderConfig '?(.+?)'? not found\. Available: (.+)", text)
+    if found:
+        return f"the data set has no configuration {found[1]} (it has {found[2].strip('[]')[:150]})"
+    if type(error).__name__ == "DatasetNotFoundError":
+        return f"{text.rstrip('.')} (if it is private: set HF_TOKEN or `hf auth login`)"
+    if "Dataset scripts are no longer supported" in text:
+        return f"the data set is a loading script, which is never run ({text})"
+    if type(error).__name__ in ("DataFilesNotFoundError", "EmptyDatasetError"):
+        return f"{text.rstrip('.')}: the repository holds none of the data set's files"
+    if isinstance(error, ConnectionError | FileNotFoundError):
+        return f"{text.rstrip('.')}; fetch it while online"
+    return None
+
+
+def _short(error: BaseException) -> str:
+    """The first lines of a message that hold anything, in one."""
+    text = " ".join(str(error).split())
+    text = re.sub(r" ?\(Request ID: [^)]*\)| For more information check: \S+", "", text)
+    return text if len(text) <= 200 else f"{text[:200]} ..."

@@ -1,0 +1,19 @@
+"""What runs and commands say on the console."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+
+def quiet() -> None:
+    """What runs say goes to their run.log; here only warnings."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=UserWarning)
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    ours = logging.getLogger("cfsp")
+    ours.setLevel(ours.level or logging.INFO)  # debug=true may have set it

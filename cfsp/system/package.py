@@ -1,0 +1,34 @@
+"""Files that travel with the package: ``pkg://cfsp/assets/...`` and the configuration folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def package_path(path: str) -> Path:
+    """The real path of ``pkg://cfsp/...``; other paths come back with ``~`` expanded."""
+    if path.startswith("pkg://cfsp/"):
+        return ROOT / path.removeprefix("pkg://cfsp/")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # ~NAME of nobody
+        return Path(path)
+
+
+def is_packaged(path: str) -> bool:
+    """Whether a path, its links followed, lies in the package."""
+    return package_path(path).resolve().is_relative_to(ROOT)
+
+
+def config_folder() -> Path:
+    """``conf``: inside the package in an installed wheel, beside it in a checkout."""
+    inside = ROOT / "conf"
+    return inside if inside.is_dir() else ROOT.parent / "conf"
+
+
+def experiments_folder() -> Path:
+    """``experiments``: inside the package in an installed wheel, beside it in a checkout."""
+    inside = ROOT / "experiments"
+    return inside if inside.is_dir() else ROOT.parent / "experiments"

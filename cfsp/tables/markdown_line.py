@@ -1,0 +1,10 @@
+"""One row of a Markdown table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def line(cells: Sequence[str]) -> str:
+    """Join cells to a row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
