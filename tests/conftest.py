@@ -40,7 +40,7 @@ def run_cfsp(tmp_path, monkeypatch, capsys):
 
     from hydra.core.global_hydra import GlobalHydra
 
-    from cfsp import run
+    from cfsp.cli import main as run
 
     def call(*words: str, defaults: bool = True):
         given = list(words)

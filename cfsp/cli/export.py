@@ -37,7 +37,7 @@ cannot hold.
 
 def main(words: Sequence[str] | None = None) -> int:
     """Export; returns the exit code."""
-    return command("cfsp", USAGE, words, lambda given: _export(request_of(given)))
+    return command("cfsp", USAGE, words, lambda given: _export(request_of(given)), verb="export")
 
 
 def request_of(words: Sequence[str]) -> Request:

@@ -51,7 +51,7 @@ class Request:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Inspect; returns the exit code."""
-    return command("cfsp", USAGE, words, lambda given: _inspect(request_of(given)))
+    return command("cfsp", USAGE, words, lambda given: _inspect(request_of(given)), verb="inspect")
 
 
 def request_of(words: Sequence[str]) -> Request:

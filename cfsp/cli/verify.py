@@ -49,7 +49,7 @@ class Request:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Verify; returns the exit code."""
-    return command("cfsp", USAGE, words, lambda given: _verify(request_of(given)))
+    return command("cfsp", USAGE, words, lambda given: _verify(request_of(given)), verb="verify")
 
 
 def request_of(words: Sequence[str]) -> Request:

@@ -7,6 +7,7 @@ class signature: see :mod:`cfsp.config.components`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal
@@ -174,7 +175,7 @@ def _task_folders(evaluation: Mapping[str, Component[Evaluator] | None], allowed
     """Folders of task files that are not cfsp's own, without the word that lets them run."""
     for name, evaluator in evaluation.items():
         path = None if evaluator is None else evaluator.instance.task_folder()
-        if path is not None and "tasks" not in allowed and package_path(path).is_dir() and not is_packaged(path):
+        if path is not None and "tasks" not in allowed and os.path.isdir(package_path(path)) and not is_packaged(path):
             yield (
                 f"evaluation.{name}.include_path={path}: task files are code (functions, templates) that would run as "
                 "you; look at them, then allow it with plugins.allow=[tasks]"

@@ -65,7 +65,9 @@ def checked_force(value: Any) -> bool | Literal["check"]:
     try:
         return TypeAdapter(bool).validate_python(value)
     except ValidationError:
-        raise ValueError("use false, true (repeat a finished run) or check (compare the hashes of its files)") from None
+        raise ValueError(
+            "use true or false (true repeats a finished run), or check (compares the hashes of its files)"
+        ) from None
 
 
 BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size)]

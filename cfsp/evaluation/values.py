@@ -31,5 +31,5 @@ def checked_limit(value: Any) -> int | float | None:
     if value is None or _is_whole(value, 1) or (isinstance(value, float) and 0 < value < 1):
         return value
     raise ValueError(
-        "items of a task: a whole number greater than or equal to 1, a share of them between 0 and 1, or null for all"
+        "items of a task: give a whole number from 1, a share of them between 0 and 1 (e.g. 0.05), or null for all"
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cfsp.system.digests import sha256_of
+from cfsp.system.background_hash import sha256_of
 
 #: A model card is for people to edit before they publish the folder: neither its size nor its content counts.
 _EDITABLE = ("README.md",)

@@ -89,10 +89,10 @@ def experiment_names() -> list[str]:
     return sorted({path.parent.name for home in _homes() for path in home.glob(f"*/{GRID}")})
 
 
-def experiment_folder(name: str) -> Path:
-    """Return the folder of an experiment: that of the working folder, else the one that comes with cfsp."""
+def experiment_folder(name: str, file: str = GRID) -> Path:
+    """Return the folder of an experiment that holds ``file``: in the working folder, else the one that ships."""
     own, shipped = (home / name for home in _homes())
-    return own if (own / GRID).is_file() else shipped
+    return own if (own / file).is_file() else shipped
 
 
 def _homes() -> tuple[Path, Path]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cfsp.system.atomic import replacing, write_text
-from cfsp.system.digests import sha256_of
+from cfsp.system.background_hash import sha256_of
 from cfsp.system.lease import waited
 
 log = logging.getLogger(__name__)

@@ -13,8 +13,13 @@ from cfsp.system import escape, interrupts
 from cfsp.system.logs import quiet
 
 
-def command(name: str, usage: str, words: Sequence[str] | None, body: Callable[[list[str]], int]) -> int:
+def command(
+    name: str, usage: str, words: Sequence[str] | None, body: Callable[[list[str]], int], *, verb: str = ""
+) -> int:
     """Call ``body`` with the words of the command line; every error becomes one line on stderr and an exit code.
+
+    Args:
+        verb: command of ``name`` that fails, for the line about an error that nobody foresaw.
 
     ``debug=true`` among the words is taken out of them; with it an error that nobody foresaw comes with its traceback.
     """
@@ -46,7 +51,7 @@ def command(name: str, usage: str, words: Sequence[str] | None, body: Callable[[
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             print(f"{name}: {str(error.filename)[:80]}...: too long for a path; give a shorter one", file=sys.stderr)
             return 2
-        print(unexpected(error, name, debug=debug), file=sys.stderr)
+        print(unexpected(error, f"{name}: {verb}".rstrip(": "), debug=debug), file=sys.stderr)
         return 1
 
 
@@ -56,4 +61,4 @@ def unexpected(error: Exception, name: str, *, debug: bool) -> str:
         traceback.print_exception(error)
     reason = escape.plain(" ".join(str(error).split()))[:300] or "no message"
     where = "" if debug else "; debug=true shows where"
-    return f"{name}: failed ({type(error).__name__}: {reason}){where}"
+    return f"{name}{'' if ': ' in name else ':'} failed ({type(error).__name__}: {reason}){where}"

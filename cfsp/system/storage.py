@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,7 @@ def storage_problem(error: BaseException, places: Mapping[str, Path]) -> str | N
         return None  # an input that cannot be read, perhaps: the error itself says more
     if key is None and file is None:
         key = min(places, key=lambda name: free_bytes(places[name]))
-    details = "" if not isinstance(error, CfspError) else f": {error}"
+    details = "" if not isinstance(error, CfspError) else re.sub(r" \(\[Errno \d+\] [^)]*\)", "", f": {error}")
     if key is None:
         free = f"{os.strerror(code)}; {free_bytes(Path(str(file))):,} bytes free"
         return f"{file}: {_SAID[code]} ({free}){details}; make room there"
@@ -64,10 +65,8 @@ def storage_problem(error: BaseException, places: Mapping[str, Path]) -> str | N
     where = f"; writing {_within(file, folder)}" if file is not None and not details else ""
     free = f"; {free_bytes(folder):,} bytes free" if code in _ROOM else ""
     remedy = "make room" if code in _ROOM else "make it writable"
-    return (
-        f"{key}={folder}: {_SAID[code]} ({os.strerror(code)}{free}{where}){details}; {remedy} or give another {key}, "
-        "then give the same command again"
-    )
+    way_out = "" if remedy in details else f"; {remedy} or give another {key}, then give the same command again"
+    return f"{key}={folder}: {_SAID[code]} ({os.strerror(code)}{free}{where}){details}{way_out}"
 
 
 def free_bytes(folder: Path) -> int:

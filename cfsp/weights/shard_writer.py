@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cfsp.system.atomic import naming
-from cfsp.system.digests import HashingWriter
+from cfsp.system.background_hash import HashingWriter
 from cfsp.weights.shards import DTYPES, INDEX, WEIGHTS
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -93,7 +93,7 @@ def write_file(
     """Write ``tensors`` to ``file``, taking as many from ``source``, which gives them in the same order.
 
     Args:
-        hashed: compute the file's sha256 on the way, for :func:`cfsp.system.digests.sha256_of`.
+        hashed: compute the file's sha256 on the way, for :func:`cfsp.system.background_hash.sha256_of`.
 
     Raises:
         OSError: the disk is full, or the file cannot be written.

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from cfsp.cli import sweep as command
 from cfsp.launcher.cluster import SubmititLocal
 from cfsp.launcher.slurm import Slurm
 from cfsp.record.run_record import RunRecord
+from cfsp.sweep import request as command
 from cfsp.sweep.experiment import given_values
 from cfsp.system.package import config_folder
 from tests.conftest import ROOT

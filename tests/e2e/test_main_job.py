@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cfsp
-from cfsp import run
+from cfsp.cli import main as run
 from tests.conftest import shared
 from tests.offline_wandb import offline_run
 

@@ -395,7 +395,7 @@ def test_a_value_error_ends_with_2_and_one_line(tmp_path):
 
 def test_values_are_checked_before_any_heavy_import(tmp_path):
     program = (
-        "import sys; from cfsp import run; code = run._main(sys.argv); "
+        "import sys; from cfsp.cli import main as run; code = run._main(sys.argv); "
         "print(code, sorted({'torch', 'transformers', 'numpy', 'datasets', 'lm_eval'} & set(sys.modules)))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from cfsp.cli import sweep as command
+from cfsp.cli import sweep
 from cfsp.config.components import build
 from cfsp.config.compose import compose
 from cfsp.config.contracts import Launcher
 from cfsp.config.parse import parse
 from cfsp.errors import ConfigError
+from cfsp.sweep import request as command
 from cfsp.sweep.experiment import Experiment, experiment_names, given_values, load_experiment, read_experiment
 from cfsp.system.package import config_folder
 from cfsp.tables.layout import load_layout
@@ -86,7 +87,7 @@ def test_words_of_the_command_line():
 
 
 def _refused(capsys, *words: str) -> str:
-    assert command.main(words) == 2
+    assert sweep.main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("sweep: ")
     return line
@@ -126,6 +127,7 @@ def test_what_is_refused_in_one_line(capsys, tmp_path):
     ],
 )
 def test_a_file_that_is_no_experiment(tmp_path, text, said):
+    (tmp_path / "x").mkdir()
     (tmp_path / "x/grid.yaml").write_text(text)
     with pytest.raises(ConfigError, match=said):
         read_experiment(tmp_path / "x/grid.yaml")

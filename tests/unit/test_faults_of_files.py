@@ -21,7 +21,8 @@ from cfsp.errors import CheckpointError, ConfigError, RunError
 from cfsp.plan.history import plan_digest
 from cfsp.record.out_folder import OutFolder, OutputGoneError, check_apart, log_file
 from cfsp.record.run_record import RunRecord
-from cfsp.system import atomic, digests, leftovers
+from cfsp.system import atomic, leftovers
+from cfsp.system import background_hash as digests
 from cfsp.system.cache import read_or_compute
 from cfsp.system.storage import storage_problem
 from tests.conftest import ROOT, mentions
@@ -589,7 +590,7 @@ def test_an_interrupt_during_imports_is_one_line() -> None:
 
 
 def test_libraries_that_find_no_address_space_are_one_line() -> None:
-    from cfsp.run import _out_of_addresses
+    from cfsp.cli.main import _out_of_addresses
 
     error = RuntimeError("Failed to import transformers")
     error.__cause__ = ImportError("libparquet.so.2600: failed to map segment from shared object")

@@ -122,7 +122,7 @@ def test_every_key_of_every_group_with_a_wrong_value(compositions, wrong):
     [
         (
             "evaluation.perplexity.windows=4",
-            "evaluation.perplexity.windows=4: expected [first,end] or null, e.g. evaluation.perplexity.windows=[0,4]",
+            "evaluation.perplexity.windows=4: expected [first, end], e.g. [0,24]",
         ),
         ("calibration.n_samples=a", "calibration.n_samples=a: expected a whole number from 1, e.g. "),
         ("seed=true", "seed=true: expected a whole number from 0 and below 4294967296, e.g. seed=0"),

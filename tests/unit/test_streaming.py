@@ -24,8 +24,8 @@ from cfsp.model.load import load_model, load_streamed
 from cfsp.model.streamed import streamed
 from cfsp.model.tokenizer import load_tokenizer
 from cfsp.pipeline import base_models
+from cfsp.system import digest
 from cfsp.weights import shard_writer
-from cfsp.weights import source as source_module
 from cfsp.weights.source import folder_fingerprint, locate
 from tests.conftest import VOCABULARY, mentions, save_with_tokenizer
 from tests.tiny import tiny_model
@@ -510,29 +510,29 @@ def test_rolling_requests_read_each_block_once(tmp_path, capsys) -> None:
 
 
 def test_a_model_is_hashed_once_for_all_processes(folder, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(source_module, "_LARGE", 0)
-    monkeypatch.setattr(source_module.time, "time", lambda: 1e12)  # the files are old enough to go by their times
+    monkeypatch.setattr(digest, "_LARGE", 0)
+    monkeypatch.setattr(digest.time, "time", lambda: 1e12)  # the files are old enough to go by their times
     section = ModelSection(name="m", path=str(folder))
-    source_module._digest_of.cache_clear()
+    digest._digest_of.cache_clear()
     first = locate(section, tmp_path / "digests").fingerprint
     assert first == folder_fingerprint(folder)
-    real = source_module.hashlib.file_digest
-    source_module._digest_of.cache_clear()  # as in another process
+    real = digest.hashlib.file_digest
+    digest._digest_of.cache_clear()  # as in another process
     with monkeypatch.context() as patch:
-        patch.setattr(source_module.hashlib, "file_digest", lambda *_: pytest.fail("the file was read again"))
+        patch.setattr(digest.hashlib, "file_digest", lambda *_: pytest.fail("the file was read again"))
         assert locate(section, tmp_path / "digests").fingerprint == first
     # a file that changed is read
-    source_module._digest_of.cache_clear()
+    digest._digest_of.cache_clear()
     config = folder / "config.json"
     before = config.read_text()
     read = []
-    monkeypatch.setattr(source_module.hashlib, "file_digest", lambda *args: read.append(1) or real(*args))
+    monkeypatch.setattr(digest.hashlib, "file_digest", lambda *args: read.append(1) or real(*args))
     try:
         config.write_text(before + "\n")
         assert locate(section, tmp_path / "digests").fingerprint != first
     finally:
         config.write_text(before)
-        source_module._digest_of.cache_clear()
+        digest._digest_of.cache_clear()
     assert len(read) == 1
 
 

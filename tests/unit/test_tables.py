@@ -249,7 +249,7 @@ def test_two_records_of_one_run_and_other_versions_are_refused(folder):
     (path / "twice.json").write_text(json.dumps(values))
     collection = collect(cells, path)  # one foreign record among many does not cost the tables of the others
     (line,) = collection.damaged
-    assert "twice.json: not a run record (schema 99, this version reads 1)" in line
+    assert "twice.json: not a run record (schema 99, this version reads 2)" in line
     assert len(collection.found) == len(cells)
     (path / "twice.json").unlink()
     record.identity["version"] = METHOD_VERSION - 1

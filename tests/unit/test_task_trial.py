@@ -87,7 +87,7 @@ def refused(evaluator: ZeroShot, tokenizer) -> str:
         (None, {"doc_to_text": "{{ cycler.__init__.__globals__.os.system('true') }}"}, ["SecurityError"]),
         (None, {"metric_list": [{"metric": "no_such"}]}, []),
         (None, {"output_type": "generate_until", "generation_kwargs": {"max_gen_toks": 600}}, ["600", "512 positions"]),
-        (None, {"test_split": "train"}, ["KeyError"]),
+        (None, {"test_split": "train"}, ["no split 'train'"]),
         (None, {"unsafe_code": True}, ["unsafe_code"]),
     ],
     ids=["empty choice", "a later one", "field", "target", "a later target", "error", "sandbox", "metric", "positions",
@@ -291,7 +291,7 @@ def test_a_group_of_groups_is_its_leaves():
         ("evaluation.zero_shot.batch_size", "auto", "give a whole number from 1"),
         ("evaluation.perplexity.windows", "24", "expected [first, end], e.g. [0,24]"),
         ("evaluation.perplexity.windows", "[-1,4]", "expected [first, end], e.g. [0,24]"),
-        ("evaluation.perplexity.batch_size", "true", "give a whole number from 1"),
+        ("evaluation.perplexity.batch_size", "true", "expected a whole number"),
     ],
 )
 def test_values_in_the_words_of_the_key(key, value, sentence):
@@ -315,8 +315,9 @@ def test_data_that_is_not_to_be_had_names_the_key(tmp_path, monkeypatch, tokeniz
     evaluator = tasks(tmp_path, "nq_open")
     object.__setattr__(evaluator, "key", "evaluation.generation")
     line = refused(evaluator, tokenizer)
-    assert line.startswith("evaluation.generation.tasks=nq_open: its data cannot be fetched")
-    assert line.endswith("accept its licence on the hub and set HF_TOKEN")
+    assert line.startswith("evaluation.generation.tasks=nq_open: the data set is gated")
+    assert "accept its licence on its page" in line
+    assert "HF_TOKEN" in line
 
 
 def test_memory_errors_pass_as_they_are(monkeypatch):

@@ -689,7 +689,7 @@ def test_help(run_cfsp, words, code):
 
 def test_a_command_is_found_without_anything_heavy():
     program = (
-        "import sys; from cfsp import run; found = lambda: sorted({'torch', 'numpy'} & set(sys.modules)); "
+        "import sys; from cfsp.cli import main as run; found = lambda: sorted({'torch', 'numpy'} & set(sys.modules)); "
         "print(found(), run._main(['cfsp', 'verify', 'pth=x']), found())"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
