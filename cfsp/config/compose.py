@@ -172,6 +172,9 @@ def _content(path: Path, group: str) -> Any:
     if not isinstance(content, dict):
         return {}
     for entry in content.get("defaults", ()):
+        if isinstance(entry, str) and (path.parent / f"{entry}.yaml").is_file():
+            content = _content(path.parent / f"{entry}.yaml", group) | content
+            continue
         for inner, option in entry.items() if isinstance(entry, Mapping) else ():
             part = path.parent / str(inner) / f"{option}.yaml"
             if part.is_file():
