@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 #: Held while a family is built, so that no second thread sees half of its modules.
 _BUILDING = threading.RLock()
-#: Held while texts are written. It is a lock of its own, which is never held during the import of their modules: such an
+#: Held while texts are written. It is a lock of its own, which is never held during the import of their modules: an
 #: import, which may wait for the text, holds a lock of Python's.
 _WRITING = threading.RLock()
 _GATED_LINEARS = ("gate_proj", "up_proj", "down_proj")

@@ -14,7 +14,7 @@ from cfsp.architecture.views import BlockView, DecoderView, view_block
 from cfsp.calibration.routing import Routing, routing_of_modules, substituted
 from cfsp.errors import UnsupportedModelError
 from cfsp.model.driver import forward_replaced, hidden_of
-from cfsp.model.snapshot import twin_of
+from cfsp.model.snapshot import clone_module
 from cfsp.model.streamed import resident
 from cfsp.plan.expert_slicing import slice_mixture
 
@@ -123,7 +123,7 @@ def _routing(mixture: ExpertsFFN, states: Tensor) -> Routing:
 
 def _twin(view: DecoderView, block: BlockView) -> ExpertsFFN:
     """Copy the mixture, with values of its own that may be zeroed."""
-    module = twin_of(block.module, own_values=True)
+    module = clone_module(block.module, own_values=True)
     for child in module.modules():
         config: Any = getattr(child, "config", None)
         if hasattr(config, "_experts_implementation"):

@@ -16,7 +16,7 @@ from cfsp.architecture.norms import served, watched
 from cfsp.architecture.views import KINDS, BlockView, DecoderView, Kind
 from cfsp.errors import UnsupportedModelError
 from cfsp.model.driver import BlockDriver, Entry, forward_replaced, hidden_of, run_block
-from cfsp.model.snapshot import twin_of
+from cfsp.model.snapshot import clone_module
 from cfsp.model.streamed import resident, streamed
 from cfsp.pruned_model.family import pruned_family
 from cfsp.pruned_model.names import stock_type
@@ -133,7 +133,7 @@ def _alone(view: DecoderView, block: BlockView, kind: Kind, names: tuple[str, ..
     """
     if not names:
         return ()
-    twin = twin_of(block.module)
+    twin = clone_module(block.module)
     family = pruned_family(stock_type(view.model.config.model_type))
     if family.form == "sizes":
         family.modeling.skip(twin, kind, shared=set(names))
