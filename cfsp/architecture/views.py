@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.attention import AttentionView, attention_in
-from cfsp.architecture.experts import ExpertsFFN, experts_in, looks_like_experts
+from cfsp.architecture.expert_recognition import experts_in, looks_like_experts
+from cfsp.architecture.experts import ExpertsFFN
 from cfsp.architecture.ffn import FFN, KNOWN_NAMES, ffn_of
 from cfsp.architecture.projection import Projection, is_matrix
 from cfsp.architecture.supported import refuse_other_kinds, state_space

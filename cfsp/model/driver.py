@@ -225,7 +225,7 @@ def run_block(block: BlockView, hidden: Tensor, kwargs: dict[str, Any]) -> Tenso
 
 @contextmanager
 def _blocks_skipped(view: DecoderView, leaving: Tensor | None = None) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
-    """Replace each block's forward by a function that records the call and returns the hidden state (or ``leaving``)."""
+    """Replace each block's forward by one that records the call and returns the hidden state, or ``leaving``."""
     calls: list[tuple[Tensor, dict[str, Any]]] = []
     modules = [block.module for block in view.blocks]
 

@@ -37,9 +37,9 @@ def check_values(values: Mapping[str, Any]) -> None:
         _expect(name in known, f"{name[:60]!r} is no entry of a plan")
     for name in _NEEDED:
         _expect(name in values, f"{name} is missing")
-    for names, kind, said in ((_TEXTS, str, "text"), (_MAPPINGS, dict, "an object"), (_LISTS, list, "a list")):
+    for names, kind, label in ((_TEXTS, str, "text"), (_MAPPINGS, dict, "an object"), (_LISTS, list, "a list")):
         for name in names:
-            _expect(isinstance(values.get(name, kind()), kind), f"{name} must be {said}")
+            _expect(isinstance(values.get(name, kind()), kind), f"{name} must be {label}")
     _check_depth(values)
     _check_method(values["method"])
     _expect(bool(values["blocks"]), "blocks is empty")

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from cfsp.errors import UnsupportedModelError
-from cfsp.pruned_model.family import PrunedFamily, gated_linears, pruned_family, replace_config, stock_classes
+from cfsp.pruned_model.family import PrunedFamily, pruned_family, replace_config
 from cfsp.pruned_model.names import SUBMODULES, stock_type
+from cfsp.pruned_model.stock import gated_linears, stock_classes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

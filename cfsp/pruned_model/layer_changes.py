@@ -12,8 +12,9 @@ from torch import nn
 from cfsp.architecture.attention import is_layer_config
 from cfsp.architecture.views import is_removed, is_stub, resolve
 from cfsp.errors import UnsupportedModelError
-from cfsp.pruned_model.family import PrunedFamily, replace_config, stock_classes
+from cfsp.pruned_model.family import PrunedFamily, replace_config
 from cfsp.pruned_model.names import stock_type
+from cfsp.pruned_model.stock import stock_classes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
