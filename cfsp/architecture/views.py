@@ -18,6 +18,7 @@ from cfsp.architecture.experts import ExpertsFFN
 from cfsp.architecture.ffn import FFN, KNOWN_NAMES, ffn_of
 from cfsp.architecture.projection import Projection, is_matrix
 from cfsp.architecture.supported import refuse_other_kinds, state_space
+from cfsp.architecture.weights import Weights, weights_of
 from cfsp.errors import UnsupportedModelError
 
 #: Kinds of submodules, by the names that the stubs of removed ones have in model folders.
@@ -120,10 +121,12 @@ class DecoderView:
     @property
     def device(self) -> torch.device:
         """Device of token ids: that of the embeddings; for a streamed model, the device that computes."""
-        store = getattr(self.model, "_cfsp_streamed", None)  # :mod:`cfsp.model.streamed`, which builds on views
-        if store is not None:
-            return store.device
-        return self.decoder.get_input_embeddings().weight.device
+        return self.weights.device
+
+    @property
+    def weights(self) -> Weights:
+        """Weights of the model, in memory or streamed."""
+        return weights_of(self.model)
 
     @property
     def mixtures(self) -> list[BlockView]:

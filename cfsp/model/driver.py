@@ -21,7 +21,6 @@ from cfsp.architecture.views import BlockView, DecoderView
 from cfsp.errors import UnsupportedModelError
 from cfsp.model.hidden_states import HiddenStates
 from cfsp.model.snapshot import without_hooks
-from cfsp.model.streamed import resident, streamed
 from cfsp.system.progress import progress
 
 
@@ -134,7 +133,7 @@ class BlockDriver:
         del entry, hidden  # so that the first set is not held beside the current one
         for block in progress(self.view.blocks[first:], label, unit="block"):
             step = BlockStep(block, current, arguments[block.index])
-            with resident(self.view, block):
+            with self.view.weights.resident(block):
                 yield step
                 current = step._outputs or step.advance()
 
@@ -174,14 +173,13 @@ class BlockDriver:
             Logits [B, T, V].
         """
         with _blocks_skipped(self.view, hidden):
-            if streamed(self.view.model) is not None:  # so that no embedding is read
+            if self.view.weights.is_streamed:  # so that no embedding is read
                 return self.view.model(inputs_embeds=hidden, use_cache=False).logits
             return self.view.model(ids, use_cache=False).logits
 
     def hidden_states(self) -> HiddenStates:
         """Return an empty set, held on the model's device, or for a streamed model within its :class:`SpillBuffer`."""
-        store = streamed(self.view.model)
-        return HiddenStates(device=self.view.device, spill=None if store is None else store.spill)
+        return HiddenStates(device=self.view.device, spill=self.view.weights.spill)
 
     def _batches(self, input_ids: Tensor | Sequence[Tensor]) -> list[Tensor]:
         batches = input_ids.split(self.batch_size) if isinstance(input_ids, Tensor) else input_ids
@@ -281,7 +279,7 @@ def _returns_tuple(view: DecoderView, block: BlockView) -> bool:
         ids = torch.zeros(1, 1, dtype=torch.int64, device=view.device)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(resident(view, block))
+            stack.enter_context(view.weights.resident(block))
             # The hooks of inner modules go too: none may count this token.
             stack.enter_context(without_hooks([*block.module.modules()]))
             stack.enter_context(forward_replaced(block.module, once))

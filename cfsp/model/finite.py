@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from cfsp.architecture.weights import weights_of
 from cfsp.errors import RunError
-from cfsp.model.streamed import streamed
 
 
 def first_non_finite(model: nn.Module) -> str | None:
@@ -26,18 +26,6 @@ def round_to_stored(model: nn.Module, dtype: torch.dtype) -> None:
     Raises:
         RunError: a weight does not fit into the dtype.
     """
-    store = streamed(model)
-    if store is not None:  # weights are rounded when they are read
-        store.rounded_to = dtype if torch.finfo(dtype).bits < torch.finfo(store.dtype).bits else None
-        return
-    narrowed = [
-        parameter
-        for parameter in model.parameters()
-        if parameter.is_floating_point() and torch.finfo(dtype).bits < torch.finfo(parameter.dtype).bits
-    ]
-    with torch.no_grad():
-        for parameter in narrowed:
-            parameter.copy_(parameter.to(dtype))
-    name = first_non_finite(model) if narrowed else None
+    name = first_non_finite(model) if weights_of(model).round_to(dtype) else None
     if name is not None:
         raise RunError(f"{name} does not fit into {dtype}; use save.dtype=bfloat16 or float32")

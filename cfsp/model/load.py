@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from cfsp.architecture.views import resolve
+from cfsp.architecture.weights import carry
 from cfsp.config.sections import DType, ModelSection
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.model.device import resolve_device, resolve_dtype
 from cfsp.model.finite import first_non_finite
 from cfsp.model.outline import decided_config
-from cfsp.model.streamed import ATTRIBUTE, StreamedWeights
+from cfsp.model.streamed import StreamedWeights
 from cfsp.model.tokenizer import load_tokenizer
 from cfsp.model.transformers_config import first_line
 from cfsp.model.weight_sample import weight_sample
@@ -154,8 +155,7 @@ def load_streamed(
         model.generation_config = GenerationConfig.from_pretrained(readable_by_transformers(source.folder))
     _fill_buffers(model, device)
     model.eval().requires_grad_(False)
-    store = StreamedWeights(model, Shards(source.folder), dtype, device)
-    object.__setattr__(model, ATTRIBUTE, store)
+    carry(model, StreamedWeights(model, Shards(source.folder), dtype, device))
     return model
 
 

@@ -16,16 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.views import BlockView, DecoderView, resolve, view_block
+from cfsp.architecture.weights import Weights, weights_of
 from cfsp.errors import CheckpointError, RunError
-from cfsp.model.hidden_states import SpillBuffer
 from cfsp.model.snapshot import clone_module
 from cfsp.system.memory import return_freed
 from cfsp.weights.shards import Shards
 
 if TYPE_CHECKING:
     from cfsp.plan.pruning_plan import BlockPlan
-
-ATTRIBUTE = "_cfsp_streamed"
 
 
 @dataclass(frozen=True)
@@ -43,24 +41,24 @@ class _Origin:
     decision: BlockPlan | None = None
 
 
-class StreamedWeights:
+class StreamedWeights(Weights):
     """Weights of a model that are read from disk when they are needed.
 
     Attributes:
         model: the model, with parameters on the meta device.
         shards: the checkpoint.
         dtype: dtype that the model computes with.
-        device: device that the model computes on.
         rounded_to: a narrower dtype that the values are rounded to, as in a checkpoint of that dtype; None: none.
-        spill: limit of the hidden states between two blocks; None: they stay on ``device``.
         samples: content samples by index in the checkpoint (:func:`cfsp.architecture.block_sample.block_sample`).
         reads: number of times that each block of the checkpoint was read.
     """
 
+    is_streamed = True
+
     def __init__(self, model: Any, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
-        self.model, self.shards, self.dtype, self.device = model, shards, dtype, device
+        super().__init__(model)
+        self.shards, self.dtype, self._device = shards, dtype, device
         self.rounded_to: torch.dtype | None = None
-        self.spill: SpillBuffer | None = None
         self.samples: dict[int, bytes] = {}
         self._names = _stored_names(model, shards)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="cfsp-read")
@@ -79,13 +77,7 @@ class StreamedWeights:
     def follow(
         self, view: DecoderView, decisions: Sequence[BlockPlan] | None, tensors: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Slice the blocks by a plan when they are read from now on.
-
-        Args:
-            view: the model with the blocks that stay.
-            decisions: the units of each stored block that stay; None: all, without rounding.
-            tensors: the plan's replaced tensors.
-        """
+        """Slice the blocks by a plan when they are read from now on; without ``decisions``, rounding ends too."""
         self._forget()
         self._tensors = tensors or {}
         if decisions is None:
@@ -96,9 +88,23 @@ class StreamedWeights:
             self._origins = tuple(replace(origin, decision=decisions[origin.index]) for origin in staying)
         self._attach(view)
 
-    def origin(self, block: BlockView) -> int:
-        """Return the index of a block in the checkpoint."""
-        return self._origins[block.index].index
+    @property
+    def device(self) -> torch.device:
+        """Device that the model computes on."""
+        return self._device
+
+    def resident_bytes(self, blocks: Sequence[BlockView]) -> int:
+        """Return the bytes of two blocks, the one that runs and the one that is read."""
+        return 2 * max(sum(weight.nbytes for weight in block.module.parameters()) for block in blocks)
+
+    def sample(self, block: BlockView) -> bytes | None:
+        """Return the content sample of a block that was read before; else None."""
+        return self.samples.get(self._origins[block.index].index)
+
+    def round_to(self, dtype: torch.dtype) -> bool:
+        """Round the values to a narrower dtype when they are read from now on."""
+        self.rounded_to = dtype if torch.finfo(dtype).bits < torch.finfo(self.dtype).bits else None
+        return False
 
     @contextmanager
     def resident(self, block: BlockView) -> Iterator[None]:
@@ -292,19 +298,12 @@ class StreamedWeights:
 
 
 def streamed(model: Any) -> StreamedWeights | None:
-    """Return the weights of a streamed model; None for a model in memory."""
-    return getattr(model, ATTRIBUTE, None)
+    """Return the weights of a streamed model; None for a model in memory.
 
-
-@contextmanager
-def resident(view: DecoderView, block: BlockView) -> Iterator[None]:
-    """Hold the weights of ``block`` in memory inside, whether the model is streamed or not."""
-    store = streamed(view.model)
-    if store is None:
-        yield
-        return
-    with store.resident(block):
-        yield
+    Only for code that differs for a streamed model; all other code uses :attr:`DecoderView.weights`.
+    """
+    weights = weights_of(model)
+    return weights if isinstance(weights, StreamedWeights) else None
 
 
 def _stored_names(model: Any, shards: Shards) -> dict[str, str]:

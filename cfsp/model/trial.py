@@ -11,7 +11,6 @@ import torch
 from cfsp.architecture.views import DecoderView
 from cfsp.errors import CfspError, UnsupportedModelError
 from cfsp.model.driver import BlockDriver, check_hidden, run_block
-from cfsp.model.streamed import streamed
 
 #: Folders of the Python code of models: that of transformers, and what it fetched with a model.
 _MODEL_CODE = ("/transformers/models/", "/transformers_modules/")
@@ -27,7 +26,7 @@ def try_blocks(view: DecoderView) -> None:
     Raises:
         UnsupportedModelError: a block takes or gives hidden states that are not [batch, tokens, hidden size].
     """
-    if streamed(view.model) is not None:
+    if view.weights.is_streamed:
         return
     ids = torch.zeros(1, 2, dtype=torch.int64)
     entry = BlockDriver(view, 1).entry(ids)

@@ -10,7 +10,6 @@ import hashlib
 
 from cfsp.architecture.block_sample import block_sample
 from cfsp.architecture.views import DecoderView
-from cfsp.model.streamed import resident, streamed
 
 
 def weight_sample(view: DecoderView) -> str:
@@ -19,11 +18,10 @@ def weight_sample(view: DecoderView) -> str:
     The values are hashed as bfloat16, so that the dtype of the model does not matter.
     """
     digest = hashlib.sha256()
-    store = streamed(view.model)
     for block in view.blocks:
-        sample = None if store is None else store.samples.get(store.origin(block))
+        sample = view.weights.sample(block)
         if sample is None:
-            with resident(view, block):
+            with view.weights.resident(block):
                 sample = block_sample(block)
         digest.update(sample)
     return f"sample:{digest.hexdigest()[:32]}"

@@ -15,7 +15,6 @@ from cfsp.calibration.routing import Routing, routing_of_modules, substituted
 from cfsp.errors import UnsupportedModelError
 from cfsp.model.driver import forward_replaced, hidden_of
 from cfsp.model.snapshot import clone_module
-from cfsp.model.streamed import resident
 from cfsp.plan.expert_slicing import slice_mixture
 
 #: Tokens for each expert, so that nearly all of them see some.
@@ -38,7 +37,7 @@ def deviation(view: DecoderView, block: BlockView, *, whole: bool) -> float:
         RuntimeError and the like: the mixture does not run in this way.
     """
     assert block.experts is not None
-    with resident(view, block):
+    with view.weights.resident(block):
         mixture = _twin(view, block)
         generator = torch.Generator().manual_seed(0)
         example = mixture.expert(0).output.weight

@@ -14,7 +14,6 @@ from cfsp.architecture.views import BlockView, DecoderView, view_block
 from cfsp.errors import UnsupportedModelError
 from cfsp.model.driver import BlockDriver, Entry, run_block
 from cfsp.model.snapshot import clone_module
-from cfsp.model.streamed import resident
 from cfsp.plan.slicing import slice_attention, slice_ffn
 from cfsp.pruner.expert_probe import check_mixture
 
@@ -59,7 +58,7 @@ def _probe_block(view: DecoderView, block: BlockView, heads: bool, seen: set[tup
     with ExitStack() as weights:
         for kind, shape in shapes.items():
             if (kind, *shape) not in seen:
-                weights.enter_context(resident(view, block))
+                weights.enter_context(view.weights.resident(block))
                 _judge(view, block, kind)
             seen.add((kind, *shape))
 
