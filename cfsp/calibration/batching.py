@@ -34,7 +34,6 @@ def batch_size(asked: BatchSize, view: DecoderView, seq_len: int) -> int:
     hidden = view.model.get_input_embeddings().weight.shape[-1]
     widths = [n * (1 if b.experts is None else b.experts.top_k) for b, n in zip(view.blocks, view.widths, strict=True)]
     per_token = (6 * hidden + 3 * max(widths)) * view.model.dtype.itemsize
-    fitting = int(_SHARE_OF_MEMORY * (capacity(view.device) - view.weights.resident_bytes(view.blocks))) // (
-        per_token * seq_len
-    )
+    beside_weights = capacity(view.device) - view.weights.resident_bytes(view.blocks)
+    fitting = int(_SHARE_OF_MEMORY * beside_weights) // (per_token * seq_len)
     return max(1, min(wanted, fitting))

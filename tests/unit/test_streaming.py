@@ -642,3 +642,23 @@ def test_least_squares_of_a_streamed_model(run_cfsp, words, tmp_path, memory, mo
     assert plans[0]["compensation"]
     found = [weights(out / "model") for out in (memory_run, streaming)]
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_a_view_gives_access_to_its_weights_wherever_they_are(folder) -> None:
+    source, cpu = locate(ModelSection(name="m", path=str(folder))), torch.device("cpu")
+    memory = resolve(load_model(source, dtype=torch.float32, device=cpu))
+    disk = resolve(load_streamed(source, dtype=torch.float32, device=cpu))
+    assert (memory.weights.is_streamed, disk.weights.is_streamed) == (False, True)
+    assert memory.device == disk.device == cpu
+    assert memory.weights.sample(memory.blocks[1]) is None, "it is computed when it is asked for"
+    held = list(memory.blocks[1].module.parameters())
+    with disk.weights.resident(disk.blocks[1]), memory.weights.resident(memory.blocks[1]):
+        assert all(map(torch.equal, disk.blocks[1].module.parameters(), held))
+    assert all(parameter.is_meta for parameter in disk.blocks[1].module.parameters())
+    assert disk.weights.sample(disk.blocks[1])
+    assert memory.weights.resident_bytes(memory.blocks) == 4 * memory.model_parameters
+    assert disk.weights.resident_bytes(disk.blocks) == 2 * sum(parameter.nbytes for parameter in held)
+    assert (memory.weights.round_to(torch.float32), memory.weights.round_to(torch.bfloat16)) == (False, True)
+    assert not disk.weights.round_to(torch.bfloat16), "values are rounded when they are read"
+    with disk.weights.resident(disk.blocks[0]):
+        assert all(map(torch.equal, disk.blocks[0].module.parameters(), memory.blocks[0].module.parameters()))
