@@ -24,12 +24,12 @@ from cfsp.checkpoint.reference_pass import StreamedReference, reference_of
 from cfsp.errors import CheckpointError
 from cfsp.model.streamed import streamed
 from cfsp.model.streamed_tensors import state_tensors, values
+from cfsp.plan.history import MARKER
 from cfsp.pruned_model.family import PRUNED_PREFIX, pruned_family
 from cfsp.pruned_model.names import stock_type
-from cfsp.weights.atomic_folder import whole_folder
+from cfsp.weights.atomic_folder import atomic_folder
 from cfsp.weights.folder_check import leads_outside, without_mark
-from cfsp.weights.shard_writer import Outgoing, write_shards
-from cfsp.weights.shards import MARKER
+from cfsp.weights.shard_writer import TensorSpec, write_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,7 +96,7 @@ def save_checkpoint(
     _check_described(model)
     pruned = model.config.model_type.startswith(PRUNED_PREFIX)
     written = str(dtype or model.dtype).removeprefix("torch.")
-    with whole_folder(folder, _scratch_key(model, written, source, files)) as scratch:
+    with atomic_folder(folder, _scratch_key(model, written, source, files)) as scratch:
         if source is not None:
             copy_companions(Path(source), scratch)
         # The blocks that are read to be written compute the reference on the way.
@@ -181,7 +181,7 @@ def _write_weights(
         else [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
     )
     described = [
-        Outgoing(name, shape, dtype if dtype and kind.is_floating_point else kind) for name, shape, kind in entries
+        TensorSpec(name, shape, dtype if dtype and kind.is_floating_point else kind) for name, shape, kind in entries
     ]
     limit = MAX_SHARD_BYTES if store is None else STREAMED_SHARD_BYTES
     return write_shards(

@@ -15,9 +15,9 @@ from cfsp.errors import CheckpointError
 from cfsp.export.card import card_files, facts_of_folder
 from cfsp.export.filling import LayerTensor
 from cfsp.export.folder import ModelFolder
-from cfsp.weights.atomic_folder import whole_folder
-from cfsp.weights.shard_writer import Outgoing, write_shards
-from cfsp.weights.shards import MARKER
+from cfsp.plan.history import MARKER
+from cfsp.weights.atomic_folder import atomic_folder
+from cfsp.weights.shard_writer import TensorSpec, write_shards
 
 
 def write_plain_folder(
@@ -60,8 +60,8 @@ def write_plain_folder(
                 raise CheckpointError(f"{asked} does not fit into {name}; use dtype=bfloat16 or float32")
             yield asked, value
 
-    with whole_folder(to) as scratch:
-        described = [Outgoing(tensor.name, tensor.shape, stored) for tensor in tensors]
+    with atomic_folder(to) as scratch:
+        described = [TensorSpec(tensor.name, tensor.shape, stored) for tensor in tensors]
         size = write_shards(scratch, described, values, MAX_SHARD_BYTES)
         write_json(scratch / "config.json", _config(config, name))
         if (source.folder / "generation_config.json").is_file():

@@ -11,7 +11,7 @@ import torch
 
 from cfsp.architecture.views import resolve
 from cfsp.config.sections import SelfCalibration
-from cfsp.model.hidden_states import Room
+from cfsp.model.hidden_states import SpillBuffer
 from cfsp.model.load import load_model, load_streamed
 from cfsp.model.snapshot import Snapshot
 from cfsp.model.streamed import streamed
@@ -76,7 +76,7 @@ class BaseModels:
             )
         store = streamed(model)
         if store is not None:
-            store.room = _room(config)
+            store.spill = _spill_buffer(config)
         as_it_was = Snapshot(model) if self._keep else None
         yield model, here
         if as_it_was is not None and not config.recovery.instance.trains and not _narrows(prepared):
@@ -99,13 +99,13 @@ class BaseModels:
             self._probed.add((heads, experts))
 
 
-def _room(config: RunConfig) -> Room:
+def _spill_buffer(config: RunConfig) -> SpillBuffer:
     """In memory: what ``calibration.memory_gb`` says, or half of what is free now."""
     section = config.calibration
     asked = None if isinstance(section, SelfCalibration) else section.memory_gb
     free = available(torch.device("cpu"))
     limit = int(_SHARE_OF_MEMORY * free) if asked is None else int(asked * 1e9)
-    return Room(limit, Path(config.paths.cache_dir))
+    return SpillBuffer(limit, Path(config.paths.cache_dir))
 
 
 def _narrows(prepared: Prepared) -> bool:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from cfsp.config.run_config import RunConfig
 from cfsp.errors import CheckpointError, ConfigError
+from cfsp.plan.history import MARKER
 from cfsp.record.run_record import RunRecord
 from cfsp.record.written import MODEL_FOLDERS, within
 from cfsp.system.atomic import write_text
-from cfsp.weights.shards import MARKER
 
 
 def check_owner(out: Path, run_id: str, *, force: bool = False) -> None:
