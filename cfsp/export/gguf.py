@@ -15,7 +15,8 @@ import cfsp
 from cfsp.checkpoint.reference import copy_reference, is_reference, place_of
 from cfsp.errors import CheckpointError, ConfigError
 from cfsp.export.folder import ModelFolder
-from cfsp.export.gguf_layout import CHUNK, GgufTensor, Layout, lay_out, model_config
+from cfsp.export.gguf_layout import CHUNK, Layout, lay_out, model_config
+from cfsp.export.gguf_tensors import GgufTensor
 from cfsp.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from cfsp.export.result import Exported
 from cfsp.system.leftovers import held

@@ -24,7 +24,8 @@ from cfsp.export import gguf as exporter
 from cfsp.export.folder import read_folder
 from cfsp.export.gguf import check, export
 from cfsp.export.gguf_layout import CHUNK
-from cfsp.export.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, read_vocabulary
+from cfsp.export.gguf_tokenizer_json import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from cfsp.export.gguf_vocabulary import read_vocabulary
 from cfsp.export.sentencepiece_file import read_sentencepieces
 from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
 from tests.conftest import ROOT, SENTENCE, mentions, shared
