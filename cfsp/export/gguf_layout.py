@@ -1,8 +1,11 @@
-"""How llama.cpp holds a model: its architecture there, the metadata, and every tensor with where it comes from.
+"""Layout of a model in llama.cpp: its architecture there, the metadata, and every tensor with its source.
 
-Of llama.cpp's architectures with LLaMA's blocks only ``deci`` and ``openelm`` give each block sizes of its own; the
-stock ones (``llama``, ``qwen2``, ``qwen3``) take the first block's for all. What neither can leave out stays as zeros
-that add nothing: an FFN of one chunk of neurons, one attention head.
+Among llama.cpp's architectures with LLaMA's blocks only ``deci`` and ``openelm`` give each block its own sizes. The
+stock ones (``llama``, ``qwen2``, ``qwen3``) take the sizes of the first block for all. Zeros that add nothing stand for
+a submodule that the architecture cannot leave out: an FFN of one chunk of neurons, or one attention head.
+
+The gguf package maps tensor names and writes the file, but its converter (``convert_hf_to_gguf.py``) is not part of the
+package. The choice of the architecture, the filled-up sizes and the order of rows are therefore decided here.
 """
 
 from __future__ import annotations
@@ -18,20 +21,27 @@ from cfsp.export.folder import ModelFolder, check_there
 from cfsp.export.gguf_rope import ROPE_TYPES, rope_of
 from cfsp.export.gguf_tensors import Block, GgufTensor, gguf_tensors
 
-#: Q8_0 holds rows of a multiple of it, and llama.cpp computes others at a fraction of its speed.
+#: Q8_0 holds only rows whose length is a multiple of this, and llama.cpp is several times slower on other lengths.
 CHUNK = 32
 _STOCK = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-_OF_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-_LINEARS = (*_OF_ATTENTION, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-#: Which of the projections may have a bias there.
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_LINEARS = (*_QKV, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+#: Architecture of llama.cpp -> the projections that may have a bias in it.
 _BIASES: dict[str, tuple[str, ...]] = {
-    "llama": _LINEARS, "deci": _LINEARS, "qwen2": _OF_ATTENTION, "qwen3": _OF_ATTENTION, "openelm": (),
+    "llama": _LINEARS, "deci": _LINEARS, "qwen2": _QKV, "qwen3": _QKV, "openelm": (),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Layout:
-    """values: metadata without the architecture's prefix; notes: sentences for the user."""
+    """Architecture, metadata and tensors of a GGUF file.
+
+    Attributes:
+        architecture: llama.cpp's name of the architecture.
+        values: metadata by key, without the architecture's prefix.
+        tensors: tensors in the order in which they are written.
+        notes: sentences for the user.
+    """
 
     architecture: str
     values: Mapping[str, int | float | str | list[int]]
@@ -40,10 +50,12 @@ class Layout:
 
 
 def lay_out(source: ModelFolder, config: Mapping[str, Any], multiple: int = CHUNK) -> Layout:
-    """
+    """Decide how llama.cpp holds the model; no weight is read.
+
     Args:
-        config: the base architecture's, with transformers' defaults where config.json says nothing.
-        multiple: FFN widths are filled up to multiples of it.
+        source: the model folder.
+        config: config.json of the base architecture, with transformers' defaults where config.json says nothing.
+        multiple: multiple to which FFN widths are filled up.
 
     Raises:
         UnsupportedModelError: llama.cpp cannot hold the model; names the block or the key.
@@ -52,7 +64,8 @@ def lay_out(source: ModelFolder, config: Mapping[str, Any], multiple: int = CHUN
     check_there(source)
     if config.get("hidden_act") != "silu":
         raise UnsupportedModelError(
-            f"{source.folder}: hidden_act={config.get('hidden_act')} has no form in GGUF, only silu has; use format=hf"
+            f"{source.folder}: hidden_act={config.get('hidden_act')} cannot be written in GGUF, only silu can; use "
+            "format=hf"
         )
     rope = rope_of(source, config)
     architecture = _architecture(source, rope, multiple)
@@ -67,11 +80,11 @@ def lay_out(source: ModelFolder, config: Mapping[str, Any], multiple: int = CHUN
     )
 
 
-# Which architecture
+# Architecture
 
 
 def _architecture(source: ModelFolder, rope: Mapping[str, Any], multiple: int) -> str:
-    """The family's own where all blocks are alike, else one that gives each block its own sizes."""
+    """Return the family's own architecture where all blocks are equal, otherwise one with sizes for each block."""
     stock = _STOCK[source.family]
     blocks = [_block(source, index, stock, multiple) for index in range(len(source.layers))]
     odd = next((block.index for block in blocks if block.sizes != blocks[0].sizes), None)
@@ -85,18 +98,19 @@ def _architecture(source: ModelFolder, rope: Mapping[str, Any], multiple: int) -
     if source.family != "qwen3":
         return "deci"
     if odd is None:
-        return stock  # which cannot hold a bias; the check of biases says so
+        return stock  # it cannot hold a bias, which _check_biases reports
     if not source.tied:
         raise UnsupportedModelError(
-            f"{source.folder}: block {odd} differs from block 0, and llama.cpp has no form for a qwen3 model with "
-            "unequal blocks whose LM head is not the embedding; export format=padded first, and that folder as gguf"
+            f"{source.folder}: block {odd} differs from block 0, and llama.cpp has no architecture for a qwen3 model "
+            "with unequal blocks whose LM head is not the embedding; export format=padded first, and that folder as "
+            "gguf"
         )
     return "openelm"
 
 
 def _block(source: ModelFolder, index: int, architecture: str, multiple: int) -> Block:
     layer = source.layers[index]
-    # deci takes the size of a head from block 0; openelm knows no block without attention.
+    # deci reads the size of a head from block 0, and openelm has no blocks without attention.
     zero_attention = not layer.heads and (index == 0 or architecture != "deci")
     return Block(
         index,
@@ -104,7 +118,7 @@ def _block(source: ModelFolder, index: int, architecture: str, multiple: int) ->
         heads=1 if zero_attention else layer.heads,
         kv_heads=1 if zero_attention else layer.kv_heads,
         zero_attention=zero_attention,
-        # Of a block with n_ff=0, deci loses the attention's output.
+        # deci drops the output of the attention in a block with n_ff=0.
         zero_ffn=not layer.width,
     )
 
@@ -130,7 +144,7 @@ def _check_biases(source: ModelFolder, architecture: str) -> None:
 
 
 def _window(config: Mapping[str, Any]) -> int | None:
-    """The sliding window, where a layer has one."""
+    """Return the sliding window of the model; None where no layer has one."""
     window = config.get("sliding_window")
     types = config.get("layer_types")
     slides = "sliding_attention" in types if types else config["model_type"] == "mistral"
@@ -147,7 +161,7 @@ def _values(
     positions = int(config["max_position_embeddings"])
     values: dict[str, int | float | str | list[int]] = {
         "vocab_size": int(config["vocab_size"]),
-        # llama.cpp's forms of these families have no window: within it, both compute the same.
+        # llama.cpp's architectures for these families have no sliding window; both agree on texts that fit into it.
         "context_length": min(positions, _window(config) or positions),
         "embedding_length": source.hidden,
         "block_count": len(blocks),
@@ -169,14 +183,14 @@ def _values(
     return values
 
 
-# What the user should know
+# Notes for the user
 
 
 def _notes(
     source: ModelFolder, config: Mapping[str, Any], architecture: str, blocks: tuple[Block, ...], multiple: int
 ) -> Iterator[str]:
     if architecture not in _STOCK.values():
-        yield f"llama.cpp runs it as {architecture}, the form that gives each block sizes of its own."
+        yield f"llama.cpp runs it as {architecture}, the architecture that gives each block its own sizes."
     filled = [block for block in blocks if not block.zero_ffn and block.width != source.layers[block.index].width]
     if filled:
         added = sum(block.width - source.layers[block.index].width for block in filled)
@@ -192,7 +206,7 @@ def _notes(
         yield f"One attention head of zeros stands where there is no attention, in {_listed(stubs)}."
     window = _window(config)
     if window and window < int(config["max_position_embeddings"]):
-        yield f"Exact for texts of up to {window} tokens, the sliding window, which llama.cpp does not slide."
+        yield f"Exact for texts of up to {window} tokens, the sliding window, which llama.cpp does not apply."
 
 
 def _listed(numbers: list[int]) -> str:
@@ -200,18 +214,20 @@ def _listed(numbers: list[int]) -> str:
 
 
 def model_config(source: ModelFolder) -> dict[str, Any]:
-    """config.json of the base architecture as transformers reads it, defaults and both spellings of RoPE included.
+    """Return config.json of the base architecture as transformers reads it.
+
+    Defaults and both spellings of RoPE are included.
 
     Raises:
         CheckpointError: transformers does not take it.
     """
     from transformers import AutoConfig
 
-    given = {key: value for key, value in source.config.items() if key not in ("model_type", "transformers_version")}
+    settings = {key: value for key, value in source.config.items() if key not in ("model_type", "transformers_version")}
     try:
-        found: dict[str, Any] = AutoConfig.for_model(source.family, **given).to_dict()
+        config: dict[str, Any] = AutoConfig.for_model(source.family, **settings).to_dict()
     except Exception as error:
         where = Path(source.folder) / "config.json"
-        said = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{where}: transformers does not take it ({said}); save the model again") from error
-    return {**found, "model_type": source.family}
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{where}: transformers does not take it ({reason}); save the model again") from error
+    return {**config, "model_type": source.family}

@@ -1,4 +1,4 @@
-"""RoPE of a model folder as llama.cpp holds it: the kinds of scaling that each of its architectures reads."""
+"""RoPE in GGUF: the kinds of scaling that each architecture of llama.cpp reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from cfsp.errors import UnsupportedModelError
 from cfsp.export.folder import ModelFolder
 
-#: Which ways to scale RoPE are known there. llama3: a tensor of factors, that the others do not read.
+#: Architecture of llama.cpp -> the kinds of RoPE scaling that it reads. llama3 is a tensor of factors in the file.
 _EVERYWHERE = ("default", "linear", "yarn")
 ROPE_TYPES = {
     "llama": (*_EVERYWHERE, "llama3"),
@@ -21,16 +21,25 @@ ROPE_TYPES = {
     "qwen3": _EVERYWHERE,
     "openelm": _EVERYWHERE,
 }
-#: Settings of YaRN that programs on llama.cpp do not take from the file, with the values that they assume.
+#: Settings of YaRN that llama.cpp does not read from the file, with the values that it assumes.
 _YARN_ASSUMED = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None, "mscale": None}
 
 
 def rope_of(source: ModelFolder, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the RoPE settings of a model folder, with type and theta filled in.
+
+    Args:
+        source: the model folder.
+        config: config.json of the base architecture, with transformers' defaults.
+
+    Raises:
+        UnsupportedModelError: GGUF cannot express the scaling for this family; names the key.
+    """
     rope = dict(config.get("rope_parameters") or {})
     rope.setdefault("rope_type", rope.get("type", "default"))
     rope.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
-    kind, part = rope["rope_type"], rope.get("partial_rotary_factor", 1.0)
-    known = {one for ways in ROPE_TYPES.values() for one in ways}
+    kind, partial = rope["rope_type"], rope.get("partial_rotary_factor", 1.0)
+    known = {rope_type for ways in ROPE_TYPES.values() for rope_type in ways}
     if kind not in known or (source.family == "qwen3" and kind not in ROPE_TYPES["qwen3"]):
         raise UnsupportedModelError(
             f"{source.folder}: RoPE of rope_type={kind} cannot be written for {source.family}; GGUF takes "
@@ -39,17 +48,19 @@ def rope_of(source: ModelFolder, config: Mapping[str, Any]) -> dict[str, Any]:
     for key, assumed in _YARN_ASSUMED.items() if kind == "yarn" else ():
         if rope.get(key) not in (None, assumed):
             raise UnsupportedModelError(
-                f"{source.folder}: YaRN with {key}={rope[key]} has no form in GGUF, only {assumed} has; use format=hf"
+                f"{source.folder}: YaRN with {key}={rope[key]} cannot be written in GGUF, only {assumed} can; use "
+                "format=hf"
             )
-    if part != 1.0:
+    if partial != 1.0:
         raise UnsupportedModelError(
-            f"{source.folder}: partial_rotary_factor={part} has no form in GGUF, where whole heads turn; use format=hf"
+            f"{source.folder}: partial_rotary_factor={partial} cannot be written in GGUF, which rotates whole heads; "
+            "use format=hf"
         )
     return rope
 
 
 def llama3_factors(head_dim: int, rope: Mapping[str, Any]) -> Tensor:
-    """What llama.cpp divides each frequency by, [head_dim / 2]."""
+    """Return the factors by which llama.cpp divides each frequency, [head_dim / 2] float32."""
     plain = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     wavelength = 2 * math.pi / plain
     low, high, original = (

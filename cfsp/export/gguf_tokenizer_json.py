@@ -1,6 +1,6 @@
-"""What llama.cpp has to know of a tokenizer.json: token types, pre-tokenizer, special tokens around a text, scores.
+"""Facts of a tokenizer.json that llama.cpp needs: token types, pre-tokenizer, tokens around a text, and scores.
 
-llama.cpp tokenises by itself. Every function here refuses a tokenizer that llama.cpp would not reproduce.
+llama.cpp tokenises by itself. Each function here refuses a tokenizer that llama.cpp would not reproduce.
 """
 
 from __future__ import annotations
@@ -43,18 +43,29 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
+    """Return the JSON object in ``file``; an empty one where there is no such file.
+
+    Raises:
+        CheckpointError: the file cannot be read, or it does not hold an object.
+    """
     if not file.is_file():
         return {}
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error}); fetch or save the tokenizer again") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise CheckpointError(f"{file}: holds no object; fetch or save the tokenizer again")
-    return found
+    return content
 
 
 def unsupported_tokenizer(file: Path, what: str) -> UnsupportedModelError:
+    """Return the error for a tokenizer that llama.cpp would not reproduce.
+
+    Args:
+        file: the tokenizer's file.
+        what: what is special about it, as a clause without a subject.
+    """
     return UnsupportedModelError(
         f"{file}: {what}, which llama.cpp would not reproduce; GGUF holds byte-level BPE with the pre-tokenizers of "
         "GPT-2, LLaMA 3, Qwen2, SmolLM and Mistral's tekken, and SentencePiece BPE; use another format"
@@ -62,7 +73,16 @@ def unsupported_tokenizer(file: Path, what: str) -> UnsupportedModelError:
 
 
 def tokens_and_types(file: Path, content: Mapping[str, Any], *, bytes_fall_back: bool) -> tuple[list[str], list[int]]:
-    """Texts and types by id; an id that no token has is filled in."""
+    """Return the text and the GGUF type of each token by id; an id without a token gets an unused one.
+
+    Args:
+        file: the tokenizer.json, for messages.
+        content: its content.
+        bytes_fall_back: whether tokens such as ``<0x0A>`` stand for bytes.
+
+    Raises:
+        UnsupportedModelError: two tokens have the same text.
+    """
     by_id = {number: (text, NORMAL) for text, number in content["model"]["vocab"].items()}
     if bytes_fall_back:
         by_id |= {n: (text, BYTE) for n, (text, _) in by_id.items() if _BYTE_TOKEN.fullmatch(text)}
@@ -77,14 +97,18 @@ def tokens_and_types(file: Path, content: Mapping[str, Any], *, bytes_fall_back:
 
 
 def _steps(entry: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
-    """A normalizer, pre-tokenizer or post-processor as the list of what it does, one after the other."""
+    """Flatten a normalizer, pre-tokenizer or post-processor into the list of its steps, in order."""
     if entry is None:
         return []
     return [step for part in entry[key] for step in _steps(part, key)] if entry["type"] == "Sequence" else [entry]
 
 
 def pre_tokenizer_name(file: Path, content: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """llama.cpp's name of the pre-tokenizer, and what the user should know."""
+    """Return llama.cpp's name of the pre-tokenizer, and notes for the user.
+
+    Raises:
+        UnsupportedModelError: llama.cpp does not know the normalizer or the pre-tokenizer.
+    """
     normalizers = [step["type"] for step in _steps(content.get("normalizer"), "normalizers")]
     if set(normalizers) - {"NFC"}:
         raise unsupported_tokenizer(file, f"normalises text by {', '.join(normalizers)}")
@@ -113,7 +137,18 @@ def pre_tokenizer_name(file: Path, content: Mapping[str, Any]) -> tuple[str, tup
 
 
 def tokens_around_text(file: Path, content: Mapping[str, Any], special: dict[str, int]) -> tuple[bool, bool]:
-    """Whether BOS and EOS go around a text. What is put there is BOS or EOS, whatever the folder calls so."""
+    """Return whether BOS goes before a text and whether EOS goes after it.
+
+    The token that the post-processor puts there is written as BOS or EOS, whatever the folder calls so.
+
+    Args:
+        file: the tokenizer.json, for messages.
+        content: its content.
+        special: bos, eos, unk or pad -> id; ids of BOS and EOS are replaced in place.
+
+    Raises:
+        UnsupportedModelError: the post-processor is another one, or puts several tokens on one side.
+    """
     around: dict[str, list[int]] = {"bos": [], "eos": []}
     for step in _steps(content.get("post_processor"), "processors"):
         if step["type"] == "ByteLevel":
@@ -137,7 +172,13 @@ def tokens_around_text(file: Path, content: Mapping[str, Any], special: dict[str
 
 
 def space_prefix(file: Path, content: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]]:
-    """Whether a space goes before a text (tokenizer.json has two ways to say so), and what the user should know."""
+    """Return whether a space goes before a text, and notes for the user.
+
+    A tokenizer.json says so either by its normalizer or by its pre-tokenizer.
+
+    Raises:
+        UnsupportedModelError: llama.cpp does not know the normalizer or the pre-tokenizer.
+    """
     prefix = False
     notes: tuple[str, ...] = ()
     for step in _steps(content.get("normalizer"), "normalizers"):
@@ -155,10 +196,13 @@ def space_prefix(file: Path, content: Mapping[str, Any]) -> tuple[bool, tuple[st
 
 
 def scores_of_merges(file: Path, tokens: list[str], types: list[int], merges: list[tuple[str, ...]]) -> list[float]:
-    """Scores with which SentencePiece joins what the merges join, in their order.
+    """Return scores with which SentencePiece joins the pairs that the merges list, in the same order.
 
-    SentencePiece joins any two pieces whose text is a piece, merges only the pairs they list: each pair must be listed,
-    and those that give one piece must follow each other.
+    SentencePiece joins any two pieces whose joined text is a piece, whereas merges join only the pairs that they list.
+    Scores exist only where each such pair is listed, and where the pairs that give the same piece follow each other.
+
+    Raises:
+        UnsupportedModelError: no scores give the same tokens.
     """
     normal = {text for text, kind in zip(tokens, types, strict=True) if kind == NORMAL}
     listed = set(merges)

@@ -1,7 +1,12 @@
-"""The tokenizer of a model folder as GGUF's metadata: tokens, their types, merges or scores, special tokens.
+"""GGUF metadata of a tokenizer: tokens, their types, merges or scores, and special tokens.
 
-llama.cpp tokenises by itself, so a vocabulary is only written where its algorithm does the same: byte-level BPE whose
-pre-tokenizer has a name there, and SentencePiece BPE as LLaMA has it. Everything else is refused.
+llama.cpp tokenises by itself. A vocabulary is therefore written only where llama.cpp's algorithm gives the same tokens:
+byte-level BPE whose pre-tokenizer has a name in llama.cpp, and SentencePiece BPE as LLaMA uses it. Everything else is
+refused.
+
+The vocabularies of the gguf package were compared and are not used: ``BpeVocab`` marks the special tokens of a
+tokenizer.json as normal ones, ``LlamaHfVocab`` gives every token the score -1000, and ``SentencePieceVocab`` needs the
+sentencepiece package. None of them names the pre-tokenizer or refuses a tokenizer that llama.cpp would not reproduce.
 """
 
 from __future__ import annotations
@@ -34,9 +39,21 @@ _SPECIAL = ("bos", "eos", "unk", "pad")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """kind: GGUF's tokenizer.ggml.model ("gpt2": merges; "llama": scores); the ids of tokens run from 0.
+    """Vocabulary of a GGUF file.
 
-    space_prefix: a space goes before a text (of kind "llama"). notes: sentences for the user.
+    Attributes:
+        kind: GGUF's tokenizer.ggml.model, "gpt2" (with merges) or "llama" (with scores).
+        tokens: text of each token; its position is its id.
+        types: GGUF's token type of each token.
+        special: bos, eos, unk or pad -> id.
+        add_bos: whether BOS goes before a text.
+        add_eos: whether EOS goes after a text.
+        pre: llama.cpp's name of the pre-tokenizer.
+        merges: pairs of the kind "gpt2", each joined by a space, in order.
+        scores: score of each token of the kind "llama".
+        space_prefix: whether a space goes before a text, for the kind "llama".
+        chat_template: Jinja template; None where the folder has none.
+        notes: sentences for the user.
     """
 
     kind: str
@@ -53,7 +70,7 @@ class Vocabulary:
     notes: tuple[str, ...] = ()
 
     def write(self, writer: gguf.GGUFWriter) -> None:
-        """Into the metadata of a file that is being written."""
+        """Add the vocabulary to the metadata of a file that is being written."""
         writer.add_tokenizer_model(self.kind)
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(list(self.tokens))
@@ -72,42 +89,49 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, config: Mapping[str, Any]) -> Vocabulary:
-    """The tokenizer of ``folder``, filled up with unused tokens to config["vocab_size"].
+    """Return the tokenizer of ``folder``, filled up with unused tokens to ``config["vocab_size"]``.
+
+    Args:
+        folder: model folder with tokenizer.json or tokenizer.model.
+        config: config.json of the base architecture.
 
     Raises:
-        UnsupportedModelError: a kind of tokenizer that llama.cpp would not reproduce.
-        CheckpointError: there is none, or it cannot be read or does not fit the model.
+        UnsupportedModelError: llama.cpp would not reproduce this kind of tokenizer.
+        CheckpointError: the tokenizer is missing, cannot be read or does not fit the model.
     """
     settings = _settings(folder, config)
     if (folder / "tokenizer.json").is_file():
-        found = _from_tokenizer_json(folder / "tokenizer.json", settings)
+        vocabulary = _from_tokenizer_json(folder / "tokenizer.json", settings)
     elif (folder / "tokenizer.model").is_file():
-        found = _from_sentencepieces(folder, settings)
+        vocabulary = _from_sentencepieces(folder, settings)
     else:
         raise CheckpointError(f"{folder}: has neither tokenizer.json nor tokenizer.model; save the tokenizer there")
-    room = int(config["vocab_size"]) - len(found.tokens)
-    if room < 0:
+    n_unused = int(config["vocab_size"]) - len(vocabulary.tokens)
+    if n_unused < 0:
         raise CheckpointError(
-            f"{folder}: its tokenizer has {len(found.tokens)} tokens, its model {config['vocab_size']}; a GGUF holds "
-            "no more than the model has: resize the embedding"
+            f"{folder}: its tokenizer has {len(vocabulary.tokens)} tokens, its model {config['vocab_size']}; a GGUF "
+            "holds no more than the model has: resize the embedding"
         )
-    start = len(found.tokens)
+    start = len(vocabulary.tokens)
     return Vocabulary(
         **{
-            **vars(found),
-            "tokens": [*found.tokens, *(f"[PAD{start + n}]" for n in range(room))],
-            "types": [*found.types, *[UNUSED] * room],
-            "scores": [*found.scores, *[0.0] * room] if found.kind == "llama" else (),
+            **vars(vocabulary),
+            "tokens": [*vocabulary.tokens, *(f"[PAD{start + n}]" for n in range(n_unused))],
+            "types": [*vocabulary.types, *[UNUSED] * n_unused],
+            "scores": [*vocabulary.scores, *[0.0] * n_unused] if vocabulary.kind == "llama" else (),
             "chat_template": _chat_template(folder, settings),
         }
     )
 
 
-# What the folder says beside the tokenizer itself
+# Files beside the tokenizer itself
 
 
 def _settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json over special_tokens_map.json, and the ids of config.json where neither names a token."""
+    """Merge tokenizer_config.json over special_tokens_map.json, and add the special ids of config.json.
+
+    The ids count only where neither file names the token.
+    """
     named = {
         **read_json_object(folder / "special_tokens_map.json"),
         **read_json_object(folder / "tokenizer_config.json"),
@@ -117,24 +141,24 @@ def _settings(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _special(settings: Mapping[str, Any], tokens: Mapping[str, int]) -> dict[str, int]:
-    found = {}
+    ids = {}
     for name in _SPECIAL:
         token = settings.get(f"{name}_token")
         text = token.get("content") if isinstance(token, dict) else token
         number = tokens.get(text) if isinstance(text, str) else settings.get(f"{name}_token_id")
         if isinstance(number, int) and 0 <= number < len(tokens):
-            found[name] = number
-    return found
+            ids[name] = number
+    return ids
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    found = read_json_object(folder / "chat_template.json").get("chat_template") or settings.get("chat_template")
-    if isinstance(found, list):  # several, each with a name
-        found = next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
-    return found if isinstance(found, str) else None
+    template = read_json_object(folder / "chat_template.json").get("chat_template") or settings.get("chat_template")
+    if isinstance(template, list):  # several, each with a name
+        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
 
 
 # tokenizer.json
@@ -180,10 +204,10 @@ def _sentencepiece_bpe(
 
 def _from_sentencepieces(folder: Path, settings: Mapping[str, Any]) -> Vocabulary:
     file = folder / "tokenizer.model"
-    found = read_sentencepieces(file)
-    _check_sentencepieces(file, found)
-    tokens = [piece.text for piece in found.pieces]
-    types = [piece.kind for piece in found.pieces]
+    model = read_sentencepieces(file)
+    _check_sentencepieces(file, model)
+    tokens = [piece.text for piece in model.pieces]
+    types = [piece.kind for piece in model.pieces]
     special_texts = {
         token.get("content") if isinstance(token, dict) else token
         for token in (settings.get(f"{name}_token") for name in _SPECIAL)
@@ -203,13 +227,13 @@ def _from_sentencepieces(folder: Path, settings: Mapping[str, Any]) -> Vocabular
         _special(settings, numbers),
         add_bos=bool(settings.get("add_bos_token", True)),
         add_eos=bool(settings.get("add_eos_token", False)),
-        scores=[piece.score for piece in found.pieces] + [0.0] * (len(tokens) - len(found.pieces)),
-        space_prefix=found.dummy_prefix,
+        scores=[piece.score for piece in model.pieces] + [0.0] * (len(tokens) - len(model.pieces)),
+        space_prefix=model.dummy_prefix,
     )
 
 
-def _check_sentencepieces(file: Path, found: SentencePieces) -> None:
-    if found.algorithm != BPE:
+def _check_sentencepieces(file: Path, model: SentencePieces) -> None:
+    if model.algorithm != BPE:
         raise unsupported_tokenizer(file, "is no BPE model (a unigram model, or one of words)")
-    if found.charsmap:
+    if model.charsmap:
         raise unsupported_tokenizer(file, "normalises text by a table of characters")
