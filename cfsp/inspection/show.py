@@ -1,4 +1,4 @@
-"""The report of ``cfsp inspect`` as a person reads it."""
+"""Printer for the report of ``cfsp inspect``."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _KINDS = {"experts": "mixture of experts"}
 
 
 def show(report: Report) -> None:
-    """Print it."""
+    """Print the report."""
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console.width = max(console.width, 200)  # a log has no edge to wrap at
+        console.width = max(console.width, 200)  # lines of a log are not wrapped
     source = report.numbers.source
     console.print(source.origin if report.by_path else f"{source.name}: {source.origin}", soft_wrap=True)
     for line in report.numbers.notes:
@@ -88,7 +88,7 @@ def _blocks(report: Report) -> Table:
 
 
 def ffn_words(ffn: FfnFacts | None) -> str:
-    """The FFN of a block in a clause."""
+    """Return a clause on the FFN of a block."""
     if ffn is None:
         return "removed"
     before = "" if ffn.width_before is None else f" of {ffn.width_before:,}"
@@ -100,36 +100,38 @@ def ffn_words(ffn: FfnFacts | None) -> str:
 
 
 def _expert_words(ffn: FfnFacts, experts: ExpertFacts, before: str) -> str:
-    of = "" if experts.n_before is None else f" of {experts.n_before}"
+    total = "" if experts.n_before is None else f" of {experts.n_before}"
     groups = "" if experts.groups == 1 else f" in {experts.groups} groups"
     shared = "" if experts.shared is None else f"; shared, {experts.shared:,} neurons that stay"
     return (
-        f"{_KINDS[ffn.kind]}, {experts.n}{of}{groups}, {experts.top_k} for a token, {ffn.width:,}{before} neurons "
+        f"{_KINDS[ffn.kind]}, {experts.n}{total}{groups}, {experts.top_k} for a token, {ffn.width:,}{before} neurons "
         f"({ffn.neuron_parameters // experts.n:,} parameters each){shared}"
     )
 
 
 def attention_words(block: BlockFacts) -> str:
-    """The attention of a block in a clause."""
-    found = block.attention
+    """Return a clause on the attention of a block."""
+    attention = block.attention
     if block.latent:
         return "multi-head latent: its heads share keys and values, and stay"
-    if found is None:
+    if attention is None:
         return "removed" if block.attention_known else "not recognised: its heads stay"
-    window = "" if found.window is None else f", sliding window of {found.window:,}"
-    return f"{_heads(found)} ({found.group_parameters:,} parameters each){window}"
+    window = "" if attention.window is None else f", sliding window of {attention.window:,}"
+    return f"{_heads(attention)} ({attention.group_parameters:,} parameters each){window}"
 
 
-def _heads(found: AttentionFacts) -> str:
-    before = "" if found.groups_before is None else f" of {found.groups_before}"
-    if found.kind == "multi-head":
-        return f"multi-head, {found.heads}{before} heads of {found.head_dim}"
-    groups = "KV group" if found.kv_groups == 1 and not before else "KV groups"
-    return f"{found.kind}, {found.heads} heads of {found.head_dim} in {found.kv_groups}{before} {groups}"
+def _heads(attention: AttentionFacts) -> str:
+    before = "" if attention.groups_before is None else f" of {attention.groups_before}"
+    if attention.kind == "multi-head":
+        return f"multi-head, {attention.heads}{before} heads of {attention.head_dim}"
+    groups = "KV group" if attention.kv_groups == 1 and not before else "KV groups"
+    return (
+        f"{attention.kind}, {attention.heads} heads of {attention.head_dim} in {attention.kv_groups}{before} {groups}"
+    )
 
 
 def _reaches(reaches: Sequence[Reach], parameters: int) -> Table:
-    """Pruners that could remove the same are one row."""
+    """Return a table of what could be removed; pruners with the same reach share a row."""
     table = _table("could remove", "parameters at most", "of the model", "sparsity.ratio", "sparsity.scope", "pruner")
     for column in table.columns[1:4]:
         column.justify = "right"
@@ -139,15 +141,21 @@ def _reaches(reaches: Sequence[Reach], parameters: int) -> Table:
         if reach.units is not None:
             units = ", ".join(f"{n:,} {unit}" for unit, n in reach.units.items())
         most = reach.parameters or 0
-        row = (units, f"{most:,}", f"{most / parameters:.1%}", f"{reach.largest_ratio:.4f}", reach.scope)
+        row = (
+            units,
+            f"{most:,}",
+            f"{most / parameters:.1%}",
+            f"{reach.largest_ratio:.4f}",
+            reach.scope,
+        )
         rows.setdefault(row, []).append(reach.pruner)
-    for same, names in rows.items():
-        table.add_row(*same, ", ".join(names))
+    for cells, names in rows.items():
+        table.add_row(*cells, ", ".join(names))
     return table
 
 
 def _refusals(reaches: Sequence[Reach]) -> list[str]:
-    """A line for each pruner that cannot be used, or one for all that cannot for the same reason."""
+    """Return a line for each pruner that cannot be used, or a single line where the reason is the same for all."""
     refused: dict[str, list[str]] = {}
     for reach in reaches:
         if reach.reason:
