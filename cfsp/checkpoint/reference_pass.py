@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -240,29 +241,45 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = was
 
 
+def _stored_value(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a tensor rounded to ``dtype`` where that is coarser, in float32 (float64 where it had that)."""
+    import torch
+
+    if not tensor.is_floating_point():
+        return tensor
+    bits = torch.finfo(tensor.dtype).bits
+    computed = tensor.dtype if bits > 32 else torch.float32
+    if dtype is not None and torch.finfo(dtype).bits < bits:
+        tensor = tensor.to(dtype)
+    return tensor.to(computed)
+
+
+def _linear_by_rows(module: nn.Linear, exact: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
+    """Return the output of a linear whose weight and bias are converted by ``exact``, some rows at a time."""
+    import torch
+    from torch.nn.functional import linear
+
+    weight, bias = module.weight, module.bias
+    rows = max(1, _PIECE // max(1, weight.shape[1]))
+    parts = [
+        linear(states, exact(piece), None if bias is None else exact(bias[at * rows : (at + 1) * rows]))
+        for at, piece in enumerate(weight.split(rows))
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
 @contextmanager
 def _as_stored(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """Compute in float32 with parameters as a folder of ``dtype`` holds them.
 
     Parameters are converted while their module runs, and large matrices some rows at a time, so that there is never a
-    second model (or head) in memory. The function is long because its hooks share the parameters that they put aside.
+    second model (or head) in memory.
     """
     import torch
-    from torch.nn.functional import linear
 
     from cfsp.model.driver import forward_replaced
 
-    def bits(kind: torch.dtype) -> int:
-        return torch.finfo(kind).bits
-
-    def exact(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        given = tensor.dtype
-        if dtype is not None and bits(dtype) < bits(given):
-            tensor = tensor.to(dtype)
-        return tensor.to(given if bits(given) > 32 else torch.float32)
-
+    exact = partial(_stored_value, dtype=dtype)
     before: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -279,25 +296,13 @@ def _as_stored(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     def looked_up(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return exact(output)
 
-    def by_rows(module: nn.Linear) -> Callable[[Tensor], Tensor]:
-        def forward(states: Tensor) -> Tensor:
-            weight, bias = module.weight, module.bias
-            rows = max(1, _PIECE // max(1, weight.shape[1]))
-            parts = [
-                linear(states, exact(piece), None if bias is None else exact(bias[at * rows : (at + 1) * rows]))
-                for at, piece in enumerate(weight.split(rows))
-            ]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-        return forward
-
     hooks = []
     replaced = ExitStack()
     for module in model.modules():
         if type(module) is torch.nn.Embedding:  # converts the rows that were looked up, not the vocabulary
             hooks.append(module.register_forward_hook(looked_up))
         elif type(module) is torch.nn.Linear:
-            replaced.enter_context(forward_replaced(module, by_rows(module)))
+            replaced.enter_context(forward_replaced(module, partial(_linear_by_rows, module, exact)))
         elif module._parameters:
             hooks.append(module.register_forward_pre_hook(enter))
             # First, because the hooks of a streamed model remove the parameters that they put there.

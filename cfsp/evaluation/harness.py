@@ -141,9 +141,9 @@ def with_special_tokens(tokenizer: Any) -> Any:
     """
     tokenizer = copy.deepcopy(tokenizer)
     stated = getattr(tokenizer, "stated_ids", {})
-    wanted = ["eos"] if tokenizer.eos_token_id is None else []
-    wanted += ["bos"] if wanted and tokenizer.bos_token_id is None else []
-    for name in wanted:
+    missing = ["eos"] if tokenizer.eos_token_id is None else []
+    missing += ["bos"] if missing and tokenizer.bos_token_id is None else []
+    for name in missing:
         token = tokenizer.convert_ids_to_tokens(stated[name]) if name in stated else None
         if token is not None:
             setattr(tokenizer, f"{name}_token", token)

@@ -120,10 +120,10 @@ class Perplexity(Evaluator):
         windows = cut_windows(ids, self.seq_len, bos_id=bos_of(tokenizer, section.bos, key))
         first, end = self.windows or (0, len(windows))
         if not len(windows) or end > len(windows):
-            asked = "" if self.windows is None else f" for {self.key}.windows=[{first},{end}]"
+            requested = "" if self.windows is None else f" for {self.key}.windows=[{first},{end}]"
             raise DataError(
                 f"{self.key} ({name}): the text has {len(windows)} windows of {self.seq_len} tokens, "
-                f"{max(end, 1)} are needed{asked}; use a longer text or a smaller {self.key}.seq_len"
+                f"{max(end, 1)} are needed{requested}; use a longer text or a smaller {self.key}.seq_len"
             )
         return windows[first:end], first
 

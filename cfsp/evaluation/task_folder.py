@@ -93,7 +93,7 @@ def _parse_task(path: Path, text: str, key: str) -> TaskFile:
     functions: list[str] = []
 
     class Loader(yaml.SafeLoader):
-        pass
+        """Loader of its own for each file, since its constructor notes the functions of that file."""
 
     def function(loader: yaml.SafeLoader, node: Any) -> str:
         functions.append(str(node.value))

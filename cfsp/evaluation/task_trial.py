@@ -97,7 +97,7 @@ def try_task(
 def _check_choices(task: Any, document: Any, what: str) -> None:
     choices = task.doc_to_choice(document)
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
-        raise DataError(f"{what}: its choices are no list of texts; see doc_to_choice")
+        raise DataError(f"{what}: its choices are not a list of texts; see doc_to_choice")
     if not all(f"{task.config.target_delimiter}{choice}" for choice in choices):
         raise DataError(f"{what}: a choice is empty; give each a text, or leave the item out")
     if not task.multiple_input:

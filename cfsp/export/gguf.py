@@ -177,7 +177,7 @@ def _dtype_notes(tensors: list[_Outgoing], dtype: str) -> tuple[str, ...]:
     if not fallen_back:
         return ()
     return (
-        f"{len(fallen_back)} matrices whose rows are no multiple of {CHUNK} are f16, not q8_0, e.g. "
+        f"{len(fallen_back)} matrices whose rows are not a multiple of {CHUNK} are f16, not q8_0, e.g. "
         f"{fallen_back[0].tensor.name}.",
     )
 

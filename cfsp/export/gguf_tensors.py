@@ -112,7 +112,7 @@ def _attention(source: ModelFolder, architecture: str, block: Block) -> Iterator
     parts = []
     for name, n in heads.items():
         turned = n if name in permuted and name != "self_attn.v_proj" else 0
-        parts.append(_linear(source, block, name, (n * size, hidden), there=stored_here, heads=turned))
+        parts.append(_linear(source, block, name, (n * size, hidden), stored_here=stored_here, heads=turned))
     if architecture == "openelm":
         weights = [next(part) for part in parts]
         rows = sum(weight.shape[0] for weight in weights)
@@ -120,7 +120,7 @@ def _attention(source: ModelFolder, architecture: str, block: Block) -> Iterator
     else:
         for part in parts:
             yield from part
-    yield from _linear(source, block, "self_attn.o_proj", (hidden, block.heads * size), there=stored_here)
+    yield from _linear(source, block, "self_attn.o_proj", (hidden, block.heads * size), stored_here=stored_here)
     if source.family == "qwen3":
         for norm in ("q_norm", "k_norm"):
             stored_name = f"model.layers.{block.index}.self_attn.{norm}"
@@ -132,8 +132,8 @@ def _ffn(source: ModelFolder, block: Block) -> Iterator[GgufTensor]:
     stored_name = f"model.layers.{block.index}.post_attention_layernorm"
     yield _norm(source, f"blk.{block.index}.ffn_norm", stored_name, hidden, stored_here)
     for name in ("mlp.gate_proj", "mlp.up_proj"):
-        yield from _linear(source, block, name, (block.width, hidden), there=stored_here)
-    yield from _linear(source, block, "mlp.down_proj", (hidden, block.width), there=stored_here)
+        yield from _linear(source, block, name, (block.width, hidden), stored_here=stored_here)
+    yield from _linear(source, block, "mlp.down_proj", (hidden, block.width), stored_here=stored_here)
 
 
 def _norm(source: ModelFolder, name: str, stored_name: str, size: int, stored_here: bool) -> GgufTensor:
@@ -143,7 +143,7 @@ def _norm(source: ModelFolder, name: str, stored_name: str, size: int, stored_he
 
 
 def _linear(
-    source: ModelFolder, block: Block, name: str, shape: tuple[int, int], *, there: bool, heads: int = 0
+    source: ModelFolder, block: Block, name: str, shape: tuple[int, int], *, stored_here: bool, heads: int = 0
 ) -> Iterator[GgufTensor]:
     """Yield the weight of a projection and, where the folder has one, its bias.
 
@@ -152,11 +152,11 @@ def _linear(
         block: sizes of the block as it is written.
         name: name of the projection within the layer, e.g. "mlp.down_proj".
         shape: shape of the weight as it is written.
-        there: whether the layer has the submodule; otherwise zeros are written.
+        stored_here: whether the layer has the submodule; otherwise zeros are written.
         heads: number of heads whose rows are reordered for llama.cpp's RoPE; 0: none.
     """
     written_name, stored_name = f"blk.{block.index}.{_NAMES[name]}", f"model.layers.{block.index}.{name}"
-    if not there:
+    if not stored_here:
         yield GgufTensor(f"{written_name}.weight", shape, partial(torch.zeros, shape))
         return
     width = source.layers[block.index].width

@@ -55,7 +55,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error}); fetch or save the tokenizer again") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: holds no object; fetch or save the tokenizer again")
+        raise CheckpointError(f"{file}: does not hold a JSON object; fetch or save the tokenizer again")
     return content
 
 

@@ -183,7 +183,7 @@ def _from_tokenizer_json(file: Path, settings: Mapping[str, Any]) -> Vocabulary:
         joined = [" ".join(pair) for pair in merges]
         return Vocabulary("gpt2", tokens, pre=pre, merges=joined, notes=notes, **shared)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{file}: is no tokenizer.json that can be read ({error!r}); save it again") from error
+        raise CheckpointError(f"{file}: is not a readable tokenizer.json ({error!r}); save it again") from error
 
 
 # SentencePiece
@@ -234,6 +234,6 @@ def _from_sentencepieces(folder: Path, settings: Mapping[str, Any]) -> Vocabular
 
 def _check_sentencepieces(file: Path, model: SentencePieces) -> None:
     if model.algorithm != BPE:
-        raise unsupported_tokenizer(file, "is no BPE model (a unigram model, or one of words)")
+        raise unsupported_tokenizer(file, "is not a BPE model (but a unigram or word model)")
     if model.charsmap:
         raise unsupported_tokenizer(file, "normalises text by a table of characters")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cfsp.checkpoint.reference import copy_reference
 from cfsp.checkpoint.save import MAX_SHARD_BYTES, check_destination, copy_companions, legacy_rope, marker_of, write_json
@@ -53,18 +54,9 @@ def write_plain_folder(
     name = str(stored).removeprefix("torch.")
     by_name = {tensor.name: tensor for tensor in tensors}
 
-    def values(order: Sequence[str]) -> Any:
+    def values(order: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         for tensor_name in order:
-            tensor = by_name[tensor_name].value(source)
-            value = tensor.to(stored)
-            if not value.isfinite().all():
-                if not tensor.isfinite().all():
-                    raise CheckpointError(
-                        f"{source.folder}: {tensor_name} holds NaN or infinite values: the folder is damaged; fetch or "
-                        "save the model again"
-                    )
-                raise CheckpointError(f"{tensor_name} does not fit into {name}; use dtype=bfloat16 or float32")
-            yield tensor_name, value
+            yield tensor_name, _cast(by_name[tensor_name], source, stored)
 
     with whole_folder(to) as scratch:
         described = [Outgoing(tensor.name, tensor.shape, stored) for tensor in tensors]
@@ -82,6 +74,20 @@ def write_plain_folder(
         for file, content in card_files(facts_of_folder(source.folder), format, to.name).items():
             (scratch / file).write_bytes(content)
     return size
+
+
+def _cast(tensor: LayerTensor, source: ModelFolder, dtype: torch.dtype) -> Tensor:
+    stored = tensor.value(source)
+    value = stored.to(dtype)
+    if value.isfinite().all():
+        return value
+    if not stored.isfinite().all():
+        raise CheckpointError(
+            f"{source.folder}: {tensor.name} holds NaN or infinite values: the folder is damaged; fetch or save the "
+            "model again"
+        )
+    name = str(dtype).removeprefix("torch.")
+    raise CheckpointError(f"{tensor.name} does not fit into {name}; use dtype=bfloat16 or float32")
 
 
 def _config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -223,7 +223,7 @@ def _window(config: Any, block: int) -> int | None:
     return window if block < len(kinds) and kinds[block] == "sliding_attention" else None
 
 
-def alike(blocks: Sequence[BlockFacts]) -> Iterator[tuple[list[int], BlockFacts]]:
+def equal_blocks(blocks: Sequence[BlockFacts]) -> Iterator[tuple[list[int], BlockFacts]]:
     """Yield groups of equal blocks with their indices, in the order of their first blocks."""
     indices_of: dict[BlockFacts, list[int]] = {}
     for index, block in enumerate(blocks):

@@ -29,7 +29,7 @@ _STEPS = (*range(9_500, 0, -500), 200, 100, 50, 10)
 
 @dataclass(frozen=True)
 class Reach:
-    """What ``pruner`` could remove with its preset's other settings.
+    """Reach of a pruner with its preset's other settings.
 
     Attributes:
         pruner: its name in conf/pruner.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cfsp.inspection.describe import BlockFacts, alike, blocks_of, is_tied, parts_of
+from cfsp.inspection.describe import BlockFacts, blocks_of, equal_blocks, is_tied, parts_of
 from cfsp.inspection.history import History, read_history
 from cfsp.inspection.numbers import Numbers
 from cfsp.inspection.reach import Plugins, Reach, reaches
@@ -83,7 +83,7 @@ class Report:
             "hidden": self.hidden,
             "positions": self.positions,
             "n_blocks": len(self.blocks),
-            "blocks": [{"blocks": indices, **block.as_dict()} for indices, block in alike(self.blocks)],
+            "blocks": [{"blocks": indices, **block.as_dict()} for indices, block in equal_blocks(self.blocks)],
             "removed_before": None if self.history is None else self.history.as_dict(),
             "pruners": [reach.as_dict() for reach in self.reaches],
         }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from cfsp.inspection.describe import AttentionFacts, BlockFacts, ExpertFacts, FfnFacts, alike, ranges
+from cfsp.inspection.describe import AttentionFacts, BlockFacts, ExpertFacts, FfnFacts, equal_blocks, ranges
 
 if TYPE_CHECKING:
     from cfsp.inspection.history import History
@@ -38,7 +38,7 @@ def show(report: Report) -> None:
         soft_wrap=True,
     )
     if report.history is not None:
-        console.print(_history(report.history), soft_wrap=True)
+        console.print(_history_line(report.history), soft_wrap=True)
     for table in (_parts(report), _blocks(report)):
         console.print()
         console.print(table)
@@ -58,11 +58,11 @@ def _table(*columns: str) -> Table:
     return Table(*columns, box=None, pad_edge=False)
 
 
-def _history(history: History) -> str:
+def _history_line(history: History) -> str:
     before, after = history.parameters.get("before"), history.parameters.get("after")
     counts = f": {before:,} parameters before, {after:,} after" if before and after else ""
-    gone = history.removed_blocks
-    blocks = f"; blocks {ranges(gone)} of {history.blocks_before} went" if gone else ""
+    removed = history.removed_blocks
+    blocks = f"; blocks {ranges(removed)} of {history.blocks_before} went" if removed else ""
     return f"{history.state or 'pruned'} earlier by {', then '.join(history.methods)}{counts}{blocks}"
 
 
@@ -82,7 +82,7 @@ def _parts(report: Report) -> Table:
 def _blocks(report: Report) -> Table:
     table = _table("blocks", "FFN", "attention", "parameters of a block")
     table.columns[3].justify = "right"
-    for indices, block in alike(report.blocks):
+    for indices, block in equal_blocks(report.blocks):
         table.add_row(ranges(indices), ffn_words(block.ffn), attention_words(block), f"{block.parameters:,}")
     return table
 

@@ -131,6 +131,8 @@ def log_file(path: Path) -> Iterator[None]:
 
 
 class _Quiet(logging.StreamHandler):
+    """Handler that does not report lines which it cannot write."""
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Drop the line; a full disk is reported by the stage that meets it."""
 

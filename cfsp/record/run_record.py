@@ -95,14 +95,14 @@ class RunRecord:
         try:
             values = read_json(path, str(path), limit=_LARGEST)
             if not isinstance(values, dict):
-                raise ValueError("it holds no keys")
+                raise ValueError("it is not an object")
             if values.get("schema") == 1:
                 values = upgraded(values)
             if values.get("schema") != SCHEMA:
                 raise ValueError(f"schema {str(values.get('schema'))[:40]}, this version reads {SCHEMA}")
             record = RunRecord(**values)
             if record.status != "success" and not isinstance(record.error, dict | None):
-                raise ValueError("error holds no keys")
+                raise ValueError("error is not an object")
             return record
         except CheckpointError as error:
             reason = str(error).removeprefix(f"{path}: ")

@@ -105,9 +105,9 @@ def _problems(record: Any) -> Iterator[str]:
     git = record.environment["git"]
     yield from _wrong(git, _GIT, "environment.git") if git is not None else ()
     if not all(_TEXT(version) for version in record.environment["packages"].values()):
-        yield "environment.packages has a version that is no text"
+        yield "environment.packages has a version that is not text"
     if not isinstance(record.measurements, dict) or not all(isinstance(v, list) for v in record.measurements.values()):
-        yield "measurements are no lists of figures"
+        yield "measurements are not lists of figures"
     for row in (row for rows in record.measurements.values() for row in rows):
         yield from _wrong(row, _FIGURE, "a figure")
         yield from _wrong(row.get("detail") or {}, _SETTINGS, "the detail of a figure")
@@ -117,7 +117,7 @@ def _problems(record: Any) -> Iterator[str]:
         yield from _wrong(block["distance"], {"angular": _NUMBER}, "blocks.distance")
     for name in ("plan", "recovery", "checkpoint", "calibration", "error"):
         if not _optional(_is_mapping)(getattr(record, name)):
-            yield f"{name} holds no keys"
+            yield f"{name} is not an object"
     if record.plan is not None:
         yield from _wrong(record.plan.get("achieved"), {"ratio": _is_finite}, "plan.achieved")
     if record.recovery:
@@ -126,7 +126,7 @@ def _problems(record: Any) -> Iterator[str]:
 
 def _wrong_list(values: Any, checks: dict[str, Check], name: str) -> Iterator[str]:
     if not isinstance(values, list):
-        yield f"{name} is no list"
+        yield f"{name} is not a list"
         return
     for value in values:
         yield from _wrong(value, checks, name)
@@ -134,7 +134,7 @@ def _wrong_list(values: Any, checks: dict[str, Check], name: str) -> Iterator[st
 
 def _wrong(values: Any, checks: dict[str, Check], name: str) -> Iterator[str]:
     if not isinstance(values, dict):
-        yield f"{name} holds no keys"
+        yield f"{name} is not an object"
         return
     for key, check in checks.items():
         if not check(values.get(key)):

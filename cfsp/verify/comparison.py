@@ -94,8 +94,8 @@ def compare(
     version = str(answer.get("version", ""))
     logprobs = _matrix(answer.get("logprobs"), reference.logprobs.shape)
     if logprobs is None:
-        wanted = " x ".join(map(str, reference.logprobs.shape))
-        return Finding(tool, "fails", version, note=f"its answer does not hold {wanted} log-probabilities")
+        expected_shape = " x ".join(map(str, reference.logprobs.shape))
+        return Finding(tool, "fails", version, note=f"its answer does not hold {expected_shape} log-probabilities")
     distances = np.abs(logprobs - reference.logprobs)
     finite = bool(np.isfinite(logprobs).all())
     difference, average = (float(distances.max()), float(distances.mean())) if finite else (math.inf, math.inf)

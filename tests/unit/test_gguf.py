@@ -647,7 +647,7 @@ def test_a_tokenizer_that_is_not_there_broken_or_too_large_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="its tokenizer has 512 tokens, its model 500"):
         vocabulary_of(folder, vocab_size=500)
     (folder / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
-    with pytest.raises(CheckpointError, match="is no tokenizer.json that can be read"):
+    with pytest.raises(CheckpointError, match="is not a readable tokenizer.json"):
         vocabulary_of(folder)
     (folder / "tokenizer.json").unlink()
     model = folder / "tokenizer.model"
