@@ -86,7 +86,7 @@ def request_of(words: Sequence[str]) -> Request:
 
 def _export(request: Request) -> int:
     result = exported(request)
-    print(f"{result.place}: {result.bytes / 2**20:,.1f} MiB, {result.form}")
+    print(f"{result.place}: {result.bytes / 2**20:,.1f} MiB, {result.format}")
     for note in result.notes:
         print(f"  {note}")
     return 0
