@@ -28,7 +28,7 @@ from llama_cpp_environment import default_folder, environment
 from cfsp.benchmark import llama_cpp_job
 from cfsp.benchmark.alternation import pairwise
 from cfsp.benchmark.make_checkpoint import Shape, make_checkpoint
-from cfsp.benchmark.part import Check, Found, Settings, markdown, span, write
+from cfsp.benchmark.part import Check, Result, Settings, markdown, span, write
 from cfsp.config.components import suggest
 from cfsp.errors import ConfigError, RunError
 from cfsp.export.gguf import GgufDType
@@ -69,7 +69,7 @@ def read(words: Sequence[str]) -> Request:
     Raises:
         ConfigError: everything that is wrong with the command line.
     """
-    problems, found = [], dict[str, Any]()
+    problems, result = [], dict[str, Any]()
     for key, value in given_values(words).items():
         values = [str(one) for one in value] if isinstance(value, list) else [str(value)]
         if key not in _KEYS:
@@ -77,29 +77,29 @@ def read(words: Sequence[str]) -> Request:
         elif key == "dtypes":
             known = [dtype for dtype in get_args(GgufDType) if dtype != "auto"]
             problems += [f"dtypes={one}: give {', '.join(known)}" for one in values if one not in known]
-            found[key] = tuple(dict.fromkeys(values))
+            result[key] = tuple(dict.fromkeys(values))
         elif len(values) != 1 or not values[0]:
             problems.append(f"{key}={','.join(values)}: give one value")
         elif key in ("repeats", "threads"):
             if not values[0].isdigit() or int(values[0]) < 1:
                 problems.append(f"{key}={values[0]}: give a whole number from 1")
             else:
-                found[key] = int(values[0])
+                result[key] = int(values[0])
         else:
-            found[key] = Path(values[0]).expanduser()
+            result[key] = Path(values[0]).expanduser()
     if problems:
         raise ConfigError(*problems)
-    return Request(**found)
+    return Request(**result)
 
 
 def widths(shape: Shape) -> list[int]:
     """One for each block: half of the FFN on average, in multiples of 32, from a quarter to three quarters."""
-    found = []
+    result = []
     for index in range(shape.blocks):
         # Pairs of blocks, one as much below the mean as the other is above; no two pairs alike.
         away = STEP * round((index // 2 + 1) / (shape.blocks // 2) * shape.ffn / 4 / STEP - 1)
-        found.append(shape.ffn // 2 + (away if index % 2 else -away))
-    return found
+        result.append(shape.ffn // 2 + (away if index % 2 else -away))
+    return result
 
 
 def folders(work: Path, shape: Shape) -> dict[str, Path]:
@@ -139,27 +139,27 @@ def measured(python: Path, request: Request, files: dict[str, Path]) -> dict[str
     if process.returncode:
         said = " ".join(process.stderr.split())[-300:] or "no word on stderr"
         raise RunError(f"llama.cpp ended with exit code {process.returncode}: {said}")
-    found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return result
 
 
-def measure(request: Request, shape: Shape = SHAPE) -> Found:
+def measure(request: Request, shape: Shape = SHAPE) -> Result:
     """Rows: one for each dtype and of prompt and generation."""
     from cfsp.export.folder import read_folder
     from cfsp.export.gguf import export
 
     python = environment(request.environment)
-    found = Found("llama_cpp", "", script="benchmark_llama_cpp.py")
+    result = Result("llama_cpp", "", program="python scripts/benchmark_llama_cpp.py")
     models = folders(request.work, shape)
     parameters = {name: _parameters(folder) for name, folder in models.items()}
-    found.notes = {"threads": request.threads, "widths": widths(shape), "parameters": parameters}
+    result.notes = {"threads": request.threads, "widths": widths(shape), "parameters": parameters}
     for dtype in request.dtypes:
         files = {}
         for name, folder in models.items():
             files[name] = request.work / f"{name}-{dtype}.gguf"
             export(read_folder(folder), files[name], dtype=dtype)  # type: ignore[arg-type]
         reply = measured(python, request, files)
-        found.notes["llama_cpp_python"] = reply["version"]
+        result.notes["llama_cpp_python"] = reply["version"]
         for key, count in (("prompt", PROMPT), ("generate", GENERATE)):
             seconds = {name: [one["cpu"] for one in reply["seconds"][name][key]] for name in files}
             ratio, ratios = pairwise(seconds["dense"], seconds["pruned"])
@@ -173,12 +173,12 @@ def measure(request: Request, shape: Shape = SHAPE) -> Found:
                 "speed_ups": ratios,
                 "bytes": {name: file.stat().st_size for name, file in files.items()},
             }
-            found.rows.append(row)
-            found.checks.append(Check(f"{dtype} {key}, times dense", ratio, LIMIT, at_least=True))
+            result.rows.append(row)
+            result.checks.append(Check(f"{dtype} {key}, times dense", ratio, LIMIT, at_least=True))
             print(f"llama_cpp: {dtype} {key}: {ratio:.2f}", flush=True)
         for file in files.values():
             file.unlink()
-    return found
+    return result
 
 
 def _parameters(folder: Path) -> int:
@@ -186,7 +186,7 @@ def _parameters(folder: Path) -> int:
     return sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
 
 
-def table(found: Found) -> str:
+def table(result: Result) -> str:
     """Markdown."""
     head = [
         "dtype, tokens",
@@ -203,30 +203,30 @@ def table(found: Found) -> str:
             f"**{row['speed_up']:.2f}** ({span(row['speed_ups'])})",
             *(f"{row['bytes'][name] / 1e6:.0f}" for name in ("dense", "pruned")),
         ]
-        for row in found.rows
+        for row in result.rows
     ]
-    parameters, given = found.notes["parameters"], found.notes["widths"]
+    parameters, given = result.notes["parameters"], result.notes["widths"]
     millions = {name: f"{count / 1e6:.0f} million" for name, count in parameters.items()}
     explained = (
         f"A randomly initialised LLaMA (hidden {SHAPE.hidden}, FFN {SHAPE.ffn}, {SHAPE.blocks} blocks, {SHAPE.heads} "
         f"heads of which {SHAPE.kv_heads} KV, vocabulary {SHAPE.vocab}; {millions['dense']} parameters) and the same "
         f"with half of its FFN neurons ({millions['pruned']}; widths from {min(given)} to {max(given)}, multiples of "
-        f"{STEP}), exported by cfsp. llama-cpp-python {found.notes['llama_cpp_python']}, threads: "
-        f"{found.notes['threads']}, flash attention, no repacked weights (use_extra_bufts=False). Seconds of the "
+        f"{STEP}), exported by cfsp. llama-cpp-python {result.notes['llama_cpp_python']}, threads: "
+        f"{result.notes['threads']}, flash attention, no repacked weights (use_extra_bufts=False). Seconds of the "
         "process on the CPU; medians of repeats in alternation; prompt and generation begin without a context, as in "
         "llama-bench. The export fills widths up to multiples of 64 in f16 and bf16."
     )
-    return markdown("Pruned models in llama.cpp", head, rows, found, explained)
+    return markdown("Pruned models in llama.cpp", head, rows, result, explained)
 
 
 def _benchmark(words: Sequence[str]) -> int:
     request = read(words)
-    found = measure(request)
-    text = table(found)
-    write(found, text, Settings(repeats=request.repeats, results=request.results))
+    result = measure(request)
+    text = table(result)
+    write(result, text, Settings(repeats=request.repeats, results=request.results))
     shutil.rmtree(request.work, ignore_errors=True)
     print(f"\n{text}", flush=True)
-    missed = [str(check) for check in found.checks if not check.met]
+    missed = [str(check) for check in result.checks if not check.met]
     for one in missed:
         print(f"benchmark_llama_cpp: limit missed: {one}", file=sys.stderr)
     return 1 if missed else 0

@@ -1,10 +1,9 @@
-"""``cfsp export path=DIR format=...``: a model folder in the form that another tool loads."""
+"""``cfsp export path=DIR format=...``: write a model folder in the format that another tool loads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cfsp.config.components import suggest
 from cfsp.config.overrides import plain_values
@@ -12,13 +11,10 @@ from cfsp.errors import ConfigError
 from cfsp.export.write import DTYPES, FORMATS, Request, exported
 from cfsp.system.command import command
 
-if TYPE_CHECKING:
-    pass
-
 _KEYS = ("path", "format", "to", "dtype", "multiple")
 
 USAGE = f"""\
-Write a model folder, pruned or dense, in the form that another tool loads.
+Write a model folder, pruned or dense, in the format that another tool loads.
 
   cfsp export path=OUT/model format=padded       the base architecture, filled up with zeros: loads everywhere, no
                                                  remote code, gives back a part of the speed
@@ -54,8 +50,8 @@ def request_of(words: Sequence[str]) -> Request:
         )
     dtype = given.get("dtype")
     if dtype is not None and dtype not in DTYPES and (dtype != "q8_0" or form != "gguf"):
-        of_gguf = " (q8_0 is one of format=gguf)" if dtype == "q8_0" else ""
-        problems.append(f"dtype={dtype}: use float32, float16 or bfloat16{of_gguf}")
+        remark = " (q8_0 is one of format=gguf)" if dtype == "q8_0" else ""
+        problems.append(f"dtype={dtype}: use float32, float16 or bfloat16{remark}")
     multiple = given.get("multiple")
     # isdigit alone is true of "²" too
     if multiple is not None and (not (multiple.isascii() and multiple.isdigit()) or int(multiple) < 1):
