@@ -1,4 +1,4 @@
-"""How much faster a pruned model is in llama.cpp: prompt and generation, dense beside half of the FFN.
+"""Measure the speed of a pruned model in llama.cpp: prompt and generation, dense beside half of the FFN.
 
     python scripts/benchmark_llama_cpp.py [repeats=5] [threads=1] [dtypes=f32,f16,q8_0] [environment=FOLDER]
         [work=outputs/benchmark_llama_cpp] [results=results]
@@ -40,7 +40,7 @@ from cfsp.weights.shards import read_header, weight_files
 SHAPE = Shape(hidden=1024, ffn=4096, blocks=16, heads=16, kv_heads=8, vocab=8192, dtype="float32")
 STEP = 32
 PROMPT, GENERATE = 256, 24
-#: Both must be so many times faster than dense.
+#: Smallest speed-up of prompt and of generation.
 LIMIT = 1.5
 TOOL = ROOT / "verify" / "tools" / "llama_cpp.py"
 _KEYS = ("repeats", "threads", "dtypes", "environment", "work", "results")
@@ -48,7 +48,16 @@ _KEYS = ("repeats", "threads", "dtypes", "environment", "work", "results")
 
 @dataclass(frozen=True)
 class Request:
-    """The checked command line."""
+    """The checked command line.
+
+    Attributes:
+        repeats: how often each file is timed.
+        threads: threads of llama.cpp.
+        dtypes: dtypes of the GGUF files.
+        environment: folder of the environment with llama-cpp-python.
+        work: folder for models.
+        results: folder for record and table.
+    """
 
     repeats: int = 5
     threads: int = 1
@@ -59,24 +68,25 @@ class Request:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the benchmark; returns the exit code."""
     given = sys.argv[1:] if words is None else list(words)
     return command("benchmark_llama_cpp", str(__doc__), given or ["repeats=5"], _benchmark)
 
 
 def read(words: Sequence[str]) -> Request:
-    """
+    """Read the command line.
+
     Raises:
-        ConfigError: everything that is wrong with the command line.
+        ConfigError: everything that is wrong with its keys and values.
     """
     problems, result = [], dict[str, Any]()
     for key, value in given_values(words).items():
-        values = [str(one) for one in value] if isinstance(value, list) else [str(value)]
+        values = [str(item) for item in value] if isinstance(value, list) else [str(value)]
         if key not in _KEYS:
             problems.append(f"{key}: there is no such key{suggest(key, _KEYS)}; there are {', '.join(_KEYS)}")
         elif key == "dtypes":
             known = [dtype for dtype in get_args(GgufDType) if dtype != "auto"]
-            problems += [f"dtypes={one}: give {', '.join(known)}" for one in values if one not in known]
+            problems += [f"dtypes={name}: give {', '.join(known)}" for name in values if name not in known]
             result[key] = tuple(dict.fromkeys(values))
         elif len(values) != 1 or not values[0]:
             problems.append(f"{key}={','.join(values)}: give one value")
@@ -93,17 +103,17 @@ def read(words: Sequence[str]) -> Request:
 
 
 def widths(shape: Shape) -> list[int]:
-    """One for each block: half of the FFN on average, in multiples of 32, from a quarter to three quarters."""
+    """Return the width of each block: half of the FFN on average, in multiples of 32, from 1/4 to 3/4 of it."""
     result = []
     for index in range(shape.blocks):
-        # Pairs of blocks, one as much below the mean as the other is above; no two pairs alike.
+        # In each pair of blocks, the first is as much below the mean as the second is above. No two pairs are equal.
         away = STEP * round((index // 2 + 1) / (shape.blocks // 2) * shape.ffn / 4 / STEP - 1)
         result.append(shape.ffn // 2 + (away if index % 2 else -away))
     return result
 
 
 def folders(work: Path, shape: Shape) -> dict[str, Path]:
-    """The dense folder and the pruned one."""
+    """Write the dense folder and the pruned one."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -121,10 +131,10 @@ def folders(work: Path, shape: Shape) -> dict[str, Path]:
 
 
 def measured(python: Path, request: Request, files: dict[str, Path]) -> dict[str, Any]:
-    """The reply of a job.
+    """Run a job in a process of its own; returns its reply.
 
     Raises:
-        RunError: it failed; its last words.
+        RunError: it failed; has the end of its error output.
     """
     asked = {
         "tool": str(TOOL),
@@ -139,12 +149,12 @@ def measured(python: Path, request: Request, files: dict[str, Path]) -> dict[str
     if process.returncode:
         said = " ".join(process.stderr.split())[-300:] or "no word on stderr"
         raise RunError(f"llama.cpp ended with exit code {process.returncode}: {said}")
-    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
-    return result
+    reply: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return reply
 
 
 def measure(request: Request, shape: Shape = SHAPE) -> Result:
-    """Rows: one for each dtype and of prompt and generation."""
+    """Measure a row for each dtype, of prompt and of generation."""
     from cfsp.export.folder import read_folder
     from cfsp.export.gguf import export
 
@@ -161,7 +171,7 @@ def measure(request: Request, shape: Shape = SHAPE) -> Result:
         reply = measured(python, request, files)
         result.notes["llama_cpp_python"] = reply["version"]
         for key, count in (("prompt", PROMPT), ("generate", GENERATE)):
-            seconds = {name: [one["cpu"] for one in reply["seconds"][name][key]] for name in files}
+            seconds = {name: [timed["cpu"] for timed in reply["seconds"][name][key]] for name in files}
             ratio, ratios = pairwise(seconds["dense"], seconds["pruned"])
             row = {
                 "dtype": dtype,
@@ -187,7 +197,7 @@ def _parameters(folder: Path) -> int:
 
 
 def table(result: Result) -> str:
-    """Markdown."""
+    """Render the table as Markdown."""
     head = [
         "dtype, tokens",
         "dense, tokens/s",
@@ -227,8 +237,8 @@ def _benchmark(words: Sequence[str]) -> int:
     shutil.rmtree(request.work, ignore_errors=True)
     print(f"\n{text}", flush=True)
     missed = [str(check) for check in result.checks if not check.met]
-    for one in missed:
-        print(f"benchmark_llama_cpp: limit missed: {one}", file=sys.stderr)
+    for check in missed:
+        print(f"benchmark_llama_cpp: limit missed: {check}", file=sys.stderr)
     return 1 if missed else 0
 
 
