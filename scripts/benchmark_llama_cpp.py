@@ -147,8 +147,8 @@ def measured(python: Path, request: Request, files: dict[str, Path]) -> dict[str
     words = [str(python), llama_cpp_job.__file__, json.dumps(asked)]
     process = subprocess.run(words, capture_output=True, text=True)
     if process.returncode:
-        said = " ".join(process.stderr.split())[-300:] or "no word on stderr"
-        raise RunError(f"llama.cpp ended with exit code {process.returncode}: {said}")
+        message = " ".join(process.stderr.split())[-300:] or "no word on stderr"
+        raise RunError(f"llama.cpp ended with exit code {process.returncode}: {message}")
     reply: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return reply
 

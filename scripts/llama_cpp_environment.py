@@ -49,9 +49,9 @@ def environment(folder: Path) -> Path:
     ):
         process = subprocess.run(words, capture_output=True, text=True)
         if process.returncode:
-            said = " ".join(process.stderr.split())[-300:]
+            message = " ".join(process.stderr.split())[-300:]
             raise RunError(
-                f"llama-cpp-python could not be built in {folder}: {said}; a compiler and pip's index are needed"
+                f"llama-cpp-python could not be built in {folder}: {message}; a compiler and pip's index are needed"
             )
     done.write_text(wanted, encoding="utf-8")
     return python

@@ -58,7 +58,7 @@ class Check:
 
     @property
     def met(self) -> bool:
-        """Whether the limit holds; NaN never does."""
+        """True where the limit holds. NaN meets no limit."""
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     def __str__(self) -> str:

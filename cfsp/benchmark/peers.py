@@ -82,8 +82,10 @@ def environment(work: Path) -> Path:
     ):
         process = subprocess.run(words, capture_output=True, text=True)
         if process.returncode:
-            said = " ".join(process.stderr.split())[-300:]
-            raise RunError(f"the peers' environment could not be made in {folder}: {said}; is a package index at hand?")
+            message = " ".join(process.stderr.split())[-300:]
+            raise RunError(
+                f"the peers' environment could not be made in {folder}: {message}; is a package index at hand?"
+            )
     done.write_text(wanted, encoding="utf-8")
     return python
 
@@ -101,8 +103,8 @@ def measured(job: str, python: Path, folder: Path, ids: Path, work: Path) -> dic
     given = {**kept, "PYTHONPATH": str(ROOT.parent)} if job == "cfsp" else kept
     ended = watched(words, work / f"{job}.log", {**given, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
     if ended.code:
-        said = " ".join(ended.err.split())[-300:] or "no word on stderr"
-        raise RunError(f"{job}: the process ended with exit code {ended.code}: {said}")
+        message = " ".join(ended.err.split())[-300:] or "no word on stderr"
+        raise RunError(f"{job}: the process ended with exit code {ended.code}: {message}")
     reply: dict[str, Any] = json.loads(ended.out.splitlines()[-1])
     if not reply["finite"]:
         raise RunError(f"{job}: the pruned model gives logits that are not finite")

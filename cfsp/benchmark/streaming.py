@@ -109,8 +109,8 @@ def measured(folder: Path, ids: Path, run: Path, mode: str | None) -> dict[str, 
     environment = {**os.environ, "PYTHONPATH": str(ROOT.parent)}
     ended = watched([sys.executable, "-m", "cfsp.run", *words], run / "process.log", environment)
     if ended.code:
-        said = " ".join(ended.err.split())[-300:] or "no word on stderr"
-        raise RunError(f"model.streaming={mode}: the run ended with exit code {ended.code}: {said}")
+        message = " ".join(ended.err.split())[-300:] or "no word on stderr"
+        raise RunError(f"model.streaming={mode}: the run ended with exit code {ended.code}: {message}")
     record = json.loads((run / "out" / "record.json").read_text(encoding="utf-8"))
     plan = json.loads((run / "out" / "plan.json").read_text(encoding="utf-8"))
     stages = {stage["name"]: stage for stage in record["stages"]}

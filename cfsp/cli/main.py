@@ -1,4 +1,4 @@
-"""The one entry point: ``cfsp ...`` and ``python -m cfsp.run ...``.
+"""Entry point of ``cfsp ...`` and ``python -m cfsp.run ...``.
 
 Exit codes: 0 success, 1 a run failed, 2 the configuration or an input is wrong. The Hydra task neither exits
 the process nor lets an error out, so that the other runs of a multirun go on. :func:`main` maps how they
@@ -60,7 +60,7 @@ _NAMES = ("model.name", "calibration.name", "pruner.name", "recovery.name", "eva
 
 @dataclass
 class _Session:
-    """One call of the command line.
+    """A call of the command line.
 
     Attributes:
         words: the overrides.
@@ -256,7 +256,7 @@ def _check_names(words: Sequence[str]) -> None:
             continue
         try:
             override = OverridesParser.create().parse_override(word)
-        except (HydraException, ValueError):  # said when all words are explained
+        except (HydraException, ValueError):  # reported when all words are explained
             continue
         several = override.is_discrete_sweep()
         for value in [*override.sweep_iterator()] if several else [override.value()]:

@@ -118,13 +118,13 @@ def _verify(request: Request) -> int:
     if damaged is not None:
         print(f"{request.path}: {damaged}")
     reference = read_reference(place_of(request.path))
-    form, weights = _form(request.path)
-    runs_code = form != "gguf" and (request.trust_remote_code or check_folder_code(request.path))
-    dtype = "float32" if form == "gguf" else _dtype(request.path, weights)
+    format_name, weights = _format_and_dtype(request.path)
+    runs_code = format_name != "gguf" and (request.trust_remote_code or check_folder_code(request.path))
+    dtype = "float32" if format_name == "gguf" else _dtype(request.path, weights)
     # llama.cpp computes in the dtype of a GGUF file's weights. Other tools compute in float32, and only the weights
     # were rounded.
-    computed = (reference.computed, dtype, *([weights] if form == "gguf" else []))
-    rounded = weights if form != "gguf" and weights != reference.stored else "float32"
+    computed = (reference.computed, dtype, *([weights] if format_name == "gguf" else []))
+    rounded = weights if format_name != "gguf" and weights != reference.stored else "float32"
     # Asked before a model is loaded, so that a wrong python.TOOL is reported at once.
     there = {tool.name: is_installed(tool, request.pythons.get(tool.name, sys.executable)) for tool in request.tools}
     asked = {
@@ -137,7 +137,7 @@ def _verify(request: Request) -> int:
     }
     findings = []
     for tool in progress(request.tools, "verify", unit="tool"):
-        unread = _unread(tool, form, request.path)
+        unread = _unread(tool, format_name, request.path)
         if unread:
             findings.append(Finding(tool.name, "another form", note=unread))
         elif not there[tool.name]:
@@ -179,20 +179,20 @@ def damage_of(path: Path) -> str | None:
     return damage(within(record.files, [path.resolve().name]), folder, hashes=True)
 
 
-def _unread(tool: Tool, form: str, path: Path) -> str:
+def _unread(tool: Tool, format_name: str, path: Path) -> str:
     """Return why the tool does not read this kind of export; empty where it should."""
     if tool.reads == "gguf":
-        return "" if form == "gguf" else "reads GGUF files: cfsp export path=DIR format=gguf"
-    if form == "gguf":
+        return "" if format_name == "gguf" else "reads GGUF files: cfsp export path=DIR format=gguf"
+    if format_name == "gguf":
         return "reads model folders"
-    if form == "decilm" and tool.name != "vllm":
+    if format_name == "decilm" and tool.name != "vllm":
         return "has no class for this folder, which is made for vLLM"
     if tool.name == "lm_eval" and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return "needs a tokenizer, and the folder has none"
     return ""
 
 
-def _form(path: Path) -> tuple[str, str]:
+def _format_and_dtype(path: Path) -> tuple[str, str]:
     """Return the format (gguf, decilm or folder) and the dtype of the weights."""
     if path.suffix == ".gguf":
         return "gguf", _gguf_weights(path)
@@ -201,8 +201,8 @@ def _form(path: Path) -> tuple[str, str]:
         raise CheckpointError(f"path={path}: config.json holds no keys; save the model again")
     brings = config.get("auto_map")
     # A DeciLM folder brings a configuration, but no model class for transformers.
-    form = "decilm" if isinstance(brings, dict) and brings and "AutoModelForCausalLM" not in brings else "folder"
-    return form, str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    format_name = "decilm" if isinstance(brings, dict) and brings and "AutoModelForCausalLM" not in brings else "folder"
+    return format_name, str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
 
 
 def _dtype(folder: Path, weights: str) -> str:

@@ -1,4 +1,4 @@
-"""The record of how a run ended, and the way out that a failure names."""
+"""End of a run: its record, and the way out that the error of a failure names."""
 
 from __future__ import annotations
 

@@ -97,13 +97,13 @@ def _is_finished(earlier: RunRecord, config: RunConfig, out: Path) -> bool:
 def _complete(earlier: RunRecord, config: RunConfig, out: Path) -> RunRecord:
     """Supply what a finished run still lacks: the export in the format asked for, the copy of its record."""
     copy = Path(config.paths.records_dir) / f"{earlier.run_id}.json"
-    form = config.save.format
+    format_name = config.save.format
     lost = None
-    if form != "hf" and wants_model(config):  # the saved model does not depend on the format of its export
-        lost = lacking_export(earlier, out, form, hashes=config.check_files)
+    if format_name != "hf" and wants_model(config):  # the saved model does not depend on the format of its export
+        lost = lacking_export(earlier, out, format_name, hashes=config.check_files)
     if lost is not None:
-        log.info("this run is finished (%s); its export as %s is made: %s", out / "record.json", form, lost)
-        earlier.checkpoint = {**(earlier.checkpoint or {}), "export": export_model(form, out)}
+        log.info("this run is finished (%s); its export as %s is made: %s", out / "record.json", format_name, lost)
+        earlier.checkpoint = {**(earlier.checkpoint or {}), "export": export_model(format_name, out)}
         if earlier.files is not None:
             earlier.files |= describe_files(out, export_files(earlier.checkpoint["export"]["place"]))
         earlier.write(out / "record.json")

@@ -18,12 +18,12 @@ from cfsp.pruned_model.family import PRUNED_PREFIX
 log = logging.getLogger(__name__)
 
 
-def export_model(form: str, out: Path) -> dict[str, Any]:
-    """Export OUT/model as ``form``; returns the entry of the record that says where it is."""
-    result = exported(Request(out / "model", form))
+def export_model(format_name: str, out: Path) -> dict[str, Any]:
+    """Export OUT/model in a format; returns the entry of the record that says where it is."""
+    result = exported(Request(out / "model", format_name))
     for note in result.notes:
-        log.info("%s: %s", form, note)
-    return {"place": result.place.name, "form": form, "bytes": result.bytes, "notes": list(result.notes)}
+        log.info("%s: %s", format_name, note)
+    return {"place": result.place.name, "form": format_name, "bytes": result.bytes, "notes": list(result.notes)}
 
 
 def facts_of_run(run: Run, plan: PruningPlan) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        """Whether its record is of a success and its files are whole.
+        """True where its record is of a success and its files are whole.
 
         Raises:
             CheckpointError: the file in the record's place is not a record.
@@ -65,7 +65,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended.
+    """End of a job.
 
     Attributes:
         name: done, failed, or busy (another process is at it).
