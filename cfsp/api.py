@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.views import DecoderView, resolve
-from cfsp.calibration.batching import batch_size as chosen
+from cfsp.calibration.batching import batch_size as chosen_batch_size
 from cfsp.calibration.calibration_set import from_ids
 from cfsp.config.budget import Scope
 from cfsp.config.compose import compose
@@ -68,18 +68,35 @@ def prune(
         >>> model, tokenizer = cfsp.load("path/to/model")
         >>> input_ids = tokenizer(text, return_tensors="pt").input_ids[:, :8192].reshape(-1, 256)
         >>> plan = cfsp.prune(model, input_ids, pruner="cfsp", ratio=0.5)
-        >>> model = cfsp.apply(model, plan)
-        >>> model.save_pretrained("pruned")
+        >>> cfsp.apply(model, plan).save_pretrained("pruned")
     """
-    settings = [
-        f"pruner={pruner}",
-        f"sparsity.ratio={ratio}",
-        f"sparsity.round_to={round_to}",
-        *([] if scope is None else [f"sparsity.scope={scope}"]),
-    ]
-    config = _configuration((*settings, *overrides))
+    settings = [f"pruner={pruner}", f"sparsity.ratio={ratio}", f"sparsity.round_to={round_to}"]
+    chosen_scope = [] if scope is None else [f"sparsity.scope={scope}"]
+    config = _configuration((*settings, *chosen_scope, *overrides))
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch_size={batch_size}: 1 or more sequences at a time are needed")
+    view = _view(model)
+    calibration = from_ids(torch.as_tensor(input_ids), _limits(model))
+    pruner_instance = config.pruner.instance
+    pruner_instance.check(view, config.budget)
+    with _evaluation_mode(model):
+        probe(view, heads=removes_heads(pruner_instance), experts=removes_experts(pruner_instance))
+        context, _ = plan_context(
+            config,
+            BlockDriver(view, chosen_batch_size(batch_size or "auto", view, calibration.input_ids.shape[1])),
+            calibration,
+            base_model=str(getattr(model, "name_or_path", "")) or type(model).__name__,
+            base_fingerprint=_fingerprint(view),
+        )
+        return pruner_instance.plan(context)
+
+
+def _view(model: nn.Module) -> DecoderView:
+    """Return the view of a model that can be pruned and has all weights in memory.
+
+    Raises:
+        UnsupportedModelError: the model is of another kind.
+    """
     check_adoptable(model)  # type: ignore[arg-type]
     view = resolve(model)
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -87,21 +104,12 @@ def prune(
             f"{type(model).__name__}: some of its weights are not in memory (meta device, or offloaded by accelerate); "
             "load it with cfsp.load, or prune the folder with the command line and model.streaming=on"
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
+    return view
+
+
+def _limits(model: nn.Module) -> Limits:
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    calibration = from_ids(torch.as_tensor(input_ids), Limits(vocabulary, positions))
-    pruner_instance = config.pruner.instance
-    pruner_instance.check(view, config.budget)
-    with _evaluating(model):
-        probe(view, heads=removes_heads(pruner_instance), experts=removes_experts(pruner_instance))
-        context, _ = plan_context(
-            config,
-            BlockDriver(view, chosen(batch_size or "auto", view, calibration.input_ids.shape[1])),
-            calibration,
-            base_model=str(getattr(model, "name_or_path", "")) or type(model).__name__,
-            base_fingerprint=_fingerprint(view),
-        )
-        return pruner_instance.plan(context)
+    return Limits(vocabulary, getattr(model.config, "max_position_embeddings", None))
 
 
 @lru_cache(maxsize=64)
@@ -143,7 +151,7 @@ def memory_fingerprint(model: nn.Module) -> str:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put the model into evaluation mode inside the context; restore the mode of each module afterwards."""
     training = {module: module.training for module in model.modules()}
     model.eval()

@@ -177,7 +177,7 @@ class SparsitySection(Section):
 
 
 class SaveSection(Section):
-    """Whether and in which form the pruned model is saved."""
+    """Saving of the pruned model: whether, and in which format and dtype."""
 
     model: bool = True
     format: Literal["hf", "padded", "gguf", "decilm"] = "hf"

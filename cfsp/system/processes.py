@@ -35,12 +35,12 @@ class Launched:
 
     @property
     def first(self) -> bool:
-        """Whether this is the first process."""
+        """True in the process that runs every stage."""
         return self.rank == 0
 
     @property
     def several(self) -> bool:
-        """Whether there is more than one process."""
+        """True if there is more than one process."""
         return self.count > 1
 
 
