@@ -15,9 +15,11 @@ from cfsp.config.contracts import (
     RunLogger,
     SearchingAllocator,
 )
+from cfsp.config.deciding import Decides, deciding_settings
 
 __all__ = [
     "Allocator",
+    "Decides",
     "Evaluator",
     "Launcher",
     "NeuronImportance",
@@ -26,4 +28,5 @@ __all__ = [
     "RunLogger",
     "SearchingAllocator",
     "component",
+    "deciding_settings",
 ]

@@ -23,6 +23,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from cfsp.config.contracts import optional_members, required_members
+from cfsp.config.deciding import separate
 from cfsp.errors import ConfigError, printable
 from cfsp.system.expected import Expected, expected_at, fields_of, takes_numbers_only
 from cfsp.system.package import config_folder
@@ -53,16 +54,16 @@ class Component(Generic[Contract]):
     settings: dict[str, Any]
 
     def identity(self) -> dict[str, Any]:
-        """Return what of this component decides a result: its name, every setting, and the code of a foreign class.
+        """Return what of this component decides a result: its name, deciding settings, and the code of a foreign class.
 
         A component of cfsp is named without its module, so that code can move; its code is covered by the version of
         the methods (:data:`cfsp.config.identity.METHOD_VERSION`). A class outside cfsp is named by its path, and the
-        digest of its source stands beside it.
+        digest of its source stands beside it. Inputs are left out (:mod:`cfsp.config.deciding`).
         """
-        name = component_name(self.target)
+        name, deciding = component_name(self.target), separate(type(self.instance), self.settings).values
         if name is not None:
-            return {"component": name, **self.settings}
-        return {"class": self.target, "source": _source_digest(self.instance), **self.settings}
+            return {"component": name, **deciding}
+        return {"class": self.target, "source": _source_digest(self.instance), **deciding}
 
 
 def component_name(target: str) -> str | None:

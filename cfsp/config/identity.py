@@ -1,16 +1,23 @@
-"""Run identity: a hash of what decides the result. Contents go in; locations, device, logger and paths stay out."""
+"""Run identity and the key that tables match runs by, both made of what the fields of the settings say they decide.
+
+Contents go into the identity; locations, device, logger and paths stay out. See :mod:`cfsp.config.deciding`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
-from cfsp.config.components import known_class
+from cfsp.config.components import Component, component_name, known_class
+from cfsp.config.deciding import Parts, deciding_settings, separate
 from cfsp.config.run_config import RunConfig
 from cfsp.errors import ConfigError
+from cfsp.system.digest import file_digest
 from cfsp.system.names import is_name
+from cfsp.system.package import package_path
 
 #: Raise it when the method's code changes a result, so that no old record stands for the new code.
 METHOD_VERSION = 2
@@ -24,22 +31,30 @@ def method_of(config: RunConfig) -> dict[str, Any]:
     parts = {"importance": config.importance, "allocator": config.allocator}
     return {
         "name": pruner.instance.name,
-        **{group: parts[group].identity() for group in config.plans_with},
-        "pruner": without_unused(pruner.target, pruner.identity()),
+        **{group: _with_contents(parts[group]) for group in config.plans_with},
+        "pruner": _with_contents(pruner),
         "version": METHOD_VERSION,
     }
 
 
-def without_unused(target: str, pruner: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a pruner's settings without those that decide nothing beside the others.
+def _with_contents(component: Component[Any]) -> dict[str, Any]:
+    """Identity of a component and, of each input that its settings name, the sha256 of the file.
 
-    Args:
-        target: ``_target_`` of the pruner. Settings of a class that this process does not know stay as they are.
-        pruner: its settings, of today or from an earlier record.
+    What is no file (a folder, an id, None) stands as it was given.
     """
-    cls = known_class(target)
-    unused = cls.unused_settings(pruner) if cls is not None and hasattr(cls, "unused_settings") else ()
-    return {key: value for key, value in pruner.items() if key not in unused}
+    contents = {}
+    for key, place in separate(type(component.instance), component.settings).places.items():
+        is_file = isinstance(place, str) and os.path.isfile(package_path(place))
+        contents[key] = file_digest(package_path(place)) if is_file else place
+    return component.identity() | contents
+
+
+def configuration_parts(configuration: Mapping[str, Any]) -> Parts:
+    """Separate a configuration of today or of an earlier record: what tables match runs by, and where inputs lie.
+
+    Reading a record imports no foreign code: settings of a class that this process does not know all count.
+    """
+    return separate(RunConfig, configuration, lambda target: (known_class(target), component_name(target) or target))
 
 
 def identity_of(
@@ -66,19 +81,17 @@ def identity_of(
     if config.pruner.instance.prunes:
         pruning = {
             "method": method_of(config),
-            "sparsity": config.sparsity.model_dump(),
+            "sparsity": deciding_settings(config.sparsity),
             "calibration": calibration,
-            # Of every format: an export is made of the saved model and changes no figure of the run.
+            # The constant is from before exports decided nothing.
             "stored": {"dtype": stored_dtype, "format": "hf"},
         }
-    # Only where it is asked for: records from before it was there keep their identity.
-    selection = {"evaluate_selection": True} if config.evaluate_selection else {}
+    scalars = {"evaluate_selection": config.evaluate_selection, "seed": config.seed}
     return {
-        **selection,
+        **separate(RunConfig, scalars).values,
         "version": METHOD_VERSION,
         "model": model,
         "dtype": dtype,
-        "seed": config.seed,
         "pruning": pruning,
         "recovery": recovery,
         "evaluation": evaluation,

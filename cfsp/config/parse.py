@@ -117,7 +117,6 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     problems.extend(_too_many_tokens(parts["calibration"]))
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
-    parts.pop("plugins")
     return RunConfig(
         **parts,
         evaluation_name=evaluation_name,

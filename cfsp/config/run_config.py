@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from cfsp.config.budget import Budget
 from cfsp.config.components import Component
 from cfsp.config.contracts import Allocator, Evaluator, NeuronImportance, Pruner, Recovery, RunLogger
-from cfsp.config.sections import CalibrationSection, ModelSection, PathsSection, SaveSection, SparsitySection
+from cfsp.config.deciding import Decides
+from cfsp.config.sections import (
+    CalibrationSection,
+    ModelSection,
+    PathsSection,
+    PluginsSection,
+    SaveSection,
+    SparsitySection,
+)
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A checked configuration. Components are instances; ``raw`` is the resolved configuration as given."""
+    """A checked configuration. Components are instances; ``raw`` is the resolved configuration as given.
+
+    The fields of the configuration's keys carry what the groups decide (:mod:`cfsp.config.deciding`).
+    """
 
     model: ModelSection
     calibration: CalibrationSection
@@ -25,13 +36,14 @@ class RunConfig:
     recovery: Component[Recovery]
     evaluation: Mapping[str, Component[Evaluator]]
     evaluation_name: str
-    logger: Component[RunLogger]
-    paths: PathsSection
+    logger: Annotated[Component[RunLogger], Decides("nothing")]
+    paths: Annotated[PathsSection, Decides("nothing")]
     save: SaveSection
+    plugins: Annotated[PluginsSection, Decides("nothing")]
     seed: int
-    force: bool
-    debug: bool
-    evaluate_selection: bool
+    force: Annotated[bool, Decides("nothing")]
+    debug: Annotated[bool, Decides("nothing")]
+    evaluate_selection: Annotated[bool, Decides(before=False)]
     raw: dict[str, Any]
     #: force=check: the hashes of a finished run's files are compared, not their sizes alone.
     check_files: bool = False

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
 
 from cfsp.config.budget import Protect
+from cfsp.config.deciding import Decides
 from cfsp.system.names import checked_name
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -70,10 +71,12 @@ def checked_force(value: Any) -> bool | Literal["check"]:
         ) from None
 
 
-BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size)]
+#: Before there was auto, 8 was the default. How many sequences at a time moves sums in their last digits alone.
+BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size), Decides(alike=(8, "auto"))]
 
 
-Share = Annotated[float, Field(gt=0, le=1)]
+#: Of the tokens that Gram matrices are made of.
+GramShare = Annotated[float, Field(gt=0, le=1), Decides(before=1.0)]
 
 
 Gigabytes = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -87,15 +90,17 @@ class Section(BaseModel):
 
 class ModelSection(Section):
     name: Name
-    path: str | None = Field(description="a folder or a hub id, e.g. model=local model.path=FOLDER")
-    revision: str | None = None
+    path: Annotated[str | None, Decides("content")] = Field(
+        description="a folder or a hub id, e.g. model=local model.path=FOLDER"
+    )
+    revision: Annotated[str | None, Decides("content")] = None
     dtype: DType = "auto"
-    device: Annotated[str, AfterValidator(_device)] = "auto"
-    trust_remote_code: bool = False
-    streaming: Literal["auto", "on", "off"] = "auto"
+    device: Annotated[str, AfterValidator(_device), Decides("nothing")] = "auto"
+    trust_remote_code: Annotated[bool, Decides("nothing")] = False
+    streaming: Annotated[Literal["auto", "on", "off"], Decides("nothing")] = "auto"
     #: What config.json says of sizes, for ``cfsp inspect`` where neither folder nor hub is at hand; no run reads it.
-    architecture: Annotated[dict[str, Any] | None, AfterValidator(_architecture)] = None
-    part: Literal["whole", "language_model"] = "whole"
+    architecture: Annotated[dict[str, Any] | None, AfterValidator(_architecture), Decides("nothing")] = None
+    part: Annotated[Literal["whole", "language_model"], Decides(before="whole")] = "whole"
 
 
 class HubFile(Section):
@@ -109,14 +114,16 @@ class HubFile(Section):
 class TextSection(Section):
     """Where a text comes from and how its documents become one token stream."""
 
-    path: str | None = Field(default=None, description="a local .txt, .jsonl, .csv or .parquet file")
-    hub: HubFile | None = None
+    path: Annotated[str | None, Decides("content")] = Field(
+        default=None, description="a local .txt, .jsonl, .csv or .parquet file"
+    )
+    hub: Annotated[HubFile | None, Decides("content")] = None
     split: str = "train"
     text_field: str = "text"
     txt_rows: Literal["whole", "lines", "wikitext"] = "whole"
     join: str = "\n\n"
     bos: Literal["auto", "none", "start", "window"] = "auto"
-    skip_documents: int = Field(default=0, ge=0)
+    skip_documents: Annotated[int, Decides(before=0)] = Field(default=0, ge=0)
     max_documents: PositiveInt | None = None
 
 
@@ -127,19 +134,19 @@ class TextCalibration(TextSection):
     n_samples: PositiveInt
     seq_len: int = Field(ge=2)
     batch_size: BatchSize = "auto"
-    memory_gb: Gigabytes | None = None
-    gram_share: Share = 1.0
+    memory_gb: Annotated[Gigabytes | None, Decides("nothing")] = None
+    gram_share: GramShare = 1.0
 
 
 class TokensCalibration(Section):
     kind: Literal["tokens"]
     name: Name
-    path: str | None = Field(description="a .npy file of token ids, shape [n, T]")
+    path: Annotated[str | None, Decides("content")] = Field(description="a .npy file of token ids, shape [n, T]")
     n_samples: PositiveInt | None = None
     seq_len: Annotated[int, Field(ge=2)] | None = None
     batch_size: BatchSize = "auto"
-    memory_gb: Gigabytes | None = None
-    gram_share: Share = 1.0
+    memory_gb: Annotated[Gigabytes | None, Decides("nothing")] = None
+    gram_share: GramShare = 1.0
 
 
 class SelfCalibration(Section):
@@ -149,7 +156,7 @@ class SelfCalibration(Section):
     seq_len: int = Field(ge=2)
     sampling_temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     batch_size: PositiveInt = 8
-    gram_share: Share = 1.0
+    gram_share: GramShare = 1.0
 
 
 CalibrationSection = TextCalibration | TokensCalibration | SelfCalibration
@@ -172,8 +179,9 @@ class SparsitySection(Section):
 
 
 class SaveSection(Section):
-    model: bool = True
-    format: Literal["hf", "padded", "gguf", "decilm"] = "hf"
+    model: Annotated[bool, Decides("nothing")] = True
+    #: An export is made of the saved model.
+    format: Annotated[Literal["hf", "padded", "gguf", "decilm"], Decides("nothing")] = "hf"
     dtype: SavedDType | None = None
 
 

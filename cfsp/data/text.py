@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from cfsp.config.deciding import separate
 from cfsp.config.sections import TextSection
 from cfsp.data.text_files import (
     check_file,
@@ -81,22 +82,8 @@ def locate_text(
         streamed=section.max_documents is not None and not one_document if streamed is None else streamed,
         remedy=remedy if streamed is None else "give a smaller file",
     )
-    prepared = section.model_dump(
-        exclude={
-            "path",
-            "hub",
-            "kind",
-            "name",
-            "n_samples",
-            "seq_len",
-            "batch_size",
-            "memory_gb",
-            "gram_share",
-            "sampling",
-        }
-    )
-    if not prepared["skip_documents"]:  # as in every run from before there was the key
-        del prepared["skip_documents"]
+    # What the sections of calibration add to a text decides its windows, not its tokens.
+    prepared = separate(TextSection, {key: getattr(section, key) for key in TextSection.model_fields}).values
     commit = (
         path.parts[path.parts.index("snapshots") + 1] if section.path is None and "snapshots" in path.parts else None
     )
