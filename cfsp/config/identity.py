@@ -83,7 +83,7 @@ def identity_of(
             "method": method_of(config),
             "sparsity": deciding_settings(config.sparsity),
             "calibration": calibration,
-            # The constant is from before exports decided nothing.
+            # Always hf: an export is made of the saved model and changes no figure of the run.
             "stored": {"dtype": stored_dtype, "format": "hf"},
         }
     scalars = {"evaluate_selection": config.evaluate_selection, "seed": config.seed}
