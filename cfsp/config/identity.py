@@ -19,12 +19,12 @@ from cfsp.system.digest import file_digest
 from cfsp.system.names import is_name
 from cfsp.system.package import package_path
 
-#: Raise it when the method's code changes a result, so that no old record stands for the new code.
+#: Version of the methods. Raise it when a change of their code changes a result, so that old records no longer match.
 METHOD_VERSION = 2
 
 
 def method_of(config: RunConfig) -> dict[str, Any]:
-    """What really runs: the pruner with its settings, and the metric and allocator where it uses them."""
+    """Return the pruner with its settings, and the metric and the allocator if the pruner uses them."""
     pruner = config.pruner
     if not pruner.instance.prunes:
         return {"name": pruner.instance.name}
@@ -38,9 +38,9 @@ def method_of(config: RunConfig) -> dict[str, Any]:
 
 
 def _with_contents(component: Component[Any]) -> dict[str, Any]:
-    """Identity of a component and, of each input that its settings name, the sha256 of the file.
+    """Return the identity of a component, with the sha256 of each file that its settings name.
 
-    What is no file (a folder, an id, None) stands as it was given.
+    Other inputs (a folder, an id, None) stand as they were given.
     """
     contents = {}
     for key, place in separate(type(component.instance), component.settings).places.items():
@@ -67,15 +67,16 @@ def identity_of(
     recovery: dict[str, Any],
     evaluation: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything that decides the figures of a run.
+    """Return everything that decides the figures of a run.
 
     Args:
-        model: the model's content fingerprint.
-        dtype: as resolved, never ``auto``.
-        stored_dtype: of the checkpoint; the pruned weights are rounded to it before they are evaluated.
-        calibration: by content; None where nothing is pruned.
-        recovery: by content and settings.
-        evaluation: evaluator name -> what of its inputs and settings decides the figures.
+        config: checked configuration of the run.
+        model: fingerprint of the model's content.
+        dtype: resolved dtype, never ``auto``.
+        stored_dtype: dtype of the checkpoint; the pruned weights are rounded to it before they are evaluated.
+        calibration: content and settings of the calibration set; None if nothing is pruned.
+        recovery: content of the recovery data and settings of the recovery.
+        evaluation: name of each evaluator -> the facts of its inputs and settings that decide its figures.
     """
     pruning = None
     if config.pruner.instance.prunes:
@@ -83,7 +84,7 @@ def identity_of(
             "method": method_of(config),
             "sparsity": deciding_settings(config.sparsity),
             "calibration": calibration,
-            # Always hf: an export is made of the saved model and changes no figure of the run.
+            # The same for every format: an export is derived from the saved model and changes no figure of the run.
             "stored": {"dtype": stored_dtype, "format": "hf"},
         }
     scalars = {"evaluate_selection": config.evaluate_selection, "seed": config.seed}
@@ -99,10 +100,10 @@ def identity_of(
 
 
 def run_id_of(config: RunConfig, identity: dict[str, Any]) -> str:
-    """Join a readable slug and 12 hexadecimal digits of the identity's hash.
+    """Return the run id: a readable slug and 12 hexadecimal digits of the identity's hash.
 
     Raises:
-        ConfigError: the names in the slug are too long together.
+        ConfigError: the names in the slug are too long.
     """
     name = config.pruner.instance.name
     slug = [config.model.name, name if config.pruner.instance.prunes else "dense"]
@@ -121,5 +122,5 @@ def run_id_of(config: RunConfig, identity: dict[str, Any]) -> str:
 
 
 def digest(value: Any) -> str:
-    """sha256 of a value's canonical JSON."""
+    """Return the sha256 of a value's canonical JSON in hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

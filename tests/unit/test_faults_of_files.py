@@ -295,7 +295,7 @@ def test_verify_compares_hashes(run_cfsp, sound_words, tmp_path) -> None:
 
 
 def test_out_that_is_deleted_in_mid_run_is_no_success(run_cfsp, sound_words, tmp_path, monkeypatch) -> None:
-    from cfsp.pipeline import run as pipeline
+    from cfsp.pipeline import stages as pipeline
 
     real = pipeline.apply
 
@@ -557,7 +557,7 @@ def test_damaged_figures_are_no_figures(tmp_path, content) -> None:
 def test_a_plan_of_another_model_in_the_progress_of_a_run_is_made_again(
     run_cfsp, sound_words, plan_file, tmp_path, monkeypatch
 ) -> None:
-    from cfsp.pipeline import run as pipeline
+    from cfsp.pipeline import stages as pipeline
 
     real = pipeline.apply
     monkeypatch.setattr(pipeline, "apply", lambda *_: (_ for _ in ()).throw(RuntimeError("stopped")))

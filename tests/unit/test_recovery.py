@@ -266,7 +266,7 @@ if where == "step":
 elif where == "checkpoint":
     before("_save_rng_state")
 else:
-    from cfsp import pipeline
+    from cfsp.pipeline import stages as pipeline
     real, calls = pipeline.round_to_stored, []
     pipeline.round_to_stored = lambda *given: die() if calls else calls.append(real(*given))
 main()
@@ -323,7 +323,7 @@ def test_killed_at_any_moment_a_training_goes_on_and_ends_the_same(run_cfsp, sou
     ],
 )  # fmt: skip
 def test_what_is_damaged_is_not_gone_on_from(run_cfsp, sound_words, tmp_path, prose_file, monkeypatch, folder, file):
-    from cfsp.pipeline import run as pipeline
+    from cfsp.pipeline import stages as pipeline
 
     words = [*sound_words, "recovery=lora", f"recovery.data.path={prose_file}", *TRAINS, "recovery.checkpoint_every=4"]
     words += ["recovery.objective=distill", "recovery.teacher=disk"]
@@ -349,7 +349,7 @@ def test_what_is_damaged_is_not_gone_on_from(run_cfsp, sound_words, tmp_path, pr
 @pytest.mark.usefixtures("one_thread")
 def test_a_killed_training_goes_on_in_another_folder(run_cfsp, sound_words, tmp_path, prose_file, monkeypatch):
     """The default paths.output_dir is a new one each time."""
-    from cfsp.pipeline import run as pipeline
+    from cfsp.pipeline import stages as pipeline
 
     words = [*sound_words, "recovery=lora", f"recovery.data.path={prose_file}", *TRAINS]
     with monkeypatch.context() as patch:
@@ -364,7 +364,7 @@ def test_a_killed_training_goes_on_in_another_folder(run_cfsp, sound_words, tmp_
 
 @pytest.mark.usefixtures("one_thread")
 def test_force_begins_again(run_cfsp, sound_words, tmp_path, prose_file, monkeypatch):
-    from cfsp.pipeline import run as pipeline
+    from cfsp.pipeline import stages as pipeline
 
     words = [*sound_words, "recovery=lora", f"recovery.data.path={prose_file}", *TRAINS, "recovery.checkpoint_every=4"]
     with monkeypatch.context() as patch:
