@@ -25,9 +25,11 @@ from cfsp.config.contracts import (
     RunLogger,
     SearchingAllocator,
 )
+from cfsp.config.deciding import Decides, deciding_settings
 
 __all__ = [
     "Allocator",
+    "Decides",
     "Evaluator",
     "Launcher",
     "NeuronImportance",
@@ -36,4 +38,5 @@ __all__ = [
     "RunLogger",
     "SearchingAllocator",
     "component",
+    "deciding_settings",
 ]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cfsp.config.deciding import deciding_settings
 from cfsp.config.sections import CalibrationSection, TextCalibration, TokensCalibration
 from cfsp.data.limits import Limits
 from cfsp.data.text import bos_of, cut_windows, locate_text, read_text, settled, tokenise, with_bos
@@ -151,10 +152,7 @@ def identity(section: CalibrationSection, tokenizer: Any = None) -> dict[str, An
     """
     if isinstance(section, TextCalibration) and tokenizer is not None:
         section = settled(section, tokenizer)
-    settings = section.model_dump(exclude={"path", "hub", "memory_gb"})
-    for later, before in (("gram_share", 1.0), ("skip_documents", 0)):  # as in every run from before there was the key
-        if settings.get(later) == before:
-            del settings[later]
+    settings = deciding_settings(section)
     if isinstance(section, TextCalibration):
         settings |= locate_text(section, "calibration").identity
     elif isinstance(section, TokensCalibration):

@@ -20,6 +20,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from cfsp.config.contracts import optional_members, required_members
+from cfsp.config.deciding import separate
 from cfsp.config.problems import booleans_for_numbers, problems_of, shown, suggest
 from cfsp.errors import ConfigError
 from cfsp.system.package import config_folder
@@ -67,16 +68,16 @@ class Component(Generic[Contract]):
     settings: dict[str, Any]
 
     def identity(self) -> dict[str, Any]:
-        """Return the parts of this component that decide a result: its name, every setting and foreign code.
+        """Return the parts of this component that decide a result: its name, deciding settings and foreign code.
 
         A component of cfsp is named without its module, so that code can move; the version of the methods
         (:data:`cfsp.config.identity.METHOD_VERSION`) covers its code. A class outside cfsp is named by its path and
-        the digest of its source.
+        the digest of its source. Inputs are left out (:mod:`cfsp.config.deciding`).
         """
-        name = component_name(self.target)
+        name, deciding = component_name(self.target), separate(type(self.instance), self.settings).values
         if name is not None:
-            return {"component": name, **self.settings}
-        return {"class": self.target, "source": _source_digest(self.instance), **self.settings}
+            return {"component": name, **deciding}
+        return {"class": self.target, "source": _source_digest(self.instance), **deciding}
 
 
 def component_name(target: str) -> str | None:

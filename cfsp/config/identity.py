@@ -1,19 +1,23 @@
-"""Run identity: a hash of everything that decides the figures.
+"""Run identity and the key that tables match runs by, both made of what the fields of the settings say they decide.
 
-Contents of models and data are part of it. Locations, device, logger and paths are not.
+Contents go into the identity; locations, device, logger and paths stay out. See :mod:`cfsp.config.deciding`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
-from cfsp.config.components import known_class
+from cfsp.config.components import Component, component_name, known_class
+from cfsp.config.deciding import Parts, deciding_settings, separate
 from cfsp.config.run_config import RunConfig
 from cfsp.errors import ConfigError
+from cfsp.system.digest import file_digest
 from cfsp.system.names import is_name
+from cfsp.system.package import package_path
 
 #: Version of the methods. Raise it when a change of their code changes a result, so that old records no longer match.
 METHOD_VERSION = 2
@@ -27,22 +31,30 @@ def method_of(config: RunConfig) -> dict[str, Any]:
     parts = {"importance": config.importance, "allocator": config.allocator}
     return {
         "name": pruner.instance.name,
-        **{group: parts[group].identity() for group in config.plans_with},
-        "pruner": without_unused(pruner.target, pruner.identity()),
+        **{group: _with_contents(parts[group]) for group in config.plans_with},
+        "pruner": _with_contents(pruner),
         "version": METHOD_VERSION,
     }
 
 
-def without_unused(target: str, pruner: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a pruner's settings without those that have no effect beside the others.
+def _with_contents(component: Component[Any]) -> dict[str, Any]:
+    """Return the identity of a component, with the sha256 of each file that its settings name.
 
-    Args:
-        target: ``_target_`` of the pruner. Settings of a class that this process does not know are not changed.
-        pruner: settings of the pruner, current or from an earlier record.
+    Other inputs (a folder, an id, None) stand as they were given.
     """
-    cls = known_class(target)
-    unused = cls.unused_settings(pruner) if cls is not None and hasattr(cls, "unused_settings") else ()
-    return {key: value for key, value in pruner.items() if key not in unused}
+    contents = {}
+    for key, place in separate(type(component.instance), component.settings).places.items():
+        is_file = isinstance(place, str) and os.path.isfile(package_path(place))
+        contents[key] = file_digest(package_path(place)) if is_file else place
+    return component.identity() | contents
+
+
+def configuration_parts(configuration: Mapping[str, Any]) -> Parts:
+    """Separate a configuration of today or of an earlier record: what tables match runs by, and where inputs lie.
+
+    Reading a record imports no foreign code: settings of a class that this process does not know all count.
+    """
+    return separate(RunConfig, configuration, lambda target: (known_class(target), component_name(target) or target))
 
 
 def identity_of(
@@ -70,19 +82,17 @@ def identity_of(
     if config.pruner.instance.prunes:
         pruning = {
             "method": method_of(config),
-            "sparsity": config.sparsity.model_dump(),
+            "sparsity": deciding_settings(config.sparsity),
             "calibration": calibration,
             # The same for every format: an export is derived from the saved model and changes no figure of the run.
             "stored": {"dtype": stored_dtype, "format": "hf"},
         }
-    # Present only if requested, so that records from before this key existed keep their identity.
-    selection = {"evaluate_selection": True} if config.evaluate_selection else {}
+    scalars = {"evaluate_selection": config.evaluate_selection, "seed": config.seed}
     return {
-        **selection,
+        **separate(RunConfig, scalars).values,
         "version": METHOD_VERSION,
         "model": model,
         "dtype": dtype,
-        "seed": config.seed,
         "pruning": pruning,
         "recovery": recovery,
         "evaluation": evaluation,

@@ -101,7 +101,6 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     problems.extend(_conflicts(parts, raw))
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
-    parts.pop("plugins")
     return RunConfig(
         **parts,
         evaluation_name=evaluation_name,

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from cfsp.config.budget import Budget
 from cfsp.config.components import Component
 from cfsp.config.contracts import Allocator, Evaluator, NeuronImportance, Pruner, Recovery, RunLogger
-from cfsp.config.sections import CalibrationSection, ModelSection, PathsSection, SaveSection, SparsitySection
+from cfsp.config.deciding import Decides
+from cfsp.config.sections import (
+    CalibrationSection,
+    ModelSection,
+    PathsSection,
+    PluginsSection,
+    SaveSection,
+    SparsitySection,
+)
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Checked configuration of one run.
+
+    The annotations say what the groups of the configuration decide (:mod:`cfsp.config.deciding`).
 
     Attributes:
         model: the model and how it is loaded.
@@ -29,6 +39,7 @@ class RunConfig:
         logger: mirror of the record.
         paths: folders that the run writes.
         save: whether and in which form the pruned model is saved.
+        plugins: packages outside cfsp that may be used.
         seed: seed of everything random.
         force: whether a finished run is repeated.
         debug: whether tracebacks of errors are shown.
@@ -46,13 +57,14 @@ class RunConfig:
     recovery: Component[Recovery]
     evaluation: Mapping[str, Component[Evaluator]]
     evaluation_name: str
-    logger: Component[RunLogger]
-    paths: PathsSection
+    logger: Annotated[Component[RunLogger], Decides("nothing")]
+    paths: Annotated[PathsSection, Decides("nothing")]
     save: SaveSection
+    plugins: Annotated[PluginsSection, Decides("nothing")]
     seed: int
-    force: bool
-    debug: bool
-    evaluate_selection: bool
+    force: Annotated[bool, Decides("nothing")]
+    debug: Annotated[bool, Decides("nothing")]
+    evaluate_selection: Annotated[bool, Decides(before=False)]
     raw: dict[str, Any]
     check_files: bool = False
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
 
 from cfsp.config.budget import Protect
+from cfsp.config.deciding import Decides
 from cfsp.system.names import checked_name
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -70,8 +71,10 @@ def checked_force(value: Any) -> bool | Literal["check"]:
         ) from None
 
 
-BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size)]
-Share = Annotated[float, Field(gt=0, le=1)]
+#: Before there was auto, 8 was the default. How many sequences at a time moves sums in their last digits alone.
+BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size), Decides(alike=(8, "auto"))]
+#: Share of the tokens that Gram matrices are made of.
+GramShare = Annotated[float, Field(gt=0, le=1), Decides(before=1.0)]
 Gigabytes = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -85,15 +88,17 @@ class ModelSection(Section):
     """The model and how it is loaded."""
 
     name: Name
-    path: str | None = Field(description="a folder or a hub id, e.g. model=local model.path=FOLDER")
-    revision: str | None = None
+    path: Annotated[str | None, Decides("content")] = Field(
+        description="a folder or a hub id, e.g. model=local model.path=FOLDER"
+    )
+    revision: Annotated[str | None, Decides("content")] = None
     dtype: DType = "auto"
-    device: Annotated[str, AfterValidator(_device)] = "auto"
-    trust_remote_code: bool = False
-    streaming: Literal["auto", "on", "off"] = "auto"
+    device: Annotated[str, AfterValidator(_device), Decides("nothing")] = "auto"
+    trust_remote_code: Annotated[bool, Decides("nothing")] = False
+    streaming: Annotated[Literal["auto", "on", "off"], Decides("nothing")] = "auto"
     #: Sizes as in config.json, for ``cfsp inspect`` if neither folder nor hub can be reached; no run reads them.
-    architecture: Annotated[dict[str, Any] | None, AfterValidator(_architecture)] = None
-    part: Literal["whole", "language_model"] = "whole"
+    architecture: Annotated[dict[str, Any] | None, AfterValidator(_architecture), Decides("nothing")] = None
+    part: Annotated[Literal["whole", "language_model"], Decides(before="whole")] = "whole"
 
 
 class HubFile(Section):
@@ -107,14 +112,16 @@ class HubFile(Section):
 class TextSection(Section):
     """Source of a text, and how its documents become one token stream."""
 
-    path: str | None = Field(default=None, description="a local .txt, .jsonl, .csv or .parquet file")
-    hub: HubFile | None = None
+    path: Annotated[str | None, Decides("content")] = Field(
+        default=None, description="a local .txt, .jsonl, .csv or .parquet file"
+    )
+    hub: Annotated[HubFile | None, Decides("content")] = None
     split: str = "train"
     text_field: str = "text"
     txt_rows: Literal["whole", "lines", "wikitext"] = "whole"
     join: str = "\n\n"
     bos: Literal["auto", "none", "start", "window"] = "auto"
-    skip_documents: int = Field(default=0, ge=0)
+    skip_documents: Annotated[int, Decides(before=0)] = Field(default=0, ge=0)
     max_documents: PositiveInt | None = None
 
 
@@ -127,8 +134,8 @@ class TextCalibration(TextSection):
     n_samples: PositiveInt
     seq_len: int = Field(ge=2)
     batch_size: BatchSize = "auto"
-    memory_gb: Gigabytes | None = None
-    gram_share: Share = 1.0
+    memory_gb: Annotated[Gigabytes | None, Decides("nothing")] = None
+    gram_share: GramShare = 1.0
 
 
 class TokensCalibration(Section):
@@ -136,12 +143,12 @@ class TokensCalibration(Section):
 
     kind: Literal["tokens"]
     name: Name
-    path: str | None = Field(description="a .npy file of token ids, shape [n, T]")
+    path: Annotated[str | None, Decides("content")] = Field(description="a .npy file of token ids, shape [n, T]")
     n_samples: PositiveInt | None = None
     seq_len: Annotated[int, Field(ge=2)] | None = None
     batch_size: BatchSize = "auto"
-    memory_gb: Gigabytes | None = None
-    gram_share: Share = 1.0
+    memory_gb: Annotated[Gigabytes | None, Decides("nothing")] = None
+    gram_share: GramShare = 1.0
 
 
 class SelfCalibration(Section):
@@ -153,7 +160,7 @@ class SelfCalibration(Section):
     seq_len: int = Field(ge=2)
     sampling_temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     batch_size: PositiveInt = 8
-    gram_share: Share = 1.0
+    gram_share: GramShare = 1.0
 
 
 CalibrationSection = TextCalibration | TokensCalibration | SelfCalibration
@@ -179,8 +186,9 @@ class SparsitySection(Section):
 class SaveSection(Section):
     """Saving of the pruned model: whether, and in which format and dtype."""
 
-    model: bool = True
-    format: Literal["hf", "padded", "gguf", "decilm"] = "hf"
+    model: Annotated[bool, Decides("nothing")] = True
+    #: An export is derived from the saved model and changes no figure of the run.
+    format: Annotated[Literal["hf", "padded", "gguf", "decilm"], Decides("nothing")] = "hf"
     dtype: SavedDType | None = None
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from cfsp.config.deciding import separate
 from cfsp.config.sections import TextSection
 from cfsp.data.rows import rows, text_of
 from cfsp.data.text_files import check_file, dataset_digest, file_form, lines, locate_dataset, open_text, reading
@@ -81,22 +82,8 @@ def locate_text(
         streamed=section.max_documents is not None and not one_document if streamed is None else streamed,
         remedy=remedy if streamed is None else "give a smaller file",
     )
-    prepared = section.model_dump(
-        exclude={
-            "path",
-            "hub",
-            "kind",
-            "name",
-            "n_samples",
-            "seq_len",
-            "batch_size",
-            "memory_gb",
-            "gram_share",
-            "sampling",
-        }
-    )
-    if not prepared["skip_documents"]:  # so that runs from before this key existed keep their identity
-        del prepared["skip_documents"]
+    # The keys that calibration sections add decide the windows, not the tokens.
+    prepared = separate(TextSection, {key: getattr(section, key) for key in TextSection.model_fields}).values
     commit = (
         path.parts[path.parts.index("snapshots") + 1] if section.path is None and "snapshots" in path.parts else None
     )

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from cfsp.config.components import component
 from cfsp.config.contracts import Evaluator
+from cfsp.config.deciding import deciding_settings
 from cfsp.evaluation.measurement import Measurement
 from cfsp.system.progress import progress
 
@@ -54,7 +55,7 @@ class Cost(Evaluator):
     def check(self, tokenizer: Any, limits: Limits) -> dict[str, Any]:
         """Check that prompt and new tokens fit into the model; see :meth:`cfsp.config.contracts.Evaluator.check`."""
         limits.check_length(f"{self.key}.prompt_tokens + {self.key}.new_tokens", self.prompt_tokens + self.new_tokens)
-        return {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens, "repeats": self.repeats}
+        return deciding_settings(self)
 
     def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
         """Measure one model; see :meth:`measure_sides`."""

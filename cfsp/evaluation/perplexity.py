@@ -11,6 +11,7 @@ from pydantic import Field, PlainValidator
 
 from cfsp.config.components import component, placed, suggest
 from cfsp.config.contracts import Evaluator
+from cfsp.config.deciding import Decides, deciding_settings
 from cfsp.config.sections import TextSection
 from cfsp.errors import DataError, RunError
 from cfsp.evaluation.measurement import LACKS_BOS, Measurement
@@ -41,7 +42,7 @@ class Perplexity(Evaluator):
     """
 
     datasets: Annotated[list[str], Field(min_length=1)]
-    texts: dict[str, TextSection]
+    texts: Annotated[dict[str, TextSection], Decides(chosen_by="datasets")]
     seq_len: Annotated[int, Field(ge=2)]
     windows: Annotated[tuple[int, int] | None, PlainValidator(checked_windows)] = None
     batch_size: Annotated[int, PlainValidator(checked_batch_size)] = 8
@@ -76,12 +77,8 @@ class Perplexity(Evaluator):
                     self.key, name, LACKS_BOS, section.bos, self._key(name),
                 )  # fmt: skip
         sections = {name: self._section(name, tokenizer) for name in self.datasets}
-        return {
-            "seq_len": self.seq_len,
-            "windows": self.windows,
-            "batch_size": self.batch_size,
-            "texts": {name: locate_text(section, self._key(name)).identity for name, section in sections.items()},
-        }
+        texts = {name: locate_text(section, self._key(name)).identity for name, section in sections.items()}
+        return deciding_settings(self) | {"texts": texts}
 
     def parts(self) -> dict[str, Perplexity]:
         """Divide the evaluator by text."""

@@ -14,6 +14,7 @@ from pydantic import Field, PlainValidator
 
 from cfsp.config.components import component, placed, suggest
 from cfsp.config.contracts import Evaluator
+from cfsp.config.deciding import Decides, deciding_settings
 from cfsp.errors import ConfigError, DataError
 from cfsp.evaluation.measurement import Measurement
 from cfsp.evaluation.values import checked_batch_size, checked_limit
@@ -46,7 +47,7 @@ class ZeroShot(Evaluator):
     """
 
     tasks: Annotated[list[str], Field(min_length=1)]
-    include_path: str | None = None
+    include_path: Annotated[str | None, Decides("content")] = None
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     limit: Annotated[int | float | None, PlainValidator(checked_limit)] = None
     batch_size: Annotated[int, PlainValidator(checked_batch_size)] = 16
@@ -80,13 +81,7 @@ class ZeroShot(Evaluator):
                     raise ConfigError(f"{self.key}.tasks={name}: lm-eval has no such task{near}")
         folder = self._folder()
         content = {name: content_of(local[name], folder, self.key) for name in local if name in self.tasks and folder}
-        return {
-            "tasks": self.tasks,
-            "batch_size": self.batch_size,
-            "num_fewshot": self.num_fewshot,
-            "limit": self.limit,
-            "local": content,
-        }
+        return deciding_settings(self) | {"local": content}
 
     def _try(self, identity: dict[str, Any], tokenizer: Any, limits: Limits) -> None:
         """Build each task, which locates its data, and render its first items.

@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import Field, model_validator
 
 from cfsp.config.components import component, shown
+from cfsp.config.deciding import Decides
 
 Positive = Annotated[int, Field(ge=1, strict=True)]
 #: Goes into file names.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$"), Decides("name")]
 
 
 @component
@@ -32,9 +33,9 @@ class RecoveryData:
     """
 
     kind: Literal["instructions", "text", "self"]
-    name: str
-    path: str | None = None
-    hub: HubFile | None = None
+    name: Annotated[str, Decides("name")]
+    path: Annotated[str | None, Decides("content")] = None
+    hub: Annotated[HubFile | None, Decides("content")] = None
     text_field: str = "text"
     txt_rows: Literal["whole", "lines", "wikitext"] = "whole"
     join: str = "\n\n"
@@ -89,8 +90,8 @@ class Training:
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     bf16: bool = False
     gradient_checkpointing: bool = False
-    checkpoint_every: Positive = 200
-    log_every: Positive = 10
+    checkpoint_every: Annotated[Positive, Decides("nothing")] = 200
+    log_every: Annotated[Positive, Decides("nothing")] = 10
 
     @model_validator(mode="after")
     def _consistent(self) -> Any:
@@ -132,7 +133,3 @@ class Training:
         if self.data.kind != "instructions":
             yield "packing", f"is for instructions, recovery/data={self.data.name} is cut into full windows already"
             yield "response_only", f"recovery/data={self.data.name} has no responses, every token is learnt"
-
-
-#: Settings that decide how a training is called and watched, not what comes out; data are identified by content.
-EXECUTION = ("name", "checkpoint_every", "log_every", "data")

@@ -9,15 +9,16 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+from cfsp.config.deciding import deciding_settings
 from cfsp.config.sections import SelfCalibration
 from cfsp.data.limits import Limits
 from cfsp.errors import ConfigError, RunError
 from cfsp.recovery import data as recovery_data
 from cfsp.recovery.checkpoints import last_whole, load_trained, save_trained
 from cfsp.recovery.data import Example
-from cfsp.recovery.settings import EXECUTION, Training
+from cfsp.recovery.settings import Training
 from cfsp.system import processes
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def check_training(settings: Training, tokenizer: Any, limits: Limits, device: t
         raise ConfigError("recovery.bf16=true: this GPU has no bfloat16; use recovery.bf16=false")
     if settings.bf16 and device.type not in ("cuda", "cpu"):
         raise ConfigError(f"recovery.bf16=true: not supported on {device}; use recovery.bf16=false")
-    return {"data": _data(settings, tokenizer, limits)} | _deciding(settings)
+    return _deciding(settings) | {"data": _data(settings, tokenizer, limits)}
 
 
 def _data(settings: Training, tokenizer: Any, limits: Limits) -> dict[str, Any]:
@@ -101,10 +102,8 @@ def _sha256(settings: Training) -> str | None:
 
 def _deciding(settings: Training) -> dict[str, Any]:
     """Return the settings that decide the result, without those that this data and objective do not use."""
-    from dataclasses import asdict
-
-    unread = {*EXECUTION, *(key for key, _ in settings.unread())}
-    return {name: value for name, value in asdict(cast(Any, settings)).items() if name not in unread}
+    unread = {key for key, _ in settings.unread()}
+    return {name: value for name, value in deciding_settings(settings).items() if name not in unread}
 
 
 def read_examples(settings: Training, tokenizer: Any, limits: Limits) -> list[Example]:

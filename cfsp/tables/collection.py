@@ -7,34 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfsp.config.components import component_name
-from cfsp.config.identity import METHOD_VERSION, digest, without_unused
+from cfsp.config.identity import METHOD_VERSION, configuration_parts, digest
 from cfsp.config.run_config import RunConfig
 from cfsp.errors import CfspError, CheckpointError, ConfigError
 from cfsp.record.run_record import RunRecord
 from cfsp.sweep.composer import GridComposer
 from cfsp.sweep.experiment import Cell
-
-#: Keys that say where something is, who watches, or how a run is repeated: they decide no figure.
-_PLACES = {
-    "path",
-    "include_path",
-    "output_dir",
-    "records_dir",
-    "cache_dir",
-    "revision",
-    "device",
-    "trust_remote_code",
-    "streaming",
-    "memory_gb",
-}
-#: The default of calibration.batch_size before it was auto.
-_BATCH_BEFORE_AUTO = 8
-#: Of these, what names an input.
-_OF_INPUTS = {"path", "include_path", "revision"}
-_NOT_SCIENCE = {"force", "debug", "logger", "paths", "plugins"}
-#: Keys that came later, with the value that stands for what was done before: records from then have none.
-_LATER = {"gram_share": 1.0, "skip_documents": 0, "evaluate_selection": False, "part": "whole"}
 
 
 @dataclass(frozen=True)
@@ -104,7 +82,7 @@ def collect(cells: Sequence[Cell], folder: Path, composer: GridComposer | None =
 
 def _same_inputs(config: RunConfig, record: RunRecord) -> bool:
     """Whether the record is of what lies at the run's paths: the same paths, or others with the same content."""
-    if _places(config.raw) == _places(record.configuration):
+    if places(config.raw) == places(record.configuration):
         return True
     from cfsp.pipeline.preflight import prepare
 
@@ -116,55 +94,19 @@ def _same_inputs(config: RunConfig, record: RunRecord) -> bool:
     return all(identity[key] == record.identity.get(key) for key in identity.keys() - of_machine)
 
 
-def _places(value: Any, key: str = "") -> dict[str, Any]:
-    """Dotted key -> value of every path and revision of an input."""
-    if not isinstance(value, Mapping):
-        return {}
-    found = {f"{key}.{name}": inner for name, inner in value.items() if name in _OF_INPUTS}
-    for name, inner in _chosen_texts(value).items():
-        if key or name not in _NOT_SCIENCE:
-            found |= _places(inner, f"{key}.{name}")
-    return found
-
-
-def _chosen_texts(value: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Without the texts that are there to be chosen, and are not."""
-    if {"texts", "datasets"} <= set(value):
-        return {**value, "texts": {name: value["texts"].get(name) for name in value["datasets"]}}
-    return value
-
-
 def science_of(cell: Cell, composer: GridComposer | None = None) -> str:
     """:func:`science` of the run that a cell asks for."""
     return science((composer or GridComposer()).config(cell.words).raw)
 
 
 def science(configuration: Mapping[str, Any]) -> str:
-    """A hash of the configuration without what decides no figure."""
-    kept = {key: value for key, value in configuration.items() if key not in _NOT_SCIENCE}
-    if isinstance(kept.get("model"), Mapping):  # what it repeats of config.json is in the model's fingerprint
-        kept["model"] = {key: value for key, value in kept["model"].items() if key != "architecture"}
-    kept["save"] = {key: value for key, value in kept.get("save", {}).items() if key != "model"}
-    calibration = kept.get("calibration")
-    if isinstance(calibration, Mapping) and calibration.get("batch_size") == _BATCH_BEFORE_AUTO:
-        # Records from before there was auto: how many at a time moves sums in their last digits alone.
-        kept["calibration"] = {**calibration, "batch_size": "auto"}
-    if isinstance(kept.get("pruner"), Mapping):
-        kept["pruner"] = without_unused(str(kept["pruner"].get("_target_")), kept["pruner"])
-    return digest(_without_places(kept))
+    """A hash of the configuration without what decides no figure, and without the places of its inputs."""
+    return digest(configuration_parts(configuration).values)
 
 
-def _without_places(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        chosen = _chosen_texts(value)
-        kept = [key for key in chosen if key not in _PLACES and not (key in _LATER and chosen[key] == _LATER[key])]
-        return {key: _named(chosen[key]) if key == "_target_" else _without_places(chosen[key]) for key in kept}
-    return [_without_places(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _named(target: Any) -> Any:
-    """Name a component of cfsp without its module, which may move."""
-    return component_name(str(target)) or target
+def places(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted key -> value of every path and revision of an input."""
+    return configuration_parts(configuration).places
 
 
 def _read(folder: Path, damaged: list[str]) -> Iterator[tuple[Path, RunRecord, str]]:
@@ -183,7 +125,7 @@ def _read(folder: Path, damaged: list[str]) -> Iterator[tuple[Path, RunRecord, s
         if problem is None and record.status == "success":
             try:
                 key = science(record.configuration)
-                _places(record.configuration)
+                places(record.configuration)
             except (AttributeError, KeyError, TypeError, ValueError):
                 problem = "its configuration is not that of a run"
         elif problem is None and record.status != "failed":

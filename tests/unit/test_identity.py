@@ -7,6 +7,8 @@ import json
 import linecache
 import shutil
 import sys
+from dataclasses import asdict
+from typing import Annotated
 
 import numpy as np
 import pytest
@@ -14,9 +16,10 @@ import pytest
 from cfsp.architecture.views import resolve
 from cfsp.calibration.statistics_cache import StatisticsCache
 from cfsp.checkpoint.save import save_checkpoint
-from cfsp.config.components import build
+from cfsp.config.components import build, component
 from cfsp.config.compose import compose
-from cfsp.config.identity import identity_of, run_id_of
+from cfsp.config.deciding import Decides, deciding_settings, separate
+from cfsp.config.identity import configuration_parts, identity_of, run_id_of
 from cfsp.config.parse import parse
 from cfsp.model.driver import BlockDriver
 from cfsp.model.load import load_model
@@ -156,3 +159,100 @@ def test_the_code_of_a_plug_in_is_part_of_the_identity(tmp_path, monkeypatch):
         identities.append(build("importance", {"_target_": "mine_metric.Mine"}, ["mine_metric"]).identity())
     assert identities[0]["class"] == identities[1]["class"]
     assert identities[0] != identities[1]
+
+
+@component
+class Source:
+    file: Annotated[str | None, Decides("content")] = None
+    rows: int = 1
+
+
+@component
+class Marked:
+    """A setting of each meaning."""
+
+    plain: int = 1
+    watched: Annotated[bool, Decides("nothing")] = False
+    label: Annotated[str, Decides("name")] = "x"
+    later: Annotated[float, Decides(before=1.0)] = 1.0
+    batch: Annotated[int | str, Decides(alike=(8, "auto"))] = 8
+    data: Source | None = None
+    entries: Annotated[dict[str, Source], Decides(chosen_by="used")] | None = None
+    used: tuple[str, ...] = ()
+
+
+def _lookup(target):
+    return {"Marked": Marked}.get(target), f"named {target}"
+
+
+def test_settings_are_separated_by_the_marks_of_their_fields():
+    settings = asdict(Marked(data=Source("here", 2)))
+    parts = separate(Marked, settings)
+    assert parts.values == {"plain": 1, "batch": 8, "data": {"rows": 2}, "entries": None, "used": ()}
+    assert parts.places == {"data.file": "here"}
+    assert separate(Marked, settings | {"later": 2.0, "unknown": 3}).values == parts.values | {
+        "later": 2.0,
+        "unknown": 3,
+    }
+    assert separate(None, settings).values == settings
+    assert deciding_settings(Marked(later=0.5)) == {
+        "plain": 1, "later": 0.5, "batch": 8, "data": None, "entries": None, "used": ()
+    }  # fmt: skip
+
+
+def test_tables_match_by_names_and_take_one_of_two_alike_values_for_the_other():
+    group = {"a": {"_target_": "Marked", "label": "y", "batch": 8}, "b": {"_target_": "other.Class", "batch": 8}}
+    assert separate(None, group, _lookup).values == {
+        "a": {"_target_": "named Marked", "label": "y", "batch": "auto"},
+        "b": {"_target_": "named other.Class", "batch": 8},
+    }
+
+
+def test_entries_that_are_not_chosen_decide_nothing():
+    @component
+    class Chooser:
+        used: list[str]
+        entries: Annotated[dict[str, Source], Decides(chosen_by="used")]
+
+    settings = {"used": ["b"], "entries": {"a": {"file": "1"}, "b": {"file": "2", "rows": 3}}}
+    parts = separate(Chooser, settings)
+    assert parts.values == {"entries": {"b": {"rows": 3}}}
+    assert parts.places == {"entries.b.file": "2"}
+
+
+#: A key and another value -> what becomes of it in the key by which tables match: other values, other places, nothing.
+CHANGES = {
+    "seed=1": "values",
+    "evaluate_selection=true": "values",
+    "evaluate_selection=false": "nothing",
+    "force=true": "nothing",
+    "plugins.allow=[json]": "nothing",
+    "logger=none": "nothing",
+    "paths.cache_dir=x": "nothing",
+    "save.model=true": "nothing",
+    "save.format=gguf": "nothing",
+    "save.dtype=float16": "values",
+    "model.device=cpu": "nothing",
+    "model.part=language_model": "values",
+    "model.path=elsewhere": "places",
+    "calibration.path=elsewhere": "places",
+    "calibration.memory_gb=1": "nothing",
+    "calibration.gram_share=0.5": "values",
+    "calibration.batch_size=8": "nothing",
+    "calibration.batch_size=4": "values",
+    "pruner.newton_steps=9": "nothing",
+    "recovery.log_every=3": "nothing",
+    "recovery.name=mine": "values",
+    "recovery.data.path=elsewhere": "places",
+    "evaluation.perplexity.texts.ptb.path=elsewhere": "nothing",
+    "evaluation.perplexity.texts.bundled.path=elsewhere": "places",
+    "evaluation.perplexity.seq_len=64": "values",
+}
+
+
+@pytest.mark.parametrize("word", CHANGES)
+def test_tables_match_a_run_by_what_its_keys_decide(word):
+    base = configuration_parts(parse(compose(["recovery=lora"])).raw)
+    other = configuration_parts(parse(compose(["recovery=lora", word])).raw)
+    changed = [name for name in ("values", "places") if getattr(base, name) != getattr(other, name)]
+    assert changed == [CHANGES[word]] * (CHANGES[word] != "nothing")

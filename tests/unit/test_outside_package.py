@@ -128,6 +128,22 @@ def test_a_metric_decides_what_stays(record, tmp_path):
     assert [block["ffn_kept"] for block in plan["blocks"]] == [list(range(32, 64))] * 2
 
 
+def test_settings_of_a_metric_count_in_the_identity_as_their_fields_are_marked(tmp_path):
+    def identity(*words: str) -> dict:
+        return _method("pruner=uniform", "importance._target_=outside_package.metric.LastFirst", *words)["importance"]
+
+    for name, content in (("a", "1"), ("b", "1"), ("c", "2")):
+        (tmp_path / name).write_text(content)
+    plain, first = identity(), identity(f"+importance.table={tmp_path / 'a'}")
+    assert set(plain) == {"class", "source", "sign", "table"}
+    assert identity("+importance.comment=x", "+importance.power=1") == plain
+    assert identity("+importance.sign=-1") != plain
+    assert identity("+importance.power=2") == plain | {"power": 2.0}
+    assert len(first["table"]) == 64
+    assert identity(f"+importance.table={tmp_path / 'b'}") == first
+    assert identity(f"+importance.table={tmp_path / 'c'}") != first
+
+
 def test_a_recovery_changes_the_model_and_is_part_of_the_identity(record):
     made = record("recovery._target_=outside_package.recovery.Scale", "+recovery.factor=2")
     assert made["recovery"] == {"name": "scale", "factor": 2.0}
