@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cfsp.checkpoint import reference as references
 from cfsp.checkpoint import reference_pass
 from cfsp.checkpoint.reference import LENGTH, Reference, copy_reference, ids_digest, place_of, read_reference
 from cfsp.checkpoint.reference_pass import GREEDY, reference_of, token_windows
