@@ -663,5 +663,5 @@ def test_a_unigram_sentencepiece_model_is_refused(tmp_path):
     piece = b"\x0a\x01a\x15" + struct.pack("<f", -1.0)
     unigram = b"\x0a" + bytes([len(piece)]) + piece + b"\x12\x02\x18\x01"
     (tmp_path / "tokenizer.model").write_bytes(unigram)
-    with pytest.raises(UnsupportedModelError, match="is no BPE model"):
+    with pytest.raises(UnsupportedModelError, match="is not a BPE model"):
         read_vocabulary(tmp_path, {"vocab_size": 10})
