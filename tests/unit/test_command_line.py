@@ -417,3 +417,19 @@ def test_a_multirun_with_one_good_run_ends_with_2(tmp_path, sound_words):
     assert "Traceback" not in ended.stderr
     (record,) = tmp_path.glob("outputs/*/*/*/record.json")
     assert json.loads(record.read_text())["run_id"] == record.parent.name
+
+
+def test_an_error_of_a_run_is_told_from_one_of_hydras_in_another_process_too(monkeypatch):
+    import pickle
+
+    from cfsp.cli import main
+
+    def fails(_):
+        raise ValueError("the run failed")
+
+    monkeypatch.setattr(main, "_run_unmarked", fails)
+    with pytest.raises(ValueError, match="the run failed") as failed:
+        main._run({})
+    error = pickle.loads(pickle.dumps(failed.value))  # as it travels from a launcher's process
+    assert main._understood(error, main._Session()) is error
+    assert isinstance(main._understood(ValueError("of Hydra"), main._Session()), ConfigError)
