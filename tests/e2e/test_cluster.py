@@ -32,9 +32,9 @@ SMALL = (
 @pytest.fixture
 def sweep(tmp_path, monkeypatch, capsys):
     """``code, out, err = sweep("key=value", ...)``, from a folder of its own, with paths relative to it."""
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests' / 'e2e'}")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests' / 'plugins'}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "e2e"))
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "plugins"))
     monkeypatch.chdir(tmp_path)
 
     def call(*words: str) -> tuple[int, str, str]:
@@ -148,7 +148,7 @@ def test_hydras_own_launcher_does_not_hide_a_failed_run(tmp_path):
         "importance._target_=failing_importance.Raises", "calibration.n_samples=4", "calibration.seq_len=32",
         "evaluation=none", "logger=none", "save.model=false",
     ]  # fmt: skip
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'e2e'}", "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'plugins'}", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
         [sys.executable, "-m", "cfsp.run", "-m", *words], cwd=tmp_path, env={**os.environ, **environment}, text=True,
         capture_output=True, timeout=100,

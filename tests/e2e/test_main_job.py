@@ -12,7 +12,7 @@ import torch
 import cfsp
 from cfsp.cli import main as run
 from tests.conftest import shared
-from tests.offline_wandb import offline_run
+from tests.helpers.offline_wandb import offline_run
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def _records(folder) -> dict[str, RunRecord]:
 def _start(words, **environment) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "cfsp.run", "sweep", *words], cwd=ROOT, text=True, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'e2e'}", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'plugins'}", **environment},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 

@@ -1,0 +1,158 @@
+"""Run identity: content decides, not the place; nothing different shares an id or a cache entry."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import linecache
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from cfsp.architecture.views import resolve
+from cfsp.calibration.statistics_cache import StatisticsCache
+from cfsp.checkpoint.save import save_checkpoint
+from cfsp.config.components import build
+from cfsp.config.compose import compose
+from cfsp.config.identity import identity_of, run_id_of
+from cfsp.config.parse import parse
+from cfsp.model.driver import BlockDriver
+from cfsp.model.load import load_model
+from cfsp.pipeline.preflight import prepare
+from cfsp.system.package import ROOT
+from tests.conftest import ROOT as PROJECT
+from tests.helpers.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two models of the same shape with other weights, and a copy of the first elsewhere; two token files."""
+    base = tmp_path_factory.mktemp("models")
+    for name, seed in (("one", 0), ("two", 1)):
+        save_checkpoint(tiny_model(seed=seed, vocab_size=4096), base / name, source=ROOT / "assets" / "books7m")
+    shutil.copytree(base / "one", base / "deep" / "copy")
+    generator = np.random.default_rng(0)
+    for name in ("a", "b"):
+        np.save(base / f"{name}.npy", generator.integers(0, 4096, (4, 16)))
+    shutil.copy(base / "a.npy", base / "deep" / "elsewhere.npy")
+    return base
+
+
+def prepared(base, model="one", tokens="a.npy", *words):
+    return prepare(
+        parse(
+            compose(
+                [
+                    "model=local", f"model.path={base / model}", "calibration=tokens",
+                    f"calibration.path={base / tokens}", "evaluation=none", *words,
+                ]
+            )
+        )
+    )  # fmt: skip
+
+
+def test_what_decides_the_result_changes_the_id(folders):
+    base = prepared(folders)
+    others = {
+        "another model": prepared(folders, "two"),
+        "other tokens": prepared(folders, "one", "b.npy"),
+        "another ratio": prepared(folders, "one", "a.npy", "sparsity.ratio=0.4"),
+        "another scope": prepared(folders, "one", "a.npy", "sparsity.scope=decoder", "sparsity.ratio=0.2"),
+        "another seed": prepared(folders, "one", "a.npy", "seed=1"),
+        "another metric": prepared(folders, "one", "a.npy", "importance=wanda"),
+        "another temperature": prepared(folders, "one", "a.npy", "allocator.temperature=2"),
+        "another saved dtype": prepared(folders, "one", "a.npy", "save.dtype=float16"),
+        "another preset": prepared(folders, "one", "a.npy", "pruner=uniform"),
+        "another dtype": prepared(folders, "one", "a.npy", "model.dtype=bfloat16"),
+        "another batch size": prepared(folders, "one", "a.npy", "calibration.batch_size=2"),
+        "dense": prepared(folders, "one", "a.npy", "pruner=none"),
+    }
+    ids = {name: other.run_id for name, other in others.items()}
+    assert base.run_id not in ids.values()
+    assert len(set(ids.values())) == len(ids), ids
+
+
+#: Records of every folder, few enough to parse in seconds.
+RECORDS = sorted((PROJECT / "results" / "records").rglob("*.json"))[::25]
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.parent.name + "-" + path.stem[-12:])
+def test_committed_records_keep_their_identity(path):
+    """The configuration and the inputs of a committed record still make its run id: nothing is measured again."""
+    record = json.loads(path.read_text())
+    # Some measured task files of an experiment, which a run would ask to be allowed.
+    config, stored = parse({**record["configuration"], "plugins": {"allow": ["tasks"]}}), record["identity"]
+    pruning = stored["pruning"] or {}
+    identity = identity_of(
+        config,
+        model=stored["model"],
+        dtype=stored["dtype"],
+        calibration=pruning.get("calibration"),
+        recovery=stored["recovery"],
+        stored_dtype=pruning.get("stored", {}).get("dtype", ""),
+        evaluation=stored["evaluation"],
+    )
+    assert run_id_of(config, identity) == record["run_id"]
+    assert json.loads(json.dumps(identity)) == stored
+
+
+def test_place_device_logger_and_paths_do_not(folders):
+    base = prepared(folders).run_id
+    assert prepared(folders, "deep/copy").run_id == base
+    assert prepared(folders, "one", "deep/elsewhere.npy").run_id == base
+    for words in (
+        ["model.device=cpu"],
+        ["logger=none"],
+        ["paths.output_dir=x", "paths.cache_dir=y"],
+        ["force=true"],
+        ["debug=true"],
+    ):
+        assert prepared(folders, "one", "a.npy", *words).run_id == base, words
+
+
+def test_different_models_and_tokens_never_share_a_cache_entry(folders, tmp_path):
+    paths = set()
+    for model in ("one", "two", "deep/copy"):
+        for tokens in ("a.npy", "b.npy"):
+            job = prepared(folders, model, tokens)
+            view = resolve(load_model(job.source, dtype=job.dtype, device=job.device))
+            cache = StatisticsCache(tmp_path, job.source.fingerprint)
+            paths.add(cache.path("statistics", BlockDriver(view, 8), job.calibration, 1))
+    assert len(paths) == 4
+
+
+def test_evaluators_of_another_class_are_another_run(folders, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    body = (
+        "from cfsp.config.components import component\n\n@component\nclass {name}:\n    side_by_side = False\n"
+        "    def check(self, tokenizer, limits):\n        return {{}}\n"
+        "    def measure(self, model, tokenizer):\n        return []\n"
+    )
+    (tmp_path / "my_evaluators.py").write_text(body.format(name="A") + "\n\n" + body.format(name="B"))
+    ids = {
+        prepared(
+            folders, "one", "a.npy", "plugins.allow=[my_evaluators]",
+            f"+evaluation.own._target_=my_evaluators.{name}",
+        ).run_id
+        for name in ("A", "B")
+    }  # fmt: skip
+    assert len(ids) == 2
+
+
+def test_the_code_of_a_plug_in_is_part_of_the_identity(tmp_path, monkeypatch):
+    """cfsp's own classes are covered by the method version; a class elsewhere may change without a word."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    identities = []
+    for body in ("return activation.rms", "return -activation.rms"):
+        (tmp_path / "mine_metric.py").write_text(
+            "from cfsp.config.components import component\n\n@component\nclass Mine:\n"
+            f"    def score(self, channels, activation):\n        {body}\n"
+        )
+        importlib.invalidate_caches()
+        sys.modules.pop("mine_metric", None)
+        linecache.clearcache()
+        identities.append(build("importance", {"_target_": "mine_metric.Mine"}, ["mine_metric"]).identity())
+    assert identities[0]["class"] == identities[1]["class"]
+    assert identities[0] != identities[1]
