@@ -156,3 +156,20 @@ def test_the_code_of_a_plug_in_is_part_of_the_identity(tmp_path, monkeypatch):
         identities.append(build("importance", {"_target_": "mine_metric.Mine"}, ["mine_metric"]).identity())
     assert identities[0]["class"] == identities[1]["class"]
     assert identities[0] != identities[1]
+
+
+@pytest.mark.parametrize("words", [[], ["calibration.skip_documents=0"]])
+def test_runs_from_before_documents_could_be_skipped_keep_their_identity(words) -> None:
+    from cfsp.calibration.calibration_set import identity
+
+    assert "skip_documents" not in identity(parse(compose(words)).calibration)
+    assert identity(parse(compose(["calibration.skip_documents=1"])).calibration)["skip_documents"] == 1
+
+
+def test_an_evaluated_text_keeps_its_identity_too() -> None:
+    from cfsp.config.sections import TextSection
+    from cfsp.data.text import locate_text
+
+    path = "pkg://cfsp/assets/text/evaluation.txt"
+    assert "skip_documents" not in locate_text(TextSection(path=path), "text").identity
+    assert locate_text(TextSection(path=path, skip_documents=2), "text").identity["skip_documents"] == 2
