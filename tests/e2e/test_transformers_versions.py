@@ -20,8 +20,8 @@ from cfsp.verify.comparison import compare
 from cfsp.verify.tool import TOOLS, ask
 from tests.conftest import ROOT, VOCABULARY
 from tests.helpers.environments import with_transformers
+from tests.helpers.structures import SOME, STRUCTURES, pruned
 from tests.helpers.tiny import ARCHITECTURES, tiny_model, tokens
-from tests.unit.pruned_model.test_pruned_structures import SOME, STRUCTURES, pruned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -25,13 +25,13 @@ from cfsp.data.text import locate_text, read_text
 from cfsp.errors import ConfigError, DataError
 from cfsp.recovery.data import _rows
 from cfsp.system.package import config_folder
-from tests.unit.config.test_answers_to_wrong_values import GROUPS, WRONG, _compositions, _keys, check_lines
+from tests.helpers.wrong_values import GROUPS, WRONG, check_lines, covering_compositions, keys_of
 
 OPTIONS = {group: sorted(path.stem for path in (config_folder() / group).glob("*.yaml")) for group in GROUPS}
 COMPOSED: list[Any] = [
-    OmegaConf.to_container(compose([*words, "paths.output_dir=out"]), resolve=True) for words in _compositions()
+    OmegaConf.to_container(compose([*words, "paths.output_dir=out"]), resolve=True) for words in covering_compositions()
 ]
-KEYS = sorted({".".join(key) for values in COMPOSED for key in _keys(values)})
+KEYS = sorted({".".join(key) for values in COMPOSED for key in keys_of(values)})
 
 few = settings(
     derandomize=True, max_examples=25, deadline=None,

@@ -29,9 +29,9 @@ from cfsp.plan.pruning_plan import COMPENSATION_IN_FOLDER, PruningPlan
 from cfsp.weights import shard_writer
 from cfsp.weights.shards import MARKER
 from tests.conftest import VOCABULARY, mentions, save_with_tokenizer
+from tests.helpers.structures import STRUCTURES, logits, pruned
 from tests.helpers.tiny import ARCHITECTURES, tiny_model, tokens
-from tests.unit.pruned_model.test_pruned_structures import STRUCTURES, logits, pruned
-from tests.unit.recovery.test_recovery import TRAINS
+from tests.helpers.training import TRAINS
 
 #: Not the exact function, only another order of the sums where zeros were put in between.
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

@@ -13,8 +13,8 @@ import torch
 
 from cfsp.checkpoint.save import save_checkpoint
 from tests.conftest import ROOT
+from tests.helpers.structures import logits, pruned
 from tests.helpers.tiny import tokens
-from tests.unit.pruned_model.test_pruned_structures import logits, pruned
 
 
 def run(program: str, *words: object, cwd: Path) -> str:

@@ -17,8 +17,8 @@ from cfsp.errors import BudgetError
 from cfsp.model.driver import BlockDriver
 from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
 from cfsp.pruner.depth import ShortGPT, SlidingWindow
+from tests.helpers.contexts import IDS, context_of
 from tests.helpers.tiny import tiny_model, tokens
-from tests.unit.pruner.test_search import IDS, context_of
 
 
 def hidden_states(model):

@@ -13,22 +13,18 @@ import torch
 
 import cfsp
 from cfsp.architecture.views import resolve
-from cfsp.calibration.calibrate import calibrate
-from cfsp.calibration.calibration_set import CalibrationSet
 from cfsp.calibration.statistics_cache import StatisticsCache
 from cfsp.config.budget import Budget
 from cfsp.errors import BudgetError, ConfigError, DataError, RunError, UnsupportedModelError
 from cfsp.evaluation.perplexity import negative_log_likelihood
 from cfsp.model.driver import BlockDriver
 from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
-from cfsp.pruner.base import PlanContext
 from cfsp.pruner.block_pruner import BlockPruner
 from cfsp.pruner.search import KnownLosses, SubmoduleSearch
 from cfsp.pruner.two_ssp import TwoSSP
 from cfsp.system.cache import saved_seconds
+from tests.helpers.contexts import IDS, context_of
 from tests.helpers.tiny import ARCHITECTURES, tiny_model, tokens
-
-IDS = tokens(4, 24)
 
 
 def without(model, *candidates) -> torch.nn.Module:
@@ -48,13 +44,6 @@ def nll(model) -> float:
 
 def search_of(model, path=None, batch_size=2) -> SubmoduleSearch:
     return SubmoduleSearch(BlockDriver(resolve(model), batch_size), IDS, KnownLosses(path))
-
-
-def context_of(model, budget, cache=None) -> PlanContext:
-    driver = BlockDriver(resolve(model), 2)
-    calibration = CalibrationSet(IDS, "random", "", 0)
-    statistics, _ = calibrate(driver, calibration)
-    return PlanContext(driver, calibration, statistics, budget, None, None, {"name": "test"}, "m", "f", cache)
 
 
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gemma2", "olmo2"])

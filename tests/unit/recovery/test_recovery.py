@@ -21,12 +21,10 @@ import cfsp
 from cfsp.recovery.ranks import importance_guided, matched
 from tests.conftest import POSITIONS, ROOT, SENTENCE, VOCABULARY, mentions, save_with_tokenizer
 from tests.helpers.tiny import tiny_model
+from tests.helpers.training import TRAINS
 
 #: peft uses a name that transformers has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-
-TRAINS = ["recovery.max_steps=6", "recovery.batch_size=4", "recovery.micro_batch_size=2", "recovery.cutoff=32",
-          "recovery.log_every=1", "save.dtype=float32", "save.model=true"]  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(40))

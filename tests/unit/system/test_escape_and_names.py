@@ -14,7 +14,7 @@ from cfsp.system.names import is_name
 from cfsp.tables.collection import collect
 from cfsp.tables.grid import table
 from cfsp.tables.render import comma_separated, latex, markdown
-from tests.unit.tables.test_tables import ENVIRONMENT, LAYOUT, _cell, _record
+from tests.helpers.records import ENVIRONMENT, LAYOUT, cell_of, record_of
 
 HOSTILE = "cpu\n\\input{/etc/passwd}\r\\write18{id}\x1b[31m|<script>x</script>[a](javascript:1)`$&\u202e"
 
@@ -42,9 +42,9 @@ def test_formulas_are_text_in_a_spreadsheet_and_numbers_stay(text, shown):
 
 
 def test_nothing_of_a_record_is_live_in_a_table(tmp_path):
-    cells = [_cell(pruner, 0) for pruner in ("cfsp", "flap", "uniform")]
+    cells = [cell_of(pruner, 0) for pruner in ("cfsp", "flap", "uniform")]
     for cell in cells:
-        record = _record(cell, 50.0, environment={**ENVIRONMENT, "cpu": HOSTILE, "packages": {"torch": HOSTILE}})
+        record = record_of(cell, 50.0, environment={**ENVIRONMENT, "cpu": HOSTILE, "packages": {"torch": HOSTILE}})
         for rows in record.measurements.values():
             rows[1]["task"] = f"=one{HOSTILE}"
         record.write(tmp_path / f"{record.run_id}.json")

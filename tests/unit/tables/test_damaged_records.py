@@ -13,7 +13,7 @@ from cfsp.sweep.composer import GridComposer
 from cfsp.sweep.request import request_of
 from cfsp.tables.collection import collect, science
 from tests.conftest import ROOT
-from tests.unit.tables.test_tables import _cell, _record
+from tests.helpers.records import cell_of, record_of
 
 
 def _changed(path, *keys, value):
@@ -71,7 +71,7 @@ DAMAGE = {
 
 @pytest.fixture(scope="module")
 def cells():
-    return [_cell(pruner, seed) for pruner in ("cfsp", "flap") for seed in (0, 1)]
+    return [cell_of(pruner, seed) for pruner in ("cfsp", "flap") for seed in (0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def composer():
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_record_is_skipped_by_name(tmp_path, cells, composer, damage):
     for at, cell in enumerate(cells):
-        _record(cell, 50.0 + at, recovery=None, calibration=None).write(tmp_path / f"{at}.json")
+        record_of(cell, 50.0 + at, recovery=None, calibration=None).write(tmp_path / f"{at}.json")
     DAMAGE[damage](tmp_path / "2.json")
     collection = collect(cells, tmp_path, composer)
     (line,) = collection.damaged

@@ -22,61 +22,19 @@ from cfsp.sweep.experiment import Cell
 from cfsp.tables.collection import Found, collect
 from cfsp.tables.figures import draw
 from cfsp.tables.grid import PEAK_MEMORY, pruning_seconds, table, value_of
-from cfsp.tables.layout import FigureLayout, GapOf, MeanOf, TableLayout
+from cfsp.tables.layout import FigureLayout, GapOf, TableLayout
 from cfsp.tables.render import comma_separated, latex, markdown
 from cfsp.tables.reported import load_reported
 from tests.conftest import ROOT
-
-ENVIRONMENT = {
-    "git": {"commit": "0123456789abcdef", "dirty": False},
-    "packages": {"cfsp": "0.1.0", "torch": "2.13.0", "transformers": "5.0", "lm-eval": "0.4"},
-    "cpu": "EPYC", "cores": 2, "gpus": [],
-}  # fmt: skip
-LAYOUT = TableLayout(
-    caption="A caption with 50 % & more",
-    groups=["sparsity.ratio"],
-    rows=["pruner"],
-    metrics=["removed", "perplexity/*", MeanOf(mean="zero_shot/*/acc", label="mean acc")],
-)
-
-
-def _cell(pruner: str, seed: int, ratio: str = "0.5", **more: str) -> Cell:
-    point = {"pruner": pruner, "sparsity.ratio": ratio, "seed": str(seed), **more}
-    return Cell(tuple(f"{key}={value}" for key, value in point.items()), point)
-
-
-def _row(suite: str, task: str, metric: str, value: float, **more):
-    return {"suite": suite, "task": task, "metric": metric, "value": value, "unit": "", "n": 8, "seq_len": 256, **more}
-
-
-def _record(cell: Cell, perplexity: float, acc: float = 0.5, dense: float = 40.0, **more) -> RunRecord:
-    def side(value: float, points: float):
-        return [
-            _row("perplexity", "bundled", "perplexity", value),
-            _row("zero_shot", "one", "acc", points),
-            _row("zero_shot", "two", "acc", points + 0.2),
-        ]
-
-    values = {
-        "run_id": re.sub(r"[^\w.-]", "_", "-".join(cell.point.values()))[:100],
-        "status": "success",
-        "configuration": parse(compose(cell.words)).raw,
-        "identity": {"version": METHOD_VERSION},
-        "environment": ENVIRONMENT,
-        "model": {"fingerprint": "sha256:1", "dtype": "float32"},
-        "plan": {"achieved": {"ratio": float(cell.point["sparsity.ratio"])}},
-        "measurements": {"dense": side(dense, 0.7), "pruned": side(perplexity, acc)},
-        "error": None,
-    }
-    return RunRecord(**{**values, **more})
+from tests.helpers.records import LAYOUT, cell_of, record_of, row_of
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Three pruners, two seeds; named otherwise than by their ids."""
-    cells = [_cell(pruner, seed) for pruner in ("cfsp", "flap", "uniform") for seed in (0, 1)]
+    cells = [cell_of(pruner, seed) for pruner in ("cfsp", "flap", "uniform") for seed in (0, 1)]
     for at, (cell, perplexity) in enumerate(zip(cells, (50.0, 51.0, 55.0, 57.0, 90.0, 91.0), strict=True)):
-        _record(cell, perplexity, acc=0.6 - at / 100).write(tmp_path / f"{9 - at}.json")
+        record_of(cell, perplexity, acc=0.6 - at / 100).write(tmp_path / f"{9 - at}.json")
     return tmp_path, cells
 
 
@@ -90,9 +48,9 @@ def test_records_are_found_by_what_they_decide_not_by_name_or_place(folder):
     elsewhere.configuration["logger"] = {}
     elsewhere.configuration["evaluation"]["perplexity"]["texts"]["another"] = {"path": "that was not measured"}
     elsewhere.write(path / "9.json")
-    found = collect([*cells, _cell("cfsp", 7)], path)
+    found = collect([*cells, cell_of("cfsp", 7)], path)
     assert [one.cell for one in found.found] == cells
-    assert found.missing == [_cell("cfsp", 7)]
+    assert found.missing == [cell_of("cfsp", 7)]
 
 
 def test_markdown_shows_means_spreads_marks_and_where_it_all_comes_from(folder):
@@ -184,26 +142,26 @@ def _refuses(records, match: str, layout: TableLayout = LAYOUT) -> None:
 
 
 def test_what_does_not_belong_into_one_table_is_refused():
-    a, b = _cell("cfsp", 0), _cell("flap", 0)
-    good = _record(a, 50)
-    other = _record(b, 50)
+    a, b = cell_of("cfsp", 0), cell_of("flap", 0)
+    good = record_of(a, 50)
+    other = record_of(b, 50)
     other.measurements["pruned"][0]["seq_len"] = 1024
     _refuses([(a, good), (b, other)], r"measured in two ways \(seq_len: 256 and 1024; cfsp-0.5-0 and flap-0.5-0\)")
-    other = _record(b, 50)
+    other = record_of(b, 50)
     other.measurements["pruned"][1]["version"] = "2.0"
     _refuses([(a, good), (b, other)], "zero_shot/one/acc was measured in two ways .version: None and 2.0")
-    _refuses([(a, good), (b, _record(b, 50, model={"fingerprint": "2", "dtype": "float32"}))], "more than one model")
+    _refuses([(a, good), (b, record_of(b, 50, model={"fingerprint": "2", "dtype": "float32"}))], "more than one model")
     _refuses(
-        [(a, good), (b, _record(b, 50, model={"fingerprint": "sha256:1", "dtype": "bf16"}))], "more than one dtype"
+        [(a, good), (b, record_of(b, 50, model={"fingerprint": "sha256:1", "dtype": "bf16"}))], "more than one dtype"
     )
-    _refuses([(a, good), (b, _record(b, 50, dense=41))], "the dense figures for perplexity, bundled differ")
-    bare = _record(a, 50)
+    _refuses([(a, good), (b, record_of(b, 50, dense=41))], "the dense figures for perplexity, bundled differ")
+    bare = record_of(a, 50)
     del bare.measurements["dense"]
     _refuses([(a, bare)], "no record has dense figures")
     wrong = LAYOUT.model_copy(update={"metrics": ["zero_shot/three/acc"]})
     _refuses([(a, good)], "zero_shot/three/acc: no record has such a figure; there are perplexity/bundled", wrong)
-    c = _cell("cfsp", 0, **{"sparsity.round_to": "64"})
-    _refuses([(a, good), (c, _record(c, 50))], "runs that differ in sparsity.round_to would stand in one place")
+    c = cell_of("cfsp", 0, **{"sparsity.round_to": "64"})
+    _refuses([(a, good), (c, record_of(c, 50))], "runs that differ in sparsity.round_to would stand in one place")
 
 
 def test_what_follows_from_the_model_may_differ_between_models():
@@ -211,8 +169,8 @@ def test_what_follows_from_the_model_may_differ_between_models():
     layout = LAYOUT.model_copy(update={"groups": ["model"]})
     found = []
     for name, tokens, window in (("llama2_7b", 100, 4096), ("qwen3_8b", 90, 40960)):
-        cell = _cell("cfsp", 0, model=name)
-        record = _record(cell, 50, model={"fingerprint": name, "dtype": "float32"})
+        cell = cell_of("cfsp", 0, model=name)
+        record = record_of(cell, 50, model={"fingerprint": name, "dtype": "float32"})
         for rows in record.measurements.values():
             rows[0]["n"] = tokens
             rows[1]["seq_len"] = rows[2]["seq_len"] = window
@@ -276,7 +234,7 @@ def test_the_command_writes_names_what_is_damaged_and_repeats_itself(tmp_path, m
     assert command.main(words) == 2
     assert "no record there is of temperature (bundled)" in capsys.readouterr().err
     for at, cell in enumerate(command.request_of(words).cells[:-1]):
-        _record(cell, 50.0 + at).write(records / f"{at}.json")
+        record_of(cell, 50.0 + at).write(records / f"{at}.json")
     assert command.main(words) == 0
     assert "1 of 8 runs have no record" in capsys.readouterr().out
     (records / "broken.json").write_text('{"schema": 1, "run')
@@ -386,7 +344,7 @@ def _stage(name: str, seconds: float, cached: bool = False, **more: float | None
 
 def test_pruning_time_counts_what_the_cache_saved_and_is_empty_where_that_is_not_known():
     def time_of(*stages: dict[str, object]) -> float | None:
-        return pruning_seconds(_record(_cell("cfsp", 0), 50.0, stages=list(stages)))
+        return pruning_seconds(record_of(cell_of("cfsp", 0), 50.0, stages=list(stages)))
 
     rest = (_stage("plan", 2.0, saved_seconds=0.0), _stage("apply", 0.5), _stage("evaluate pruned", 100.0))
     assert time_of(_stage("calibrate", 1.0, saved_seconds=0.0), *rest) == 3.5
@@ -412,7 +370,7 @@ def test_the_gap_is_the_log_of_the_perplexity_less_that_of_the_dense_model(folde
 
 def test_peak_memory_is_that_of_the_stages_that_prune():
     def peak_of(*stages: dict[str, object]) -> float | None:
-        return value_of(_record(_cell("cfsp", 0), 50.0, stages=list(stages)), PEAK_MEMORY)
+        return value_of(record_of(cell_of("cfsp", 0), 50.0, stages=list(stages)), PEAK_MEMORY)
 
     stages = [_stage("calibrate", 1.0, peak_bytes=5), _stage("plan", 1.0, peak_bytes=9)]
     assert peak_of(*stages, _stage("evaluate pruned", 1.0, peak_bytes=50)) == 9
@@ -426,10 +384,10 @@ def test_a_record_of_another_text_or_model_is_not_taken(tmp_path):
     (tmp_path / "c.txt").write_text((tmp_path / "a.txt").read_text(), encoding="utf-8")
     small = {"calibration.n_samples": "2", "calibration.seq_len": "16", "evaluation": "none", "calibration": "text"}
     a, b, c, gone = (
-        _cell("cfsp", 0, **small, **{"calibration.path": str(tmp_path / f"{name}.txt")})
+        cell_of("cfsp", 0, **small, **{"calibration.path": str(tmp_path / f"{name}.txt")})
         for name in ("a", "b", "c", "gone")
     )
-    _record(a, 50.0, identity=prepare(parse(compose(a.words))).identity).write(tmp_path / "records" / "a.json")
+    record_of(a, 50.0, identity=prepare(parse(compose(a.words))).identity).write(tmp_path / "records" / "a.json")
     found = collect([a, b, c, gone], tmp_path / "records")
     assert [one.cell for one in found.found] == [a, c], "the same file, and one with the same content"
     assert found.missing == [b, gone]
@@ -457,10 +415,10 @@ def test_what_is_missing_has_an_empty_row_and_competes_with_nobody(folder):
 def test_times_of_two_machines_are_not_mixed():
     found = []
     for seed, device in ((0, "cpu"), (1, "cuda")):
-        cell = _cell("cfsp", seed)
-        record = _record(cell, 50)
+        cell = cell_of("cfsp", seed)
+        record = record_of(cell, 50)
         for rows in record.measurements.values():
-            rows.append(_row("cost", "prefill", "tokens_per_second", 10.0, detail={"device": device, "threads": 2}))
+            rows.append(row_of("cost", "prefill", "tokens_per_second", 10.0, detail={"device": device, "threads": 2}))
         found.append(Found(cell, record))
     with pytest.raises(
         ConfigError, match="cost/prefill/tokens_per_second was measured in two ways .device: cpu and cu"

@@ -27,9 +27,9 @@ from cfsp.model.streamed import streamed
 from cfsp.verify.comparison import compare, tolerance_of
 from cfsp.weights.source import locate
 from tests.conftest import ROOT, mentions
+from tests.helpers.structures import STRUCTURES, pruned
 from tests.helpers.tiny import ARCHITECTURES, tiny_model
-from tests.unit.pruned_model.test_pruned_structures import STRUCTURES, pruned
-from tests.unit.recovery.test_recovery import TRAINS
+from tests.helpers.training import TRAINS
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
