@@ -18,12 +18,17 @@ from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
 from cfsp.pruned_model.adopt import adopt
 from cfsp.pruned_model.family import pruned_family
 from tests.helpers import architectures
+from tests.helpers.matrix import in_turn
 from tests.helpers.structures import GONE, SOME, STRUCTURES, logits, pruned
 from tests.helpers.tiny import ARCHITECTURES, tiny_model, tokens
 
-CASES = [(architecture, structure) for architecture in ARCHITECTURES for structure in STRUCTURES]
-CASES += [(a, s) for a in ("gemma2", "llama_bias") for s in STRUCTURES]
-CASES += [("olmo2", s) for s in ("widths", "first_attention", "attention", "ffn", "blocks")]
+#: Architectures whose code is that of Llama but for biases and norms meet the structures in turn.
+CASES = in_turn(
+    (*ARCHITECTURES, "llama_bias", "gemma2"),
+    list(STRUCTURES),
+    always=lambda architecture, structure: architecture in ("llama", "gemma2") or structure in ("heads", "everything"),
+)
+CASES += [pytest.param("olmo2", s) for s in ("widths", "first_attention", "attention", "ffn", "blocks")]
 
 
 @pytest.mark.parametrize(("architecture", "structure"), CASES)

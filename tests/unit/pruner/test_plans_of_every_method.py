@@ -15,6 +15,7 @@ from cfsp.errors import BudgetError, CheckpointError, ConfigError, DataError, Un
 from cfsp.plan import slicing
 from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
 from cfsp.pruner.probe import probe
+from tests.helpers.matrix import pairwise
 from tests.helpers.tiny import ARCHITECTURES, tiny_model, tokens
 
 FFN_PRUNERS = ("cfsp", "uniform", "magnitude_sp", "wanda_sp", "random", "flap")
@@ -80,9 +81,10 @@ def unit_of(plan, model, round_to) -> int:
     return len(plan.blocks) * (step + 64) if plan.method["name"] == "two_ssp" else step
 
 
-@pytest.mark.parametrize("ratio", [0.2, 0.5])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("pruner", [*FFN_PRUNERS, *HEAD_PRUNERS, *DEPTH_PRUNERS])
+@pytest.mark.parametrize(
+    ("pruner", "architecture", "ratio"),
+    pairwise([*FFN_PRUNERS, *HEAD_PRUNERS, *DEPTH_PRUNERS], ARCHITECTURES, [0.2, 0.5]),
+)
 def test_every_pruner_on_every_architecture(pruner, architecture, ratio, tmp_path):
     """Budget met, finite, model untouched, deterministic, masked == sliced, saved and reloaded with equal logits."""
     from transformers import AutoModelForCausalLM
@@ -138,10 +140,10 @@ METRICS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("compensation", ["none", "bias"])
-@pytest.mark.parametrize("structure", ["ffn", "heads", "heads_ffn"])
-@pytest.mark.parametrize("allocator", ["uniform", "coarse", "global_rank"])
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    ("metric", "allocator", "structure", "compensation"),
+    pairwise(METRICS, ["uniform", "coarse", "global_rank"], ["ffn", "heads", "heads_ffn"], ["none", "bias"]),
+)
 def test_any_metric_with_any_allocator_structure_and_compensation(metric, allocator, structure, compensation):
     model = _llama()
     words = [f"importance={metric}", f"allocator={allocator}", f"pruner.compensation={compensation}"]
