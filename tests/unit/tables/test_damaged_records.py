@@ -47,7 +47,7 @@ DAMAGE = {
     "a FIFO": _a_fifo,
     "a folder": _a_folder,
     "a link to nothing": lambda path: (path.unlink(), path.symlink_to("nowhere")),
-    "another schema": lambda path: _changed(path, "schema", value=2),
+    "another schema": lambda path: _changed(path, "schema", value=99),
     "a key more": lambda path: _changed(path, "colour", value="red"),
     "status": lambda path: _changed(path, "status", value=["success"]),
     "run_id": lambda path: _changed(path, "run_id", value="=1+1\n\\input"),
