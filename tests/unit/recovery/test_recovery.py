@@ -264,9 +264,9 @@ if where == "step":
 elif where == "checkpoint":
     before("_save_rng_state")
 else:
-    from cfsp import pipeline
-    real, calls = pipeline.round_to_stored, []
-    pipeline.round_to_stored = lambda *given: die() if calls else calls.append(real(*given))
+    from cfsp.pipeline import stages
+    real, calls = stages.round_to_stored, []
+    stages.round_to_stored = lambda *given: die() if calls else calls.append(real(*given))
 main()
 """
 
@@ -331,14 +331,14 @@ def test_killed_at_any_moment_a_training_goes_on_and_ends_the_same(
     ],
 )  # fmt: skip
 def test_what_is_damaged_is_not_gone_on_from(run_cfsp, sound_words, tmp_path, prose_file, monkeypatch, folder, file):
-    from cfsp.pipeline import run as pipeline
+    from cfsp.pipeline import stages
 
     words = [*sound_words, "recovery=lora", f"recovery.data.path={prose_file}", *TRAINS, "recovery.checkpoint_every=4"]
     words += ["recovery.objective=distill", "recovery.teacher=disk"]
     code, _, err = run_cfsp(*words, f"paths.output_dir={tmp_path / 'whole'}")
     assert code == 0, err
     with monkeypatch.context() as patch:  # killed, as it were, right after the training
-        patch.setattr(pipeline, "draw_blocks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(stages, "draw_blocks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run_cfsp(*words)[0] == 1
     (training,) = (tmp_path / "cache" / "progress").glob("*/training")
     if folder == "checkpoint-4":
@@ -357,11 +357,11 @@ def test_what_is_damaged_is_not_gone_on_from(run_cfsp, sound_words, tmp_path, pr
 @pytest.mark.usefixtures("one_thread")
 def test_a_killed_training_goes_on_in_another_folder(run_cfsp, sound_words, tmp_path, prose_file, monkeypatch):
     """The default paths.output_dir is a new one each time."""
-    from cfsp.pipeline import run as pipeline
+    from cfsp.pipeline import stages
 
     words = [*sound_words, "recovery=lora", f"recovery.data.path={prose_file}", *TRAINS]
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "draw_blocks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(stages, "draw_blocks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run_cfsp(*words, f"paths.output_dir={tmp_path / 'first'}")[0] == 1
     code, _, err = run_cfsp(*words, f"paths.output_dir={tmp_path / 'second'}")
     assert code == 0, err
@@ -372,11 +372,11 @@ def test_a_killed_training_goes_on_in_another_folder(run_cfsp, sound_words, tmp_
 
 @pytest.mark.usefixtures("one_thread")
 def test_force_begins_again(run_cfsp, sound_words, tmp_path, prose_file, monkeypatch):
-    from cfsp.pipeline import run as pipeline
+    from cfsp.pipeline import stages
 
     words = [*sound_words, "recovery=lora", f"recovery.data.path={prose_file}", *TRAINS, "recovery.checkpoint_every=4"]
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "draw_blocks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(stages, "draw_blocks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run_cfsp(*words)[0] == 1
     assert list((tmp_path / "cache" / "progress").glob("*/training/trained"))
     code, _, err = run_cfsp(*words, "force=true")
