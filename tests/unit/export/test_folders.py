@@ -29,6 +29,7 @@ from cfsp.plan.pruning_plan import COMPENSATION_IN_FOLDER, PruningPlan
 from cfsp.weights import shard_writer
 from cfsp.weights.shards import MARKER
 from tests.conftest import VOCABULARY, mentions, save_with_tokenizer
+from tests.helpers.matrix import pairwise
 from tests.helpers.structures import STRUCTURES, logits, pruned
 from tests.helpers.tiny import ARCHITECTURES, tiny_model, tokens
 from tests.helpers.training import TRAINS
@@ -92,9 +93,9 @@ def test_a_sliding_window_that_a_bias_needs_away_is_refused(tmp_path) -> None:
         padded.check(source)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("structure", "architecture", "dtype"), pairwise(list(STRUCTURES), ARCHITECTURES, [None, torch.bfloat16])
+)
 def test_hf_writes_the_folder_again(architecture, structure, dtype, tmp_path) -> None:
     model, source = folder_of(tmp_path, architecture, structure)
     hf.export(source, tmp_path / "again", dtype=dtype)

@@ -295,21 +295,21 @@ def test_verify_compares_hashes(run_cfsp, sound_words, tmp_path) -> None:
 
 
 def test_out_that_is_deleted_in_mid_run_is_no_success(run_cfsp, sound_words, tmp_path, monkeypatch) -> None:
-    from cfsp.pipeline import run as pipeline
+    from cfsp.pipeline import stages
 
-    real = pipeline.apply
+    real = stages.apply
 
     def deleting(*args):
         shutil.rmtree(tmp_path / "out")
         return real(*args)
 
-    monkeypatch.setattr(pipeline, "apply", deleting)
+    monkeypatch.setattr(stages, "apply", deleting)
     code, _, err = run_cfsp(*sound_words, "save.model=true")
     assert code == 1
     mentions([line for line in err.splitlines() if line.startswith("cfsp: ")], "paths.output_dir", "removed")
     record = RunRecord.read(tmp_path / "out" / "record.json")
     assert record is None or record.status == "failed"
-    monkeypatch.setattr(pipeline, "apply", real)
+    monkeypatch.setattr(stages, "apply", real)
     pruned(run_cfsp, sound_words, tmp_path)
 
 
@@ -557,12 +557,12 @@ def test_damaged_figures_are_no_figures(tmp_path, content) -> None:
 def test_a_plan_of_another_model_in_the_progress_of_a_run_is_made_again(
     run_cfsp, sound_words, plan_file, tmp_path, monkeypatch
 ) -> None:
-    from cfsp.pipeline import run as pipeline
+    from cfsp.pipeline import stages
 
-    real = pipeline.apply
-    monkeypatch.setattr(pipeline, "apply", lambda *_: (_ for _ in ()).throw(RuntimeError("stopped")))
+    real = stages.apply
+    monkeypatch.setattr(stages, "apply", lambda *_: (_ for _ in ()).throw(RuntimeError("stopped")))
     assert run_cfsp(*sound_words)[0] == 1
-    monkeypatch.setattr(pipeline, "apply", real)
+    monkeypatch.setattr(stages, "apply", real)
     (plan,) = (tmp_path / "cache" / "progress").glob("*/plan.json")
     whole = json.loads(plan.read_text())
     plan.write_text(plan_file.read_text())

@@ -33,6 +33,7 @@ from cfsp.plan.slice_block import slice_block
 from cfsp.pruner.least_squares import corrected, least_squares_compensation, refit, solve
 from cfsp.sparsity.budget import Sizes
 from tests.conftest import mentions
+from tests.helpers.matrix import pairwise
 from tests.helpers.tiny import ARCHITECTURES, tiny_model, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -373,9 +374,10 @@ def test_a_compensated_block_gives_more_of_its_output_back(importance, sequentia
     assert losses[1] < losses[0]
 
 
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "llama_bias"])
-@pytest.mark.parametrize("structure", ["ffn", "heads", "heads_ffn"])
-@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize(
+    ("architecture", "structure", "sequential"),
+    pairwise([*ARCHITECTURES, "llama_bias"], ["ffn", "heads", "heads_ffn"], [False, True]),
+)
 def test_plans_with_refitted_weights_replay_save_and_reload(architecture, structure, sequential, tmp_path) -> None:
     from cfsp.checkpoint.save import save_checkpoint
 
