@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from cfsp.cli.sweep import main
 from cfsp.launcher.cluster import SubmititLocal
 from cfsp.launcher.slurm import Slurm
 from cfsp.record.run_record import RunRecord
-from cfsp.sweep import request as command
 from cfsp.sweep.experiment import given_values
+from cfsp.sweep.request import _launcher
 from cfsp.system.package import config_folder
 from tests.conftest import ROOT
 
@@ -38,7 +39,7 @@ def sweep(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def call(*words: str) -> tuple[int, str, str]:
-        code = command.main([*SMALL, "paths.cache_dir=cache", "paths.records_dir=records", *words])
+        code = main([*SMALL, "paths.cache_dir=cache", "paths.records_dir=records", *words])
         return code, *capsys.readouterr()
 
     return call
@@ -123,7 +124,7 @@ def test_the_keys_are_the_plugins_and_the_files():
 
 
 def _sbatch(folder, *words: str) -> str:
-    launcher = command._launcher({"launcher": "slurm", **given_values(words)})
+    launcher = _launcher({"launcher": "slurm", **given_values(words)})
     return launcher._executor(folder, 5)._executor._make_submission_file_text("true", "x")
 
 

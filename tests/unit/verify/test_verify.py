@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cfsp.checkpoint import reference as references
+from cfsp.checkpoint import reference_pass
 from cfsp.checkpoint.reference import LENGTH, Reference, copy_reference, ids_digest, place_of, read_reference
 from cfsp.checkpoint.reference_pass import GREEDY, reference_of, token_windows
 from cfsp.checkpoint.save import save_checkpoint
@@ -298,7 +299,7 @@ def test_the_reference_of_a_bfloat16_model_is_that_of_its_weights(in_bfloat16):
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
     assert not any("forward" in vars(module) for module in model.modules())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(references, "_PIECE", 1000)  # some rows of a matrix at a time
+        patch.setattr(reference_pass, "_PIECE", 1000)  # some rows of a matrix at a time
         assert np.abs(reference_of(model).logprobs - found.logprobs).max() < 1e-4
     exact = reference_of(_bundled(torch.float32))
     assert np.abs(found.logprobs - exact.logprobs).max() < 1e-5
