@@ -1,16 +1,17 @@
 """cfsp: structured pruning of large language models.
 
->>> import cfsp
->>> model, tokenizer = cfsp.load("path/to/model")
->>> plan = cfsp.prune(model, input_ids, pruner="cfsp", ratio=0.5)
->>> model = cfsp.apply(model, plan)
+Example:
+    >>> import cfsp
+    >>> model, tokenizer = cfsp.load("path/to/model")
+    >>> plan = cfsp.prune(model, input_ids, pruner="cfsp", ratio=0.5)
+    >>> model = cfsp.apply(model, plan)
 """
 
 from __future__ import annotations
 
 from cfsp.system import interrupts as _interrupts
 
-_interrupts.quiet_command()  # before anything that takes time
+_interrupts.quiet_command()  # before the imports that take time
 
 from typing import TYPE_CHECKING, Any  # noqa: E402
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from cfsp.plan.pruning_plan import PruningPlan
     from cfsp.pruner.apply import apply
 
-#: Public name -> module; imported on first use, so that `cfsp --help` needs neither torch nor transformers.
+#: Public name -> its module, imported on first use (start-up time): `cfsp --help` needs neither torch nor transformers.
 _PUBLIC = {
     "prune": "cfsp.api",
     "apply": "cfsp.pruner.apply",

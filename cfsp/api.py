@@ -1,4 +1,4 @@
-"""The Python API: plan the pruning of a model that is already in memory."""
+"""Python API: plan the pruning of a model that is already in memory."""
 
 from __future__ import annotations
 
@@ -42,20 +42,34 @@ def prune(
     batch_size: int | None = None,
     overrides: Sequence[str] = (),
 ) -> PruningPlan:
-    """Plan the pruning of ``model`` (a transformers causal language model, left untouched).
+    """Plan the pruning of a model; the model is not changed.
 
     Args:
-        input_ids: calibration windows [n, T] (a tensor, array or nested list), run through the decoder once.
-        pruner: a name of ``conf/pruner``.
-        ratio: fraction of the parameters of ``scope`` to remove.
-        scope: ffn, decoder or model; None: the pruner's own (ffn where FFN neurons go, decoder where more does).
-        round_to: kept widths are multiples of it.
-        batch_size: sequences at a time; None: what suits device and memory.
-        overrides: more configuration, as on the command line: ``["allocator.temperature=2"]``.
+        model: causal language model of transformers, with all weights in memory.
+        input_ids: calibration windows [n, T] (a tensor, array or nested list), which run through the decoder once.
+        pruner: option of ``conf/pruner``.
+        ratio: fraction of the parameters of ``scope`` to remove, 0 < ratio < 1.
+        scope: parameters that the ratio refers to: ffn, decoder or model; None: the pruner's own scope (ffn if it
+            removes only FFN neurons, otherwise decoder).
+        round_to: kept widths are multiples of it, in neurons.
+        batch_size: sequences processed at a time; None: chosen for device and memory.
+        overrides: further configuration in the notation of the command line, e.g. ``["allocator.temperature=2"]``.
+
+    Returns:
+        The plan, which :func:`cfsp.apply` carries out.
 
     Raises:
-        CfspError: wrong settings (ConfigError), ids (DataError), structure (UnsupportedModelError) or a ratio that
-            cannot be met (BudgetError).
+        ConfigError: a setting is wrong.
+        DataError: the ids do not fit the model.
+        UnsupportedModelError: cfsp cannot prune a model of this structure.
+        BudgetError: the ratio cannot be met.
+
+    Example:
+        >>> model, tokenizer = cfsp.load("path/to/model")
+        >>> input_ids = tokenizer(text, return_tensors="pt").input_ids[:, :8192].reshape(-1, 256)
+        >>> plan = cfsp.prune(model, input_ids, pruner="cfsp", ratio=0.5)
+        >>> model = cfsp.apply(model, plan)
+        >>> model.save_pretrained("pruned")
     """
     settings = [
         f"pruner={pruner}",
@@ -92,12 +106,15 @@ def prune(
 
 @lru_cache(maxsize=64)
 def _configuration(words: tuple[str, ...]) -> RunConfig:
-    """Composing takes about as long as calibrating a small model; the last ones are kept."""
+    """Return the checked configuration.
+
+    The latest ones are cached, because composing takes about as long as calibrating a small model.
+    """
     return parse(compose(list(words)))
 
 
 def _fingerprint(view: DecoderView) -> str:
-    """The folder's, for a model that cfsp.load gave and nobody has edited since; else one of the memory's content."""
+    """Return the folder's fingerprint for an unedited model of ``cfsp.load``; otherwise a fingerprint of the memory."""
     loaded = getattr(view.model, "_cfsp_loaded", None)
     if loaded is not None and loaded[1] == weight_sample(view):
         return loaded[0]
@@ -105,10 +122,10 @@ def _fingerprint(view: DecoderView) -> str:
 
 
 def memory_fingerprint(model: nn.Module) -> str:
-    """Of every parameter and buffer in memory, for models that did not come from a folder through cfsp.
+    """Return a fingerprint of all parameters and buffers, for models that ``cfsp.load`` did not load.
 
-    sha256 over names, dtypes, shapes and a checksum of each 16 KiB, a sum of 64-bit words: at the memory's speed, where
-    hashing every byte would take a good part of a calibration pass.
+    It is a sha256 over names, dtypes, shapes and a checksum (a sum of 64-bit words) of each 16 KiB. Checksums run at
+    the memory's speed; hashing every byte would take a good part of a calibration pass.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -117,7 +134,7 @@ def memory_fingerprint(model: nn.Module) -> str:
         if flat.numel():
             data = flat.view(torch.uint8)
             whole = len(data) - len(data) % _CHECKED_BYTES
-            # A slice that does not begin on a word cannot be seen as words.
+            # A slice that does not begin at a multiple of 8 bytes cannot be viewed as 64-bit words.
             aligned = data if data.storage_offset() % 8 == 0 else data.clone()
             sums = aligned[:whole].view(torch.int64).view(-1, _CHECKED_BYTES // 8).sum(1)
             for part in (sums.cpu().view(torch.uint8), data[whole:].cpu()):
@@ -127,7 +144,7 @@ def memory_fingerprint(model: nn.Module) -> str:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off, and each module back as it was."""
+    """Put the model into evaluation mode inside the context; restore the mode of each module afterwards."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,7 +1,6 @@
-"""The errors a user can cause or meet; each carries one sentence that says what is wrong and the way out.
+"""Errors that cfsp raises on purpose; each message says what is wrong and the way out.
 
-``exit_code`` is what the command line returns: 2 where the configuration or an input is wrong, 1 where a run
-failed on its way.
+The command line returns their ``exit_code``: 2 if the configuration or an input is wrong, 1 if a run failed.
 """
 
 from __future__ import annotations
@@ -16,24 +15,26 @@ class CfspError(Exception):
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """One line per finding, of bounded length and without control characters."""
+        """One line for each finding, of bounded length and without control characters."""
         return (one_line(str(self)),)
 
 
 class ConfigError(CfspError):
-    """Keys, values or combinations of values are wrong."""
+    """A key, a value or a combination of values in the configuration is wrong."""
 
     def __init__(self, *problems: str) -> None:
+        """Join the findings, one text each, into one message."""
         super().__init__("; ".join(problems))
         self._problems = tuple(map(one_line, problems))
 
     @property
     def problems(self) -> tuple[str, ...]:
+        """One line for each finding, of bounded length and without control characters."""
         return self._problems
 
 
 class UnsupportedModelError(CfspError):
-    """The model's structure is not one that can be pruned here."""
+    """cfsp cannot prune a model of this structure."""
 
 
 class BudgetError(CfspError):
@@ -49,7 +50,7 @@ class CheckpointError(CfspError):
 
 
 class BusyError(CfspError):
-    """Another process is at this run now."""
+    """Another process is executing this run now."""
 
     exit_code = 1
 
@@ -60,18 +61,21 @@ class RunError(CfspError):
     exit_code = 1
 
 
-#: Longest line that answers a user.
+#: Most characters of a line that is shown to a user.
 LONGEST = 480
 
 
 def printable(text: str) -> str:
-    """A text on one line: white space folded, control characters and halves of characters written as escapes."""
+    """Return a text on one line: white space is folded, control characters and lone surrogates become escapes."""
     folded = " ".join(text.split())
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", _escaped, folded)
 
 
 def one_line(text: str, longest: int = LONGEST) -> str:
-    """Cut an answer to ``longest`` characters, in its middle: the end is the way out."""
+    """Return a text on one line of at most ``longest`` characters.
+
+    A longer text is cut in its middle, because its end is the way out.
+    """
     line = printable(text)
     if len(line) <= longest:
         return line

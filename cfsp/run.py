@@ -1,4 +1,4 @@
-"""The module behind ``python -m cfsp.run``; the command line itself is :mod:`cfsp.cli.main`."""
+"""Entry point of ``python -m cfsp.run``; the command line itself is in :mod:`cfsp.cli.main`."""
 
 from cfsp.cli.main import main
 

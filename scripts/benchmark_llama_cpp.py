@@ -1,4 +1,4 @@
-"""How much faster a pruned model is in llama.cpp: prompt and generation, dense beside half of the FFN.
+"""Measure the speed of a pruned model in llama.cpp: prompt and generation, dense beside half of the FFN.
 
     python scripts/benchmark_llama_cpp.py [repeats=5] [threads=1] [dtypes=f32,f16,q8_0] [environment=FOLDER]
         [work=outputs/benchmark_llama_cpp] [results=results]
@@ -28,7 +28,7 @@ from llama_cpp_environment import default_folder, environment
 from cfsp.benchmark import llama_cpp_job
 from cfsp.benchmark.alternation import pairwise
 from cfsp.benchmark.make_checkpoint import Shape, make_checkpoint
-from cfsp.benchmark.part import Check, Found, Settings, markdown, span, write
+from cfsp.benchmark.part import Check, Result, Settings, markdown, span, write
 from cfsp.config.components import suggest
 from cfsp.errors import ConfigError, RunError
 from cfsp.export.gguf import GgufDType
@@ -40,7 +40,7 @@ from cfsp.weights.shards import read_header, weight_files
 SHAPE = Shape(hidden=1024, ffn=4096, blocks=16, heads=16, kv_heads=8, vocab=8192, dtype="float32")
 STEP = 32
 PROMPT, GENERATE = 256, 24
-#: Both must be so many times faster than dense.
+#: Smallest speed-up of prompt and of generation.
 LIMIT = 1.5
 TOOL = ROOT / "verify" / "tools" / "llama_cpp.py"
 _KEYS = ("repeats", "threads", "dtypes", "environment", "work", "results")
@@ -48,7 +48,16 @@ _KEYS = ("repeats", "threads", "dtypes", "environment", "work", "results")
 
 @dataclass(frozen=True)
 class Request:
-    """The checked command line."""
+    """The checked command line.
+
+    Attributes:
+        repeats: how often each file is timed.
+        threads: threads of llama.cpp.
+        dtypes: dtypes of the GGUF files.
+        environment: folder of the environment with llama-cpp-python.
+        work: folder for models.
+        results: folder for record and table.
+    """
 
     repeats: int = 5
     threads: int = 1
@@ -59,51 +68,52 @@ class Request:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the benchmark; returns the exit code."""
     given = sys.argv[1:] if words is None else list(words)
     return command("benchmark_llama_cpp", str(__doc__), given or ["repeats=5"], _benchmark)
 
 
 def read(words: Sequence[str]) -> Request:
-    """
+    """Read the command line.
+
     Raises:
-        ConfigError: everything that is wrong with the command line.
+        ConfigError: everything that is wrong with its keys and values.
     """
-    problems, found = [], dict[str, Any]()
+    problems, result = [], dict[str, Any]()
     for key, value in given_values(words).items():
-        values = [str(one) for one in value] if isinstance(value, list) else [str(value)]
+        values = [str(item) for item in value] if isinstance(value, list) else [str(value)]
         if key not in _KEYS:
             problems.append(f"{key}: there is no such key{suggest(key, _KEYS)}; there are {', '.join(_KEYS)}")
         elif key == "dtypes":
             known = [dtype for dtype in get_args(GgufDType) if dtype != "auto"]
-            problems += [f"dtypes={one}: give {', '.join(known)}" for one in values if one not in known]
-            found[key] = tuple(dict.fromkeys(values))
+            problems += [f"dtypes={name}: give {', '.join(known)}" for name in values if name not in known]
+            result[key] = tuple(dict.fromkeys(values))
         elif len(values) != 1 or not values[0]:
             problems.append(f"{key}={','.join(values)}: give one value")
         elif key in ("repeats", "threads"):
             if not values[0].isdigit() or int(values[0]) < 1:
                 problems.append(f"{key}={values[0]}: give a whole number from 1")
             else:
-                found[key] = int(values[0])
+                result[key] = int(values[0])
         else:
-            found[key] = Path(values[0]).expanduser()
+            result[key] = Path(values[0]).expanduser()
     if problems:
         raise ConfigError(*problems)
-    return Request(**found)
+    return Request(**result)
 
 
 def widths(shape: Shape) -> list[int]:
-    """One for each block: half of the FFN on average, in multiples of 32, from a quarter to three quarters."""
-    found = []
+    """Return the width of each block: half of the FFN on average, in multiples of 32, from 1/4 to 3/4 of it."""
+    result = []
     for index in range(shape.blocks):
-        # Pairs of blocks, one as much below the mean as the other is above; no two pairs alike.
+        # In each pair of blocks, the first is as much below the mean as the second is above. No two pairs are equal.
         away = STEP * round((index // 2 + 1) / (shape.blocks // 2) * shape.ffn / 4 / STEP - 1)
-        found.append(shape.ffn // 2 + (away if index % 2 else -away))
-    return found
+        result.append(shape.ffn // 2 + (away if index % 2 else -away))
+    return result
 
 
 def folders(work: Path, shape: Shape) -> dict[str, Path]:
-    """The dense folder and the pruned one."""
+    """Write the dense folder and the pruned one."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -121,10 +131,10 @@ def folders(work: Path, shape: Shape) -> dict[str, Path]:
 
 
 def measured(python: Path, request: Request, files: dict[str, Path]) -> dict[str, Any]:
-    """The reply of a job.
+    """Run a job in a process of its own; returns its reply.
 
     Raises:
-        RunError: it failed; its last words.
+        RunError: it failed; has the end of its error output.
     """
     asked = {
         "tool": str(TOOL),
@@ -137,31 +147,31 @@ def measured(python: Path, request: Request, files: dict[str, Path]) -> dict[str
     words = [str(python), llama_cpp_job.__file__, json.dumps(asked)]
     process = subprocess.run(words, capture_output=True, text=True)
     if process.returncode:
-        said = " ".join(process.stderr.split())[-300:] or "no word on stderr"
-        raise RunError(f"llama.cpp ended with exit code {process.returncode}: {said}")
-    found: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
-    return found
+        message = " ".join(process.stderr.split())[-300:] or "no word on stderr"
+        raise RunError(f"llama.cpp ended with exit code {process.returncode}: {message}")
+    reply: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return reply
 
 
-def measure(request: Request, shape: Shape = SHAPE) -> Found:
-    """Rows: one for each dtype and of prompt and generation."""
+def measure(request: Request, shape: Shape = SHAPE) -> Result:
+    """Measure a row for each dtype, of prompt and of generation."""
     from cfsp.export.folder import read_folder
     from cfsp.export.gguf import export
 
     python = environment(request.environment)
-    found = Found("llama_cpp", "", script="benchmark_llama_cpp.py")
+    result = Result("llama_cpp", "", program="python scripts/benchmark_llama_cpp.py")
     models = folders(request.work, shape)
     parameters = {name: _parameters(folder) for name, folder in models.items()}
-    found.notes = {"threads": request.threads, "widths": widths(shape), "parameters": parameters}
+    result.notes = {"threads": request.threads, "widths": widths(shape), "parameters": parameters}
     for dtype in request.dtypes:
         files = {}
         for name, folder in models.items():
             files[name] = request.work / f"{name}-{dtype}.gguf"
             export(read_folder(folder), files[name], dtype=dtype)  # type: ignore[arg-type]
         reply = measured(python, request, files)
-        found.notes["llama_cpp_python"] = reply["version"]
+        result.notes["llama_cpp_python"] = reply["version"]
         for key, count in (("prompt", PROMPT), ("generate", GENERATE)):
-            seconds = {name: [one["cpu"] for one in reply["seconds"][name][key]] for name in files}
+            seconds = {name: [timed["cpu"] for timed in reply["seconds"][name][key]] for name in files}
             ratio, ratios = pairwise(seconds["dense"], seconds["pruned"])
             row = {
                 "dtype": dtype,
@@ -173,12 +183,12 @@ def measure(request: Request, shape: Shape = SHAPE) -> Found:
                 "speed_ups": ratios,
                 "bytes": {name: file.stat().st_size for name, file in files.items()},
             }
-            found.rows.append(row)
-            found.checks.append(Check(f"{dtype} {key}, times dense", ratio, LIMIT, at_least=True))
+            result.rows.append(row)
+            result.checks.append(Check(f"{dtype} {key}, times dense", ratio, LIMIT, at_least=True))
             print(f"llama_cpp: {dtype} {key}: {ratio:.2f}", flush=True)
         for file in files.values():
             file.unlink()
-    return found
+    return result
 
 
 def _parameters(folder: Path) -> int:
@@ -186,8 +196,8 @@ def _parameters(folder: Path) -> int:
     return sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
 
 
-def table(found: Found) -> str:
-    """Markdown."""
+def table(result: Result) -> str:
+    """Render the table as Markdown."""
     head = [
         "dtype, tokens",
         "dense, tokens/s",
@@ -203,32 +213,32 @@ def table(found: Found) -> str:
             f"**{row['speed_up']:.2f}** ({span(row['speed_ups'])})",
             *(f"{row['bytes'][name] / 1e6:.0f}" for name in ("dense", "pruned")),
         ]
-        for row in found.rows
+        for row in result.rows
     ]
-    parameters, given = found.notes["parameters"], found.notes["widths"]
+    parameters, given = result.notes["parameters"], result.notes["widths"]
     millions = {name: f"{count / 1e6:.0f} million" for name, count in parameters.items()}
     explained = (
         f"A randomly initialised LLaMA (hidden {SHAPE.hidden}, FFN {SHAPE.ffn}, {SHAPE.blocks} blocks, {SHAPE.heads} "
         f"heads of which {SHAPE.kv_heads} KV, vocabulary {SHAPE.vocab}; {millions['dense']} parameters) and the same "
         f"with half of its FFN neurons ({millions['pruned']}; widths from {min(given)} to {max(given)}, multiples of "
-        f"{STEP}), exported by cfsp. llama-cpp-python {found.notes['llama_cpp_python']}, threads: "
-        f"{found.notes['threads']}, flash attention, no repacked weights (use_extra_bufts=False). Seconds of the "
+        f"{STEP}), exported by cfsp. llama-cpp-python {result.notes['llama_cpp_python']}, threads: "
+        f"{result.notes['threads']}, flash attention, no repacked weights (use_extra_bufts=False). Seconds of the "
         "process on the CPU; medians of repeats in alternation; prompt and generation begin without a context, as in "
         "llama-bench. The export fills widths up to multiples of 64 in f16 and bf16."
     )
-    return markdown("Pruned models in llama.cpp", head, rows, found, explained)
+    return markdown("Pruned models in llama.cpp", head, rows, result, explained)
 
 
 def _benchmark(words: Sequence[str]) -> int:
     request = read(words)
-    found = measure(request)
-    text = table(found)
-    write(found, text, Settings(repeats=request.repeats, results=request.results))
+    result = measure(request)
+    text = table(result)
+    write(result, text, Settings(repeats=request.repeats, results=request.results))
     shutil.rmtree(request.work, ignore_errors=True)
     print(f"\n{text}", flush=True)
-    missed = [str(check) for check in found.checks if not check.met]
-    for one in missed:
-        print(f"benchmark_llama_cpp: limit missed: {one}", file=sys.stderr)
+    missed = [str(check) for check in result.checks if not check.met]
+    for check in missed:
+        print(f"benchmark_llama_cpp: limit missed: {check}", file=sys.stderr)
     return 1 if missed else 0
 
 

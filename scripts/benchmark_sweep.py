@@ -1,4 +1,4 @@
-"""What twelve runs of a sweep cost beside one: CFSP at four ratios with three allocators, against one of the twelve.
+"""Measure the cost of twelve runs of a sweep beside one: CFSP at four ratios with three allocators.
 
     python scripts/benchmark_sweep.py [repeats=5] [work=outputs/benchmark_sweep] [results=results]
 
@@ -36,18 +36,18 @@ SHAPE: dict[str, Any] = {
     "num_hidden_layers": 8,
     "num_attention_heads": 16,
 }
-#: A sweep of twelve may cost so much more than one run.
+#: Largest ratio of the seconds of the sweep to those of the single run.
 LIMIT = 1.5
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 1 where a ratio is above the limit."""
+    """Run the benchmark; returns the exit code, 1 where a ratio is above the limit."""
     given = sys.argv[1:] if words is None else list(words)
     return command("benchmark_sweep", str(__doc__), given or ["repeats=5"], _benchmark)
 
 
 def make_model(folder: Path) -> None:
-    """The benchmark's model, in fp32, with the bundled tokenizer."""
+    """Write the benchmark's model in fp32 with the bundled tokenizer."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -61,7 +61,7 @@ def make_model(folder: Path) -> None:
 
 
 def measured(model: Path, folder: Path, windows: int, ratios: list[float], allocators: list[str]) -> dict[str, Any]:
-    """In this process: the runs' seconds, and what their records say of load and calibration."""
+    """Run a sweep in this process; returns its seconds, and how often its runs loaded and calibrated."""
     from cfsp.launcher.launch import Sequential
     from cfsp.record.run_record import RunRecord
     from cfsp.sweep.job import jobs_of
@@ -78,7 +78,7 @@ def measured(model: Path, folder: Path, windows: int, ratios: list[float], alloc
         **{f"paths.{key}": str(folder / key) for key in ("output_dir", "records_dir", "cache_dir")},
     }  # fmt: skip
     failed: list[str] = []
-    # Imports are not what is measured.
+    # Imports come before the clock starts.
     from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
     import cfsp.pipeline.run  # noqa: F401
@@ -106,11 +106,11 @@ def measured(model: Path, folder: Path, windows: int, ratios: list[float], alloc
     }
 
 
-def table(found: dict[str, Any]) -> str:
-    """Markdown of what :func:`_benchmark` records."""
+def table(record: dict[str, Any]) -> str:
+    """Render the record of the benchmark as Markdown."""
     head = ["windows", "one run, s", "twelve runs, s", "ratio (lowest to highest)", "loads", "calibrations"]
     lines = ["### Twelve runs of a sweep beside one", "", line(head), line(["---", *["--:"] * (len(head) - 1)])]
-    for part in found["parts"]:
+    for part in record["parts"]:
         one, twelve = part["one"], part["twelve"]
         spread = f"**{part['ratio']:.2f}** ({min(part['ratios']):.2f} to {max(part['ratios']):.2f})"
         lines.append(
@@ -121,13 +121,14 @@ def table(found: dict[str, Any]) -> str:
                 ]
             )
         )  # fmt: skip
-    environment, packages = found["environment"], found["environment"]["packages"]
+    environment, packages = record["environment"], record["environment"]["packages"]
     git = environment["git"] or {"commit": "an installed wheel", "dirty": False}
     lines += [
         "",
-        f"Medians of {found['repeats']} measurements each, in alternation. CFSP at ratios {RATIOS} with the allocators "
-        f"{', '.join(ALLOCATORS)}; the one run: {RATIOS[-1]}, {ALLOCATORS[0]}. Hidden {SHAPE['hidden_size']}, FFN "
-        f"{SHAPE['intermediate_size']}, {SHAPE['num_hidden_layers']} blocks, float32, no evaluation, nothing saved.  ",
+        f"Medians of {record['repeats']} measurements each, in alternation. CFSP at ratios {RATIOS} with the "
+        f"allocators {', '.join(ALLOCATORS)}; the one run: {RATIOS[-1]}, {ALLOCATORS[0]}. Hidden "
+        f"{SHAPE['hidden_size']}, FFN {SHAPE['intermediate_size']}, {SHAPE['num_hidden_layers']} blocks, float32, no "
+        "evaluation, nothing saved.  ",
         f"Commit: {git['commit'][:12]}{'+changes' if git['dirty'] else ''}. torch {packages['torch']}, transformers "
         f"{packages['transformers']}. {environment['cpu']}, {environment['cores']} cores.  ",
         "Made by: python scripts/benchmark_sweep.py",
@@ -164,14 +165,14 @@ def _benchmark(words: Sequence[str]) -> int:
             print(f"{windows} windows: {one['seconds']:.1f} s, {twelve['seconds']:.1f} s", flush=True)
         ratios = [b["seconds"] / a["seconds"] for a, b in zip(pairs["one"], pairs["twelve"], strict=True)]
         parts.append({"windows": windows, **pairs, "ratios": ratios, "ratio": median(ratios)})
-    found = {"repeats": repeats, "parts": parts, "environment": environment.describe()}
+    record = {"repeats": repeats, "parts": parts, "environment": environment.describe()}
     for path, content in (
-        (results / "benchmarks" / "sweep.json", json.dumps(found, indent=2) + "\n"),
-        (results / "tables" / "benchmark_sweep.md", table(found)),
+        (results / "benchmarks" / "sweep.json", json.dumps(record, indent=2) + "\n"),
+        (results / "tables" / "benchmark_sweep.md", table(record)),
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content, encoding="utf-8")
-    print(table(found))
+    print(table(record))
     above = [part for part in parts if part["ratio"] > LIMIT]
     if above:
         print(f"benchmark_sweep: above {LIMIT}: {above[0]['ratio']:.2f}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Overfitting: perplexity on the calibration windows themselves against held-out text, over the number of windows.
+"""Measure overfitting: perplexity on the calibration windows against held-out text, over the number of windows.
 
     python scripts/calibration_fit.py                                         the bundled model
     python scripts/calibration_fit.py --model FOLDER --text FILE --name NAME  another one: a local model and a text
@@ -21,7 +21,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOWS, SEQ_LEN, HELD_OUT, SEEDS, RATIO = (2, 4, 8, 16, 32, 64, 128, 256), 256, 80, (0, 1, 2), 0.5
-#: Name -> the pruner and its words.
+#: Pruner and overrides of each method.
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cfsp": ("cfsp", ()),
     "obs, coarse, least squares": (
@@ -33,6 +33,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def main() -> int:
+    """Measure and write the files; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a model folder; without it the bundled model")
     parser.add_argument("--text", type=Path, help="a text that the model of --model knows")
@@ -43,13 +44,13 @@ def main() -> int:
     given = parser.parse_args()
     if (given.model is None) != (given.text is None) or (given.model is None) != (given.name is None):
         parser.error("--model, --text and --name belong together")
-    found = measured(given)
-    write(found, given.results)
+    record = measured(given)
+    write(record, given.results)
     return 0
 
 
 def measured(given: argparse.Namespace) -> dict[str, Any]:
-    """Rows: method, windows, seed, and the perplexities of the pruned model."""
+    """Measure a row for each seed, number of windows and method; returns the record."""
     import torch
 
     import cfsp
@@ -99,7 +100,7 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def perplexities(model: Any, plan: Any, ids: Any, test: Any) -> dict[str, float]:
-    """Of the model that ``plan`` leaves, on its own calibration windows and on held-out ones."""
+    """Return the perplexities of the pruned model on its calibration windows and on held-out ones."""
     import cfsp
     from cfsp.model.snapshot import restored
 
@@ -109,40 +110,40 @@ def perplexities(model: Any, plan: Any, ids: Any, test: Any) -> dict[str, float]
 
 
 def perplexity(model: Any, windows: Any) -> float:
-    """exp of the mean NLL per predicted token."""
+    """Return exp of the mean NLL per predicted token."""
     from cfsp.evaluation.perplexity import negative_log_likelihood
 
     total, count = negative_log_likelihood(model, windows, 8, "windows")
     return math.exp(total / count)
 
 
-def write(found: dict[str, Any], results: Path) -> None:
-    """The record, the table and the figure."""
-    name = found["name"]
-    files = {results / "calibration_fit" / f"{name}.json": (json.dumps(found, indent=2) + "\n").encode()}
-    files[results / "tables" / f"calibration_fit-{name}.md"] = table(found).encode()
-    for ending, content in figure(found).items():
+def write(record: dict[str, Any], results: Path) -> None:
+    """Write the record, the table and the figure."""
+    name = record["name"]
+    files = {results / "calibration_fit" / f"{name}.json": (json.dumps(record, indent=2) + "\n").encode()}
+    files[results / "tables" / f"calibration_fit-{name}.md"] = table(record).encode()
+    for ending, content in figure(record).items():
         files[results / "figures" / f"calibration_fit-{name}.{ending}"] = content
     for path, content in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    print(table(found))
+    print(table(record))
 
 
-def means(found: dict[str, Any], method: str, side: str) -> list[float]:
-    """Over the seeds, for each number of windows."""
-    of_method = [row for row in found["rows"] if row["method"] == method]
-    return [mean(row[side] for row in of_method if row["windows"] == number) for number in WINDOWS]
+def means(record: dict[str, Any], method: str, side: str) -> list[float]:
+    """Return the mean over the seeds for each number of windows."""
+    rows = [row for row in record["rows"] if row["method"] == method]
+    return [mean(row[side] for row in rows if row["windows"] == number) for number in WINDOWS]
 
 
-def table(found: dict[str, Any]) -> str:
-    """Markdown: held-out / calibration perplexity."""
-    lines = [f"### Calibration against held-out perplexity: {found['name']}", ""]
+def table(record: dict[str, Any]) -> str:
+    """Render the table as Markdown, with held-out and calibration perplexity in each cell."""
+    lines = [f"### Calibration against held-out perplexity: {record['name']}", ""]
     lines += ["| windows | " + " | ".join(METHODS) + " |", "| --: |" + " --: |" * len(METHODS)]
     columns = [
         [
             f"{held:.2f} ({own:.2f})"
-            for held, own in zip(means(found, m, "held_out"), means(found, m, "calibration"), strict=True)
+            for held, own in zip(means(record, m, "held_out"), means(record, m, "calibration"), strict=True)
         ]
         for m in METHODS
     ]
@@ -150,21 +151,21 @@ def table(found: dict[str, Any]) -> str:
         f"| {number} | " + " | ".join(row) + " |"
         for number, row in zip(WINDOWS, zip(*columns, strict=True), strict=True)
     ]
-    git = found["environment"]["git"]
-    seeds = ", ".join(map(str, sorted({row["seed"] for row in found["rows"]})))
+    git = record["environment"]["git"]
+    seeds = ", ".join(map(str, sorted({row["seed"] for row in record["rows"]})))
     lines += [
         "",
-        f"Held-out perplexity, in brackets that on the calibration windows; {found['ratio']:.0%} of the FFN neurons "
-        f"removed, round_to {found['round_to']}, windows of {found['seq_len']} tokens, means over the seeds {seeds}; "
-        f"dense, held out: {found['dense']['held_out']:.2f} ({found['held_out_windows']} windows).  ",
+        f"Held-out perplexity, in brackets that on the calibration windows; {record['ratio']:.0%} of the FFN neurons "
+        f"removed, round_to {record['round_to']}, windows of {record['seq_len']} tokens, means over the seeds {seeds}; "
+        f"dense, held out: {record['dense']['held_out']:.2f} ({record['held_out_windows']} windows).  ",
         f"Commit: {git['commit'][:12] if git else 'an installed wheel'}{'+changes' if git and git['dirty'] else ''}.  ",
-        f"Made by: {found['made_by']}",
+        f"Made by: {record['made_by']}",
     ]
     return "\n".join(lines) + "\n"
 
 
-def figure(found: dict[str, Any]) -> dict[str, bytes]:
-    """PNG and SVG: full lines are held out, dashed ones the calibration windows."""
+def figure(record: dict[str, Any]) -> dict[str, bytes]:
+    """Draw PNG and SVG. Full lines are held out, dashed ones are of the calibration windows."""
     import io
 
     import matplotlib
@@ -178,13 +179,13 @@ def figure(found: dict[str, Any]) -> dict[str, bytes]:
         FigureCanvasAgg(drawn)
         axes = drawn.subplots()
         for colour, method in zip(("#1f5a96", "#c2571a", "#2e8b57"), METHODS, strict=True):
-            axes.plot(WINDOWS, means(found, method, "held_out"), color=colour, marker="o", markersize=4, label=method)
-            axes.plot(WINDOWS, means(found, method, "calibration"), color=colour, linestyle="--", linewidth=1)
-        axes.axhline(found["dense"]["held_out"], color="black", linewidth=0.8, label="dense, held out")
+            axes.plot(WINDOWS, means(record, method, "held_out"), color=colour, marker="o", markersize=4, label=method)
+            axes.plot(WINDOWS, means(record, method, "calibration"), color=colour, linestyle="--", linewidth=1)
+        axes.axhline(record["dense"]["held_out"], color="black", linewidth=0.8, label="dense, held out")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set(xlabel="calibration windows", ylabel="perplexity (lower is better)")
-        axes.set_title(f"{found['name']}: held out (full), on the calibration windows (dashed)", fontsize=9)
+        axes.set_title(f"{record['name']}: held out (full), on the calibration windows (dashed)", fontsize=9)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False, fontsize=7)
         for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):

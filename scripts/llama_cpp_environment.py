@@ -21,21 +21,21 @@ from cfsp.sweep.experiment import given_values
 from cfsp.system.command import command
 from cfsp.system.package import ROOT
 
-#: No dependency of the project.
+#: Packages of the environment. They are no dependencies of the project.
 PACKAGES = ("llama-cpp-python==0.3.36", "numpy")
 VARIABLE = "CFSP_LLAMA_CPP"
 
 
 def default_folder() -> Path:
-    """Where the environment is looked for."""
+    """Return the folder that the environment is looked for in."""
     return Path(os.environ.get(VARIABLE) or Path.home() / ".cache" / "cfsp" / "llama_cpp")
 
 
 def environment(folder: Path) -> Path:
-    """The Python of the environment in ``folder``, which is built where it is not there.
+    """Return the Python of the environment in ``folder``, which is built where it is not there.
 
     Raises:
-        RunError: it could not be built; what pip said.
+        RunError: it could not be built; has the message of pip.
     """
     python, done = folder / "bin" / "python", folder / ".installed"
     wanted = "\n".join(PACKAGES) + "\n"
@@ -49,16 +49,16 @@ def environment(folder: Path) -> Path:
     ):
         process = subprocess.run(words, capture_output=True, text=True)
         if process.returncode:
-            said = " ".join(process.stderr.split())[-300:]
+            message = " ".join(process.stderr.split())[-300:]
             raise RunError(
-                f"llama-cpp-python could not be built in {folder}: {said}; a compiler and pip's index are needed"
+                f"llama-cpp-python could not be built in {folder}: {message}; a compiler and pip's index are needed"
             )
     done.write_text(wanted, encoding="utf-8")
     return python
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Build the environment; returns the exit code."""
     given = sys.argv[1:] if words is None else list(words)
     return command("llama_cpp_environment", str(__doc__), given or [f"folder={default_folder()}"], _build)
 

@@ -22,16 +22,16 @@ SOURCE, TARGET = "pkg://cfsp/assets/books7m", "outputs/models/bundled_mha"
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Write the model; returns the exit code."""
     given = sys.argv[1:] if words is None else list(words)
     return command("make_multi_head_model", str(__doc__), given or [f"target={TARGET}"], _make)
 
 
 def written_out(model: Any) -> Any:
-    """``model`` (in place) with each key and value head repeated for every query head that reads it.
+    """Repeat each key and value head of ``model`` in place, for every query head that reads it.
 
     Raises:
-        ConfigError: its attention is of another form.
+        ConfigError: the attention has another structure.
     """
     import torch
 

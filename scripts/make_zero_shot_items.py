@@ -12,6 +12,8 @@ All items were written for this project, in the English of the books on which th
 Each row is ``{"query": str, "choices": [str, ...], "gold": int, "phenomenon": str}``. Pairs have an empty
 query: the two sentences are compared by their log-likelihood. The position of the right choice is shuffled
 and balanced within each phenomenon. The same seed gives the same bytes; no item occurs twice.
+
+The module is long because the words and the hand-written items are in it.
 """
 
 from __future__ import annotations
@@ -29,7 +31,12 @@ ITEMS_PER_TEMPLATE = 50
 
 
 class Item(NamedTuple):
-    """One row, the right choice first."""
+    """A row, with the right choice first.
+
+    Attributes:
+        query: the context; empty for pairs.
+        choices: the right choice, then the wrong ones.
+    """
 
     query: str
     choices: tuple[str, ...]
@@ -39,12 +46,12 @@ Template = Callable[[random.Random, int], Item]
 
 
 def phrases(text: str) -> tuple[str, ...]:
-    """The phrases of a text that a bar separates."""
+    """Split a text into phrases, which a bar separates."""
     return tuple(phrase.strip() for phrase in text.split("|"))
 
 
 def forms(text: str) -> tuple[tuple[str, ...], ...]:
-    """Rows of words: a bar between the rows, a slash between the words of a row."""
+    """Split a text into rows of words: a bar separates rows, a slash the words of a row."""
     return tuple(tuple(word.strip() for word in row.split("/")) for row in text.split("|"))
 
 
@@ -55,7 +62,7 @@ def sentence(*parts: str) -> str:
 
 
 def contrast(before: str, right: str, wrong: str, after: str = "") -> Item:
-    """Two sentences that differ only in ``right`` and ``wrong``."""
+    """Make a pair of sentences that differ only in ``right`` and ``wrong``."""
     return Item("", (sentence(before, right, after), sentence(before, wrong, after)))
 
 
@@ -137,7 +144,7 @@ VERBS: dict[tuple[str, ...], tuple[str, ...]] = {
 
 
 def verb_phrase(rng: random.Random) -> tuple[tuple[str, ...], str]:
-    """The forms of a verb, and what can follow it."""
+    """Draw a verb; returns its forms, and a complement."""
     verb = rng.choice(tuple(VERBS))
     return verb, rng.choice(VERBS[verb])
 
@@ -146,7 +153,7 @@ def verb_phrase(rng: random.Random) -> tuple[tuple[str, ...], str]:
 
 
 def determiner_noun(rng: random.Random, turn: int) -> Item:
-    """these wolves / these wolf"""
+    """Pair such as "these wolves / these wolf"."""
     number = turn % 2
     noun = rng.choice(THINGS + RARER)
     determiner = rng.choice((("this", "that"), ("these", "those"))[number])
@@ -155,7 +162,7 @@ def determiner_noun(rng: random.Random, turn: int) -> Item:
 
 
 def determiner_adjective_noun(rng: random.Random, turn: int) -> Item:
-    """those large old baskets / those large old basket"""
+    """Pair such as "those large old baskets / those large old basket"."""
     number = turn % 2
     noun = rng.choice(THINGS + RARER)
     determiner = rng.choice((("this", "that"), ("these", "those"))[number])
@@ -165,7 +172,7 @@ def determiner_adjective_noun(rng: random.Random, turn: int) -> Item:
 
 
 def quantifier_noun(rng: random.Random, turn: int) -> Item:
-    """every house / every houses; three houses / three house"""
+    """Pair such as "every house / every houses; three houses / three house"."""
     number = turn % 2
     noun = rng.choice(THINGS + RARER)
     one = phrases("one | every | each | another | a single")
@@ -180,7 +187,7 @@ STATES = phrases("very old | not to be seen | quite new | very beautiful | well 
 
 
 def subject_verb(rng: random.Random, turn: int) -> Item:
-    """The wolves were / was not to be seen"""
+    """Pair such as "The wolves were / was not to be seen"."""
     number = turn % 2
     be = rng.choice(BE)
     subject = f"the {rng.choice(ADJECTIVES)} {rng.choice(THINGS + RARER)[number]}"
@@ -188,7 +195,7 @@ def subject_verb(rng: random.Random, turn: int) -> Item:
 
 
 def present_verb(rng: random.Random, turn: int) -> Item:
-    """He knows / He know; They know / They knows"""
+    """Pair such as "He knows / He know; They know / They knows"."""
     number = turn % 2
     verbs = (
         ("knows", "know", "nothing of it | the truth | what to do"),
@@ -224,7 +231,7 @@ ASIDES = phrases(
 
 
 def reflexive(rng: random.Random, turn: int) -> Item:
-    """The king threw himself / herself into a chair"""
+    """Pair such as "The king threw himself / herself into a chair"."""
     subjects = (("I",), ("he", *MEN), ("she", *WOMEN), ("we",), ("they", "soldiers", "children", "two men"))
     person = turn % len(REFLEXIVES)
     subject = rng.choice(subjects[person])
@@ -236,7 +243,7 @@ def reflexive(rng: random.Random, turn: int) -> Item:
 
 
 def possessive_gender(rng: random.Random, turn: int) -> Item:
-    """The queen, after a long silence, shook her head / his head"""
+    """Pair such as "The queen, after a long silence, shook her head / his head"."""
     gender = turn % 2
     acts = forms(
         """shook / head | bowed / head in silence | held out / hand | lost / temper | opened / lips to speak
@@ -251,7 +258,7 @@ def possessive_gender(rng: random.Random, turn: int) -> Item:
 
 
 def anaphor(rng: random.Random, turn: int) -> Item:
-    """The queen rose from the table, and soon after that she / he left the room"""
+    """Pair such as "The queen rose from the table, and soon after that she / he left the room"."""
     acts = phrases("rose from the table | came in | heard the news | looked out of the window | stood by the door")
     links = phrases(", and soon after that | , but before | , and as soon as | ; and when | , and at last")
     link = rng.choice(links)
@@ -268,7 +275,7 @@ def anaphor(rng: random.Random, turn: int) -> Item:
 
 
 def past_participle(rng: random.Random, turn: int) -> Item:
-    """had long since stolen / had long since stole; he stole / he stolen"""
+    """Pair such as "had long since stolen / had long since stole; he stole / he stolen"."""
     verb, after = verb_phrase(rng)
     _, past, participle, _ = verb
     subject = rng.choice(SUBJECTS)
@@ -280,7 +287,7 @@ def past_participle(rng: random.Random, turn: int) -> Item:
 
 
 def verb_form(rng: random.Random, turn: int) -> Item:
-    """must have stolen / must have stole; was stealing / was stole; would never steal / would never stole"""
+    """Pair such as "must have stolen / must have stole; was stealing / was stole; would never steal / stole"."""
     verb, after = verb_phrase(rng)
     base, past, participle, ing = verb
     subject = rng.choice(phrases("he | she | the old man | my father | the king | the boy | his wife"))
@@ -299,7 +306,7 @@ def verb_form(rng: random.Random, turn: int) -> Item:
 
 
 def conditional(rng: random.Random, turn: int) -> Item:
-    """If he had gone home, she would / will have known it; If he goes home, she will / would know it"""
+    """Pair such as "If he had gone home, she would / will have known it; If he goes home, she will / would know"."""
     verb, after = verb_phrase(rng)
     _, _, participle, _ = verb
     first = rng.choice(phrases("he | the old man | my father | the king | the boy"))
@@ -328,7 +335,7 @@ VOWELS = phrases(
 
 
 def article(rng: random.Random, turn: int) -> Item:
-    """an orchard / a orchard; a bishop / an bishop"""
+    """Pair such as "an orchard / a orchard; a bishop / an bishop"."""
     leads = phrases("it was | I remember | he thought of | she spoke of | they told us of | he dreamed of | we saw")
     vowel = turn % 2
     noun = rng.choice((CONSONANTS, VOWELS)[vowel])
@@ -339,7 +346,7 @@ CASES = forms("I / me | he / him | she / her | we / us | they / them")
 
 
 def pronoun_case(rng: random.Random, turn: int) -> Item:
-    """to my brother and me / and I; when my brother and I came / and me came"""
+    """Pair such as "to my brother and me / and I; when my brother and I came / and me came"."""
     subject, other = CASES[(turn // 2) % len(CASES)]
     brother = rng.choice(phrases("my brother | the old man | her mother | the captain | his friend | the doctor"))
     if turn % 2:
@@ -362,7 +369,7 @@ DEGREES = forms(
 
 
 def comparison(rng: random.Random, turn: int) -> Item:
-    """much older than / much oldest than; the oldest of all / the old of all; as old as / as older as"""
+    """Pair such as "much older than / much oldest than; the oldest of all / the old of all; as old as / as older"."""
     positive, comparative, superlative = rng.choice(DEGREES)
     subject = rng.choice(phrases("he was | she was | it was | this one is | the other was"))
     kind = turn % 4
@@ -383,7 +390,7 @@ def comparison(rng: random.Random, turn: int) -> Item:
 
 
 def relative_pronoun(rng: random.Random, turn: int) -> Item:
-    """the old shepherd who / which came; the lantern which / who had been lost"""
+    """Pair such as "the old shepherd who / which came; the lantern which / who had been lost"."""
     before = f"{rng.choice(SUBJECTS)} {rng.choice(SEEN)} the {rng.choice(ADJECTIVES)}"
     number = rng.randrange(2)
     if turn % 2:
@@ -416,14 +423,14 @@ FIXED_ORDER = forms(
 
 
 def order_binomial(rng: random.Random, turn: int) -> Item:
-    """bread and butter / butter and bread"""
+    """Pair such as "bread and butter / butter and bread"."""
     first, second = FIXED_ORDER[turn]
     leads = phrases("he spoke of | they were talking of | it was a matter of | we read of | I was thinking of")
     return contrast(rng.choice(leads), f"{first} and {second}", f"{second} and {first}")
 
 
 def order_question(rng: random.Random, turn: int) -> Item:
-    """What did the old man say? / What the old man did say?"""
+    """Pair such as "What did the old man say? / What the old man did say?"."""
     auxiliary = phrases("did | could | would | can | will | should")[turn % 6]
     subject = rng.choice(phrases("he | she | they | we | you | the old man | my father | your sister"))
     asks = forms(
@@ -435,7 +442,7 @@ def order_question(rng: random.Random, turn: int) -> Item:
 
 
 def order_particle(rng: random.Random, turn: int) -> Item:
-    """took it off / took off it"""
+    """Pair such as "took it off / took off it"."""
     del turn
     acts = forms(
         """took / off | put / on | gave / up | threw / away | picked / up | laid / down | sent / back
@@ -449,7 +456,7 @@ def order_particle(rng: random.Random, turn: int) -> Item:
 
 
 def order_predeterminer(rng: random.Random, turn: int) -> Item:
-    """such a strange story / a such strange story; both his / his both; so fine a / a so fine"""
+    """Pair such as "such a strange story / a such strange story; both his / his both; so fine a / a so fine"."""
     thing = rng.choice(THINGS + RARER)
     adjective = rng.choice(phrases("strange | great | little | beautiful | fine"))
     before = f"{rng.choice(SUBJECTS)} {rng.choice(SEEN)}"
@@ -679,7 +686,7 @@ The king was dead, and his eldest son came to the: throne, grave, table, prison
 
 
 def hand_written(text: str) -> list[Item]:
-    """The items of one of the blocks above."""
+    """Parse the items of a block of text."""
     items = []
     for line in text.strip().splitlines():
         match = re.fullmatch(r"(?P<context>[^:]+): (?P<endings>[^\[]+?)(?: \[(?P<tail>.+)\])?", line)
@@ -731,7 +738,7 @@ HAND_WRITTEN: dict[str, dict[str, str]] = {
 
 
 def fill(template: Template, rng: random.Random, count: int) -> list[Item]:
-    """``count`` different items from a template."""
+    """Make ``count`` different items from a template."""
     items: dict[Item, None] = {}
     for turn in range(count):
         for _ in range(1000):
@@ -761,7 +768,7 @@ def rows(phenomenon: str, items: Sequence[Item], rng: random.Random) -> list[dic
 
 
 def build(seed: int = SEED) -> dict[str, list[dict[str, object]]]:
-    """All rows of all tasks, by task. Each phenomenon has its own random numbers."""
+    """Make the rows of every task. Each phenomenon has its own random numbers."""
     tasks: dict[str, list[dict[str, object]]] = {}
     for task, templates in TEMPLATES.items():
         tasks[task] = []
@@ -777,7 +784,7 @@ def build(seed: int = SEED) -> dict[str, list[dict[str, object]]]:
 
 
 def main() -> None:
-    """Write one .jsonl file a task."""
+    """Write a .jsonl file for each task."""
     parser = argparse.ArgumentParser(description="Write the zero-shot items that ship with the project.")
     default = Path(__file__).resolve().parents[1] / "cfsp" / "assets" / "tasks"
     parser.add_argument("--out", type=Path, default=default, help="folder (default: cfsp/assets/tasks)")

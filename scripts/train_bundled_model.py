@@ -6,6 +6,8 @@ The defaults are the recipe of the bundled ``books7m``: a 7.3 M-parameter LLaMA 
 most of them in short windows (cheap steps), the last tenth in windows of the full context so that every
 position is trained. A run is a function of its files, settings and seed: windows are numbered rather than
 drawn, so a killed run that is started again with the same command ends in the same weights.
+
+The script is a single file on purpose: it imports nothing of cfsp and can be copied to another machine.
 """
 
 import hashlib
@@ -29,28 +31,37 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, PreTra
 from transformers import get_cosine_schedule_with_warmup as cosine_schedule
 
 UNKNOWN, START, END = "<unk>", "<s>", "</s>"
-# What may differ between the two halves of an interrupted run: none of it decides what is trained.
+# Settings that may differ between the two halves of an interrupted run, because they do not decide what is trained.
 FREE_TO_CHANGE = {"data", "out", "device", "threads", "checkpoint_every"}
 
 T = TypeVar("T")
 
 
 class RecipeError(Exception):
-    """A mistake the user can mend: shown as one line, without a traceback."""
+    """A mistake of the user. It is shown as one line without a traceback."""
 
 
 def require(condition: bool, message: str) -> None:
+    """Raise a RecipeError with ``message`` unless ``condition`` holds."""
     if not condition:
         raise RecipeError(message)
 
 
 def option(default: T, text: str) -> T:
+    """Declare a field of the recipe with its default and its help text."""
     return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training with one window length and its own learning-rate schedule."""
+    """A stretch of training with a window length and a learning-rate schedule of its own.
+
+    Attributes:
+        tokens: tokens trained on.
+        window: tokens of a window.
+        batch: windows of a step.
+        learning_rate: peak learning rate.
+    """
 
     tokens: int
     window: int
@@ -59,16 +70,18 @@ class Phase:
 
     @property
     def step_tokens(self) -> int:
+        """Tokens of a step."""
         return self.window * self.batch
 
     @property
     def steps(self) -> int:
+        """Number of whole steps."""
         return self.tokens // self.step_tokens
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every setting of a run; the command line is derived from these fields."""
+    """Settings of a run. The command line is derived from these fields."""
 
     data: Path = field(metadata={"help": "folder of .txt and .md files, read recursively as UTF-8"})
     out: Path = field(metadata={"help": "folder for the model; a run killed half-way resumes from it"})
@@ -113,6 +126,7 @@ class Recipe:
 
     @property
     def phases(self) -> list[Phase]:
+        """Phases that train on any tokens, in order."""
         first = Phase(self.phase1_tokens, self.phase1_window, self.phase1_batch, self.phase1_learning_rate)
         second = Phase(self.phase2_tokens, self.phase2_window, self.phase2_batch, self.phase2_learning_rate)
         return [phase for phase in (first, second) if phase.tokens]
@@ -120,7 +134,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Document:
-    """A text file, by its path within the data folder; its text is read when needed, not held in memory."""
+    """A text file.
+
+    Attributes:
+        path: its path.
+        name: its path within the data folder.
+        sha256: hash of its content.
+    """
 
     path: Path
     name: str
@@ -128,11 +148,12 @@ class Document:
 
     @property
     def text(self) -> str:
+        """Content of the file, read anew each time so that it is not held in memory."""
         return self.path.read_text(encoding="utf-8-sig")
 
 
 def find_documents(folder: Path) -> list[Document]:
-    """The text files, sorted by name so that neither the file system nor the machine decides their order."""
+    """Find the text files, sorted by name so that neither the file system nor the machine decides their order."""
     require(folder.is_dir(), f"--data {folder} is not a folder")
     documents = []
     for path in folder.rglob("*"):
@@ -149,7 +170,7 @@ def find_documents(folder: Path) -> list[Document]:
 
 
 def split(documents: list[Document], recipe: Recipe) -> tuple[list[Document], list[Document]]:
-    """Training and held-out documents: whole ones, as a window of a book seen in training is no test."""
+    """Split into training and held-out documents. Documents stay whole, because a window of a known book is no test."""
     count = len(documents)
     require(count > recipe.holdout, f"--holdout {recipe.holdout} of {count} files leaves none to train on")
     held_out = np.random.default_rng(recipe.seed).permutation(count)[: recipe.holdout]
@@ -158,7 +179,7 @@ def split(documents: list[Document], recipe: Recipe) -> tuple[list[Document], li
 
 
 def train_tokenizer(documents: list[Document], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE: all 256 bytes are entries, so any text survives encoding and decoding unchanged."""
+    """Train a byte-level BPE. All 256 bytes are entries, so any text survives encoding and decoding unchanged."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -175,7 +196,7 @@ def train_tokenizer(documents: list[Document], vocab_size: int) -> Tokenizer:
 
 
 def encode(documents: list[Document], tokenizer: Tokenizer) -> np.ndarray:
-    """All documents as one stream, each opened by the start token, as in the bundled model's training."""
+    """Encode all documents as one stream; each begins with the start token, as in the bundled model's training."""
     dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
     start = np.array([tokenizer.token_to_id(START)], dtype)
     parts: list[np.ndarray] = [np.empty(0, dtype)]
@@ -187,13 +208,14 @@ def encode(documents: list[Document], tokenizer: Tokenizer) -> np.ndarray:
 
 
 def windows_of(tokens: np.ndarray, length: int, kind: str) -> np.ndarray:
+    """Cut a stream into windows, [count, length]; ``kind`` names the text in the error about too short ones."""
     count = len(tokens) // length
     require(count > 0, f"the {kind} text has {len(tokens)} tokens, too few for one window of {length}")
     return tokens[: count * length].reshape(count, length)
 
 
 def window_order(count: int, phase: Phase, seed: list[int]) -> np.ndarray:
-    """Window numbers, one row per step: every window is seen once before any is seen again."""
+    """Return window numbers, [steps, batch]. Every window is seen once before any is seen again."""
     needed = phase.steps * phase.batch
     epochs = range(math.ceil(needed / count))
     order = np.concatenate([np.random.default_rng([*seed, epoch]).permutation(count) for epoch in epochs])
@@ -201,6 +223,7 @@ def window_order(count: int, phase: Phase, seed: list[int]) -> np.ndarray:
 
 
 def new_model(recipe: Recipe, tokenizer: Tokenizer) -> LlamaForCausalLM:
+    """Build the model with seeded initial weights."""
     torch.manual_seed(recipe.seed)
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
@@ -221,7 +244,7 @@ def new_model(recipe: Recipe, tokenizer: Tokenizer) -> LlamaForCausalLM:
 
 
 def use_autocast(precision: str, device: torch.device) -> bool:
-    """Whether to compute in bf16: a processor without instructions for it is twenty times slower in it."""
+    """Return whether to compute in bf16, which is twenty times slower on a processor without instructions for it."""
     if precision != "auto" or device.type == "cuda":
         return precision != "fp32"
     # Older releases of torch that the project supports cannot tell: fp32 is right everywhere.
@@ -230,6 +253,7 @@ def use_autocast(precision: str, device: torch.device) -> bool:
 
 
 def loss_on(model: LlamaForCausalLM, windows: np.ndarray, autocast: bool = False) -> torch.Tensor:
+    """Return the mean loss on a batch of windows."""
     batch = torch.from_numpy(windows.astype(np.int64)).to(model.device)
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=autocast):
         loss: torch.Tensor = model(input_ids=batch, labels=batch, use_cache=False).loss
@@ -237,6 +261,7 @@ def loss_on(model: LlamaForCausalLM, windows: np.ndarray, autocast: bool = False
 
 
 def new_optimizer(model: LlamaForCausalLM, phase: Phase, weight_decay: float) -> torch.optim.AdamW:
+    """Make the optimizer of a phase. Only matrices decay."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -244,6 +269,7 @@ def new_optimizer(model: LlamaForCausalLM, phase: Phase, weight_decay: float) ->
 
 
 def update(model: LlamaForCausalLM, batch: np.ndarray, optimizer: torch.optim.AdamW, recipe: Recipe) -> float:
+    """Take a step; returns the loss before it."""
     loss = loss_on(model, batch, use_autocast(recipe.precision, model.device))
     value = loss.item()
     require(math.isfinite(value), f"the loss became {value}; lower the learning rates")
@@ -293,7 +319,7 @@ def train(model: LlamaForCausalLM, tokens: np.ndarray, recipe: Recipe, checkpoin
 
 
 def held_out_perplexities(model: LlamaForCausalLM, tokens: np.ndarray, recipe: Recipe) -> dict[int, float]:
-    """Perplexity by window length."""
+    """Return the perplexity for each window length."""
     perplexities = {}
     for phase in recipe.phases:
         windows = windows_of(tokens, phase.window, "held-out")
@@ -306,7 +332,7 @@ def held_out_perplexities(model: LlamaForCausalLM, tokens: np.ndarray, recipe: R
 
 
 def claim_output(recipe: Recipe, documents: list[Document]) -> Path:
-    """The folder of a run's unfinished state, new or left by the same command; never someone else's files.
+    """Return the folder of the run's unfinished state, new or left by the same command.
 
     Before its first checkpoint a run has nothing to lose, so any command may take its place.
     """
@@ -330,7 +356,7 @@ def claim_output(recipe: Recipe, documents: list[Document]) -> Path:
 
 
 def provenance(recipe: Recipe, documents: list[Document], held_out: list[Document], results: str) -> str:
-    """What it takes to make the model again and to know it is the same one; no path of this machine."""
+    """Describe how the model was made, so that it can be made again and compared. No path of this machine is in it."""
     files = "\n".join(f"{d.sha256} {'*' if d in held_out else ' '} {d.name}" for d in documents)
     settings = [f"--{name} {value}" for name, value in asdict(recipe).items() if name not in ("data", "out")]
     versions = [f"{name} {version(name)}" for name in ("torch", "transformers", "tokenizers", "numpy")]
@@ -349,18 +375,18 @@ Files (sha256 and name; * if held out):
 
 
 def pick_device(recipe: Recipe) -> torch.device:
-    """The device, set up so that a run repeated on it gives the same numbers."""
+    """Return the device, set up so that a repeated run gives the same numbers."""
     require(recipe.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU is available")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(found if recipe.device == "auto" else recipe.device)
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(best if recipe.device == "auto" else recipe.device)
 
 
 def run(recipe: Recipe) -> None:
-    """The whole recipe: tokenizer, training, saving, measuring, and the record of it all."""
+    """Run the recipe: train the tokenizer and the model, save, measure, and write the provenance."""
     device = pick_device(recipe)
     documents = find_documents(recipe.data)
     train_documents, held_out = split(documents, recipe)
@@ -393,7 +419,7 @@ def run(recipe: Recipe) -> None:
     )
     wrapped.save_pretrained(recipe.out)
 
-    # What counts is the model as saved, its rounding to bf16 included, and measured alike on every machine.
+    # The saved model is measured, with its rounding to bf16, in fp32 on every machine.
     model = LlamaForCausalLM.from_pretrained(recipe.out, dtype=torch.float32)
     measured = held_out_perplexities(model, held_out_tokens, recipe) if held_out else {}
     perplexity = ", ".join(f"{value:.2f} ({window}-token windows)" for window, value in measured.items())
@@ -411,7 +437,7 @@ Held-out : perplexity {perplexity or "not measured"}"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 when the model is saved, 2 for a mistake in the command or its files, 130 when interrupted."""
+    """Train; returns 0 when the model is saved, 2 for a mistake in the command or its files, 130 when interrupted."""
     parser = HfArgumentParser(
         Recipe,  # type: ignore[arg-type]
         usage="%(prog)s --data DIR --out DIR [settings]",

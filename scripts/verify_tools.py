@@ -1,4 +1,4 @@
-"""The bundled model pruned by each structure, in every format, in the tools at hand; results/verify/tools.json.
+"""Verify the bundled model, pruned by each structure, in every format and every tool; results/verify/tools.json.
 
     python scripts/verify_tools.py python.vllm=PYTHON python.llama_cpp=PYTHON
 
@@ -21,7 +21,7 @@ from cfsp.record import environment
 from cfsp.verify.tool import TOOLS
 
 ROOT = Path(__file__).resolve().parent.parent
-#: What is removed -> the words of the run.
+#: Words of the run, by what it removes.
 MODELS = {
     "FFN neurons": ("pruner=cfsp",),
     "FFN neurons, as many of each block": ("pruner=uniform",),
@@ -36,6 +36,7 @@ FORMATS = ("hf", "padded", "decilm", "gguf")
 
 
 def main() -> int:
+    """Write the record; returns the exit code."""
     words = sys.argv[1:]
     if any(word in ("-h", "--help") for word in words):
         print(__doc__)
@@ -61,13 +62,13 @@ def main() -> int:
 
 
 def _pythons(words: Sequence[str]) -> dict[str, str]:
-    found = {}
+    pythons = {}
     for word in words:
         key, _, python = word.partition("=")
         if not python or key not in [f"python.{name}" for name in TOOLS]:
             raise ConfigError(f"{word}: python.TOOL=PYTHON is expected, TOOL being one of {', '.join(TOOLS)}")
-        found[key.removeprefix("python.")] = python
-    return found
+        pythons[key.removeprefix("python.")] = python
+    return pythons
 
 
 def _rows(removed: str, work: Path, pythons: dict[str, str]) -> list[dict[str, Any]]:
@@ -97,22 +98,22 @@ def _rows(removed: str, work: Path, pythons: dict[str, str]) -> list[dict[str, A
 
 
 def _cfsp(*words: str, fails: bool = False) -> None:
-    """One command; ``fails``: exit code 1 is an answer."""
+    """Run a command; ``fails``: exit code 1 is an answer."""
     ended = subprocess.run([sys.executable, "-m", "cfsp.run", *words], capture_output=True, text=True)
     if ended.returncode not in ((0, 1) if fails else (0,)):
         raise RunError(" ".join(ended.stderr.split()).removeprefix("cfsp: ") or f"exit code {ended.returncode}")
 
 
 def _packages(name: str, python: str) -> dict[str, str]:
-    """Distribution -> version, of the tool and of what it stands on, as far as ``python`` has them."""
+    """Return the versions of the tool, of torch and of transformers, as far as ``python`` has them."""
     program = (
         "import json; from importlib.metadata import packages_distributions, version; found = packages_distributions();"
         f"print(json.dumps({{d: version(d) for m in ({TOOLS[name].module!r}, 'torch', 'transformers') "
         "for d in found.get(m, ())}))"
     )
     ended = subprocess.run([python, "-I", "-c", program], capture_output=True, text=True, check=True)
-    found: dict[str, str] = json.loads(ended.stdout)
-    return found if any(TOOLS[name].module in key.replace("-", "_") for key in found) else {}
+    versions: dict[str, str] = json.loads(ended.stdout)
+    return versions if any(TOOLS[name].module in key.replace("-", "_") for key in versions) else {}
 
 
 if __name__ == "__main__":

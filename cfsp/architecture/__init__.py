@@ -1,1 +1,1 @@
-"""What a decoder is made of: blocks, their FFN and attention, recognised by structure."""
+"""Structure of a decoder: blocks with their FFN and attention, recognised by their matrices."""

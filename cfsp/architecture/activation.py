@@ -1,4 +1,4 @@
-"""The activation function of an FFN: found by the usual names, believed when it gives what the FFN gives."""
+"""Activation function of an FFN: candidates have the usual names, and the one that gives the FFN's values is taken."""
 
 from __future__ import annotations
 
@@ -9,49 +9,56 @@ from torch import Tensor, nn
 
 from cfsp.architecture.ffn import FFN
 
-#: Of the FFN's module, and of a configuration.
+#: Attributes of the FFN's module, and keys of a configuration, that name the function.
 _ATTRIBUTES = ("act_fn", "activation_fn", "act", "activation", "gelu_impl")
 _KEYS = ("hidden_act", "hidden_activation", "activation_function", "ffn_hidden_act")
-#: What the seen and the computed input of down_proj may differ by at a token, relative to it; bf16 differs by 0.004.
+#: Largest relative difference, at a token, of the seen and the computed input of down_proj; bf16 differs by 0.004.
 _TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-3, 1e-2
-#: Of the tokens. Each is compared alone: one with huge values would hide what the others are.
+#: Share of the tokens that must agree. Each is compared alone: a token with huge values would hide the others.
 _ALIKE = 0.9
 
 Activation = Callable[[Tensor], Tensor]
 
 
 def activation_of(model: Any, ffn: FFN, x: Tensor, hidden: Tensor) -> Activation | None:
-    """The function a of ``a(gate(x)) * up(x)``, or ``a(up(x))``; None where the FFN is no such function.
+    """Identify the function a of ``a(gate(x)) * up(x)``, or of ``a(up(x))``, from what an FFN computed.
 
     Args:
-        x: what entered the FFN, [n, d]. hidden: what entered its output projection then, [n, N].
+        model: the model, whose configuration may name the function.
+        ffn: the FFN.
+        x: inputs of the FFN, [n, d].
+        hidden: inputs of its output projection for these ``x``, [n, N].
+
+    Returns:
+        The function; None where no known one gives these values.
     """
-    before = []
+    projected = []
     for projection in ffn.inputs.values():
         value = x.float() @ projection.weight.detach().float().T
-        before.append(value if projection.bias is None else value + projection.bias.detach().float())
+        projected.append(value if projection.bias is None else value + projection.bias.detach().float())
     tolerance = _TOLERANCE if x.dtype.itemsize >= 4 else _LOW_PRECISION_TOLERANCE
     for candidate in _candidates(model, ffn):
         try:
-            value = candidate(before[0])
+            value = candidate(projected[0])
         except (TypeError, ValueError, RuntimeError):  # something else by that name
             continue
-        if not isinstance(value, Tensor) or value.shape != before[0].shape:
+        if not isinstance(value, Tensor) or value.shape != projected[0].shape:
             continue
-        found = value if ffn.kind == "plain" else value * before[1]
-        alike = (found - hidden.float()).norm(dim=-1) <= tolerance * hidden.float().norm(dim=-1)
+        computed = value if ffn.kind == "plain" else value * projected[1]
+        alike = (computed - hidden.float()).norm(dim=-1) <= tolerance * hidden.float().norm(dim=-1)
         if float(alike.float().mean()) >= _ALIKE:
             return candidate
     return None
 
 
 def _candidates(model: Any, ffn: FFN) -> Iterator[Activation]:
+    """Yield the functions that the module or the configuration names, then the usual ones."""
     from transformers.activations import ACT2FN
 
     for name in _ATTRIBUTES:
-        found = getattr(ffn.module, name, None)
-        if callable(found) and not (isinstance(found, nn.Module) and any(True for _ in found.parameters())):
-            yield found
+        function = getattr(ffn.module, name, None)
+        if callable(function) and not (isinstance(function, nn.Module) and any(True for _ in function.parameters())):
+            yield function
     config = model.config.get_text_config()
     given = [getattr(config, key, None) for key in _KEYS]
     names = [name for name in given if isinstance(name, str)]

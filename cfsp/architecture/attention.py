@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from cfsp.architecture.projection import Projection, is_matrix, of_names, stored_parameters
+from cfsp.architecture.projection import Projection, is_matrix, projections_named, stored_parameters
 
 _QKV_NAMES = ("q_proj", "k_proj", "v_proj")
-#: One matrix for q, k and v -> how its rows lie: all of q, all of k, all of v; or KV group after KV group, in each the
-#: query heads, then k, then v (with one query head per group: head by head; with one group: as concatenated).
+#: Name of one matrix for q, k and v -> layout of its rows. concatenated: all of q, all of k, all of v. grouped: one KV
+#: group after the other, in each the query heads, then k, then v; with one query head per group that is head by head.
 FUSED_NAMES: dict[str, Literal["concatenated", "grouped"]] = {
     "qkv_proj": "concatenated",
     "c_attn": "concatenated",
@@ -27,12 +27,21 @@ _HEAD_DIMS = ("head_dim", "head_size")
 
 @dataclass(frozen=True)
 class AttentionView:
-    """Projections q, k, v, o, separate or rows of a fused matrix; heads are derived from the real shapes.
+    """Attention of a block. The numbers of heads are derived from the real shapes.
 
-    What can be removed is a whole KV group: a key and a value head with the ``n_heads // n_kv_heads`` query heads
+    The removable unit is a whole KV group: a key and a value head with the ``n_heads // n_kv_heads`` query heads
     that read them. Its channels, columns of o_proj, lie together in the order of the groups.
 
-    fixed: why no group can be removed; None where one can.
+    Attributes:
+        module: the attention's module.
+        n_heads: query heads.
+        n_kv_heads: key and value heads.
+        head_dim: channels of a head.
+        q_proj: queries; like k_proj and v_proj, a matrix of its own or rows of a fused one.
+        k_proj: keys.
+        v_proj: values.
+        o_proj: output projection.
+        fixed: the reason why no group can be removed; None where groups can be removed.
     """
 
     module: nn.Module
@@ -52,11 +61,12 @@ class AttentionView:
 
     @property
     def projections(self) -> dict[str, Projection]:
-        """By the names q, k, v and o."""
+        """Projections by the names q, k, v and o."""
         return {"q": self.q_proj, "k": self.k_proj, "v": self.v_proj, "o": self.o_proj}
 
     @property
     def is_fused(self) -> bool:
+        """True where q, k and v are rows of one matrix."""
         return self.q_proj.rows is not None
 
     @property
@@ -66,37 +76,48 @@ class AttentionView:
 
     @property
     def queries_per_group(self) -> int:
+        """Query heads that read one key and value head."""
         return self.n_heads // self.n_kv_heads
 
     @property
     def group_parameters(self) -> int:
         """Parameters that go with one KV group: its rows of q, k and v with their biases, its columns of o."""
         rows = {self.q_proj: self.queries_per_group, self.k_proj: 1, self.v_proj: 1}
-        inputs = sum(n * (one.in_features + (one.module.bias is not None)) for one, n in rows.items())
+        inputs = sum(n * (part.in_features + (part.module.bias is not None)) for part, n in rows.items())
         return self.head_dim * (inputs + self.queries_per_group * self.o_proj.out_features)
 
     @property
     def parameters(self) -> int:
-        """Of its matrices and their biases."""
+        """Parameters of its matrices and their biases."""
         return stored_parameters(list(self.projections.values()))
 
     def spread(self, rows: Tensor) -> Tensor:
-        """Per-row values of k or v, [n_kv_heads * head_dim, ...], to the channels of the query heads that read them."""
+        """Repeat values per row of k or v for the query heads that read them.
+
+        Args:
+            rows: [n_kv_heads * head_dim, ...].
+
+        Returns:
+            [n_heads * head_dim, ...].
+        """
         heads = rows.unflatten(0, (self.n_kv_heads, self.head_dim))
         return heads.repeat_interleave(self.queries_per_group, 0).flatten(0, 1)
 
     def weights(self) -> tuple[Tensor, ...]:
-        """(q, k, v [N, d], o [d, N]) in fp32, detached; N = n_heads * head_dim, k and v repeated as they are read."""
-        q, k, v, o = (one.weight.detach().float() for one in self.projections.values())
+        """Return q, k, v [N, d] and o [d, N] in fp32, detached; N = n_heads * head_dim.
+
+        k and v are repeated for the query heads that read them.
+        """
+        q, k, v, o = (part.weight.detach().float() for part in self.projections.values())
         return q, self.spread(k), self.spread(v), o
 
 
 def attention_in(model: Any, block: nn.Module) -> AttentionView | None:
-    """The attention of a block of ``model``; None where its projections are not recognised."""
+    """Return the attention of a block of ``model``; None where its projections are not recognised."""
     for module in block.modules():
         outputs = [name for name in _OUTPUT_NAMES if is_matrix(getattr(module, name, None))]
         fused = [name for name in FUSED_NAMES if is_matrix(getattr(module, name, None))]
-        separate = of_names(module, _QKV_NAMES)
+        separate = projections_named(module, _QKV_NAMES)
         if not outputs or (separate is None and not fused):
             continue
         output = Projection(module, outputs[0])
@@ -108,7 +129,7 @@ def attention_in(model: Any, block: nn.Module) -> AttentionView | None:
             q, k, v = separate
             return _fitting(module, head_dim, q, k, v, output, fixed)
         layout = FUSED_NAMES[fused[0]]
-        if getattr(module, "multi_query", None) is False:  # GPT-BigCode's other layout
+        if getattr(module, "multi_query", None) is False:  # GPT-BigCode without multi-query attention
             layout = "grouped"
         parts = _parts(Projection(module, fused[0]), output.in_features // head_dim, head_dim, layout)
         return None if parts is None else _fitting(module, head_dim, *parts, output, fixed)
@@ -125,7 +146,7 @@ def _head_dim(model: Any, module: nn.Module) -> int | None:
 
 
 def _fixed(model: Any, block: nn.Module, module: nn.Module, head_dim: int | None) -> str | None:
-    """What ties the heads of an attention together, or each to its number, so that none can go."""
+    """Return what ties the heads to each other or to their numbers, so that none can be removed; else None."""
     matrices = {id(child) for child in module.modules() if is_matrix(child)}
     for name, child in module.named_modules():
         if isinstance(child, nn.ModuleList) and len(child) > 1:
@@ -133,7 +154,8 @@ def _fixed(model: Any, block: nn.Module, module: nn.Module, head_dim: int | None
         for own, parameter in child._parameters.items():
             if parameter is None or id(child) in matrices:
                 continue
-            # One of the attention itself is of the heads whatever its size: GPT-OSS has 64 sinks and heads of 64.
+            # A parameter of the attention itself belongs to the heads whatever its size: GPT-OSS has 64 sinks and
+            # heads of 64 channels.
             if child is module or parameter.numel() != head_dim:
                 what = f"{name}.{own}" if name else own
                 return f"its {what} {tuple(parameter.shape)} is of several heads together"
@@ -147,7 +169,7 @@ def _fixed(model: Any, block: nn.Module, module: nn.Module, head_dim: int | None
 def _parts(
     fused: Projection, n_heads: int, head_dim: int, layout: Literal["concatenated", "grouped"]
 ) -> tuple[Projection, Projection, Projection] | None:
-    """q, k and v in a matrix with ``n_heads`` query heads; None where its size is that of no whole KV heads."""
+    """Split a fused matrix with ``n_heads`` query heads into q, k and v; None where no whole KV heads fit its size."""
     rest, odd = divmod(fused.out_features - n_heads * head_dim, 2 * head_dim)
     if odd or rest <= 0 or n_heads % rest:
         return None
@@ -162,7 +184,7 @@ def _parts(
             tuple(range(at + queries, at + queries + head_dim) for at in starts),
             tuple(range(at + queries + head_dim, at + queries + 2 * head_dim) for at in starts),
         ]
-    q, k, v = (Projection(fused.owner, fused.name, of) for of in rows)
+    q, k, v = (Projection(fused.owner, fused.name, own) for own in rows)
     return q, k, v
 
 
@@ -179,7 +201,7 @@ def _fitting(
 
 
 class LayerConfig:
-    """A configuration as one attention sees it: with numbers of heads of its own, the rest as it is.
+    """Configuration for one attention: its own numbers of heads, everything else from the model's configuration.
 
     The same class ships with the models that need it (:mod:`cfsp.pruned_model.shapes_template`).
     """
@@ -195,18 +217,21 @@ class LayerConfig:
 
 
 def is_layer_config(value: Any) -> bool:
-    """Whether a configuration is one attention's own, from here or from a model folder's code."""
+    """Return whether a configuration is a :class:`LayerConfig`, from here or from a model folder's code."""
     return type(value).__name__ == LayerConfig.__name__ and {"config", "heads"} <= vars(value).keys()
 
 
 def count_heads(attention: AttentionView, heads: int, kv_heads: int) -> None:
-    """Bring what else says how many heads there are up to date: the numbers that the module keeps, where it does.
+    """Update the numbers of heads that the module of an attention keeps.
 
-    attention: as it was before it lost groups.
+    Args:
+        attention: the view from before it lost groups.
+        heads: query heads now.
+        kv_heads: key and value heads now.
     """
     module = attention.module
     counts = dict.fromkeys(_HEADS, heads) | dict.fromkeys(_KV_HEADS, kv_heads)
-    counts["split_size"] = heads * attention.head_dim  # of GPT-2: the query channels
+    counts["split_size"] = heads * attention.head_dim  # GPT-2: the query channels
     for name, n in counts.items():
         if isinstance(getattr(module, name, None), int):
             setattr(module, name, n)

@@ -1,19 +1,17 @@
-"""The mixture of experts of a block, recognised by the matrices of the experts and their router's rows."""
+"""Mixture of experts of a block, as :mod:`cfsp.architecture.expert_recognition` recognises it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from cfsp.architecture.ffn import FFN, ffn_of
+from cfsp.architecture.ffn import FFN
 
-#: Names under which a router or a mixture says how many experts see a token.
-_TOP_K = ("top_k", "num_experts_per_tok", "moe_top_k", "k")
 #: Names under which modules repeat the number of experts, and fused experts their width.
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "n_experts", "out_features")
 _WIDTHS = ("intermediate_dim", "intermediate_size", "moe_intermediate_size", "expert_dim", "ffn_dim")
@@ -21,10 +19,14 @@ _WIDTHS = ("intermediate_dim", "intermediate_size", "moe_intermediate_size", "ex
 
 @dataclass(frozen=True)
 class ExpertMatrices:
-    """One matrix of every expert as [E, out, in]: all or some rows of the 3-D parameter ``owner.name``.
+    """One matrix of every expert, in a 3-D parameter for all of them.
 
-    transposed: it is stored as [E, in, out] (GPT-OSS). rows: gate and up of one parameter lie one after the other, or
-    alternate; None: all rows.
+    Attributes:
+        owner: the module that holds the parameter.
+        name: the parameter's attribute name.
+        transposed: it is stored as [E, in, out] (GPT-OSS).
+        rows: the output rows that are this matrix; gate and up of one parameter lie one after the other, or
+            alternate. None: all.
     """
 
     owner: nn.Module
@@ -34,87 +36,112 @@ class ExpertMatrices:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """As it is stored, gate and up together."""
+        """Parameter as it is stored, gate and up together."""
         return getattr(self.owner, self.name)
 
     @property
     def weight(self) -> Tensor:
-        """[E, out, in], a view of the parameter."""
+        """Matrices [E, out, in], a view of the parameter."""
         return self.part(self.parameter)
 
     @property
     def bias(self) -> Tensor | None:
-        """[E, out]."""
+        """Biases [E, out]; None where there are none."""
         bias: Tensor | None = getattr(self.owner, f"{self.name}_bias", None)
         return bias if bias is None or self.rows is None else bias[:, self.rows]
 
     @property
     def out_axis(self) -> int:
-        """Of the stored parameter."""
+        """Axis of the stored parameter that holds the outputs."""
         return 2 if self.transposed else 1
 
     def part(self, stored: Tensor) -> Tensor:
-        """What is this matrix's of a tensor laid out as its parameter is, such as a gradient; [E, out, in]."""
+        """Return this matrix's part of a tensor that is laid out like the parameter, such as a gradient.
+
+        Returns:
+            [E, out, in].
+        """
         rows = stored.transpose(1, 2) if self.transposed else stored
         return rows if self.rows is None else rows[:, self.rows]
 
 
 @dataclass(frozen=True)
 class ExpertMatrix:
-    """One expert's matrix of :class:`ExpertMatrices`, with what metrics read of a projection."""
+    """Matrix of one expert, with the attributes of a projection that metrics read.
 
-    of: ExpertMatrices
+    Attributes:
+        matrices: the matrices of all experts.
+        expert: index of the expert.
+    """
+
+    matrices: ExpertMatrices
     expert: int
 
     @property
     def weight(self) -> Tensor:
-        """[out, in]."""
-        return self.of.weight[self.expert]
+        """Matrix [out, in]."""
+        return self.matrices.weight[self.expert]
 
     @property
     def bias(self) -> Tensor | None:
-        """[out]."""
-        bias = self.of.bias
+        """Bias [out]; None where there is none."""
+        bias = self.matrices.bias
         return None if bias is None else bias[self.expert]
 
     @property
     def out_features(self) -> int:
-        return self.of.weight.shape[1]
+        """Number of outputs."""
+        return self.matrices.weight.shape[1]
 
     @property
     def in_features(self) -> int:
-        return self.of.weight.shape[2]
+        """Number of inputs."""
+        return self.matrices.weight.shape[2]
 
 
 @dataclass(frozen=True)
 class Expert:
-    """One of fused experts, as a metric sees an FFN."""
+    """One of several fused experts, with the attributes of an FFN that metrics read.
+
+    Attributes:
+        inputs: gate and up, or up alone.
+        output: down.
+    """
 
     inputs: dict[str, ExpertMatrix]
     output: ExpertMatrix
 
     @property
     def width(self) -> int:
+        """N, the number of neurons."""
         return self.output.in_features
 
     @property
     def projections(self) -> dict[str, ExpertMatrix]:
-        """By the names gate, up and down."""
+        """Matrices by the names gate, up and down."""
         return {**self.inputs, "down": self.output}
 
     def weights(self) -> tuple[Tensor, ...]:
-        """(gate [N, d], up [N, d], down [d, N]), or without gate, in fp32, detached."""
-        return tuple(one.weight.detach().float() for one in self.projections.values())
+        """Return gate [N, d], up [N, d] and down [d, N], or these without gate, in fp32, detached."""
+        return tuple(matrix.weight.detach().float() for matrix in self.projections.values())
 
 
 @dataclass(frozen=True)
 class ExpertsFFN:
-    """The FFN of a block that is a mixture: a router sends each token to ``top_k`` of ``n_experts`` FFNs of one width.
+    """FFN of a block that is a mixture of experts: a router sends each token to a few FFNs of one width.
 
-    module: the mixture. experts: its child that holds them, with 3-D parameters for all (``fused``: gate, up, down)
-    or an nn.ModuleList (``each``). router: its child with a row of weights per expert. groups: the router chooses
-    ``top_groups`` groups of experts first, which lie one after the other (DeepSeek). shared: the FFN that sees every
-    token beside them, which stays whole.
+    Attributes:
+        module: the mixture.
+        experts: its child that holds the experts.
+        router: its child with a row of weights per expert.
+        n_experts: number of experts, E.
+        top_k: experts that a token is sent to.
+        groups: groups of experts, which lie one after the other; the router chooses groups first (DeepSeek).
+        top_groups: groups that are chosen.
+        shared: the FFN that sees every token beside the experts, and stays whole.
+        fused: gate, up and down where all experts lie in 3-D parameters; else empty.
+        each: the experts' FFNs where they lie in an nn.ModuleList; else empty.
+        kind: tells a mixture from an :class:`~cfsp.architecture.ffn.FFN`.
     """
 
     module: nn.Module
@@ -132,19 +159,20 @@ class ExpertsFFN:
 
     @property
     def width(self) -> int:
-        """N, the neurons of every expert."""
+        """N, the number of neurons of every expert."""
         return self.expert(0).width
 
     @property
     def hidden(self) -> int:
+        """Hidden size, d."""
         return self.expert(0).output.out_features
 
     @property
     def expert_neuron_parameters(self) -> int:
         """Parameters that go with one neuron of one expert, as :attr:`cfsp.architecture.ffn.FFN.neuron_parameters`."""
-        one = self.expert(0)
-        rows = sum(matrix.in_features + (matrix.bias is not None) for matrix in one.inputs.values())
-        return rows + one.output.out_features
+        first = self.expert(0)
+        rows = sum(matrix.in_features + (matrix.bias is not None) for matrix in first.inputs.values())
+        return rows + first.output.out_features
 
     @property
     def neuron_parameters(self) -> int:
@@ -159,64 +187,74 @@ class ExpertsFFN:
 
     @property
     def parameters(self) -> int:
-        """Of the routed experts, with their biases; no router, nothing shared."""
+        """Parameters of the routed experts with their biases, without the router and the shared FFN."""
         return sum(getattr(module, name).numel() for module, name in self.stored())
 
     @property
     def least_experts(self) -> int:
-        """With fewer there is nothing to choose ``top_k`` of, or fewer than the two by which a group is judged."""
+        """Fewest experts that may stay.
+
+        With fewer there would be nothing to choose ``top_k`` from, or less than the two experts by which a router
+        judges a group.
+        """
         return self.groups * max(2, math.ceil(self.top_k / self.top_groups))
 
     @property
     def device(self) -> torch.device:
+        """Device of the experts' matrices."""
         return self.expert(0).output.weight.device
 
     def expert(self, index: int) -> Expert | FFN:
-        """One expert as a metric sees it."""
+        """Return one expert with the attributes of an FFN that metrics read."""
         if self.each:
             return self.each[index]
         *inputs, output = ((name, ExpertMatrix(matrices, index)) for name, matrices in self.fused.items())
         return Expert(dict(inputs), output[1])
 
     def stored(self) -> list[tuple[nn.Module, str]]:
-        """(module, attribute) of every parameter of the routed experts."""
-        modules = [self.experts] if self.fused else [m for one in self.each for m in one.module.modules()]
+        """Return (module, attribute) of every parameter of the routed experts."""
+        modules = [self.experts] if self.fused else [m for ffn in self.each for m in ffn.module.modules()]
         return [(module, name) for module in modules for name, p in module._parameters.items() if p is not None]
 
     def per_expert(self) -> Iterator[tuple[nn.Module, str]]:
-        """(module, attribute) of the parameters and buffers outside of the experts that have a row per expert."""
+        """Yield (module, attribute) of the parameters and buffers outside of the experts that have a row per expert."""
         for module in (self.module, *self.router.modules()):
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None and tensor.dim() and tensor.shape[0] == self.n_experts:
                     yield module, name
 
     def run(self, expert: int, states: Tensor) -> tuple[Tensor, Tensor]:
-        """What one expert makes of ``states`` [n, d]: the inputs of its down matrix [n, N], and its output [n, d].
+        """Run one expert.
 
-        The output is before the routing weight.
+        Args:
+            expert: its index.
+            states: [n, d].
+
+        Returns:
+            The inputs of its down matrix [n, N], and its output [n, d] before the routing weight.
         """
         if self.each:
             seen: list[Tensor] = []
-            one = self.each[expert]
-            handle = one.output.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            ffn = self.each[expert]
+            handle = ffn.output.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
             try:
-                output = one.module(states)
+                output = ffn.module(states)
             finally:
                 handle.remove()
             return seen[0], output
-        made = self._linear(states, "gate" if "gate" in self.fused else "up", expert)
-        gated = getattr(self.experts, "_apply_gate", None)
+        projected = self._linear(states, "gate" if "gate" in self.fused else "up", expert)
+        apply_gate = getattr(self.experts, "_apply_gate", None)
         if "gate" not in self.fused:
-            activation = self.experts.act_fn(made)  # type: ignore[operator]
-        elif gated is not None:
-            activation = gated(made)
+            activation = self.experts.act_fn(projected)  # type: ignore[operator]
+        elif apply_gate is not None:
+            activation = apply_gate(projected)
         else:
-            gate, up = made.chunk(2, -1)
+            gate, up = projected.chunk(2, -1)
             activation = self.experts.act_fn(gate) * up  # type: ignore[operator]
         return activation, self._linear(activation, "down", expert)
 
     def _linear(self, x: Tensor, kind: str, expert: int) -> Tensor:
-        """With the whole parameter that holds ``kind``."""
+        """Apply the whole parameter that holds the matrix ``kind``, of one expert."""
         matrices = self.fused[kind]
         stored = matrices.parameter[expert]
         bias = getattr(matrices.owner, f"{matrices.name}_bias", None)
@@ -224,94 +262,8 @@ class ExpertsFFN:
         return nn.functional.linear(x, weight, None if bias is None else bias[expert])
 
 
-def experts_in(model: Any, block: nn.Module) -> ExpertsFFN | None:
-    """The mixture of experts of a block of ``model``; None where none is recognised."""
-    for module in block.modules():
-        if module is block:  # a mixture that is no module of its own cannot be looked at alone
-            continue
-        for child in module.children():
-            fused, each = _fused(child), _each(child)
-            if not fused and not each:
-                continue
-            n = fused["down"].parameter.shape[0] if fused else len(each)
-            return _mixture(model, module, child, fused, each, n)
-    return None
-
-
-def looks_like_experts(block: nn.Module) -> bool:
-    """Whether a module of the block has matrices of several experts in its parameters."""
-    for module in block.modules():
-        shapes = [p.shape for p in module._parameters.values() if p is not None and p.dim() == 3]
-        # The gates of a recurrent mixer (RecurrentGemma) are square matrices, one for each head.
-        if len(shapes) >= 2 and any(rows != columns for _, rows, columns in shapes):
-            return True
-    return False
-
-
 def update_counts(module: nn.Module, before: int, after: int, *, width: bool = False) -> None:
-    """Bring the numbers of experts (or their width) that a module keeps from ``before`` to ``after``."""
+    """Change the numbers of experts (with ``width``: their widths) that a module keeps from ``before`` to ``after``."""
     for name in _WIDTHS if width else _COUNTS:
         if vars(module).get(name) == before:
             setattr(module, name, after)
-
-
-def _fused(module: nn.Module) -> dict[str, ExpertMatrices]:
-    """gate, up and down of experts in 3-D parameters, by the attributes that transformers gives such modules."""
-    first = next((name for name in ("gate_up_proj", "up_proj") if module._parameters.get(name) is not None), None)
-    down = module._parameters.get("down_proj")
-    if first is None or down is None or down.dim() != 3:
-        return {}
-    transposed = bool(getattr(module, "is_transposed", False))
-    gated = first == "gate_up_proj"
-    whole = ExpertMatrices(module, first, transposed)
-    output = ExpertMatrices(module, "down_proj", transposed)
-    n_experts, hidden, width = output.weight.shape
-    if whole.parameter.dim() != 3 or tuple(whole.weight.shape) != (n_experts, (1 + gated) * width, hidden):
-        return {}
-    if not gated:
-        return {"up": whole, "down": output}
-    one_after_the_other = getattr(module, "is_concatenated", True)
-    rows = (slice(0, width), slice(width, None)) if one_after_the_other else (slice(0, None, 2), slice(1, None, 2))
-    gate, up = (ExpertMatrices(module, first, transposed, own) for own in rows)
-    return {"gate": gate, "up": up, "down": output}
-
-
-def _each(module: nn.Module) -> tuple[FFN, ...]:
-    """The FFNs of a list of experts."""
-    if not isinstance(module, nn.ModuleList) or len(module) < 2:
-        return ()
-    found = [ffn for item in module if (ffn := ffn_of(item)) is not None]
-    alike = {(ffn.kind, ffn.width, ffn.output.out_features) for ffn in found}
-    return tuple(found) if len(found) == len(module) and len(alike) == 1 else ()
-
-
-def _mixture(
-    model: Any, module: nn.Module, experts: nn.Module, fused: dict[str, ExpertMatrices], each: tuple[FFN, ...], n: int
-) -> ExpertsFFN | None:
-    hidden = each[0].output.out_features if each else fused["down"].weight.shape[1]
-    others = [child for child in module.children() if child is not experts]
-    routers = [
-        child for child in others
-        if isinstance(weight := getattr(child, "weight", None), Tensor) and tuple(weight.shape) == (n, hidden)
-    ]  # fmt: skip
-    if len(routers) != 1:
-        return None
-    (router,) = routers
-    config = getattr(model.config, "get_text_config", lambda: model.config)()
-    top_k = next(
-        (k for holder in (router, module, config) for name in _TOP_K if (k := _number(holder, name)) is not None), None
-    )
-    if top_k is None or not 0 < top_k <= n:
-        return None
-    groups, top_groups = _number(router, "num_group", "n_group") or 1, _number(router, "topk_group") or 1
-    if groups == 1 or getattr(router, "topk_method", "") == "greedy":
-        groups = top_groups = 1
-    shared = [ffn for child in others if (ffn := ffn_of(child)) is not None]
-    return ExpertsFFN(
-        module, experts, router, n, top_k, groups, top_groups, shared[0] if len(shared) == 1 else None, fused, each
-    )
-
-
-def _number(holder: Any, *names: str) -> int | None:
-    found = (getattr(holder, name, None) for name in names)
-    return next((n for n in found if isinstance(n, int) and not isinstance(n, bool)), None)

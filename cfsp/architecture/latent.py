@@ -9,5 +9,5 @@ if TYPE_CHECKING:
 
 
 def has_latent_attention(block: nn.Module) -> bool:
-    """Whether keys and values of a block's attention come from one latent vector (DeepSeek-V2, arXiv 2405.04434)."""
+    """Return whether a block's keys and values come from one latent vector (DeepSeek-V2, arXiv 2405.04434)."""
     return any(hasattr(module, "kv_b_proj") and hasattr(module, "o_proj") for module in block.modules())

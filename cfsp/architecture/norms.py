@@ -1,4 +1,4 @@
-"""Which norms of a layer serve its attention, or its FFN, alone: seen in one pass, by what enters and leaves whom."""
+"""Norms that serve only the attention, or only the FFN, of a layer, recognised from the tensors of one pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ Kind = TypeVar("Kind", bound=str)
 
 @dataclass(frozen=True)
 class Seen:
-    """The hidden states that entered and left each child of ``layer``, by its name."""
+    """Hidden states at the children of a layer.
+
+    Attributes:
+        layer: the layer.
+        entered: name of a child -> the state that entered it.
+        left: name of a child -> the state that left it.
+    """
 
     layer: nn.Module
     entered: dict[str, Tensor] = field(default_factory=dict)
@@ -23,7 +29,7 @@ class Seen:
 
 @contextmanager
 def watched(layer: nn.Module) -> Iterator[Seen]:
-    """Note what enters and leaves the children of ``layer`` while it runs."""
+    """Record the hidden states at the children of ``layer`` while it runs."""
     seen = Seen(layer)
 
     def watch(name: str) -> Callable[..., None]:
@@ -42,21 +48,23 @@ def watched(layer: nn.Module) -> Iterator[Seen]:
 
 
 def served(seen: Seen, submodules: Mapping[Kind, tuple[str, ...]]) -> dict[Kind, tuple[str, ...]]:
-    """Kind of submodule -> names of the norms that serve it alone.
+    """Return the names of the norms that serve each kind of submodule alone.
 
-    A norm whose output enters the submodule, or whose input left it, belongs to it; one that feeds both to neither.
+    A norm belongs to a submodule if the norm's output enters it, or the norm's input left it. A norm that feeds both
+    submodules belongs to neither.
 
     Args:
+        seen: hidden states of one pass through the layer.
         submodules: kind -> names of the children that it is made of; the output of the first is the submodule's.
     """
     inside = {name for names in submodules.values() for name in names}
-    found: dict[Kind, set[str]] = {kind: set() for kind in submodules}
+    norms: dict[Kind, set[str]] = {kind: set() for kind in submodules}
     for name, output in seen.left.items():
         if name in inside or not list(seen.layer.get_submodule(name).parameters()):
             continue
         for kind, names in submodules.items():
             into = any(output is seen.entered.get(part) for part in names)
             if into or seen.entered[name] is seen.left.get(names[0]):
-                found[kind].add(name)
-    shared = set.intersection(*found.values())
-    return {kind: tuple(sorted(names - shared)) for kind, names in found.items()}
+                norms[kind].add(name)
+    shared = set.intersection(*norms.values())
+    return {kind: tuple(sorted(names - shared)) for kind, names in norms.items()}

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Projection:
-    """``owner.name`` is an nn.Linear, or transformers' Conv1D, which stores [in, out] (GPT-2).
+    """A linear map [out, in]: a whole matrix, or some rows of a fused one (gate and up; q, k and v).
 
-    rows: of a fused matrix (gate and up in one; q, k and v in one) the output rows that are this projection's, in the
-    order of its units; None: all.
+    Attributes:
+        owner: the module that has the matrix as a child.
+        name: attribute name of the child, an nn.Linear or transformers' Conv1D, which stores [in, out] (GPT-2).
+        rows: output rows of a fused matrix that are this projection, in the order of its units; None: all.
     """
 
     owner: nn.Module
@@ -25,42 +27,45 @@ class Projection:
 
     @property
     def module(self) -> nn.Module:
+        """Module that holds the matrix."""
         return getattr(self.owner, self.name)
 
     @property
     def parameter(self) -> nn.Parameter:
-        """As it is stored, fused matrices whole."""
+        """Parameter as it is stored; a fused matrix is whole."""
         return self.module.weight  # type: ignore[return-value]
 
     @property
     def weight(self) -> Tensor:
-        """[out, in]; a view of the parameter unless its rows lie apart."""
+        """Matrix [out, in]; a view of the parameter unless its rows lie apart."""
         return self.part(self.parameter)
 
     @property
     def bias(self) -> Tensor | None:
-        """[out]."""
+        """Bias [out]; None where there is none."""
         bias: Any = self.module.bias
         return None if bias is None else self._own_rows(bias)
 
     @property
     def out_features(self) -> int:
+        """Number of outputs."""
         return self._stored_shape[0] if self.rows is None else sum(len(rows) for rows in self.rows)
 
     @property
     def in_features(self) -> int:
+        """Number of inputs."""
         return self._stored_shape[1]
 
     def part(self, stored: Tensor) -> Tensor:
-        """What is this projection's of a tensor laid out as its parameter is, such as a gradient; [out, in]."""
+        """Return this projection's part [out, in] of a tensor that is laid out like the parameter, e.g. a gradient."""
         return self._own_rows(stored.T if is_transposed(self.module) else stored)
 
     def rows_of(self, units: Tensor) -> Tensor:
-        """Rows of the whole matrix that the rows ``units`` (int64) of this projection are."""
+        """Return the rows in the whole matrix of the rows ``units`` (int64) of this projection."""
         return units if self.rows is None else self._index.to(units.device)[units]
 
     def register_forward_pre_hook(self, hook: Callable[..., Any]) -> Any:
-        """On the module: its first argument holds the input channels [..., in]."""
+        """Register a hook on the module; its first argument holds the input channels [..., in]."""
         return self.module.register_forward_pre_hook(hook)
 
     @property
@@ -82,27 +87,27 @@ class Projection:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a module stores its matrix as [in, out]: transformers' Conv1D."""
+    """Return whether a module stores its matrix as [in, out], as transformers' Conv1D does."""
     return hasattr(module, "nf") and hasattr(module, "nx") and not isinstance(module, nn.Linear)
 
 
 def is_matrix(module: Any) -> bool:
-    """Whether a module can be (part of) a projection."""
+    """Return whether a module can be (part of) a projection."""
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Module) and is_transposed(module))
 
 
-def of_names(owner: nn.Module, names: Sequence[str]) -> tuple[Projection, ...] | None:
-    """The whole projections of these attribute names; None where one is not there."""
+def projections_named(owner: nn.Module, names: Sequence[str]) -> tuple[Projection, ...] | None:
+    """Return the projections with these attribute names, as whole matrices; None where one of them is missing."""
     if not all(is_matrix(getattr(owner, name, None)) for name in names):
         return None
     return tuple(Projection(owner, name) for name in names)
 
 
 def distinct(projections: Sequence[Projection]) -> list[Projection]:
-    """One projection of each matrix."""
-    return list({(id(one.owner), one.name): one for one in projections}.values())
+    """Return one projection for each matrix."""
+    return list({(id(part.owner), part.name): part for part in projections}.values())
 
 
 def stored_parameters(projections: Sequence[Projection]) -> int:
-    """Parameters of the matrices and biases, of fused ones once."""
-    return sum(p.numel() for one in distinct(projections) for p in one.module.parameters())
+    """Count the parameters of the matrices and their biases; a fused matrix counts once."""
+    return sum(p.numel() for part in distinct(projections) for p in part.module.parameters())

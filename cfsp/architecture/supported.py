@@ -1,4 +1,4 @@
-"""What is no decoder-only language model, said in one line before anybody looks for its blocks."""
+"""Refusal of models that are no decoder-only language models, before their blocks are looked for."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from torch import nn
 
 from cfsp.errors import UnsupportedModelError
 
-#: Attribute names of attention over an encoder's states; parameters that state-space and recurrent mixers have alone.
+#: Attribute names of attention over an encoder's states, and of parameters that only state-space and recurrent mixers
+#: have.
 _CROSS_ATTENTION = ("encoder_attn", "encoder_attention", "cross_attn", "crossattention")
 _STATE_SPACE = ("A_log", "time_decay", "time_mix_key")
 
 
 def other_kind(config: Any) -> str | None:
-    """What a configuration describes that is no decoder-only language model; None where it may be one."""
+    """Name the kind of model that a configuration describes, if no decoder-only language model; else return None."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     model_type = getattr(config, "model_type", None)
@@ -32,13 +33,18 @@ def other_kind(config: Any) -> str | None:
 
 
 def refuse_other_kinds(model: Any) -> None:
-    """Raises UnsupportedModelError where ``model`` is no decoder-only language model."""
+    """Refuse a model that is no decoder-only language model.
+
+    Raises:
+        UnsupportedModelError: names the kind of model.
+    """
     kind = next(_signs(model), None) or other_kind(model.config)
     if kind is not None:
         raise UnsupportedModelError(f"{type(model).__name__} is {kind}; decoder-only language models can be pruned")
 
 
 def _signs(model: nn.Module) -> Iterator[str]:
+    """Yield what in the modules shows that the model is the decoder of an encoder-decoder model."""
     for name, module in model.named_modules():
         for attribute in _CROSS_ATTENTION:
             if isinstance(getattr(module, attribute, None), nn.Module):
@@ -46,6 +52,6 @@ def _signs(model: nn.Module) -> Iterator[str]:
 
 
 def state_space(block: nn.Module) -> str | None:
-    """Where a block keeps what state-space and recurrent mixers have alone; None where it is none."""
-    found = (name for name, _ in block.named_parameters() if name.rpartition(".")[2] in _STATE_SPACE)
-    return next(found, None)
+    """Return the name of a parameter that only state-space and recurrent mixers have; None where there is none."""
+    names = (name for name, _ in block.named_parameters())
+    return next((name for name in names if name.rpartition(".")[2] in _STATE_SPACE), None)

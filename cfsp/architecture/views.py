@@ -1,4 +1,4 @@
-"""What the pruners see of an architecture: blocks, their FFN, their attention. Resolved by structure.
+"""Views of an architecture for the pruners: blocks with their FFN and attention, recognised by structure.
 
 A decoder is recognised by the linears that are there and their attribute names, never by a model's or a
 repository's name. :mod:`cfsp.pruner.probe` then checks each view numerically before anything is pruned.
@@ -13,19 +13,29 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.attention import AttentionView, attention_in
-from cfsp.architecture.experts import ExpertsFFN, experts_in, looks_like_experts
+from cfsp.architecture.expert_recognition import experts_in, looks_like_experts
+from cfsp.architecture.experts import ExpertsFFN
 from cfsp.architecture.ffn import FFN, KNOWN_NAMES, ffn_of
 from cfsp.architecture.projection import Projection, is_matrix
 from cfsp.architecture.supported import refuse_other_kinds, state_space
+from cfsp.architecture.weights import Weights, weights_of
 from cfsp.errors import UnsupportedModelError
+
+#: Kinds of submodules, by the names that the stubs of removed ones have in model folders.
+Kind = Literal["attention", "mlp"]
+KINDS: tuple[Kind, ...] = ("attention", "mlp")
 
 
 @dataclass(frozen=True)
 class Channels:
-    """What a metric scores: the input channels of one output projection of block ``block``.
+    """Channels that a metric scores: the inputs of one output projection.
 
-    kind ffn: the neurons, inputs of down_proj; attention: the channels of the heads, inputs of o_proj. ``expert``: of
-    a mixture, whose neurons they are; ``part`` then has what metrics read of an FFN.
+    Attributes:
+        block: index of the block.
+        kind: ffn, the neurons, which are inputs of down_proj; or attention, the channels of the heads, which are
+            inputs of o_proj.
+        part: the FFN or the attention; with ``expert``, the expert with the attributes of an FFN.
+        expert: in a mixture, the expert whose neurons they are.
     """
 
     block: int
@@ -40,21 +50,29 @@ class Channels:
 
     @property
     def n(self) -> int:
+        """Number of channels, N."""
         return self.part.width
 
     def weights(self) -> tuple[Tensor, ...]:
-        """The matrices that meet at the channels, fp32: those that make them, [N, d] each, then the output's [d, N].
+        """Return the matrices that meet at the channels, in fp32.
 
-        ffn: gate, up, down, or up and down; attention: q, k, v, o.
+        Returns:
+            The input matrices, [N, d] each, then the output projection [d, N]. For an FFN: gate, up and down, or up
+            and down. For an attention: q, k, v and o.
         """
         return self.part.weights()
 
 
 @dataclass(frozen=True)
 class BlockView:
-    """One decoder block. ``ffn`` and ``attention`` are None where an earlier pruning took the submodule away.
+    """One decoder block.
 
-    ``attention`` is also None where its projections were not recognised; ``attention_removed`` tells the two apart.
+    Attributes:
+        index: index of the block in the model.
+        module: its module.
+        ffn: the FFN; None where an earlier pruning removed it.
+        attention: the attention; None where an earlier pruning removed it, or its projections are not recognised.
+        attention_removed: tells these two cases apart.
     """
 
     index: int
@@ -65,23 +83,29 @@ class BlockView:
 
     @property
     def experts(self) -> ExpertsFFN | None:
-        """The FFN where it is a mixture of experts."""
+        """The FFN where it is a mixture of experts; else None."""
         return self.ffn if isinstance(self.ffn, ExpertsFFN) else None
 
     @property
     def channels(self) -> dict[str, Channels]:
-        """kind -> the removable channels that this block has, of its own single matrices: none of experts."""
-        found: dict[str, Channels] = {}
+        """Removable channels of the block by their kind, without those of experts."""
+        by_kind: dict[str, Channels] = {}
         if isinstance(self.ffn, FFN):
-            found["ffn"] = Channels(self.index, "ffn", self.ffn)
+            by_kind["ffn"] = Channels(self.index, "ffn", self.ffn)
         if self.attention is not None:
-            found["attention"] = Channels(self.index, "attention", self.attention)
-        return found
+            by_kind["attention"] = Channels(self.index, "attention", self.attention)
+        return by_kind
 
 
 @dataclass(frozen=True)
 class DecoderView:
-    """A causal language model as a list of blocks. ``decoder`` is the model without its LM head."""
+    """A causal language model as a list of blocks.
+
+    Attributes:
+        model: the model.
+        decoder: the model without its LM head.
+        blocks: its decoder blocks, in order.
+    """
 
     model: Any
     decoder: Any
@@ -89,18 +113,20 @@ class DecoderView:
 
     @property
     def container(self) -> nn.ModuleList:
-        """The list in the model that holds the blocks."""
+        """The nn.ModuleList that holds the blocks."""
         first = self.blocks[0].module
         lists = (module for module in self.decoder.modules() if isinstance(module, nn.ModuleList))
         return next(module for module in lists if len(module) and module[0] is first)
 
     @property
     def device(self) -> torch.device:
-        """Where the token ids go: the device of the embeddings; of a streamed model, where it computes."""
-        store = getattr(self.model, "_cfsp_streamed", None)  # :mod:`cfsp.model.streamed`, which builds on views
-        if store is not None:
-            return store.device
-        return self.decoder.get_input_embeddings().weight.device
+        """Device of token ids: that of the embeddings; for a streamed model, the device that computes."""
+        return self.weights.device
+
+    @property
+    def weights(self) -> Weights:
+        """Weights of the model, in memory or streamed."""
+        return weights_of(self.model)
 
     @property
     def mixtures(self) -> list[BlockView]:
@@ -109,7 +135,7 @@ class DecoderView:
 
     @property
     def widths(self) -> list[int]:
-        """FFN neurons of each block, of a mixture those of one expert; 0 where there is no FFN."""
+        """FFN neurons of each block; for a mixture, those of one expert; 0 where there is no FFN."""
         return [block.ffn.width if block.ffn is not None else 0 for block in self.blocks]
 
     @property
@@ -119,12 +145,12 @@ class DecoderView:
 
     @property
     def model_parameters(self) -> int:
-        """Every parameter once, tied ones too."""
+        """Parameters of the model; tied ones count once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
     def decoder_parameters(self) -> int:
-        """Parameters of the blocks: attention, FFN and norms; no embeddings, no final norm, no head."""
+        """Parameters of the blocks (attention, FFN and norms), without embeddings, final norm and LM head."""
         return sum(parameter.numel() for block in self.blocks for parameter in block.module.parameters())
 
 
@@ -132,7 +158,7 @@ def resolve(model: Any) -> DecoderView:
     """Recognise the decoder of a transformers causal language model (also on the meta device).
 
     Raises:
-        UnsupportedModelError: says what was looked for and what was found.
+        UnsupportedModelError: the structure is not recognised; says what was looked for and what is there.
     """
     refuse_other_kinds(model)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else getattr(model, "base_model", model)
@@ -157,12 +183,22 @@ def _looks_like_block(module: nn.Module) -> bool:
 
 
 def is_removed(module: nn.Module, kind: Literal["attention", "mlp"]) -> bool:
-    """Whether ``module`` stands where a pruning removed an attention or FFN submodule (see pruned_template)."""
+    """Return whether ``module`` is the stub of a removed submodule of this kind (cfsp.pruned_model.sizes_template)."""
     return getattr(module, "removed", None) == kind
 
 
 def view_block(model: Any, name: str, index: int, block: nn.Module) -> BlockView:
-    """What is recognised in one block; ``name`` is for messages."""
+    """Recognise the FFN and the attention of one block.
+
+    Args:
+        model: the model that the block belongs to.
+        name: name of the block in messages.
+        index: index of the block.
+        block: its module.
+
+    Raises:
+        UnsupportedModelError: there is not exactly one FFN, and none was removed.
+    """
     attention = attention_in(model, block)
     mixture = experts_in(model, block)
     if mixture is not None:
@@ -173,33 +209,27 @@ def view_block(model: Any, name: str, index: int, block: nn.Module) -> BlockView
             f"{type(model).__name__}: block {name} holds matrices of several experts, but no module with gate_up_proj "
             "and down_proj [experts, ...] beside one router with a row of weights per expert was found"
         )
-    found = [ffn for module in block.modules() if (ffn := ffn_of(module)) is not None]
+    ffns = [ffn for module in block.modules() if (ffn := ffn_of(module)) is not None]
     attention_removed = any(is_removed(module, "attention") for module in block.modules())
-    if not found and any(is_removed(module, "mlp") for module in block.modules()):
+    if not ffns and any(is_removed(module, "mlp") for module in block.modules()):
         return BlockView(index, block, None, attention, attention_removed)
-    if len(found) != 1:
+    if len(ffns) != 1:
         shapes = [
             f"{child_name} {tuple(child.weight.shape)}"
             for child_name, child in block.named_modules()
             if is_matrix(child)
         ]
         linears = ", ".join(shapes[:4]) + (f" and {len(shapes) - 4} more" if len(shapes) > 4 else "")
-        what = "no FFN" if not found else f"{len(found)} FFNs (a mixture of experts without a router?)"
-        if not found and (mixer := state_space(block)):
+        what = "no FFN" if not ffns else f"{len(ffns)} FFNs (a mixture of experts without a router?)"
+        if not ffns and (mixer := state_space(block)):
             what = f"a state-space mixer ({mixer}) and no FFN"
         raise UnsupportedModelError(
             f"{type(model).__name__}: {what} in block {name}; looked for one module with linears {KNOWN_NAMES} of "
             f"matching shapes, found: {linears or 'no linear'}"
         )
-    return BlockView(index, block, found[0], attention, attention_removed)
-
-
-Kind = Literal["attention", "mlp"]
-
-
-KINDS: tuple[Kind, ...] = ("attention", "mlp")
+    return BlockView(index, block, ffns[0], attention, attention_removed)
 
 
 def is_stub(module: nn.Module) -> bool:
-    """Whether a module stands where a submodule was removed."""
+    """Return whether a module stands in the place of a removed submodule."""
     return any(is_removed(module, kind) for kind in KINDS)

@@ -1,1 +1,4 @@
-"""The parts of ``cfsp benchmark``: each measures one thing, says what it found and which limits were missed."""
+"""Parts of ``cfsp benchmark``. Each module measures one thing, and states its figures and the limits that must hold.
+
+Only the command line imports it.
+"""

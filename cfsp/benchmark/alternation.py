@@ -1,4 +1,4 @@
-"""Timing things beside each other, so that a machine that drifts favours none of them."""
+"""Timing in alternation, so that a machine that drifts favours none of the things compared."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from statistics import median
 
 
 def seconds_of(call: Callable[[], object], cuda: bool) -> float:
-    """Wall-clock seconds until what ``call`` started is over on the device too."""
+    """Return the wall-clock seconds of ``call``, work that it starts on the device included."""
     import torch
 
     if cuda:
@@ -21,15 +21,19 @@ def seconds_of(call: Callable[[], object], cuda: bool) -> float:
 
 
 def alternated(calls: Mapping[str, Callable[[], object]], repeats: int, cuda: bool) -> dict[str, list[float]]:
-    """Name -> seconds of each repeat; every other repeat goes through ``calls`` in the opposite order."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    """Time ``calls`` in turn; every other repeat goes through them in the opposite order.
+
+    Returns:
+        The seconds of each repeat, by name.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats):
         for name in list(calls) if repeat % 2 == 0 else reversed(list(calls)):
-            found[name].append(seconds_of(calls[name], cuda))
-    return found
+            seconds[name].append(seconds_of(calls[name], cuda))
+    return seconds
 
 
 def pairwise(ours: list[float], theirs: list[float]) -> tuple[float, list[float]]:
-    """Median and all of the ratios ours / theirs, one of each repeat."""
+    """Return the median of the ratios ours / theirs, and the ratio of each repeat."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return median(ratios), ratios

@@ -1,4 +1,4 @@
-"""What calibration, scoring and planning cost beside a bare forward pass over the same tokens, and their memory."""
+"""Cost of calibration, scoring and planning beside a bare forward pass over the same tokens, and their memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from cfsp.benchmark.alternation import alternated, pairwise, seconds_of
-from cfsp.benchmark.part import Check, Found, Settings, markdown, span
+from cfsp.benchmark.part import Check, Result, Settings, markdown, span
 from cfsp.benchmark.shapes import (
     GPU_SEQ_LEN,
     GPU_SHAPE,
@@ -26,34 +26,34 @@ from cfsp.benchmark.shapes import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Calibration + scoring + planning may cost so many bare forward passes.
+#: Largest cost of calibration, scoring and planning, in bare forward passes.
 LIMIT = 1.10
-#: The peak of calibration may be above that of the bare forward pass by this share of the weights.
+#: Largest peak memory of calibration above that of the bare forward pass, as a share of the weights.
 MEMORY_SHARE = 0.05
-#: A batch size is tried over so many windows at least.
+#: Smallest number of windows that a batch size is tried over.
 TRIED_WINDOWS = 8
 RATIO = 0.5
-#: The stages on their own are timed in so many of the repeats at most: each pass is a calibration more.
+#: Largest number of repeats that time each stage alone. Each is a calibration more.
 STAGE_REPEATS = 3
 STAGES = ("calibrate", "score", "plan", "apply", "save")
 
 
-def measure(settings: Settings) -> Found:
-    """Rows: one for each shape, dtype and number of windows.
+def measure(settings: Settings) -> Result:
+    """Measure a row for each shape, dtype and number of windows.
 
-    What is dear and grows with the windows is left out of the larger cases: the stages on their own, and on a CPU the
-    dtypes that no limit is set for.
+    Expensive measurements that grow with the windows are left out of the larger cases. These are each stage alone,
+    and on a CPU the dtypes without a limit.
     """
     import torch
 
     from cfsp.model.device import resolve_device
 
     device = resolve_device(settings.device)
-    # The fewest windows have the record that the README goes by; others alone have one of their own.
+    # The record of the smallest number of windows is the one that the README cites. Other numbers have their own.
     usual = Settings.windows[0] in settings.windows
     name = "calibration" if usual else f"calibration_{'_'.join(map(str, settings.windows))}_windows"
     words = f"windows={','.join(map(str, settings.windows))} shapes={','.join(settings.shapes)}"
-    found = Found(name, f"parts=calibration {words} dtypes={','.join(settings.dtypes)}")
+    result = Result(name, f"parts=calibration {words} dtypes={','.join(settings.dtypes)}")
     cases = [(name, windows, SEQ_LEN) for name in settings.shapes for windows in settings.windows]
     if device.type == "cuda":
         cases.append((GPU_SHAPE, GPU_WINDOWS, GPU_SEQ_LEN))
@@ -81,15 +81,15 @@ def measure(settings: Settings) -> Found:
                 batch = min(tried, key=lambda size: tried[size])
                 row |= {"batch_size": batch, "tried_batch_sizes": tried}
                 row |= compared(model, ids, batch, settings, stages_alone=smallest)
-                found.rows.append(row)
-                found.checks += _checks(row, limited=limited)
+                result.rows.append(row)
+                result.checks += _checks(row, limited=limited)
                 print(f"calibration: {_name(row)}: {row['ratio']:.3f} ({span(row['ratios'], 3)})", flush=True)
             del model
-    return found
+    return result
 
 
 def bare(model: Any, ids: Tensor, batch_size: int) -> None:
-    """The forward pass that calibration is measured against: the decoder without the LM head, without a hook."""
+    """Run the forward pass that calibration is measured against: the decoder without LM head and without hooks."""
     import torch
 
     with torch.no_grad():
@@ -98,19 +98,25 @@ def bare(model: Any, ids: Tensor, batch_size: int) -> None:
 
 
 def tried_batches(model: Any, ids: Tensor, known: Mapping[int, float] | None = None) -> dict[int, float]:
-    """Batch size -> seconds per window of the bare forward pass, the better of two.
+    """Time the bare forward pass at several batch sizes.
 
-    The sizes double until one is no better than the best before it, or takes all windows, or more memory than there is:
-    the best of them is then not the last only because nobody looked further. ``known``: the same of fewer windows,
-    which leaves the sizes beyond, where the largest of them was the best.
+    The sizes double until one is no better than the best before it, holds all windows, or exceeds the memory.
+
+    Args:
+        model: the model.
+        ids: windows of tokens, [windows, length].
+        known: results for fewer windows. Only larger sizes are tried, and only where the largest of them was the best.
+
+    Returns:
+        Seconds per window by batch size, the better of two.
     """
     import torch
 
     cuda = model.device.type == "cuda"
-    found = dict(known or {})
-    size = 2 * max(found, default=0) or 1
-    if found and min(found, key=lambda tried: found[tried]) != max(found):
-        return found
+    seconds_by_size = dict(known or {})
+    size = 2 * max(seconds_by_size, default=0) or 1
+    if seconds_by_size and min(seconds_by_size, key=lambda tried: seconds_by_size[tried]) != max(seconds_by_size):
+        return seconds_by_size
     while size <= len(ids):
         some = ids[: max(size, TRIED_WINDOWS)]
         try:
@@ -118,17 +124,17 @@ def tried_batches(model: Any, ids: Tensor, known: Mapping[int, float] | None = N
             seconds = min(seconds_of(partial(bare, model, some, size), cuda) for _ in range(2)) / len(some)
         except torch.OutOfMemoryError:
             break
-        found[size], before = seconds, min(found.values(), default=float("inf"))
+        seconds_by_size[size], before = seconds, min(seconds_by_size.values(), default=float("inf"))
         if seconds >= before:
             break
         size *= 2
-    return found
+    return seconds_by_size
 
 
 def compared(
     model: Any, ids: Tensor, batch_size: int, settings: Settings, *, stages_alone: bool = True
 ) -> dict[str, Any]:
-    """Seconds of the two in alternation, of our stages on their own (or None), and the peak memory of each."""
+    """Time both in alternation, and where asked each of our stages alone; measure the peak memory of each stage."""
     import cfsp
 
     prune = partial(cfsp.prune, model, ids, ratio=RATIO, batch_size=batch_size)
@@ -144,8 +150,8 @@ def compared(
     if stages_alone:
         passes = [stages(model, ids, batch_size, folder) for _ in range(min(STAGE_REPEATS, settings.repeats))]
         resident = "peak_gpu_bytes" if cuda else "peak_bytes"
-        alone = {name: median(one[name]["seconds"] for one in passes) for name in STAGES}
-        resident_peaks = {name: max(one[name][resident] or 0 for one in passes) for name in STAGES}
+        alone = {name: median(timed[name]["seconds"] for timed in passes) for name in STAGES}
+        resident_peaks = {name: max(timed[name][resident] or 0 for timed in passes) for name in STAGES}
     peaks, lm_head_calls = peak_bytes(model, ids[: 2 * batch_size], batch_size, folder)
     return {
         "seconds": seconds,
@@ -164,7 +170,7 @@ def compared(
 
 
 def stages(model: Any, ids: Tensor, batch_size: int, folder: Path) -> dict[str, dict[str, Any]]:
-    """Stage -> seconds and peak memory of the process; plan scores too. The model is put back at the end."""
+    """Return seconds and peak memory of each stage; plan scores too. The model is restored at the end."""
     from cfsp.record.stages import Stages
 
     recorded = Stages()
@@ -182,7 +188,7 @@ def stages(model: Any, ids: Tensor, batch_size: int, folder: Path) -> dict[str, 
 
 
 def peak_bytes(model: Any, ids: Tensor, batch_size: int, folder: Path) -> tuple[dict[str, int], int]:
-    """Most bytes beside the weights, of the bare forward pass and of each stage; and calls of the LM head in ours."""
+    """Return the peak bytes beside the weights of the bare pass and of each stage, and the calls of the LM head."""
     from cfsp.evaluation.cost import peak_beside
 
     weights, here = [*model.parameters(), *model.buffers()], ids.to(model.device)
@@ -200,13 +206,13 @@ def peak_bytes(model: Any, ids: Tensor, batch_size: int, folder: Path) -> tuple[
 
 
 def weights_bytes(model: Any) -> int:
-    """Parameters and buffers, tied ones once."""
+    """Return the bytes of parameters and buffers; tied ones are counted once."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
 
 def _stage_calls(model: Any, ids: Tensor, batch_size: int, folder: Path) -> Any:
-    """The stages in order, each to be called before the next one is asked for."""
+    """Yield the stages in order. Each must be called before the next is taken."""
     from cfsp.architecture.views import resolve
     from cfsp.calibration.calibration_set import from_ids
     from cfsp.checkpoint.save import save_checkpoint
@@ -238,7 +244,7 @@ def _stage_calls(model: Any, ids: Tensor, batch_size: int, folder: Path) -> Any:
     yield "plan", plan
     with restored(model):
         yield "apply", lambda: apply(model, kept["plan"])
-        yield "save", lambda: save_checkpoint(model, folder, reference=False)  # which is another forward pass
+        yield "save", lambda: save_checkpoint(model, folder, reference=False)  # the reference is another forward pass
 
 
 def _checks(row: dict[str, Any], *, limited: bool) -> list[Check]:
@@ -257,8 +263,8 @@ def _name(row: dict[str, Any]) -> str:
     return f"{row['shape']} {row['dtype']} {row['device']} {row['windows']} x {row['seq_len']}"
 
 
-def table(found: Found) -> str:
-    """Markdown."""
+def table(result: Result) -> str:
+    """Render the table as Markdown."""
     head = [
         "model, dtype, device, tokens", "batch", "bare forward, s", "ours, s", "ratio (lowest to highest)",
         "stages alone", "tokens/s", "µs/token", *(f"{name}, s" for name in STAGES),
@@ -277,9 +283,9 @@ def table(found: Found) -> str:
             *("" if row["stage_seconds"] is None else f"{row['stage_seconds'][name]:.2f}" for name in STAGES),
             *(f"{row['peak_beside_weights'][name] / 2**20:,.0f}" for name in ("bare", *STAGES)),
         ]
-        for row in found.rows
+        for row in result.rows
     ]
-    shapes = "; ".join(describe(name) for name in dict.fromkeys(row["shape"] for row in found.rows))
+    shapes = "; ".join(describe(name) for name in dict.fromkeys(row["shape"] for row in result.rows))
     explained = (
         "bare forward: model.model(ids, use_cache=False) with SDPA at its own best batch size for these windows: "
         "sizes double from 1 until one is no faster than the best before it or holds all windows (each is in the "
@@ -290,4 +296,4 @@ def table(found: Found) -> str:
         "weights over two batches, counted where tensors are made (on a GPU by its allocator); buffers of the file "
         f"writing are outside of it. Resident peaks are in the record. {shapes}."
     )
-    return markdown("Calibration beside a bare forward pass", head, rows, found, explained)
+    return markdown("Calibration beside a bare forward pass", head, rows, result, explained)

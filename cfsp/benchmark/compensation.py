@@ -1,4 +1,4 @@
-"""What least squares costs: whole prunings beside a bare forward pass, and its kernels at the width of LLaMA-3-8B."""
+"""Cost of least squares: whole prunings beside a bare forward pass, and its kernels at the width of LLaMA-3-8B."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.benchmark.alternation import alternated, pairwise, seconds_of
 from cfsp.benchmark.calibration import bare, tried_batches
-from cfsp.benchmark.part import Check, Found, Settings, markdown, span
+from cfsp.benchmark.part import Check, Result, Settings, markdown, span
 from cfsp.benchmark.shapes import SEQ_LEN, SHAPES, describe, in_memory, random_ids
 
 if TYPE_CHECKING:
     import torch
 
-#: The whole pruning may cost so many bare forward passes.
+#: Largest cost of the whole pruning, in bare forward passes.
 LIMIT = 1.6
 SHAPE, WINDOWS, RATIO, SHARE = "small", 8, 0.5, 0.25
-#: The widths that the kernels are measured at, and for how many tokens and blocks a whole model is reckoned.
+#: Shape that the kernels are measured at, and the tokens and blocks that a whole model is estimated for.
 WIDE, TOKENS, BLOCKS = "llama3_8b", 128 * 1024, 32
 CASES: dict[str, tuple[str, ...]] = {
     "cfsp": (),
@@ -26,21 +26,21 @@ CASES: dict[str, tuple[str, ...]] = {
     "obs + least squares": ("pruner.compensation=least_squares", "importance=obs"),
     "cfsp_plus": (),
 }
-#: Of Gauss-Newton: two steps of 20 iterations, and what sets each up.
+#: Iterations of Gauss-Newton: two steps of 20, and the set-up of each.
 NEWTON_ITERATIONS = 2 * (20 + 1)
-#: What costs many forward passes is timed once.
+#: Cases that cost many forward passes. They are timed once.
 ONCE = ("obs + least squares", "cfsp_plus")
 
 
-def measure(settings: Settings) -> Found:
-    """Rows: one for each way of pruning, then the kernels."""
+def measure(settings: Settings) -> Result:
+    """Measure a row for each way of pruning, then the kernels."""
     import torch
 
     import cfsp
     from cfsp.model.device import resolve_device
 
     device = resolve_device(settings.device)
-    found = Found("compensation", "parts=compensation", notes={"gram_share": SHARE, "windows": WINDOWS})
+    result = Result("compensation", "parts=compensation", notes={"gram_share": SHARE, "windows": WINDOWS})
     model = in_memory(SHAPES[SHAPE], torch.float32 if device.type == "cpu" else torch.bfloat16, device)
     ids = random_ids(WINDOWS, SEQ_LEN, SHAPES[SHAPE].vocab)
     tried = tried_batches(model, ids)
@@ -55,17 +55,17 @@ def measure(settings: Settings) -> Found:
         calls: dict[str, Callable[[], object]] = {"bare": partial(bare, model, ids, batch), "ours": prune}
         seconds = alternated(calls, repeats, cuda)
         ratio, ratios = pairwise(seconds["ours"], seconds["bare"])
-        found.rows.append({"what": name, "seconds": seconds, "ratio": ratio, "ratios": ratios})
+        result.rows.append({"what": name, "seconds": seconds, "ratio": ratio, "ratios": ratios})
         if name == "cfsp + least squares":
-            found.checks.append(Check(f"{SHAPE} {WINDOWS} x {SEQ_LEN}, {name} / bare forward", ratio, LIMIT))
+            result.checks.append(Check(f"{SHAPE} {WINDOWS} x {SEQ_LEN}, {name} / bare forward", ratio, LIMIT))
         print(f"compensation: {name}: {ratio:.2f} bare forward passes", flush=True)
     del model
-    found.notes["wide"] = wide(device)
-    return found
+    result.notes["wide"] = wide(device)
+    return result
 
 
 def wide(device: torch.device) -> dict[str, Any]:
-    """Seconds and bytes of the kernels at the FFN width of ``WIDE``, and what a whole model would take."""
+    """Measure seconds and bytes of the kernels at the FFN width of ``WIDE``, and estimate those of a whole model."""
     import torch
 
     from cfsp.calibration.ffn_pairs import HELD_OUT
@@ -99,13 +99,13 @@ def wide(device: torch.device) -> dict[str, Any]:
         "newton_bytes": int(2 * 4 * tokens * d),
         "matrix_bytes": matrix,
         "all_matrices_bytes": BLOCKS * matrix,
-        # The matrix in fp64, its kept part twice (damped, factored), the right-hand side twice.
+        # The matrix in fp64, its kept part twice (damped and factored), and the right-hand side twice.
         "refit_bytes": 2 * matrix + 2 * matrix // 2 + 2 * 8 * (n // 2) * d,
     }
 
 
 def newton_iteration(kept: int, hidden: int, device: torch.device) -> float:
-    """Seconds that one iteration of conjugate gradients takes per token, in a gated FFN that keeps ``kept`` neurons."""
+    """Return the seconds per token of a conjugate-gradients iteration in a gated FFN that keeps ``kept`` neurons."""
     import torch
 
     from cfsp.pruner.gauss_newton import FFNFunction, Matrices
@@ -122,8 +122,8 @@ def newton_iteration(kept: int, hidden: int, device: torch.device) -> float:
     return median(seconds_of(once, device.type == "cuda") for _ in range(3)) / tokens
 
 
-def table(found: Found) -> str:
-    """Markdown."""
+def table(result: Result) -> str:
+    """Render the table as Markdown."""
     from cfsp.calibration.ffn_pairs import HELD_OUT
 
     rows = [
@@ -133,23 +133,24 @@ def table(found: Found) -> str:
             f"{median(row['seconds']['ours']):.2f}",
             f"**{row['ratio']:.2f}** ({span(row['ratios'])})",
         ]
-        for row in found.rows
+        for row in result.rows
     ]
-    one = found.notes["wide"]
+    kernels = result.notes["wide"]
     explained = (
         f"Whole prunings of half of the FFN (calibrate, score, plan, refit) of {describe(SHAPE)}, {WINDOWS} windows "
         f"of {SEQ_LEN} tokens, Gram matrices on {SHARE:.0%} of the tokens, beside model.model(ids, use_cache=False) at "
         f"its own best batch size, in alternation; selection by obs, and cfsp_plus, once. At the width of "
-        f"{one['shape']}: {one['gram_seconds_per_1000_tokens']:.2f} s for the Gram matrix of 1,000 tokens, "
-        f"{one['refit_seconds_per_block']:.1f} s for the refit of a block; reckoned for {TOKENS:,} calibration tokens "
-        f"and {BLOCKS} blocks: {one['estimated_seconds'] / 60:.0f} minutes beside the forward pass, "
-        f"{one['matrix_bytes'] / 1e9:.2f} GB a matrix ({one['all_matrices_bytes'] / 1e9:.0f} GB on disk for all), "
-        f"{one['refit_bytes'] / 1e9:.1f} GB while one block is refitted. Gauss-Newton (cfsp_plus) takes "
-        f"{one['newton_seconds_per_1000_tokens']:.2f} s for 1,000 tokens and one iteration there, half of the "
-        f"neurons kept: {one['newton_estimated_seconds'] / 3600:.1f} hours with {NEWTON_ITERATIONS} iterations on "
-        f"these tokens, of which {1 / HELD_OUT:.0%} are held out, and {one['newton_bytes'] / 1e9:.1f} GB for inputs "
-        f"and targets."
+        f"{kernels['shape']}: {kernels['gram_seconds_per_1000_tokens']:.2f} s for the Gram matrix of 1,000 tokens, "
+        f"{kernels['refit_seconds_per_block']:.1f} s for the refit of a block; reckoned for {TOKENS:,} calibration "
+        f"tokens and {BLOCKS} blocks: {kernels['estimated_seconds'] / 60:.0f} minutes beside the forward pass, "
+        f"{kernels['matrix_bytes'] / 1e9:.2f} GB a matrix "
+        f"({kernels['all_matrices_bytes'] / 1e9:.0f} GB on disk for all), "
+        f"{kernels['refit_bytes'] / 1e9:.1f} GB while one block is refitted. Gauss-Newton (cfsp_plus) takes "
+        f"{kernels['newton_seconds_per_1000_tokens']:.2f} s for 1,000 tokens and one iteration there, half of the "
+        f"neurons kept: {kernels['newton_estimated_seconds'] / 3600:.1f} hours with {NEWTON_ITERATIONS} iterations on "
+        f"these tokens, of which {1 / HELD_OUT:.0%} are held out, and {kernels['newton_bytes'] / 1e9:.1f} GB for "
+        f"inputs and targets."
     )
     return markdown(
-        "What least squares costs", ["pruning", "bare forward, s", "ours, s", "ratio"], rows, found, explained
+        "What least squares costs", ["pruning", "bare forward, s", "ours, s", "ratio"], rows, result, explained
     )

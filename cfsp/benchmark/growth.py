@@ -1,4 +1,4 @@
-"""How the cost of calibration grows with windows, blocks and width, each doubled three times."""
+"""Growth of the cost of calibration with windows, blocks and width, each doubled three times."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from statistics import median
 from typing import Any
 
 from cfsp.benchmark.alternation import alternated
-from cfsp.benchmark.part import Check, Found, Settings, markdown, span
+from cfsp.benchmark.part import Check, Result, Settings, markdown, span
 from cfsp.benchmark.shapes import SEQ_LEN, SHAPES, describe, dtypes_on, in_memory, random_ids
 
-#: The exponent of windows and of blocks may be so far from 1.
+#: Largest distance of the exponent of windows and of blocks from 1.
 TOLERANCE = 0.05
 SHAPE = "small"
 BATCH_SIZE = 4
-#: What grows -> its values; what does not is the first value of its own.
+#: Values of the sizes that grow. A size that does not grow has its first value.
 WINDOWS, BLOCKS = (8, 16, 32, 64), (2, 4, 8, 16)
 FFN = (1408, 2816, 5632, 11264)
 HIDDEN = (256, 512, 1024, 2048)
@@ -24,8 +24,8 @@ HIDDEN = (256, 512, 1024, 2048)
 FIXED_BLOCKS = 2
 
 
-def measure(settings: Settings) -> Found:
-    """Rows: one for each thing that grows."""
+def measure(settings: Settings) -> Result:
+    """Measure a row for each size that grows."""
     import torch
 
     from cfsp.model.device import resolve_device
@@ -34,7 +34,7 @@ def measure(settings: Settings) -> Found:
     dtype = dtypes_on(device, settings.dtypes)[0]
     build = partial(in_memory, SHAPES[SHAPE], getattr(torch, dtype), device)
     per_hidden = SHAPES[SHAPE].ffn / SHAPES[SHAPE].hidden
-    found = Found(
+    result = Result(
         "growth",
         "parts=growth",
         notes={"seq_len": SEQ_LEN, "batch_size": BATCH_SIZE, "dtype": dtype, "device": device.type},
@@ -49,15 +49,23 @@ def measure(settings: Settings) -> Found:
     }  # fmt: skip
     for grows, make in cases.items():
         row = measured(grows, make(), settings.repeats)
-        found.rows.append(row)
+        result.rows.append(row)
         if grows in ("windows", "blocks"):
-            found.checks.append(Check(f"{grows}, distance of the exponent from 1", abs(row["exponent"] - 1), TOLERANCE))
+            result.checks.append(
+                Check(f"{grows}, distance of the exponent from 1", abs(row["exponent"] - 1), TOLERANCE)
+            )
         print(f"growth: {grows}: exponent {row['exponent']:.3f}", flush=True)
-    return found
+    return result
 
 
 def measured(grows: str, cases: list[tuple[int, Any, int]], repeats: int) -> dict[str, Any]:
-    """One row: ``cases`` are (value, model, windows); times are of the calibration stage alone."""
+    """Measure the row of a size that grows.
+
+    Args:
+        grows: name of the size.
+        cases: value of the size, model, and number of windows.
+        repeats: how often each is timed. Only the calibration stage is timed.
+    """
     from cfsp.architecture.views import resolve
     from cfsp.calibration.calibrate import calibrate
     from cfsp.calibration.calibration_set import from_ids
@@ -89,15 +97,15 @@ def measured(grows: str, cases: list[tuple[int, Any, int]], repeats: int) -> dic
 
 
 def exponent(sizes: list[int], seconds: list[float]) -> float:
-    """b of seconds = a * sizes^b, by least squares of the logarithms."""
+    """Fit seconds = a * sizes^b by least squares of the logarithms; returns b."""
     x, y = [math.log(size) for size in sizes], [math.log(value) for value in seconds]
     middle_x, middle_y = sum(x) / len(x), sum(y) / len(y)
     across = sum((a - middle_x) * (b - middle_y) for a, b in zip(x, y, strict=True))
     return across / sum((a - middle_x) ** 2 for a in x)
 
 
-def table(found: Found) -> str:
-    """Markdown."""
+def table(result: Result) -> str:
+    """Render the table as Markdown."""
     head = [
         "what grows",
         "values",
@@ -107,7 +115,7 @@ def table(found: Found) -> str:
         "of parameters",
     ]
     rows = []
-    for row in found.rows:
+    for row in result.rows:
         of_parameters = row["exponent_of_parameters"]
         rows.append(
             [
@@ -120,9 +128,9 @@ def table(found: Found) -> str:
             ]
         )
     explained = (
-        f"Seconds of the calibration stage, {found.notes['dtype']} on {found.notes['device']}, windows of {SEQ_LEN} "
+        f"Seconds of the calibration stage, {result.notes['dtype']} on {result.notes['device']}, windows of {SEQ_LEN} "
         f"tokens in batches of {BATCH_SIZE}; {WINDOWS[0]} windows and {FIXED_BLOCKS} blocks where these do not grow, "
         f"the rest as in {describe(SHAPE)}. exponent: b of seconds = a x value^b, fitted to the medians; of "
         "parameters: the same with the parameters of the blocks."
     )
-    return markdown("Growth of the cost of calibration", head, rows, found, explained)
+    return markdown("Growth of the cost of calibration", head, rows, result, explained)

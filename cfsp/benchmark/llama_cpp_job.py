@@ -1,4 +1,4 @@
-"""Times GGUF files in llama.cpp beside each other, in a process of its own.
+"""Time GGUF files in llama.cpp beside each other, in a process of its own.
 
 ``python llama_cpp_job.py REQUEST`` prints one line of JSON. It runs where llama_cpp is and imports nothing of the
 project; REQUEST: {"tool" (the path of cfsp/verify/tools/llama_cpp.py, which makes the package ready), "files" (name ->
@@ -15,12 +15,12 @@ import sys
 import time
 from typing import Any
 
-#: Ids of tokens; what they are changes nothing of the time.
+#: Ids of tokens. Their values do not change the time.
 FIRST, STEP, RANGE = 5, 37, 4000
 
 
 def timed(model: Any, ids: list[int], *, one_by_one: bool) -> dict[str, float]:
-    """Seconds in which the model reads ``ids``."""
+    """Return the seconds in which the model reads ``ids``."""
     wall, cpu = time.perf_counter(), time.process_time()
     for part in [[number] for number in ids] if one_by_one else [ids]:
         model.eval(part)
@@ -28,6 +28,7 @@ def timed(model: Any, ids: list[int], *, one_by_one: bool) -> dict[str, float]:
 
 
 def main() -> int:
+    """Answer the request of the command line; returns the exit code."""
     request = json.loads(sys.argv[1])
     package, _ = runpy.run_path(request["tool"])["prepared"]()
     counts = {"prompt": request["prompt"], "generate": request["generate"]}
@@ -44,15 +45,15 @@ def main() -> int:
         for name, file in request["files"].items()
     }
     ids = [FIRST + STEP * n % RANGE for n in range(max(counts.values()))]
-    found: dict[str, dict[str, list[dict[str, float]]]] = {name: {key: [] for key in counts} for name in models}
-    # The first round reads the files and is not counted; every other goes through them in the opposite order.
+    times: dict[str, dict[str, list[dict[str, float]]]] = {name: {key: [] for key in counts} for name in models}
+    # The first round reads the files and does not count. Every other round goes through them in the opposite order.
     for repeat in range(request["repeats"] + 1):
         for name in list(models) if repeat % 2 else reversed(models):
             for key, count in counts.items():
                 models[name].reset()
                 seconds = timed(models[name], ids[:count], one_by_one=key == "generate")
-                found[name][key] += [seconds] if repeat else []
-    print(json.dumps({"version": package.__version__, "seconds": found}), flush=True)
+                times[name][key] += [seconds] if repeat else []
+    print(json.dumps({"version": package.__version__, "seconds": times}), flush=True)
     return 0
 
 

@@ -3,7 +3,7 @@
     python -m cfsp.benchmark.make_checkpoint path=FOLDER [hidden=2048] [ffn=5632] [blocks=58] [heads=16] [kv_heads=16]
         [vocab=32000] [positions=2048] [dtype=bfloat16] [shard_gb=1] [seed=0]
 
-What it writes loads like any folder of transformers: model-0000k-of-0000n.safetensors with their index (one shard:
+The folder loads like any folder of transformers: model-0000k-of-0000n.safetensors with their index (one shard:
 model.safetensors), config.json, generation_config.json and the bundled tokenizer, whose ids are below ``vocab``. The
 values are transformers' initial ones: normal with standard deviation 0.02, norms 1; the same seed and shape give the
 same values whatever the shards. ``shard_gb`` is in 10^9 bytes. The folder appears when it is whole; one that was
@@ -29,17 +29,28 @@ from cfsp.system.package import ROOT
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: In the folder: what it was made with, which also says that it may be replaced.
+#: File in the folder that holds its settings. A folder with it may be replaced.
 MARKER = "made_checkpoint.json"
 TOKENIZER = ROOT / "assets" / "books7m"
-#: dtype -> its name in safetensors, bytes of an element.
+#: Name in safetensors, and bytes of an element, for each dtype.
 DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
 STANDARD_DEVIATION = 0.02
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A LLaMA; ``positions``: its longest window; ``dtype``: of the files."""
+    """Shape of a LLaMA.
+
+    Attributes:
+        hidden: hidden size.
+        ffn: FFN width.
+        blocks: number of blocks.
+        heads: query heads of a block.
+        kv_heads: key and value heads of a block.
+        vocab: size of the vocabulary.
+        positions: longest window.
+        dtype: dtype of the files.
+    """
 
     hidden: int = 2048
     ffn: int = 5632
@@ -51,7 +62,7 @@ class Shape:
     dtype: str = "bfloat16"
 
     def config(self) -> Any:
-        """The configuration of transformers, without settings of attention or cache."""
+        """Return the configuration of transformers, without settings of attention or cache."""
         from transformers import LlamaConfig
 
         return LlamaConfig(
@@ -71,7 +82,7 @@ class Shape:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Write the model that the words describe; returns the exit code."""
     return command("make_checkpoint", str(__doc__), words, _make)
 
 
@@ -79,17 +90,17 @@ def make_checkpoint(folder: Path, shape: Shape, *, shard_gb: float = 1.0, seed: 
     """Write the model to ``folder``, all or nothing; returns False where it was there already.
 
     Raises:
-        ConfigError: sizes that do not go together.
+        ConfigError: the sizes do not go together.
         CheckpointError: the folder holds other things, or cannot be written.
     """
     _check(shape, shard_gb)
     folder = folder.resolve()
     made_with = {**asdict(shape), "shard_gb": shard_gb, "seed": seed}
     if folder.exists():
-        found = _made_with(folder)
-        if found == made_with:
+        earlier = _made_with(folder)
+        if earlier == made_with:
             return False
-        if found is None:
+        if earlier is None:
             raise CheckpointError(
                 f"path={folder}: exists and was not written by make_checkpoint (no {MARKER}); give another folder"
             )
@@ -115,7 +126,7 @@ def make_checkpoint(folder: Path, shape: Shape, *, shard_gb: float = 1.0, seed: 
 
 
 def sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor, in the order of the model, as transformers' class has them."""
+    """Return the shape of every tensor by its name, in the order of transformers' class."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -125,7 +136,7 @@ def sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
 
 
 def _values(size: tuple[int, ...], number: int, shape: Shape, seed: int) -> Tensor:
-    """The initial values of the ``number``-th tensor."""
+    """Return the initial values of the ``number``-th tensor."""
     import torch
 
     dtype = getattr(torch, shape.dtype)
@@ -205,10 +216,10 @@ def _check(shape: Shape, shard_gb: float) -> None:
 
 def _made_with(folder: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        settings = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return settings if isinstance(settings, dict) else None
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

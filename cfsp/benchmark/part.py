@@ -1,4 +1,4 @@
-"""What a part of the benchmark is given, what it gives back, and where that is written."""
+"""Interface of a part of the benchmark: its settings, its result, and the files of a result."""
 
 from __future__ import annotations
 
@@ -15,8 +15,17 @@ from cfsp.tables.markdown_line import line
 class Settings:
     """The checked command line.
 
-    windows: calibration sets of the part calibration, in windows of 512 tokens; blocks, modes and runs: of the part
-    streaming; dtypes: on a CPU (a GPU runs bfloat16).
+    Attributes:
+        repeats: how often things are timed.
+        work: folder for models and other work.
+        results: folder for records and tables.
+        device: auto, cpu or cuda.
+        shapes: names of the models that are measured.
+        dtypes: dtypes on a CPU; a GPU runs bfloat16.
+        windows: sizes of the calibration sets of the part calibration, in windows of 512 tokens.
+        blocks: blocks of the checkpoint of the part streaming.
+        modes: values of model.streaming of the part streaming.
+        runs: runs of each mode of the part streaming.
     """
 
     repeats: int = 5
@@ -33,7 +42,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Check:
-    """A figure that must hold: at most the limit, or (``at_least``) at least it."""
+    """A limit of a figure.
+
+    Attributes:
+        name: name of the figure.
+        value: the figure.
+        limit: its limit.
+        at_least: whether the limit is the smallest value allowed; otherwise it is the largest.
+    """
 
     name: str
     value: float
@@ -42,7 +58,7 @@ class Check:
 
     @property
     def met(self) -> bool:
-        """NaN meets nothing."""
+        """True where the limit holds. NaN meets no limit."""
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     def __str__(self) -> str:
@@ -51,10 +67,16 @@ class Check:
 
 
 @dataclass
-class Found:
-    """What a part measured: ``rows`` for its table, and what must hold of them.
+class Result:
+    """Result of a part.
 
-    name: of its files; ``words``: of the command line that measures it; ``script``: of that command line.
+    Attributes:
+        name: name of its files.
+        words: words of the command line that measures it.
+        rows: measurements.
+        checks: limits that must hold.
+        notes: further entries of the record.
+        program: program of that command line.
     """
 
     name: str
@@ -62,55 +84,56 @@ class Found:
     rows: list[dict[str, Any]] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
-    script: str = "benchmark.py"
+    program: str = "cfsp benchmark"
 
     @property
     def made_by(self) -> str:
-        return f"python scripts/{self.script} {self.words}".rstrip()
+        """Command line that measures it."""
+        return f"{self.program} {self.words}".rstrip()
 
 
-def write(found: Found, table: str, settings: Settings) -> None:
-    """The record results/benchmarks/PART.json and the table results/tables/benchmark_PART.md."""
+def write(result: Result, table: str, settings: Settings) -> None:
+    """Write the record benchmarks/NAME.json and the table tables/benchmark_NAME.md under results."""
     from cfsp.record import environment
 
-    checks = [{**asdict(check), "met": check.met} for check in found.checks]
+    checks = [{**asdict(check), "met": check.met} for check in result.checks]
     record = {
-        "part": found.name,
-        "made_by": found.made_by,
+        "part": result.name,
+        "made_by": result.made_by,
         "repeats": settings.repeats,
-        **found.notes,
-        "rows": found.rows,
+        **result.notes,
+        "rows": result.rows,
         "checks": checks,
         "environment": environment.describe(),
     }
     for path, content in (
-        (settings.results / "benchmarks" / f"{found.name}.json", json.dumps(record, indent=2) + "\n"),
-        (settings.results / "tables" / f"benchmark_{found.name}.md", table),
+        (settings.results / "benchmarks" / f"{result.name}.json", json.dumps(record, indent=2) + "\n"),
+        (settings.results / "tables" / f"benchmark_{result.name}.md", table),
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content, encoding="utf-8")
 
 
-def markdown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], found: Found, explained: str) -> str:
-    """A table with what it shows, what must hold of it, and where it was measured. The first column is text."""
+def markdown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], result: Result, explained: str) -> str:
+    """Render a table with its explanation, its limits and its environment. The first column is text."""
     from cfsp.record import environment
 
     here = environment.describe()
     packages, git = here["packages"], here["git"] or {"commit": "an installed wheel", "dirty": False}
     gpus = f", {', '.join(here['gpus'])}" if here["gpus"] else ""
     lines = [f"### {title}", "", line(head), line(["---", *["--:"] * (len(head) - 1)]), *(line(row) for row in rows)]
-    if found.checks:
-        lines += ["", *(f"- {'holds' if check.met else '**MISSED**'}: {check}" for check in found.checks)]
+    if result.checks:
+        lines += ["", *(f"- {'holds' if check.met else '**MISSED**'}: {check}" for check in result.checks)]
     lines += [
         "",
         f"{explained}  ",
         f"Commit: {git['commit'][:12]}{'+changes' if git['dirty'] else ''}. torch {packages['torch']}, transformers "
         f"{packages['transformers']}. {here['cpu']}, {here['cores']} cores, {here['threads']} threads{gpus}.  ",
-        f"Made by: {found.made_by}",
+        f"Made by: {result.made_by}",
     ]
     return "\n".join(lines) + "\n"
 
 
 def span(values: Sequence[float], digits: int = 2) -> str:
-    """The lowest and the highest of repeated measurements."""
+    """Write the lowest and the highest of repeated measurements."""
     return f"{min(values):.{digits}f} to {max(values):.{digits}f}"

@@ -1,4 +1,4 @@
-"""One peer prunes half of the FFN neurons of a model folder, in a process of its own.
+"""Prune half of the FFN neurons of a model folder by a peer, in a process of its own.
 
 ``python peer_job.py REQUEST`` prints one line of JSON. It runs in the peers' environment, where cfsp is not installed,
 and imports nothing of the project; for the job ``cfsp`` it runs in ours. REQUEST: {"job", "model" (a folder), "ids" (a
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-#: Job -> what it is, and whether it uses the calibration tokens.
+#: Package of each job, what it chooses by, and whether it uses the calibration tokens.
 JOBS = {
     "cfsp": ("cfsp", "activations and weights (pruner=cfsp), a width for each block", True),
     "optipfair": ("optipfair", "weights (MAW: their range in gate and up)", False),
@@ -27,6 +27,7 @@ JOBS = {
 
 
 def cfsp_job(model: Any, ids: Any, request: dict[str, Any]) -> Any:
+    """Prune by cfsp."""
     import cfsp
 
     plan = cfsp.prune(model, ids, ratio=request["percent"] / 100, batch_size=request["batch_size"])
@@ -34,6 +35,7 @@ def cfsp_job(model: Any, ids: Any, request: dict[str, Any]) -> Any:
 
 
 def optipfair_job(model: Any, ids: Any, request: dict[str, Any], *, with_data: bool) -> Any:
+    """Prune by optipfair, with or without the calibration tokens."""
     import optipfair
 
     loader = None
@@ -52,6 +54,7 @@ def optipfair_job(model: Any, ids: Any, request: dict[str, Any], *, with_data: b
 
 
 def torch_pruning_job(model: Any, ids: Any, request: dict[str, Any], *, gradients: bool) -> Any:
+    """Prune by torch-pruning, by gradients or by weights."""
     import torch_pruning
 
     model.config.use_cache = False
@@ -88,7 +91,7 @@ RUN: dict[str, Callable[[Any, Any, dict[str, Any]], Any]] = {
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """Seconds and peak memory of the pruning alone: the model is loaded and the packages are imported before."""
+    """Measure seconds and peak memory of the pruning alone; loading and imports come before."""
     import numpy
     import torch
     from transformers import AutoModelForCausalLM

@@ -11,29 +11,29 @@ from statistics import median
 from typing import Any
 
 from cfsp.benchmark import peer_job
-from cfsp.benchmark.part import Check, Found, Settings, markdown, span
+from cfsp.benchmark.part import Check, Result, Settings, markdown, span
 from cfsp.benchmark.processes import watched
 from cfsp.benchmark.shapes import SEQ_LEN, SHAPES, describe, on_disk, random_ids
 from cfsp.errors import RunError
 from cfsp.system.package import ROOT
 
-#: None of them is a dependency of the project.
+#: The peers. None of them is a dependency of the project.
 PACKAGES = ("torch-pruning==1.6.1", "optipfair==0.4.2")
 WINDOWS, BATCH_SIZE, PERCENT = 8, 4, 50
-#: Each repeat loads the model again.
+#: Largest number of repeats, each of which loads the model again.
 MOST_REPEATS = 3
-#: What is removed of the FFN may be so far from half.
+#: Largest distance of the removed share of the FFN from one half.
 REMOVED_TOLERANCE = 0.01
 
 
-def measure(settings: Settings) -> Found:
-    """Rows: one for each shape and peer, ours among them. On the CPU."""
+def measure(settings: Settings) -> Result:
+    """Measure a row for each shape and peer, ours among them, on the CPU."""
     import numpy
 
     work = settings.work / "peers"
     python = environment(work)
     repeats = min(settings.repeats, MOST_REPEATS)
-    found = Found(
+    result = Result(
         "peers",
         "parts=peers",
         notes={"windows": WINDOWS, "seq_len": SEQ_LEN, "batch_size": BATCH_SIZE, "processes": repeats},
@@ -50,24 +50,24 @@ def measure(settings: Settings) -> Found:
                 print(f"peers: {name} {job}: {runs[job][-1]['seconds']:.2f} s", flush=True)
         for job, rows in runs.items():
             row = {"shape": name, **summed(rows)}
-            found.rows.append(row)
+            result.rows.append(row)
             removed = row["parameters"]["before"] - row["parameters"]["after"]
             ratio = removed / (3 * shape.hidden * shape.ffn * shape.blocks)
-            found.checks.append(
+            result.checks.append(
                 Check(
                     f"{name} {job}, removed share of the FFN, distance from one half",
                     abs(ratio - PERCENT / 100),
                     REMOVED_TOLERANCE,
                 )
             )
-    return found
+    return result
 
 
 def environment(work: Path) -> Path:
-    """The Python of the peers' environment, which is made where it is not there.
+    """Return the Python of the peers' environment, which is made where it is not there.
 
     Raises:
-        RunError: it could not be made; what pip said.
+        RunError: it could not be made; has the message of pip.
     """
     folder = work / "venv"
     python, done = folder / "bin" / "python", folder / ".installed"
@@ -82,35 +82,37 @@ def environment(work: Path) -> Path:
     ):
         process = subprocess.run(words, capture_output=True, text=True)
         if process.returncode:
-            said = " ".join(process.stderr.split())[-300:]
-            raise RunError(f"the peers' environment could not be made in {folder}: {said}; is a package index at hand?")
+            message = " ".join(process.stderr.split())[-300:]
+            raise RunError(
+                f"the peers' environment could not be made in {folder}: {message}; is a package index at hand?"
+            )
     done.write_text(wanted, encoding="utf-8")
     return python
 
 
 def measured(job: str, python: Path, folder: Path, ids: Path, work: Path) -> dict[str, Any]:
-    """One job in a process of its own.
+    """Run a job in a process of its own.
 
     Raises:
-        RunError: it failed; its last words.
+        RunError: it failed; has the end of its error output.
     """
     request = {"job": job, "model": str(folder), "ids": str(ids), "batch_size": BATCH_SIZE, "percent": PERCENT}
     words = [str(python), peer_job.__file__, json.dumps(request)]
-    # The checkout is on ours alone, so that no peer can come upon a module of the project.
+    # Only our own job has the checkout on its path, so that no peer can import a module of the project.
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     given = {**kept, "PYTHONPATH": str(ROOT.parent)} if job == "cfsp" else kept
     ended = watched(words, work / f"{job}.log", {**given, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
     if ended.code:
-        said = " ".join(ended.err.split())[-300:] or "no word on stderr"
-        raise RunError(f"{job}: the process ended with exit code {ended.code}: {said}")
-    found = json.loads(ended.out.splitlines()[-1])
-    if not found["finite"]:
+        message = " ".join(ended.err.split())[-300:] or "no word on stderr"
+        raise RunError(f"{job}: the process ended with exit code {ended.code}: {message}")
+    reply: dict[str, Any] = json.loads(ended.out.splitlines()[-1])
+    if not reply["finite"]:
         raise RunError(f"{job}: the pruned model gives logits that are not finite")
-    return found
+    return reply
 
 
 def summed(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The row of a job's repeats: all seconds, the highest peaks, the rest as in the first."""
+    """Join the repeats of a job: all seconds, the highest peaks, the rest as in the first."""
     tokens, seconds = rows[0]["tokens"], [row["seconds"] for row in rows]
     peaks = {
         key: None if any(row[key] is None for row in rows) else max(row[key] for row in rows)
@@ -125,14 +127,14 @@ def summed(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def table(found: Found) -> str:
-    """Markdown."""
+def table(result: Result) -> str:
+    """Render the table as Markdown."""
     head = [
         "model, tool", "chooses by", "seconds (lowest to highest)", "tokens", "tokens/s", "µs/token",
         "peak beside, GiB", "parameters", "version",
     ]  # fmt: skip
     rows = []
-    for row in found.rows:
+    for row in result.rows:
         uses = row["tokens"] > 0
         beside = row["beside_bytes"]
         rows.append(
@@ -148,12 +150,12 @@ def table(found: Found) -> str:
                 f"{row['package']} {row['version']}",
             ]
         )
-    shapes = "; ".join(describe(name) for name in dict.fromkeys(row["shape"] for row in found.rows))
+    shapes = "; ".join(describe(name) for name in dict.fromkeys(row["shape"] for row in result.rows))
     explained = (
-        f"Half of the FFN neurons of a randomly initialised LLaMA in float32 on the CPU, {found.notes['windows']} "
+        f"Half of the FFN neurons of a randomly initialised LLaMA in float32 on the CPU, {result.notes['windows']} "
         f"windows of {SEQ_LEN} tokens in batches of {BATCH_SIZE} where tokens are used. Medians of "
-        f"{found.notes['processes']} processes each, in alternation; seconds and peak (resident memory above what it "
+        f"{result.notes['processes']} processes each, in alternation; seconds and peak (resident memory above what it "
         "was with the model loaded) are of the pruning alone: from the loaded model to the smaller one in memory. A "
         f"tool that uses no tokens chooses by weights alone, which is another job than ours. {shapes}."
     )
-    return markdown("Other tools at the same job", head, rows, found, explained)
+    return markdown("Other tools at the same job", head, rows, result, explained)

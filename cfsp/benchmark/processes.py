@@ -1,4 +1,4 @@
-"""Runs in processes of their own, with their peak resident memory."""
+"""Running a command in a process of its own and watching its resident memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ INTERVAL = 0.05
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that is over; ``peak_bytes``: the highest resident memory seen (VmHWM); None without /proc."""
+    """A process that is over.
+
+    Attributes:
+        code: exit code.
+        seconds: wall-clock seconds.
+        peak_bytes: highest resident memory seen (VmHWM); None without /proc.
+        out: standard output.
+        err: standard error.
+    """
 
     code: int
     seconds: float
@@ -26,8 +34,8 @@ class Ended:
 def watched(words: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> Ended:
     """Run ``words`` to the end, its output in files beside ``log``, its memory watched.
 
-    The kernel keeps the high-water mark of a process, but the process itself may reset it (cfsp does for each stage),
-    so the highest of all looks counts; what rises and falls between a reset and the next look is in record.json.
+    The kernel keeps the high-water mark of a process, but the process may reset it (cfsp does so for each stage).
+    Therefore the highest of all looks counts. A peak between a reset and the next look is in record.json.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     out, err = log.with_suffix(".out"), log.with_suffix(".err")
@@ -51,12 +59,12 @@ def watched(words: Sequence[str], log: Path, environment: Mapping[str, str] | No
 
 
 def high_water(pid: int | str) -> int | None:
-    """VmHWM of a process in bytes; None where it cannot be read (it is over, or there is no /proc)."""
+    """Return VmHWM of a process in bytes; None where it cannot be read (it is over, or there is no /proc)."""
     return _status(pid, "VmHWM")
 
 
 def resident(pid: int | str) -> int | None:
-    """VmRSS of a process in bytes, as :func:`high_water`."""
+    """Return VmRSS of a process in bytes; None where it cannot be read."""
     return _status(pid, "VmRSS")
 
 

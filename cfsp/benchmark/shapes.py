@@ -1,4 +1,4 @@
-"""The models that are measured: randomly initialised LLaMAs, in memory or as a folder."""
+"""Models that are measured: randomly initialised LLaMAs, in memory or as a folder."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ SHAPES = {
         hidden=4096, ffn=14336, blocks=32, heads=32, kv_heads=8, vocab=128256, positions=8192, dtype="bfloat16"
     ),
 }
-#: Measured on a GPU too, with windows of this number and length.
+#: Shape that is measured on a GPU too, with the number and length of its windows.
 GPU_SHAPE, GPU_WINDOWS, GPU_SEQ_LEN = "llama3_8b", 128, 1024
 
 
 def describe(name: str) -> str:
-    """For the words under a table."""
+    """Describe a shape for the text below a table."""
     shape = SHAPES[name]
     heads = f"{shape.heads} heads" + (f" ({shape.kv_heads} KV)" if shape.kv_heads != shape.heads else "")
     return f"{name}: hidden {shape.hidden}, FFN {shape.ffn}, {shape.blocks} blocks, {heads}, vocabulary {shape.vocab}"
 
 
 def in_memory(shape: Shape, dtype: torch.dtype, device: torch.device, **changed: int) -> Any:
-    """The model in eval mode with transformers' initial values, seeded; ``changed``: fields of the shape."""
+    """Build the model in eval mode with seeded initial values; ``changed``: fields that differ from the shape."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -51,18 +51,18 @@ def in_memory(shape: Shape, dtype: torch.dtype, device: torch.device, **changed:
 
 
 def on_disk(folder: Path, shape: Shape) -> Path:
-    """The same as a folder, made where it is not there."""
+    """Write the model to a folder where it is not there; returns the folder."""
     make_checkpoint(folder, shape)
     return folder
 
 
 def random_ids(windows: int, length: int, vocabulary: int) -> Tensor:
-    """Ids [windows, length] on the CPU, seeded."""
+    """Draw token ids [windows, length] on the CPU, seeded."""
     import torch
 
     return torch.randint(vocabulary, (windows, length), generator=torch.Generator().manual_seed(0))
 
 
 def dtypes_on(device: torch.device, on_cpu: tuple[str, ...]) -> tuple[str, ...]:
-    """The dtypes to measure there, by name."""
+    """Return the names of the dtypes to measure on a device."""
     return ("bfloat16",) if device.type == "cuda" else on_cpu

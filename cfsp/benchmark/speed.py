@@ -1,4 +1,4 @@
-"""Prefill and decode speed of pruned models beside the dense one, and beside what their sizes promise."""
+"""Prefill and decode speed of pruned models beside the dense one, and beside the prediction from their sizes."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ from statistics import median
 from typing import Any
 
 from cfsp.benchmark.alternation import pairwise
-from cfsp.benchmark.part import Check, Found, Settings, markdown, span
+from cfsp.benchmark.part import Check, Result, Settings, markdown, span
 from cfsp.benchmark.shapes import SHAPES, describe, dtypes_on, in_memory, random_ids
 
-#: Measured speed-up / predicted speed-up.
+#: Smallest ratio of measured to predicted speed-up.
 LIMIT = 0.90
-#: What the limit holds for.
+#: Ratio and multiple that the limit holds for.
 LIMIT_RATIO, LIMIT_MULTIPLE = 0.5, 32
 PROMPT_TOKENS, NEW_TOKENS = 256, 16
-#: Windows for the plans, which only have to be plans: what a pruned model costs does not depend on its values.
+#: Windows for the plans. Any will do, because the cost of a pruned model does not depend on its values.
 PLAN_WINDOWS, PLAN_SEQ_LEN = 2, 128
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A pruned model; ``pruner``: uniform (one width for all blocks) or cfsp (a width for each block)."""
+    """A pruned model.
+
+    Attributes:
+        pruner: uniform (one width for all blocks) or cfsp (a width for each block).
+        ratio: removed share of the FFN.
+        round_to: widths are multiples of it.
+    """
 
     pruner: str
     ratio: float
@@ -40,30 +46,30 @@ GROUPS = (
 )
 
 
-def measure(settings: Settings) -> Found:
-    """Rows: one for each shape, dtype and pruned model."""
+def measure(settings: Settings) -> Result:
+    """Measure a row for each shape, dtype and pruned model."""
     import torch
 
     from cfsp.model.device import resolve_device
 
     device = resolve_device(settings.device)
-    found = Found("speed", "parts=speed", notes={"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS})
+    result = Result("speed", "parts=speed", notes={"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS})
     for name in settings.shapes:
         for dtype in dtypes_on(device, settings.dtypes):
             model = in_memory(SHAPES[name], getattr(torch, dtype), device)
             for group in GROUPS:
                 for row in compared(model, group, settings.repeats):
                     row = {"shape": name, "dtype": dtype, "device": device.type, **row}
-                    found.rows.append(row)
-                    found.checks += _checks(row)
+                    result.rows.append(row)
+                    result.checks += _checks(row)
                     shown = ", ".join(f"{task} x{row[task]['speedup']:.2f}" for task in ("prefill", "decode"))
                     print(f"speed: {_name(row)}: {shown}", flush=True)
             del model
-    return found
+    return result
 
 
 def compared(model: Any, group: tuple[Variant, ...], repeats: int) -> list[dict[str, Any]]:
-    """A row for each variant: speeds of dense and pruned, the speed-up, and the speed-up that was to be expected."""
+    """Return a row for each variant: speeds of dense and pruned, the measured speed-up, and the predicted one."""
     import cfsp
     from cfsp.evaluation.base import Side
     from cfsp.evaluation.cost import time_sides
@@ -107,12 +113,13 @@ def compared(model: Any, group: tuple[Variant, ...], repeats: int) -> list[dict[
 
 
 def predicted(model: Any, prompt_tokens: int, new_tokens: int) -> dict[str, int]:
-    """What the time of a prefill and of a decoding step should go by.
+    """Count what the time of a prefill and of a decoding step should be proportional to.
 
-    macs: of a prefill of T tokens: every linear of the decoder for T tokens, the LM head for one, and the products of
-    queries with keys and of their weights with values, of which a causal pass needs T (T + 1) / 2 each.
-    bytes_per_step: read by a decoding step at batch 1: all weights but the embedding, of which it is one row, and the
-    keys and values of all ``prompt_tokens`` + ``new_tokens`` places of the cache.
+    Returns:
+        ``macs`` of a prefill of T tokens: every linear layer of the decoder for T tokens, the LM head for one token,
+        and the products of queries with keys and of attention weights with values, T (T + 1) / 2 of each in a causal
+        pass. ``bytes_per_step`` that a decoding step at batch 1 reads: all weights with only one row of the embedding,
+        and the keys and values of all ``prompt_tokens`` + ``new_tokens`` places of the cache.
     """
     from torch import nn
 
@@ -145,24 +152,24 @@ def _name(row: dict[str, Any]) -> str:
     return f"{row['shape']} {row['dtype']} {row['device']} {row['pruner']} {row['ratio']:.0%} in {row['round_to']}s"
 
 
-def table(found: Found) -> str:
-    """Markdown."""
+def table(result: Result) -> str:
+    """Render the table as Markdown."""
     head = ["model, dtype, device, pruning"]
     for task in ("prefill", "decode"):
         head += [f"{task}: dense, tokens/s", "pruned, tokens/s", "speed-up (lowest to highest)", "predicted", "of it"]
     rows = []
-    for row in found.rows:
+    for row in result.rows:
         cells = [_name(row)]
         for task, digits in (("prefill", 0), ("decode", 1)):
-            one = row[task]
+            timed = row[task]
             cells += [
-                *(f"{one['tokens_per_second'][side]:,.{digits}f}" for side in ("dense", "pruned")),
-                f"x{one['speedup']:.2f} ({span(one['speedups'])})",
-                f"x{one['predicted']:.2f}",
-                f"**{one['of_predicted']:.2f}**",
+                *(f"{timed['tokens_per_second'][side]:,.{digits}f}" for side in ("dense", "pruned")),
+                f"x{timed['speedup']:.2f} ({span(timed['speedups'])})",
+                f"x{timed['predicted']:.2f}",
+                f"**{timed['of_predicted']:.2f}**",
             ]
         rows.append(cells)
-    shapes = "; ".join(describe(name) for name in dict.fromkeys(row["shape"] for row in found.rows))
+    shapes = "; ".join(describe(name) for name in dict.fromkeys(row["shape"] for row in result.rows))
     explained = (
         f"Batch 1: a prefill of {PROMPT_TOKENS} tokens, then {NEW_TOKENS} decoding steps on a KV cache of fixed "
         "length, as evaluation.cost times them: dense and pruned in alternation, medians after a round of warming "
@@ -170,4 +177,4 @@ def table(found: Found) -> str:
         "one width (uniform) or a width for each block (cfsp). predicted: of a prefill by the MACs of the linear "
         f"layers and of attention, of decoding by the bytes that a step reads (weights, KV cache). {shapes}."
     )
-    return markdown("Speed of pruned models against prediction", head, rows, found, explained)
+    return markdown("Speed of pruned models against prediction", head, rows, result, explained)

@@ -14,27 +14,27 @@ from statistics import median
 from typing import Any
 
 from cfsp.benchmark.make_checkpoint import Shape
-from cfsp.benchmark.part import Check, Found, Settings, markdown, span
+from cfsp.benchmark.part import Check, Result, Settings, markdown, span
 from cfsp.benchmark.processes import watched
 from cfsp.benchmark.shapes import SEQ_LEN, on_disk, random_ids
 from cfsp.errors import RunError
 from cfsp.system.package import ROOT
 
-#: Bytes that a streamed run may have resident at most, whatever the size of the model.
+#: Largest resident memory of a streamed run in bytes, whatever the size of the model.
 MEMORY_LIMIT = 2_000_000_000
-#: A streamed run may take so many times as long as one in memory.
+#: Largest ratio of the seconds of a streamed run to those of a run in memory.
 TIME_LIMIT = 1.3
 WINDOWS = 16
-#: Bytes between two looks at whether a file is in the page cache: each may read a little ahead.
+#: Bytes between two looks whether a file is in the page cache. Each look may read a little ahead.
 LOOK_EVERY = 2**24
 RATIO = 0.5
-#: As the files have it: model.dtype=auto would widen it on a CPU.
+#: Dtype of the files. model.dtype=auto would widen it on a CPU.
 DTYPE = "bfloat16"
 SHAPE = Shape(hidden=2048, ffn=5632, heads=16, kv_heads=16, dtype=DTYPE)
 
 
-def measure(settings: Settings) -> Found:
-    """Rows: one for each mode (model.streaming) and run."""
+def measure(settings: Settings) -> Result:
+    """Measure a row for each mode (model.streaming) and run."""
     import numpy
 
     shape = replace(SHAPE, blocks=settings.blocks)
@@ -49,7 +49,7 @@ def measure(settings: Settings) -> Found:
     words = "parts=streaming" + ("" if usual else f" blocks={shape.blocks}")
     words += f" modes={','.join(settings.modes)} runs={settings.runs}"
     notes = {"checkpoint_bytes": size, "blocks": shape.blocks, "windows": WINDOWS}
-    found = Found(name, words, notes=notes)
+    result = Result(name, words, notes=notes)
     plans: dict[str, Any] = {}
     for run in range(settings.runs):
         for mode in settings.modes if run % 2 == 0 else tuple(reversed(settings.modes)):
@@ -57,17 +57,20 @@ def measure(settings: Settings) -> Found:
             row = {"cached_before": cached, **measured(folder, ids, work / "run", mode)}
             plan = row.pop("plan")
             row["same_plan"] = plan == plans.setdefault("first", plan)
-            found.rows.append({"run": run, **row})
+            result.rows.append({"run": run, **row})
             print(f"streaming: {mode}: {row['seconds']:.1f} s, {row['peak_bytes'] / 1e9:.2f} GB resident", flush=True)
-    found.checks = _checks(found)
-    return found
+    result.checks = _checks(result)
+    return result
 
 
 def drop_from_page_cache(files: Sequence[Path]) -> float | None:
-    """Make the next read of the files one of the disk; the share of looked at pages that are cached all the same.
+    """Drop the files from the page cache, so that the next run reads them from the disk.
 
-    Without it the first run would read the disk and the next one memory, which says nothing of their modes. None where
-    the system cannot do it or cannot tell (a file system in memory, one that is not Linux's).
+    Without it the first run would read the disk and the next one the memory, which tells nothing about their modes.
+
+    Returns:
+        The share of pages looked at that are still cached. None where the system cannot drop files or cannot tell: in
+        memory file systems, and outside of Linux.
     """
     if not (hasattr(os, "posix_fadvise") and hasattr(os, "RWF_NOWAIT")):
         return None
@@ -89,10 +92,10 @@ def drop_from_page_cache(files: Sequence[Path]) -> float | None:
 
 
 def measured(folder: Path, ids: Path, run: Path, mode: str | None) -> dict[str, Any]:
-    """One run of the command line in a process of its own, with empty caches; ``mode`` None: the key left out.
+    """Run the command line in a process of its own, with empty caches; ``mode`` None leaves model.streaming out.
 
     Raises:
-        RunError: it failed; its last words.
+        RunError: it failed; has the end of its error output.
     """
     shutil.rmtree(run, ignore_errors=True)
     words = [
@@ -102,17 +105,17 @@ def measured(folder: Path, ids: Path, run: Path, mode: str | None) -> dict[str, 
     ]  # fmt: skip
     if mode is not None:
         words.append(f"model.streaming={mode}")
-    # The child runs this checkout, whatever is installed.
+    # The child process runs this checkout, whatever is installed.
     environment = {**os.environ, "PYTHONPATH": str(ROOT.parent)}
     ended = watched([sys.executable, "-m", "cfsp.run", *words], run / "process.log", environment)
     if ended.code:
-        said = " ".join(ended.err.split())[-300:] or "no word on stderr"
-        raise RunError(f"model.streaming={mode}: the run ended with exit code {ended.code}: {said}")
+        message = " ".join(ended.err.split())[-300:] or "no word on stderr"
+        raise RunError(f"model.streaming={mode}: the run ended with exit code {ended.code}: {message}")
     record = json.loads((run / "out" / "record.json").read_text(encoding="utf-8"))
     plan = json.loads((run / "out" / "plan.json").read_text(encoding="utf-8"))
     stages = {stage["name"]: stage for stage in record["stages"]}
     seen = [ended.peak_bytes or 0, *(stage["peak_bytes"] or 0 for stage in record["stages"])]
-    shutil.rmtree(run)  # its model is as large as what is kept of the checkpoint
+    shutil.rmtree(run)  # the pruned model in it is large
     return {
         "mode": mode,
         "seconds": ended.seconds,
@@ -124,9 +127,9 @@ def measured(folder: Path, ids: Path, run: Path, mode: str | None) -> dict[str, 
     }
 
 
-def _checks(found: Found) -> list[Check]:
+def _checks(result: Result) -> list[Check]:
     by_mode: dict[str, list[dict[str, Any]]] = {}
-    for row in found.rows:
+    for row in result.rows:
         by_mode.setdefault(row["mode"], []).append(row)
     checks = []
     if "on" in by_mode:
@@ -135,18 +138,18 @@ def _checks(found: Found) -> list[Check]:
     if {"on", "off"} <= set(by_mode):
         on, off = (median(row["seconds"] for row in by_mode[mode]) for mode in ("on", "off"))
         checks.append(Check("streamed / in memory, seconds of the whole process", on / off, TIME_LIMIT))
-        different = sum(not row["same_plan"] for row in found.rows)
+        different = sum(not row["same_plan"] for row in result.rows)
         checks.append(Check("plans that differ from the first run's", different, 0))
     return checks
 
 
-def table(found: Found) -> str:
-    """Markdown."""
-    names = list(dict.fromkeys(name for row in found.rows for name in row["stages"]))
+def table(result: Result) -> str:
+    """Render the table as Markdown."""
+    names = list(dict.fromkeys(name for row in result.rows for name in row["stages"]))
     head = ["model.streaming", "seconds (lowest to highest)", "peak resident, GB", *(f"{name}, s" for name in names)]
     rows = []
-    for mode in dict.fromkeys(row["mode"] for row in found.rows):
-        runs = [row for row in found.rows if row["mode"] == mode]
+    for mode in dict.fromkeys(row["mode"] for row in result.rows):
+        runs = [row for row in result.rows if row["mode"] == mode]
         whole = [row["seconds"] for row in runs]
         rows.append(
             [
@@ -157,19 +160,19 @@ def table(found: Found) -> str:
             ]
         )
     explained = (
-        f"A randomly initialised LLaMA of {found.notes['checkpoint_bytes'] / 1e9:.2f} GB in {DTYPE} (hidden "
-        f"{SHAPE.hidden}, FFN {SHAPE.ffn}, {found.notes['blocks']} blocks) in shards, {found.notes['windows']} "
+        f"A randomly initialised LLaMA of {result.notes['checkpoint_bytes'] / 1e9:.2f} GB in {DTYPE} (hidden "
+        f"{SHAPE.hidden}, FFN {SHAPE.ffn}, {result.notes['blocks']} blocks) in shards, {result.notes['windows']} "
         f"windows of {SEQ_LEN} tokens, cfsp at {RATIO:.0%}, the pruned model written. Each run is a process of its "
-        f"own with empty caches of cfsp, {max(row['run'] for row in found.rows) + 1} of each mode, in the order "
-        f"{', '.join(str(row['mode']) for row in found.rows)}; {_cache_state(found)}. Seconds: of the whole process, "
+        f"own with empty caches of cfsp, {max(row['run'] for row in result.rows) + 1} of each mode, in the order "
+        f"{', '.join(str(row['mode']) for row in result.rows)}; {_cache_state(result)}. Seconds: of the whole process, "
         "imports and start included, medians; peak resident: VmHWM, the highest seen."
     )
-    return markdown("Pruning a checkpoint from its shards", head, rows, found, explained)
+    return markdown("Pruning a checkpoint from its shards", head, rows, result, explained)
 
 
-def _cache_state(found: Found) -> str:
-    """In what state of the page cache the runs started."""
-    shares = [row["cached_before"] for row in found.rows]
+def _cache_state(result: Result) -> str:
+    """Describe the state of the page cache in which the runs started."""
+    shares = [row["cached_before"] for row in result.rows]
     if None in shares:
         return (
             "the checkpoint could not be dropped from the page cache, so all runs but the first may find it in memory"
@@ -181,6 +184,6 @@ def _cache_state(found: Found) -> str:
 
 
 def _stage(runs: list[dict[str, Any]], name: str) -> float:
-    """Median seconds of a stage over the runs that have it; NaN where none has."""
+    """Return the median seconds of a stage over the runs that have it; NaN where none has."""
     seconds = [row["stages"][name]["seconds"] for row in runs if name in row["stages"]]
     return median(seconds) if seconds else float("nan")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from cfsp.model.streamed import streamed
 from cfsp.system.memory import capacity
 
 if TYPE_CHECKING:
@@ -35,12 +34,6 @@ def batch_size(asked: BatchSize, view: DecoderView, seq_len: int) -> int:
     hidden = view.model.get_input_embeddings().weight.shape[-1]
     widths = [n * (1 if b.experts is None else b.experts.top_k) for b, n in zip(view.blocks, view.widths, strict=True)]
     per_token = (6 * hidden + 3 * max(widths)) * view.model.dtype.itemsize
-    fitting = int(_SHARE_OF_MEMORY * (capacity(view.device) - _weights(view))) // (per_token * seq_len)
+    beside_weights = capacity(view.device) - view.weights.resident_bytes(view.blocks)
+    fitting = int(_SHARE_OF_MEMORY * beside_weights) // (per_token * seq_len)
     return max(1, min(wanted, fitting))
-
-
-def _weights(view: DecoderView) -> int:
-    """Return the bytes of weights on the device of ``view`` during a pass: all, or two blocks of a streamed model."""
-    if streamed(view.model) is not None:
-        return 2 * max(sum(weight.nbytes for weight in block.module.parameters()) for block in view.blocks)
-    return sum(weight.nbytes for weight in view.model.parameters() if weight.device == view.device)

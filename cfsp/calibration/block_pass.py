@@ -20,7 +20,7 @@ from cfsp.calibration.gram import GramCollection, gram_sums
 from cfsp.calibration.statistics import BlockStatistics, Statistics
 from cfsp.model.driver import BlockDriver
 from cfsp.model.hidden_states import HiddenStates
-from cfsp.weights.shard_writer import Outgoing, write_file
+from cfsp.weights.shard_writer import TensorSpec, write_file
 from cfsp.weights.shards import Shards
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class _Progress:
             partial.mkdir(parents=True)
             Statistics(tuple(blocks), *shape).save(partial / "statistics.safetensors", {})
             (partial / "hidden").mkdir()
-            described = [Outgoing(str(batch), *hidden.shape(batch)) for batch in range(len(hidden))]
+            described = [TensorSpec(str(batch), *hidden.shape(batch)) for batch in range(len(hidden))]
             states = ((str(batch), state) for batch, state in enumerate(hidden))
             write_file(partial / "hidden" / "states.safetensors", described, states)
             shutil.rmtree(done, ignore_errors=True)

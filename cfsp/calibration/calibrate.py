@@ -14,7 +14,6 @@ from cfsp.calibration.gram import GramCollection, gram_sums
 from cfsp.calibration.statistics import Statistics
 from cfsp.calibration.statistics_cache import StatisticsCache
 from cfsp.model.driver import BlockDriver
-from cfsp.model.streamed import streamed
 from cfsp.system.cache import read_or_compute
 
 
@@ -65,7 +64,7 @@ def _one_pass(
     Args:
         progress: folder for the state of a pass block by block until it ends; None: it is not kept.
     """
-    if streamed(driver.view.model) is not None or (grams is not None and not grams.fits):
+    if driver.view.weights.is_streamed or (grams is not None and not grams.fits):
         return block_by_block(driver, input_ids, progress, visit, grams)
     with (
         collecting(driver.view.blocks) as sums,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cfsp.calibration.inputs import watch_inputs
 from cfsp.errors import CheckpointError, RunError
 from cfsp.system.lease import waited
-from cfsp.weights.shard_writer import Outgoing, write_file
+from cfsp.weights.shard_writer import TensorSpec, write_file
 from cfsp.weights.shards import Shards
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class OnDisk:
         place.mkdir(parents=True, exist_ok=True)
         tensors = {kind: gram.matrix for kind, gram in grams.items()}
         tensors |= {f"{kind}.mean": gram.mean for kind, gram in grams.items()}
-        described = [Outgoing(kind, tuple(tensor.shape), tensor.dtype) for kind, tensor in tensors.items()]
+        described = [TensorSpec(kind, tuple(tensor.shape), tensor.dtype) for kind, tensor in tensors.items()]
         write_file(place / "gram.safetensors", described, iter(tensors.items()))
         (place / "tokens.json").write_text(json.dumps({kind: gram.tokens for kind, gram in grams.items()}))
 

@@ -1,1 +1,1 @@
-"""Writing a model folder and the reference that other tools are compared with."""
+"""Checkpoints: writing a model folder, and the reference that other tools are compared with."""

@@ -1,6 +1,6 @@
-"""What a model computes of fixed tokens when it is saved, kept in its folder to be compared with what tools make of it.
+"""Reference of a saved model: what it computes of fixed tokens, kept in its folder for comparison with other tools.
 
-The file lies in a folder within the model's: tools take every safetensors file at the top for weights.
+The file lies in a folder within the model's, because tools take every safetensors file at the top for weights.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,12 +16,9 @@ from cfsp import __version__
 from cfsp.errors import CheckpointError
 from cfsp.system.atomic import replacing
 
-if TYPE_CHECKING:
-    pass
-
 SCHEMA = "1"
 REFERENCE_IN_FOLDER = "verify/reference.safetensors"
-#: Beside a GGUF file, in the place of its suffix.
+#: Suffix of the reference beside a GGUF file, in place of the file's own.
 REFERENCE_OF_FILE = ".reference.safetensors"
 
 WINDOWS, LENGTH, SEED = 2, 48, 20240913
@@ -31,15 +27,17 @@ _ARRAYS = {"token_ids": "int64", "logprobs": "float32", "top": "int64", "greedy"
 
 @dataclass(frozen=True)
 class Reference:
-    """
-    token_ids: [n, T] int64.
-    logprobs: [n, T-1] fp32, natural logarithm, of the tokens 1..T-1 of each window.
-    top: [n, T] int64, the likeliest token after each one.
-    greedy: [n, G] int64, the likeliest continuation of each window, token by token.
-    margins: [n, G] fp32, by how much each of them is likelier than the second; a tool may choose the other where it is
-        smaller than what the tool's arithmetic gives away.
-    computed: the dtype that the model computed in (float32; earlier versions: the run's own); stored: the dtype of the
-        folder's weights.
+    """Log-probabilities and greedy tokens of a model on fixed windows of tokens.
+
+    Attributes:
+        token_ids: token ids of the windows, [n, T] int64.
+        logprobs: log-probabilities (natural logarithm) of the tokens 1..T-1 of each window, [n, T-1] float32.
+        top: likeliest token after each token, [n, T] int64.
+        greedy: likeliest continuation of each window, token by token, [n, G] int64.
+        margins: difference between the log-probabilities of each greedy token and of the second likeliest one, [n, G]
+            float32. A tool may choose the other token where the margin is smaller than the error of its arithmetic.
+        computed: dtype in which the model computed: float32, or that of the run in earlier versions.
+        stored: dtype of the folder's weights.
     """
 
     token_ids: np.ndarray
@@ -51,7 +49,7 @@ class Reference:
     stored: str
 
     def write(self, file: Path) -> None:
-        """Atomically."""
+        """Write the reference to ``file``, atomically."""
         from safetensors.numpy import save_file
 
         settings = {"schema": SCHEMA, "computed": self.computed, "stored": self.stored, "cfsp": __version__}
@@ -62,13 +60,13 @@ class Reference:
 
 
 def place_of(path: str | Path) -> Path:
-    """Where the reference of a model folder, or of a GGUF file, is kept."""
+    """Return the place of the reference of a model folder or of a GGUF file."""
     path = Path(path)
     return path.with_suffix(REFERENCE_OF_FILE) if path.suffix == ".gguf" else path / REFERENCE_IN_FOLDER
 
 
 def is_reference(file: Path) -> bool:
-    """Whether cfsp wrote the file, as far as its header says."""
+    """Return whether cfsp wrote the file, as far as its header says."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -79,10 +77,18 @@ def is_reference(file: Path) -> bool:
 
 
 def copy_reference(source: Path, export: Path) -> bool:
-    """Give an export (a folder or a GGUF file) the reference of the folder it is made from; False: there is none."""
+    """Copy the reference of a folder to an export of it.
+
+    Args:
+        source: model folder that was exported.
+        export: the folder or GGUF file.
+
+    Returns:
+        Whether the folder has a reference.
+    """
     file = place_of(source)
     if not file.is_file():
-        place_of(export).unlink(missing_ok=True)  # of an earlier export to the same place
+        place_of(export).unlink(missing_ok=True)  # an earlier export may have left one
         return False
     place = place_of(export)
     with replacing(place) as partial:
@@ -91,7 +97,8 @@ def copy_reference(source: Path, export: Path) -> bool:
 
 
 def read_reference(file: Path) -> Reference:
-    """
+    """Read a reference.
+
     Raises:
         CheckpointError: it is missing or damaged, or its tokens are not those that it was computed of.
     """
@@ -113,15 +120,15 @@ def read_reference(file: Path) -> Reference:
             f"{file}: a reference of schema {settings.get('schema')}, this version of cfsp reads {SCHEMA}; save the "
             "model again"
         )
-    found = Reference(**arrays, computed=settings.get("computed", ""), stored=settings.get("stored", ""))
-    n, length = found.token_ids.shape
-    shapes = {"logprobs": (n, length - 1), "top": (n, length), "margins": found.greedy.shape}
-    wrong = [name for name, shape in shapes.items() if getattr(found, name).shape != shape]
-    if wrong or settings.get("token_ids") != ids_digest(found.token_ids):
+    reference = Reference(**arrays, computed=settings.get("computed", ""), stored=settings.get("stored", ""))
+    n, length = reference.token_ids.shape
+    shapes = {"logprobs": (n, length - 1), "top": (n, length), "margins": reference.greedy.shape}
+    wrong = [name for name, shape in shapes.items() if getattr(reference, name).shape != shape]
+    if wrong or settings.get("token_ids") != ids_digest(reference.token_ids):
         raise CheckpointError(f"{file}: the reference is damaged ({', '.join(wrong) or 'token_ids'}); save it again")
-    return found
+    return reference
 
 
 def ids_digest(token_ids: np.ndarray) -> str:
-    """sha256 of the ids [n, T] as little-endian int64."""
+    """Return the sha256 of token ids [n, T] as little-endian int64."""
     return f"sha256:{hashlib.sha256(np.ascontiguousarray(token_ids, dtype='<i8').tobytes()).hexdigest()}"

@@ -1,10 +1,11 @@
-"""Computing the reference of a model: log-probabilities and greedy tokens of fixed windows."""
+"""Computation of a model's reference: log-probabilities and greedy tokens of fixed windows."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,24 +22,26 @@ if TYPE_CHECKING:
     from cfsp.model.driver import BlockDriver
 
 
-#: Of a streamed model it is one: each token after it would read the whole model again.
+#: Number of greedy tokens. A streamed model gives only the first, since each further one would read it again.
 GREEDY = 8
 
 
-#: Elements of a matrix that are brought to float32 at a time: 256 MiB.
+#: Elements of a matrix that are converted to float32 at a time: 256 MiB.
 _PIECE = 1 << 26
 
 
 def reference_of(model: Any, *, dtype: torch.dtype | None = None, tokenizer: Path | None = None) -> Reference:
-    """What ``model`` computes in float32 with its weights as a folder of ``dtype`` holds them; it is left as it is.
+    """Return the reference of ``model``, computed in float32 with the weights as a folder of ``dtype`` holds them.
 
-    In float32 whatever the run computes in: what bfloat16 rounds away is as much as another RoPE or a norm that is off
-    by 5 % changes, and nobody could tell the two apart.
+    The model is left as it is. The reference is in float32 whatever dtype the run computes in: bfloat16 rounds away as
+    much as a slightly different RoPE or a norm that is off by 5 % changes, and the two could not be told apart.
 
-    Of a model in memory this is a forward pass over a hundred tokens and ``GREEDY`` more; a streamed model is read
-    for it, block by block (:class:`StreamedReference` needs no read of its own).
+    For a model in memory this is a forward pass over about a hundred tokens and ``GREEDY`` more. A streamed model is
+    read once more, block by block; :class:`StreamedReference` needs no read of its own.
 
     Args:
+        model: the model, in memory or streamed.
+        dtype: dtype of the folder's weights; None: that of the model.
         tokenizer: folder of the tokenizer files, whose special tokens are left out of the windows.
 
     Raises:
@@ -55,7 +58,13 @@ def reference_of(model: Any, *, dtype: torch.dtype | None = None, tokenizer: Pat
 
 
 class StreamedReference:
-    """The reference of a streamed model, from the blocks that somebody else reads: call it with each of them."""
+    """Reference of a streamed model, computed from blocks that are read for another purpose: call it with each of them.
+
+    Args:
+        model: the streamed model.
+        dtype: dtype of the folder's weights; None: that of the model.
+        tokenizer: folder of the tokenizer files, whose special tokens are left out of the windows.
+    """
 
     def __init__(self, model: Any, *, dtype: torch.dtype | None = None, tokenizer: Path | None = None) -> None:
         import torch
@@ -72,6 +81,7 @@ class StreamedReference:
         self._seen = 0
 
     def __call__(self, block: BlockView) -> None:
+        """Run ``block`` over the windows; blocks have to come in order."""
         import torch
 
         from cfsp.model.driver import run_block
@@ -81,8 +91,8 @@ class StreamedReference:
                 self._hidden = run_block(block, self._hidden, self._entry.kwargs[block.index][0])
             self._seen += 1
 
-    def found(self) -> Reference | None:
-        """None where blocks were left out, e.g. because a killed process had written them already.
+    def result(self) -> Reference | None:
+        """Return the reference; None where blocks were left out, e.g. since a killed process had written them.
 
         Raises:
             RunError: as :func:`reference_of`.
@@ -93,7 +103,10 @@ class StreamedReference:
             return None
         with torch.no_grad(), _as_stored(self._model, self._dtype):
             return _reference(
-                self._model, self._dtype, self._ids, _of_hidden(self._model, self._driver, self._ids, self._hidden)
+                self._model,
+                self._dtype,
+                self._ids,
+                _from_hidden_states(self._model, self._driver, self._ids, self._hidden),
             )
 
 
@@ -114,9 +127,10 @@ def _reference(
 
 
 def token_windows(model: Any, tokenizer: Path | None = None) -> np.ndarray:
-    """Ids [WINDOWS, T] that are the same whenever vocabulary and special tokens are; T = LENGTH where positions allow.
+    """Return random token ids [WINDOWS, T], which are the same whenever vocabulary and special tokens are.
 
-    Random ids: no text is needed, and none would be in the vocabulary of every tokenizer.
+    T is LENGTH where the model's positions allow it. Random ids need no text, and no text would be in the vocabulary of
+    every tokenizer.
     """
     config = model.config.get_text_config()
     size = int(config.vocab_size)
@@ -124,7 +138,7 @@ def token_windows(model: Any, tokenizer: Path | None = None) -> np.ndarray:
         value
         for settings in (config, model.generation_config)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-        for value in _as_list(getattr(settings, name, None))
+        for value in _to_list(getattr(settings, name, None))
     }
     known, reserved = _tokenizer_ids(tokenizer)
     usual = [at for at in range(size) if at not in special and at not in reserved and (not known or at in known)]
@@ -135,7 +149,7 @@ def token_windows(model: Any, tokenizer: Path | None = None) -> np.ndarray:
 
 
 def _tokenizer_ids(folder: Path | None) -> tuple[set[int], set[int]]:
-    """(ids that tokenizer.json has a token for, ids of the tokens that were added to it); empty where there is none."""
+    """Return the ids of all tokens in tokenizer.json, and those of its added tokens; both empty without the file."""
     try:
         content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")) if folder else {}
         vocabulary = content.get("model", {}).get("vocab", {})
@@ -145,12 +159,12 @@ def _tokenizer_ids(folder: Path | None) -> tuple[set[int], set[int]]:
         return set(), set()
 
 
-def _as_list(value: Any) -> list[Any]:
+def _to_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _in_memory(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logprobs, top, greedy, margins) of :class:`Reference`, on the CPU."""
+    """Return (logprobs, top, greedy, margins) of :class:`Reference`, on the CPU."""
     import torch
 
     device = model.get_input_embeddings().weight.device
@@ -158,13 +172,13 @@ def _in_memory(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     output = model(ids, use_cache=True)
     logprobs, top = _scored(output.logits, ids)
     tokens, margins = [], []
-    for at in range(GREEDY):
+    for step in range(GREEDY):
         token, margin = _likeliest(output.logits)
         tokens.append(token)
         margins.append(margin)
-        if at + 1 < GREEDY:
+        if step + 1 < GREEDY:
             past = getattr(output, "past_key_values", None)
-            if past is None:  # RecurrentGemma keeps its states to itself: everything so far is read again
+            if past is None:  # RecurrentGemma does not return its states, so all tokens are run again
                 output = model(torch.cat([ids, torch.stack(tokens, dim=1).to(device)], dim=1), use_cache=False)
             else:
                 output = model(token[:, None].to(device), past_key_values=past, use_cache=True)
@@ -172,7 +186,10 @@ def _in_memory(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _block_by_block(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same of a streamed model, each of whose blocks is read once; a single greedy token."""
+    """Compute the figures of :func:`_in_memory` for a streamed model, with a single greedy token.
+
+    Each block is read once.
+    """
     from cfsp.architecture.views import resolve
     from cfsp.model.driver import BlockDriver
 
@@ -180,10 +197,12 @@ def _block_by_block(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     hidden = driver.hidden_states()
     for step in driver.steps(ids, "reference"):
         hidden = step.advance()
-    return _of_hidden(model, driver, ids, hidden[0])
+    return _from_hidden_states(model, driver, ids, hidden[0])
 
 
-def _of_hidden(model: Any, driver: BlockDriver, ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _from_hidden_states(
+    model: Any, driver: BlockDriver, ids: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from cfsp.model.streamed import streamed
 
     store = streamed(model)
@@ -196,17 +215,17 @@ def _of_hidden(model: Any, driver: BlockDriver, ids: Tensor, hidden: Tensor) -> 
 
 
 def _scored(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [n, T-1] of the next tokens and the likeliest ones [n, T]; log-softmax in fp32."""
+    """Return log-probabilities [n, T-1] of the next tokens and the likeliest tokens [n, T]; log-softmax in fp32."""
     import torch
 
     rows = []
-    for sequence, window in zip(logits, ids, strict=True):  # one window's vocabulary in fp32 at a time
+    for sequence, window in zip(logits, ids, strict=True):  # by window, so that the logits of only one are in fp32
         rows.append(sequence[:-1].float().log_softmax(-1).gather(-1, window[1:, None])[:, 0])
     return torch.stack(rows).cpu(), logits.argmax(-1).cpu()
 
 
 def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """After the last position: the likeliest token [n], and by how much its log-probability exceeds the second's."""
+    """Return the likeliest token [n] after the last position, and its margin over the second likeliest one."""
     values, tokens = logits[:, -1].float().topk(2, dim=-1)
     return tokens[:, 0].cpu(), (values[:, 0] - values[:, 1]).cpu()
 
@@ -222,28 +241,45 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = was
 
 
-@contextmanager
-def _as_stored(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """While a module runs its parameters are what a folder of ``dtype`` holds, in float32, which it then computes in.
+def _stored_value(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a tensor rounded to ``dtype`` where that is coarser, in float32 (float64 where it had that)."""
+    import torch
 
-    A module at a time, and of a large matrix some rows, so that there is never a second model (or head) in memory.
-    """
+    if not tensor.is_floating_point():
+        return tensor
+    bits = torch.finfo(tensor.dtype).bits
+    computed = tensor.dtype if bits > 32 else torch.float32
+    if dtype is not None and torch.finfo(dtype).bits < bits:
+        tensor = tensor.to(dtype)
+    return tensor.to(computed)
+
+
+def _linear_by_rows(module: nn.Linear, exact: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
+    """Return the output of a linear whose weight and bias are converted by ``exact``, some rows at a time."""
     import torch
     from torch.nn.functional import linear
 
+    weight, bias = module.weight, module.bias
+    rows = max(1, _PIECE // max(1, weight.shape[1]))
+    parts = [
+        linear(states, exact(piece), None if bias is None else exact(bias[at * rows : (at + 1) * rows]))
+        for at, piece in enumerate(weight.split(rows))
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+@contextmanager
+def _as_stored(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Compute in float32 with parameters as a folder of ``dtype`` holds them.
+
+    Parameters are converted while their module runs, and large matrices some rows at a time, so that there is never a
+    second model (or head) in memory.
+    """
+    import torch
+
     from cfsp.model.driver import forward_replaced
 
-    def bits(kind: torch.dtype) -> int:
-        return torch.finfo(kind).bits
-
-    def exact(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        given = tensor.dtype
-        if dtype is not None and bits(dtype) < bits(given):
-            tensor = tensor.to(dtype)
-        return tensor.to(given if bits(given) > 32 else torch.float32)
-
+    exact = partial(_stored_value, dtype=dtype)
     before: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -260,28 +296,16 @@ def _as_stored(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     def looked_up(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return exact(output)
 
-    def by_rows(module: nn.Linear) -> Callable[[Tensor], Tensor]:
-        def forward(states: Tensor) -> Tensor:
-            weight, bias = module.weight, module.bias
-            rows = max(1, _PIECE // max(1, weight.shape[1]))
-            parts = [
-                linear(states, exact(piece), None if bias is None else exact(bias[at * rows : (at + 1) * rows]))
-                for at, piece in enumerate(weight.split(rows))
-            ]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-        return forward
-
     hooks = []
     replaced = ExitStack()
     for module in model.modules():
-        if type(module) is torch.nn.Embedding:  # its rows alone, not the vocabulary
+        if type(module) is torch.nn.Embedding:  # converts the rows that were looked up, not the vocabulary
             hooks.append(module.register_forward_hook(looked_up))
         elif type(module) is torch.nn.Linear:
-            replaced.enter_context(forward_replaced(module, by_rows(module)))
+            replaced.enter_context(forward_replaced(module, partial(_linear_by_rows, module, exact)))
         elif module._parameters:
             hooks.append(module.register_forward_pre_hook(enter))
-            # Before those of a streamed model, which take away what was there when they put it there.
+            # First, because the hooks of a streamed model remove the parameters that they put there.
             hooks.append(module.register_forward_hook(leave, always_call=True, prepend=True))
     try:
         with replaced:

@@ -1,6 +1,6 @@
-"""Writing a pruned model as a folder that stock tools load; checking a folder before its weights are read.
+"""Writer of pruned models as folders that stock tools load, with a check of the folder before its weights are read.
 
-Equal FFN widths give a plain folder of the stock model type, unequal ones a folder that carries its own code
+Equal FFN widths give a plain folder of the stock model type. Unequal widths give a folder that carries its own code
 (``remote_code``). A stock model type with other shapes is never written.
 """
 
@@ -24,12 +24,12 @@ from cfsp.checkpoint.reference_pass import StreamedReference, reference_of
 from cfsp.errors import CheckpointError
 from cfsp.model.streamed import streamed
 from cfsp.model.streamed_tensors import state_tensors, values
+from cfsp.plan.history import MARKER
 from cfsp.pruned_model.family import PRUNED_PREFIX, pruned_family
 from cfsp.pruned_model.names import stock_type
-from cfsp.weights.atomic_folder import whole_folder
+from cfsp.weights.atomic_folder import atomic_folder
 from cfsp.weights.folder_check import leads_outside, without_mark
-from cfsp.weights.shard_writer import Outgoing, write_shards
-from cfsp.weights.shards import MARKER
+from cfsp.weights.shard_writer import TensorSpec, write_shards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 5_000_000_000
-#: Of a streamed model: a file that is whole need not be written again after a kill.
+#: Smaller files for streamed models: a file that is whole is not written again after a kill.
 STREAMED_SHARD_BYTES = 1_000_000_000
 
 _TOKENIZER_FILES = (
@@ -57,7 +57,14 @@ _LICENCE_FILES = ("LICEN[CS]E*", "NOTICE*", "USE_POLICY*")
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """What was written: ``form`` is "plain" or "remote_code", ``bytes`` counts the safetensors files."""
+    """Checkpoint that was written.
+
+    Attributes:
+        folder: the model folder.
+        form: "plain" or "remote_code"; the record has a key of this name.
+        bytes: size of the safetensors files in bytes.
+        dtype: dtype of the weights.
+    """
 
     folder: Path
     form: str
@@ -80,6 +87,8 @@ def save_checkpoint(
     Of a streamed model, whole files that a killed process has left are not written again.
 
     Args:
+        model: the model, in memory or streamed.
+        folder: folder to write.
         dtype: cast floating-point tensors to it on the way out; the model itself is left as it is.
         source: folder whose tokenizer and licence files are copied.
         state: what happened to the weights: pruned, compensated or recovered.
@@ -88,37 +97,37 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: the folder holds other things or cannot be written, or the model's class and
-            configuration do not describe its parameters (``remote_code.adopt`` makes them).
+            configuration do not describe its parameters (``cfsp.pruned_model.adopt`` sets both).
         RunError: the model computes values that are not finite.
     """
     check_destination(Path(folder))
     folder = Path(folder).resolve()
     _check_described(model)
     pruned = model.config.model_type.startswith(PRUNED_PREFIX)
-    written = str(dtype or model.dtype).removeprefix("torch.")
-    with whole_folder(folder, _scratch_key(model, written, source, files)) as scratch:
+    dtype_name = str(dtype or model.dtype).removeprefix("torch.")
+    with atomic_folder(folder, _scratch_key(model, dtype_name, source, files)) as scratch:
         if source is not None:
             copy_companions(Path(source), scratch)
         # The blocks that are read to be written compute the reference on the way.
-        wanted = reference and streamed(model) is not None and not place_of(scratch).is_file()
-        walk = StreamedReference(model, dtype=dtype, tokenizer=scratch) if wanted else None
-        size = _write_weights(model, scratch, dtype, walk)
-        write_json(scratch / "config.json", _config_dict(model, written))
+        reference_on_the_way = reference and streamed(model) is not None and not place_of(scratch).is_file()
+        streamed_reference = StreamedReference(model, dtype=dtype, tokenizer=scratch) if reference_on_the_way else None
+        size = _write_weights(model, scratch, dtype, streamed_reference)
+        write_json(scratch / "config.json", _config_dict(model, dtype_name))
         if model.generation_config is not None:
-            # Not save_pretrained: it refuses settings that published models do have.
+            # save_pretrained refuses settings that published models have.
             model.generation_config.to_json_file(scratch / "generation_config.json")
         if pruned:
             for name, text in pruned_family(stock_type(model.config.model_type)).files.items():
                 (scratch / name).write_text(text, encoding="utf-8")
         form = "remote_code" if pruned else "plain"
-        write_json(scratch / MARKER, marker_of(form, written, state, files))
+        write_json(scratch / MARKER, marker_of(form, dtype_name, state, files))
         for name, content in (files or {}).items():
             (scratch / name).parent.mkdir(exist_ok=True)
             (scratch / name).write_bytes(content)
         if reference and not place_of(scratch).is_file():
-            found = walk.found() if walk is not None else None
-            (found or reference_of(model, dtype=dtype, tokenizer=scratch)).write(place_of(scratch))
-    return SavedCheckpoint(folder, form, size, written)
+            computed = streamed_reference.result() if streamed_reference is not None else None
+            (computed or reference_of(model, dtype=dtype, tokenizer=scratch)).write(place_of(scratch))
+    return SavedCheckpoint(folder, form, size, dtype_name)
 
 
 def marker_of(form: str, dtype: str, state: str, files: Mapping[str, bytes] | None) -> dict[str, Any]:
@@ -160,11 +169,11 @@ def _check_described(model: PreTrainedModel) -> None:
     config._attn_implementation = "eager"
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
+    actual = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted(expected.keys() | actual.keys()):
+        if expected.get(name) != actual.get(name):
             raise CheckpointError(
-                f"cannot save this {cls.__name__}: {name} is {found.get(name, 'absent')}, its configuration "
+                f"cannot save this {cls.__name__}: {name} is {actual.get(name, 'absent')}, its configuration "
                 f"says {expected.get(name, 'absent')}; the folder would not load"
             )
 
@@ -172,7 +181,10 @@ def _check_described(model: PreTrainedModel) -> None:
 def _write_weights(
     model: PreTrainedModel, folder: Path, dtype: torch.dtype | None, visit: Callable[[BlockView], None] | None
 ) -> int:
-    """One tensor at a time is copied (dtype, device, layout) or, of a streamed model, one block read."""
+    """Write the weights and return their size in bytes.
+
+    A single tensor at a time is copied (dtype, device, layout) or, of a streamed model, a single block read.
+    """
     store = streamed(model)
     tensors = _unique_tensors(model) if store is None else {}
     entries = (
@@ -181,7 +193,7 @@ def _write_weights(
         else [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
     )
     described = [
-        Outgoing(name, shape, dtype if dtype and kind.is_floating_point else kind) for name, shape, kind in entries
+        TensorSpec(name, shape, dtype if dtype and kind.is_floating_point else kind) for name, shape, kind in entries
     ]
     limit = MAX_SHARD_BYTES if store is None else STREAMED_SHARD_BYTES
     return write_shards(
@@ -193,19 +205,22 @@ def _write_weights(
 
 
 def _scratch_key(
-    model: PreTrainedModel, written: str, source: Path | None, files: Mapping[str, bytes] | None
+    model: PreTrainedModel, dtype_name: str, source: Path | None, files: Mapping[str, bytes] | None
 ) -> str | None:
-    """The same for the same checkpoint of a streamed model (its plan is among ``files``); None: one of its own."""
+    """Return a key that is equal for the same checkpoint of a streamed model, whose plan is among ``files``.
+
+    None stands for a scratch folder of its own.
+    """
     if streamed(model) is None or not files:
         return None
-    digest = hashlib.sha256(f"{written} {source} {MAX_SHARD_BYTES} {STREAMED_SHARD_BYTES}".encode())
+    digest = hashlib.sha256(f"{dtype_name} {source} {MAX_SHARD_BYTES} {STREAMED_SHARD_BYTES}".encode())
     for name in sorted(files):
         digest.update(name.encode() + files[name])
     return digest.hexdigest()[:16]
 
 
 def _unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state dict with tied tensors kept once, under the name that transformers ties the others to."""
+    """Return the state dict with tied tensors kept once, under the name that transformers ties the others to."""
     tied = set(model._tied_weights_keys or ())
     state = _as_stored(model)
     unique: dict[str, Tensor] = {}
@@ -218,16 +233,16 @@ def _unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
         if storage not in seen:
             unique[name] = tensor
         elif name not in tied:
-            # Shared without transformers knowing: nothing would tie it again on loading.
+            # transformers does not know of this sharing, so nothing would tie the tensor again on loading.
             unique[name] = tensor.clone()
         seen.add(storage)
     return unique
 
 
 def _as_stored(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state dict; of a stock class under the names and in the shapes that its checkpoints have everywhere.
+    """Return the state dict; that of a stock class under the names and in the shapes of its published checkpoints.
 
-    transformers stacks the matrices of experts when it loads them, for one; a class of our own has no such mapping.
+    transformers stacks the matrices of experts when it loads them, for instance. A class of cfsp has no such mapping.
     """
     state = model.state_dict()
     if model.config.model_type.startswith(PRUNED_PREFIX) or any(tensor.is_meta for tensor in state.values()):
@@ -241,7 +256,7 @@ def _config_dict(model: PreTrainedModel, dtype: str) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(model.config.to_json_string())
     config["architectures"] = [type(model).__name__]
     config["dtype"] = dtype
-    if config.get("tie_word_embeddings") and _has_own_head(model):  # a model that cfsp did not load
+    if config.get("tie_word_embeddings") and _has_own_head(model):  # possible for a model that cfsp did not load
         config["tie_word_embeddings"] = False
     config.pop("auto_map", None)
     if model.config.model_type.startswith(PRUNED_PREFIX):
@@ -250,7 +265,7 @@ def _config_dict(model: PreTrainedModel, dtype: str) -> dict[str, Any]:
 
 
 def _has_own_head(model: Any) -> bool:
-    """Whether the head is a parameter of its own, of a class that ties it to the embedding where it is told to."""
+    """Return whether the head is a parameter of its own in a class that can tie it to the embedding."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or not model._tied_weights_keys:
         return False
@@ -258,7 +273,10 @@ def _has_own_head(model: Any) -> bool:
 
 
 def legacy_rope(rope: dict[str, Any] | None) -> dict[str, Any]:
-    """The spelling of transformers 4, which ignores ``rope_parameters`` and silently takes its own theta."""
+    """Return RoPE in the spelling of transformers 4.
+
+    That version ignores ``rope_parameters`` and silently uses its own theta.
+    """
     if not rope:
         return {}
     full = rope.get("full_attention", rope)
@@ -273,23 +291,23 @@ def legacy_rope(rope: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy what belongs to the weights of one model folder to another: tokenizer and licence files."""
+    """Copy the files that belong to the weights from one model folder to another: tokenizer and licence files."""
     for pattern in (*_TOKENIZER_FILES, *_LICENCE_FILES):
         for file in source.glob(pattern):
             if leads_outside(file, source):
                 log.warning("%s: a link to a place outside of the folder; it is not copied", file)
-            elif file.is_file() and file.suffix == ".json":  # other tools read no byte order mark
+            elif file.is_file() and file.suffix == ".json":  # other tools do not read a byte order mark
                 (folder / file.name).write_bytes(without_mark(file.read_bytes()))
             elif file.is_file():
                 shutil.copyfile(file, folder / file.name)
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
-        # What transformers 5 calls this class is unknown to transformers 4; both know the old name.
+        # transformers 4 does not know the name that transformers 5 gives this class; both know the old one.
         text = settings.read_text(encoding="utf-8")
         text = text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"')
         settings.write_text(text, encoding="utf-8")
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """As a model folder has its JSON files."""
+    """Serialise in the layout that Hugging Face uses for JSON files."""
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

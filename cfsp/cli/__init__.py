@@ -1,1 +1,1 @@
-"""The command line: one file for each command."""
+"""The command line, with a file for each command. Nothing in cfsp but the entry points imports it."""

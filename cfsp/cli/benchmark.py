@@ -1,4 +1,4 @@
-"""What pruning costs and what it gives, measured side by side, with the limits that must hold.
+"""Measure what pruning costs and what it gives, side by side, with the limits that must hold.
 
     cfsp benchmark [parts=calibration,speed,growth,streaming,compensation,peers] [repeats=5] [device=auto]
         [shapes=small,large] [dtypes=float32,bfloat16] [windows=8,64] [blocks=58] [modes=off,on] [runs=3]
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.benchmark.make_checkpoint import DTYPES
-from cfsp.benchmark.part import Found, Settings, write
+from cfsp.benchmark.part import Result, Settings, write
 from cfsp.benchmark.shapes import SHAPES
 from cfsp.config.components import suggest
 from cfsp.errors import ConfigError
@@ -38,7 +38,7 @@ from cfsp.system.command import command
 
 PARTS = ("calibration", "speed", "growth", "streaming", "compensation", "peers")
 MODES = ("off", "on")
-#: Lists, with what may be in them; whole numbers; the rest is text.
+#: Keys with lists, and the values that may be in them; then keys with whole numbers. All other keys are text.
 _CHOICES: dict[str, tuple[str, ...]] = {
     "parts": PARTS, "shapes": tuple(SHAPES), "dtypes": tuple(DTYPES), "modes": MODES,
 }  # fmt: skip
@@ -47,20 +47,20 @@ _KEYS = ("parts", "repeats", "device", "shapes", "dtypes", "windows", "blocks", 
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the parts that the words name; returns the exit code."""
     given = sys.argv[1:] if words is None else list(words)
     return command("benchmark", str(__doc__), given or [f"parts={','.join(PARTS)}"], _benchmark)
 
 
 def read(words: Sequence[str]) -> tuple[tuple[str, ...], Settings]:
-    """The parts to run, and the settings of all.
+    """Read the command line; returns the parts to run, and the settings of all.
 
     Raises:
         ConfigError: everything that is wrong with the command line.
     """
-    problems, found = [], dict[str, Any]()
+    problems, settings = [], dict[str, Any]()
     for key, value in given_values(words).items():
-        values = [str(one) for one in value] if isinstance(value, list) else [str(value)]
+        values = [str(item) for item in value] if isinstance(value, list) else [str(value)]
         if key not in _KEYS:
             problems.append(
                 f"{key}={','.join(values)}: there is no such key{suggest(key, _KEYS)}; there are {_KEYS_TEXT}"
@@ -68,26 +68,26 @@ def read(words: Sequence[str]) -> tuple[tuple[str, ...], Settings]:
         elif key in _CHOICES:
             choices = _CHOICES[key]
             problems += [
-                f"{key}={one}: there is no such choice{suggest(one, choices)}; there are {', '.join(choices)}"
-                for one in values
-                if one not in choices
+                f"{key}={choice}: there is no such choice{suggest(choice, choices)}; there are {', '.join(choices)}"
+                for choice in values
+                if choice not in choices
             ]
-            found[key] = tuple(dict.fromkeys(values))
+            settings[key] = tuple(dict.fromkeys(values))
         elif key == "windows" or key in _NUMBERS:
-            numbers = [int(one) for one in values if one.isdigit() and int(one) > 0]
+            numbers = [int(number) for number in values if number.isdigit() and int(number) > 0]
             if len(numbers) < len(values) or (key != "windows" and len(numbers) != 1):
                 several = "whole numbers" if key == "windows" else "a whole number"
                 problems.append(f"{key}={','.join(values)}: give {several} from 1")
             else:
-                found[key] = tuple(numbers) if key == "windows" else numbers[0]
+                settings[key] = tuple(numbers) if key == "windows" else numbers[0]
         elif len(values) != 1 or not values[0]:
             problems.append(f"{key}={','.join(values)}: give one value")
         else:
-            found[key] = Path(values[0]) if key in ("work", "results") else values[0]
+            settings[key] = Path(values[0]) if key in ("work", "results") else values[0]
     if problems:
         raise ConfigError(*problems)
-    parts = found.pop("parts", PARTS)
-    return parts, Settings(**found)
+    parts = settings.pop("parts", PARTS)
+    return parts, Settings(**settings)
 
 
 _KEYS_TEXT = ", ".join(_KEYS)
@@ -98,20 +98,20 @@ def _benchmark(words: Sequence[str]) -> int:
 
     parts, settings = read(words)
     device = resolve_device(settings.device)
-    if device.index is not None:  # what is timed is waited for on the current device
+    if device.index is not None:  # the clock waits for the current device
         import torch
 
         torch.cuda.set_device(device)
     missed: list[str] = []
     for name in parts:
         part = importlib.import_module(f"cfsp.benchmark.{name}")
-        found: Found = part.measure(settings)
-        text = part.table(found)
-        write(found, text, settings)
+        result: Result = part.measure(settings)
+        text = part.table(result)
+        write(result, text, settings)
         print(f"\n{text}", flush=True)
-        missed += [f"{name}: {check}" for check in found.checks if not check.met]
-    for one in missed:
-        print(f"benchmark: limit missed: {one}", file=sys.stderr)
+        missed += [f"{name}: {check}" for check in result.checks if not check.met]
+    for check in missed:
+        print(f"benchmark: limit missed: {check}", file=sys.stderr)
     return 1 if missed else 0
 
 

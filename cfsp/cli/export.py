@@ -1,10 +1,9 @@
-"""``cfsp export path=DIR format=...``: a model folder in the form that another tool loads."""
+"""``cfsp export path=DIR format=...``: write a model folder in the format that another tool loads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cfsp.config.components import suggest
 from cfsp.config.overrides import plain_values
@@ -12,13 +11,10 @@ from cfsp.errors import ConfigError
 from cfsp.export.write import DTYPES, FORMATS, Request, exported
 from cfsp.system.command import command
 
-if TYPE_CHECKING:
-    pass
-
 _KEYS = ("path", "format", "to", "dtype", "multiple")
 
 USAGE = f"""\
-Write a model folder, pruned or dense, in the form that another tool loads.
+Write a model folder, pruned or dense, in the format that another tool loads.
 
   cfsp export path=OUT/model format=padded       the base architecture, filled up with zeros: loads everywhere, no
                                                  remote code, gives back a part of the speed
@@ -47,28 +43,29 @@ def request_of(words: Sequence[str]) -> Request:
         ConfigError: everything that is wrong with its keys and values.
     """
     given, problems = plain_values(words, _KEYS, "export")
-    form = given.get("format", "")
-    if "format" in given and form not in FORMATS:
+    format_name = given.get("format", "")
+    if "format" in given and format_name not in FORMATS:
         problems.append(
-            f"format={form}: there is no such format{suggest(form, FORMATS)}; formats: {', '.join(FORMATS)}"
+            f"format={format_name}: there is no such format{suggest(format_name, FORMATS)}; formats: "
+            f"{', '.join(FORMATS)}"
         )
     dtype = given.get("dtype")
-    if dtype is not None and dtype not in DTYPES and (dtype != "q8_0" or form != "gguf"):
-        of_gguf = " (q8_0 is one of format=gguf)" if dtype == "q8_0" else ""
-        problems.append(f"dtype={dtype}: use float32, float16 or bfloat16{of_gguf}")
+    if dtype is not None and dtype not in DTYPES and (dtype != "q8_0" or format_name != "gguf"):
+        remark = " (q8_0 is one of format=gguf)" if dtype == "q8_0" else ""
+        problems.append(f"dtype={dtype}: use float32, float16 or bfloat16{remark}")
     multiple = given.get("multiple")
     # isdigit alone is true of "²" too
     if multiple is not None and (not (multiple.isascii() and multiple.isdigit()) or int(multiple) < 1):
         problems.append(f"multiple={multiple}: give a whole number from 1")
-    elif multiple is not None and form == "decilm" and int(multiple) % 256:
+    elif multiple is not None and format_name == "decilm" and int(multiple) % 256:
         problems.append(f"multiple={multiple}: format=decilm needs a multiple of 256; leave it out")
-    elif multiple is not None and form == "gguf" and int(multiple) % 32:
+    elif multiple is not None and format_name == "gguf" and int(multiple) % 32:
         problems.append(
             f"multiple={multiple}: format=gguf needs a multiple of 32; leave it out, or use 256 for K-quants"
         )
-    elif multiple is not None and form == "hf":
+    elif multiple is not None and format_name == "hf":
         problems.append("multiple: format=hf fills nothing up; use format=padded, or leave it out")
-    if form == "gguf" and "to" in given and not given["to"].endswith(".gguf"):
+    if format_name == "gguf" and "to" in given and not given["to"].endswith(".gguf"):
         problems.append(f"to={given['to']}: a GGUF file is named *.gguf; use to={given['to'].rstrip('/')}.gguf")
     for key in ("path", "format"):
         if key not in given and not problems:
@@ -77,7 +74,7 @@ def request_of(words: Sequence[str]) -> Request:
         raise ConfigError(*problems)
     return Request(
         Path(given["path"]).expanduser(),
-        form,
+        format_name,
         Path(given["to"]).expanduser() if "to" in given else None,
         None if dtype is None else DTYPES.get(dtype, dtype),
         None if multiple is None else int(multiple),
@@ -86,7 +83,7 @@ def request_of(words: Sequence[str]) -> Request:
 
 def _export(request: Request) -> int:
     result = exported(request)
-    print(f"{result.place}: {result.bytes / 2**20:,.1f} MiB, {result.form}")
+    print(f"{result.place}: {result.bytes / 2**20:,.1f} MiB, {result.format}")
     for note in result.notes:
         print(f"  {note}")
     return 0

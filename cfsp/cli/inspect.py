@@ -1,4 +1,4 @@
-"""``cfsp inspect model=NAME`` or ``path=DIR``: what a model is, and what each pruner could remove from it."""
+"""``cfsp inspect model=NAME`` or ``path=DIR``: print what a model is, and what each pruner could remove from it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,16 @@ _KEYS = ("model", "path", "json", "trust_remote_code", "config_dir", "plugins.al
 
 @dataclass(frozen=True)
 class Request:
-    """A checked command line: one of ``model`` and ``path`` is given."""
+    """A checked command line.
+
+    Attributes:
+        model: name of a model of conf/model; None where ``path`` is given.
+        path: a model folder, OUT of a run, or a model of the hub; None where ``model`` is given.
+        json: print the report for programs.
+        trust_remote_code: run the Python code that the model brings.
+        config_dir: folder with further pruners.
+        allow: packages outside cfsp whose classes these pruners may name.
+    """
 
     model: str | None = None
     path: str | None = None
@@ -83,10 +92,10 @@ def request_of(words: Sequence[str]) -> Request:
 
 
 def inspected(request: Request) -> Report:
-    """Look at what is asked for.
+    """Inspect the model of the request.
 
     Raises:
-        CfspError: there is no such model, or it is none that can be pruned.
+        CfspError: there is no such model, or it cannot be pruned.
     """
     from cfsp.inspection.numbers import numbers_of
     from cfsp.inspection.reach import Plugins
@@ -97,12 +106,12 @@ def inspected(request: Request) -> Report:
         with _silent(), numbers_of(request.model, request.path, trust_remote_code=trust) as numbers:
             return report_of(numbers, trust_remote_code=trust, plugins=Plugins(request.config_dir, request.allow))
     except CfspError as error:
-        raise _in_words_of_this_command(error) from error
+        raise _with_own_keys(error) from error
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """transformers' advice on how to use a model is for those who use it."""
+    """Silence transformers' advice on how to use a model, which is not used here."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -113,8 +122,8 @@ def _silent() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _in_words_of_this_command(error: CfspError) -> CfspError:
-    """The same with keys as they are written here: what a run calls model.path is path."""
+def _with_own_keys(error: CfspError) -> CfspError:
+    """Return the error with the keys of this command: model.path of a run is path here."""
     problems = [
         problem.replace("model.path=", "path=").replace("model.trust_remote_code=", "trust_remote_code=")
         for problem in error.problems

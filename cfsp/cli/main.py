@@ -1,13 +1,14 @@
-"""The one entry point: ``cfsp ...`` and ``python -m cfsp.run ...``.
+"""Entry point of ``cfsp ...`` and ``python -m cfsp.run ...``.
 
 Exit codes: 0 success, 1 a run failed, 2 the configuration or an input is wrong. The Hydra task neither exits
-the process nor lets an error out, so that the other runs of a multirun go on; :func:`main` maps how they
+the process nor lets an error out, so that the other runs of a multirun go on. :func:`main` maps how they
 ended to the exit code.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import logging
 import os
@@ -39,7 +40,8 @@ from cfsp.system.package import config_folder
 from cfsp.system.words_check import check_words
 from cfsp.system.yaml_files import check_yaml
 
-#: First words that are not overrides -> the function, of the words after it, that gives the exit code; None: Hydra's.
+#: First words that name a command -> the function that takes the words after it and returns the exit code. None stands
+#: for a run, which Hydra composes.
 COMMANDS = {
     "prune": None,
     "export": "cfsp.cli.export:main",
@@ -52,13 +54,22 @@ COMMANDS = {
 }
 
 
-#: Keys whose values become names of folders.
+#: Keys whose values become names of folders, so they must be valid names.
 _NAMES = ("model.name", "calibration.name", "pruner.name", "recovery.name", "evaluation.name")
 
 
 @dataclass
 class _Session:
-    """One call of the command line: its overrides, --config-dir and -m, its process, the exit code of each run."""
+    """A call of the command line.
+
+    Attributes:
+        words: the overrides.
+        folder: the folder of --config-dir.
+        sweep: whether -m is given.
+        debug: whether debug=true is given.
+        process: id of the process that began the call.
+        codes: exit code of each run so far.
+    """
 
     words: Sequence[str] = ()
     folder: Path | None = None
@@ -68,8 +79,11 @@ class _Session:
     codes: list[int] = field(default_factory=list)
 
 
-#: None, or a copy, in a process that a launcher started: there errors travel back to the command line as exceptions.
+#: The call that this process serves. It is None, or a copy, in a process that a launcher started: there errors travel
+#: back to the command line as exceptions.
 _session: _Session | None = None
+#: Attribute of an error that was raised inside a run. It travels with the error from one process to another.
+_OF_A_RUN = "raised_in_a_run"
 
 
 @hydra.main(config_path=str(config_folder().resolve()), config_name="config", version_base="1.3")
@@ -88,7 +102,20 @@ def _task(config: DictConfig) -> None:
 
 
 def _run(config: DictConfig) -> int:
-    """One run; in a process that only helps with the training, the first process's exit code."""
+    """Run one configuration; an error that comes out is marked, so that it is not taken for one of Hydra's.
+
+    Returns:
+        The exit code. A process that only helps with the training returns that of the first process.
+    """
+    try:
+        return _run_unmarked(config)
+    except Exception as error:
+        with contextlib.suppress(AttributeError):
+            setattr(error, _OF_A_RUN, True)
+        raise
+
+
+def _run_unmarked(config: DictConfig) -> int:
     checked = parse(config)
     processes.connect()
     if not processes.launched().first:
@@ -149,7 +176,7 @@ def _main(argv: list[str]) -> int:
 
 
 def _command(argv: list[str]) -> str | None:
-    """The command that the first word names, where it is not a run; ``prune`` is taken out of ``argv``."""
+    """Return the command that the first word names; None for a run, with ``prune`` taken out of ``argv``."""
     if len(argv) < 2 or argv[1].startswith(("-", "+", "~")) or "=" in argv[1]:
         return None
     if argv[1] not in COMMANDS:
@@ -180,7 +207,7 @@ def _check_folder(folder: Path | None) -> None:
 
 
 def _other(command: str, words: list[str], session: _Session) -> int:
-    """A command that is none of Hydra's; it reports its own errors, and what it does not expect is said here."""
+    """Run a command other than a run. It reports its own errors; errors of its import are reported here."""
     module, _, function = str(COMMANDS[command]).partition(":")
     if session.debug:
         logging.getLogger("cfsp").setLevel(logging.DEBUG)
@@ -191,7 +218,7 @@ def _other(command: str, words: list[str], session: _Session) -> int:
         return code
     except CfspError as error:
         return _report(error, session)
-    except Exception as error:  # while it was imported: what it does itself is said by sweep.command.command
+    except Exception as error:  # while it was imported: cfsp.system.command reports what happens in it
         if session.debug:
             traceback.print_exception(error)
         reason = printable(str(error)) or type(error).__name__
@@ -201,7 +228,11 @@ def _other(command: str, words: list[str], session: _Session) -> int:
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    """The command line as Hydra reads it; what it does not know is refused here, in one line."""
+    """Parse the command line as Hydra does.
+
+    Raises:
+        ConfigError: a flag that Hydra does not know, or that is not taken here.
+    """
     parser = get_args_parser()
     parser.exit_on_error = False
     try:
@@ -225,7 +256,7 @@ def _check_names(words: Sequence[str]) -> None:
             continue
         try:
             override = OverridesParser.create().parse_override(word)
-        except (HydraException, ValueError):  # said when all words are explained
+        except (HydraException, ValueError):  # reported when all words are explained
             continue
         several = override.is_discrete_sweep()
         for value in [*override.sweep_iterator()] if several else [override.value()]:
@@ -236,7 +267,7 @@ def _check_names(words: Sequence[str]) -> None:
 
 
 def _report(error: Exception, session: _Session, label: str = "") -> int:
-    """One line on stderr for each thing that is wrong; returns the exit code."""
+    """Print one line on stderr for each problem; returns the exit code."""
     if session.debug:
         traceback.print_exception(error)
     if not isinstance(error, CfspError):
@@ -244,8 +275,8 @@ def _report(error: Exception, session: _Session, label: str = "") -> int:
     mine = processes.launched()
     if not mine.first:
         if isinstance(error, CfspError) and not processes.connected():
-            # Before they met, all found the same. The first says it; whoever is first to end has the launcher end the
-            # others, so it gets the time.
+            # Before the processes have met, all meet the same error, and the first one reports it. The launcher ends
+            # all when any of them ends, so the others leave the first one the time.
             time.sleep(5)
             return error.exit_code
         label = f"process {mine.rank}: {label}"
@@ -260,15 +291,19 @@ def _report(error: Exception, session: _Session, label: str = "") -> int:
 
 
 def _understood(error: Exception, session: _Session) -> Exception:
-    """What Hydra raises outside of the task is about the words it was given, or about the folder it makes."""
+    """Return the error in cfsp's terms.
+
+    What Hydra raises outside of a run is about the overrides it was given, or about the folder it makes.
+    """
     if libraries := _out_of_addresses(error):
         return RunError(libraries)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain(error, session.words, session.folder, sweep=session.sweep)
-    outside = not any(frame.name in ("_run", "return_value") for frame in traceback.extract_tb(error.__traceback__))
-    if outside and isinstance(error, ValueError | TypeError | AttributeError | LookupError | RecursionError):
+    if getattr(error, _OF_A_RUN, False):
+        return error
+    if isinstance(error, ValueError | TypeError | AttributeError | LookupError | RecursionError):
         return explain(error, session.words, session.folder, sweep=session.sweep)
-    if outside and isinstance(error, OSError) and error.filename:
+    if isinstance(error, OSError) and error.filename:
         return ConfigError(
             f"paths.output_dir: {error.filename} cannot be written ({error.strerror}); give another folder"
         )
@@ -296,7 +331,7 @@ def _is_multirun() -> bool:
 
 
 def _job_label(session: _Session) -> str:
-    """In a multirun, the values that make this run differ from the others."""
+    """Return the overrides that tell this run from the others of a multirun; empty outside of one."""
     if not _is_multirun():
         return ""
     given = OverridesParser.create().parse_overrides(list(session.words))

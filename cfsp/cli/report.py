@@ -1,4 +1,4 @@
-"""``cfsp report experiment=NAME [variant=...]``: the tables, figures and runs of a sweep in one HTML file."""
+"""``cfsp report experiment=NAME [variant=...]``: write the tables, figures and runs of a sweep to one HTML file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ in the runs' own folders, outputs/sweeps/NAME/VARIANT (paths.output_dir). Exit c
 out, or a table or figure that cannot be made while runs are missing; 2 wrong input.
 """
 
-#: Keys of the report itself; their values are paths, taken as they are.
+#: Keys of the report itself. Their values are paths and are taken as they are.
 _OWN = ("report", "results")
 
 
@@ -48,10 +48,10 @@ def _report(words: Sequence[str]) -> int:
     if not collection.found and all(state.name == "missing" for _, state in unfinished):
         raise no_record(request, records_of(request, words))
     file = _file(own, request.experiment.name, request.variant)
-    made = contents(layout, collection, request.cells)
-    for line in made.refused:
+    shown = contents(layout, collection, request.cells)
+    for line in shown.refused:
         print(f"report: warning: {line}; left out while runs are missing", file=sys.stderr)
-    content = page(request, made, collection, unfinished, file.parent, words)
+    content = page(request, shown, collection, unfinished, file.parent, words)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
@@ -59,11 +59,11 @@ def _report(words: Sequence[str]) -> int:
         raise ConfigError(f"report={file}: cannot be written ({error.strerror})") from error
     print(f"{len(collection.found)} of {len(request.cells)} runs have a record")
     print(f"Written: {file}")
-    return 1 if collection.damaged or made.refused else 0
+    return 1 if collection.damaged or shown.refused else 0
 
 
 def states(cells: Sequence[Cell]) -> list[tuple[Cell, State]]:
-    """What the runs' own folders say of ``cells`` that have no record; runs are found as records are."""
+    """Return the state of ``cells`` without a record, read off the runs' own folders."""
     folders: dict[str, Path] = {}
     for output in sorted({cell.point["paths.output_dir"] for cell in cells}):
         for path in sorted(Path(output).glob("*/record.json")):
@@ -72,12 +72,12 @@ def states(cells: Sequence[Cell]) -> list[tuple[Cell, State]]:
                 if record is not None and record.status != "success":
                     folders.setdefault(science(record.configuration), path.parent)
             except (CheckpointError, AttributeError, KeyError, TypeError, ValueError):
-                continue  # it does not say which run it is
-    found, composer = [], GridComposer()
+                continue  # the file does not tell which run it is of
+    result, composer = [], GridComposer()
     for cell in cells:
         folder = folders.get(science_of(cell, composer)) if folders else None
-        found.append((cell, State("missing") if folder is None else state_in(folder)))
-    return found
+        result.append((cell, State("missing") if folder is None else state_in(folder)))
+    return result
 
 
 def _file(own: Mapping[str, str], name: str, variant: str) -> Path:

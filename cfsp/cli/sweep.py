@@ -1,4 +1,4 @@
-"""``cfsp sweep experiment=NAME [variant=...] [status=true] [launcher=...] [key=value ...]``."""
+"""``cfsp sweep experiment=NAME [variant=...] [status=true] [launcher=...] [key=value ...]``: run an experiment."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Launchers: {launchers}
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Sweep; returns the exit code."""
+    """Run the sweep or list its state; returns the exit code."""
     usage = USAGE.format(experiments=", ".join(experiment_names()), launchers=options("launcher"))
     return command("sweep", usage, words, lambda given: _sweep(request_of(given)))
 
@@ -50,7 +50,7 @@ def _sweep(request: Request) -> int:
     try:
         jobs = jobs_of(request.cells)
     except CfspError as error:
-        raise ConfigError(*(_whose(problem, request) for problem in error.problems)) from error
+        raise ConfigError(*(_with_origin(problem, request) for problem in error.problems)) from error
     states = {job.run_id: state_of(job) for job in jobs}
     if request.status:
         _show(request, jobs, states)
@@ -65,8 +65,8 @@ def _sweep(request: Request) -> int:
         over += 1
         if outcome.name == "failed":
             failed.append(job.run_id)
-        said = {"failed": f"FAILED: {escape.plain(outcome.reason)}", "busy": "done by another process"}
-        ended = said.get(outcome.name, f"{outcome.seconds:.1f} s")
+        texts = {"failed": f"FAILED: {escape.plain(outcome.reason)}", "busy": "done by another process"}
+        ended = texts.get(outcome.name, f"{outcome.seconds:.1f} s")
         print(f"[{over}/{len(wanted)}] {request.named(job.cell)}: {ended}", flush=True)
 
     if wanted:
@@ -80,11 +80,11 @@ def _sweep(request: Request) -> int:
     return 1 if failed else 0
 
 
-def _whose(problem: str, request: Request) -> str:
-    """What is wrong with the runs, and where the key is from if not from the command line."""
+def _with_origin(problem: str, request: Request) -> str:
+    """Add to a problem of the runs that the experiment sets its key, where the command line does not."""
     key = problem.partition(":")[0].partition("=")[0]
-    said = {*(key for entry in request.experiment.runs for key in entry), *request.experiment.variants[request.variant]}
-    if key not in said or key in request.given:
+    entries = [*request.experiment.runs, request.experiment.variants[request.variant]]
+    if not any(key in entry for entry in entries) or key in request.given:
         return problem
     return f"{problem} (experiment={request.experiment.name} says {key}; ~{key} on the command line leaves it out)"
 

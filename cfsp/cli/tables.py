@@ -1,4 +1,4 @@
-"""``cfsp tables experiment=NAME [variant=...]``: the tables and figures of an experiment, from its records."""
+"""``cfsp tables experiment=NAME [variant=...]``: make the tables and figures of an experiment from its records."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ input.
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Make the tables; returns the exit code."""
+    """Make the tables and figures; returns the exit code."""
     return command("tables", USAGE, words, _tables)
 
 
@@ -47,37 +47,40 @@ def _tables(words: Sequence[str]) -> int:
         raise ConfigError("results= is empty: give a folder")
     words = [word for word in words if not word.startswith("results=")]
     request, layout, collection = gather("tables", words)
-    made = contents(request, layout, collection, "cfsp tables " + " ".join(words))
-    for line in made.left_out:
+    shown = contents(request, layout, collection, "cfsp tables " + " ".join(words))
+    for line in shown.left_out:
         print(f"tables: {line}; left out", file=sys.stderr)
-    for path, content in made.files.items():
+    for path, content in shown.files.items():
         target = results / path
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
         except OSError as error:
             raise ConfigError(f"results={results}: {target} cannot be written ({error.strerror})") from error
-    for path, content in made.files.items():
+    for path, content in shown.files.items():
         if path.suffix == ".md":
             print(content.decode())
-    print("Written: " + " ".join(str(results / path) for path in made.files))
+    print("Written: " + " ".join(str(results / path) for path in shown.files))
     if values.get("logger", "none") != "none":
         logger = parse(compose(request.cells[0].words)).logger.instance
-        kept = {"/".join(path.parts): (results / path) for path in made.files}
+        artifact = {"/".join(path.parts): (results / path) for path in shown.files}
         folder = Path("outputs") / "tables" / request.experiment.name / request.variant
-        logger.files(f"tables-{request.experiment.name}-{request.variant}", folder, kept)
+        logger.files(f"tables-{request.experiment.name}-{request.variant}", folder, artifact)
     if collection.missing:
         print(f"tables: {len(collection.missing)} of {len(request.cells)} runs have no record, their cells are empty")
     return 1 if collection.damaged else 0
 
 
 def gather(tool: str, words: Sequence[str], *, empty: bool = False) -> tuple[Request, Layout, Collection]:
-    """What the words ask for, its layout and its records; says on stderr, as ``tool``, what is damaged.
+    """Read the command line, the layout of its experiment, and its records. Damaged records are named on stderr.
 
-    ``empty``: there may be no record.
+    Args:
+        tool: name of the command, for messages.
+        words: words of the command line.
+        empty: whether there may be no record.
 
     Raises:
-        ConfigError: the words are wrong, there is no layout, or no record.
+        ConfigError: the words are wrong, there is no layout, or there is no record.
     """
     request = request_of(words)
     records = records_of(request, words)
@@ -92,57 +95,68 @@ def gather(tool: str, words: Sequence[str], *, empty: bool = False) -> tuple[Req
         raise no_record(request, records)
     if layout.reported:
         shipped = {science_of(cell, composer) for cell in request.experiment.cells(request.variant)}
-        found = [replace(one, as_shipped=science(one.record.configuration) in shipped) for one in collection.found]
-        collection = replace(collection, found=found)
+        runs = [replace(run, as_shipped=science(run.record.configuration) in shipped) for run in collection.found]
+        collection = replace(collection, found=runs)
     return request, layout, collection
 
 
 def records_of(request: Request, words: Sequence[str]) -> Path:
-    """Where the records are that the words ask for."""
-    usual = records_folder(request.experiment.name, request.variant)
-    return Path(str(given_values(words).get("paths.records_dir", usual)))
+    """Return the folder with the records that the words ask for."""
+    default = records_folder(request.experiment.name, request.variant)
+    return Path(str(given_values(words).get("paths.records_dir", default)))
 
 
 def no_record(request: Request, records: Path) -> ConfigError:
-    """What is said where nothing is to be shown."""
-    there = (
+    """Return the error of an experiment without a record."""
+    problem = (
         f"no record there is of {request.experiment.name} ({request.variant})" if records.is_dir() else "no such folder"
     )
-    return ConfigError(f"paths.records_dir={records}: {there}; run the sweep first")
+    return ConfigError(f"paths.records_dir={records}: {problem}; run the sweep first")
 
 
 @dataclass(frozen=True)
 class Contents:
-    """``files``: path below results/ -> content; ``left_out``: why a table or figure has nothing to show."""
+    """Content of an experiment's files.
+
+    Attributes:
+        files: content by path below results/.
+        left_out: why a table or figure has nothing to show.
+    """
 
     files: dict[Path, bytes]
     left_out: list[str]
 
 
 def contents(request: Request, layout: Layout, collection: Collection, made_by: str) -> Contents:
-    """Every file of the experiment.
+    """Make every file of the experiment.
+
+    Args:
+        request: the checked command line.
+        layout: layout of the experiment.
+        collection: its records.
+        made_by: the command that the tables name.
 
     Raises:
-        ConfigError: the records do not belong into one table, or none has what a table shows.
+        ConfigError: the records do not belong into one table, or none has a figure that a table shows.
     """
     place = Path(request.experiment.name) / request.variant
-    made = Contents({}, [])
-    for name, one in layout.tables.items():
-        with nothing_to_show(made.left_out):
-            shown = table(name, one, collection.found, layout.reported, request.cells)
-            made.files[Path("tables") / place / f"{name}.md"] = markdown(shown, made_by).encode()
-            made.files[Path("tables") / place / f"{name}.tex"] = latex(shown, made_by).encode()
-            made.files[Path("tables") / place / f"{name}.csv"] = comma_separated(shown).encode()
-    for name, figure in layout.figures.items():
-        with nothing_to_show(made.left_out):
-            for file, content in draw(name, figure, collection.found).items():
-                made.files[Path("figures") / place / file] = content
-    return made
+    result = Contents({}, [])
+    for name, table_layout in layout.tables.items():
+        with note_nothing_to_show(result.left_out):
+            shown = table(name, table_layout, collection.found, layout.reported, request.cells)
+            result.files[Path("tables") / place / f"{name}.md"] = markdown(shown, made_by).encode()
+            result.files[Path("tables") / place / f"{name}.tex"] = latex(shown, made_by).encode()
+            result.files[Path("tables") / place / f"{name}.csv"] = comma_separated(shown).encode()
+    for name, figure_layout in layout.figures.items():
+        with note_nothing_to_show(result.left_out):
+            for file, content in draw(name, figure_layout, collection.found).items():
+                result.files[Path("figures") / place / file] = content
+    return result
 
 
 @contextmanager
-def nothing_to_show(left_out: list[str]) -> Iterator[None]:
-    """Note what a table or figure says that none of the chosen runs belongs to."""
+def note_nothing_to_show(left_out: list[str]) -> Iterator[None]:
+    """Add to ``left_out`` why a table or figure has no run to show."""
     try:
         yield
     except NothingToShowError as error:

@@ -1,4 +1,4 @@
-"""``cfsp verify path=DIR``: is what other tools load from a folder the model that was saved there?"""
+"""``cfsp verify path=DIR``: see whether other tools load the model that was saved in a folder."""
 
 from __future__ import annotations
 
@@ -31,14 +31,22 @@ A tool that is not installed is listed and does not count. Exit codes: 0 all tha
 differs or cannot load the model, 2 wrong input.
 """
 
-#: Weights in float32 that take more of the free memory leave too little for what a tool holds beside them.
+#: Share of the free memory that the weights in float32 may take. The rest is for the tool itself.
 _SHARE_OF_MEMORY = 0.6
 _KEYS = ("path", "tools", "record", "trust_remote_code", *(f"python.{name}" for name in TOOLS))
 
 
 @dataclass(frozen=True)
 class Request:
-    """A checked command line; ``pythons``: tool -> the Python that has it."""
+    """A checked command line.
+
+    Attributes:
+        path: the model folder or GGUF file.
+        tools: the tools to try.
+        pythons: for a tool, the Python that has it.
+        record: file for the table as JSON.
+        trust_remote_code: run code in the folder that cfsp does not write there.
+    """
 
     path: Path
     tools: tuple[Tool, ...]
@@ -83,7 +91,11 @@ def request_of(words: Sequence[str]) -> Request:
 
 
 def _model_at(path: Path) -> Path:
-    """A model folder or GGUF file; of a run's OUT, its model."""
+    """Return the model folder or GGUF file at ``path``; the model of a run's OUT.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     if path.suffix == ".gguf" and path.is_file():
         return path
     if not path.exists():
@@ -106,13 +118,14 @@ def _verify(request: Request) -> int:
     if damaged is not None:
         print(f"{request.path}: {damaged}")
     reference = read_reference(place_of(request.path))
-    form, weights = _form(request.path)
-    runs_code = form != "gguf" and (request.trust_remote_code or check_folder_code(request.path))
-    dtype = "float32" if form == "gguf" else _dtype(request.path, weights)
-    # Of a GGUF file llama.cpp computes in what the weights are in; of a folder they alone were rounded.
-    computed = (reference.computed, dtype, *([weights] if form == "gguf" else []))
-    rounded = weights if form != "gguf" and weights != reference.stored else "float32"
-    # Asked before a model is loaded, so that a wrong python.TOOL is said at once.
+    format_name, weights = _format_and_dtype(request.path)
+    runs_code = format_name != "gguf" and (request.trust_remote_code or check_folder_code(request.path))
+    dtype = "float32" if format_name == "gguf" else _dtype(request.path, weights)
+    # llama.cpp computes in the dtype of a GGUF file's weights. Other tools compute in float32, and only the weights
+    # were rounded.
+    computed = (reference.computed, dtype, *([weights] if format_name == "gguf" else []))
+    rounded = weights if format_name != "gguf" and weights != reference.stored else "float32"
+    # Asked before a model is loaded, so that a wrong python.TOOL is reported at once.
     there = {tool.name: is_installed(tool, request.pythons.get(tool.name, sys.executable)) for tool in request.tools}
     asked = {
         "path": str(request.path.resolve()),
@@ -124,7 +137,7 @@ def _verify(request: Request) -> int:
     }
     findings = []
     for tool in progress(request.tools, "verify", unit="tool"):
-        unread = _unread(tool, form, request.path)
+        unread = _unread(tool, format_name, request.path)
         if unread:
             findings.append(Finding(tool.name, "another form", note=unread))
         elif not there[tool.name]:
@@ -148,10 +161,10 @@ def _verify(request: Request) -> int:
 
 
 def damage_of(path: Path) -> str | None:
-    """Compare a model folder or GGUF file with what the record of its run, where that lies beside it, says was written.
+    """Compare a model folder or GGUF file with the record of its run, where that lies beside it.
 
     Returns:
-        One clause on the first file that is not as the run wrote it; None where all are, or nobody knows.
+        A clause on the first file that is not as the run wrote it; None where all are, or where there is no record.
     """
     from cfsp.record.run_record import RunRecord
     from cfsp.record.written import damage, within
@@ -166,34 +179,34 @@ def damage_of(path: Path) -> str | None:
     return damage(within(record.files, [path.resolve().name]), folder, hashes=True)
 
 
-def _unread(tool: Tool, form: str, path: Path) -> str:
-    """Why the tool does not read this kind of export; empty where it should."""
+def _unread(tool: Tool, format_name: str, path: Path) -> str:
+    """Return why the tool does not read this kind of export; empty where it should."""
     if tool.reads == "gguf":
-        return "" if form == "gguf" else "reads GGUF files: cfsp export path=DIR format=gguf"
-    if form == "gguf":
+        return "" if format_name == "gguf" else "reads GGUF files: cfsp export path=DIR format=gguf"
+    if format_name == "gguf":
         return "reads model folders"
-    if form == "decilm" and tool.name != "vllm":
+    if format_name == "decilm" and tool.name != "vllm":
         return "has no class for this folder, which is made for vLLM"
     if tool.name == "lm_eval" and not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return "needs a tokenizer, and the folder has none"
     return ""
 
 
-def _form(path: Path) -> tuple[str, str]:
-    """(gguf, decilm or folder; the dtype of its weights)."""
+def _format_and_dtype(path: Path) -> tuple[str, str]:
+    """Return the format (gguf, decilm or folder) and the dtype of the weights."""
     if path.suffix == ".gguf":
         return "gguf", _gguf_weights(path)
     config = read_json(path / "config.json", f"path={path}: config.json")
     if not isinstance(config, dict):
         raise CheckpointError(f"path={path}: config.json holds no keys; save the model again")
     brings = config.get("auto_map")
-    # It brings a configuration, and no class that transformers could make of it.
-    form = "decilm" if isinstance(brings, dict) and brings and "AutoModelForCausalLM" not in brings else "folder"
-    return form, str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    # A DeciLM folder brings a configuration, but no model class for transformers.
+    format_name = "decilm" if isinstance(brings, dict) and brings and "AutoModelForCausalLM" not in brings else "folder"
+    return format_name, str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
 
 
 def _dtype(folder: Path, weights: str) -> str:
-    """What the tools are to compute in: float32, as the reference, unless that does not fit into memory."""
+    """Return the dtype for the tools: float32, as the reference, unless that does not fit into memory."""
     if weights == "float32":
         return weights
     import torch
@@ -208,18 +221,18 @@ def _dtype(folder: Path, weights: str) -> str:
 
 
 def _gguf_weights(file: Path) -> str:
-    """The dtype that general.file_type names; what is not known is compared as the coarsest."""
+    """Return the dtype that general.file_type names; "unknown" is compared with the widest tolerance."""
     try:
         from gguf import GGUFReader, LlamaFileType
 
         stated: Any = GGUFReader(file).get_field("general.file_type")
-        found = LlamaFileType(stated.contents())
+        file_type = LlamaFileType(stated.contents())
     except ImportError:
         return "unknown"
     except Exception as error:  # a damaged file fails in any place of the reader
         raise CheckpointError(f"{file}: is no GGUF file that can be read ({error}); export the model again") from error
     return {"ALL_F32": "float32", "MOSTLY_F16": "float16", "MOSTLY_BF16": "bfloat16", "MOSTLY_Q8_0": "q8_0"}.get(
-        found.name, "unknown"
+        file_type.name, "unknown"
     )
 
 

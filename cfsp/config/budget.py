@@ -1,4 +1,4 @@
-"""The sparsity budget as it is asked for: a ratio of a scope, legal widths, protected blocks."""
+"""The requested sparsity budget: a ratio of a scope, legal widths, protected blocks."""
 
 from __future__ import annotations
 
@@ -7,36 +7,33 @@ from typing import Any, Literal
 
 from cfsp.errors import ConfigError
 
+#: Parameters that a ratio refers to.
 Scope = Literal["ffn", "decoder", "model"]
-
-
+#: Rule that makes widths whole.
 Rounding = Literal["exact", "nearest"]
-
-
+#: Units that a pruner ranks.
 Structure = Literal["ffn", "heads", "heads_ffn", "experts"]
-
-
+#: Blocks that stay whole: (first, last) blocks by number, or a rule.
 Protect = Literal["none", "auto"] | tuple[int, int]
 
-
-#: From this many blocks on, LLM-Pruner's published 4 first and 2 last blocks are left whole (facts of its README).
+#: Number of blocks from which the first 4 and last 2 blocks stay whole, as in LLM-Pruner's README.
 _DEEP = 24
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Remove ``ratio`` of the parameters of ``scope``.
+    """Request to remove ``ratio`` of the parameters of ``scope``.
 
     Legal FFN widths of a block are the multiples of ``round_to`` from ``min_width`` up, and the block's own width.
-    Any number of KV groups from one is legal.
+    Every number of KV groups from 1 up is legal.
 
     Attributes:
         ratio: share of the parameters of the scope to remove, 0 < ratio < 1.
-        scope: ffn: the parameters that go with the FFN neurons; decoder: all in the blocks; model: all.
+        scope: ffn: the parameters of the FFN neurons; decoder: all parameters in the blocks; model: all parameters.
         round_to: step between legal widths, in neurons.
         rounding: rule that makes widths whole, see :func:`to_widths`.
         min_width: smallest width of a block; None: ``round_to``.
-        protect: number of (first, last) blocks that stay whole; auto: 4 and 2 from 24 blocks on, else 1 and 1.
+        protect: numbers of first and last blocks that stay whole; auto: (4, 2) from 24 blocks on, else (1, 1).
     """
 
     ratio: float
@@ -67,11 +64,11 @@ class Budget:
         return (4, 2) if n_blocks >= _DEEP else (1, 1)
 
     def shown_protect(self) -> str:
-        """Write ``protect`` as on the command line."""
+        """Return ``protect`` in the notation of the command line."""
         return self.protect if isinstance(self.protect, str) else f"[{self.protect[0]},{self.protect[1]}]"
 
     def requested(self) -> dict[str, Any]:
-        """Return the request as the plan stores it."""
+        """Return the request in the form that the plan stores."""
         return {
             "ratio": self.ratio,
             "scope": self.scope,

@@ -1,30 +1,27 @@
-"""The registry: a ``_target_`` and its keys become an instance of that class, typed by the class signature.
+"""Building components: a ``_target_`` and its keys become an instance, typed by the signature of its class.
 
-A new metric, allocator, recovery, evaluator or logger is one class (a pydantic dataclass: :func:`component`)
-and one YAML file; nothing central is edited. Within cfsp only classes that are defined here and marked with
-:func:`component` are built; classes that other packages define run foreign code, so each of these packages stands in
-``plugins.allow=[package]``.
+A new metric, allocator, recovery, evaluator or logger is one class, decorated with :func:`component`, and one YAML
+file; no central list is edited. Of cfsp's own classes only those that :func:`component` marks are built. Classes of
+other packages run foreign code, so each of these packages must stand in ``plugins.allow=[package]``.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from itertools import islice
-from typing import Any, ClassVar, Generic, Literal, TypeVar, dataclass_transform, get_args, get_origin
+from typing import Any, ClassVar, Generic, TypeVar, dataclass_transform
 
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from cfsp.config.contracts import optional_members, required_members
-from cfsp.errors import ConfigError, printable
-from cfsp.system.expected import Expected, expected_at, fields_of, takes_numbers_only
+from cfsp.config.problems import booleans_for_numbers, problems_of, shown, suggest
+from cfsp.errors import ConfigError
 from cfsp.system.package import config_folder
 
 _T = TypeVar("_T")
@@ -38,7 +35,18 @@ NAMING = ("component", "class", "source")
 
 @dataclass_transform(frozen_default=True)
 def component(cls: type[_T]) -> type[_T]:
-    """Decorate a pluggable class: frozen, typed, unknown keys are errors, and a ``_target_`` may name it."""
+    """Decorate a class so that a ``_target_`` may name it.
+
+    The class becomes a frozen pydantic dataclass: its fields are the keys of its YAML file, values are checked against
+    their types, and unknown keys are errors.
+
+    Example:
+        >>> @component
+        ... class WeightNorm(NeuronImportance):
+        ...     p: Literal[1, 2] = 1
+        ...
+        ...     def score(self, channels, activation): ...
+    """
     decorated: Any = pydantic_dataclass(cls, frozen=True, config=ConfigDict(extra="forbid"))
     setattr(decorated, _MARK, True)
     return decorated
@@ -46,18 +54,24 @@ def component(cls: type[_T]) -> type[_T]:
 
 @dataclass(frozen=True)
 class Component(Generic[Contract]):
-    """An instance together with the configuration it was built from (which goes to the record)."""
+    """Instance together with the configuration from which it was built, which the record states.
+
+    Attributes:
+        instance: the component itself.
+        target: ``_target_``, the path of its class.
+        settings: value of every key, defaults included.
+    """
 
     instance: Contract
     target: str
     settings: dict[str, Any]
 
     def identity(self) -> dict[str, Any]:
-        """Return what of this component decides a result: its name, every setting, and the code of a foreign class.
+        """Return the parts of this component that decide a result: its name, every setting and foreign code.
 
-        A component of cfsp is named without its module, so that code can move; its code is covered by the version of
-        the methods (:data:`cfsp.config.identity.METHOD_VERSION`). A class outside cfsp is named by its path, and the
-        digest of its source stands beside it.
+        A component of cfsp is named without its module, so that code can move; the version of the methods
+        (:data:`cfsp.config.identity.METHOD_VERSION`) covers its code. A class outside cfsp is named by its path and
+        the digest of its source.
         """
         name = component_name(self.target)
         if name is not None:
@@ -78,7 +92,7 @@ def component_name(target: str) -> str | None:
 
 
 def _source_digest(instance: Any) -> str | None:
-    """sha256 of the module that defines the class; None where it has no source file."""
+    """Return the sha256 of the module that defines the class; None if it has no source file."""
     try:
         source = inspect.getsource(inspect.getmodule(type(instance)))  # type: ignore[arg-type]
     except (OSError, TypeError):
@@ -90,13 +104,15 @@ def build(name: str, values: Any, allowed: Iterable[str] = (), contract: type[An
     """Instantiate the component of configuration group ``name``.
 
     Args:
+        name: key of the group, e.g. ``importance`` or ``evaluation.cost``.
+        values: ``_target_`` and settings of the group.
         allowed: packages outside cfsp that a ``_target_`` may name.
-        contract: protocol of :mod:`cfsp.config.contracts` that the instance has to fulfil. Members that it requires
-            must be there; for the others the class gets the defaults of the contract where it has none of its own.
+        contract: protocol of :mod:`cfsp.config.contracts` that the instance has to fulfil. The class must have the
+            members that the contract requires; optional members that it lacks get the defaults of the contract.
 
     Raises:
-        ConfigError: no ``_target_``, a target that is not allowed, does not exist or is of another kind, or
-            wrong settings.
+        ConfigError: there is no ``_target_``, the target is not allowed, does not exist or is of another kind, or its
+            settings are wrong.
     """
     if not isinstance(values, Mapping) or not values.get("_target_"):
         way_out = f"null leaves it out, {name}.KEY=VALUE sets a key" if "." in name else f"e.g. {name}=OPTION"
@@ -127,7 +143,7 @@ def build(name: str, values: Any, allowed: Iterable[str] = (), contract: type[An
 
 
 def _with_defaults(cls: type, contract: type[Any]) -> type:
-    """Return a subclass that has the optional members of ``contract`` which ``cls`` lacks; ``cls`` where none is."""
+    """Return a subclass with the optional members of ``contract`` that ``cls`` lacks; ``cls`` if it lacks none."""
     declared = getattr(cls, "__dataclass_fields__", {})
     lacking = {
         member: default
@@ -142,9 +158,10 @@ def _with_defaults(cls: type, contract: type[Any]) -> type:
 
 
 def _check_attributes(name: str, target: str, candidate: Any, needs: Iterable[str]) -> None:
-    """Refuse what cannot stand in the group: a class of cfsp before it is called, any instance afterwards.
+    """Refuse a class or an instance without the members that its group requires.
 
-    A class of somebody else may give its instances what they need, so its class alone decides nothing.
+    Classes of cfsp are checked before they are called. A foreign class may add members to its instances, so only the
+    instance is checked.
     """
     abstract = getattr(candidate, "__abstractmethods__", ()) if isinstance(candidate, type) else ()
     lacking = [attribute for attribute in needs if attribute in abstract]
@@ -157,7 +174,7 @@ def _check_attributes(name: str, target: str, candidate: Any, needs: Iterable[st
 
 
 def _is_component(cls: type) -> bool:
-    """Whether cfsp itself defines the class, and marks this very one as pluggable."""
+    """Return whether cfsp defines the class and marks this very class, not only a base of it, as a component."""
     return _package(cls.__module__) == "cfsp" and _MARK in vars(cls)
 
 
@@ -166,11 +183,11 @@ def _package(dotted: str) -> str:
 
 
 def _resolve(name: str, target: str, allowed: Iterable[str]) -> type:
-    """Find the class of a ``_target_``; nothing is called, and no module outside cfsp and ``allowed`` is imported.
+    """Return the class of a ``_target_``; nothing is called, and no module outside cfsp and ``allowed`` is imported.
 
     Raises:
-        ConfigError: no such class, one of cfsp that is no component, or one that a package defines which is not
-            allowed: the package that the target names and the one that the class is from both have to be.
+        ConfigError: there is no such class, cfsp defines it and it is no component, or a package is not allowed. Both
+            the package that the target names and the package that defines the class must be allowed.
     """
     module_name, _, class_name = target.rpartition(".")
     packages = {"cfsp", *allowed}
@@ -180,17 +197,17 @@ def _resolve(name: str, target: str, allowed: Iterable[str]) -> type:
             f"plugins.allow=[{_package(target)}]"
         )
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except Exception as error:  # a module of the user's may fail in any way while it is imported
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except Exception as error:  # a user's module may fail in any way while it is imported
         reason = f"{type(error).__name__}: {error}"
         raise ConfigError(
             f"{name}._target_={target}: there is no such class ({reason}){suggest(target, _known_targets())}"
         ) from error
-    if not isinstance(found, type):
-        raise ConfigError(f"{name}._target_={target}: a class is needed, this is a {type(found).__name__}")
-    defined_in = _package(found.__module__)
-    if _is_component(found) or (defined_in != "cfsp" and _package(target) != "cfsp" and defined_in in packages):
-        return found
+    if not isinstance(cls, type):
+        raise ConfigError(f"{name}._target_={target}: a class is needed, this is a {type(cls).__name__}")
+    defined_in = _package(cls.__module__)
+    if _is_component(cls) or (defined_in != "cfsp" and _package(target) != "cfsp" and defined_in in packages):
+        return cls
     if defined_in == "cfsp" or _package(target) == "cfsp":
         group = name.split(".", 1)[0]
         raise ConfigError(
@@ -198,15 +215,15 @@ def _resolve(name: str, target: str, allowed: Iterable[str]) -> type:
             f"with {group}=OPTION"
         )
     raise ConfigError(
-        f"{name}._target_={target}: this class is defined in {found.__module__}; to run the code of both packages give "
+        f"{name}._target_={target}: this class is defined in {cls.__module__}; to run the code of both packages give "
         f"plugins.allow=[{','.join(sorted({_package(target), defined_in}))}]"
     )
 
 
 def known_class(target: str) -> type | None:
-    """Return the class that a ``_target_`` names where it is cfsp's, or in a module that was imported already.
+    """Return the class of a ``_target_`` if cfsp defines it or its module is imported already; otherwise None.
 
-    For the settings of earlier runs: reading a record imports no foreign code.
+    It serves the settings of earlier runs, because reading a record must not import foreign code.
     """
     module_name, _, class_name = target.rpartition(".")
     if _package(target) == "cfsp":
@@ -219,7 +236,7 @@ def known_class(target: str) -> type | None:
 
 
 def option_of(group: str, instance: object) -> str:
-    """Return the words that choose the class of ``instance``: ``group=OPTION``, or ``group._target_=CLASS``."""
+    """Return the override that chooses the class of ``instance``: ``group=OPTION``, or ``group._target_=CLASS``."""
     target = f"{type(instance).__module__}.{type(instance).__qualname__}"
     for path in sorted((config_folder() / group).glob("*.yaml")):
         if re.search(rf"^_target_:\s*{re.escape(target)}\s*$", path.read_text(encoding="utf-8"), re.MULTILINE):
@@ -228,122 +245,15 @@ def option_of(group: str, instance: object) -> str:
 
 
 def _known_targets() -> set[str]:
-    """The classes that the configuration files name."""
+    """Return the classes that the configuration files name."""
     texts = (path.read_text(encoding="utf-8") for path in config_folder().rglob("*.yaml"))
     return {target for text in texts for target in re.findall(r"^\s*_target_:\s*(\S+)", text, re.MULTILINE)}
-
-
-def problems_of(error: ValidationError, prefix: str, schema: type) -> list[str]:
-    """One line per key: its value, what it takes and an example; never the words of the validator.
-
-    Messages of our own checks (a ``ValueError`` in a validator) stand as they are.
-    """
-    lines: dict[str, str] = {}
-    for finding in error.errors(include_url=False):
-        wanted = expected_at(schema, finding["loc"])
-        key = _key(prefix, wanted.key)
-        lines.setdefault(key or str(len(lines)), _problem(finding, key, wanted, prefix, schema))
-    return list(lines.values())
-
-
-def booleans_for_numbers(schema: type, values: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    """A line for each key that takes a number and is true or false, which the validator would read as 1 or 0."""
-    for name, field in fields_of(schema).items():
-        key, value = _key(prefix, (name,)), values.get(name)
-        if isinstance(value, bool) and takes_numbers_only(field.annotation):
-            wanted = expected_at(schema, (name,))
-            yield f"{key}={shown(value)}: expected {wanted.words}{wanted.example(key)}"
-        elif isinstance(value, Mapping) and isinstance(field.annotation, type) and fields_of(field.annotation):
-            yield from booleans_for_numbers(field.annotation, value, key)
-
-
-def _problem(finding: Any, key: str, wanted: Expected, prefix: str, schema: type) -> str:
-    """The line about one finding of the validator."""
-    kind, location, value = finding["type"], finding["loc"], finding.get("input")
-    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = list(fields_of(schema)) if len(location) == 1 else []
-        hint = f"; keys: {', '.join(known)}" if known else ""
-        return f"{key}={shown(value)}: unknown key{suggest(str(location[-1]), known)}{hint}"
-    if kind in ("value_error", "assertion_error"):
-        message = str(finding.get("ctx", {}).get("error") or finding["msg"].partition(", ")[2])
-        if not location or message.startswith(f"{prefix}."):  # a check over several keys, which names them itself
-            return message
-        described = wanted.field.description if wanted.field is not None else None
-        return f"{key}={shown(value)}: {message}" + (f" ({described})" if described else "")
-    if not location:
-        return f"{prefix or 'configuration'}={shown(value)}: expected a group of keys: {', '.join(fields_of(schema))}"
-    described = wanted.field.description if wanted.field is not None else None
-    needed = f"{wanted.words}{wanted.example(key)}" + (f" ({described})" if described else "")
-    if kind.startswith("missing") and isinstance(location[-1], int):
-        whole = expected_at(schema, location[:-1])
-        list_key = _key(prefix, whole.key)
-        return (
-            f"{list_key}={shown(value)}: item {location[-1] + 1} is missing; expected {whole.words}"
-            f"{whole.example(list_key)}"
-        )
-    if kind.startswith("missing"):
-        return f"{key} is not set: give it a value, {key}=...; expected {needed}"
-    near = suggest(str(value)[:100], _words_of(wanted.annotation)) if isinstance(value, str) else ""
-    quotes = ""
-    if kind == "string_type" and _is_scalar(value):
-        whole_word = isinstance(wanted.key[-1], str)
-        quotes = f"; write it in quotes, \"{key}='{shown(value)}'\"" if whole_word else "; write it in quotes"
-    return f"{key}={shown(value)}: expected {needed}{near}{quotes}"
-
-
-def _words_of(annotation: Any) -> list[str]:
-    """The words that a key takes, where it takes a few."""
-    members = [annotation, *get_args(annotation)]
-    return [str(word) for member in members if get_origin(member) is Literal for word in get_args(member)]
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, bool | int | float)
-
-
-def _key(prefix: str, location: tuple[int | str, ...]) -> str:
-    key = prefix
-    for part in location:
-        key += f"[{part}]" if isinstance(part, int) else f".{part}" if key else part
-    return key
-
-
-def shown(value: Any, depth: int = 0) -> str:
-    """A value as it is written on the command line, on one line and cut where it is long."""
-    if value is None or isinstance(value, bool):
-        text = {None: "null", True: "true", False: "false"}[value]
-    elif depth > _SHOWN_DEPTH:
-        text = "..."
-    elif isinstance(value, list | tuple):
-        text = f"[{','.join(_shown_items(value, depth))}]"
-    elif isinstance(value, Mapping):
-        pairs = islice(value.items(), _SHOWN_ITEMS)
-        text = f"{{{','.join(f'{shown(key)}:{shown(item, depth + 1)}' for key, item in pairs)}}}"
-    elif isinstance(value, int) and abs(value) >= 10**100:  # str() refuses more than 4,300 digits
-        text = f"{'-' if value < 0 else ''}10^{int(abs(value).bit_length() * 0.30103)}"
-    else:
-        text = printable(str(value)) or "''"
-    return text if len(text) <= 120 else f"{text[:117]}..."
-
-
-def _shown_items(values: Iterable[Any], depth: int) -> list[str]:
-    return [shown(item, depth + 1) for item in islice(values, _SHOWN_ITEMS)]
-
-
-#: Items and levels of a nested value that are written out before the line is cut.
-_SHOWN_ITEMS, _SHOWN_DEPTH = 60, 8
-
-
-def suggest(word: str, choices: Iterable[str]) -> str:
-    """``"; did you mean X?"`` for the nearest choice, or an empty string."""
-    near = difflib.get_close_matches(word[:100], list(choices), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 Evaluator = TypeVar("Evaluator")
 
 
 def placed(evaluator: Evaluator, key: str) -> Evaluator:
-    """Tell an evaluator its configuration key, for its messages: two of one class may stand under ``evaluation``."""
-    object.__setattr__(evaluator, "key", key)  # it is frozen, and this is no setting of it
+    """Set the key of an evaluator, for its messages: ``evaluation`` may hold two evaluators of one class."""
+    object.__setattr__(evaluator, "key", key)  # the instance is frozen, and the key is not a setting
     return evaluator

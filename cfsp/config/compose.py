@@ -1,4 +1,4 @@
-"""Composing the configuration outside the command line, and explaining what Hydra refuses."""
+"""Composing the configuration outside the command line, and explaining overrides that Hydra refuses."""
 
 from __future__ import annotations
 
@@ -16,36 +16,38 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from cfsp.config.components import shown, suggest
+from cfsp.config.problems import shown, suggest
 from cfsp.errors import ConfigError, printable
 from cfsp.system.package import config_folder
 from cfsp.system.words_check import check_words
 
-#: Groups that describe several runs.
+#: Groups that describe a sweep and not a run.
 OF_A_SWEEP = ("experiment", "launcher")
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
-    """The configuration that ``cfsp <overrides>`` would run, also from within a running Hydra application.
+    """Compose the configuration of ``cfsp OVERRIDES``, also from within a running Hydra application.
 
     Raises:
-        ConfigError: malformed overrides, unknown keys, groups or options.
+        ConfigError: an override is malformed, or a key, a group or an option is unknown.
     """
     check_words(overrides)
     try:
         return _compose(overrides)
-    except Exception as error:  # Hydra trips over some words in ways of its own, TypeError among them
+    except Exception as error:  # Hydra raises many classes for malformed words, TypeError among them
         raise explain(error, overrides) from error
 
 
 def explain(error: Exception, words: Sequence[str], folder: Path | None = None, *, sweep: bool = False) -> ConfigError:
-    """What is wrong with the command line ``words`` that Hydra refused with ``error``: one line per finding.
+    """Explain why Hydra refused a command line, with one line for each finding.
 
-    Hydra stops at the first word that it cannot apply, and says so in many lines; here every word is checked.
+    Hydra stops at the first word that it cannot apply and says so in many lines; here every word is checked.
 
     Args:
-        folder: more groups and options, from ``--config-dir``.
-        sweep: the command line is a multirun's, where a key may have several values.
+        error: error of Hydra.
+        words: words of the command line.
+        folder: folder with further groups and options, from ``--config-dir``.
+        sweep: whether it is the command line of a multirun, in which a key may have several values.
     """
     folders = [config_folder(), *([folder] if folder is not None and folder.is_dir() else [])]
     problems = list(_findings(words, folders, sweep=sweep))
@@ -53,13 +55,13 @@ def explain(error: Exception, words: Sequence[str], folder: Path | None = None, 
 
 
 def _hydra_reason(error: Exception, words: Sequence[str]) -> str:
-    """What Hydra says, on one line, with the word that it is about where that shows."""
+    """Return Hydra's message on one line, with the word that caused it if that can be told."""
     reason = printable(str(error).partition("Config search path")[0]) or type(error).__name__
     reason = re.sub(r"^In '[^']*': ", "", reason)
-    about = [word for word in words if word in reason or _key_of(word) in reason]
-    if len(about) != 1 or about[0] in reason:
+    causes = [word for word in words if word in reason or _key_of(word) in reason]
+    if len(causes) != 1 or causes[0] in reason:
         return f"{reason}; all keys: cfsp --cfg job"
-    return f"{about[0]}: not applied ({reason}); all keys: cfsp --cfg job"
+    return f"{causes[0]}: not applied ({reason}); all keys: cfsp --cfg job"
 
 
 def _key_of(word: str) -> str:
@@ -142,12 +144,12 @@ def _options(group: str, folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def _tree(choices: Sequence[str], folders: Sequence[Path]) -> Any:
-    """The whole configuration with these groups chosen, values unresolved."""
+    """Return the whole configuration with these choices of groups, values unresolved."""
     single = [word for word in choices if "," not in word]
     search = [f"hydra.searchpath=[{','.join(f'file://{folder.resolve()}' for folder in folders[1:])}]"]
     try:
         return OmegaConf.to_container(_compose([*single, *search]), resolve=False)
-    except Exception:  # the words are what is wrong
+    except Exception:  # the choices themselves are wrong
         return OmegaConf.to_container(_compose([]), resolve=False)
 
 
@@ -164,7 +166,7 @@ def _unknown_key(key: str, tree: Any, folders: Sequence[Path]) -> str:
 
 
 def _content(path: Path, group: str) -> Any:
-    """The keys of an option's file, and of the options within its group that it draws on.
+    """Return the keys of an option: of its file, the options that it inherits from and the nested options.
 
     A preset (package _global_) has its own keys one level down.
     """
@@ -172,6 +174,9 @@ def _content(path: Path, group: str) -> Any:
     if not isinstance(content, dict):
         return {}
     for entry in content.get("defaults", ()):
+        if isinstance(entry, str) and (path.parent / f"{entry}.yaml").is_file():
+            content = _content(path.parent / f"{entry}.yaml", group) | content
+            continue
         for inner, option in entry.items() if isinstance(entry, Mapping) else ():
             part = path.parent / str(inner) / f"{option}.yaml"
             if part.is_file():
@@ -183,7 +188,7 @@ def _content(path: Path, group: str) -> Any:
 
 
 def _nearest(key: str, known: Iterable[str], prefix: str = "", suffix: str = "") -> str:
-    """The known key that ``key`` misspells, or that ends as it does: ``ratio`` for ``sparsity.ratio``."""
+    """Suggest the known key that ``key`` misspells or that ends in it: ``sparsity.ratio`` for ``ratio``."""
     known = list(known)
     leaf = key.rpartition(".")[2]
     same = [name for name in known if name.rpartition(".")[2] == leaf]
@@ -195,7 +200,7 @@ def _nearest(key: str, known: Iterable[str], prefix: str = "", suffix: str = "")
 
 
 def _way_out(word: str, parser: OverridesParser) -> str:
-    """How a word that Hydra cannot read is written; quotes only where the word is read with them."""
+    """Describe how to write a word that Hydra cannot parse; suggest quotes only if Hydra parses the word with them."""
     key, equals, value = word.partition("=")
     if re.match(r"(range|choice|interval|glob|sort|shuffle|tag)\(", value):
         return "a sweep is written with -m as key=a,b,c, key=range(FIRST,END,STEP) or key=choice(a,b)"

@@ -1,14 +1,14 @@
-"""The contracts of the seven kinds of components that a ``_target_`` may name.
+"""Contracts of the seven kinds of components that a ``_target_`` may name.
 
 Each contract is a protocol without state. A member without a value is required:
-:func:`cfsp.config.components.build` refuses a class that lacks it, by its name. Every other member has its default
-here. A class that inherits from its contract gets these defaults in the ordinary way; a class that does not (in a
-package that knows nothing of cfsp) gets them when it is built. So the rest of cfsp asks any component for any member,
+:func:`cfsp.config.components.build` refuses a class that lacks it, by its name. Every other member has a default
+here. A class that inherits from its contract inherits these defaults; a class that does not (in a package that does not
+import cfsp) gets them when it is built. So the rest of cfsp can ask every component for every member of its contract,
 and never looks at its class.
 
-``None`` as an answer means "not stated": whoever asked says so instead of guessing.
+``None`` as an answer means "not stated"; the caller then says so instead of guessing.
 
-All contracts stand in this one module, although it is long: it is the page that an author of a component reads.
+The module is longer than others because an author of a component should have all contracts on one page.
 
 Example:
     A pruner in a package of your own, chosen with ``pruner._target_=mine.Mine plugins.allow=[mine]``::
@@ -56,10 +56,10 @@ Unit = Literal["neurons", "kv_groups", "experts", "submodules", "blocks"]
 
 
 class NeuronImportance(Protocol):
-    """A metric: one class, one file, one YAML. Units with higher scores are kept.
+    """Metric that scores units; units with higher scores are kept. A metric is one class, one file and one YAML.
 
     Attributes:
-        requires: items of the calibration beside the core statistics, of "gradients" and "gram".
+        requires: calibration results beside the core statistics that it needs: "gradients", "gram".
         gradient_checkpointing: whether gradients are computed with less memory in more time.
     """
 
@@ -71,8 +71,8 @@ class NeuronImportance(Protocol):
         """Score the input channels of one output projection: FFN neurons, or channels of attention heads.
 
         Args:
-            channels: their weights, in fp32, through ``channels.weights()``: the matrices that make the channels,
-                [N, d] each (ffn: gate, up; attention: q, k, v), and the output's [d, N] (down; o).
+            channels: the channels. ``channels.weights()`` gives their weights in fp32: the matrices that compute the
+                channels, [N, d] each (FFN: gate, up; attention: q, k, v), and the output matrix [d, N] (down; o).
             activation: statistics of the channels over the calibration set.
 
         Returns:
@@ -82,7 +82,7 @@ class NeuronImportance(Protocol):
 
 
 class Allocator(Protocol):
-    """An allocation: one class, one file, one YAML.
+    """Allocation of the budget to blocks: one class, one file and one YAML.
 
     Attributes:
         needs_model: whether the model runs for each candidate, so that all of it has to be in memory
@@ -95,10 +95,15 @@ class Allocator(Protocol):
 
     @abstractmethod
     def allocate(self, scores: Scores, sizes: Sizes, keep: float) -> Allocation:
-        """Split the kept fraction ``keep`` (0 < keep <= 1) of all removable parameters over the blocks.
+        """Split the kept fraction of all removable parameters over the blocks.
 
-        ``scores`` and ``sizes`` hold the blocks that may be pruned, in order. The parameter-weighted mean of the keep
-        ratios must be ``keep``.
+        Args:
+            scores: scores of the units of each block that may be pruned, in order.
+            sizes: sizes of the same blocks.
+            keep: fraction of the removable parameters that stays, 0 < keep <= 1.
+
+        Returns:
+            The keep ratio of each block; their parameter-weighted mean must be ``keep``.
         """
         ...
 
@@ -113,10 +118,10 @@ class Allocator(Protocol):
 
 @runtime_checkable
 class SearchingAllocator(Protocol):
-    """The further members of an allocator with ``needs_model``, which searches for widths by the model's loss.
+    """Further members of an allocator with ``needs_model``, which searches for widths by the model's loss.
 
     Attributes:
-        n_samples: calibration windows that a loss is measured on; None: all.
+        n_samples: calibration windows on which a loss is measured; None: all.
     """
 
     n_samples: int | None
@@ -147,13 +152,13 @@ class SearchingAllocator(Protocol):
 
 
 class Pruner(Protocol):
-    """A pruner turns a planning context into a plan. Weights are never changed while planning.
+    """Pruner: turns a planning context into a plan. It never changes weights while it plans.
 
     Attributes:
         name: name of the method, for plans, records and tables.
         prunes: False for the dense run.
-        plans_with: configuration groups that it draws on; a group that it does not draw on cannot be chosen beside it.
-        requires: items of the calibration beside the core statistics and what the metric requires: "gram".
+        plans_with: configuration groups that it uses, of importance and allocator; others cannot be chosen beside it.
+        requires: calibration results that it needs beside the core statistics and those of the metric: "gram".
         structure: units that the scoring stage ranks for it; None: it does not use the scoring stage, or not stated.
         needs_model_in_memory: whether planning needs all weights in memory at once, so that none can be streamed.
     """
@@ -167,24 +172,28 @@ class Pruner(Protocol):
 
     @abstractmethod
     def check(self, view: DecoderView, budget: Budget) -> None:
-        """Refuse cheaply, from shapes alone (``view`` may be on the meta device), a plan that cannot be made.
+        """Refuse settings for which no plan is possible, cheaply and from shapes alone.
+
+        Args:
+            view: the decoder, possibly on the meta device.
+            budget: the requested sparsity.
 
         Raises:
-            CfspError: settings that do not go together, a structure without that part, a ratio that cannot be met.
+            CfspError: settings contradict each other, the model lacks a part, or the ratio cannot be met.
         """
         ...
 
     @abstractmethod
     def plan(self, context: PlanContext) -> PruningPlan:
-        """Return the plan; the model is left as it was."""
+        """Return the plan; the model is not changed."""
         ...
 
     def removed_units(self) -> tuple[Unit, ...] | None:
-        """Return the kinds of units that may go, whose removal is tried on the model first; None: not stated."""
+        """Return the kinds of units that it may remove, which a numeric probe removes first; None: not stated."""
         return None
 
     def units(self, view: DecoderView, budget: Budget) -> Mapping[str, int] | None:
-        """Count the units in the blocks that may be pruned: "neurons" -> number; None: not stated.
+        """Count the units in the blocks that may be pruned, e.g. "neurons" -> number; None: not stated.
 
         Raises:
             ConfigError: every block is protected.
@@ -192,7 +201,7 @@ class Pruner(Protocol):
         return None
 
     def most_removable(self, view: DecoderView, budget: Budget) -> int | None:
-        """Count the parameters that go where all goes that may; None: not stated, or only the ratio decides.
+        """Count the parameters that it could remove at most; None: not stated, or only the ratio limits them.
 
         Raises:
             CfspError: every block is protected, or the family cannot lose such units.
@@ -204,11 +213,11 @@ class Pruner(Protocol):
         return None
 
     def keeps_blocks_equal(self, view: DecoderView, budget: Budget, allocator: Allocator) -> bool | None:
-        """Tell whether all blocks that stay are sure to have the same sizes; None: not stated."""
+        """Return whether all remaining blocks are sure to have the same sizes; None: not stated."""
         return None
 
     def objections(self, importance: Component[NeuronImportance], allocator: Component[Allocator]) -> Iterator[str]:
-        """Yield a line for each chosen metric or allocator that cannot work with these settings, whatever the model."""
+        """Yield a line for each chosen metric or allocator that cannot work with these settings on any model."""
         yield from ()
 
     def check_choices(
@@ -222,7 +231,7 @@ class Pruner(Protocol):
         return None
 
     def why_unused(self, group: str) -> str:
-        """Say why ``group`` is not among :attr:`plans_with`, and what to use instead, in a clause."""
+        """Say in a clause why ``group`` is not among :attr:`plans_with`, and what to use instead."""
         return (
             f"pruner={self.name} has its own way of choosing and does not use {group}; leave it out, or use "
             "pruner=one_shot"
@@ -230,20 +239,20 @@ class Pruner(Protocol):
 
     @staticmethod
     def unused_settings(settings: Mapping[str, Any]) -> frozenset[str]:
-        """Return the keys that decide nothing beside the other settings, so that run identity leaves them out.
+        """Return the keys that have no effect beside the other settings; run identity leaves them out.
 
         Args:
-            settings: keys of the group as a configuration or an earlier record has them; some may be missing.
+            settings: settings from a configuration or an earlier record; keys may be missing.
         """
         return frozenset()
 
 
 class Recovery(Protocol):
-    """A recovery turns the pruned model into one of the same structure with better weights.
+    """Recovery: trains the pruned model, whose structure stays the same.
 
     Attributes:
         name: name of the recovery, for records and tables.
-        trains: False where the weights stay as they are.
+        trains: False if the weights are not changed.
     """
 
     name: str
@@ -251,30 +260,33 @@ class Recovery(Protocol):
 
     @abstractmethod
     def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: torch.device) -> dict[str, Any]:
-        """Find and check the data and the hardware; return the facts that decide the result, by content.
+        """Locate and check the data and the hardware.
+
+        Returns:
+            The facts that decide the result, by content; they become part of the run identity.
 
         Raises:
-            CfspError: data is missing or does not fit, a module to adapt is not there, the hardware lacks something.
+            CfspError: data is missing or does not fit, a module to adapt is missing, or the hardware lacks something.
         """
         ...
 
     @abstractmethod
     def recover(self, context: RecoveryContext) -> Recovered:
-        """Train; the model is changed in place."""
+        """Train the model in place."""
         ...
 
     def memory_advice(self) -> str | None:
-        """Name the keys to change where memory runs out in training, in a clause; None: not stated."""
+        """Name in a clause the keys to change if memory runs out in training; None: not stated."""
         return None
 
 
 class Evaluator(Protocol):
-    """An evaluator: one class and one YAML entry under ``evaluation``.
+    """Evaluator of a model: one class and one YAML entry under ``evaluation``.
 
     Attributes:
         side_by_side: whether the dense and the pruned model are measured in turn, by :meth:`measure_sides`.
-        key: configuration key that the evaluator stands under, for messages. It is told when the configuration is
-            parsed, since two of one class may stand under ``evaluation``.
+        key: configuration key of the evaluator, for messages. Parsing sets it, since ``evaluation`` may hold two
+            evaluators of one class.
     """
 
     side_by_side: ClassVar[bool]
@@ -282,7 +294,10 @@ class Evaluator(Protocol):
 
     @abstractmethod
     def check(self, tokenizer: Any, limits: Limits) -> dict[str, Any]:
-        """Find and check the inputs; return the facts of them that decide the figures, by content.
+        """Locate and check the inputs.
+
+        Returns:
+            The facts that decide the figures, by content; they become part of the run identity.
 
         Raises:
             DataError: an input is missing or does not fit the model.
@@ -295,7 +310,7 @@ class Evaluator(Protocol):
         ...
 
     def check_settings(self) -> dict[str, Any] | None:
-        """Check the settings alone, in the place of :meth:`check`, where other inputs of the run are wrong already.
+        """Check the settings alone, instead of :meth:`check`, if other inputs of the run are wrong already.
 
         Returns:
             The facts of the settings that decide the figures; None: :meth:`check` takes no longer than this would.
@@ -307,27 +322,27 @@ class Evaluator(Protocol):
         return None
 
     def parts(self) -> Mapping[str, Evaluator]:
-        """Divide the evaluator: name of a task or text -> the evaluator of it alone.
+        """Return the evaluator in parts: name of a task or text -> an evaluator of it alone.
 
-        The figures of each part are kept, so that a run that is killed does not measure them again.
+        The figures of each part are stored, so that a killed run does not measure them again when it resumes.
         """
         return {"all": self}
 
     def measure_sides(self, model: nn.Module, sides: list[Side]) -> dict[str, list[Measurement]]:
-        """Measure several sides in alternation, so that a drifting machine favours none; required by ``side_by_side``.
+        """Measure several sides in alternation, so that a drifting machine favours none; ``side_by_side`` requires it.
 
         Returns:
-            Figures by the side's name.
+            Name of each side -> its measurements.
         """
         raise NotImplementedError(f"{type(self).__name__}: side_by_side needs measure_sides")
 
 
 class RunLogger(Protocol):
-    """A logger mirrors the record. It is started once per run and finished once, whatever happens in between."""
+    """Logger: mirrors the record. It is started once for each run and always finished."""
 
     @abstractmethod
     def start(self, run_id: str, folder: Path, configuration: dict[str, Any]) -> None:
-        """Begin a run. An error of the logger is raised here, before any work."""
+        """Begin a run; errors of the logger are raised here, before any work."""
         ...
 
     @abstractmethod
@@ -337,15 +352,15 @@ class RunLogger(Protocol):
 
     @abstractmethod
     def finish(self, record: RunRecord, folder: Path) -> None:
-        """End a run, successful or not, with the record that OUT holds. May be called again for the same run."""
+        """End a run, successful or not, with its record in OUT; it may be called again for the same run."""
         ...
 
     @abstractmethod
     def files(self, name: str, folder: Path, files: Mapping[str, Path]) -> None:
-        """Log files made from several runs, such as tables.
+        """Log files that summarise several runs, such as tables.
 
         Args:
-            name: name of what the files belong to.
+            name: name of the experiment to which the files belong.
             folder: where the logger may write.
             files: name -> file.
         """
@@ -353,23 +368,23 @@ class RunLogger(Protocol):
 
 
 class Launcher(Protocol):
-    """A launcher starts the runs of a sweep: one class and one YAML under ``conf/launcher``."""
+    """Launcher: starts the runs of a sweep. A launcher is one class and one YAML under ``conf/launcher``."""
 
     def check(self) -> None:
-        """Check that everything the launcher needs is here, before any work.
+        """Check before any work that everything is available that the launcher needs.
 
         Raises:
-            ConfigError: what is missing, and how to get it.
+            ConfigError: something is missing; the message says how to get it.
         """
         return None
 
     @abstractmethod
     def launch(self, jobs: Sequence[Job], report: Callable[[Job, Outcome], None]) -> None:
-        """Do every job; wait for a job that another process is doing instead of repeating it.
+        """Run every job; wait for a job that another process is running instead of repeating it.
 
         Args:
             jobs: runs of the sweep.
-            report: to be called with each job that is over.
+            report: called with each finished job and its outcome.
         """
         ...
 

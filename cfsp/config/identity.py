@@ -1,4 +1,7 @@
-"""Run identity: a hash of what decides the result. Contents go in; locations, device, logger and paths stay out."""
+"""Run identity: a hash of everything that decides the figures.
+
+Contents of models and data are part of it. Locations, device, logger and paths are not.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ from cfsp.config.run_config import RunConfig
 from cfsp.errors import ConfigError
 from cfsp.system.names import is_name
 
-#: Raise it when the method's code changes a result, so that no old record stands for the new code.
+#: Version of the methods. Raise it when a change of their code changes a result, so that old records no longer match.
 METHOD_VERSION = 2
 
 
 def method_of(config: RunConfig) -> dict[str, Any]:
-    """What really runs: the pruner with its settings, and the metric and allocator where it uses them."""
+    """Return the pruner with its settings, and the metric and the allocator if the pruner uses them."""
     pruner = config.pruner
     if not pruner.instance.prunes:
         return {"name": pruner.instance.name}
@@ -31,11 +34,11 @@ def method_of(config: RunConfig) -> dict[str, Any]:
 
 
 def without_unused(target: str, pruner: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a pruner's settings without those that decide nothing beside the others.
+    """Return a pruner's settings without those that have no effect beside the others.
 
     Args:
-        target: ``_target_`` of the pruner. Settings of a class that this process does not know stay as they are.
-        pruner: its settings, of today or from an earlier record.
+        target: ``_target_`` of the pruner. Settings of a class that this process does not know are not changed.
+        pruner: settings of the pruner, current or from an earlier record.
     """
     cls = known_class(target)
     unused = cls.unused_settings(pruner) if cls is not None and hasattr(cls, "unused_settings") else ()
@@ -52,15 +55,16 @@ def identity_of(
     recovery: dict[str, Any],
     evaluation: dict[str, Any],
 ) -> dict[str, Any]:
-    """Everything that decides the figures of a run.
+    """Return everything that decides the figures of a run.
 
     Args:
-        model: the model's content fingerprint.
-        dtype: as resolved, never ``auto``.
-        stored_dtype: of the checkpoint; the pruned weights are rounded to it before they are evaluated.
-        calibration: by content; None where nothing is pruned.
-        recovery: by content and settings.
-        evaluation: evaluator name -> what of its inputs and settings decides the figures.
+        config: checked configuration of the run.
+        model: fingerprint of the model's content.
+        dtype: resolved dtype, never ``auto``.
+        stored_dtype: dtype of the checkpoint; the pruned weights are rounded to it before they are evaluated.
+        calibration: content and settings of the calibration set; None if nothing is pruned.
+        recovery: content of the recovery data and settings of the recovery.
+        evaluation: name of each evaluator -> the facts of its inputs and settings that decide its figures.
     """
     pruning = None
     if config.pruner.instance.prunes:
@@ -68,10 +72,10 @@ def identity_of(
             "method": method_of(config),
             "sparsity": config.sparsity.model_dump(),
             "calibration": calibration,
-            # Of every format: an export is made of the saved model and changes no figure of the run.
+            # The same for every format: an export is derived from the saved model and changes no figure of the run.
             "stored": {"dtype": stored_dtype, "format": "hf"},
         }
-    # Only where it is asked for: records from before it was there keep their identity.
+    # Present only if requested, so that records from before this key existed keep their identity.
     selection = {"evaluate_selection": True} if config.evaluate_selection else {}
     return {
         **selection,
@@ -86,10 +90,10 @@ def identity_of(
 
 
 def run_id_of(config: RunConfig, identity: dict[str, Any]) -> str:
-    """Join a readable slug and 12 hexadecimal digits of the identity's hash.
+    """Return the run id: a readable slug and 12 hexadecimal digits of the identity's hash.
 
     Raises:
-        ConfigError: the names in the slug are too long together.
+        ConfigError: the names in the slug are too long.
     """
     name = config.pruner.instance.name
     slug = [config.model.name, name if config.pruner.instance.prunes else "dense"]
@@ -108,5 +112,5 @@ def run_id_of(config: RunConfig, identity: dict[str, Any]) -> str:
 
 
 def digest(value: Any) -> str:
-    """sha256 of a value's canonical JSON."""
+    """Return the sha256 of a value's canonical JSON in hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

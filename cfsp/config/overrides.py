@@ -1,15 +1,24 @@
-"""The command lines that are none of Hydra's: plain ``key=value`` words."""
+"""Command lines that Hydra does not parse: plain ``key=value`` words."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from cfsp.config.components import suggest
+from cfsp.config.problems import suggest
 from cfsp.errors import one_line
 
 
 def plain_values(words: Sequence[str], keys: Collection[str], command: str) -> tuple[dict[str, str], list[str]]:
-    """(key -> value, what is wrong, a line each) of the words after ``cfsp COMMAND``, which knows ``keys``."""
+    """Parse the words after ``cfsp COMMAND``.
+
+    Args:
+        words: words of the command line.
+        keys: keys that the command knows.
+        command: name of the command, for messages.
+
+    Returns:
+        Key -> value, and a line for each wrong word.
+    """
     given: dict[str, str] = {}
     problems = []
     for word in words:

@@ -1,8 +1,8 @@
-"""The typed schema of a run's configuration: every value error together, before any heavy import.
+"""Checking a composed configuration: all wrong values are reported together, before any heavy import.
 
-The group files under ``conf/`` are plain YAML; here they become frozen, typed sections. Components that plug
-in through ``_target_`` (importance, allocator, pruner, recovery, evaluators, logger) are typed by their own
-class signature: see :mod:`cfsp.config.components`.
+The groups of plain keys become frozen, typed sections (:mod:`cfsp.config.sections`). Components with a ``_target_``
+(importance, allocator, pruner, recovery, evaluators, logger) are typed by the signature of their class
+(:mod:`cfsp.config.components`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import Field, PlainValidator, ValidationError
 
-from cfsp.config.components import Component, booleans_for_numbers, build, placed, problems_of, shown, suggest
+from cfsp.config.components import Component, build, placed
 from cfsp.config.contracts import Allocator, Evaluator, NeuronImportance, Pruner, Recovery, RunLogger
+from cfsp.config.problems import booleans_for_numbers, problems_of, shown, suggest
 from cfsp.config.run_config import RunConfig
 from cfsp.config.sections import (
     CALIBRATION_KINDS,
@@ -44,7 +45,7 @@ _SECTIONS: dict[str, type[Section]] = {
     "plugins": PluginsSection,
     "paths": PathsSection,
 }
-#: Group -> what an instance must have to stand in it.
+#: Group -> the contract that its instances fulfil.
 _COMPONENTS: dict[str, type[Any]] = {
     "importance": NeuronImportance,
     "allocator": Allocator,
@@ -59,16 +60,9 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     """Check a composed configuration and build its components.
 
     Raises:
-        ConfigError: with every value error of every section, one line each.
+        ConfigError: values are wrong; one line for each finding in any section.
     """
-    try:
-        raw: Any = (
-            OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-            if isinstance(config, DictConfig)
-            else dict(config)
-        )
-    except OmegaConfBaseException as error:
-        raise ConfigError(unresolved(error)) from error
+    raw = _resolved(config)
     problems: list[str] = [
         f"{key}={shown(value)}: unknown key{suggest(root, _ROOT_KEYS)}; all keys: cfsp --cfg job"
         for root in raw
@@ -104,17 +98,7 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
             placed(evaluator.instance, f"evaluation.{name}")
     problems.extend(_task_folders(parts["evaluation"], allowed))
     scalars = _section("", _Scalars, {key: raw[key] for key in _Scalars.model_fields if key in raw}, problems)
-    if isinstance(parts["model"], ModelSection) and not parts["model"].path:
-        problems.append(
-            f"model.path={shown(parts['model'].path)}: model={parts['model'].name} needs it: give a folder "
-            "or a hub id, e.g. model.path=meta-llama/Llama-3.1-8B"
-        )
-    problems.extend(_unused(parts["pruner"], raw))
-    if None not in (parts["pruner"], parts["importance"], parts["allocator"]):
-        problems.extend(parts["pruner"].instance.objections(parts["importance"], parts["allocator"]))
-    problems.extend(_nothing_to_recover(parts["pruner"], parts["recovery"]))
-    problems.extend(_nothing_to_export(parts["save"], parts["pruner"]))
-    problems.extend(_too_many_tokens(parts["calibration"]))
+    problems.extend(_conflicts(parts, raw))
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
     parts.pop("plugins")
@@ -130,8 +114,34 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
     )
 
 
+def _resolved(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration as plain values, with references resolved."""
+    if not isinstance(config, DictConfig):
+        return dict(config)
+    try:
+        values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(unresolved(error)) from error
+    return values
+
+
+def _conflicts(parts: Mapping[str, Any], raw: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each combination of valid values that cannot work."""
+    if isinstance(parts["model"], ModelSection) and not parts["model"].path:
+        yield (
+            f"model.path={shown(parts['model'].path)}: model={parts['model'].name} needs it: give a folder "
+            "or a hub id, e.g. model.path=meta-llama/Llama-3.1-8B"
+        )
+    yield from _unused(parts["pruner"], raw)
+    if None not in (parts["pruner"], parts["importance"], parts["allocator"]):
+        yield from parts["pruner"].instance.objections(parts["importance"], parts["allocator"])
+    yield from _nothing_to_recover(parts["pruner"], parts["recovery"])
+    yield from _nothing_to_export(parts["save"], parts["pruner"])
+    yield from _too_many_tokens(parts["calibration"])
+
+
 def _unsafe_names(evaluation_name: str, parts: Mapping[str, Any]) -> Iterator[str]:
-    """Names that components carry go into names of files, as those of the sections do."""
+    """Yield a line for each name of a component that cannot be part of a file name."""
     named = {"evaluation.name": evaluation_name}
     for group in ("pruner", "recovery"):
         if parts[group] is not None:
@@ -140,7 +150,7 @@ def _unsafe_names(evaluation_name: str, parts: Mapping[str, Any]) -> Iterator[st
 
 
 def unresolved(error: OmegaConfBaseException) -> str:
-    """The line about a key whose value is missing (???) or refers (${...}) to what is not there."""
+    """Return the line about a key whose value is missing (???) or refers (${...}) to something that does not exist."""
     key = error.full_key or "configuration"
     if isinstance(error, MissingMandatoryValue):
         return f"{key}=???: has no value; give one, {key}=VALUE"
@@ -149,18 +159,18 @@ def unresolved(error: OmegaConfBaseException) -> str:
 
 
 def _unused(pruner: Component[Pruner] | None, raw: Mapping[str, Any]) -> Iterator[str]:
-    """Refuse a metric or allocator that was chosen, but that the chosen pruner does not look at."""
+    """Yield a line for a chosen metric or allocator that the chosen pruner does not use."""
     if pruner is None or not pruner.instance.prunes:
         return
     for group in ("importance", "allocator"):
-        if not isinstance(raw.get(group), Mapping):  # a problem of its own
+        if not isinstance(raw.get(group), Mapping):  # reported elsewhere
             continue
         if group not in pruner.instance.plans_with and raw.get(group) != _default(group):
             yield f"{group}._target_={shown(raw[group].get('_target_'))}: {pruner.instance.why_unused(group)}"
 
 
 def _no_sides(evaluators: Mapping[str, Component[Evaluator] | None]) -> Iterator[str]:
-    """Refuse an evaluator that is to measure side by side and cannot."""
+    """Yield a line for each evaluator that states side_by_side but cannot measure sides."""
     for name, evaluator in evaluators.items():
         if evaluator is None or not evaluator.instance.side_by_side:
             continue
@@ -172,7 +182,7 @@ def _no_sides(evaluators: Mapping[str, Component[Evaluator] | None]) -> Iterator
 
 
 def _task_folders(evaluation: Mapping[str, Component[Evaluator] | None], allowed: list[str]) -> Iterator[str]:
-    """Folders of task files that are not cfsp's own, without the word that lets them run."""
+    """Yield a line for each foreign folder of task files that plugins.allow does not permit."""
     for name, evaluator in evaluation.items():
         path = None if evaluator is None else evaluator.instance.task_folder()
         if path is not None and "tasks" not in allowed and os.path.isdir(package_path(path)) and not is_packaged(path):
@@ -205,7 +215,7 @@ def _nothing_to_export(save: SaveSection | None, pruner: Component[Pruner] | Non
 
 
 def _too_many_tokens(section: CalibrationSection | None) -> Iterator[str]:
-    """More windows than memory could hold, seen before anything is read."""
+    """Yield a line if the calibration set has more tokens than memory could hold."""
     if section is None or section.n_samples is None or section.seq_len is None:
         return
     if section.n_samples * section.seq_len > LARGEST_TOKENS:
@@ -218,13 +228,13 @@ def _too_many_tokens(section: CalibrationSection | None) -> Iterator[str]:
 
 @cache
 def _default(group: str) -> dict[str, Any]:
-    """The group as config.yaml has it where nobody chooses."""
+    """Return the values of a group's default option."""
     values: Any = OmegaConf.to_container(OmegaConf.load(config_folder() / group / f"{_option(group)}.yaml"))
     return values
 
 
 def _option(group: str) -> str:
-    """The option of a group that config.yaml chooses."""
+    """Return the default option of a group, from config.yaml."""
     entries = OmegaConf.load(config_folder() / "config.yaml").defaults
     (option,) = [entry[group] for entry in entries if not isinstance(entry, str) and group in entry]
     return str(option)
@@ -277,7 +287,7 @@ def _calibration(values: Mapping[str, Any], problems: list[str]) -> Any:
 
 
 def _evaluators(values: Any, problems: list[str]) -> dict[str, Any]:
-    """The entries of the evaluation, ``name`` among them; null stands for none."""
+    """Return the entries of the group evaluation, ``name`` among them; null means no evaluator."""
     if values is None:
         return {}
     if not isinstance(values, Mapping):

@@ -1,4 +1,7 @@
-"""Typed sections of the configuration: one class for each group of plain keys."""
+"""Typed sections of the configuration: one class for each group of plain keys.
+
+The YAML files of ``conf/`` describe each key in a comment.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +14,21 @@ from cfsp.config.budget import Protect
 from cfsp.system.names import checked_name
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-
-
 SavedDType = Literal["float32", "bfloat16", "float16"]
-
-
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
-
-
 Folder = Annotated[str, Field(min_length=1)]
-
-
 Name = Annotated[str, AfterValidator(checked_name)]
 
 
 def _device(name: str) -> str:
-    # The form only: whether this machine has the device is seen when torch is there.
+    # Checks only the form; whether the machine has the device is checked later, when torch is imported.
     if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu|npu|hpu|mlu)(:\d+)?", name):
         raise ValueError("use auto, cpu, cuda, cuda:N or mps")
     return name
 
 
 def _protect(value: Any) -> Protect:
-    # One sentence where a union of types would give one per type.
+    # One message; a union of types would give one for each type.
     if value in ("none", "auto"):
         return value
     numbers = isinstance(value, list | tuple) and len(value) == 2
@@ -52,14 +47,19 @@ def _architecture(values: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _batch_size(value: Any) -> int | Literal["auto"]:
-    # One sentence where a union of types would give one per type.
+    # One message; a union of types would give one for each type.
     if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
         return value
     raise ValueError("sequences at a time: give auto or a whole number from 1")
 
 
 def checked_force(value: Any) -> bool | Literal["check"]:
-    # One sentence where a union of types would give one per type.
+    """Return the value of ``force``.
+
+    Raises:
+        ValueError: it is not true, false or check.
+    """
+    # One message; a union of types would give one for each type.
     if value == "check" and isinstance(value, str):
         return "check"
     try:
@@ -71,21 +71,19 @@ def checked_force(value: Any) -> bool | Literal["check"]:
 
 
 BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size)]
-
-
 Share = Annotated[float, Field(gt=0, le=1)]
-
-
 Gigabytes = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    """A group of keys; unknown keys are errors."""
+    """Base of a group of keys; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelSection(Section):
+    """The model and how it is loaded."""
+
     name: Name
     path: str | None = Field(description="a folder or a hub id, e.g. model=local model.path=FOLDER")
     revision: str | None = None
@@ -93,13 +91,13 @@ class ModelSection(Section):
     device: Annotated[str, AfterValidator(_device)] = "auto"
     trust_remote_code: bool = False
     streaming: Literal["auto", "on", "off"] = "auto"
-    #: What config.json says of sizes, for ``cfsp inspect`` where neither folder nor hub is at hand; no run reads it.
+    #: Sizes as in config.json, for ``cfsp inspect`` if neither folder nor hub can be reached; no run reads them.
     architecture: Annotated[dict[str, Any] | None, AfterValidator(_architecture)] = None
     part: Literal["whole", "language_model"] = "whole"
 
 
 class HubFile(Section):
-    """One file of a dataset repository on the hub (parquet or json; never a loading script)."""
+    """File of a dataset repository on the hub (parquet or JSON; never a loading script)."""
 
     repo: str
     file: str
@@ -107,7 +105,7 @@ class HubFile(Section):
 
 
 class TextSection(Section):
-    """Where a text comes from and how its documents become one token stream."""
+    """Source of a text, and how its documents become one token stream."""
 
     path: str | None = Field(default=None, description="a local .txt, .jsonl, .csv or .parquet file")
     hub: HubFile | None = None
@@ -121,6 +119,8 @@ class TextSection(Section):
 
 
 class TextCalibration(TextSection):
+    """Calibration windows cut from a text."""
+
     kind: Literal["text"]
     name: Name
     sampling: Literal["random", "sequential"] = "random"
@@ -132,6 +132,8 @@ class TextCalibration(TextSection):
 
 
 class TokensCalibration(Section):
+    """Calibration windows of frozen token ids."""
+
     kind: Literal["tokens"]
     name: Name
     path: str | None = Field(description="a .npy file of token ids, shape [n, T]")
@@ -143,6 +145,8 @@ class TokensCalibration(Section):
 
 
 class SelfCalibration(Section):
+    """Calibration windows sampled from the dense model itself."""
+
     kind: Literal["self"]
     name: Name
     n_samples: PositiveInt
@@ -153,8 +157,7 @@ class SelfCalibration(Section):
 
 
 CalibrationSection = TextCalibration | TokensCalibration | SelfCalibration
-
-
+#: calibration.kind -> its section.
 CALIBRATION_KINDS: dict[str, type[Section]] = {
     "text": TextCalibration,
     "tokens": TokensCalibration,
@@ -163,6 +166,8 @@ CALIBRATION_KINDS: dict[str, type[Section]] = {
 
 
 class SparsitySection(Section):
+    """The sparsity budget (:class:`cfsp.config.budget.Budget`)."""
+
     ratio: float = Field(gt=0, lt=1, allow_inf_nan=False, description="the fraction to remove, e.g. sparsity.ratio=0.5")
     scope: Literal["ffn", "decoder", "model"] = "ffn"
     round_to: PositiveInt = Field(default=32, description="kept widths are multiples of it; 1 for no rounding")
@@ -172,17 +177,23 @@ class SparsitySection(Section):
 
 
 class SaveSection(Section):
+    """Whether and in which form the pruned model is saved."""
+
     model: bool = True
     format: Literal["hf", "padded", "gguf", "decilm"] = "hf"
     dtype: SavedDType | None = None
 
 
 class PluginsSection(Section):
-    #: Packages; ``tasks``: the files of evaluation.*.include_path.
+    """Code outside cfsp that may run."""
+
+    #: Names of packages; ``tasks`` stands for the task files of evaluation.*.include_path.
     allow: list[str] = Field(default=[], description="e.g. plugins.allow=[my_package]")
 
 
 class PathsSection(Section):
+    """Folders that a run writes."""
+
     output_dir: Folder
     records_dir: Folder
     cache_dir: Folder

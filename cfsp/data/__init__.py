@@ -1,1 +1,5 @@
-"""Token sources: calibration sets and evaluation texts, from the hub, a local file or the package."""
+"""Texts: reading documents and rows, joining them as published, token ids, windows.
+
+It uses only :mod:`cfsp.config`, :mod:`cfsp.system` and :mod:`cfsp.errors`. Packages from calibration upwards may import
+it.
+"""

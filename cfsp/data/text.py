@@ -1,4 +1,4 @@
-"""Text in, token ids out: reading documents, joining them as published, cutting windows."""
+"""From text to token ids: reading documents, joining them as published, cutting windows."""
 
 from __future__ import annotations
 
@@ -14,17 +14,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cfsp.config.sections import TextSection
-from cfsp.data.text_files import (
-    check_file,
-    dataset_digest,
-    file_form,
-    lines,
-    locate_dataset,
-    open_text,
-    reading,
-    rows,
-    text_of,
-)
+from cfsp.data.rows import rows, text_of
+from cfsp.data.text_files import check_file, dataset_digest, file_form, lines, locate_dataset, open_text, reading
 from cfsp.errors import DataError
 from cfsp.system.digest import file_digest
 from cfsp.system.hub import fetch_file
@@ -36,7 +27,15 @@ Section = TypeVar("Section", bound=TextSection)
 
 @dataclass(frozen=True)
 class TextFile:
-    """A located text file. ``identity`` is its content and how it is prepared, not where it lies."""
+    """Text file that was located.
+
+    Attributes:
+        key: configuration key of its section.
+        path: the file, or the folder of a saved dataset.
+        section: its section.
+        identity: its content and how it is prepared, for the run identity; the location is not part of it.
+        revision: commit of the hub repository; None for a local file.
+    """
 
     key: str
     path: Path
@@ -45,23 +44,24 @@ class TextFile:
     revision: str | None = None
 
 
-#: Files that hold a text.
+#: Names of the text files that can be read, for messages.
 TEXT_FORMS = ".txt, .jsonl, .csv or .parquet"
 
 
 def locate_text(
     section: TextSection, key: str, forms: str = TEXT_FORMS, *, split: str | None = "", streamed: bool | None = None
 ) -> TextFile:
-    """Find the file of a text section: a local path, a saved dataset, or one file of a hub repository.
+    """Locate the file of a text section: a local path, a saved dataset, or one file of a hub repository.
 
     Args:
-        key: the configuration key of the section, for messages.
-        forms: of files that fit, for messages.
-        split: of a dataset that ``datasets.save_to_disk`` wrote; "": the section's; None: the only one.
-        streamed: whether only the first rows are read; None: as the section's ``max_documents`` says.
+        section: the text section.
+        key: configuration key of the section, for messages.
+        forms: names of the files that can be read, for messages.
+        split: split of a dataset that ``datasets.save_to_disk`` wrote; "": the section's; None: the only one.
+        streamed: whether only the first rows are read; None: if the section has ``max_documents``.
 
     Raises:
-        DataError: no such file, an empty one, no file of text, or the hub is out of reach.
+        DataError: the file does not exist, is empty or holds no text, or the hub cannot be reached.
     """
     if section.path is not None:
         path = package_path(section.path)
@@ -95,7 +95,7 @@ def locate_text(
             "sampling",
         }
     )
-    if not prepared["skip_documents"]:  # as in every run from before there was the key
+    if not prepared["skip_documents"]:  # so that runs from before this key existed keep their identity
         del prepared["skip_documents"]
     commit = (
         path.parts[path.parts.index("snapshots") + 1] if section.path is None and "snapshots" in path.parts else None
@@ -118,10 +118,10 @@ def _from_hub(section: TextSection, key: str) -> Path:
 
 
 def read_text(text: TextFile) -> str:
-    """The joined text of a file's documents (``max_documents`` of them, behind the first ``skip_documents``).
+    """Return the documents of a file, joined: ``max_documents`` of them after the first ``skip_documents``.
 
     Raises:
-        DataError: a row without the text field, broken JSON or parquet, too much text, or none at all.
+        DataError: a row lacks the text field, JSON or parquet is broken, or there is too much text or none.
     """
     with reading(f"{text.key}.path={text.path}"):
         first, many = text.section.skip_documents, text.section.max_documents
@@ -152,9 +152,13 @@ def _documents(text: TextFile) -> Iterator[str]:
 
 
 def _txt_documents(path: Path, label: str, txt_rows: str) -> Iterator[str]:
-    """``whole``: one document; ``lines``: one a line; ``wikitext``: lines as the rows of the hub's parquet copy,
+    """Yield the documents of a .txt file.
 
-    where a row keeps its newline and a blank line is an empty row.
+    Args:
+        path: the file.
+        label: how messages name it.
+        txt_rows: ``whole``: one document; ``lines``: one document a line; ``wikitext``: each line as a row of the hub's
+            parquet file, in which a row keeps its newline and a blank line is an empty row.
     """
     if txt_rows == "whole":
         with open_text(path, label) as stream:
@@ -168,7 +172,7 @@ def _txt_documents(path: Path, label: str, txt_rows: str) -> Iterator[str]:
 
 
 def added_before(tokenizer: Any) -> list[int]:
-    """Ids that a tokenizer puts before a text by itself: BOS for Gemma and LLaMA, nothing for Qwen and GPT-2."""
+    """Return the ids that a tokenizer itself adds before a text: BOS for Gemma and LLaMA, none for Qwen and GPT-2."""
     plain = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
     whole = list(tokenizer("a", verbose=False)["input_ids"])
     starts = range(len(whole) - len(plain) + 1) if plain else ()
@@ -176,10 +180,10 @@ def added_before(tokenizer: Any) -> list[int]:
 
 
 def settled(section: Section, tokenizer: Any) -> Section:
-    """Replace ``bos=auto`` by what it means for this tokenizer; a section of another value comes back as it is.
+    """Replace ``bos=auto`` by its meaning for this tokenizer; other values stay unchanged.
 
-    It means ``window`` where the tokenizer itself adds one BOS before a text, and ``none`` elsewhere. The identity of
-    a run is that of the value written out.
+    It means ``window`` if the tokenizer itself adds one BOS before a text, and ``none`` otherwise. The run identity
+    contains the replaced value.
     """
     if section.bos != "auto":
         return section
@@ -188,13 +192,13 @@ def settled(section: Section, tokenizer: Any) -> Section:
 
 
 def lacks_added_tokens(section: TextSection, tokenizer: Any) -> bool:
-    """Whether windows of a settled section start without the tokens that the tokenizer adds before a text."""
+    """Return whether windows of a settled section lack the tokens that the tokenizer itself adds before a text."""
     before = added_before(tokenizer)
     return bool(before) and not (section.bos == "window" and before == [_bos_id(tokenizer)])
 
 
 def _bos_id(tokenizer: Any) -> int | None:
-    """The id of BOS; of a tokenizer that names none, the one token that it puts before a text."""
+    """Return the id of BOS; if the tokenizer names none, the single token that it adds before a text, or None."""
     if tokenizer.bos_token_id is not None:
         return int(tokenizer.bos_token_id)
     before = added_before(tokenizer)
@@ -202,17 +206,24 @@ def _bos_id(tokenizer: Any) -> int | None:
 
 
 def tokenise(text: str, tokenizer: Any, bos: str) -> np.ndarray:
-    """Token ids [n] of the whole text, tokenised once.
+    """Tokenise a whole text at once.
 
-    ``bos="start"`` adds what the tokenizer adds by default (LLaMA: one BOS; Qwen: nothing), as the published
-    perplexities do; ``none`` and ``window`` add nothing here. Of the tokenizers of model folders
-    (:func:`cfsp.model.tokenizer.load_tokenizer`) the last results are kept, because the runs of a sweep tokenise the
-    same texts.
+    The latest results are cached for tokenizers of model folders (:func:`cfsp.model.tokenizer.load_tokenizer`), because
+    the runs of a sweep tokenise the same texts.
+
+    Args:
+        text: the text.
+        tokenizer: tokenizer of transformers.
+        bos: ``start`` adds the tokens that the tokenizer adds by default (LLaMA: one BOS; Qwen: none), as the published
+            perplexities do; ``none`` and ``window`` add none here.
+
+    Returns:
+        Token ids [n], int64.
     """
     content = getattr(tokenizer, "of_content", None)
     key = None if content is None else (content, hashlib.sha256(text.encode()).hexdigest(), bos == "start")
     if key is not None and key in _tokenised:
-        _tokenised[key] = _tokenised.pop(key)  # the latest is the last
+        _tokenised[key] = _tokenised.pop(key)  # moves it to the end, as the latest
         return _tokenised[key]
     ids = _token_ids(text, tokenizer, bos)
     if key is not None and len(ids) <= KEPT_TOKENS:
@@ -223,8 +234,9 @@ def tokenise(text: str, tokenizer: Any, bos: str) -> np.ndarray:
     return ids
 
 
-#: Token ids of texts by content; so many texts, and none of more tokens (8 bytes each).
+#: (tokenizer, text, whether BOS is added), both by content -> token ids.
 _tokenised: dict[tuple[str, str, bool], np.ndarray] = {}
+#: Most texts that are cached, and most tokens of a cached text (8 bytes each).
 KEPT_TEXTS, KEPT_TOKENS = 4, 8_000_000
 
 
@@ -234,9 +246,15 @@ def _token_ids(text: str, tokenizer: Any, bos: str) -> np.ndarray:
 
 
 def cut_windows(ids: np.ndarray, seq_len: int, *, bos_id: int | None = None) -> np.ndarray:
-    """Non-overlapping windows [n, seq_len] from the start; the incomplete tail is dropped, as published.
+    """Cut non-overlapping windows from the start; the incomplete tail is dropped, as in the published evaluations.
 
-    With ``bos_id`` each window starts with it and holds ``seq_len - 1`` tokens of the text.
+    Args:
+        ids: token ids [n].
+        seq_len: tokens of a window.
+        bos_id: id that starts each window, before ``seq_len - 1`` tokens of the text; None: windows hold text only.
+
+    Returns:
+        Windows [n, seq_len].
     """
     step = seq_len if bos_id is None else seq_len - 1
     count = len(ids) // step
@@ -245,15 +263,15 @@ def cut_windows(ids: np.ndarray, seq_len: int, *, bos_id: int | None = None) -> 
 
 
 def with_bos(windows: np.ndarray, bos_id: int) -> np.ndarray:
-    """Windows [n, T] with BOS before each: [n, T + 1]."""
+    """Return windows [n, T] with BOS before each of them: [n, T + 1]."""
     return np.concatenate([np.full((len(windows), 1), bos_id, dtype=np.int64), windows], axis=1)
 
 
 def bos_of(tokenizer: Any, bos: str, key: str) -> int | None:
-    """The BOS id where ``bos="window"`` asks for it.
+    """Return the BOS id if ``bos="window"``; otherwise None.
 
     Raises:
-        DataError: the tokenizer has none.
+        DataError: the tokenizer has no BOS token.
     """
     if bos != "window":
         return None

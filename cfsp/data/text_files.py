@@ -1,8 +1,9 @@
-"""Files of texts and rows that somebody else wrote: what they are, and reading them in bounded memory.
+"""Untrusted text files: recognising and checking them, and opening them with bounded memory.
 
-A file is read by its name (``.txt``, ``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, each but the last also
-compressed: ``.gz``, ``.bz2``, ``.xz``, ``.zst``) after its first bytes have shown that it is what its name says. A
-folder is read where ``datasets.save_to_disk`` wrote it. Everything else is refused with the remedy for its own cause.
+The name of a file states its form: ``.txt``, ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet``. All but the
+last may be compressed: ``.gz``, ``.bz2``, ``.xz`` or ``.zst``. The first bytes must agree with the name. A folder must
+be a dataset that ``datasets.save_to_disk`` wrote. Everything else is refused with a remedy for its cause.
+:mod:`cfsp.data.rows` reads the rows of these files.
 """
 
 from __future__ import annotations
@@ -12,35 +13,34 @@ import csv
 import gzip
 import hashlib
 import io
-import json
 import lzma
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from cfsp.errors import DataError, printable
 from cfsp.system.digest import file_digest
-from cfsp.system.reading import MAX_STRUCTURED_BYTES, check_regular, read_json
+from cfsp.system.reading import check_regular, read_json
 
 Form = Literal["parquet", "json", "txt", "csv", "tsv", "dataset"]
 
 #: Most bytes of text that are read into memory, after decompression.
 MAX_TEXT_BYTES = 1_000_000_000
-#: Longest line of a file of rows.
+#: Most characters of a line in a file of rows.
 MAX_LINE = 64_000_000
-#: What is decompressed may be so many times as large as the file, once it is larger than MAX_FREE_BYTES.
+#: Decompressed content of more than MAX_FREE_BYTES may be at most MAX_RATIO times as large as the file.
 MAX_RATIO, MAX_FREE_BYTES = 100, 64_000_000
-#: Bytes at the start of a file that tell what it is.
+#: Bytes at the start of a file by which its form is recognised.
 _HEAD = 65_536
 
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _ENDINGS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "tsv"}
-#: First bytes of files that are no texts -> what they are.
+#: First bytes of files without text -> their form.
 _OTHERS = {
     b"PK\x03\x04": "a ZIP archive (.zip, .docx, .xlsx, .npz)",
     b"%PDF": "a PDF",
@@ -59,7 +59,7 @@ _UTF_16 = {b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\
 
 
 def file_form(path: Path) -> Form:
-    """The form of a file by its name, without the ending of a compression."""
+    """Return the form of a file by its name, ignoring the ending of a compression."""
     if os.path.isdir(path):
         return "dataset"
     name = path.name.lower()
@@ -70,16 +70,16 @@ def file_form(path: Path) -> Form:
 
 
 def locate_dataset(folder: Path, split: str | None, label: str, forms: str) -> Path:
-    """The folder of one split of a dataset that ``datasets.save_to_disk`` wrote.
+    """Return the folder of one split of a dataset that ``datasets.save_to_disk`` wrote.
 
     Args:
-        folder: a folder that was given in the place of a file.
-        split: of a ``DatasetDict``; None: the only one.
+        folder: folder that was given instead of a file.
+        split: split of a ``DatasetDict``; None: its only split.
         label: how messages name the folder.
-        forms: files that fit, for messages.
+        forms: names of the files that can be read, for messages.
 
     Raises:
-        DataError: the folder is no saved dataset (the message lists the files in it), or has no such split.
+        DataError: the folder is no saved dataset (the message lists the files in it), or it has no such split.
     """
     if (folder / "state.json").is_file():
         return folder
@@ -94,16 +94,16 @@ def locate_dataset(folder: Path, split: str | None, label: str, forms: str) -> P
         key = label.partition("=")[0].removesuffix(".path")
         way_out = f"{label}/{splits[0]}" if split is None else f"{key}.split={splits[0]}"
         said = "" if split is None else f"{key}.split={split}: "
-        raise DataError(f"{said}{label} holds the splits {_listed(splits)}; choose one, e.g. {way_out}")
+        raise DataError(f"{said}{label} holds the splits {listed(splits)}; choose one, e.g. {way_out}")
     if not (folder / chosen / "state.json").is_file():
         raise DataError(f"{label}: the split {chosen} has no state.json; save the dataset again")
     return folder / chosen
 
 
 def dataset_digest(folder: Path, label: str) -> str:
-    """sha256 of the Arrow files of a saved dataset, in their order."""
+    """Return the sha256 over the digests of the Arrow files of a saved dataset, in their order."""
     digest = hashlib.sha256()
-    for file in _arrow_files(folder, label):
+    for file in arrow_files(folder, label):
         digest.update(file_digest(file).encode())
     return digest.hexdigest()
 
@@ -112,17 +112,17 @@ def check_file(path: Path, label: str, *, forms: str, streamed: bool, remedy: st
     """Refuse a file that cannot be read, before its content is hashed.
 
     Args:
-        path: a file, or the folder of a saved dataset.
+        path: file, or folder of a saved dataset.
         label: how messages name the file, e.g. ``calibration.path=FILE``.
-        forms: files that fit, for messages.
-        streamed: whether only the first rows are read, so that the size of the file is of no matter.
-        remedy: what to do where the file is too large, with the key that does it.
+        forms: names of the files that can be read, for messages.
+        streamed: whether only the first rows are read, so that the size of the file does not matter.
+        remedy: what to do if the file is too large, with the key that does it.
 
     Raises:
-        DataError: no such file, not a regular one, empty, too large, or another kind of file than its name says.
+        DataError: the file does not exist, is not regular, empty, too large or of another form than its name says.
     """
     if os.path.isdir(path):
-        sizes = [file.stat().st_size for file in _arrow_files(path, label)]
+        sizes = [file.stat().st_size for file in arrow_files(path, label)]
         if sum(sizes) > MAX_TEXT_BYTES and not streamed:
             raise DataError(_too_large(label, sum(sizes), remedy))
         return
@@ -139,7 +139,14 @@ def check_file(path: Path, label: str, *, forms: str, streamed: bool, remedy: st
 
 @contextmanager
 def reading(label: str) -> Iterator[None]:
-    """Turn what the readers of files raise into one line that says what to do about it."""
+    """Turn errors of the libraries that read files into one line with the way out.
+
+    Args:
+        label: how messages name the file.
+
+    Raises:
+        DataError: reading inside the context failed.
+    """
     try:
         yield
     except UnicodeDecodeError as error:
@@ -150,7 +157,7 @@ def reading(label: str) -> Iterator[None]:
         ) from error
     except RecursionError as error:
         raise DataError(f"{label}: cannot be read: it is nested too deep; no file of texts is") from error
-    except MemoryError as error:  # Arrow's among them: sizes that no file of this length can have
+    except MemoryError as error:  # Arrow raises it too, for sizes that no file of this length can have
         raise DataError(f"{label}: cannot be read: it asks for more memory than there is; fetch it again") from error
     except (EOFError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{label}: cannot be read: it is damaged or cut off ({error}); fetch it again") from error
@@ -161,7 +168,16 @@ def reading(label: str) -> Iterator[None]:
 
 @contextmanager
 def open_text(path: Path, label: str, *, newline: str | None = None) -> Iterator[IO[str]]:
-    """A text file, decompressed, without byte order mark, of at most MAX_TEXT_BYTES."""
+    """Open a text file, decompressed and without its byte order mark.
+
+    Args:
+        path: the file.
+        label: how messages name it.
+        newline: as for :func:`open`.
+
+    Raises:
+        DataError: reading gives more than MAX_TEXT_BYTES, or far more than the compressed file can hold.
+    """
     with _opened(path) as stream:
         raw = _Bounded(stream, label, path.stat().st_size if _compression(path) else None)
         with io.TextIOWrapper(io.BufferedReader(raw, 1 << 20), encoding="utf-8-sig", newline=newline) as text:
@@ -169,10 +185,10 @@ def open_text(path: Path, label: str, *, newline: str | None = None) -> Iterator
 
 
 def lines(path: Path, label: str) -> Iterator[str]:
-    """Lines of a text file, each with its newline.
+    """Yield the lines of a text file, each with its newline.
 
     Raises:
-        DataError: a line of more than MAX_LINE characters.
+        DataError: a line has more than MAX_LINE characters.
     """
     with open_text(path, label) as stream:
         number = 0
@@ -183,153 +199,15 @@ def lines(path: Path, label: str) -> Iterator[str]:
             yield line
 
 
-def rows(path: Path, label: str, column: str | None = None, key: str = "") -> Iterator[tuple[str, Any]]:
-    """(place, row) of a file of rows; a place is ``line 3`` or ``row 3``.
-
-    Args:
-        column: the only one that is read, where the form knows columns; ``key`` names it in messages.
-
-    Raises:
-        DataError: not JSON, no such column, or more text than is read.
-    """
-    form = file_form(path)
-    if form in ("json", "txt"):
-        yield from _json_rows(path, label)
-    elif form in ("csv", "tsv"):
-        yield from _csv_rows(path, label, column, key, "\t" if form == "tsv" else ",")
-    else:
-        opened = _parquet_batches if form == "parquet" else _arrow_batches
-        batches = opened(path, label, column, key)
-        size = path.stat().st_size
-        most = MAX_TEXT_BYTES if form == "dataset" else min(MAX_TEXT_BYTES, max(MAX_FREE_BYTES, MAX_RATIO * size))
-        yield from _batch_rows(batches, label, most)
+def most_row_bytes(path: Path) -> int:
+    """Return the most bytes in memory that the rows of a parquet file or a saved dataset may take."""
+    if file_form(path) == "dataset":
+        return MAX_TEXT_BYTES
+    return min(MAX_TEXT_BYTES, max(MAX_FREE_BYTES, MAX_RATIO * path.stat().st_size))
 
 
-def text_of(row: Any, field: str, key: str, place: str, path: Path) -> str:
-    """The text of a row.
-
-    Raises:
-        DataError: the row is no object, has no such field, or no text in it.
-    """
-    where = f"{place} of {path}"
-    if not isinstance(row, Mapping):
-        raise DataError(
-            f"{key}.path={path}: {place} is {kind_of(row)} which holds no such text; one JSON object a line is "
-            f'needed, {{"{field}": "..."}}'
-        )
-    if field not in row:
-        raise DataError(f"{key}.text_field={field}: {where} has no such text; it has {_listed(row)}")
-    if not isinstance(row[field], str):
-        raise DataError(f"{key}.text_field={field}: in {where} it is {kind_of(row[field])}; text is needed")
-    return str(row[field])
-
-
-def kind_of(value: Any) -> str:
-    """What a JSON value is, in a user's words."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return f"the number {str(value)[:40]}"
-    if isinstance(value, str):
-        return "a bare string"
-    if isinstance(value, Mapping):
-        return "an object"
-    return "a list" if isinstance(value, list | tuple) else "no text"
-
-
-def parse_row(line: str, label: str, place: str) -> Any:
-    """One row of a file of JSON lines.
-
-    Raises:
-        DataError: not JSON, or nested too deep.
-    """
-    try:
-        return json.loads(line)
-    except RecursionError as error:
-        raise DataError(f"{label}: {place} is JSON that is nested too deep; no row of a text is") from error
-    except ValueError as error:
-        reason = "a number of thousands of digits" if "digits" in str(error) else str(error)
-        raise DataError(f"{label}: {place} is not JSON ({reason}); one JSON object a line is needed") from error
-
-
-def _json_rows(path: Path, label: str) -> Iterator[tuple[str, Any]]:
-    source = enumerate(lines(path, label), 1)
-    first = next(((number, line) for number, line in source if line.strip()), None)
-    if first is None:
-        return
-    if first[1].lstrip()[:1] == "[" and _begins_array_of_rows(path, first[1]):
-        with open_text(path, label) as stream:
-            text = stream.read(MAX_STRUCTURED_BYTES + 1)
-        if len(text) > MAX_STRUCTURED_BYTES:
-            raise DataError(f"{label}: an array of more than {MAX_STRUCTURED_BYTES:,} characters; write one row a line")
-        whole = parse_row(text, label, "the array")
-        yield from ((f"row {number}", row) for number, row in enumerate(whole, 1))
-        return
-    for number, line in chain([first], source):
-        if line.strip():
-            yield f"line {number}", parse_row(line, label, f"line {number}")
-
-
-def _begins_array_of_rows(path: Path, line: str) -> bool:
-    """Whether a line opens an array of rows, rather than being a row that is a list."""
-    if ".jsonl" not in path.name.lower() and ".ndjson" not in path.name.lower():
-        return True
-    return line.strip() == "[" or line.lstrip()[1:].lstrip()[:1] == "{"
-
-
-def _csv_rows(path: Path, label: str, column: str | None, key: str, delimiter: str) -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit(MAX_LINE)
-    with open_text(path, label, newline="") as stream:
-        reader = csv.reader(stream, delimiter=delimiter)
-        names = next(reader, [])
-        if column is not None and column not in names:
-            raise DataError(f"{key}={column}: {path} has no such column; its first line has {_listed(names)}")
-        for number, cells in enumerate(reader, 1):
-            if cells:
-                yield f"row {number}", dict(zip(names, cells, strict=False))
-
-
-def _parquet_batches(path: Path, label: str, column: str | None, key: str) -> Iterator[Any]:
-    import pyarrow.parquet as parquet
-
-    with parquet.ParquetFile(path, memory_map=True) as file:
-        _check_column(column, file.schema_arrow.names, key, path)
-        yield from file.iter_batches(64, columns=None if column is None else [column], use_threads=False)
-
-
-def _arrow_batches(folder: Path, label: str, column: str | None, key: str) -> Iterator[Any]:
-    import pyarrow
-
-    for file in _arrow_files(folder, label):
-        with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as reader:
-            _check_column(column, reader.schema.names, key, folder)
-            for batch in reader:
-                chosen = batch if column is None else batch.select([column])
-                yield from (chosen.slice(begin, 64) for begin in range(0, chosen.num_rows, 64))
-
-
-def _check_column(column: str | None, names: list[str], key: str, path: Path) -> None:
-    if column is not None and column not in names:
-        raise DataError(f"{key}={column}: {path} has no such column; it has {_listed(names)}")
-
-
-def _batch_rows(batches: Iterable[Any], label: str, most: int) -> Iterator[tuple[str, Any]]:
-    number = total = 0
-    for batch in batches:
-        total += batch.nbytes
-        if total > most:
-            raise DataError(
-                f"{label}: its rows hold more than {most:,} bytes, too many for this file; give a smaller one"
-            )
-        for row in batch.to_pylist():
-            number += 1
-            yield f"row {number}", row
-
-
-def _arrow_files(folder: Path, label: str) -> list[Path]:
-    """The Arrow files of a saved dataset, all within its folder."""
+def arrow_files(folder: Path, label: str) -> list[Path]:
+    """Return the Arrow files of a saved dataset; all of them lie in its folder."""
     state = read_json(folder / "state.json", f"{label}: state.json", limit=10_000_000, error=DataError)
     named = state.get("_data_files") if isinstance(state, dict) else None
     names = [entry.get("filename") if isinstance(entry, dict) else None for entry in named or []]
@@ -344,7 +222,7 @@ def _arrow_files(folder: Path, label: str) -> list[Path]:
 
 
 def _is_plain(name: Any) -> bool:
-    """Whether a name stands for something within a folder."""
+    """Return whether a name is the name of a file in the folder itself, without a path."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
@@ -368,7 +246,7 @@ def _opened(path: Path) -> Any:
 
 
 def _check_head(path: Path, label: str) -> None:
-    """Refuse a file whose first bytes are not what its name says."""
+    """Refuse a file whose first bytes do not agree with its name."""
     with path.open("rb") as stream:
         head = stream.read(_HEAD)
     named = _compression(path)
@@ -414,7 +292,7 @@ def _too_large(label: str, size: int, remedy: str) -> str:
 
 
 def _choice(folder: Path, forms: str) -> str:
-    """Which files in a folder could have been meant."""
+    """Return a clause about the files in a folder that could have been meant."""
     texts = []
     for file in islice(folder.rglob("*"), 2_000):
         name = file.name.lower()
@@ -424,23 +302,26 @@ def _choice(folder: Path, forms: str) -> str:
             texts.append(str(file.relative_to(folder)))
     if not texts:
         return f"none of its files is a {forms} file, and it is no dataset that save_to_disk wrote; give a file"
-    return f"give a file in it: {_listed(sorted(texts))}"
+    return f"give a file in it: {listed(sorted(texts))}"
 
 
-def _listed(names: Iterable[Any], most: int = 8) -> str:
-    """A few names in a sentence, however many there are."""
+def listed(names: Iterable[Any], most: int = 8) -> str:
+    """Join the first names for a message."""
     shown = [str(name)[:60] for name in islice(names, most + 1)]
     return ", ".join(shown[:most]) + (", ..." if len(shown) > most else "") if shown else "nothing"
 
 
 class _Bounded(io.RawIOBase):
-    """A stream that ends in a DataError where it gives more than may be read.
-
-    Args:
-        size: bytes of the compressed file; None where it is not compressed.
-    """
+    """Stream that raises a DataError when it gives more bytes than may be read."""
 
     def __init__(self, stream: Any, label: str, size: int | None) -> None:
+        """Wrap a stream.
+
+        Args:
+            stream: binary stream of the content.
+            label: how messages name the file.
+            size: bytes of the compressed file; None if it is not compressed.
+        """
         self._stream, self._label, self._size, self._given = stream, label, size, 0
 
     def readable(self) -> bool:

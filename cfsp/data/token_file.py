@@ -1,4 +1,4 @@
-"""Token ids of a ``.npy`` file, read no further than they are needed."""
+"""Token ids of a ``.npy`` file, mapped into memory so that only the needed part is read."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ import numpy as np
 from cfsp.errors import DataError
 from cfsp.system.reading import check_regular
 
-#: Longest header: that of a plain array has 128 bytes.
+#: Most bytes of a header; the header of a plain array has 128.
 _HEADER = 10_000
 
 
 def open_ids(path: Path, label: str) -> np.ndarray:
-    """Map the token ids [n, T] of a file into memory, of its own integer type and order.
+    """Map the token ids of a file into memory.
 
     Args:
+        path: the ``.npy`` file.
         label: how messages name the file, ``calibration.path=FILE``.
 
+    Returns:
+        Token ids [n, T] in the file's integer type and memory order.
+
     Raises:
-        DataError: no ``.npy`` file, or one of another type or shape, or shorter than its header says.
+        DataError: it is no ``.npy`` file, has another type or shape, or is shorter than its header says.
     """
     if not path.exists():
         raise DataError(f"{label}: no such file; give a .npy file of token ids, shape [n, T]")
@@ -31,7 +35,7 @@ def open_ids(path: Path, label: str) -> np.ndarray:
         shape, fortran, dtype, offset = _header(path, label)
     except DataError:
         raise
-    except Exception as error:  # the header is a Python literal, which may be damaged in any way
+    except Exception as error:  # the header is a Python literal, and damage can raise any error
         raise DataError(f"{label}: not a .npy file of numbers (damaged header); write it with numpy.save") from error
     if dtype.kind not in "iu":
         raise DataError(f"{label}: token ids must be integers, found {dtype if dtype.names is None else 'records'}")

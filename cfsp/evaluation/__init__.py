@@ -1,1 +1,1 @@
-"""Evaluators: perplexity, zero-shot tasks, cost."""
+"""Evaluators: perplexity, zero-shot tasks and cost, with what they share."""

@@ -1,4 +1,4 @@
-"""The sides that an evaluator compares, and the parts that its figures are kept by."""
+"""Sides that an evaluator compares, and the parts under which its figures are kept."""
 
 from __future__ import annotations
 
@@ -16,22 +16,27 @@ __all__ = ["Evaluator", "Side", "parts_of", "under_its_key"]
 
 
 def parts_of(evaluator: Evaluator) -> Mapping[str, Evaluator]:
-    """Return the parts that ``evaluator`` can be divided into; itself where it cannot."""
+    """Return the parts of ``evaluator`` by name; the evaluator itself where it cannot be divided."""
     return evaluator.parts()
 
 
 @contextmanager
 def under_its_key(name: str, evaluator: Evaluator) -> Iterator[None]:
-    """Have errors of an evaluator name the key that it stands under: a class may stand under several.
+    """Name the key that the evaluator stands under in each error raised inside, since a class may stand under several.
 
-    ``evaluation.generation`` of tables.yaml is a ZeroShot, whose own messages say ``evaluation.zero_shot``.
+    ``evaluation.generation`` of tables.yaml is a ZeroShot, for instance, whose own messages say
+    ``evaluation.zero_shot``.
+
+    Args:
+        name: the evaluator's key under ``evaluation``.
+        evaluator: the evaluator that runs inside.
     """
-    usual = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(evaluator).__name__).lower()
+    default_name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(evaluator).__name__).lower()
     try:
         yield
     except CfspError as error:
-        problems = [re.sub(rf"\bevaluation\.{usual}\b", f"evaluation.{name}", line) for line in error.problems]
-        if usual == name or problems == list(error.problems):
+        problems = [re.sub(rf"\bevaluation\.{default_name}\b", f"evaluation.{name}", line) for line in error.problems]
+        if default_name == name or problems == list(error.problems):
             raise
         renamed = type(error)(*problems) if isinstance(error, ConfigError) else type(error)("; ".join(problems))
         raise renamed from error
@@ -39,9 +44,12 @@ def under_its_key(name: str, evaluator: Evaluator) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a side-by-side measurement.
+    """One side of a comparison, e.g. the dense or the pruned model.
 
-    ``active`` puts its weights in place for as long as it is entered; ``storage_dtype`` is that of its checkpoint.
+    Attributes:
+        name: name of the side in the record.
+        active: returns a context in which the weights of the side are in place.
+        storage_dtype: dtype of the side's checkpoint.
     """
 
     name: str

@@ -1,6 +1,6 @@
-"""Cost: parameters, MACs, checkpoint bytes, prefill and decode speed, peak memory.
+"""Cost: parameters, MACs, checkpoint bytes, speed of prefill and decoding, and peak memory.
 
-Timed in alternation on shapes that stay the same; reported as medians with their spread.
+Speeds are measured in alternation on shapes that stay the same, and reported as medians with their spread.
 """
 
 from __future__ import annotations
@@ -34,9 +34,14 @@ log = logging.getLogger(__name__)
 
 @component
 class Cost(Evaluator):
-    """Batch 1: prefill of ``prompt_tokens``, then greedy decoding of ``new_tokens`` (:func:`time_generation`).
+    """Cost at batch size 1: prefill of a prompt, then greedy decoding (:func:`time_generation`).
 
-    Each of the ``repeats`` times every side once, after one warm-up round.
+    After one round for warming up, each round measures every side once.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt.
+        new_tokens: tokens that are generated after it.
+        repeats: number of measured rounds.
     """
 
     prompt_tokens: Annotated[int, Field(ge=2)] = 256
@@ -47,27 +52,34 @@ class Cost(Evaluator):
     key: ClassVar[str] = "evaluation.cost"
 
     def check(self, tokenizer: Any, limits: Limits) -> dict[str, Any]:
+        """Check that prompt and new tokens fit into the model; see :meth:`cfsp.config.contracts.Evaluator.check`."""
         limits.check_length(f"{self.key}.prompt_tokens + {self.key}.new_tokens", self.prompt_tokens + self.new_tokens)
         return {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens, "repeats": self.repeats}
 
     def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
+        """Measure one model; see :meth:`measure_sides`."""
         from cfsp.evaluation.base import Side
 
         side = Side("model", contextlib.nullcontext, next(model.parameters()).dtype)
         return self.measure_sides(model, [side])["model"]
 
     def measure_sides(self, model: nn.Module, sides: list[Side]) -> dict[str, list[Measurement]]:
+        """Measure several sides in alternation; of a streamed model only the sizes, not speed and memory.
+
+        Returns:
+            Figures by the side's name.
+        """
         import torch
 
         from cfsp.model.streamed import streamed
 
-        found = {}
+        measurements = {}
         if streamed(model) is not None:
             log.info("cost: the weights are read from disk for each token, so speed and memory are not measured")
             for side in sides:
                 with side.active():
-                    found[side.name] = size_of(model, side.storage_dtype)
-            return found
+                    measurements[side.name] = size_of(model, side.storage_dtype)
+            return measurements
 
         vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         device = model.get_input_embeddings().weight.device  # type: ignore[operator]
@@ -76,15 +88,15 @@ class Cost(Evaluator):
         times = time_sides(model, sides, prompt, self.new_tokens, self.repeats)
         for side in sides:
             with side.active():
-                found[side.name] = [
+                measurements[side.name] = [
                     *size_of(model, side.storage_dtype),
                     *self._speeds(times[side.name], device),
                     self._memory(model, prompt),
                 ]
-        return found
+        return measurements
 
     def _memory(self, model: nn.Module, prompt: Tensor) -> Measurement:
-        """The weights and what the same generation holds beside them at most: hidden states, logits, KV cache."""
+        """Measure the weights plus the most that the same generation holds besides: activations, logits, KV cache."""
         tensors = [*model.parameters(), *model.buffers()]
         weights = sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
         beside = peak_beside(tensors, prompt, lambda: time_generation(model, prompt, self.new_tokens))
@@ -119,7 +131,13 @@ class Cost(Evaluator):
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one prefill and of the decoding after it; ``cache``: static or dynamic, the KV cache of the steps."""
+    """Times of one generation.
+
+    Attributes:
+        prefill: seconds of the prefill.
+        decode: seconds of all decoding steps after it.
+        cache: KV cache of the decoding steps, "static" or "dynamic".
+    """
 
     prefill: float
     decode: float
@@ -129,7 +147,18 @@ class Timing:
 def time_sides(
     model: nn.Module, sides: Sequence[Side], prompt: Tensor, new_tokens: int, repeats: int
 ) -> dict[str, list[Timing]]:
-    """Side -> its ``repeats`` timings; in each round every side once, the first round for warming up alone."""
+    """Time the generation of every side once in each round; the first round only warms up.
+
+    Args:
+        model: the model in whose place the sides put their weights.
+        sides: sides to measure.
+        prompt: token ids, [1, T].
+        new_tokens: tokens to generate.
+        repeats: number of measured rounds.
+
+    Returns:
+        ``repeats`` timings by the side's name.
+    """
     times: dict[str, list[Timing]] = {side.name: [] for side in sides}
     for repeat in progress(range(repeats + 1), "time prefill and decode", unit="round"):
         for side in sides:
@@ -143,11 +172,12 @@ def time_sides(
 def time_generation(model: nn.Module, prompt: Tensor, new_tokens: int) -> Timing:
     """Time the prefill of ``prompt`` [1, T] and ``new_tokens`` greedy steps after it.
 
-    Every step has the same shapes: its KV cache has T + ``new_tokens`` places from the start, all of which it reads,
-    the empty ones masked (transformers' StaticCache). On a CPU that takes as long as a cache that grows to this
-    length, give or take a few percent. The prefill has one shape anyway and writes T places; carrying them over to
-    the cache of the steps is not timed. Where a model has no static cache that can be filled so (a window shorter
-    than the prompt, a state that is no cache of keys), the cache grows, and ``cache`` of the result says dynamic.
+    All steps have the same shapes. Their KV cache (transformers' StaticCache) has T + ``new_tokens`` places from the
+    start, and each step reads all of them, with the empty ones masked. On a CPU this takes as long as a cache that
+    grows to this length, give or take a few percent. The prefill has one shape anyway and writes T places; copying them
+    to the static cache is not timed. The cache grows instead where a model has no static cache that can be filled in
+    this way (a window shorter than the prompt, or a state that is not a cache of keys), and ``Timing.cache`` then says
+    "dynamic".
     """
     import torch
 
@@ -174,10 +204,10 @@ def time_generation(model: nn.Module, prompt: Tensor, new_tokens: int) -> Timing
 
 
 def _static_cache(model: nn.Module, grown: Any, length: int, new_tokens: int) -> Any:
-    """A static cache of ``length`` + ``new_tokens`` places with what is in ``grown``; None where it cannot be made.
+    """Return a static cache of ``length`` + ``new_tokens`` places with the content of ``grown``; None where none fits.
 
-    Layers that hold nothing (removed attentions have no slot) hold nothing in it either. Keys and values of ``grown``
-    go layer by layer, so that the two are never in memory at once.
+    Layers that hold nothing (a removed attention has no slot) stay empty. Keys and values are moved out of ``grown``
+    layer by layer, so that both caches are never in memory as a whole.
     """
     from transformers import DynamicCache, StaticCache
     from transformers.cache_utils import (
@@ -192,29 +222,35 @@ def _static_cache(model: nn.Module, grown: Any, length: int, new_tokens: int) ->
     config: Any = model.config
     try:
         static = StaticCache(config=config, max_cache_len=length + new_tokens)
-    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError):  # a kind of layer that has none
+    except (
+        AttributeError,
+        KeyError,
+        NotImplementedError,
+        TypeError,
+        ValueError,
+    ):  # some kinds of layer have no static cache
         return None
-    known: dict[type, type] = {DynamicLayer: StaticLayer, DynamicSlidingWindowLayer: StaticSlidingWindowLayer}
+    static_types: dict[type, type] = {DynamicLayer: StaticLayer, DynamicSlidingWindowLayer: StaticSlidingWindowLayer}
     pairs: list[tuple[Any, Any]] = list(zip(static.layers, grown.layers, strict=False))
-    for ours, theirs in pairs:
-        # A window that is full already keeps less than the prompt, from which a static one cannot go on.
-        held = theirs.keys.shape[-2] if theirs.is_initialized else length
-        if known.get(type(theirs)) is not type(ours) or held != length:
+    for static_layer, grown_layer in pairs:
+        # A sliding window that is already full keeps less than the prompt, so a static cache cannot continue from it.
+        held = grown_layer.keys.shape[-2] if grown_layer.is_initialized else length
+        if static_types.get(type(grown_layer)) is not type(static_layer) or held != length:
             return None
     if len(static.layers) < len(grown.layers):
         return None
-    for ours, theirs in pairs:
-        if theirs.is_initialized:
-            ours.update(theirs.keys, theirs.values)
-            theirs.keys = theirs.values = None
+    for static_layer, grown_layer in pairs:
+        if grown_layer.is_initialized:
+            static_layer.update(grown_layer.keys, grown_layer.values)
+            grown_layer.keys = grown_layer.values = None
     return static
 
 
 def peak_beside(weights: Sequence[Tensor], prompt: Tensor, call: Callable[[], object]) -> int:
-    """Most bytes of tensors beside ``weights`` that are alive at one time during ``call``.
+    """Return the largest number of bytes of tensors other than ``weights`` that are alive at one time during ``call``.
 
-    CUDA: by its allocator, kernels' work space included, summed over the GPUs that hold weights. Elsewhere by counting
-    the tensors that operations return, which is the same on every machine.
+    On CUDA the allocator is asked, so the work space of kernels counts, and the GPUs that hold weights are summed.
+    Elsewhere the tensors that operations return are counted, which gives the same number on every machine.
     """
     import torch
 
@@ -237,7 +273,12 @@ def peak_beside(weights: Sequence[Tensor], prompt: Tensor, call: Callable[[], ob
 
 
 def size_of(model: nn.Module, storage_dtype: torch.dtype) -> list[Measurement]:
-    """Parameters (tied ones once), bytes of their checkpoint in ``storage_dtype``, MACs of the linears per token."""
+    """Count parameters (tied ones once), bytes of their checkpoint, and MACs of the linears per token.
+
+    Args:
+        model: the model.
+        storage_dtype: dtype of the checkpoint.
+    """
     from cfsp.architecture.projection import is_matrix
 
     parameters = sum(parameter.numel() for parameter in model.parameters())

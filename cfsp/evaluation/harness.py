@@ -1,6 +1,6 @@
-"""lm-evaluation-harness as this project runs it: quiet, sandboxed, without reports on the machine, and counted.
+"""lm-evaluation-harness as cfsp runs it: quiet, sandboxed, without reports on the machine, and with requests counted.
 
-Everything that is changed in the library is put back when :func:`quiet_harness` is left.
+Everything that is changed in the library is restored when :func:`quiet_harness` is left.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ from cfsp.system.package import ROOT
 
 @contextlib.contextmanager
 def quiet_harness(folder: Path | None = None, key: str = "evaluation.zero_shot") -> Iterator[None]:
-    """Run the harness inside: it logs much, draws progress bars, reseeds every random generator and calls git and pip.
+    """Run the harness inside without its logs, progress bars, reseeding of random generators, and calls of git and pip.
 
-    Its templates are rendered in a sandbox, and of task files outside lm-eval and cfsp only those in ``folder`` may
+    Its templates are rendered in a sandbox. Of the task files outside lm-eval and cfsp, only those in ``folder`` may
     bring functions (:func:`cfsp.evaluation.task_folder.check_task_file`).
+
+    Args:
+        folder: folder of local tasks; None: there is none.
+        key: configuration key of the evaluator, for messages.
     """
     import datasets
     import numpy as np
@@ -55,17 +59,17 @@ def _replaced(folder: Path | None, key: str) -> Iterator[None]:
 
     replacements: list[tuple[Any, str, Any]] = [
         (lm_eval.utils, "env", _sandbox(lm_eval.utils.env)),
-        # Reports for a log that nobody reads: `git describe` writes to the console, `pip list` takes seconds.
+        # Both write reports that cfsp does not use: `git describe` writes to the console, `pip list` takes seconds.
         (lm_eval.evaluator, "add_env_info", lambda storage: None),
         (lm_eval.evaluator, "get_git_commit_hash", lambda: None),
     ]
-    # Private modules, which another version may not have; what a task names is looked at before as well.
+    # These modules are private and may be missing in another version; check_task_file runs before in any case.
     with contextlib.suppress(ImportError, AttributeError):
         import lm_eval.tasks._factory
         import lm_eval.tasks._yaml_loader
 
         loader = _guarded(lm_eval.tasks._yaml_loader.load_yaml, folder, key)
-        # The loader calls itself for what a file includes.
+        # The loader calls itself, through its own module, for the files that a file includes.
         replacements += [
             (module, "load_yaml", loader) for module in (lm_eval.tasks._yaml_loader, lm_eval.tasks._factory)
         ]
@@ -82,7 +86,7 @@ def _replaced(folder: Path | None, key: str) -> Iterator[None]:
 
 @cache
 def _sandbox(environment: Any) -> Any:
-    """The harness's template environment with attributes and calls restricted; filters and settings are its own."""
+    """Return the harness's template environment with attributes and calls restricted; filters and settings are kept."""
     from jinja2.sandbox import SandboxedEnvironment
 
     sandbox = SandboxedEnvironment(
@@ -112,28 +116,34 @@ def _guarded(load: Callable[..., dict[str, Any]], folder: Path | None, key: str)
 
 @cache
 def task_manager(include_path: str | None, include_defaults: bool, content: str = "") -> Any:
-    """The harness's index of tasks; for its own it reads thousands of files. ``content``: of the folder's YAMLs."""
+    """Return the harness's index of tasks; for its own tasks it reads thousands of files.
+
+    Args:
+        include_path: folder of local tasks; None: there is none.
+        include_defaults: whether the harness's own tasks are indexed.
+        content: hash of the folder's YAML files, part of the cache's key.
+    """
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include_path, include_defaults=include_defaults)
 
 
 def harness_tasks() -> set[str]:
-    """The harness's own task names."""
+    """Return the names of the harness's own tasks."""
     with quiet_harness():
         return set(task_manager(None, True).all_tasks)
 
 
 def with_special_tokens(tokenizer: Any) -> Any:
-    """Copy a tokenizer, with BOS and EOS as the model's configuration states them where it names none itself.
+    """Copy a tokenizer, and add BOS and EOS from the model's configuration where the tokenizer names no EOS.
 
-    A tokenizer that names EOS alone keeps having no BOS: the harness starts from EOS then, as it always did.
+    A tokenizer that names only EOS keeps having no BOS, since the harness has always started from EOS then.
     """
     tokenizer = copy.deepcopy(tokenizer)
     stated = getattr(tokenizer, "stated_ids", {})
-    wanted = ["eos"] if tokenizer.eos_token_id is None else []
-    wanted += ["bos"] if wanted and tokenizer.bos_token_id is None else []
-    for name in wanted:
+    missing = ["eos"] if tokenizer.eos_token_id is None else []
+    missing += ["bos"] if missing and tokenizer.bos_token_id is None else []
+    for name in missing:
         token = tokenizer.convert_ids_to_tokens(stated[name]) if name in stated else None
         if token is not None:
             setattr(tokenizer, f"{name}_token", token)
@@ -141,29 +151,32 @@ def with_special_tokens(tokenizer: Any) -> Any:
 
 
 def count_truncated(harness: Any) -> Counter[str]:
-    """Count from now on, by task, the requests of a harness model that are cut on the left to fit its positions.
+    """Count, by task, the requests of a harness model that are cut on the left to fit its positions.
 
-    Rolling requests are cut into windows instead, and lose nothing.
+    The counter is filled from now on. Rolling requests are split into windows instead and lose nothing.
+
+    Args:
+        harness: an lm-eval model, whose methods are wrapped.
     """
     truncated: Counter[str] = Counter()
-    loglikelihood, of_tokens, generate = (
+    loglikelihood, loglikelihood_tokens, generate = (
         getattr(harness, name) for name in ("loglikelihood", "_loglikelihood_tokens", "generate_until")
     )
-    asked: list[Any] = []
+    pending: list[Any] = []
 
     def counted_loglikelihood(requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
-        asked[:] = requests
+        pending[:] = requests
         try:
             return loglikelihood(requests, disable_tqdm=disable_tqdm)
         finally:
-            asked.clear()
+            pending.clear()
 
     def counted_tokens(requests: Sequence[Any], *arguments: Any, **settings: Any) -> Any:
-        for instance, (_, context, continuation) in zip(asked, requests, strict=False):
+        for instance, (_, context, continuation) in zip(pending, requests, strict=False):
             if len(context) + len(continuation) > harness.max_length + 1:
                 truncated[str(instance.task_name)] += 1
-        asked.clear()  # rolling requests come here as well
-        return of_tokens(requests, *arguments, **settings)
+        pending.clear()  # rolling requests come here too, and must not be matched with these
+        return loglikelihood_tokens(requests, *arguments, **settings)
 
     def counted_generation(requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
         for instance in requests:
@@ -180,7 +193,7 @@ def count_truncated(harness: Any) -> Counter[str]:
 
 
 def new_tokens(settings: Any, default: int) -> int:
-    """The most tokens that a generation request asks for."""
+    """Return the largest number of tokens that a generation request asks for."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
     return int(normalize_gen_kwargs(copy.deepcopy(settings), default)["max_gen_toks"])

@@ -1,4 +1,4 @@
-"""Counting the bytes of the tensors that are alive, at the level of PyTorch's operations."""
+"""Counter of the bytes of live tensors, at the level of PyTorch's operations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveTensors(TorchDispatchMode):
-    """``with LiveTensors(known) as live: ...``; ``live.peak``: most bytes at one time, of all but the ``known``."""
+    """Context that counts the bytes of all live tensors except the ``known`` ones.
+
+    Example:
+        >>> with LiveTensors(model.parameters()) as live:
+        ...     model(ids)
+        >>> live.peak  # largest number of bytes at one time
+    """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
@@ -29,7 +35,7 @@ class LiveTensors(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            # A tensor on meta, and a fake one, states the size of what it stands for and holds none of it.
+            # Tensors on meta and fake tensors state a size but hold no memory.
             if isinstance(leaf, Tensor) and leaf.untyped_storage().device.type != "meta":
                 self._see(leaf.untyped_storage())
         return result

@@ -1,24 +1,35 @@
-"""One measured figure with everything that a reader needs to compare it."""
+"""Measured figures, with everything that a reader needs to compare them."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-#: The sentence for a perplexity whose detail has ``lacks_bos``.
+#: Sentence for a perplexity whose detail has ``lacks_bos``.
 LACKS_BOS = "windows lack the BOS that the tokenizer adds by itself"
-#: The sentence for a task whose detail has ``truncated`` above 0.
+#: Sentence for a task whose detail has ``truncated`` above 0.
 TRUNCATED = "requests longer than the model's positions were cut on the left"
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """``suite``: perplexity, zero_shot or cost; ``n``: items, predicted tokens or timings.
+    """One measured figure. A field that does not apply is None, and null in the record.
 
-    ``seq_len``: tokens a window, prompt or item may have; ``version``: of the task, or of the text by content. A field
-    that does not apply is None, and null in the record. ``limit``: items of a task, or a share of them below 1.
-    ``detail``: more of a suite. Of perplexity ``bos`` as settled, and ``lacks_bos``; of zero_shot ``truncated``
-    (requests that were cut on the left) and, of a group, its ``members``.
+    Attributes:
+        suite: perplexity, zero_shot or cost.
+        task: task or text.
+        metric: name of the metric.
+        value: the figure.
+        unit: unit of the figure.
+        n: items, predicted tokens or timings.
+        stderr: standard error of the figure.
+        seq_len: tokens that a window, prompt or item may have.
+        split: split of the data.
+        num_fewshot: number of examples before each item.
+        version: version of the task, or hash of the text.
+        limit: items of a task that were used, or below 1 a share of them.
+        detail: further facts of a suite. Perplexity: ``bos`` as settled, and ``lacks_bos``. Zero-shot: ``truncated``
+            (requests that were cut on the left) and, for a group, its ``members``.
     """
 
     suite: str
@@ -37,8 +48,9 @@ class Measurement:
 
     @property
     def key(self) -> tuple[str, str, str]:
+        """Return what identifies the figure within a side."""
         return (self.suite, self.task, self.metric)
 
     def as_dict(self) -> dict[str, Any]:
-        """For the record."""
+        """Return the figure as the record holds it."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""Perplexity on text: windows, joining and BOS as published, token-weighted mean NLL."""
+"""Perplexity on texts: windows, joining and BOS as published, with a token-weighted mean NLL."""
 
 from __future__ import annotations
 
@@ -28,10 +28,16 @@ log = logging.getLogger(__name__)
 
 @component
 class Perplexity(Evaluator):
-    """exp of the mean NLL per predicted token over non-overlapping windows of ``seq_len``; the tail is dropped.
+    """Perplexity: exp of the mean NLL per predicted token over non-overlapping windows.
 
-    Each window is scored on its own and its first token is not predicted. ``windows`` = [first, end) evaluates only
-    those. ``texts`` defines the names that ``datasets`` may list.
+    Each window is scored on its own and its first token is not predicted. The incomplete window at the end is dropped.
+
+    Attributes:
+        datasets: names of the texts to evaluate.
+        texts: texts by name.
+        seq_len: tokens of a window.
+        windows: [first, end) of the windows to evaluate; None: all.
+        batch_size: windows at a time.
     """
 
     datasets: Annotated[list[str], Field(min_length=1)]
@@ -56,6 +62,7 @@ class Perplexity(Evaluator):
             )
 
     def check(self, tokenizer: Any, limits: Limits) -> dict[str, Any]:
+        """Check texts, windows and token ids; see :meth:`cfsp.config.contracts.Evaluator.check`."""
         from cfsp.data.text import lacks_added_tokens, locate_text
 
         limits.check_length(f"{self.key}.seq_len", self.seq_len)
@@ -77,9 +84,11 @@ class Perplexity(Evaluator):
         }
 
     def parts(self) -> dict[str, Perplexity]:
+        """Divide the evaluator by text."""
         return {name: placed(replace(cast(Any, self), datasets=[name]), self.key) for name in self.datasets}
 
     def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
+        """Measure the perplexity on each text."""
         return [self._measure(name, model, tokenizer) for name in self.datasets]
 
     def _measure(self, name: str, model: nn.Module, tokenizer: Any) -> Measurement:
@@ -111,10 +120,10 @@ class Perplexity(Evaluator):
         windows = cut_windows(ids, self.seq_len, bos_id=bos_of(tokenizer, section.bos, key))
         first, end = self.windows or (0, len(windows))
         if not len(windows) or end > len(windows):
-            asked = "" if self.windows is None else f" for {self.key}.windows=[{first},{end}]"
+            requested = "" if self.windows is None else f" for {self.key}.windows=[{first},{end}]"
             raise DataError(
                 f"{self.key} ({name}): the text has {len(windows)} windows of {self.seq_len} tokens, "
-                f"{max(end, 1)} are needed{asked}; use a longer text or a smaller {self.key}.seq_len"
+                f"{max(end, 1)} are needed{requested}; use a longer text or a smaller {self.key}.seq_len"
             )
         return windows[first:end], first
 
@@ -128,7 +137,17 @@ class Perplexity(Evaluator):
 
 
 def negative_log_likelihood(model: nn.Module, windows: Tensor, batch_size: int, label: str) -> tuple[float, int]:
-    """Summed NLL in nats of the tokens 1..T-1 of each window [n, T], and their number; log-softmax in fp32."""
+    """Sum the NLL in nats of the tokens 1..T-1 of each window; log-softmax in fp32.
+
+    Args:
+        model: the model, in memory or streamed.
+        windows: token ids, [n, T].
+        batch_size: windows at a time.
+        label: name of the text, for the progress bar.
+
+    Returns:
+        The sum and the number of predicted tokens.
+    """
     import torch
 
     from cfsp.model.nll import sequence_nll
@@ -148,11 +167,12 @@ def negative_log_likelihood(model: nn.Module, windows: Tensor, batch_size: int, 
 
 
 def _block_by_block(model: nn.Module, windows: Tensor, batch_size: int, label: str) -> tuple[float, int]:
-    """The same of a streamed model: each block is read once for all windows, whose hidden states are held meanwhile.
+    """Compute :func:`negative_log_likelihood` of a streamed model.
 
-    On a CPU the logits are those of one window at a time: of a batch they would be larger than the two blocks that
-    streaming holds, and a window's come out the same to the bit. A GPU chooses its kernels by the number of rows, so
-    there the batch is kept, for the figure to be that in memory.
+    Each block is read once for all windows, whose hidden states are held meanwhile. On a CPU the logits are computed
+    for one window at a time. Those of a batch would be larger than the two blocks that streaming holds, and the logits
+    of a window come out equal to the bit. A GPU chooses its kernels by the number of rows, so the batch is kept there,
+    and the figure equals the one in memory.
     """
     import torch
 
@@ -171,8 +191,8 @@ def _block_by_block(model: nn.Module, windows: Tensor, batch_size: int, label: s
     with torch.no_grad(), store.resident_rest():
         for states, batch in zip(hidden, windows.split(batch_size), strict=True):
             rows = 1 if store.device.type == "cpu" else batch_size
-            for some, ids in zip(states.split(rows), batch.split(rows), strict=True):
-                logits = driver.logits(ids, some)
+            for part, ids in zip(states.split(rows), batch.split(rows), strict=True):
+                logits = driver.logits(ids, part)
                 for nll in sequence_nll(logits, ids.to(logits.device)):
                     total += nll
     return float(total), windows.shape[0] * (windows.shape[1] - 1)

@@ -1,9 +1,9 @@
-"""Log-likelihood requests of the harness on a model whose weights stay on disk: each block is read once for all.
+"""Log-likelihood requests of the harness on a streamed model: each block is read once for all requests.
 
-The harness asks for the logits of one batch after the other. Here it asks twice: the first time its batches are noted
-and answered with nothing, then all of them go through the decoder block by block, and the second time the logits come
-from the hidden states that are left. Batches and their order are the harness's own both times. Rolling requests are
-asked twice as a whole, because the harness takes their windows batch by batch.
+The harness asks for the logits of one batch after the other. Here its requests are run twice. The first time the
+batches are noted and answered with zeros. All of them then go through the decoder block by block. The second time the
+logits are computed from the hidden states that this left. The harness decides on batches and their order both times.
+Rolling requests are run twice as a whole, because the harness takes their windows batch by batch.
 """
 
 from __future__ import annotations
@@ -23,32 +23,37 @@ if TYPE_CHECKING:
 
 
 class BlockByBlock(HFLM):
-    """``HFLM`` for the model of ``store``; generation still reads the whole model for each token."""
+    """``HFLM`` of a streamed model; generation still reads the whole model for each token."""
 
     def __init__(self, store: StreamedWeights, **settings: Any) -> None:
         super().__init__(pretrained=store.model, **settings)
         self._store = store
-        self._device = store.device  # the parameters themselves are nowhere
+        self._device = store.device  # the parameters are on the meta device
         self._noted: list[Tensor] | None = None
         self._answers: Any = None
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        ask = super().loglikelihood_rolling
-        return self._asked_twice(lambda quiet: ask(requests, disable_tqdm=quiet or disable_tqdm))
+        """Return the log-likelihoods of whole texts; see :meth:`lm_eval.api.model.LM.loglikelihood_rolling`."""
+        compute = super().loglikelihood_rolling
+        return self._run_twice(lambda quiet: compute(requests, disable_tqdm=quiet or disable_tqdm))
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
-        ask = super()._loglikelihood_tokens
-        if self._noted is not None or self._answers is not None:  # one batch of windows, whose bar is that of all
-            return ask(requests, disable_tqdm=True, override_bs=override_bs)
-        return self._asked_twice(
-            lambda quiet: ask(requests, disable_tqdm=quiet or disable_tqdm, override_bs=override_bs)
+        compute = super()._loglikelihood_tokens
+        if self._noted is not None or self._answers is not None:  # a batch of rolling windows, which share a bar
+            return compute(requests, disable_tqdm=True, override_bs=override_bs)
+        return self._run_twice(
+            lambda quiet: compute(requests, disable_tqdm=quiet or disable_tqdm, override_bs=override_bs)
         )
 
-    def _asked_twice(self, ask: Callable[[bool], Any]) -> Any:
-        """What ``ask``, given whether to be quiet, comes to with the logits of all its batches."""
+    def _run_twice(self, compute: Callable[[bool], Any]) -> Any:
+        """Run requests twice, and return the answer that they get with the logits of all batches.
+
+        Args:
+            compute: runs the requests; its argument says whether to draw no progress bar.
+        """
         self._noted = []
         try:
-            ask(True)
+            compute(True)
             batches = self._noted
         finally:
             self._noted = None
@@ -61,14 +66,14 @@ class BlockByBlock(HFLM):
         try:
             with torch.no_grad(), self._store.resident_rest():
                 self._logits = driver.logits
-                return ask(False)
+                return compute(False)
         finally:
             self._answers = None
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         if self._noted is not None:
             self._noted.append(inps)
-            # One vocabulary of zeros, seen as [B, T, V].
+            # A single vocabulary of zeros, expanded to [B, T, V] without memory.
             vocabulary = self._store.model.get_output_embeddings().weight.shape[0]
             return torch.zeros(1, 1, vocabulary, device=self._device).expand(*inps.shape, -1)
         if self._answers is None:

@@ -1,8 +1,9 @@
-"""A folder of local lm-eval task files: which tasks it defines, what decides their figures, and its limits.
+"""Folder of local lm-eval task files: its tasks, the content that decides their figures, and its limits.
 
-Task files are code. A ``!function`` value is Python that is imported, and a template is a program of its own. So a
-folder outside cfsp needs ``plugins.allow=[tasks]``, and what a task runs lies in its folder: lm-eval itself would take
-``!function os.system`` from the standard library and follow ``include: ../../elsewhere.yaml``.
+Task files are code. A ``!function`` value is Python that is imported, and a template is a program of its own. A folder
+outside cfsp therefore needs ``plugins.allow=[tasks]``, and everything that a task runs has to lie in its folder.
+lm-eval itself would take ``!function os.system`` from the standard library and follow ``include:
+../../elsewhere.yaml``.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from cfsp.errors import DataError
 from cfsp.system.package import package_path
 from cfsp.system.reading import read_text
 
-#: The word in ``plugins.allow`` for task folders.
+#: Entry of ``plugins.allow`` that admits task folders.
 PLUGIN_WORD = "tasks"
-#: Largest task YAML that is read; lm-eval's own have a few kilobytes.
+#: Size of the largest task YAML that is read; those of lm-eval have a few kilobytes.
 _MAX_YAML_BYTES = 4_000_000
-#: Most values in one; anchors can make millions of a few lines.
+#: Largest number of values in a task YAML; anchors can turn a few lines into millions.
 _MAX_VALUES = 100_000
 #: Folders that lm-eval does not look into.
 _IGNORED = {"__pycache__", ".ipynb_checkpoints"}
@@ -32,7 +33,13 @@ _FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 @dataclass(frozen=True, eq=False)
 class TaskFile:
-    """A parsed task YAML. ``functions``: its ``!function`` values, wherever in it they stand."""
+    """Parsed task YAML.
+
+    Attributes:
+        path: the file.
+        content: its content; ``!function`` values are strings.
+        functions: its ``!function`` values, at any depth.
+    """
 
     path: Path
     content: dict[str, Any]
@@ -40,19 +47,19 @@ class TaskFile:
 
     @property
     def includes(self) -> list[str]:
-        """The YAML files that it includes, at any depth."""
-        return list(_values_of(self.content, "include"))
+        """Return the YAML files that it includes, at any depth."""
+        return list(_strings_under_key(self.content, "include"))
 
     @property
     def names(self) -> list[str]:
-        """The task or group that it defines, and its tags."""
+        """Return the task or group that it defines, and its tags."""
         name = self.content.get("group", self.content.get("task"))
         tags = strings(self.content.get("tag"))
         return [name, *tags] if isinstance(name, str) else tags
 
     @property
     def members(self) -> list[str]:
-        """Names of tasks and groups that a group lists."""
+        """Return the names of the tasks and groups that a group lists."""
         listed = self.content.get("task")
         if not isinstance(listed, list):
             return []
@@ -61,28 +68,32 @@ class TaskFile:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is one task that stands for itself: nothing included, no functions."""
+        """Return whether it is a single task without includes and functions."""
         return isinstance(self.content.get("task"), str) and not self.includes and not self.functions
 
 
 def read_task(path: Path, key: str) -> TaskFile:
     """Parse a task YAML; ``!function`` values become strings.
 
+    Args:
+        path: the file.
+        key: configuration key of the evaluator, for messages.
+
     Raises:
-        DataError: not readable, or not a YAML of this kind; names ``key``.
+        DataError: the file cannot be read or is not a task YAML; names ``key``.
     """
     text = read_text(path, f"{key}.include_path: {path}", limit=_MAX_YAML_BYTES, error=DataError)
-    return _parsed(path, text, key)
+    return _parse_task(path, text, key)
 
 
 @lru_cache(maxsize=4096)
-def _parsed(path: Path, text: str, key: str) -> TaskFile:
+def _parse_task(path: Path, text: str, key: str) -> TaskFile:
     import yaml
 
     functions: list[str] = []
 
     class Loader(yaml.SafeLoader):
-        pass
+        """Loader of its own for each file, since its constructor notes the functions of that file."""
 
     def function(loader: yaml.SafeLoader, node: Any) -> str:
         functions.append(str(node.value))
@@ -106,7 +117,7 @@ def _parsed(path: Path, text: str, key: str) -> TaskFile:
 
 
 def _size(value: Any, sizes: dict[int, int]) -> int:
-    """Count the values of a YAML with its anchors unfolded; each value is looked at once.
+    """Count the values of a YAML with its anchors unfolded; each value is visited once.
 
     Raises:
         RecursionError: a value holds itself, or the nesting is too deep.
@@ -114,17 +125,21 @@ def _size(value: Any, sizes: dict[int, int]) -> int:
     if not isinstance(value, dict | list):
         return 1
     if id(value) not in sizes:
-        sizes[id(value)] = _MAX_VALUES + 1  # of a value that holds itself
+        sizes[id(value)] = _MAX_VALUES + 1  # stays in place for a value that holds itself
         inner = value.values() if isinstance(value, dict) else value
         sizes[id(value)] = 1 + sum(_size(entry, sizes) for entry in inner)
     return sizes[id(value)]
 
 
 def local_tasks(include_path: str | None, key: str) -> dict[str, list[TaskFile]]:
-    """Name of each task, group and tag of a folder -> the files that define it; for a group, its members' as well.
+    """Return the files that define each task, group and tag of a folder, by name; a group has those of its members too.
+
+    Args:
+        include_path: the folder; None: there are no local tasks.
+        key: configuration key of the evaluator, for messages.
 
     Raises:
-        DataError: no such folder, or a file in it is not a task YAML.
+        DataError: there is no such folder, or a file in it is not a task YAML.
     """
     if include_path is None:
         return {}
@@ -134,31 +149,36 @@ def local_tasks(include_path: str | None, key: str) -> dict[str, list[TaskFile]]
     files = [read_task(path, key) for path in yaml_files(folder)]
     defined: dict[str, list[TaskFile]] = {}
     for file in files:
-        for at, name in enumerate(file.names):
-            # Of two files with one name lm-eval takes the first; a tag is of all that carry it.
-            if name not in defined or (at > 0 or "task" not in file.content):
+        for position, name in enumerate(file.names):
+            # lm-eval takes the first of two files with the same name; a tag collects all files that carry it.
+            if name not in defined or (position > 0 or "task" not in file.content):
                 defined.setdefault(name, []).append(file)
-    return {name: _with_members(list(own), defined) for name, own in defined.items()}
+    return {name: _with_members(list(files_of_name), defined) for name, files_of_name in defined.items()}
 
 
 def yaml_files(folder: Path) -> list[Path]:
-    """The YAML files of a folder that lm-eval looks at, in its order."""
+    """Return the YAML files of a folder that lm-eval reads, in its order."""
     inside = (path for path in folder.glob("**/*.yaml") if not _IGNORED & set(path.parts))
     return sorted(inside, key=lambda path: path.as_posix())
 
 
 def _with_members(files: list[TaskFile], defined: dict[str, list[TaskFile]]) -> list[TaskFile]:
-    for file in files:  # grows while it is read
+    for file in files:  # the list grows while it is iterated
         for member in file.members:
             files += [other for other in defined.get(member, ()) if other not in files]
     return files
 
 
 def check_task_file(path: Path, folder: Path, key: str) -> None:
-    """See that what a task file runs and includes lies in its folder.
+    """Check that everything that a task file runs and includes lies in its folder.
+
+    Args:
+        path: the task file.
+        folder: folder of local tasks.
+        key: configuration key of the evaluator, for messages.
 
     Raises:
-        DataError: the file itself, a YAML that it includes or the module of a function lies elsewhere or nowhere.
+        DataError: the file itself, a YAML that it includes or the module of a function lies elsewhere or is missing.
     """
     root = folder.resolve()
     if not path.resolve().is_relative_to(root):
@@ -180,9 +200,13 @@ def check_task_file(path: Path, folder: Path, key: str) -> None:
 
 
 def content_of(files: list[TaskFile], folder: Path, key: str) -> str:
-    """sha256 over everything local that decides a task: its YAML, what it includes, its functions, its data."""
+    """Return the sha256 over everything local that decides a task: its YAML, its includes, its functions and its data.
+
+    Raises:
+        DataError: a file is missing or lies outside ``folder``.
+    """
     digest = hashlib.sha256()
-    # By path alone, so that a task in several files (a group) is hashed as one set.
+    # Each path once, so that a task in several files (a group) is hashed as a single set.
     for path in sorted({path for file in files for path in _files_of(file, folder, key, ())}):
         if not path.is_file():
             raise DataError(
@@ -194,7 +218,7 @@ def content_of(files: list[TaskFile], folder: Path, key: str) -> str:
 
 
 def _files_of(file: TaskFile, folder: Path, key: str, seen: tuple[Path, ...]) -> Iterator[Path]:
-    """The task's YAML, the YAMLs it includes, the modules of its functions and its data files."""
+    """Yield the YAML of a task, the YAMLs that it includes, the modules of its functions and its data files."""
     if file.path.resolve() in seen:
         raise DataError(f"{key}.include_path: {file.path} includes itself")
     check_task_file(file.path, folder, key)
@@ -202,20 +226,23 @@ def _files_of(file: TaskFile, folder: Path, key: str, seen: tuple[Path, ...]) ->
     for name in file.includes:
         included = file.path.parent / name
         if not included.is_file():
-            yield included  # named as missing
+            yield included  # content_of reports it as missing
             continue
         yield from _files_of(read_task(included, key), folder, key, (*seen, file.path.resolve()))
     for name in file.functions:
         yield file.path.parent / f"{name.rpartition('.')[0].replace('.', '/')}.py"
     for name in strings((_mapping(file.content.get("dataset_kwargs"))).get("data_files")):
         if "://" not in name:
-            # The harness itself looks from the working folder on; a plain task is handed over with absolute paths.
+            # The harness resolves paths from the working folder; a plain task is handed over with absolute ones.
             beside = file.path.parent / name
             yield beside if beside.is_file() or not Path(name).is_file() else Path(name)
 
 
 def with_absolute_data(task: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The task with the data files that lie beside its YAML named absolutely: lm-eval looks in the working folder."""
+    """Return the task with absolute paths of the data files beside its YAML.
+
+    lm-eval itself resolves them from the working folder.
+    """
     files = _mapping(task.get("dataset_kwargs")).get("data_files")
 
     def absolute(value: Any) -> Any:
@@ -235,17 +262,17 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _values_of(value: Any, key: str) -> Iterator[str]:
-    """Every string under ``key`` at any depth."""
+def _strings_under_key(value: Any, key: str) -> Iterator[str]:
+    """Yield every string under ``key``, at any depth."""
     if isinstance(value, dict):
         yield from strings(value.get(key))
     entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for entry in entries:
-        yield from _values_of(entry, key)
+        yield from _strings_under_key(entry, key)
 
 
 def strings(value: Any) -> list[str]:
-    """Every string in a value that may be one, a list of them or a dictionary of either."""
+    """Return every string in a value that may be a string, a list of them, or a dictionary of either."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The items of a task are tried before anything is calibrated: what would end an evaluation ends the check instead."""
+"""Trial of a task's items before anything is calibrated, so that a broken item ends the check, not the evaluation."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ from cfsp.system.hub import fetching
 if TYPE_CHECKING:
     from cfsp.data.limits import Limits
 
-#: Items of a local task that are rendered; of lm-eval's own tasks one is.
+#: Number of items of a local task that are rendered; for lm-eval's own tasks it is 1.
 TRIED_ITEMS = 200
-#: As lm-eval has it: the tokens of a generation task that does not say how many.
+#: lm-eval's default for the new tokens of a generation task.
 _NEW_TOKENS = 256
-#: As lm-eval has it where neither model nor tokenizer state a length.
+#: lm-eval's default for the positions, where neither model nor tokenizer state a length.
 _POSITIONS = 2048
 
 
 @contextlib.contextmanager
 def names_the_task(key: str, task: str, *, checking: bool) -> Iterator[None]:
-    """Turn any error inside into one line with the key and the task: DataError while checking, RunError later.
+    """Turn any error inside into one line with the key and the task.
 
-    Errors of cfsp and those of memory pass as they are.
+    Errors of cfsp and errors of memory pass as they are.
+
+    Args:
+        key: configuration key of the evaluator.
+        task: name of the task.
+        checking: raise a DataError, not a RunError.
     """
     what = f"{key}.tasks={task}"
     try:
@@ -39,17 +44,27 @@ def names_the_task(key: str, task: str, *, checking: bool) -> Iterator[None]:
             raise
         reason = _reason(error)
         if checking:
-            raise DataError(f"{what}: its items cannot be asked ({reason}); mend it, or leave it out") from error
+            raise DataError(f"{what}: its items cannot be rendered ({reason}); correct it, or leave it out") from error
         raise RunError(f"{what}: lm-eval failed ({reason})") from error
 
 
 def try_task(
     task: Any, name: str, key: str, num_fewshot: int | None, items: int, tokenizer: Any, limits: Limits
 ) -> None:
-    """Render the first items of a built task as the harness will: context, choices, target, tokens.
+    """Render the first items of a built task as the harness will: context, choices, target and tokens.
+
+    Args:
+        task: task object of lm-eval.
+        name: name of the task, for messages.
+        key: configuration key of the evaluator, for messages.
+        num_fewshot: number of examples before each item; None: the task's own.
+        items: number of items to render.
+        tokenizer: tokenizer of the model.
+        limits: positions and vocabulary of the model.
 
     Raises:
-        DataError: no items, an empty choice, a target that is no choice, or a kind of task that cannot be run here.
+        DataError: there are no items, a choice is empty, a target is not among the choices, or this kind of task cannot
+            be run here.
         Exception: whatever the task's own functions and templates raise.
     """
     what = f"{key}.tasks={name}"
@@ -59,7 +74,7 @@ def try_task(
         )
     if getattr(task, "MULTIMODAL", False):
         raise DataError(f"{what}: it needs images or sound, and text alone is given to the model; leave it out")
-    # As lm_eval.simple_evaluate does it.
+    # lm_eval.simple_evaluate sets both in the same way.
     if num_fewshot is not None and task.get_config("num_fewshot") != 0:
         task.set_config(key="num_fewshot", value=num_fewshot)
     shots = task.get_config("num_fewshot") or 0
@@ -67,22 +82,22 @@ def try_task(
     documents = task.eval_docs
     if len(documents) == 0:
         raise DataError(f"{what}: it has no items; see its split and its data")
-    for at, document in enumerate(islice(documents, items)):
+    for index, document in enumerate(islice(documents, items)):
         context = task.fewshot_context(document, num_fewshot=shots, gen_prefix=task.doc_to_prefix(document))
         requests = task.construct_requests(
-            doc=document, ctx=context, metadata=(name, at, 1), apply_chat_template=False, chat_template=None
+            doc=document, ctx=context, metadata=(name, index, 1), apply_chat_template=False, chat_template=None
         )
         requests = requests if isinstance(requests, list) else [requests]
         if task.OUTPUT_TYPE == "multiple_choice":
-            _check_choices(task, document, f"{what}, item {at + 1}")
-        for request in requests if at == 0 else ():
+            _check_choices(task, document, f"{what}, item {index + 1}")
+        for request in requests if index == 0 else ():
             _check_request(request, what, tokenizer, limits)
 
 
 def _check_choices(task: Any, document: Any, what: str) -> None:
     choices = task.doc_to_choice(document)
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
-        raise DataError(f"{what}: its choices are no list of texts; see doc_to_choice")
+        raise DataError(f"{what}: its choices are not a list of texts; see doc_to_choice")
     if not all(f"{task.config.target_delimiter}{choice}" for choice in choices):
         raise DataError(f"{what}: a choice is empty; give each a text, or leave the item out")
     if not task.multiple_input:
@@ -95,7 +110,7 @@ def _check_choices(task: Any, document: Any, what: str) -> None:
 
 
 def _check_request(request: Any, what: str, tokenizer: Any, limits: Limits) -> None:
-    """What the harness asserts of a request's tokens when it is too late."""
+    """Check what the harness itself would assert of a request's tokens only during the evaluation."""
     kind, arguments = request.request_type, request.args
     positions = limits.positions or _POSITIONS
     if kind == "generate_until":
@@ -104,31 +119,31 @@ def _check_request(request: Any, what: str, tokenizer: Any, limits: Limits) -> N
                 f"{what}: it generates text, and the tokenizer names no EOS to end it with; name it in "
                 "tokenizer_config.json, or leave the task out"
             )
-        asked = new_tokens(arguments[1], _NEW_TOKENS)
-        if asked >= positions:
+        new = new_tokens(arguments[1], _NEW_TOKENS)
+        if new >= positions:
             raise DataError(
-                f"{what}: it asks for {asked} new tokens (max_gen_toks), and the model has {positions} positions in "
+                f"{what}: it asks for {new} new tokens (max_gen_toks), and the model has {positions} positions in "
                 "all; leave it out, or set generation_kwargs.max_gen_toks in a local task"
             )
     elif kind == "loglikelihood":
         context, continuation = arguments[0], arguments[1]
         stripped = context.rstrip()
         continuation = context[len(stripped) :] + continuation
-        whole = tokenizer(stripped + continuation, verbose=False)["input_ids"]
-        before = tokenizer(stripped, verbose=False)["input_ids"] if context else []
-        if (context and not before) or len(whole) <= len(before):
+        all_ids = tokenizer(stripped + continuation, verbose=False)["input_ids"]
+        context_ids = tokenizer(stripped, verbose=False)["input_ids"] if context else []
+        if (context and not context_ids) or len(all_ids) <= len(context_ids):
             raise DataError(
-                f"{what}: the tokenizer makes no tokens of {(context[-30:] if before == [] else continuation[:30])!r}; "
-                "mend the item"
+                f"{what}: the tokenizer makes no tokens of "
+                f"{(context[-30:] if context_ids == [] else continuation[:30])!r}; correct the item"
             )
-        if len(whole) - len(before) > positions:
+        if len(all_ids) - len(context_ids) > positions:
             raise DataError(
-                f"{what}: an answer has {len(whole) - len(before)} tokens, and the model has {positions} positions; "
-                "leave the task out"
+                f"{what}: an answer has {len(all_ids) - len(context_ids)} tokens, and the model has {positions} "
+                "positions; leave the task out"
             )
 
 
 def _reason(error: Exception) -> str:
-    """The error in one line."""
+    """Return the error in one line."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__

@@ -1,7 +1,7 @@
-"""An evaluation leaves the model that it measures as it is: values, what is tied, configuration.
+"""Check that an evaluation leaves the model as it is: values, tied parameters and configuration.
 
-lm-eval, for one, ties the weights of the very model that it is given, so its figures and all later ones may be another
-model's.
+lm-eval, for instance, ties the weights of the model that it is given. Its own figures and all later ones may then be
+those of another model.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ _ROW = 2048
 
 @dataclass(frozen=True)
 class ModelState:
-    """A model's content as checksums.
+    """Checksums of a model's content. Parameters without data (those of a streamed model) are compared by shape.
 
-    values: checksum of each parameter and persistent buffer by name; tied: names that share one parameter, by its first
-    name; config: configuration as JSON. Parameters without data (a streamed model's) are compared by shape.
+    Attributes:
+        values: checksum of each parameter and persistent buffer, by name.
+        tied: names that share a parameter, by its first name.
+        config: configuration as JSON.
     """
 
     values: dict[str, str] = field(repr=False)
@@ -34,19 +36,19 @@ class ModelState:
     config: str = field(repr=False)
 
     def difference(self, later: ModelState) -> str | None:
-        """What is not as it was, in a clause; None where nothing changed."""
+        """Return a clause on what a later state has changed; None where nothing changed."""
         if self.tied != later.tied:
-            return f"ties or unties {_first(self.tied, later.tied)}"
+            return f"ties or unties {_first_difference(self.tied, later.tied)}"
         if self.values != later.values:
-            return f"changes the values of {_first(self.values, later.values)}"
+            return f"changes the values of {_first_difference(self.values, later.values)}"
         if self.config != later.config:
             before, after = json.loads(self.config), json.loads(later.config)
-            return f"changes {_first(before, after)} in the model's configuration"
+            return f"changes {_first_difference(before, after)} in the model's configuration"
         return None
 
 
 def state_of(model: nn.Module) -> ModelState:
-    """Read the whole model once, at the speed of its memory."""
+    """Return the state of a model; the whole model is read once, at the speed of its memory."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
@@ -60,23 +62,25 @@ def state_of(model: nn.Module) -> ModelState:
 
 
 def measured_unchanged(name: str, model: nn.Module, measure: Callable[[], _T]) -> _T:
-    """Return what ``measure`` gives of ``model``.
+    """Return the result of ``measure``, and check that it left the model unchanged.
 
     Args:
-        name: the evaluator, for the message.
+        name: name of the evaluator, for the message.
+        model: the model that is measured.
+        measure: measures the model.
 
     Raises:
-        RunError: the model is not what it was before.
+        RunError: the model has changed.
     """
     before = state_of(model)
-    found = measure()
+    result = measure()
     changed = before.difference(state_of(model))
     if changed is not None:
         raise RunError(
             f"evaluation={name}: the evaluator {changed} of the model that it measures, so this figure and later ones "
             "would be another model's; have it work on a copy"
         )
-    return found
+    return result
 
 
 def _checksum(tensor: Tensor) -> str:
@@ -89,14 +93,14 @@ def _checksum(tensor: Tensor) -> str:
     words = data[: len(data) // 8 * 8].view(torch.int64)
     whole = len(words) // _ROW * _ROW
     rows = words[:whole].view(-1, _ROW)
-    # Sums of rows and of columns, each times its place: no temporary of the tensor's size, and places count.
-    sums = [_weighted(part) for part in (rows.sum(1), rows.sum(0), words[whole:])]
+    # Weighting row and column sums by position notices moved values without a temporary of the tensor's size.
+    sums = [_position_weighted_sum(part) for part in (rows.sum(1), rows.sum(0), words[whole:])]
     return label + f"{sums} {data[len(words) * 8 :].tolist()}"
 
 
-def _weighted(values: Tensor) -> int:
+def _position_weighted_sum(values: Tensor) -> int:
     return int((values * torch.arange(1, len(values) + 1, device=values.device)).sum())
 
 
-def _first(before: dict[str, Any], after: dict[str, Any]) -> str:
+def _first_difference(before: dict[str, Any], after: dict[str, Any]) -> str:
     return next(key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key))

@@ -1,4 +1,4 @@
-"""Checks of evaluators' values, with one sentence each where pydantic would tell of its types."""
+"""Checks of evaluators' settings, with a sentence each in place of pydantic's messages about types."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ def _is_whole(value: Any, least: int) -> bool:
 
 
 def checked_windows(value: Any) -> tuple[int, int] | None:
-    """[first, end) of the windows to evaluate, or None for all of them."""
+    """Check the range [first, end) of the windows to evaluate; None: all of them.
+
+    Raises:
+        ValueError: the value is not such a range.
+    """
     if value is None:
         return None
     if isinstance(value, list | tuple) and len(value) == 2 and _is_whole(value[0], 0) and _is_whole(value[1], 1):
@@ -20,14 +24,24 @@ def checked_windows(value: Any) -> tuple[int, int] | None:
 
 
 def checked_batch_size(value: Any) -> int:
-    """Sequences or requests at a time. There is no auto: the number moves the last digits of a figure."""
+    """Check the number of sequences or requests at a time.
+
+    There is no "auto", because the number changes the last digits of a figure.
+
+    Raises:
+        ValueError: the value is not a whole number from 1.
+    """
     if _is_whole(value, 1):
         return value
     raise ValueError("sequences at a time: give a whole number from 1, e.g. 16")
 
 
 def checked_limit(value: Any) -> int | float | None:
-    """As lm-eval takes its limit: items of a task, or a share of them between 0 and 1."""
+    """Check the limit as lm-eval takes it: a number of items of each task, or a share of them between 0 and 1.
+
+    Raises:
+        ValueError: the value is neither.
+    """
     if value is None or _is_whole(value, 1) or (isinstance(value, float) and 0 < value < 1):
         return value
     raise ValueError(

@@ -1,4 +1,4 @@
-"""Zero-shot tasks through lm-evaluation-harness: its own task names, and local task YAMLs."""
+"""Zero-shot tasks through lm-evaluation-harness: its own tasks by name, and local task YAMLs."""
 
 from __future__ import annotations
 
@@ -27,16 +27,22 @@ if TYPE_CHECKING:
     from cfsp.evaluation.task_folder import TaskFile
 
 _METRIC_UNITS = {"acc": "fraction", "acc_norm": "fraction", "exact_match": "fraction", "f1": "fraction"}
-#: What was tried in this process: the runs of a sweep ask for the same.
+#: Trials that succeeded in this process; the runs of a sweep repeat the same ones.
 _tried: set[str] = set()
 
 
 @component
 class ZeroShot(Evaluator):
-    """``tasks``: lm-eval names; ``include_path``: a folder of further task YAMLs, whose data files lie beside them.
+    """Tasks of lm-evaluation-harness.
 
-    The harness is used as it is, without its response cache (which is keyed by prompt only and would answer for
-    another model). ``limit``: items of each task, or below 1 a share of them, as in lm-eval.
+    The harness runs without its response cache, which is keyed by the prompt alone and would answer for another model.
+
+    Attributes:
+        tasks: lm-eval's names of tasks or groups, or names of local ones.
+        include_path: folder of local task YAMLs, with their data files beside them.
+        num_fewshot: number of examples before each item; None: the task's own.
+        limit: items of each task, or below 1 a share of them, as in lm-eval; None: all.
+        batch_size: requests at a time.
     """
 
     tasks: Annotated[list[str], Field(min_length=1)]
@@ -49,16 +55,18 @@ class ZeroShot(Evaluator):
     key: ClassVar[str] = "evaluation.zero_shot"
 
     def check(self, tokenizer: Any, limits: Limits) -> dict[str, Any]:
+        """Check settings and build every task; see :meth:`cfsp.config.contracts.Evaluator.check`."""
         identity = self.check_settings()
-        if tokenizer is not None:  # without one it is asked for the identity alone
+        if tokenizer is not None:  # without a tokenizer only the identity is wanted
             self._try(identity, tokenizer, limits)
         return identity
 
     def task_folder(self) -> str | None:
+        """Return the folder of local tasks, whose functions are run as code."""
         return self.include_path
 
     def check_settings(self) -> dict[str, Any]:
-        """The part of :meth:`check` that builds no task and fetches no data."""
+        """Run the part of :meth:`check` that builds no task and fetches no data."""
         from cfsp.evaluation.harness import harness_tasks
         from cfsp.evaluation.task_folder import content_of
 
@@ -81,7 +89,10 @@ class ZeroShot(Evaluator):
         }
 
     def _try(self, identity: dict[str, Any], tokenizer: Any, limits: Limits) -> None:
-        """Build each task, which locates its data, and render its first items; once in a process for the same."""
+        """Build each task, which locates its data, and render its first items.
+
+        Equal requests are tried once in a process.
+        """
         from cfsp.evaluation.harness import quiet_harness, with_special_tokens
         from cfsp.evaluation.task_trial import TRIED_ITEMS, names_the_task, try_task
 
@@ -92,10 +103,10 @@ class ZeroShot(Evaluator):
                 "eos_token_id, one of which lm-eval starts from; name one in tokenizer_config.json, or use "
                 f"{self.key}=null"
             )
-        said = {name: value for name, value in identity.items() if name != "batch_size"}
+        deciding = {name: value for name, value in identity.items() if name != "batch_size"}
         content = getattr(tokenizer, "of_content", None)
-        tried = repr((said, self._folder(), self.key, content, limits)) if content else None
-        if tried in _tried:
+        trial_key = repr((deciding, self._folder(), self.key, content, limits)) if content else None
+        if trial_key in _tried:
             return
         with quiet_harness(self._folder(), self.key):
             local = self._local_tasks()
@@ -108,13 +119,15 @@ class ZeroShot(Evaluator):
                             items = min(items, self.limit)
                         label = name if leaf == name else f"{name} ({leaf})"
                         try_task(task, label, self.key, self.num_fewshot, items, tokenizer, limits)
-        if tried is not None:
-            _tried.add(tried)
+        if trial_key is not None:
+            _tried.add(trial_key)
 
     def parts(self) -> dict[str, ZeroShot]:
+        """Divide the evaluator by task."""
         return {task: placed(replace(cast(Any, self), tasks=[task]), self.key) for task in self.tasks}
 
     def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
+        """Run the tasks."""
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
@@ -133,13 +146,13 @@ class ZeroShot(Evaluator):
 
                 harness = BlockByBlock(store, **settings)
             truncated = count_truncated(harness)
-            if not watched():  # the harness draws its bars whatever tqdm's own switch says
+            if not watched():  # the harness draws its bars even where tqdm is switched off
                 for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
                     setattr(harness, name, partial(getattr(harness, name), disable_tqdm=True))
-                # Rolling requests draw one for each batch of windows, whatever they are told.
-                asked = harness._loglikelihood_tokens
-                harness._loglikelihood_tokens = lambda requests, disable_tqdm=True, override_bs=None: asked(
-                    requests, disable_tqdm=True, override_bs=override_bs
+                # Rolling requests draw a bar for each batch of windows, even with disable_tqdm.
+                loglikelihood_tokens = harness._loglikelihood_tokens
+                harness._loglikelihood_tokens = lambda requests, disable_tqdm=True, override_bs=None: (
+                    loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
                 )
             local = self._local_tasks()
             results = lm_eval.simple_evaluate(
@@ -177,7 +190,7 @@ class ZeroShot(Evaluator):
         return measurements
 
     def _described(self, task: str, results: dict[str, Any], truncated: Counter[str]) -> dict[str, Any]:
-        """What a task was measured on; of a group, its members together and each by itself."""
+        """Describe the items that a task was measured on; for a group, those of all members and of each one."""
         leaves = _leaves(task, results.get("group_subtasks", {}))
         if leaves == [task]:
             config = results["configs"].get(task, {})
@@ -191,25 +204,25 @@ class ZeroShot(Evaluator):
                 },
             }
         members = {leaf: self._described(leaf, results, truncated) for leaf in leaves}
-        of_members = {
+        member_facts = {
             leaf: {
-                "n": each["n"],
-                "num_fewshot": each["num_fewshot"],
-                "task_hash": each["detail"]["task_hash"],
-                "truncated": each["detail"]["truncated"],
+                "n": facts["n"],
+                "num_fewshot": facts["num_fewshot"],
+                "task_hash": facts["detail"]["task_hash"],
+                "truncated": facts["detail"]["truncated"],
             }
-            for leaf, each in members.items()
+            for leaf, facts in members.items()
         }
         return {
-            "n": sum(each["n"] or 0 for each in members.values()),
-            "split": _common(each["split"] for each in members.values()),
-            "num_fewshot": _common(each["num_fewshot"] for each in members.values()),
+            "n": sum(facts["n"] or 0 for facts in members.values()),
+            "split": _common(facts["split"] for facts in members.values()),
+            "num_fewshot": _common(facts["num_fewshot"] for facts in members.values()),
             "detail": {
                 "task_hash": hashlib.sha256(
-                    "".join(f"{leaf} {each['task_hash']}\n" for leaf, each in of_members.items()).encode()
+                    "".join(f"{leaf} {facts['task_hash']}\n" for leaf, facts in member_facts.items()).encode()
                 ).hexdigest(),
-                "truncated": sum(each["truncated"] for each in of_members.values()),
-                "members": of_members,
+                "truncated": sum(facts["truncated"] for facts in member_facts.values()),
+                "members": member_facts,
             },
         }
 
@@ -222,7 +235,7 @@ class ZeroShot(Evaluator):
         return local_tasks(self.include_path, self.key)
 
     def _given(self, name: str, local: dict[str, list[TaskFile]]) -> str | dict[str, Any]:
-        """What the harness is given: a plain task with its data files made absolute, else the name for it to load."""
+        """Return a task as the harness takes it: a plain one with absolute paths of its data, otherwise its name."""
         from cfsp.evaluation.task_folder import with_absolute_data
 
         files = local.get(name, [])
@@ -234,28 +247,28 @@ class ZeroShot(Evaluator):
         from cfsp.evaluation.harness import task_manager
 
         chosen = {file for name in self.tasks for file in local.get(name, [])}
-        asked = {*self.tasks, *(member for file in chosen for member in file.members)}
-        # Of the files: a folder may have changed since this process read it.
-        content = hashlib.sha256(repr([(str(f.path), f.content) for fs in local.values() for f in fs]).encode())
+        requested = {*self.tasks, *(member for file in chosen for member in file.members)}
+        # Hash of the files, since the folder may have changed since this process read it.
+        content = hashlib.sha256(repr([(str(f.path), f.content) for group in local.values() for f in group]).encode())
         folder = self._folder()
         digest = content.hexdigest() if local else ""
-        return task_manager(str(folder) if local else None, bool(asked - set(local)), digest)
+        return task_manager(str(folder) if local else None, bool(requested - set(local)), digest)
 
 
 def _leaves(task: str, members: dict[str, list[str]]) -> list[str]:
-    """The tasks of a group and of the groups in it, in order; of a task, itself."""
+    """Return the tasks of a group and of the groups in it, in order; of a task, the task itself."""
     if not members.get(task):
         return [task]
     return list(dict.fromkeys(leaf for member in members[task] for leaf in _leaves(member, members)))
 
 
 def _common(values: Any) -> Any:
-    """The one value that all are; None where they differ."""
+    """Return the value that all of ``values`` have; None where they differ."""
     distinct = list(dict.fromkeys(values))
     return distinct[0] if len(distinct) == 1 else None
 
 
 def _task_hash(samples: list[dict[str, Any]]) -> str | None:
-    """The harness's own task hash (its evaluation tracker): sha256 over the hashes of items, prompts and targets."""
+    """Return the task hash of the harness's evaluation tracker: sha256 over hashes of items, prompts and targets."""
     parts = [sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in samples]
     return hashlib.sha256("".join(parts).encode()).hexdigest() if parts else None

@@ -1,1 +1,1 @@
-"""A folder that a run wrote, in the forms that other tools load: one module for each form."""
+"""Exports: a model folder in the formats that other tools load, one module for each format; model cards."""

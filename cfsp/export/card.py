@@ -1,7 +1,7 @@
-"""The model card of a folder: what was pruned and how, what it measured, how to load it.
+"""Model card of a folder: what was pruned and how, which figures were measured, and how to load it.
 
-The facts lie beside it as JSON, so that an export of the folder has a card of its own and a run can add what it
-measures after it has saved the model.
+The facts are kept beside the card as JSON. An export of the folder makes its own card from them, and a run adds the
+figures that it measures after saving the model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cfsp.system.reading import read_json
 log = logging.getLogger(__name__)
 
 CARD, FACTS = "README.md", "cfsp_card.json"
-#: What a card's front matter says of the licence; the last two where it is none that the hub has a name for.
+#: Keys of a card's front matter for the licence; the last two are for licences that the hub has no name for.
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.MULTILINE | re.DOTALL)
 
@@ -70,51 +70,61 @@ _LOADING["padded"] = _LOADING["plain"] + "\nAll layers are as wide as the widest
 
 
 def licence_of(folder: Path) -> dict[str, Any]:
-    """What a model folder's own card states of its licence in the front matter: ``license`` and, of others than the
-    hub's, ``license_name`` and ``license_link``; empty where it states none."""
+    """Return the licence that the front matter of a folder's own model card states.
+
+    Returns:
+        ``license`` and, for a licence that the hub has no name for, ``license_name`` and ``license_link``; empty where
+        the card states none.
+    """
     import yaml
 
     try:
         front = _FRONT.match((folder / CARD).read_text(encoding="utf-8-sig"))
         # BaseLoader: all values are text, so that the licence "no" is not False.
-        found = yaml.load(front[1], Loader=yaml.BaseLoader) if front else {}
+        values = yaml.load(front[1], Loader=yaml.BaseLoader) if front else {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return {key: found[key] for key in _LICENCE_KEYS if found.get(key)} if isinstance(found, dict) else {}
+    return {key: values[key] for key in _LICENCE_KEYS if values.get(key)} if isinstance(values, dict) else {}
 
 
-def card_files(facts: Mapping[str, Any], form: str, name: str) -> dict[str, bytes]:
-    """Card and facts as files: name -> content. ``facts`` as :func:`facts_of_run` gives them."""
+def card_files(facts: Mapping[str, Any], format: str, name: str) -> dict[str, bytes]:
+    """Return the card and its facts as files: name -> content.
+
+    Args:
+        facts: facts from :func:`facts_of_run` or :func:`facts_of_folder`.
+        format: remote_code, plain, padded or decilm.
+        name: name of the folder, as it stands in the commands of the card.
+    """
     return {
-        CARD: model_card(facts, form, name).encode(),
+        CARD: model_card(facts, format, name).encode(),
         FACTS: (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode(),
     }
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Return what is known of a folder; {} of one that no run wrote, and where the facts are damaged."""
+    """Return the facts of a folder; {} where no run wrote the folder, or where the facts are damaged."""
     try:
-        if read_marker(folder) is None:  # a file of that name may be anybody's
+        if read_marker(folder) is None:  # without the marker, a file of this name may be somebody else's
             return {}
-        found = read_json(folder / FACTS, str(folder / FACTS), limit=100_000_000)
-        if isinstance(found, dict):
-            for form in ("plain", "remote_code"):
-                model_card(found, form, folder.name)
-            if "base_model" in found:
-                _step(found)
-            return found
-    except Exception as error:  # any damage: the card then begins with this folder
+        facts = read_json(folder / FACTS, str(folder / FACTS), limit=100_000_000)
+        if isinstance(facts, dict):
+            for format in ("plain", "remote_code"):
+                model_card(facts, format, folder.name)
+            if "base_model" in facts:
+                _step_facts(facts)
+            return facts
+    except Exception as error:  # whatever the damage, the card then starts from this folder
         log.debug("%s cannot be used", folder / FACTS, exc_info=error)
     return {}
 
 
-def write_card(folder: Path, facts: Mapping[str, Any], form: str) -> None:
-    """Replace card and facts of a folder, each atomically.
+def write_card(folder: Path, facts: Mapping[str, Any], format: str) -> None:
+    """Replace the card and the facts of a folder, each atomically.
 
     Raises:
         CheckpointError: they cannot be written.
     """
-    for name, content in card_files(facts, form, folder.name).items():
+    for name, content in card_files(facts, format, folder.name).items():
         try:
             write_bytes(folder / name, content)
         except OSError as error:
@@ -136,14 +146,19 @@ def facts_of_run(
     measurements: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     earlier: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """JSON facts of a run.
+    """Return the facts of a run, as JSON values.
 
     Args:
-        base_model: a name, not a place: the folder may be given to others.
+        base_model: name of the base model. A path would not do, because the folder may be given to others.
+        hub_id: id of the base model on the hub; None where it has none.
+        licence: licence as :func:`licence_of` returns it.
         plan: the run's PruningPlan.
-        measurements: side -> rows as the record has them.
-        earlier: the facts of the model that the run started from, where that was pruned already: base model, licence
-            and the parameters before are those of the first one, and what was done is told step by step.
+        calibration: name, number of samples and sequence length of the calibration set.
+        state: pruned, compensated or recovered.
+        recovery: name of the recovery; None where there was none.
+        measurements: side -> figures as the record holds them.
+        earlier: facts of the model that the run started from, where that was pruned already. Base model, licence and
+            the parameters before pruning are then those of the first model, and the steps are listed one by one.
     """
     kept = ("suite", "task", "metric", "value", "stderr", "n", "seq_len", "num_fewshot", "unit")
     first = earlier if earlier and "base_model" in earlier else {}
@@ -155,7 +170,7 @@ def facts_of_run(
         "base_model": base_model,
         "hub_id": hub_id,
         "licence": dict(licence),
-        "earlier": [*first.get("earlier", ()), _step(first)] if first else [],
+        "earlier": [*first.get("earlier", ()), _step_facts(first)] if first else [],
         "method": plan.method.get("name"),
         "requested": plan.requested,
         "achieved": plan.achieved,
@@ -172,30 +187,36 @@ def facts_of_run(
     }
 
 
-def _step(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _step_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {key: facts[key] for key in ("method", "requested", "achieved", "calibration", "recovery")}
 
 
 def facts_of_folder(folder: Path) -> dict[str, Any]:
-    """Those of a folder that a run wrote, else what the folder's own card says of the licence."""
+    """Return the facts of a folder that a run wrote; otherwise the licence that the folder's own card states."""
     return read_facts(folder) or {"licence": licence_of(folder)}
 
 
-def model_card(facts: Mapping[str, Any], form: str, name: str) -> str:
-    """Markdown with the front matter of a hub card; ``form``: remote_code, plain, padded or decilm."""
+def model_card(facts: Mapping[str, Any], format: str, name: str) -> str:
+    """Return the model card: Markdown with the front matter of a hub card.
+
+    Args:
+        facts: facts from :func:`facts_of_run` or :func:`facts_of_folder`.
+        format: remote_code, plain, padded or decilm.
+        name: name of the folder, as it stands in the commands of the card.
+    """
     pruned = "method" in facts
     vllm = _NOT_VLLM if pruned and _lacks_attention(facts) else _VLLM
-    loading = _LOADING[form].format(name=name, vllm=vllm.format(name=name))
+    loading = _LOADING[format].format(name=name, vllm=vllm.format(name=name))
     licence = facts.get("licence") or {}
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if facts.get("hub_id"):
         front["base_model"] = facts["hub_id"]
     front |= licence
     if not pruned:
-        return "\n".join([_front(front), f"# {name}", "", "## Loading", "", loading])
+        return "\n".join([_front_matter(front), f"# {name}", "", "## Loading", "", loading])
     front["tags"] = ["pruning", "structured-pruning", "cfsp"]
     facts = in_markdown(facts)
-    base, parameters, steps = facts["base_model"], facts["parameters"], [*facts.get("earlier", ()), _step(facts)]
+    base, parameters, steps = facts["base_model"], facts["parameters"], [*facts.get("earlier", ()), _step_facts(facts)]
     scope = facts["requested"].get("scope", "ffn")
     pruned_to = f"{facts['achieved']['ratio']:.1%} of the {scope} parameters pruned"
     if len(steps) > 1:
@@ -205,20 +226,20 @@ def model_card(facts: Mapping[str, Any], form: str, name: str) -> str:
     after = f"; recovered by {facts['recovery']}" if facts.get("recovery") and len(steps) == 1 else ""
     how = f"method `{facts['method']}`" if len(steps) == 1 else f"{len(steps)} steps"
     lines = [
-        _front(front),
+        _front_matter(front),
         f"# {base}, {pruned_to}",
         "",
         f"{base} after structured pruning with cfsp ({how}){after}: "
         f"{parameters['before']:,} parameters before, {parameters['after']:,} after.",
         "",
-        *(_told(step, at if len(steps) > 1 else 0) for at, step in enumerate(steps, 1)),
+        *(_step_line(step, at if len(steps) > 1 else 0) for at, step in enumerate(steps, 1)),
         f"- FFN neurons of each layer: {' '.join(str(width) for width in facts['widths'])}",
         f"- KV groups of each layer: {' '.join(str(groups) for groups in facts['kv_groups'])}",
         f"- licence: {licence.get('license_name') or licence['license']}, of the base model"
         if licence.get("license")
         else "- licence: that of the base model, whose folder does not state it",
         "",
-        *_measured(facts.get("measurements") or {}),
+        *_measurement_lines(facts.get("measurements") or {}),
         "## Loading",
         "",
         loading,
@@ -226,38 +247,38 @@ def model_card(facts: Mapping[str, Any], form: str, name: str) -> str:
     return "\n".join(lines)
 
 
-def _front(values: Mapping[str, Any]) -> str:
+def _front_matter(values: Mapping[str, Any]) -> str:
     import yaml
 
     return f"---\n{yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)}---\n"
 
 
-def _told(step: Mapping[str, Any], number: int) -> str:
-    """What a step was asked for, and what it was calibrated on; ``number`` 0: it is the only one."""
+def _step_line(step: Mapping[str, Any], number: int) -> str:
+    """Describe what a step was asked for and calibrated on; ``number`` 0: there is only one step."""
     requested = step["requested"]
-    asked = (
+    request = (
         f"{requested.get('ratio')} of the {requested.get('scope', 'ffn')} parameters; widths in multiples of "
         f"{requested.get('round_to')}"
     )
-    calibration = _calibration(step["calibration"])
+    calibration = _calibration_text(step["calibration"])
     if not number:
-        return f"- requested: {asked}\n- calibration: {calibration}"
+        return f"- requested: {request}\n- calibration: {calibration}"
     recovered = f"; recovered by {step['recovery']}" if step.get("recovery") else ""
-    return f"- step {number}: method `{step['method']}`; requested: {asked}; calibration: {calibration}{recovered}"
+    return f"- step {number}: method `{step['method']}`; requested: {request}; calibration: {calibration}{recovered}"
 
 
 def _lacks_attention(facts: Mapping[str, Any]) -> bool:
-    """Whether a layer that is there has no attention (one without both is not there)."""
+    """Return whether a layer has an FFN but no attention; a layer without both is not in the model."""
     return any(width and not groups for width, groups in zip(facts["widths"], facts["kv_groups"], strict=True))
 
 
-def _calibration(found: Mapping[str, Any]) -> str:
-    known = {"n_samples", "seq_len"} <= found.keys()
-    sizes = f"{found['n_samples']} windows of {found['seq_len']} tokens" if known else ""
-    return ", ".join(part for part in (str(found.get("name", "")), sizes) if part) or "none"
+def _calibration_text(calibration: Mapping[str, Any]) -> str:
+    known = {"n_samples", "seq_len"} <= calibration.keys()
+    sizes = f"{calibration['n_samples']} windows of {calibration['seq_len']} tokens" if known else ""
+    return ", ".join(part for part in (str(calibration.get("name", "")), sizes) if part) or "none"
 
 
-def _measured(measurements: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+def _measurement_lines(measurements: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     sides = [side for side in ("dense", "pruned", "recovered") if measurements.get(side)]
     rows: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
     for side in sides:
@@ -266,16 +287,20 @@ def _measured(measurements: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[s
     if not rows:
         return []
     lines = ["## Measured", "", f"| | {' | '.join(sides)} |", f"| --- | {' | '.join('--:' for _ in sides)} |"]
-    for (_, task, metric), found in rows.items():
-        one = next(iter(found.values()))
-        notes = [f"windows of {one['seq_len']}"] if metric == "perplexity" else [f"n={one['n']}"]
-        notes += [f"{one['num_fewshot']}-shot"] if one.get("num_fewshot") is not None and metric != "perplexity" else []
-        cells = [_value(found.get(side)) for side in sides]
+    for (_, task, metric), by_side in rows.items():
+        figure = next(iter(by_side.values()))
+        notes = [f"windows of {figure['seq_len']}"] if metric == "perplexity" else [f"n={figure['n']}"]
+        notes += (
+            [f"{figure['num_fewshot']}-shot"]
+            if figure.get("num_fewshot") is not None and metric != "perplexity"
+            else []
+        )
+        cells = [_value_text(by_side.get(side)) for side in sides]
         lines.append(f"| {task}, {metric} ({', '.join(notes)}) | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
-def _value(row: Mapping[str, Any] | None) -> str:
+def _value_text(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return ""
     spread = f" ± {row['stderr']:.3f}" if row.get("stderr") else ""

@@ -1,4 +1,4 @@
-"""What can be refused before a run starts: a model that the asked format will not hold once it is pruned."""
+"""Check before a run that the requested export format can hold the model once it is pruned."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ log = logging.getLogger(__name__)
 
 
 def check_exportable(source: ModelSource, config: RunConfig, view: DecoderView) -> None:
-    """Refuse a format that cannot hold what the pruner will make of the model.
+    """Refuse a format that cannot hold the model that the pruner will give.
+
+    Args:
+        source: the base model.
+        config: the run's configuration.
+        view: view of the base model.
 
     Raises:
-        CfspError: names save.format and why.
+        CfspError: names save.format and the reason.
     """
-    form, pruner = config.save.format, config.pruner.instance
-    if form == "hf":
+    format, pruner = config.save.format, config.pruner.instance
+    if format == "hf":
         return
     from cfsp.export import decilm, gguf, padded
     from cfsp.export.folder import read_source
@@ -33,17 +38,17 @@ def check_exportable(source: ModelSource, config: RunConfig, view: DecoderView) 
         log.warning(
             "save.format=%s: biased_projections: not stated by this pruner (pruner=%s); where its plan adds a bias "
             "that the format cannot hold, the export at the end of the run says so",
-            form, pruner.name,
+            format, pruner.name,
         )  # fmt: skip
     added = [name for name in biases or () if name not in folder.biased]
     instead = "use save.format=hf, or pruner.compensation=none"
-    if form == "decilm":
+    if format == "decilm":
         decilm.check(folder)
         if added:
             raise ConfigError(
                 "save.format=decilm: pruner.compensation=bias adds biases, for which DeciLM has no place; " + instead
             )
-    elif form == "padded":
+    elif format == "padded":
         padded.check(folder)
         lacking = [name for name in added if not padded.holds_bias(folder, name)]
         if lacking:
@@ -65,7 +70,7 @@ def check_exportable(source: ModelSource, config: RunConfig, view: DecoderView) 
         if not folder.tied and not equal:
             may = "keeps_blocks_equal: not stated by this pruner" if equal is None else "may leave such"
             raise ConfigError(
-                f"save.format=gguf: llama.cpp has no form for a qwen3 model with unequal blocks whose LM head is not "
-                f"the embedding, and pruner={pruner.name} {may}; use save.format=padded, and export that "
+                "save.format=gguf: llama.cpp has no architecture for a qwen3 model with unequal blocks whose LM head "
+                f"is not the embedding, and pruner={pruner.name} {may}; use save.format=padded, and export that "
                 "folder as gguf, or prune all blocks alike (allocator=uniform sparsity.rounding=nearest)"
             )

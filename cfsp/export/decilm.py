@@ -1,8 +1,9 @@
-"""The layout of DeciLM (nemotron-nas): vLLM has a class for it, and llama.cpp's converter reads it.
+"""DeciLM export (nemotron-nas): a layout that vLLM has a class for and that llama.cpp's converter reads.
 
-vLLM and the converter both take a width from ``ffn_mult``, as the next multiple of 256, so widths are filled up to it
-with zero neurons. The number of query heads is one for all layers, so missing KV groups are filled up too. A layer
-without attention is a no-op, except the first, which vLLM cannot do without; a missing FFN is a small one of zeros.
+vLLM and the converter both derive a width from ``ffn_mult`` and round it up to a multiple of 256, so widths are filled
+up to such multiples with zero neurons. The number of query heads is the same for all layers, so missing KV groups are
+filled up too. A layer without attention is a no-op, except for the first one, whose attention vLLM needs. An FFN of
+zeros stands for a missing one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from cfsp.export.folder import ModelFolder, check_there
 from cfsp.export.plain_folder import write_plain_folder
 from cfsp.export.result import Exported
 
-#: Both readers round a width up to it.
+#: Multiple to which both readers round a width up.
 MULTIPLE = 256
 _CONFIGURATION = '''\
 """Configuration of a DeciLM folder: `block_configs` as objects, which vLLM reads by attribute."""
@@ -50,9 +51,10 @@ class DeciLMConfig(LlamaConfig):
 
 
 def check(source: ModelFolder) -> None:
-    """
+    """Check from headers alone that the layout can hold the model.
+
     Raises:
-        UnsupportedModelError: the layout cannot hold the model; names the family or the layer and why.
+        UnsupportedModelError: it cannot; names the family or the layer, and the reason.
         CheckpointError: the folder is not whole.
     """
     check_there(source)
@@ -74,10 +76,17 @@ def check(source: ModelFolder) -> None:
 
 
 def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, multiple: int = MULTIPLE) -> Exported:
-    """Write the folder ``to``, all or nothing; ``multiple``: of the widths, a multiple of 256.
+    """Write the model to the folder ``to``, all or nothing.
+
+    Args:
+        source: the model folder.
+        to: folder to write; one that cfsp wrote earlier is replaced.
+        dtype: dtype of the tensors; None: as they are stored.
+        multiple: multiple to which FFN widths are filled up; itself a multiple of 256.
 
     Raises:
-        UnsupportedModelError: see :func:`check`. CheckpointError: it cannot be written.
+        UnsupportedModelError: as :func:`check`.
+        CheckpointError: the folder is not whole, or ``to`` cannot be written.
     """
     check(source)
     _, heads, kv_heads = sizes(source.layers)
@@ -107,7 +116,7 @@ def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, m
     for index, sized in enumerate(wanted):
         tensors += layer_tensors(source, index, sized)
     files = {"configuration_decilm.py": _CONFIGURATION.encode()}
-    size = write_plain_folder(source, to, config, tensors, dtype=dtype, form="decilm", files=files)
+    size = write_plain_folder(source, to, config, tensors, dtype=dtype, format="decilm", files=files)
     return Exported(to, "decilm", size, filled_up(source, wanted))
 
 

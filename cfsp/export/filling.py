@@ -1,7 +1,7 @@
-"""A layer's tensors with zero neurons and zero heads filled up to wanted sizes: the function stays exactly the same.
+"""Filling up the tensors of a layer with zero neurons and zero heads; the function of the model stays exactly the same.
 
-A zero neuron (a zero row of gate and up, a zero column of down) adds nothing; a zero KV group attends evenly to zero
-values. What pruning took away as a whole is a submodule of zeros with its norm at one.
+A zero neuron (a zero row of gate and up, a zero column of down) adds nothing, and a zero KV group attends evenly to
+values of zero. A submodule that pruning removed becomes one of zeros whose norm is one.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ from cfsp.export.folder import Layer, ModelFolder, projections
 
 @dataclass(frozen=True)
 class Wanted:
-    """The sizes of a layer to be written; 0 neurons or heads: the submodule is left out, its norm too.
+    """Sizes of a layer as it is written; with 0 neurons or heads the submodule and its norm are left out.
 
-    biases: projections within the layer that get a bias, of zeros where the model has none ("mlp.down_proj").
+    Attributes:
+        width: FFN neurons.
+        heads: query heads.
+        kv_heads: KV heads.
+        biases: projections within the layer ("mlp.down_proj") that get a bias, zero where the model has none.
     """
 
     width: int
@@ -30,7 +34,14 @@ class Wanted:
 
 @dataclass(frozen=True)
 class LayerTensor:
-    """A tensor to be written: its full name, its shape, and what of it is there (None: zeros, or ones of a norm)."""
+    """Tensor to be written.
+
+    Attributes:
+        name: full name.
+        shape: shape as it is written, at least as large as the stored one.
+        stored: name of the stored tensor; None: there is none.
+        fill: value of the whole tensor where nothing is stored: 0, or 1 for a norm.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -38,7 +49,7 @@ class LayerTensor:
     fill: float = 0.0
 
     def value(self, source: ModelFolder) -> Tensor:
-        """The stored values in the first places of each dimension, ``fill`` in the rest."""
+        """Return the tensor: stored values at the start of each dimension, zeros after them."""
         if self.stored is None:
             return torch.full(self.shape, self.fill, dtype=source.dtype)
         stored = source.read(self.stored)
@@ -50,31 +61,33 @@ class LayerTensor:
 
 
 def layer_tensors(source: ModelFolder, index: int, wanted: Wanted) -> Iterator[LayerTensor]:
-    """The tensors of layer ``index`` in the sizes of ``wanted``, which are at least those that are there.
+    """Yield the tensors of layer ``index`` in the sizes of ``wanted``, which are at least the stored ones.
 
-    Zeros (a norm: ones) stand for what the layer says it does not have, and for nothing else.
+    Zeros (ones for a norm) stand only for submodules and biases that the layer says it does not have.
     """
     layer, prefix = source.layers[index], f"model.layers.{index}."
-    there = {"self_attn": layer.heads > 0, "mlp": layer.width > 0}
+    has_submodule = {"self_attn": layer.heads > 0, "mlp": layer.width > 0}
     for name, shape in projections(source, wanted.width, wanted.heads, wanted.kv_heads).items():
-        stored = there[name.partition(".")[0]]
+        stored = has_submodule[name.partition(".")[0]]
         yield _tensor(f"{prefix}{name}.weight", shape, stored=stored)
-        own = name in source.biased
-        if own or name in wanted.biases:
-            yield _tensor(f"{prefix}{name}.bias", shape[:1], stored=stored and (own or name in layer.added_bias))
+        always_biased = name in source.biased
+        if always_biased or name in wanted.biases:
+            yield _tensor(
+                f"{prefix}{name}.bias", shape[:1], stored=stored and (always_biased or name in layer.added_bias)
+            )
     if wanted.heads and source.family == "qwen3":
         for name in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
-            yield _tensor(prefix + name, (source.head_dim,), stored=there["self_attn"], fill=1.0)
+            yield _tensor(prefix + name, (source.head_dim,), stored=has_submodule["self_attn"], fill=1.0)
     for norm, submodule, n in (
         ("input_layernorm", "self_attn", wanted.heads),
         ("post_attention_layernorm", "mlp", wanted.width),
     ):
         if n:
-            yield _tensor(f"{prefix}{norm}.weight", (source.hidden,), stored=there[submodule], fill=1.0)
+            yield _tensor(f"{prefix}{norm}.weight", (source.hidden,), stored=has_submodule[submodule], fill=1.0)
 
 
 def other_tensors(source: ModelFolder) -> Iterator[LayerTensor]:
-    """The tensors outside of the layers: embedding, final norm, LM head (not a tied one)."""
+    """Yield the tensors outside of the layers: embedding, final norm and LM head, unless the head is tied."""
     vocabulary = int(source.config["vocab_size"])
     yield _tensor("model.embed_tokens.weight", (vocabulary, source.hidden))
     yield _tensor("model.norm.weight", (source.hidden,))
@@ -83,7 +96,7 @@ def other_tensors(source: ModelFolder) -> Iterator[LayerTensor]:
 
 
 def filled_up(source: ModelFolder, wanted: list[Wanted]) -> tuple[str, ...]:
-    """Sentences on what is filled up with zeros, for the user."""
+    """Return sentences for the user on what is filled up with zeros."""
     neurons = sum(max(0, w.width - layer.width) for w, layer in zip(wanted, source.layers, strict=True))
     groups = sum(max(0, w.kv_heads - layer.kv_heads) for w, layer in zip(wanted, source.layers, strict=True))
     notes = []
@@ -97,12 +110,12 @@ def filled_up(source: ModelFolder, wanted: list[Wanted]) -> tuple[str, ...]:
 
 
 def up_to(width: int, multiple: int) -> int:
-    """The next multiple of ``multiple`` from ``width`` on."""
+    """Return ``width`` rounded up to a multiple of ``multiple``."""
     return -(-width // multiple) * multiple
 
 
 def sizes(layers: tuple[Layer, ...]) -> tuple[int, int, int]:
-    """(FFN neurons, query heads, KV heads): the largest of all layers."""
+    """Return the largest (FFN neurons, query heads, KV heads) of all layers."""
     most = max(layers, key=lambda layer: layer.heads)
     return max(layer.width for layer in layers), most.heads, most.kv_heads
 

@@ -1,4 +1,7 @@
-"""What an export starts from: a model folder, pruned or dense; sizes of each layer, tensors read one by one."""
+"""Source of an export: a model folder, pruned or dense, with the sizes of each layer.
+
+Tensors are read one at a time.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +22,29 @@ from cfsp.weights.fit import is_computed
 from cfsp.weights.shards import Shards
 from cfsp.weights.source import ModelSource, locate
 
-#: What a pruned folder's config.json has beside the base architecture's own keys.
+#: Keys that pruning adds to config.json of the base architecture.
 _PRUNED_KEYS = ("per_layer_config", "allow_global_per_layer_attribute_access", "added_bias", "auto_map")
-_OF_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-_OF_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-#: Family -> the projections that always have a bias there; those that have one where a key of config.json is true.
-_ALWAYS_BIASED: Mapping[str, tuple[str, ...]] = {"qwen2": _OF_ATTENTION[:3]}
+_ATTENTION_PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_MLP_PROJECTIONS = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+#: Family -> projections that always have a bias.
+_ALWAYS_BIASED: Mapping[str, tuple[str, ...]] = {"qwen2": _ATTENTION_PROJECTIONS[:3]}
+#: Family -> key of config.json -> projections that have a bias where the key is true.
 _BIASED_BY_KEY: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "llama": {"attention_bias": _OF_ATTENTION, "mlp_bias": _OF_MLP},
-    "qwen3": {"attention_bias": _OF_ATTENTION},
+    "llama": {"attention_bias": _ATTENTION_PROJECTIONS, "mlp_bias": _MLP_PROJECTIONS},
+    "qwen3": {"attention_bias": _ATTENTION_PROJECTIONS},
 }
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Sizes of one layer: FFN neurons (0: no FFN), query and KV heads (0: no attention), added output biases.
+    """Sizes of one layer.
 
-    added_bias: names within the layer ("mlp.down_proj", "self_attn.o_proj") of projections that carry a bias which the
-    base architecture would not give them.
+    Attributes:
+        width: FFN neurons; 0: no FFN.
+        heads: query heads; 0: no attention.
+        kv_heads: KV heads; 0: no attention.
+        added_bias: projections within the layer ("mlp.down_proj", "self_attn.o_proj") with a bias that the base
+            architecture would not give them.
     """
 
     width: int
@@ -47,11 +55,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model folder of a LLaMA-like family.
+    """Model folder of a LLaMA-like family.
 
-    family: the base architecture's model_type (llama, mistral, qwen2, qwen3); config: config.json as that architecture
-    has it, without what pruning added (its intermediate_size and head counts are the global ones); dtype: what the
-    tensors are stored in; shapes: of the tensors that are there.
+    Attributes:
+        source: the model as it was located.
+        family: model_type of the base architecture: llama, mistral, qwen2 or qwen3.
+        config: config.json of the base architecture, without the keys that pruning added; its intermediate_size and
+            head counts are the global ones.
+        layers: sizes of each layer.
+        shards: the safetensors files.
+        dtype: dtype of the stored tensors.
+        shapes: name -> shape of the stored tensors.
     """
 
     source: ModelSource
@@ -64,53 +78,65 @@ class ModelFolder:
 
     @property
     def folder(self) -> Path:
+        """Return the path of the folder."""
         return self.source.folder
 
     @property
     def hidden(self) -> int:
+        """Return the hidden size."""
         return int(self.config["hidden_size"])
 
     @property
     def head_dim(self) -> int:
+        """Return the size of an attention head."""
         return int(self.config.get("head_dim") or self.hidden // self.config["num_attention_heads"])
 
     @property
     def tied(self) -> bool:
-        """The LM head is the embedding: config.json says so (all families: only where it does), and none is stored."""
+        """Return whether the LM head is the embedding: config.json says so, and no head is stored."""
         return bool(self.config.get("tie_word_embeddings")) and not self.has("lm_head.weight")
 
     @property
     def biased(self) -> tuple[str, ...]:
-        """The projections ("mlp.down_proj") that the base architecture gives a bias in every layer."""
+        """Return the projections ("mlp.down_proj") that the base architecture gives a bias in every layer."""
         by_key = _BIASED_BY_KEY.get(self.family, {})
         stated = tuple(name for key, names in by_key.items() if self.config.get(key) for name in names)
         return (*_ALWAYS_BIASED.get(self.family, ()), *stated)
 
     @property
     def dense(self) -> bool:
-        """Nobody has pruned it here: a folder of the base architecture without cfsp's mark."""
+        """Return whether the folder is one of the base architecture that cfsp has not pruned."""
         stock = self.source.config.get("model_type") == self.family
         return stock and self.source.state in (None, "dense")
 
     @property
     def uniform(self) -> bool:
-        """All layers are alike, and nothing of them is missing or added."""
+        """Return whether all layers have equal sizes, and nothing in them is missing or added."""
         first = self.layers[0]
         return first.width > 0 and first.heads > 0 and not first.added_bias and set(self.layers) == {first}
 
     def read(self, name: str) -> Tensor:
-        """One tensor as it is stored, on the CPU (``model.layers.0.mlp.up_proj.weight``)."""
+        """Read a tensor as it is stored, on the CPU.
+
+        Args:
+            name: full name, e.g. ``model.layers.0.mlp.up_proj.weight``.
+        """
         return self.shards.read(name)
 
     def has(self, name: str) -> bool:
+        """Return whether a tensor of this full name is stored."""
         return name in self.shapes
 
 
 def read_folder(path: str | Path) -> ModelFolder:
-    """Read structure and headers of ``path``: a model folder, or a run's OUT, whose ``model`` is meant.
+    """Read the structure and the headers of a model folder.
+
+    Args:
+        path: model folder, or the OUT of a run, whose ``model`` is then read.
 
     Raises:
-        CheckpointError: missing, incomplete or damaged. UnsupportedModelError: a family that no export knows.
+        CheckpointError: the folder is missing, incomplete or damaged.
+        UnsupportedModelError: no export knows the family.
     """
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
@@ -123,10 +149,11 @@ def read_folder(path: str | Path) -> ModelFolder:
 
 
 def read_source(source: ModelSource) -> ModelFolder:
-    """The same of a model that was located.
+    """Read the structure and the headers of a model that was located.
 
     Raises:
-        CheckpointError, UnsupportedModelError: as :func:`read_folder`.
+        CheckpointError: as :func:`read_folder`.
+        UnsupportedModelError: as :func:`read_folder`.
     """
     shards = Shards(source.folder)
     if source.config.get("tie_word_embeddings") and _has_own_head(shards):
@@ -144,7 +171,7 @@ def read_source(source: ModelSource) -> ModelFolder:
     if model_type.startswith(PRUNED_PREFIX):
         config["architectures"] = [name.removeprefix("Pruned") for name in config.get("architectures", [])]
     if not model_type.startswith(PRUNED_PREFIX) and (per_layer or added):
-        # The stock class would ignore them, build whole layers and fill what is missing with random weights.
+        # The stock class would ignore these keys, build whole layers and fill missing tensors with random weights.
         key = "per_layer_config" if per_layer else "added_bias"
         raise UnsupportedModelError(
             f"{source.origin}: config.json has {key} beside model_type={model_type}, whose layers are all alike; save "
@@ -155,15 +182,15 @@ def read_source(source: ModelSource) -> ModelFolder:
 
 
 def _has_own_head(shards: Shards) -> bool:
-    """Whether an LM head is stored that is not the embedding; config.json may say otherwise."""
+    """Return whether an LM head is stored that differs from the embedding; config.json may say otherwise."""
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     return head in shards and embedding in shards and not shards.equal(head, embedding)
 
 
 def check_there(source: ModelFolder) -> None:
-    """See that every tensor which config.json asks for is stored, in the shape it says; no weight is read.
+    """Check that every tensor which config.json asks for is stored, in the shape that it says; no weight is read.
 
-    What is filled up or left out of an export is decided by what the layers say, so a tensor that is merely missing
+    The layers decide what is filled up or left out of an export. Without this check a tensor that is merely missing
     would become zeros without a word.
 
     Raises:
@@ -172,10 +199,14 @@ def check_there(source: ModelFolder) -> None:
     expected, dtypes = dict(_expected(source)), source.shards.dtypes
     for name, shape in expected.items():
         if not source.has(name):
-            bare = name.removeprefix("model.")
-            other = f" ({bare} is there: it was saved without its LM head)" if bare != name and source.has(bare) else ""
+            bare_name = name.removeprefix("model.")
+            hint = (
+                f" ({bare_name} is there: it was saved without its LM head)"
+                if bare_name != name and source.has(bare_name)
+                else ""
+            )
             raise CheckpointError(
-                f"{source.folder}: lacks {name}, which its config.json asks for{other}; save the model again, as a "
+                f"{source.folder}: lacks {name}, which its config.json asks for{hint}; save the model again, as a "
                 "causal language model"
             )
         if source.shapes[name] != shape:
@@ -187,16 +218,16 @@ def check_there(source: ModelFolder) -> None:
                 f"{source.folder}: {name} is stored as {dtypes[name]} where a weight is a float: quantised "
                 "or damaged; fetch the model again"
             )
-    extra = [
+    unexpected = [
         name
         for name, shape in source.shapes.items()
         if name not in expected and name != "lm_head.weight" and not is_computed(name, shape)
     ]
-    if extra:
+    if unexpected:
         raise CheckpointError(
-            f"{source.folder}: {len(extra):,} tensors have no place in the {source.family} that config.json describes, "
-            f"first {extra[0]}; config.json lacks a setting (e.g. attention_bias=true), or the weights are another "
-            "model's"
+            f"{source.folder}: {len(unexpected):,} tensors have no place in the {source.family} that config.json "
+            f"describes, first {unexpected[0]}; config.json lacks a setting (e.g. attention_bias=true), or the weights "
+            "are another model's"
         )
 
 
@@ -222,14 +253,14 @@ def _expected(source: ModelFolder) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def projections(source: ModelFolder, width: int, heads: int, kv_heads: int) -> dict[str, tuple[int, int]]:
-    """The matrices of a layer of these sizes ("mlp.down_proj"), and their shapes; 0: without that submodule."""
+    """Return the shapes of a layer's matrices by name ("mlp.down_proj"); with size 0 the submodule is left out."""
     hidden, size = source.hidden, source.head_dim
     queries, keys = heads * size, kv_heads * size
-    of_attention = dict(
-        zip(_OF_ATTENTION, ((queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)), strict=True)
+    attention = dict(
+        zip(_ATTENTION_PROJECTIONS, ((queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)), strict=True)
     )
-    of_mlp = dict(zip(_OF_MLP, ((width, hidden), (width, hidden), (hidden, width)), strict=True))
-    return {**(of_attention if heads else {}), **(of_mlp if width else {})}
+    mlp = dict(zip(_MLP_PROJECTIONS, ((width, hidden), (width, hidden), (hidden, width)), strict=True))
+    return {**(attention if heads else {}), **(mlp if width else {})}
 
 
 def _layer(config: Mapping[str, Any], entry: Mapping[str, Any], added: tuple[str, ...]) -> Layer:

@@ -1,4 +1,4 @@
-"""A model folder as one GGUF file for llama.cpp, LM Studio, Ollama and the like, written tensor by tensor."""
+"""GGUF export: a model folder as one file for llama.cpp, LM Studio, Ollama and similar, written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import cfsp
 from cfsp.checkpoint.reference import copy_reference, is_reference, place_of
 from cfsp.errors import CheckpointError, ConfigError
 from cfsp.export.folder import ModelFolder
-from cfsp.export.gguf_layout import CHUNK, GgufTensor, Layout, lay_out, model_config
+from cfsp.export.gguf_layout import CHUNK, Layout, lay_out, model_config
+from cfsp.export.gguf_tensors import GgufTensor
 from cfsp.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from cfsp.export.result import Exported
 from cfsp.system.leftovers import held
@@ -25,13 +26,13 @@ if TYPE_CHECKING:
     import gguf
 
 GgufDType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
-#: What "auto" is for a folder of that dtype.
+#: Dtype of a folder -> dtype that "auto" stands for.
 _AUTO = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 #: llama.cpp's general.file_type.
 _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}
-#: llama.cpp's AVX-512 loops over these take so many values at a time and the rest of a row one by one.
+#: Values that llama.cpp's AVX-512 loops take at a time; they take the rest of a row one by one.
 _STEPS = {"f16": 64, "bf16": 64}
-#: In the metadata, near the start of the file: it is ours and may be replaced.
+#: Key in the metadata, near the start of the file, by which cfsp recognises a file that it may replace.
 _MARKER = "cfsp.version"
 _MARKED_WITHIN = 1024
 #: Elements that are converted at a time.
@@ -40,7 +41,12 @@ _PIECE = 1 << 22
 
 @dataclass(frozen=True)
 class _Outgoing:
-    """A tensor and what it is stored as: f32, f16, bf16 or q8_0."""
+    """Tensor to be written.
+
+    Attributes:
+        tensor: name, shape and source of the tensor.
+        dtype: dtype in the file: f32, f16, bf16 or q8_0.
+    """
 
     tensor: GgufTensor
     dtype: str
@@ -60,11 +66,17 @@ class _Outgoing:
 
 
 def check(source: ModelFolder, dtype: GgufDType = "auto", *, multiple: int | None = None) -> None:
-    """See from headers and small files alone that :func:`export` can write the model.
+    """Check from headers and small files alone that :func:`export` can write the model.
+
+    Args:
+        source: the model folder.
+        dtype: dtype of the matrices; "auto": that of the folder.
+        multiple: multiple to which FFN widths are filled up; None: as :func:`export` chooses it.
 
     Raises:
-        ConfigError: the dtype or the multiple. UnsupportedModelError: llama.cpp cannot hold the model or its
-            tokenizer; names the block or the file. CheckpointError: the folder is not whole.
+        ConfigError: the dtype or the multiple is not possible.
+        UnsupportedModelError: llama.cpp cannot hold the model or its tokenizer; names the block or the file.
+        CheckpointError: the folder is not whole.
     """
     _prepare(source, dtype, multiple)
 
@@ -72,13 +84,20 @@ def check(source: ModelFolder, dtype: GgufDType = "auto", *, multiple: int | Non
 def export(source: ModelFolder, to: Path, *, dtype: GgufDType = "auto", multiple: int | None = None) -> Exported:
     """Write ``source`` to the file ``to``, all or nothing; a file that cfsp wrote earlier is replaced.
 
-    Norms and biases stay float32; dtype is that of the matrices ("auto": the folder's own). FFN widths are filled up
-    to multiples of ``multiple``: None: those of full speed, 64 in f16 and bf16, else 32; 256 suits files that
-    llama-quantize turns into K-quants. The folder's reference goes beside the file.
+    Norms and biases stay float32. The folder's reference is copied to a file beside it.
+
+    Args:
+        source: the model folder.
+        to: file to write, named ``*.gguf``.
+        dtype: dtype of the matrices; "auto": that of the folder.
+        multiple: multiple to which FFN widths are filled up. None: the one at which llama.cpp is fastest, 64 for f16
+            and bf16, otherwise 32. 256 suits files that llama-quantize turns into K-quants.
 
     Raises:
-        CheckpointError: the file exists and is not ours, cannot be written, or the disk is full; a value is too large
-            for f16. The others are those of :func:`check`.
+        CheckpointError: the file exists and was not written by cfsp, it cannot be written, the disk is full, or a value
+            is too large for f16.
+        ConfigError: as :func:`check`.
+        UnsupportedModelError: as :func:`check`.
     """
     to = Path(to)
     check_file(to)
@@ -90,7 +109,7 @@ def export(source: ModelFolder, to: Path, *, dtype: GgufDType = "auto", multiple
         scratch.touch()
         with held(scratch):
             _write(scratch, to.stem, source, layout, vocabulary, tensors, stored)
-            copy_reference(source.folder, to)  # a full disk meets it before the file has its name
+            copy_reference(source.folder, to)  # before the rename, so that a full disk leaves the earlier file
             os.replace(scratch, to)
     except OSError as error:
         raise CheckpointError(
@@ -107,14 +126,14 @@ def export(source: ModelFolder, to: Path, *, dtype: GgufDType = "auto", multiple
 
 
 def check_file(to: Path) -> None:
-    """Refuse to replace what cfsp did not write, the reference beside the file included.
+    """Refuse to replace a file that cfsp did not write, or such a reference beside it.
 
     Raises:
         CheckpointError: names the file.
     """
     if to.is_dir():
         raise CheckpointError(f"{to}: is a folder; give the file to write, e.g. {to / 'model.gguf'}")
-    if to.suffix != ".gguf":  # the reference's place goes by it, and programs on llama.cpp do
+    if to.suffix != ".gguf":  # the place of the reference depends on the suffix, as do programs on llama.cpp
         raise CheckpointError(f"{to}: a GGUF file is named *.gguf; give {to.with_name(to.name + '.gguf')}")
     reference = place_of(to)
     if reference.exists() and not is_reference(reference):
@@ -144,18 +163,22 @@ def _prepare(source: ModelFolder, dtype: GgufDType, multiple: int | None) -> tup
 
 
 def _stored_as(tensor: GgufTensor, dtype: str) -> str:
-    """llama.cpp wants what has one dimension in f32; q8_0 holds whole chunks of a row."""
+    """Return the dtype of a tensor in the file.
+
+    llama.cpp wants tensors of one dimension in f32, and q8_0 holds only rows of whole chunks.
+    """
     if len(tensor.shape) == 1:
         return "f32"
     return "f16" if dtype == "q8_0" and tensor.shape[-1] % CHUNK else dtype
 
 
 def _dtype_notes(tensors: list[_Outgoing], dtype: str) -> tuple[str, ...]:
-    other = [one for one in tensors if one.dtype == "f16" and dtype == "q8_0"]
-    if not other:
+    fallen_back = [outgoing for outgoing in tensors if outgoing.dtype == "f16" and dtype == "q8_0"]
+    if not fallen_back:
         return ()
     return (
-        f"{len(other)} matrices whose rows are no multiple of {CHUNK} are f16, not q8_0, e.g. {other[0].tensor.name}.",
+        f"{len(fallen_back)} matrices whose rows are not a multiple of {CHUNK} are f16, not q8_0, e.g. "
+        f"{fallen_back[0].tensor.name}.",
     )
 
 
@@ -180,8 +203,10 @@ def _write(
     for key, value in layout.values.items():
         _add(writer, f"{layout.architecture}.{key}", value)
     vocabulary.write(writer)
-    for one in tensors:
-        writer.add_tensor_info(one.tensor.name, one.tensor.shape, numpy.dtype("float32"), one.bytes, raw_dtype=one.kind)
+    for outgoing in tensors:
+        writer.add_tensor_info(
+            outgoing.tensor.name, outgoing.tensor.shape, numpy.dtype("float32"), outgoing.bytes, raw_dtype=outgoing.kind
+        )
     try:
         writer.write_header_to_file(file)
         writer.write_kv_data_to_file()
@@ -189,10 +214,10 @@ def _write(
         assert writer.fout is not None
         (stream,) = writer.fout
         writer.write_padding(stream, stream.tell())
-        # Not write_tensor_data: it takes whole tensors, and on a full disk it does not say so.
-        for one in progress(tensors, f"writing {name}", unit="tensor"):
-            _write_tensor(stream, source, one)
-            writer.write_padding(stream, one.bytes)
+        # write_tensor_data of gguf takes whole tensors and does not report a full disk.
+        for outgoing in progress(tensors, f"writing {name}", unit="tensor"):
+            _write_tensor(stream, source, outgoing)
+            writer.write_padding(stream, outgoing.bytes)
         stream.flush()
         os.fsync(stream.fileno())
     finally:
@@ -200,7 +225,7 @@ def _write(
 
 
 def _close(writer: gguf.GGUFWriter) -> None:
-    """What a full disk does not take is tried again on closing, and the file must be closed all the same."""
+    """Close the file even where the disk is full: closing tries again to write the rest, and may fail."""
     for stream in writer.fout or ():
         try:
             stream.close()
@@ -220,31 +245,31 @@ def _add(writer: gguf.GGUFWriter, key: str, value: int | float | str | list[int]
         writer.add_uint32(key, value)
 
 
-def _write_tensor(stream: Any, source: ModelFolder, one: _Outgoing) -> None:
-    """A piece of some rows at a time, so that beside the tensor itself there is only a piece of it in another dtype."""
-    tensor = one.tensor.read()
+def _write_tensor(stream: Any, source: ModelFolder, outgoing: _Outgoing) -> None:
+    """Write a tensor a few rows at a time, so that only a piece of it is in memory in a second dtype."""
+    tensor = outgoing.tensor.read()
     rows = max(1, _PIECE // max(1, tensor[0].numel()))
     written = 0
     for start in range(0, len(tensor), rows):
-        data = _converted(tensor[start : start + rows], one, source)
+        data = _converted(tensor[start : start + rows], outgoing, source)
         stream.write(data.data)
         written += data.nbytes
-    assert written == one.bytes
+    assert written == outgoing.bytes
 
 
-def _converted(piece: Tensor, one: _Outgoing, source: ModelFolder) -> Any:
-    """As an array of bytes."""
+def _converted(piece: Tensor, outgoing: _Outgoing, source: ModelFolder) -> Any:
+    """Return rows of a tensor as bytes in the dtype of the file."""
     import gguf
     import numpy
 
-    if one.dtype == "q8_0":
-        quantised = gguf.quantize(piece.float().numpy(), one.kind)
+    if outgoing.dtype == "q8_0":
+        quantised = gguf.quantize(piece.float().numpy(), outgoing.kind)
         return numpy.ascontiguousarray(quantised).reshape(-1)
-    wanted = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[one.dtype]
-    found = piece.to(wanted).contiguous()
-    if one.dtype == "f16" and not torch.isfinite(found).all() and torch.isfinite(piece).all():
+    dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[outgoing.dtype]
+    converted = piece.to(dtype).contiguous()
+    if outgoing.dtype == "f16" and not torch.isfinite(converted).all() and torch.isfinite(piece).all():
         raise CheckpointError(
-            f"{source.folder}: {one.tensor.name} has values up to {piece.abs().max():.3g}, which f16 cannot hold; use "
-            "dtype=bf16 or dtype=f32"
+            f"{source.folder}: {outgoing.tensor.name} has values up to {piece.abs().max():.3g}, which f16 cannot hold; "
+            "use dtype=bf16 or dtype=f32"
         )
-    return found.reshape(-1).view(torch.uint8).numpy()
+    return converted.reshape(-1).view(torch.uint8).numpy()

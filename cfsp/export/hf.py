@@ -1,4 +1,4 @@
-"""The canonical form again, in another dtype or place: compact tensors, with the family's modelling file if needed."""
+"""Export to cfsp's own format again, in another dtype or place: compact tensors, with modelling code where needed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from cfsp.plan.history import history_of
 from cfsp.plan.pruning_plan import COMPENSATION_IN_FOLDER
 from cfsp.pruned_model.family import PRUNED_PREFIX, pruned_family
 
-#: The plan and the tensors that it needs.
+#: Files of the plan: the plan itself and the tensors that it needs.
 _PLAN = ("plan.json", COMPENSATION_IN_FOLDER)
 
 
 def check(source: ModelFolder) -> None:
-    """Every whole folder that is read has this form.
+    """Check that the folder is whole; every such folder has this format.
 
     Raises:
         CheckpointError: the folder is not whole.
@@ -29,7 +29,13 @@ def check(source: ModelFolder) -> None:
 
 
 def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, multiple: int = 1) -> Exported:
-    """Write the folder ``to``, all or nothing; ``multiple`` is of other forms, nothing is filled up here.
+    """Write the model to the folder ``to``, all or nothing.
+
+    Args:
+        source: the model folder.
+        to: folder to write; one that cfsp wrote earlier is replaced.
+        dtype: dtype of the tensors; None: as they are stored.
+        multiple: ignored, because nothing is filled up in this format.
 
     Raises:
         CheckpointError: the folder is not whole, or ``to`` cannot be written.
@@ -41,18 +47,18 @@ def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, m
         tensors += layer_tensors(source, index, wanted)
     pruned = not _is_plain(source)
     files = {name: text.encode() for name, text in pruned_family(source.family).files.items()} if pruned else {}
-    same = dtype in (None, source.dtype)  # else replaying the plan would not give these weights
-    if same and history_of(source.folder, tensors=False) is not None:
+    unchanged_dtype = dtype in (None, source.dtype)  # in another dtype, replaying the plan would not give these weights
+    if unchanged_dtype and history_of(source.folder, tensors=False) is not None:
         files |= {name: (source.folder / name).read_bytes() for name in _PLAN if (source.folder / name).is_file()}
-    form = "remote_code" if pruned else "plain"
+    format = "remote_code" if pruned else "plain"
     config = source.source.config if pruned else _plain_config(source)
-    size = write_plain_folder(source, to, config, tensors, dtype=dtype, form=form, files=files)
+    size = write_plain_folder(source, to, config, tensors, dtype=dtype, format=format, files=files)
     notes = () if pruned else (f"all layers are alike: a plain {source.family} folder, which needs no remote code",)
     return Exported(to, "hf", size, notes)
 
 
 def _is_plain(source: ModelFolder) -> bool:
-    """Whether the stock class describes the layers: they are alike, in heads that its configuration takes."""
+    """Return whether the stock class describes the layers: equal sizes, with head counts that it takes."""
     if not source.uniform:
         return False
     heads = source.layers[0].heads

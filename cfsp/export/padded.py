@@ -1,7 +1,7 @@
-"""A plain folder of the base architecture: every layer as wide as the widest, filled up with zeros.
+"""Padded export: a plain folder of the base architecture in which zeros fill up every layer to the widest one.
 
-Loads wherever the base architecture does, without remote code, and gives back a part of the speed that unequal widths
-gain. Which layers need what is left to the stock class: added biases become its own biases, zero elsewhere.
+It loads wherever the base architecture does, without remote code, and gives up part of the speed that unequal widths
+gain. An added bias becomes a bias of the stock class, zero in the layers that have none.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from cfsp.export.folder import ModelFolder, check_there
 from cfsp.export.plain_folder import write_plain_folder
 from cfsp.export.result import Exported
 
-#: A bias that compensation adds -> family -> the key of its configuration that gives all layers such biases, and
-#: the projections that then have one.
+#: Projection with an added bias -> family -> the key of config.json that gives all layers such biases, and the
+#: projections that then have one.
 _BIAS_KEYS: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "mlp.down_proj": {"llama": ("mlp_bias", ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"))},
     "self_attn.o_proj": {
@@ -29,7 +29,8 @@ _BIAS_KEYS: Mapping[str, Mapping[str, tuple[str, tuple[str, ...]]]] = {
 
 
 def check(source: ModelFolder) -> None:
-    """
+    """Check from headers alone that the base architecture can hold the model.
+
     Raises:
         UnsupportedModelError: the base architecture has no place for an added bias; names the layer.
         CheckpointError: the folder is not whole.
@@ -45,20 +46,27 @@ def check(source: ModelFolder) -> None:
 
 
 def holds_bias(source: ModelFolder, name: str) -> bool:
-    """Whether a bias that compensation adds to the projection ``name`` has a place in the base architecture."""
+    """Return whether the base architecture has a place for a bias that compensation adds to the projection ``name``."""
     return _family(source, biased=True) in _BIAS_KEYS[name]
 
 
 def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, multiple: int = 1) -> Exported:
-    """Write the folder ``to``, all or nothing.
+    """Write the model to the folder ``to``, all or nothing.
+
+    Args:
+        source: the model folder.
+        to: folder to write; one that cfsp wrote earlier is replaced.
+        dtype: dtype of the tensors; None: as they are stored.
+        multiple: multiple to which the common FFN width is filled up.
 
     Raises:
-        UnsupportedModelError: see :func:`check`. CheckpointError: it cannot be written.
+        UnsupportedModelError: as :func:`check`.
+        CheckpointError: the folder is not whole, or ``to`` cannot be written.
     """
     check(source)
     width, heads, kv_heads = sizes(source.layers)
     width = up_to(max(width, 1), multiple)
-    if source.hidden % heads:  # what LLaMA's configuration refuses
+    if source.hidden % heads:  # LLaMA's configuration refuses such head counts
         heads, kv_heads = (int(source.config[key]) for key in ("num_attention_heads", "num_key_value_heads"))
     family = _family(source, biased=any(layer.added_bias for layer in source.layers))
     config: dict[str, Any] = {
@@ -79,7 +87,7 @@ def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, m
     tensors = [*other_tensors(source)]
     for index, layer in enumerate(wanted):
         tensors += layer_tensors(source, index, layer)
-    size = write_plain_folder(source, to, config, tensors, dtype=dtype, form="padded")
+    size = write_plain_folder(source, to, config, tensors, dtype=dtype, format="padded")
     return Exported(to, "padded", size, filled_up(source, wanted))
 
 
@@ -92,6 +100,6 @@ _ARCHITECTURES: Mapping[str, str] = {
 
 
 def _family(source: ModelFolder, *, biased: bool) -> str:
-    """Mistral without a sliding window is LLaMA, which has places for biases."""
+    """Return the stock family to write: a Mistral without sliding window is a LLaMA, which has places for biases."""
     full = source.config.get("sliding_window") is None
     return "llama" if source.family == "mistral" and biased and full else source.family

@@ -1,13 +1,14 @@
-"""Writing a model folder of a stock architecture from tensors that are read, or filled up, one by one."""
+"""Writer for model folders of a stock architecture, whose tensors are read or filled up one at a time."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cfsp.checkpoint.reference import copy_reference
 from cfsp.checkpoint.save import MAX_SHARD_BYTES, check_destination, copy_companions, legacy_rope, marker_of, write_json
@@ -15,9 +16,9 @@ from cfsp.errors import CheckpointError
 from cfsp.export.card import card_files, facts_of_folder
 from cfsp.export.filling import LayerTensor
 from cfsp.export.folder import ModelFolder
-from cfsp.weights.atomic_folder import whole_folder
-from cfsp.weights.shard_writer import Outgoing, write_shards
-from cfsp.weights.shards import MARKER
+from cfsp.plan.history import MARKER
+from cfsp.weights.atomic_folder import atomic_folder
+from cfsp.weights.shard_writer import TensorSpec, write_shards
 
 
 def write_plain_folder(
@@ -26,20 +27,26 @@ def write_plain_folder(
     config: Mapping[str, Any],
     tensors: Sequence[LayerTensor],
     *,
-    form: str,
+    format: str,
     dtype: torch.dtype | None = None,
     files: Mapping[str, bytes] | None = None,
 ) -> int:
-    """Write ``to``, all or nothing; a folder that cfsp wrote earlier is replaced. Returns the bytes of the weights.
+    """Write the folder ``to``, all or nothing; a folder that cfsp wrote earlier is replaced.
 
     Args:
-        config: config.json.
-        form: the format's name, for the marker file.
-        dtype: of the tensors; None: as they are.
+        source: the model folder that is exported.
+        to: folder to write.
+        config: content of config.json.
+        tensors: tensors to write.
+        format: name of the format, for the marker file and the card.
+        dtype: dtype of the tensors; None: as they are stored.
         files: name -> content of further files.
 
+    Returns:
+        Bytes of the weights.
+
     Raises:
-        CheckpointError: the folder holds other things, cannot be written, or a value does not fit into ``dtype``.
+        CheckpointError: the folder holds other things or cannot be written, or a value does not fit into ``dtype``.
     """
     check_destination(to)
     to = to.resolve()
@@ -47,21 +54,12 @@ def write_plain_folder(
     name = str(stored).removeprefix("torch.")
     by_name = {tensor.name: tensor for tensor in tensors}
 
-    def values(order: Sequence[str]) -> Any:
-        for asked in order:
-            given = by_name[asked].value(source)
-            value = given.to(stored)
-            if not value.isfinite().all():
-                if not given.isfinite().all():
-                    raise CheckpointError(
-                        f"{source.folder}: {asked} holds NaN or infinite values: the folder is damaged; fetch or save "
-                        "the model again"
-                    )
-                raise CheckpointError(f"{asked} does not fit into {name}; use dtype=bfloat16 or float32")
-            yield asked, value
+    def values(order: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        for tensor_name in order:
+            yield tensor_name, _cast(by_name[tensor_name], source, stored)
 
-    with whole_folder(to) as scratch:
-        described = [Outgoing(tensor.name, tensor.shape, stored) for tensor in tensors]
+    with atomic_folder(to) as scratch:
+        described = [TensorSpec(tensor.name, tensor.shape, stored) for tensor in tensors]
         size = write_shards(scratch, described, values, MAX_SHARD_BYTES)
         write_json(scratch / "config.json", _config(config, name))
         if (source.folder / "generation_config.json").is_file():
@@ -72,21 +70,35 @@ def write_plain_folder(
             (scratch / file).parent.mkdir(exist_ok=True)
             (scratch / file).write_bytes(content)
         state = source.source.state or "dense"
-        write_json(scratch / MARKER, marker_of(form, name, state, files))
-        for file, content in card_files(facts_of_folder(source.folder), form, to.name).items():
+        write_json(scratch / MARKER, marker_of(format, name, state, files))
+        for file, content in card_files(facts_of_folder(source.folder), format, to.name).items():
             (scratch / file).write_bytes(content)
     return size
 
 
+def _cast(tensor: LayerTensor, source: ModelFolder, dtype: torch.dtype) -> Tensor:
+    stored = tensor.value(source)
+    value = stored.to(dtype)
+    if value.isfinite().all():
+        return value
+    if not stored.isfinite().all():
+        raise CheckpointError(
+            f"{source.folder}: {tensor.name} holds NaN or infinite values: the folder is damaged; fetch or save the "
+            "model again"
+        )
+    name = str(dtype).removeprefix("torch.")
+    raise CheckpointError(f"{tensor.name} does not fit into {name}; use dtype=bfloat16 or float32")
+
+
 def _config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json as both transformers 4 and 5 read it: RoPE in both spellings, the dtype in one that both take."""
-    found = {key: value for key, value in config.items() if key != "torch_dtype"}  # else it contradicts
+    """Return config.json for both transformers 4 and 5: RoPE in both spellings, the dtype in one that both take."""
+    adapted = {key: value for key, value in config.items() if key != "torch_dtype"}  # it would contradict dtype
     rope = config.get("rope_parameters")
     if rope is None:
         theta = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}
-        part = {key: config[key] for key in ("partial_rotary_factor",) if config.get(key) is not None}
+        partial_rotary = {key: config[key] for key in ("partial_rotary_factor",) if config.get(key) is not None}
         scaling = dict(config.get("rope_scaling") or {})
         kind = scaling.pop("rope_type", scaling.pop("type", "default"))
         if theta or scaling:
-            rope = found["rope_parameters"] = {"rope_type": kind, **scaling, **theta, **part}
-    return {**found, "dtype": dtype, **legacy_rope(rope)}
+            rope = adapted["rope_parameters"] = {"rope_type": kind, **scaling, **theta, **partial_rotary}
+    return {**adapted, "dtype": dtype, **legacy_rope(rope)}

@@ -1,4 +1,4 @@
-"""What an export gives back."""
+"""Result of an export."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: ``place`` is a folder or a file, ``form`` the format's name, ``bytes`` its weights.
+    """Result of an export.
 
-    notes: sentences for the user, e.g. how many zero neurons were added and where.
+    Attributes:
+        place: folder or file that was written.
+        format: name of the format.
+        bytes: size of the weights in bytes.
+        notes: sentences for the user, e.g. how many zero neurons were added and where.
     """
 
     place: Path
-    form: str
+    format: str
     bytes: int
     notes: tuple[str, ...] = field(default=())

@@ -1,6 +1,6 @@
-"""Reading a SentencePiece ``tokenizer.model``: its pieces and how it normalises, from the protobuf's wire format.
+"""Reader for SentencePiece ``tokenizer.model`` files: pieces and normalisation, from the protobuf wire format.
 
-The few fields that are needed do not make the sentencepiece package a dependency.
+Only a few fields are needed, so neither the sentencepiece nor the protobuf package becomes a dependency for them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ _NORMAL = 1
 
 @dataclass(frozen=True)
 class Piece:
-    """kind: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte (the same numbers as in GGUF)."""
+    """Piece of a SentencePiece model.
+
+    Attributes:
+        text: text of the piece.
+        score: score by which pieces are joined.
+        kind: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte; GGUF uses the same numbers.
+    """
 
     text: str
     score: float
@@ -33,7 +39,14 @@ class Piece:
 
 @dataclass
 class SentencePieces:
-    """algorithm: UNIGRAM, BPE or another number; charsmap: the text is normalised by a table of characters."""
+    """Content of a SentencePiece model.
+
+    Attributes:
+        pieces: pieces by id.
+        algorithm: UNIGRAM, BPE or another number of ``trainer_spec.model_type``.
+        charsmap: whether the text is normalised by a table of characters.
+        dummy_prefix: whether a space goes before a text.
+    """
 
     pieces: list[Piece] = field(default_factory=list)
     algorithm: int = UNIGRAM
@@ -42,16 +55,17 @@ class SentencePieces:
 
 
 def read_sentencepieces(file: Path) -> SentencePieces:
-    """
+    """Read a SentencePiece model.
+
     Raises:
-        CheckpointError: the file is no SentencePiece model.
+        CheckpointError: the file is not a SentencePiece model.
     """
-    found = SentencePieces()
+    model = SentencePieces()
     try:
         for number, value in _fields(file.read_bytes()):
             if number == _PIECES:
                 entry = dict(_fields(_bytes(value)))
-                found.pieces.append(
+                model.pieces.append(
                     Piece(
                         _bytes(entry[_PIECE_TEXT]).decode("utf-8"),
                         struct.unpack("<f", _bytes(entry[_PIECE_SCORE]))[0] if _PIECE_SCORE in entry else 0.0,
@@ -59,20 +73,20 @@ def read_sentencepieces(file: Path) -> SentencePieces:
                     )
                 )
             elif number == _TRAINER:
-                found.algorithm = _int(dict(_fields(_bytes(value))).get(_MODEL_TYPE, UNIGRAM))
+                model.algorithm = _int(dict(_fields(_bytes(value))).get(_MODEL_TYPE, UNIGRAM))
             elif number == _NORMALIZER:
                 entry = dict(_fields(_bytes(value)))
-                found.charsmap = bool(entry.get(_CHARSMAP))
-                found.dummy_prefix = bool(entry.get(_DUMMY_PREFIX, 1))
+                model.charsmap = bool(entry.get(_CHARSMAP))
+                model.dummy_prefix = bool(entry.get(_DUMMY_PREFIX, 1))
     except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
         raise CheckpointError(f"{file}: cannot be read as a SentencePiece model ({error!r}); fetch it again") from error
-    if not found.pieces:
+    if not model.pieces:
         raise CheckpointError(f"{file}: holds no pieces; fetch it again")
-    return found
+    return model
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a message; a fixed-size number as its bytes."""
+    """Yield (field number, value) of each field of a message; a number of fixed size is yielded as its bytes."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)

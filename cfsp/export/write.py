@@ -1,4 +1,4 @@
-"""Writing a model folder in the format that another tool loads."""
+"""Entry point of exports: write a model folder in the format that another tool loads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cfsp.errors import CfspError, CheckpointError
 
 if TYPE_CHECKING:
     from cfsp.export.folder import ModelFolder
-
+    from cfsp.export.result import Exported
 
 log = logging.getLogger(__name__)
 
@@ -26,23 +26,31 @@ FORMATS = {
 }
 
 
-#: As it is given -> torch's name; of GGUF alone: q8_0.
+#: Dtype as the user may write it -> torch's name. GGUF also takes q8_0.
 DTYPES = {
     "float32": "float32", "f32": "float32", "float16": "float16", "f16": "float16", "bfloat16": "bfloat16",
     "bf16": "bfloat16",
 }  # fmt: skip
 
 
-_OF_GGUF = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_GGUF_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
 
-#: A model that takes more of the free memory is read block by block.
+#: Share of the free memory above which a model is read block by block.
 _SHARE_OF_MEMORY = 0.6
 
 
 @dataclass(frozen=True)
 class Request:
-    """A checked command line; ``dtype`` is torch's name or q8_0, None: as stored; ``multiple`` None: the format's."""
+    """Checked request for an export.
+
+    Attributes:
+        path: model folder, or the OUT of a run.
+        format: key of :data:`FORMATS`.
+        to: folder or file to write; None: beside the model folder.
+        dtype: torch's name of a dtype, or q8_0; None: as stored.
+        multiple: multiple to which FFN widths are filled up; None: the format's own.
+    """
 
     path: Path
     format: str
@@ -51,18 +59,18 @@ class Request:
     multiple: int | None = None
 
 
-def place_beside(folder: Path, form: str) -> Path:
-    """Where the export of a model folder is written if nobody says where."""
-    return folder.with_name(folder.name + (".gguf" if form == "gguf" else f"-{form}"))
+def place_beside(folder: Path, format: str) -> Path:
+    """Return the place of an export where the user gives none: beside the model folder."""
+    return folder.with_name(folder.name + (".gguf" if format == "gguf" else f"-{format}"))
 
 
-def check_place(to: Path, form: str) -> None:
-    """See that an export of this format may be written to ``to``.
+def check_place(to: Path, format: str) -> None:
+    """Check that an export in this format may be written to ``to``.
 
     Raises:
-        CheckpointError: there is something that cfsp did not write.
+        CheckpointError: something is there that cfsp did not write.
     """
-    if form == "gguf":
+    if format == "gguf":
         from cfsp.export.gguf import check_file
 
         check_file(to)
@@ -72,8 +80,8 @@ def check_place(to: Path, form: str) -> None:
         check_destination(to)
 
 
-def exported(request: Request) -> Any:
-    """Write what is asked for; returns :class:`cfsp.export.result.Exported`.
+def exported(request: Request) -> Exported:
+    """Write a model folder in another format.
 
     Raises:
         CfspError: the folder cannot be read, the format cannot hold the model, or the result cannot be written.
@@ -88,28 +96,32 @@ def exported(request: Request) -> Any:
     source = read_folder(request.path)
     module = importlib.import_module(FORMATS[request.format])
     to = request.to or place_beside(source.folder, request.format)
-    here, there = source.folder.resolve(), to.resolve()
-    if here == there:
+    source_place, target_place = source.folder.resolve(), to.resolve()
+    if source_place == target_place:
         raise CheckpointError(f"to={to}: is the folder to be exported; give another place")
-    if here in there.parents or there in here.parents:  # the second would be replaced with the model in it
-        relation = "within" if here in there.parents else "around"
+    if source_place in target_place.parents or target_place in source_place.parents:
+        # Writing to one of the two replaces the whole folder, and with it the other.
+        relation = "within" if source_place in target_place.parents else "around"
         raise CheckpointError(
             f"to={to}: lies {relation} the folder to be exported, {source.folder}; give another place"
         )
     check_history(source.folder, [BlockSizes(layer.width, layer.kv_heads) for layer in source.layers])
-    more: dict[str, Any] = {} if request.multiple is None else {"multiple": request.multiple}
+    settings: dict[str, Any] = {} if request.multiple is None else {"multiple": request.multiple}
     if request.format == "gguf":
-        dtype: Any = _OF_GGUF.get(str(request.dtype), request.dtype) or "auto"
+        dtype: Any = _GGUF_DTYPES.get(str(request.dtype), request.dtype) or "auto"
     else:
         dtype = None if request.dtype is None else getattr(torch, request.dtype)
-    result = module.export(source, to, dtype=dtype, **more)
+    result: Exported = module.export(source, to, dtype=dtype, **settings)
     if not place_of(result.place).is_file() and source.dense:
         _write_reference(source, result.place)
     return result
 
 
 def _write_reference(source: ModelFolder, export: Path) -> None:
-    """No run has written what a dense folder computes, so its export would have nothing to be compared with."""
+    """Compute the reference of a dense folder and write it beside the export.
+
+    No run has written the reference of such a folder, so there would be nothing to compare the export with.
+    """
     import torch
 
     from cfsp.checkpoint.reference import place_of

@@ -102,8 +102,6 @@ def score(
     Raises:
         RunError: a score is not finite; names the block.
     """
-    from cfsp.model.streamed import resident
-
     neurons: list[Tensor] = []
     kv_groups: list[Tensor] = []
     experts: list[Tensor | None] = []
@@ -112,7 +110,7 @@ def score(
         if scored and block.index in scored:
             neurons_of, groups_of = scored[block.index]
         else:
-            with resident(view, block):
+            with view.weights.resident(block):
                 neurons_of, groups_of = score_block(block, block_statistics, importance, structure, terms, grams)
         experts.append(neurons_of if neurons_of.dim() == 2 else None)
         neurons.append(neurons_of if neurons_of.dim() == 1 else slot_scores(neurons_of, block_statistics.experts))

@@ -1,1 +1,1 @@
-"""``cfsp inspect``: what a model is and what could be removed from it, on the meta device, without weights."""
+"""Model inspection (``cfsp inspect``): what a model is and what could be removed from it, without weights."""

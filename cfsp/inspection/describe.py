@@ -1,6 +1,6 @@
-"""What a view says of a model: parameters of its parts, and its blocks.
+"""Description of a model from its view: parameters of its parts, and its blocks.
 
-All that reads a :class:`cfsp.architecture.views.DecoderView` is in here.
+Everything that ``cfsp inspect`` reads from a :class:`cfsp.architecture.views.DecoderView` is read here.
 """
 
 from __future__ import annotations
@@ -20,18 +20,25 @@ if TYPE_CHECKING:
     from cfsp.architecture.views import BlockView, DecoderView
     from cfsp.inspection.history import Before, History
 
-#: In the order of the report; other: what is none of these, e.g. a projection between embeddings and blocks.
+#: Parts of a model in the order of the report; other is e.g. a projection between embeddings and blocks.
 PARTS = ("embeddings", "attention", "ffn", "norms", "head", "other")
-#: Names of a block's children in transformers' decoders; attention is asked first (an attention may have experts).
+#: Names of a block's children in transformers' decoders; attention is matched first, since it may have experts.
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _FFN = re.compile(r"mlp|ffn|ff\b|feed_?forward|moe|expert|router|fc_?\d", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class ExpertFacts:
-    """n: routed experts; top_k: that see a token; groups: that the router chooses first, 1: none; parameters: that go
-    with one expert; shared: width of the FFN that sees every token, None: there is none, or not recognised;
-    n_before: as ``width_before``."""
+    """Mixture of experts of a block.
+
+    Attributes:
+        n: number of routed experts.
+        top_k: experts that see a token.
+        groups: groups of experts that the router chooses from first; 1: no groups.
+        parameters: parameters that go with an expert.
+        shared: width of the FFN that sees every token; None: there is none, or it is not recognised.
+        n_before: number of experts before the model was pruned; None: as now, or not known.
+    """
 
     n: int
     top_k: int
@@ -43,8 +50,15 @@ class ExpertFacts:
 
 @dataclass(frozen=True)
 class FfnFacts:
-    """kind: gated, plain or experts; width: neurons; neuron_parameters: that go with one; width_before: of the model
-    before it was pruned, None where nothing went or that is not known. Of experts: of each, and with one of each."""
+    """FFN of a block; in a mixture the sizes are those of each expert.
+
+    Attributes:
+        kind: gated, plain or experts.
+        width: neurons.
+        neuron_parameters: parameters that go with a neuron; in a mixture, with the same neuron of all experts.
+        width_before: neurons before the model was pruned; None: as now, or not known.
+        experts: the mixture; None: the FFN is none.
+    """
 
     kind: str
     width: int
@@ -53,12 +67,22 @@ class FfnFacts:
     experts: ExpertFacts | None = None
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the facts for JSON."""
         return {name: value for name, value in asdict(self).items() if name != "experts" or value is not None}
 
 
 @dataclass(frozen=True)
 class AttentionFacts:
-    """heads: query heads; window: tokens that are seen, None: all; groups_before: as ``width_before`` of the FFN."""
+    """Attention of a block.
+
+    Attributes:
+        heads: query heads.
+        kv_groups: KV groups.
+        head_dim: size of a head.
+        group_parameters: parameters that go with a KV group.
+        window: tokens that are seen; None: all.
+        groups_before: KV groups before the model was pruned; None: as now, or not known.
+    """
 
     heads: int
     kv_groups: int
@@ -69,6 +93,7 @@ class AttentionFacts:
 
     @property
     def kind(self) -> str:
+        """Return multi-head, grouped-query or multi-query."""
         if self.heads == self.kv_groups:
             return "multi-head"
         return "multi-query" if self.kv_groups == 1 else "grouped-query"
@@ -76,8 +101,15 @@ class AttentionFacts:
 
 @dataclass(frozen=True)
 class BlockFacts:
-    """One block. ``ffn`` None: removed; ``attention`` None: removed, or (``attention_known`` False) not recognised;
-    latent: or it is multi-head latent attention, which has no KV groups."""
+    """One block.
+
+    Attributes:
+        ffn: its FFN; None: removed.
+        attention: its attention; None: removed, latent or not recognised.
+        attention_known: whether the attention is recognised, or known to be removed.
+        parameters: parameters of the block.
+        latent: whether it is multi-head latent attention, which has no KV groups.
+    """
 
     ffn: FfnFacts | None
     attention: AttentionFacts | None
@@ -86,13 +118,14 @@ class BlockFacts:
     latent: bool = False
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the facts for JSON."""
         attention = None if self.attention is None else {"kind": self.attention.kind, **asdict(self.attention)}
         facts = {**asdict(self), "ffn": None if self.ffn is None else self.ffn.as_dict(), "attention": attention}
         return {name: value for name, value in facts.items() if name != "latent" or value}
 
 
 def parts_of(view: DecoderView) -> dict[str, int]:
-    """Part -> parameters, each once: tied ones are the embeddings'."""
+    """Count the parameters of each part, each parameter once; tied ones count as embeddings."""
     model = view.model
     inside = {id(m): name for block in view.blocks for name, m in block.module.named_modules()}
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -108,7 +141,12 @@ def parts_of(view: DecoderView) -> dict[str, int]:
 
 
 def _part(module: nn.Module, name: str | None) -> str:
-    """``name``: within its block; None outside of the blocks."""
+    """Return the part that a module belongs to.
+
+    Args:
+        module: the module.
+        name: its name within its block; None: it is outside of the blocks.
+    """
     kind = type(module).__name__.lower()
     if "norm" in kind:
         return "norms"
@@ -121,13 +159,13 @@ def _part(module: nn.Module, name: str | None) -> str:
 
 
 def is_tied(view: DecoderView) -> bool:
-    """Whether the head's weight is that of the embeddings."""
+    """Return whether the head's weight is that of the embeddings."""
     head = view.model.get_output_embeddings()
     return head is not None and head.weight is view.model.get_input_embeddings().weight
 
 
 def blocks_of(view: DecoderView, history: History | None) -> list[BlockFacts]:
-    """Every block of the model, in order."""
+    """Return the facts of every block, in order."""
     known = history.blocks if history is not None and len(history.blocks) == len(view.blocks) else None
     return [
         _block(block, None if known is None else known[at], _window(view.model.config, at))
@@ -176,7 +214,7 @@ def _experts(mixture: ExpertsFFN, before: int | None) -> ExpertFacts:
 
 
 def _window(config: Any, block: int) -> int | None:
-    """Tokens that the attention of a block sees, as transformers' configurations say; None: all of them."""
+    """Return the tokens that the attention of a block sees, by transformers' configuration; None: all of them."""
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     if not isinstance(window, int) or getattr(config, "use_sliding_window", True) is False:
         return None
@@ -185,16 +223,23 @@ def _window(config: Any, block: int) -> int | None:
     return window if block < len(kinds) and kinds[block] == "sliding_attention" else None
 
 
-def alike(blocks: Sequence[BlockFacts]) -> Iterator[tuple[list[int], BlockFacts]]:
-    """Equal blocks together, with their indices; in the order of their first ones."""
-    found: dict[BlockFacts, list[int]] = {}
+def equal_blocks(blocks: Sequence[BlockFacts]) -> Iterator[tuple[list[int], BlockFacts]]:
+    """Yield groups of equal blocks with their indices, in the order of their first blocks."""
+    indices_of: dict[BlockFacts, list[int]] = {}
     for index, block in enumerate(blocks):
-        found.setdefault(block, []).append(index)
-    yield from ((indices, block) for block, indices in found.items())
+        indices_of.setdefault(block, []).append(index)
+    yield from ((indices, block) for block, indices in indices_of.items())
 
 
 def ranges(indices: Sequence[int]) -> str:
-    """``0-3, 5``: ascending indices with runs folded; ``0, 2, ..., 24`` where every nth is meant."""
+    """Return ascending indices as text, with runs folded.
+
+    Example:
+        >>> ranges([0, 1, 2, 3, 5])
+        '0-3, 5'
+        >>> ranges([0, 2, 4, 6])  # every nth index
+        '0, 2, ..., 6'
+    """
     steps = {after - before for before, after in pairwise(indices)}
     if len(indices) > 3 and len(steps) == 1 and steps != {1}:
         return f"{indices[0]}, {indices[1]}, ..., {indices[-1]}"

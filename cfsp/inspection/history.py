@@ -1,4 +1,4 @@
-"""What an earlier pruning took from a model folder, as the plan in it says; its tensors are not read."""
+"""Earlier pruning of a model folder, as the plan in it tells; the plan's tensors are not read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from cfsp.plan.history import history_of
 
 @dataclass(frozen=True)
 class Before:
-    """A block before it was pruned: FFN neurons, KV groups, experts; None where that is not known, or it has none."""
+    """Sizes of a block before it was pruned; None where a size is not known, or does not apply.
+
+    Attributes:
+        width: FFN neurons.
+        kv_groups: KV groups.
+        experts: routed experts.
+    """
 
     width: int | None = None
     kv_groups: int | None = None
@@ -22,11 +28,15 @@ class Before:
 
 @dataclass(frozen=True)
 class History:
-    """An earlier pruning.
+    """Earlier pruning of a model.
 
-    state: pruned, compensated or recovered; methods: pruners, in their order; parameters: before and after;
-    blocks_before: number of blocks, of which those at the indices removed_blocks went whole; blocks: what each block
-    that is there was.
+    Attributes:
+        state: pruned, compensated or recovered.
+        methods: pruners, in order.
+        parameters: parameters before and after.
+        blocks_before: number of blocks before.
+        removed_blocks: indices, among those, of the blocks that were removed as a whole.
+        blocks: earlier sizes of each block that is still there.
     """
 
     state: str | None
@@ -37,6 +47,7 @@ class History:
     blocks: tuple[Before, ...]
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the history for JSON."""
         return {
             "state": self.state,
             "methods": list(self.methods),
@@ -50,19 +61,19 @@ def read_history(folder: Path, state: str | None, sizes: Sequence[BlockSizes]) -
     """Return the history of ``folder``, whose blocks have these ``sizes``; None where nobody vouches for one.
 
     Raises:
-        CheckpointError: a history that is damaged, or not that of the weights.
+        CheckpointError: the history is damaged, or is not that of the weights.
     """
     plan = history_of(folder, sizes, tensors=False)
     if plan is None:
         return None
     steps = plan.method.get("steps") or [plan.method]
-    gone = tuple(index for index, block in enumerate(plan.blocks) if not block.keeps_block)
-    staying = [index for index in range(len(plan.blocks)) if index not in gone]
-    # Of several prunings the rows are the last one's, whose base was pruned already.
+    removed = tuple(index for index, block in enumerate(plan.blocks) if not block.keeps_block)
+    kept = [index for index in range(len(plan.blocks)) if index not in removed]
+    # After several prunings the rows are those of the last, whose base was pruned already.
     rows = plan.details if len(steps) == 1 and len(plan.details) == len(plan.blocks) else None
-    before = [Before() if rows is None else _row(rows[index]) for index in staying]
+    before = [Before() if rows is None else _row(rows[index]) for index in kept]
     methods = tuple(str(step["name"]) for step in _flat(steps))
-    return History(state, methods, plan.parameters, len(plan.blocks), gone, tuple(before))
+    return History(state, methods, plan.parameters, len(plan.blocks), removed, tuple(before))
 
 
 def _row(details: Mapping[str, Any]) -> Before:
@@ -70,5 +81,5 @@ def _row(details: Mapping[str, Any]) -> Before:
 
 
 def _flat(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A plan that was composed twice has its first two steps one level down."""
+    """Flatten the steps of a plan; one that was composed twice has its first two steps one level down."""
     return [inner for step in steps for inner in (_flat(step["steps"]) if step.get("steps") else [step])]

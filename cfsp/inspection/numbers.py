@@ -1,4 +1,4 @@
-"""Where the numbers of an inspected model come from: a folder, the hub's config.json, or a file of conf/model."""
+"""Source of an inspected model's numbers: a folder, config.json on the hub, or a file of conf/model."""
 
 from __future__ import annotations
 
@@ -27,11 +27,14 @@ from cfsp.weights.source import ModelSource, is_hub_id
 
 @dataclass(frozen=True)
 class Numbers:
-    """A configuration to build a model of.
+    """Configuration that a model is built of.
 
-    source: the folder that holds its config.json; its fingerprint is empty, because no weight is read. kind: folder,
-    hub or yaml, where the numbers are from. notes: what there is to say of that; differences: where conf/model and
-    config.json do not say the same, a line each. by_path: path= was given, not model=.
+    Attributes:
+        source: the model; its folder holds config.json, and its fingerprint is empty because no weight is read.
+        kind: where the numbers are from: folder, hub or yaml.
+        notes: remarks for the user on where the numbers are from.
+        differences: a line for each key in which conf/model and config.json differ.
+        by_path: whether path= was given, not model=.
     """
 
     source: ModelSource
@@ -42,30 +45,36 @@ class Numbers:
 
 
 def names() -> list[str]:
-    """The models of conf/model."""
+    """Return the models of conf/model."""
     return sorted(path.stem for path in (config_folder() / "model").glob("*.yaml"))
 
 
 @contextmanager
 def numbers_of(model: str | None, path: str | None, *, trust_remote_code: bool = False) -> Iterator[Numbers]:
-    """The numbers of a ``model`` of conf/model, or of a folder or hub id ``path``; what is temporary goes at the end.
+    """Yield the numbers of a model; temporary files are removed at the end.
+
+    Args:
+        model: name of a file of conf/model; None: ``path`` is given.
+        path: folder or hub id.
+        trust_remote_code: whether code on the hub is fetched and run.
 
     Raises:
-        ConfigError: no such model, or one without numbers. CheckpointError: no such folder, or no config.json in it.
+        ConfigError: there is no such model, or it has no numbers.
+        CheckpointError: there is no such folder, or no config.json in it.
     """
     with tempfile.TemporaryDirectory(prefix="cfsp-inspect-") as scratch:
         if model is not None:
-            yield _of_name(model, Path(scratch), trust_remote_code)
+            yield _numbers_of_name(model, Path(scratch), trust_remote_code)
         else:
-            yield _of_path(str(path), trust_remote_code)
+            yield _numbers_of_path(str(path), trust_remote_code)
 
 
-def _of_path(path: str, trust_remote_code: bool) -> Numbers:
+def _numbers_of_path(path: str, trust_remote_code: bool) -> Numbers:
     folder = Path(path).expanduser()
     if folder.exists() or not is_hub_id(path):
-        return replace(_of_folder(folder.resolve().name, f"path={path}", path, folder), by_path=True)
+        return replace(_numbers_of_folder(folder.resolve().name, f"path={path}", path, folder), by_path=True)
     try:
-        return replace(_of_hub(path, path, None, trust_remote_code), by_path=True)
+        return replace(_numbers_of_hub(path, path, None, trust_remote_code), by_path=True)
     except CheckpointError:
         raise
     except Exception as error:  # the hub and the network fail in many ways
@@ -75,34 +84,34 @@ def _of_path(path: str, trust_remote_code: bool) -> Numbers:
         ) from error
 
 
-def _of_name(name: str, scratch: Path, trust_remote_code: bool) -> Numbers:
+def _numbers_of_name(name: str, scratch: Path, trust_remote_code: bool) -> Numbers:
     section = _section(name)
     if section.path is None:
         raise ConfigError(f"model={name}: names no model of its own; give path=DIR, the folder of a model")
-    folder, stated = package_path(section.path), section.architecture
+    folder, yaml_values = package_path(section.path), section.architecture
     try:
         if section.path.startswith("pkg://") or folder.is_dir() or not is_hub_id(section.path):
-            found = _of_folder(name, f"model={name}", section.path, folder)
+            numbers = _numbers_of_folder(name, f"model={name}", section.path, folder)
         else:
-            found = _of_hub(name, section.path, section.revision, trust_remote_code)
+            numbers = _numbers_of_hub(name, section.path, section.revision, trust_remote_code)
     except Exception as error:  # the hub and the network fail in many ways
-        if stated is None and isinstance(error, CheckpointError):
+        if yaml_values is None and isinstance(error, CheckpointError):
             raise
-        if stated is None:
+        if yaml_values is None:
             raise CheckpointError(hub_error(f"model={name}", error, "path=DIR, the folder of a model")) from error
         return Numbers(
-            _stated(name, stated, scratch),
+            _yaml_source(name, yaml_values, scratch),
             "yaml",
-            (f"the numbers are those of {_file(name)}, not compared with {section.path}: {_why(error)}",),
+            (f"the numbers are those of {_file(name)}, not compared with {section.path}: {_missing_reason(error)}",),
         )
-    return found if stated is None else _compared(found, name, stated, scratch, trust_remote_code)
+    return numbers if yaml_values is None else _with_differences(numbers, name, yaml_values, scratch, trust_remote_code)
 
 
-def _why(error: Exception) -> str:
-    """Why there is no config.json, in a clause."""
+def _missing_reason(error: Exception) -> str:
+    """Return a clause on why there is no config.json."""
     if isinstance(error, CheckpointError):
         return str(error).partition(": ")[2].partition(";")[0]
-    return re.sub(r"^no local path,( and)? ", "", hub_reason(error).partition("; ")[0])  # nobody gave one
+    return re.sub(r"^no local path,( and)? ", "", hub_reason(error).partition("; ")[0])  # the user gave no local path
 
 
 def _section(name: str) -> ModelSection:
@@ -119,11 +128,18 @@ def _section(name: str) -> ModelSection:
         raise ConfigError(*(f"{_file(name)}: {line}" for line in problems_of(error, "", ModelSection))) from error
 
 
-def _of_folder(name: str, where: str, origin: str, folder: Path) -> Numbers:
-    """``where``: key=value that named the folder."""
+def _numbers_of_folder(name: str, where: str, origin: str, folder: Path) -> Numbers:
+    """Return the numbers of a folder.
+
+    Args:
+        name: name of the model.
+        where: key=value that named the folder, for messages.
+        origin: the folder as the user wrote it.
+        folder: its path.
+    """
     if not folder.is_dir():
-        found = "this is a file" if folder.exists() else "there is no such folder"
-        raise CheckpointError(f"{where}: {found}; give the folder of a model, or the OUT of a run")
+        problem = "this is a file" if folder.exists() else "there is no such folder"
+        raise CheckpointError(f"{where}: {problem}; give the folder of a model, or the OUT of a run")
     if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
         folder, origin = folder / "model", f"{origin.rstrip('/')}/model"
     check_no_adapter(folder, where)
@@ -133,8 +149,8 @@ def _of_folder(name: str, where: str, origin: str, folder: Path) -> Numbers:
     return Numbers(source, "folder", () if weights else ("the folder holds no *.safetensors weights",))
 
 
-def _of_hub(name: str, repo: str, revision: str | None, trust_remote_code: bool) -> Numbers:
-    """From config.json on the hub, or in its local cache; no weight is fetched."""
+def _numbers_of_hub(name: str, repo: str, revision: str | None, trust_remote_code: bool) -> Numbers:
+    """Return the numbers of config.json on the hub or in its local cache; no weight is fetched."""
     code = ["*.py"] if trust_remote_code else []
     folder = fetch_snapshot(repo, revision, allow=["config.json", *code], ignore=[])
     origin = f"{repo}@{folder.name}"
@@ -145,7 +161,7 @@ def _of_hub(name: str, repo: str, revision: str | None, trust_remote_code: bool)
 
 
 def _adapter_of_hub(repo: str, commit: str) -> Path | None:
-    """The folder with the adapter's configuration that lies in a repository; None where there is none, or no answer."""
+    """Return the folder with the adapter's configuration of a repository; None where there is none, or no answer."""
     from huggingface_hub import hf_hub_download
 
     with suppress(Exception):  # the hub and the network fail in many ways, and config.json is here
@@ -159,34 +175,40 @@ def _config(where: str, folder: Path) -> dict[str, Any]:
     try:
         return read_config(folder, where)
     except CheckpointError as error:
-        said = str(error).replace("config.json is not valid JSON", "config.json cannot be read, it is not valid JSON")
-        raise CheckpointError(said) from error
+        message = str(error).replace(
+            "config.json is not valid JSON", "config.json cannot be read, it is not valid JSON"
+        )
+        raise CheckpointError(message) from error
 
 
-def _stated(name: str, stated: Mapping[str, Any], scratch: Path) -> ModelSource:
-    """What conf/model says, as a folder."""
-    (scratch / "config.json").write_text(json.dumps(stated), encoding="utf-8")
-    return ModelSource(name, _file(name), scratch, dict(stated), "")
+def _yaml_source(name: str, yaml_values: Mapping[str, Any], scratch: Path) -> ModelSource:
+    """Write the numbers of conf/model as a folder."""
+    (scratch / "config.json").write_text(json.dumps(yaml_values), encoding="utf-8")
+    return ModelSource(name, _file(name), scratch, dict(yaml_values), "")
 
 
-def _compared(found: Numbers, name: str, stated: Mapping[str, Any], scratch: Path, trust_remote_code: bool) -> Numbers:
-    """``found`` with what conf/model says otherwise; defaults count, whichever of the two leaves a key out."""
-    ours = load_config(_stated(name, stated, scratch))
-    theirs = load_config(found.source, trust_remote_code=trust_remote_code)
+def _with_differences(
+    numbers: Numbers, name: str, yaml_values: Mapping[str, Any], scratch: Path, trust_remote_code: bool
+) -> Numbers:
+    """Add the differences from conf/model to the numbers of config.json; a missing key has its default."""
+    yaml_config = load_config(_yaml_source(name, yaml_values, scratch))
+    folder_config = load_config(numbers.source, trust_remote_code=trust_remote_code)
     differences = []
-    for key, value in stated.items():
-        if key == "dtype":  # a key of another name in older ones
-            here: Any = value
-            there: Any = found.source.stored_dtype
+    for key, value in yaml_values.items():
+        if key == "dtype":  # older files spell it torch_dtype
+            yaml_value: Any = value
+            folder_value: Any = numbers.source.stored_dtype
         else:
-            here, there = getattr(ours, key, None), getattr(theirs, key, None)
-        if here != there:
-            differences.append(f"{key}: {shown(here)} in {_file(name)}, {shown(there)} in {found.source.origin}")
+            yaml_value, folder_value = getattr(yaml_config, key, None), getattr(folder_config, key, None)
+        if yaml_value != folder_value:
+            differences.append(
+                f"{key}: {shown(yaml_value)} in {_file(name)}, {shown(folder_value)} in {numbers.source.origin}"
+            )
     if differences:
-        note = f"{_file(name)} differs from {found.source.origin}, whose numbers these are:"
+        note = f"{_file(name)} differs from {numbers.source.origin}, whose numbers these are:"
     else:
-        note = f"{_file(name)} says the same as config.json of {found.source.origin}"
-    return replace(found, notes=(*found.notes, note), differences=tuple(differences))
+        note = f"{_file(name)} says the same as config.json of {numbers.source.origin}"
+    return replace(numbers, notes=(*numbers.notes, note), differences=tuple(differences))
 
 
 def _file(name: str) -> str:

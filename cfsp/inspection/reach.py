@@ -1,4 +1,4 @@
-"""What each pruner of conf/pruner could remove of a model at most, as its own check sees it."""
+"""Reach of each pruner of conf/pruner: the most that it could remove of a model, according to its own check."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from cfsp.architecture.views import DecoderView
     from cfsp.config.contracts import Pruner
 
-#: Ratios have four digits. They are looked at from the largest down, in ten-thousandths: a pruner may refuse small ones
-#: too (less than half a block), so the first that it takes is searched for before the limit above it.
+#: Ratios have four digits and are tried in ten-thousandths, from the largest down. A pruner may also refuse small
+#: ratios (less than half a block), so the first ratio that it takes is searched for before the limit above it.
 _FINEST = 10_000
 _STEPS = (*range(9_500, 0, -500), 200, 100, 50, 10)
 
 
 @dataclass(frozen=True)
 class Reach:
-    """What ``pruner`` could remove with its preset's other settings.
+    """Reach of a pruner with its preset's other settings.
 
     Attributes:
         pruner: its name in conf/pruner.
@@ -48,6 +48,7 @@ class Reach:
     reason: str = ""
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the reach for JSON."""
         return {**asdict(self), "units": None if self.units is None else dict(self.units)}
 
 
@@ -113,10 +114,10 @@ def _reach(name: str, pruner: Pruner, budget: Budget, view: DecoderView, reason:
 
 
 def refusal(pruner: Pruner, budget: Budget, view: DecoderView, ratio: float) -> BudgetError | None:
-    """Why the pruner's own check does not take the ratio; None where it does.
+    """Return the error with which the pruner's own check refuses the ratio; None where it takes it.
 
     Raises:
-        CfspError: the check's own, where the reason is not the ratio.
+        CfspError: the check fails for another reason than the ratio.
     """
     try:
         pruner.check(view, replace(budget, ratio=ratio))
@@ -126,10 +127,10 @@ def refusal(pruner: Pruner, budget: Budget, view: DecoderView, ratio: float) -> 
 
 
 def largest_ratio(pruner: Pruner, budget: Budget, view: DecoderView) -> float:
-    """The largest ratio that the pruner's own check takes, to four digits.
+    """Return the largest ratio that the pruner's own check takes, to four digits.
 
     Raises:
-        CfspError: the check's own, where it takes none, or where the reason is not the ratio.
+        CfspError: the check takes no ratio, or fails for another reason than the ratio.
     """
     above = _FINEST
     for step in _STEPS:

@@ -1,4 +1,4 @@
-"""All that ``cfsp inspect`` found out of a model, for people (:mod:`cfsp.inspection.show`) and programs."""
+"""Report of ``cfsp inspect`` on a model, for people (:mod:`cfsp.inspection.show`) and for programs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cfsp.inspection.describe import BlockFacts, alike, blocks_of, is_tied, parts_of
+from cfsp.inspection.describe import BlockFacts, blocks_of, equal_blocks, is_tied, parts_of
 from cfsp.inspection.history import History, read_history
 from cfsp.inspection.numbers import Numbers
 from cfsp.inspection.reach import Plugins, Reach, reaches
@@ -20,11 +20,22 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Report:
-    """A model without its weights.
+    """Description of a model, made without its weights.
 
-    parameters: every one once, tied ones too; parts: part -> parameters; bytes: of weights in ``dtype``; positions:
-    the longest window, None where config.json does not say; blocks: each one, in order; history: None where nothing was
-    removed before.
+    Attributes:
+        numbers: where the numbers are from.
+        model_class: class of transformers.
+        model_type: model_type of its configuration.
+        dtype: dtype of the stored weights.
+        parameters: all parameters, each once, tied ones too.
+        parts: part -> parameters.
+        tied: whether the head is tied to the embeddings.
+        vocabulary: rows of the embeddings.
+        hidden: hidden size.
+        positions: longest window; None where config.json does not say.
+        blocks: facts of each block, in order.
+        history: earlier pruning; None where nothing was removed before.
+        reaches: reach of each pruner.
     """
 
     numbers: Numbers
@@ -43,15 +54,16 @@ class Report:
 
     @property
     def by_path(self) -> bool:
-        """Whether a folder or hub id was given, whose name says nothing more."""
+        """Return whether a folder or hub id was given, whose name says nothing more."""
         return self.numbers.by_path
 
     @property
     def bytes(self) -> int:
+        """Return the size of the weights in ``dtype``, in bytes."""
         return self.parameters * getattr(torch, self.dtype).itemsize
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; equal blocks are one entry, which lists their indices."""
+        """Return the report for JSON; equal blocks are one entry, which lists their indices."""
         source = self.numbers.source
         return {
             "schema": SCHEMA,
@@ -71,17 +83,22 @@ class Report:
             "hidden": self.hidden,
             "positions": self.positions,
             "n_blocks": len(self.blocks),
-            "blocks": [{"blocks": indices, **block.as_dict()} for indices, block in alike(self.blocks)],
+            "blocks": [{"blocks": indices, **block.as_dict()} for indices, block in equal_blocks(self.blocks)],
             "removed_before": None if self.history is None else self.history.as_dict(),
             "pruners": [reach.as_dict() for reach in self.reaches],
         }
 
 
 def report_of(numbers: Numbers, *, trust_remote_code: bool = False, plugins: Plugins | None = None) -> Report:
-    """Build the model on the meta device and look at it; ``plugins``: pruners of other packages.
+    """Build the model on the meta device and describe it.
+
+    Args:
+        numbers: configuration that the model is built of.
+        trust_remote_code: whether code of the folder is run.
+        plugins: pruners of other packages.
 
     Raises:
-        CfspError: not a causal language model that can be pruned; config.json and weights that differ.
+        CfspError: it is not a causal language model that can be pruned, or config.json and weights differ.
     """
     source = numbers.source
     view = outline(source, trust_remote_code=trust_remote_code)

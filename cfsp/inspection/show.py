@@ -1,4 +1,4 @@
-"""The report of ``cfsp inspect`` as a person reads it."""
+"""Printer for the report of ``cfsp inspect``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from cfsp.inspection.describe import AttentionFacts, BlockFacts, ExpertFacts, FfnFacts, alike, ranges
+from cfsp.inspection.describe import AttentionFacts, BlockFacts, ExpertFacts, FfnFacts, equal_blocks, ranges
 
 if TYPE_CHECKING:
     from cfsp.inspection.history import History
@@ -20,10 +20,10 @@ _KINDS = {"experts": "mixture of experts"}
 
 
 def show(report: Report) -> None:
-    """Print it."""
+    """Print the report."""
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
-        console.width = max(console.width, 200)  # a log has no edge to wrap at
+        console.width = max(console.width, 200)  # lines of a log are not wrapped
     source = report.numbers.source
     console.print(source.origin if report.by_path else f"{source.name}: {source.origin}", soft_wrap=True)
     for line in report.numbers.notes:
@@ -38,7 +38,7 @@ def show(report: Report) -> None:
         soft_wrap=True,
     )
     if report.history is not None:
-        console.print(_history(report.history), soft_wrap=True)
+        console.print(_history_line(report.history), soft_wrap=True)
     for table in (_parts(report), _blocks(report)):
         console.print()
         console.print(table)
@@ -58,11 +58,11 @@ def _table(*columns: str) -> Table:
     return Table(*columns, box=None, pad_edge=False)
 
 
-def _history(history: History) -> str:
+def _history_line(history: History) -> str:
     before, after = history.parameters.get("before"), history.parameters.get("after")
     counts = f": {before:,} parameters before, {after:,} after" if before and after else ""
-    gone = history.removed_blocks
-    blocks = f"; blocks {ranges(gone)} of {history.blocks_before} went" if gone else ""
+    removed = history.removed_blocks
+    blocks = f"; blocks {ranges(removed)} of {history.blocks_before} went" if removed else ""
     return f"{history.state or 'pruned'} earlier by {', then '.join(history.methods)}{counts}{blocks}"
 
 
@@ -82,13 +82,13 @@ def _parts(report: Report) -> Table:
 def _blocks(report: Report) -> Table:
     table = _table("blocks", "FFN", "attention", "parameters of a block")
     table.columns[3].justify = "right"
-    for indices, block in alike(report.blocks):
+    for indices, block in equal_blocks(report.blocks):
         table.add_row(ranges(indices), ffn_words(block.ffn), attention_words(block), f"{block.parameters:,}")
     return table
 
 
 def ffn_words(ffn: FfnFacts | None) -> str:
-    """The FFN of a block in a clause."""
+    """Return a clause on the FFN of a block."""
     if ffn is None:
         return "removed"
     before = "" if ffn.width_before is None else f" of {ffn.width_before:,}"
@@ -100,36 +100,38 @@ def ffn_words(ffn: FfnFacts | None) -> str:
 
 
 def _expert_words(ffn: FfnFacts, experts: ExpertFacts, before: str) -> str:
-    of = "" if experts.n_before is None else f" of {experts.n_before}"
+    total = "" if experts.n_before is None else f" of {experts.n_before}"
     groups = "" if experts.groups == 1 else f" in {experts.groups} groups"
     shared = "" if experts.shared is None else f"; shared, {experts.shared:,} neurons that stay"
     return (
-        f"{_KINDS[ffn.kind]}, {experts.n}{of}{groups}, {experts.top_k} for a token, {ffn.width:,}{before} neurons "
+        f"{_KINDS[ffn.kind]}, {experts.n}{total}{groups}, {experts.top_k} for a token, {ffn.width:,}{before} neurons "
         f"({ffn.neuron_parameters // experts.n:,} parameters each){shared}"
     )
 
 
 def attention_words(block: BlockFacts) -> str:
-    """The attention of a block in a clause."""
-    found = block.attention
+    """Return a clause on the attention of a block."""
+    attention = block.attention
     if block.latent:
         return "multi-head latent: its heads share keys and values, and stay"
-    if found is None:
+    if attention is None:
         return "removed" if block.attention_known else "not recognised: its heads stay"
-    window = "" if found.window is None else f", sliding window of {found.window:,}"
-    return f"{_heads(found)} ({found.group_parameters:,} parameters each){window}"
+    window = "" if attention.window is None else f", sliding window of {attention.window:,}"
+    return f"{_heads(attention)} ({attention.group_parameters:,} parameters each){window}"
 
 
-def _heads(found: AttentionFacts) -> str:
-    before = "" if found.groups_before is None else f" of {found.groups_before}"
-    if found.kind == "multi-head":
-        return f"multi-head, {found.heads}{before} heads of {found.head_dim}"
-    groups = "KV group" if found.kv_groups == 1 and not before else "KV groups"
-    return f"{found.kind}, {found.heads} heads of {found.head_dim} in {found.kv_groups}{before} {groups}"
+def _heads(attention: AttentionFacts) -> str:
+    before = "" if attention.groups_before is None else f" of {attention.groups_before}"
+    if attention.kind == "multi-head":
+        return f"multi-head, {attention.heads}{before} heads of {attention.head_dim}"
+    groups = "KV group" if attention.kv_groups == 1 and not before else "KV groups"
+    return (
+        f"{attention.kind}, {attention.heads} heads of {attention.head_dim} in {attention.kv_groups}{before} {groups}"
+    )
 
 
 def _reaches(reaches: Sequence[Reach], parameters: int) -> Table:
-    """Pruners that could remove the same are one row."""
+    """Return a table of what could be removed; pruners with the same reach share a row."""
     table = _table("could remove", "parameters at most", "of the model", "sparsity.ratio", "sparsity.scope", "pruner")
     for column in table.columns[1:4]:
         column.justify = "right"
@@ -139,15 +141,21 @@ def _reaches(reaches: Sequence[Reach], parameters: int) -> Table:
         if reach.units is not None:
             units = ", ".join(f"{n:,} {unit}" for unit, n in reach.units.items())
         most = reach.parameters or 0
-        row = (units, f"{most:,}", f"{most / parameters:.1%}", f"{reach.largest_ratio:.4f}", reach.scope)
+        row = (
+            units,
+            f"{most:,}",
+            f"{most / parameters:.1%}",
+            f"{reach.largest_ratio:.4f}",
+            reach.scope,
+        )
         rows.setdefault(row, []).append(reach.pruner)
-    for same, names in rows.items():
-        table.add_row(*same, ", ".join(names))
+    for cells, names in rows.items():
+        table.add_row(*cells, ", ".join(names))
     return table
 
 
 def _refusals(reaches: Sequence[Reach]) -> list[str]:
-    """A line for each pruner that cannot be used, or one for all that cannot for the same reason."""
+    """Return a line for each pruner that cannot be used, or a single line where the reason is the same for all."""
     refused: dict[str, list[str]] = {}
     for reach in reaches:
         if reach.reason:

@@ -1,7 +1,7 @@
-"""Launching the runs of a sweep through submitit: what a cluster and processes of this machine have in common.
+"""Launchers that use submitit: the common part of a cluster and of processes of this machine.
 
-The keys of a launcher here are those of hydra-submitit-launcher's configuration. The plugin's own launch() is not used:
-it waits for the jobs in their order and gives up at the first that failed.
+The keys of a launcher are those of hydra-submitit-launcher's configuration. The plugin's own launch() is not used,
+because it waits for the jobs in their order and gives up at the first that failed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cfsp.record.environment import cores
 from cfsp.sweep.job import Job, Outcome, do, mark_failed
 from cfsp.system.lease import holder
 
-#: Why a job of submitit is over that left no result; None while it is not over.
+#: Tells why a submitit job without a result is over; None while it is not over.
 Ended = Callable[[Any], str | None]
 Count = Annotated[int, Field(ge=1, strict=True)]
 CountOrNone = Annotated[int, Field(ge=0, strict=True)]
@@ -37,7 +37,12 @@ Text = Annotated[str, Field(min_length=1)]
 
 @dataclass(frozen=True)
 class Submitted:
-    """A run of the sweep and submitit's job that does it."""
+    """A run that was submitted.
+
+    Attributes:
+        job: the run.
+        handle: submitit's job that does it.
+    """
 
     job: Job
     handle: Any
@@ -47,8 +52,16 @@ class Submitted:
 class Submitit(Launcher):
     """Submits every run as a job of its own and waits for the results.
 
-    Those runs come first that calibrate what others share, and until their plans are there, no more run at a time than
-    there are such: a run that only waited for another's statistics would hold a machine for nothing.
+    Runs that calibrate for others come first. Until their plans are there, no more jobs run at a time than there are
+    such runs, because a job that waits for another's statistics would hold a machine for nothing.
+
+    Attributes:
+        submitit_folder: where submitit keeps its files.
+        timeout_min: minutes that a run may take.
+        gpus: GPUs of each run.
+        gpus_per_node: the same; give one of the two.
+        stderr_to_stdout: write both streams of a job into one file.
+        array_parallelism: how many jobs run at a time.
     """
 
     option: ClassVar[str]
@@ -66,10 +79,10 @@ class Submitit(Launcher):
             raise ValueError("launcher.gpus and launcher.gpus_per_node are the same; give one of them")
 
     def check(self) -> None:
-        """Whether the packages are here.
+        """See that submitit is installed.
 
         Raises:
-            ConfigError: how to install them.
+            ConfigError: it is not; says how to install it.
         """
         try:
             import hydra_plugins.hydra_submitit_launcher.config  # noqa: F401
@@ -81,17 +94,17 @@ class Submitit(Launcher):
             ) from error
 
     def launch(self, jobs: Sequence[Job], report: Report) -> None:
-        """Submit what no earlier command has submitted, wait for all, and say how each ended.
+        """Submit the jobs that no earlier command has submitted, wait for all, and report how each ended.
 
         Raises:
             ConfigError: the jobs are refused.
         """
-        flying = {one.job.run_id: one for one in self.earlier(jobs)}
+        flying = {submitted.job.run_id: submitted for submitted in self.earlier(jobs)}
         if flying:
             print(f"{len(flying)} runs were submitted before; waiting for them", flush=True)
         queue = Queue([job for job in jobs if job.run_id not in flying])
         first: dict[str, Job] = {}
-        for job in [*(one.job for one in flying.values()), *queue.waiting]:
+        for job in [*(submitted.job for submitted in flying.values()), *queue.waiting]:
             first.setdefault(job.shares, job)
         places, ended = 0, self.watch()
         try:
@@ -100,10 +113,10 @@ class Submitit(Launcher):
                 calibrated = all(_is_planned(job) or job.run_id not in unfinished for job in first.values())
                 before, places = places, min(self.array_parallelism, len(jobs) if calibrated else len(first))
                 if flying and places != before:
-                    self.allow(places, [one.handle for one in flying.values()])
+                    self.allow(places, [submitted.handle for submitted in flying.values()])
                 free = list(_free(queue, report, self.room(places - len(flying))))
                 if free:
-                    flying |= {one.job.run_id: one for one in self._submit(free, places)}
+                    flying |= {submitted.job.run_id: submitted for submitted in self._submit(free, places)}
                 for run_id, outcome in _over(flying, ended):
                     job = flying.pop(run_id).job
                     if queue.ended(job, outcome):
@@ -111,11 +124,12 @@ class Submitit(Launcher):
                 if queue.waiting or flying:
                     time.sleep(LOOK)
         except BaseException:
-            self.left([one.handle for one in flying.values()])
+            self.left([submitted.handle for submitted in flying.values()])
             raise
 
     def _submit(self, jobs: Sequence[Job], places: int) -> list[Submitted]:
-        # Ids come again (of processes; of a Slurm that was set up anew): never read what another job left under mine.
+        # Ids of jobs come again (process ids; a Slurm that was set up anew), so each submission has a folder of its own
+        # and never reads the result of an earlier job.
         folder = Path(self.submitit_folder) / f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
         words = [job.cell.words for job in jobs]
         try:
@@ -140,45 +154,45 @@ class Submitit(Launcher):
         return executor
 
     def settings(self, places: int) -> dict[str, Any]:
-        """The plugin's keys with their values, for ``places`` runs at a time."""
+        """Return the plugin's keys with their values, for ``places`` runs at a time."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         gpus = values.pop("gpus")
         del values["submitit_folder"]
         return {**values, "array_parallelism": places, **({} if gpus is None else {"gpus_per_node": gpus})}
 
     def variables(self) -> Mapping[str, str]:
-        """What is set in the environment of the jobs."""
+        """Return the environment variables of the jobs."""
         return {}
 
     def earlier(self, jobs: Sequence[Job]) -> list[Submitted]:
-        """What an earlier command submitted of these, and is not over."""
+        """Return the runs among ``jobs`` that an earlier command submitted and that are not over."""
         return []
 
     def submitted(self, runs: Sequence[Submitted], folder: Path) -> None:
-        """Hear of what has been submitted; ``folder``: where submitit keeps its files."""
+        """Take note of runs that have just been submitted; ``folder``: where submitit keeps their files."""
 
     def watch(self) -> Ended:
-        """What tells that a job is over which left no result."""
+        """Return the function that tells why a job without a result is over."""
         raise NotImplementedError
 
     def room(self, places: int) -> int | None:
-        """How many to submit where ``places`` are free; None: all there are."""
+        """Return how many jobs to submit where ``places`` are free; None for all."""
         return places
 
     def allow(self, places: int, handles: Sequence[Any]) -> None:
-        """Let so many of these run at a time from now on."""
+        """Let ``places`` of these jobs run at a time from now on."""
 
     def left(self, handles: Sequence[Any]) -> None:
-        """The sweep command ends before these have."""
+        """Take leave of jobs that go on when the sweep command ends."""
         raise NotImplementedError
 
 
 @component
 class SubmititLocal(Submitit):
-    """Processes of this machine that submitit starts: what goes to Slurm, without one.
+    """Runs in processes of this machine that submitit starts, to try what goes to Slurm.
 
-    They end with the sweep command, unless that is killed: then the next one waits for what they are at.
-    ``gpus``: how many GPUs each run sees, the same ones for all; None: it sees none.
+    They end with the sweep command. Where that is killed, they go on, and the next command waits for them. ``gpus`` is
+    how many GPUs each run sees, the same ones for all; None: it sees none.
     """
 
     option: ClassVar[str] = "submitit_local"
@@ -187,28 +201,34 @@ class SubmititLocal(Submitit):
     array_parallelism: Count = 2
 
     def settings(self, places: int) -> dict[str, Any]:
+        """Return the plugin's keys. Processes of this machine have no array."""
         return {key: value for key, value in super().settings(places).items() if key != "array_parallelism"}
 
     def variables(self) -> Mapping[str, str]:
+        """Return each job's share of the cores, unless the user has set one."""
         if "OMP_NUM_THREADS" in os.environ:
             return {}
         return {"OMP_NUM_THREADS": str(max(1, cores() // self.array_parallelism))}
 
     def watch(self) -> Ended:
+        """Return a function that tells whether the process of a job has ended."""
         return lambda handle: f"process {handle.job_id} ended without a result" if handle.done() else None
 
     def left(self, handles: Sequence[Any]) -> None:
+        """End the processes."""
         for handle in handles:
             handle.cancel()
 
 
 class Run:
-    """What travels to a job, with the words of a run's command line; ``folder``: where the sweep command was given."""
+    """Callable that submitit sends to a job, with the words of a run's command line."""
 
     def __init__(self, folder: str) -> None:
+        """Run in ``folder``, the working folder of the sweep command."""
         self.folder = folder
 
     def __call__(self, words: Sequence[str]) -> Outcome:
+        """Run the job, whose command line has the ``words``."""
         from cfsp.system.logs import quiet
 
         os.chdir(self.folder)
@@ -216,19 +236,19 @@ class Run:
         return do(words, BaseModels())
 
     def checkpoint(self, words: Sequence[str]) -> Any:
-        """What submitit has Slurm start again where the time was up and ``max_num_timeout`` allows it."""
+        """Return the job that submitit starts again where the time was up and ``max_num_timeout`` allows it."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, words)
 
 
 def _is_planned(job: Job) -> bool:
-    """The plan is written right after the statistics it was made from."""
+    """Return whether the run has its plan, which is written right after its statistics."""
     return (job.out / "plan.json").is_file()
 
 
 def _free(queue: Queue, report: Report, room: int | None) -> Iterator[Job]:
-    """The next ``room`` jobs that no other process is at: one that only found its run busy would cost a place."""
+    """Yield the next ``room`` jobs that no other process is at. A job whose run is busy would cost a place."""
     while (room is None or room > 0) and (job := queue.next()) is not None:
         who = holder(job.out / LEASE)
         if (over := queue.elsewhere(job)) is not None:
@@ -241,37 +261,38 @@ def _free(queue: Queue, report: Report, room: int | None) -> Iterator[Job]:
 
 
 def _over(flying: Mapping[str, Submitted], ended: Ended) -> list[tuple[str, Outcome]]:
-    found = []
-    for run_id, one in flying.items():
-        folder, result = one.handle.paths.folder, one.handle.paths.result_pickle
+    """Return the runs that are over, and how each ended."""
+    over = []
+    for run_id, submitted in flying.items():
+        folder, result = submitted.handle.paths.folder, submitted.handle.paths.result_pickle
         if folder.is_dir():
             folder.chmod(folder.stat().st_mode)  # makes a network file system look again, as submitit does
         if result.exists():
-            found.append((run_id, _outcome(one)))
-        elif (reason := ended(one.handle)) is not None and not result.exists():
-            found.append((run_id, Outcome("done") if one.job.is_done else _failed(one, reason)))
-    return found
+            over.append((run_id, _outcome(submitted)))
+        elif (reason := ended(submitted.handle)) is not None and not result.exists():
+            over.append((run_id, Outcome("done") if submitted.job.is_done else _failed(submitted, reason)))
+    return over
 
 
-def _outcome(one: Submitted) -> Outcome:
+def _outcome(submitted: Submitted) -> Outcome:
     try:
-        outcome: Outcome = one.handle.result()
+        outcome: Outcome = submitted.handle.result()
     except Exception as error:  # whatever the job raised comes out here
-        return _failed(one, f"job {one.handle.job_id}: {_cause(str(error))}")
+        return _failed(submitted, f"job {submitted.handle.job_id}: {_cause(str(error))}")
     if outcome.reason.startswith("UncompletedJobError"):  # what submitit raises in a run whose time is up
-        return _failed(one, "its time was up (raise launcher.timeout_min)")
+        return _failed(submitted, "its time was up (raise launcher.timeout_min)")
     return outcome
 
 
-def _failed(one: Submitted, reason: str) -> Outcome:
-    written = one.handle.paths.stderr
+def _failed(submitted: Submitted, reason: str) -> Outcome:
+    written = submitted.handle.paths.stderr
     if written.is_file():
         reason = f"{reason}; see {os.path.relpath(written)}"
-    mark_failed(one.job, reason)
+    mark_failed(submitted.job, reason)
     return Outcome("failed", reason)
 
 
 def _cause(text: str) -> str:
-    """The last line of the traceback in submitit's message about a job."""
+    """Return the last line of the traceback in submitit's message about a job."""
     trace = text.rpartition("\n------")[0].strip() or text.strip()
     return trace.splitlines()[-1] if trace else "it failed"

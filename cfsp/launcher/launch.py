@@ -1,4 +1,4 @@
-"""Launching the runs of a sweep: one after the other in this process, or by several processes of this machine."""
+"""Launchers for this machine: one run after the other in this process, or several processes."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from cfsp.record.environment import cores
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
 
-    # Imported where they are used: tables and reports read this module's keys, and need nothing that computes.
+    # Imported where they are used, for start-up time: tables and reports read the keys of this module without torch.
     from cfsp.sweep.job import Job, Outcome
 
-#: Told of every job that is over.
+#: Called with every job that is over.
 Report = Callable[["Job", "Outcome"], None]
 #: Seconds between two looks at runs that another sweep is at.
 LOOK = 1.0
-#: Seconds for a process that was interrupted to write its record.
+#: Seconds that an interrupted process may take to write its record.
 _PATIENCE = 5.0
 
 
 @component
 class Sequential(Launcher):
-    """In this process, in order; the base model is loaded once."""
+    """Runs in this process, in order. The base model is loaded once."""
 
     def launch(self, jobs: Sequence[Job], report: Report) -> None:
+        """Run all jobs and report how each ended."""
         from cfsp.pipeline.base_models import BaseModels
         from cfsp.sweep.job import do
 
@@ -52,14 +53,19 @@ class Sequential(Launcher):
 
 @component
 class Local(Launcher):
-    """``processes`` processes; each takes a GPU of its own where there are any, in turn, else its share of the cores.
+    """Runs in several processes of this machine.
 
-    A process that dies is replaced; its run has failed, no other.
+    Each process takes a GPU in turn, or its share of the cores where there are no GPUs. A process that dies is
+    replaced, and only its own run has failed.
+
+    Attributes:
+        processes: how many there are.
     """
 
     processes: Annotated[int, Field(ge=1)] = 2
 
     def launch(self, jobs: Sequence[Job], report: Report) -> None:
+        """Run all jobs and report how each ended."""
         queue = Queue(jobs)
         workers = [_Worker(number, self.processes) for number in range(min(self.processes, len(jobs)))]
         try:
@@ -83,22 +89,24 @@ class Local(Launcher):
 
 
 class Queue:
-    """The jobs that are not done, those first that calibrate what others share.
+    """Jobs that are not done, in the order in which they start.
 
-    A job that needs what another is calibrating comes later where there is other work; where there is none it starts,
-    and waits for the statistics alone (their lease). One that another sweep is at comes back until it is done or free.
+    Jobs that calibrate for others come first. A job that needs what another one is calibrating comes after other work.
+    Where there is no other work it starts, and waits for the statistics alone (their lease). A job that another sweep
+    is at comes back until it is done or free.
     """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
+        """Queue ``jobs``."""
         self.waiting = list(jobs)
         self._begun: set[str] = set()
         self._again: dict[str, float] = {}
         self._began = time.time()
 
     def elsewhere(self, job: Job) -> Outcome | None:
-        """How another sweep has ended a job that came back; None where it is this one's to do.
+        """Return how another sweep has ended a job that came back; None where this sweep has to do it.
 
-        What failed there since this sweep began is not tried again: it would fail in the same way.
+        A job that failed there since this sweep began is not tried again, because it would fail in the same way.
         """
         from cfsp.sweep.job import Outcome, state_of
 
@@ -110,7 +118,7 @@ class Queue:
         return None
 
     def next(self) -> Job | None:
-        """The next job to start now; None where all that wait have to."""
+        """Return the next job to start now; None where every job has to wait."""
         now = time.monotonic()
         ready = [job for job in self.waiting if self._again.get(job.run_id, 0) <= now]
         if not ready:
@@ -121,7 +129,7 @@ class Queue:
         return first
 
     def ended(self, job: Job, outcome: Outcome) -> bool:
-        """Whether it is over; a job that another sweep is still at comes back."""
+        """Return whether a job is over. A job that another sweep is still at goes back into the queue."""
         if outcome.name != "busy" or job.is_done:
             return True
         self._again[job.run_id] = time.monotonic() + LOOK
@@ -130,7 +138,7 @@ class Queue:
 
 
 class _Worker:
-    """A process that does one job at a time, and its successor where it dies."""
+    """A process that does one job at a time. Where it dies, another one takes its place."""
 
     def __init__(self, number: int, of: int) -> None:
         self._number, self._of = number, of
@@ -152,7 +160,7 @@ class _Worker:
             self.connection.send(job.cell.words)
 
     def result(self) -> tuple[Job, Outcome]:
-        """The job that has ended, and how."""
+        """Return the job that has ended, and how it ended."""
         from cfsp.sweep.job import Outcome, mark_failed
 
         job, self.job = self.job, None
@@ -167,10 +175,10 @@ class _Worker:
             return job, Outcome("failed", reason)
 
     def close(self) -> None:
-        """Let it go; at work it is ended, which the next launch takes up."""
+        """End the process. A job that it is at is interrupted, and the next launch goes on with it."""
         self.connection.close()
         if self.job is not None:
-            # Ctrl-C has reached it too, or reaches it now: ended so, it gives back what it holds, its semaphores too.
+            # Ctrl-C has reached the process too, or reaches it now. It then releases its leases and its semaphores.
             self.process.join(1)
             if self.process.is_alive() and self.process.pid is not None:
                 with contextlib.suppress(ProcessLookupError):
@@ -192,7 +200,7 @@ def _serve(connection: Connection) -> None:
     from cfsp.system.logs import quiet
 
     quiet()
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which nobody frees when this process is ended
+    tqdm.set_lock(threading.RLock())  # tqdm's own lock is a semaphore, which leaks when this process is ended
     bases = BaseModels(keep=True)
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         while True:
@@ -213,7 +221,7 @@ def _death(code: int | None) -> str:
 
 
 def _shares(number: int, of: int) -> dict[str, str]:
-    """The environment of a worker: its GPU; without GPUs its share of the cores."""
+    """Return the environment of a worker: its GPU, or its share of the cores where there are no GPUs."""
     import torch
 
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -227,7 +235,7 @@ def _shares(number: int, of: int) -> dict[str, str]:
 
 @contextlib.contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """These variables inside, for processes that are started there."""
+    """Set environment variables for processes that are started inside."""
     before = {key: os.environ.get(key) for key in values}
     os.environ.update(values)
     try:

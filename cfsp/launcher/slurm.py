@@ -1,4 +1,4 @@
-"""The jobs of a sweep on a Slurm cluster: one array, what its queue says of them, and taking them up again."""
+"""Launcher for a Slurm cluster: the runs of a sweep are one array of jobs, which outlives the sweep command."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from cfsp.sweep.job import Job
 
 log = logging.getLogger(__name__)
 
-#: In OUT: the job that was submitted for the run, for a sweep command that comes after this one.
+#: File in OUT that names the submitted job, for a later sweep command.
 NOTE = ".submitted.json"
-#: Seconds between two questions to Slurm; and between a job's leaving its queue and giving up its result, which a
-#: shared file system may show late.
+#: Seconds between two questions to Slurm; and seconds after which the result of a job that has left the queue is given
+#: up. A shared file system may show it late.
 ASK, GRACE = 10.0, 15.0
-#: What Slurm calls jobs that do not run again, with the way out where there is one.
+#: Slurm's names for the states of jobs that do not run again, with the way out where there is one.
 ENDED = {
     "BOOT_FAIL": "",
     "CANCELLED": " (by scancel or an administrator)",
@@ -41,18 +41,21 @@ ENDED = {
 }
 
 
-def _one(value: int) -> int:
+def _must_be_one(value: int) -> int:
     if value != 1:
         raise ValueError("a run is one process on one machine; use 1")
     return value
 
 
-One = Annotated[int, Field(strict=True), AfterValidator(_one)]
+One = Annotated[int, Field(strict=True), AfterValidator(_must_be_one)]
 
 
 @component
 class Slurm(Submitit):
-    """One array of Slurm jobs. They outlive the sweep command; the same command then waits for them."""
+    """Runs as one array of Slurm jobs. They outlive the sweep command, and the same command then waits for them.
+
+    The keys are those of hydra-submitit-launcher, which are named after the options of sbatch.
+    """
 
     option: ClassVar[str] = "slurm"
     executor: ClassVar[str] = "slurm"
@@ -79,10 +82,10 @@ class Slurm(Submitit):
     signal_delay_s: Count = 120
 
     def check(self) -> None:
-        """Whether the packages and Slurm's commands are here.
+        """See that submitit and Slurm's commands are installed.
 
         Raises:
-            ConfigError: what is missing.
+            ConfigError: one of them is missing.
         """
         super().check()
         for name in ("sbatch", "srun", "squeue", "scontrol"):
@@ -93,12 +96,14 @@ class Slurm(Submitit):
                 )
 
     def settings(self, places: int) -> dict[str, Any]:
+        """Return the plugin's keys with their values, for ``places`` runs at a time."""
         values = super().settings(places)
         if self.cpus_per_task is not None:  # since Slurm 22.05 srun does not take it over from sbatch
             values["setup"] = [f"export SRUN_CPUS_PER_TASK={self.cpus_per_task}", *(self.setup or ())]
         return values
 
     def earlier(self, jobs: Sequence[Job]) -> list[Submitted]:
+        """Return the runs whose notes name a job that is still in the queue."""
         import submitit
 
         notes = {job.run_id: note for job in jobs if (note := _note(job)) is not None}
@@ -111,6 +116,7 @@ class Slurm(Submitit):
         ]
 
     def submitted(self, runs: Sequence[Submitted], folder: Path) -> None:
+        """Note the job of each run in its folder, and print the name of the array."""
         for run in runs:
             run.job.out.mkdir(parents=True, exist_ok=True)
             note = {"folder": str(folder), "id": run.handle.job_id, "words": run.job.cell.words}
@@ -119,31 +125,36 @@ class Slurm(Submitit):
         print(f"{len(runs)} runs submitted to Slurm, job {name}; what the jobs write: {folder}", flush=True)
 
     def watch(self) -> Ended:
+        """Return a function that asks the queue."""
         return SlurmQueue()
 
     def room(self, places: int) -> int | None:
+        """Return None: all jobs are submitted at once."""
         return None  # Slurm keeps them all, and lets as many run as the array allows
 
     def allow(self, places: int, handles: Sequence[Any]) -> None:
+        """Set how many jobs of the arrays run at a time."""
         for name in _arrays([handle for handle in handles if "_" in handle.job_id]):
-            # It complains of those that are over, and does it for the others.
-            _asked("scontrol", "update", f"JobId={name}", f"ArrayTaskThrottle={places}", fine="already finished")
+            # Slurm complains about jobs that are over, and does it for the others.
+            _output_of("scontrol", "update", f"JobId={name}", f"ArrayTaskThrottle={places}", fine="already finished")
 
     def left(self, handles: Sequence[Any]) -> None:
+        """Print how to end the jobs, which stay with Slurm."""
         if handles:
             print(f"the runs stay with Slurm; to end them: scancel {' '.join(_arrays(handles))}", flush=True)
 
 
 class SlurmQueue:
-    """What the queue says of a job: unlike sacct it needs no accounting. It is asked for all jobs at once."""
+    """Slurm's queue, asked for all jobs at once. Unlike sacct, squeue needs no accounting."""
 
     def __init__(self) -> None:
+        """Start without having asked."""
         self._asked = float("-inf")
         self._states: Mapping[str, str] | None = None
         self._gone: dict[str, float] = {}
 
     def __call__(self, handle: Any) -> str | None:
-        """Why the job is over; None while it is not, or while Slurm does not answer."""
+        """Return why the job is over; None while it is not, or while Slurm does not answer."""
         now = time.monotonic()
         if now - self._asked >= ASK:
             self._states, self._asked = _states(), now
@@ -157,7 +168,7 @@ class SlurmQueue:
 
 
 def _note(job: Job) -> dict[str, str] | None:
-    """What was noted when this run was submitted, if it was with the same words."""
+    """Return the note of the run's submission, where it was submitted with the same words."""
     try:
         note = json.loads((job.out / NOTE).read_text(encoding="utf-8"))
         return note if tuple(note["words"]) == job.cell.words else None
@@ -170,18 +181,18 @@ def _arrays(handles: Sequence[Any]) -> list[str]:
 
 
 def _states() -> Mapping[str, str] | None:
-    """What Slurm calls each job of this user, ended ones too while it remembers them; None where it does not answer."""
+    """Return Slurm's state of each job of this user, recently ended ones too; None where Slurm does not answer."""
     user = f"--user={os.getuid()}"
-    text = _asked("squeue", "--noheader", "--array", "--states=all", user, "--format=%i %T")
+    text = _output_of("squeue", "--noheader", "--array", "--states=all", user, "--format=%i %T")
     return None if text is None else dict(line.split(maxsplit=1) for line in text.splitlines() if " " in line.strip())
 
 
-def _asked(*command: str, fine: str | None = None) -> str | None:
-    """What a command of Slurm says; None, and a warning, where it fails with another message than ``fine``."""
+def _output_of(*command: str, fine: str | None = None) -> str | None:
+    """Return the output of a Slurm command; None where it fails, which is logged unless it says ``fine``."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        said = " ".join(str(getattr(error, "stderr", None) or error).split())
-        if fine is None or fine not in said:
-            log.warning("%s: %s", " ".join(command), said)
+        message = " ".join(str(getattr(error, "stderr", None) or error).split())
+        if fine is None or fine not in message:
+            log.warning("%s: %s", " ".join(command), message)
         return None

@@ -1,1 +1,1 @@
-"""Loggers: mirrors of the record."""
+"""Loggers: mirrors of the record of a run."""

@@ -1,4 +1,4 @@
-"""The logger interface: a mirror of the record. The null logger stands where none is wanted."""
+"""Logger interface, and the null logger."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["NullLogger", "RunLogger"]
 
 @component
 class NullLogger(RunLogger):
-    """Logs nowhere."""
+    """Logger that keeps nothing."""
 
     def start(self, run_id: str, folder: Path, configuration: dict[str, Any]) -> None:
-        """Nothing to start."""
+        """Do nothing."""
 
     def log(self, values: dict[str, Any]) -> None:
-        """Nothing to log to."""
+        """Do nothing."""
 
     def finish(self, record: RunRecord, folder: Path) -> None:
-        """Nothing to finish."""
+        """Do nothing."""
 
     def files(self, name: str, folder: Path, files: Mapping[str, Path]) -> None:
-        """Nothing to keep them in."""
+        """Do nothing."""

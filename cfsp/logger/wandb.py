@@ -1,4 +1,4 @@
-"""Weights & Biases as a mirror of the record: online where a key is there, else an offline run on disk."""
+"""Weights & Biases as a mirror of the record: online where a key is there, otherwise an offline run on disk."""
 
 from __future__ import annotations
 
@@ -17,16 +17,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Files of OUT that go with a run, as far as they are there; a model folder does not.
+#: Files of OUT that are logged with a run where they exist; a model folder is not.
 _FILES = ("record.json", "plan.json", "config.yaml", "blocks.png", "recovery.png")
 
 
 @component
 class WandbLogger(RunLogger):
-    """One W&B run per run of cfsp: its id is the run_id; config, summary, curves, figures and files are the record's.
+    """Logger for Weights & Biases: one W&B run for each run of cfsp, with the run_id as its id.
 
-    Online it is there from the start and gets the training's curves as they come. Offline it is written at the end,
-    from the record, so that a killed run leaves none; ``wandb sync OUT/wandb/offline-run-*`` uploads it later.
+    Config, summary, curves, figures and files are those of the record. An online run exists from the start and gets the
+    curves of the training as they come. An offline run is written at the end, from the record, so that a killed run
+    leaves none; ``wandb sync OUT/wandb/offline-run-*`` uploads it later.
+
+    Attributes:
+        project: W&B project.
+        entity: W&B user or team; None: the default of the account.
+        group: W&B group; None: no group.
+        tags: tags of the run.
+        mode: online or offline; auto: online where W&B has a key.
     """
 
     project: str = "cfsp"
@@ -36,16 +44,19 @@ class WandbLogger(RunLogger):
     mode: Literal["auto", "online", "offline"] = "auto"
 
     def start(self, run_id: str, folder: Path, configuration: dict[str, Any]) -> None:
+        """Begin an online run; an offline one is written at the end."""
         if self._mode() == "online":
             self._init(run_id, folder, configuration)
 
     def log(self, values: dict[str, Any]) -> None:
+        """Log a step of the training to the online run."""
         import wandb
 
         if wandb.run is not None:
             wandb.log(values)
 
     def finish(self, record: RunRecord, folder: Path) -> None:
+        """Write summary, figures and files of the record, and end the W&B run."""
         if self._mode() == "disabled":
             return
         import wandb
@@ -72,6 +83,7 @@ class WandbLogger(RunLogger):
         wandb.finish(exit_code=0 if record.status == "success" else 1)
 
     def files(self, name: str, folder: Path, files: Mapping[str, Path]) -> None:
+        """Log tables and figures that were made from several runs as a W&B run of their own."""
         if self._mode() == "disabled":
             return
         import wandb
@@ -86,7 +98,7 @@ class WandbLogger(RunLogger):
     def _init(self, name: str, folder: Path, configuration: dict[str, Any], job_type: str = "run") -> None:
         import wandb
 
-        # What an earlier attempt left here is replaced: one W&B run per run.
+        # Offline runs of an earlier attempt are replaced, so that there is one W&B run for each run.
         for earlier in (folder / "wandb").glob(f"offline-run-*-{name}"):
             shutil.rmtree(earlier)
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,18 +115,18 @@ class WandbLogger(RunLogger):
 
         artifact = wandb.Artifact(name, type=kind)
         for file, path in files.items():
-            # immutable: uploaded from where it is, where a copy would stay in the home folder until it is synced.
+            # "immutable" uploads the file from its place; otherwise a copy stays in the home folder until it is synced.
             artifact.add_file(str(path.resolve()), name=file, policy="immutable")
         wandb.log_artifact(artifact)
 
     def _mode(self) -> Literal["online", "offline", "disabled"]:
         if self.mode != "auto":
             return self.mode
-        asked = os.environ.get("WANDB_MODE")
-        if asked in ("online", "offline", "disabled"):
-            return asked  # type: ignore[return-value]
-        if asked == "dryrun" or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
-            return "offline" if asked == "dryrun" else "disabled"
+        environment = os.environ.get("WANDB_MODE")
+        if environment in ("online", "offline", "disabled"):
+            return environment  # type: ignore[return-value]
+        if environment == "dryrun" or os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+            return "offline" if environment == "dryrun" else "disabled"
         return "online" if os.environ.get("WANDB_API_KEY") or _has_login() else "offline"
 
 

@@ -1,1 +1,1 @@
-"""A model that computes: loading, streaming, the block driver."""
+"""A model that computes: loading, streaming and the block driver."""

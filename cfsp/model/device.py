@@ -1,4 +1,4 @@
-"""The device and the dtype of a run."""
+"""Device and dtype of a run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is cuda where there is one, else cpu; of several processes each takes the GPU of its own number.
+    """Return the device that a setting names.
+
+    ``auto`` is cuda where there is a GPU, else cpu. Each of several processes takes the GPU of its own number.
 
     Raises:
-        ConfigError: an unknown device, one that this machine lacks, or one for several processes.
+        ConfigError: the device is unknown, is not usable here, or would be shared by several processes.
     """
     mine = launched()
     if name == "auto":
@@ -37,7 +39,10 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: DType, device: torch.device, source: ModelSource) -> torch.dtype:
-    """``auto``: float32 on CPU (fast and exact there), the checkpoint's dtype on an accelerator."""
+    """Return the dtype that a setting names.
+
+    ``auto`` is float32 on CPU, where it is fast and exact, and the checkpoint's dtype on an accelerator.
+    """
     if name != "auto":
         return getattr(torch, name)
     return torch.float32 if device.type == "cpu" else getattr(torch, source.stored_dtype)

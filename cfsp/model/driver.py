@@ -1,4 +1,4 @@
-"""The block driver: the one piece of code that runs a decoder over calibration tokens.
+"""The block driver: the only code that runs a decoder over calibration tokens.
 
 :meth:`BlockDriver.run` runs the model as it is. :meth:`BlockDriver.steps` runs every sequence through one block before
 the next block starts, as sequential methods and models streamed from disk need it. Hooks on the blocks see the same
@@ -20,16 +20,18 @@ from torch import Tensor, nn
 from cfsp.architecture.views import BlockView, DecoderView
 from cfsp.errors import UnsupportedModelError
 from cfsp.model.hidden_states import HiddenStates
-from cfsp.model.snapshot import hooks_aside
-from cfsp.model.streamed import resident, streamed
+from cfsp.model.snapshot import without_hooks
 from cfsp.system.progress import progress
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What enters the first block, per batch: ids [B, T], hidden states [B, T, d], and each block's arguments.
+    """Inputs of the blocks.
 
-    ``kwargs[block][batch]`` holds masks and position embeddings as the model makes them for that block.
+    Attributes:
+        ids: token ids [B, T] of each batch.
+        hidden: hidden states [B, T, d] that enter the first block, for each batch.
+        kwargs: further arguments of the blocks (masks, position embeddings), [block][batch].
     """
 
     ids: list[Tensor]
@@ -39,7 +41,12 @@ class Entry:
 
 @dataclass
 class BlockStep:
-    """One block with the hidden states entering it, a tensor [B, T, d] per batch."""
+    """One block with the hidden states that enter it.
+
+    Attributes:
+        block: the block.
+        inputs: hidden states, [B, T, d] for each batch.
+    """
 
     block: BlockView
     inputs: HiddenStates
@@ -48,11 +55,15 @@ class BlockStep:
 
     @torch.no_grad()
     def run(self, each: Callable[[int, Tensor], None] | None = None) -> HiddenStates:
-        """Run the block as it is now over all batches; the last run's outputs enter the next block.
+        """Run the block as it is now over all batches; the outputs of the last run enter the next block.
 
-        ``each`` is called with the number of a batch and its output, while hooks still hold what they saw of it.
+        Args:
+            each: called with the number of a batch and its output, while hooks still hold the tensors of that batch.
+
+        Returns:
+            The outputs, [B, T, d] for each batch.
         """
-        self._outputs = None  # the last run's go first
+        self._outputs = None  # frees those of an earlier run first
         outputs = self.inputs.like()
         for batch, (hidden, kwargs) in enumerate(zip(self.inputs, self._kwargs, strict=True)):
             output = run_block(self.block, hidden, kwargs)
@@ -64,18 +75,18 @@ class BlockStep:
 
     @torch.no_grad()
     def first(self) -> Tensor:
-        """What the block as it is now makes of the first batch."""
+        """Return the output of the block as it is now for the first batch."""
         return run_block(self.block, self.inputs[0], self._kwargs[0])
 
     @torch.no_grad()
-    def beside(self, states: HiddenStates) -> None:
-        """Run the block as it is now over ``states`` instead of its inputs; each output takes its input's place."""
+    def run_alongside(self, states: HiddenStates) -> None:
+        """Run the block as it is now over other hidden states than its inputs; each output replaces its input."""
         for batch, kwargs in enumerate(self._kwargs):
             states[batch] = run_block(self.block, states[batch], kwargs)
 
     @torch.no_grad()
     def advance(self) -> HiddenStates:
-        """Run the block for the last time: each output takes the place of its input, so that one set is held."""
+        """Run the block for the last time; each output replaces its input, so that only one set is held."""
         for batch, kwargs in enumerate(self._kwargs):
             self.inputs[batch] = run_block(self.block, self.inputs[batch], kwargs)
         self._outputs = self.inputs
@@ -84,14 +95,19 @@ class BlockStep:
 
 @dataclass(frozen=True)
 class BlockDriver:
-    """Runs the decoder of ``view`` over ids [n, T] in batches of ``batch_size`` sequences."""
+    """Runs a decoder over token ids in batches.
+
+    Attributes:
+        view: the decoder.
+        batch_size: sequences of a batch.
+    """
 
     view: DecoderView
     batch_size: int
 
     @torch.no_grad()
     def run(self, input_ids: Tensor, label: str = "calibrate") -> None:
-        """Every token through every block once; results are what the caller's hooks collect."""
+        """Run every token through every block once; the results are what the caller's hooks collect."""
         for batch in progress(self._batches(input_ids), label, unit="batch"):
             self.view.decoder(batch, use_cache=False)
 
@@ -104,24 +120,34 @@ class BlockDriver:
         hidden: HiddenStates | None = None,
         first: int = 0,
     ) -> Iterator[BlockStep]:
-        """Block after block. A step that was not run is run before the next one, so no block is left out.
+        """Yield block after block. A step that the caller did not run is run before the next one.
 
         Args:
             input_ids: [n, T], or batches [B, T] of any length.
-            hidden: the states that enter the block ``first``, which is the one to begin with.
+            label: text of the progress bar.
+            hidden: states that enter the block ``first``; None: computed from ``input_ids``.
+            first: index of the block to begin with.
         """
         entry = self.entry(input_ids, hidden=hidden is None)
         current, arguments = entry.hidden if hidden is None else hidden, entry.kwargs
-        del entry, hidden  # so that one set is held, not the first one too
+        del entry, hidden  # so that the first set is not held beside the current one
         for block in progress(self.view.blocks[first:], label, unit="block"):
             step = BlockStep(block, current, arguments[block.index])
-            with resident(self.view, block):
+            with self.view.weights.resident(block):
                 yield step
                 current = step._outputs or step.advance()
 
     @torch.no_grad()
     def entry(self, input_ids: Tensor | Sequence[Tensor], *, hidden: bool = True) -> Entry:
-        """Run what comes before the first block; the blocks are skipped. ``hidden`` False: its states are not held."""
+        """Run the model up to the first block, and skip the blocks.
+
+        Args:
+            input_ids: [n, T], or batches [B, T] of any length.
+            hidden: hold the states that enter the first block.
+
+        Raises:
+            UnsupportedModelError: blocks do not take hidden states [B, T, d].
+        """
         entering_first = self.hidden_states()
         kwargs: list[list[dict[str, Any]]] = [[] for _ in self.view.blocks]
         batches = self._batches(input_ids)
@@ -137,16 +163,23 @@ class BlockDriver:
         return Entry(batches, entering_first, kwargs)
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """What the model makes of ``hidden`` [B, T, d] leaving the last block: logits [B, T, V]. Keeps gradients."""
+        """Return the logits for hidden states that leave the last block, with gradients.
+
+        Args:
+            ids: [B, T].
+            hidden: [B, T, d].
+
+        Returns:
+            Logits [B, T, V].
+        """
         with _blocks_skipped(self.view, hidden):
-            if streamed(self.view.model) is not None:  # so that no embedding is read
+            if self.view.weights.is_streamed:  # so that no embedding is read
                 return self.view.model(inputs_embeds=hidden, use_cache=False).logits
             return self.view.model(ids, use_cache=False).logits
 
     def hidden_states(self) -> HiddenStates:
-        """An empty set, held where this model's are: on its device, or where its weights are streamed from."""
-        store = streamed(self.view.model)
-        return HiddenStates(device=self.view.device, room=None if store is None else store.room)
+        """Return an empty set, held on the model's device, or for a streamed model within its :class:`SpillBuffer`."""
+        return HiddenStates(device=self.view.device, spill=self.view.weights.spill)
 
     def _batches(self, input_ids: Tensor | Sequence[Tensor]) -> list[Tensor]:
         batches = input_ids.split(self.batch_size) if isinstance(input_ids, Tensor) else input_ids
@@ -154,9 +187,15 @@ class BlockDriver:
 
 
 def check_hidden(view: DecoderView, hidden: object, verb: str) -> None:
-    """
+    """Refuse models whose blocks do not take and give one tensor of hidden states.
+
+    Args:
+        view: the model.
+        hidden: what a block took or gave.
+        verb: takes or gives, for the message.
+
     Raises:
-        UnsupportedModelError: what a block takes or gives is not [batch, tokens, hidden size].
+        UnsupportedModelError: ``hidden`` is no tensor [batch, tokens, hidden size].
     """
     if not isinstance(hidden, Tensor) or hidden.dim() != 3:
         shape = f"{hidden.dim()} dimensions" if isinstance(hidden, Tensor) else f"the type {type(hidden).__name__}"
@@ -166,25 +205,25 @@ def check_hidden(view: DecoderView, hidden: object, verb: str) -> None:
         )
 
 
-def _equal(one: Any, other: Any) -> bool:
-    """Whether two batches give a block the same arguments (masks, positions), of which one copy is enough then."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
-    if isinstance(one, tuple | list) and type(one) is type(other):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    return bool(one is other or (isinstance(one, str | int | float | bool) and one == other))
+def _equal(value: Any, other: Any) -> bool:
+    """Return whether two batches give a block the same arguments (masks, positions), so that one copy is enough."""
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        return value.shape == other.shape and value.dtype == other.dtype and torch.equal(value, other)
+    if isinstance(value, dict) and isinstance(other, dict):
+        return value.keys() == other.keys() and all(_equal(value[key], other[key]) for key in value)
+    if isinstance(value, tuple | list) and type(value) is type(other):
+        return len(value) == len(other) and all(map(_equal, value, other))
+    return bool(value is other or (isinstance(value, str | int | float | bool) and value == other))
 
 
 def run_block(block: BlockView, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """One block as it is now on hidden states [B, T, d] with the arguments of :class:`Entry`."""
+    """Run one block as it is now on hidden states [B, T, d], with the arguments of :class:`Entry`."""
     return hidden_of(block.module(hidden, **kwargs))
 
 
 @contextmanager
 def _blocks_skipped(view: DecoderView, leaving: Tensor | None = None) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
-    """Replace each block's forward by one that records its call and passes the hidden state (or ``leaving``) on."""
+    """Replace each block's forward by one that records the call and returns the hidden state, or ``leaving``."""
     calls: list[tuple[Tensor, dict[str, Any]]] = []
     modules = [block.module for block in view.blocks]
 
@@ -198,8 +237,8 @@ def _blocks_skipped(view: DecoderView, leaving: Tensor | None = None) -> Iterato
 
         return record
 
-    # Hooks are set aside: the block does not run here, so nobody may count or measure this call.
-    with hooks_aside(modules), ExitStack() as shadows:
+    # Hooks are removed meanwhile: the block does not run here, so none may count or measure this call.
+    with without_hooks(modules), ExitStack() as shadows:
         for block in view.blocks:
             cls = type(block.module)
             shadows.enter_context(forward_replaced(block.module, recorder(cls, _returns_tuple(view, block))))
@@ -207,7 +246,7 @@ def _blocks_skipped(view: DecoderView, leaving: Tensor | None = None) -> Iterato
 
 
 def _by_name(cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of a block by name, the hidden states first: some families give masks by position."""
+    """Return the arguments of a call of a block by name, hidden states first; some families pass masks by position."""
     names = [name for name in inspect.signature(cls.forward).parameters if name != "self"]
     named = dict(zip(names, args, strict=False))
     if args:
@@ -215,7 +254,7 @@ def _by_name(cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
     return {"hidden_states": kwargs["hidden_states"], **kwargs}
 
 
-#: Whether the blocks of a class return their hidden state in a tuple, whose first item their model goes on with.
+#: Class of a block -> whether it returns its hidden state in a tuple, whose first item the model goes on with.
 _RETURNS_TUPLE: weakref.WeakKeyDictionary[type[nn.Module], bool] = weakref.WeakKeyDictionary()
 
 
@@ -224,7 +263,10 @@ class _ReturnedError(Exception):
 
 
 def _returns_tuple(view: DecoderView, block: BlockView) -> bool:
-    """Seen once of each class, in a pass of one token that ends with the block."""
+    """Return whether a block returns a tuple.
+
+    Each class is tried once, in a pass of one token that ends with the block.
+    """
     cls = type(block.module)
     if cls not in _RETURNS_TUPLE:
         run = block.module.forward
@@ -235,21 +277,23 @@ def _returns_tuple(view: DecoderView, block: BlockView) -> bool:
 
         before = [other.module for other in view.blocks[: block.index]]
         ids = torch.zeros(1, 1, dtype=torch.int64, device=view.device)
-        with ExitStack() as aside:
-            aside.enter_context(torch.no_grad())
-            aside.enter_context(resident(view, block))
-            # Those of the modules within too: nobody may count this token.
-            aside.enter_context(hooks_aside([*block.module.modules()]))
-            aside.enter_context(forward_replaced(block.module, once))
-            aside.enter_context(suppress(_ReturnedError))
-            for module in before:  # of classes that are known by now
-                aside.enter_context(hooks_aside([module]))
-                aside.enter_context(forward_replaced(module, _passing(_RETURNS_TUPLE[type(module)])))
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(view.weights.resident(block))
+            # The hooks of inner modules go too: none may count this token.
+            stack.enter_context(without_hooks([*block.module.modules()]))
+            stack.enter_context(forward_replaced(block.module, once))
+            stack.enter_context(suppress(_ReturnedError))
+            for module in before:  # their classes are known by now
+                stack.enter_context(without_hooks([module]))
+                stack.enter_context(forward_replaced(module, _identity_forward(_RETURNS_TUPLE[type(module)])))
             view.decoder(ids, use_cache=False)
     return _RETURNS_TUPLE[cls]
 
 
-def _passing(wraps: bool) -> Callable[..., Any]:
+def _identity_forward(wraps: bool) -> Callable[..., Any]:
+    """Return a forward that returns the hidden state that enters; ``wraps``: in a tuple."""
+
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = entering(args, kwargs)
         return (hidden,) if wraps else hidden
@@ -259,7 +303,7 @@ def _passing(wraps: bool) -> Callable[..., Any]:
 
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """``module`` runs ``forward`` for a while; a forward that somebody put on the instance comes back (accelerate)."""
+    """Replace the forward of ``module`` inside; a forward on the instance (from accelerate) comes back afterwards."""
     before = vars(module).get("forward")
     module.forward = forward
     try:
@@ -272,10 +316,10 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden state in a block's output, which some families wrap in a tuple."""
+    """Return the hidden state in a block's output, which some families wrap in a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden state that a block was called with."""
+    """Return the hidden state that a block was called with."""
     return args[0] if args else kwargs["hidden_states"]

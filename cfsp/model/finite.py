@@ -1,16 +1,16 @@
-"""Values that are not finite, and rounding to what a checkpoint holds."""
+"""Search for values that are not finite, and rounding to the dtype of a checkpoint."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from cfsp.architecture.weights import weights_of
 from cfsp.errors import RunError
-from cfsp.model.streamed import streamed
 
 
 def first_non_finite(model: nn.Module) -> str | None:
-    """The name of the first parameter that holds a NaN or an infinity, or None."""
+    """Return the name of the first parameter that holds a NaN or an infinity; None where there is none."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.numel():
             # Extremes carry NaN along, need no temporary of the parameter's size and cannot overflow.
@@ -21,23 +21,11 @@ def first_non_finite(model: nn.Module) -> str | None:
 
 
 def round_to_stored(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round the weights to what a checkpoint of ``dtype`` holds, so that the folder gives the figures of the run.
+    """Round the weights as a checkpoint of ``dtype`` does, so that the saved folder gives the figures of the run.
 
     Raises:
         RunError: a weight does not fit into the dtype.
     """
-    store = streamed(model)
-    if store is not None:  # what is read later is rounded then
-        store.rounded_to = dtype if torch.finfo(dtype).bits < torch.finfo(store.dtype).bits else None
-        return
-    narrowed = [
-        parameter
-        for parameter in model.parameters()
-        if parameter.is_floating_point() and torch.finfo(dtype).bits < torch.finfo(parameter.dtype).bits
-    ]
-    with torch.no_grad():
-        for parameter in narrowed:
-            parameter.copy_(parameter.to(dtype))
-    name = first_non_finite(model) if narrowed else None
+    name = first_non_finite(model) if weights_of(model).round_to(dtype) else None
     if name is not None:
         raise RunError(f"{name} does not fit into {dtype}; use save.dtype=bfloat16 or float32")

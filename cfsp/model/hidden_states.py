@@ -1,4 +1,4 @@
-"""The hidden states between two blocks of a whole set: in memory up to a limit, what is more in a file."""
+"""Hidden states of a whole set between two blocks: in memory up to a limit, the rest in a file."""
 
 from __future__ import annotations
 
@@ -15,17 +15,22 @@ from torch import Tensor
 from cfsp.errors import RunError
 
 
-class Room:
-    """Where hidden states are held: up to ``limit`` bytes in the CPU's memory, the rest in a file in ``folder``.
+class SpillBuffer:
+    """Limit of the hidden states in the CPU's memory, and the folder that takes the rest.
 
     All sets that are held at the same time share the limit.
+
+    Attributes:
+        limit: bytes in memory.
+        folder: folder of the files with the rest.
+        used: bytes in memory now.
     """
 
     def __init__(self, limit: int, folder: Path) -> None:
         self.limit, self.folder, self.used = limit, folder, 0
 
-    def take(self, size: int) -> bool:
-        """Whether ``size`` bytes more fit, which then count until they are given back."""
+    def reserve(self, size: int) -> bool:
+        """Reserve ``size`` bytes of memory, and return whether they fit; they count until ``used`` is reduced again."""
         if self.used + size > self.limit:
             return False
         self.used += size
@@ -33,16 +38,18 @@ class Room:
 
 
 class HiddenStates(Sequence[Tensor]):
-    """A tensor [B, T, d] per batch, given out on ``device``; an assigned one takes the place of the one before.
+    """Hidden states [B, T, d] of each batch, returned on a device.
 
-    Without ``room`` the tensors stay where they are. The file has no name, so a killed process leaves none behind, and
-    is read and written with plain calls: nothing of it counts as the process's memory.
+    Without a :class:`SpillBuffer` the tensors stay where they are. The file has no name, so that a killed process
+    leaves none behind. It is read and written with plain calls, so that it does not count as the process's memory.
     """
 
-    def __init__(self, states: Iterable[Tensor] = (), *, device: torch.device, room: Room | None = None) -> None:
-        self._device, self._room = device, room
+    def __init__(
+        self, states: Iterable[Tensor] = (), *, device: torch.device, spill: SpillBuffer | None = None
+    ) -> None:
+        self._device, self._spill = device, spill
         self._held: list[Tensor | _Place] = []
-        self._taken = self._in_file = 0
+        self._reserved = self._in_file = 0
         self._file: IO[bytes] | None = None
         for state in states:
             self.append(state)
@@ -53,20 +60,21 @@ class HiddenStates(Sequence[Tensor]):
         return self._in_file
 
     def like(self) -> HiddenStates:
-        """An empty one that is held in the same way."""
-        return HiddenStates(device=self._device, room=self._room)
+        """Return an empty set that is held in the same way."""
+        return HiddenStates(device=self._device, spill=self._spill)
 
     def append(self, state: Tensor) -> None:
-        """
+        """Add the next batch.
+
         Raises:
             RunError: the disk is full.
         """
-        if self._room is None:
+        if self._spill is None:
             self._held.append(state)
             return
         state, size = state.to("cpu").contiguous(), state.numel() * state.element_size()
-        if self._room.take(size):
-            self._taken += size
+        if self._spill.reserve(size):
+            self._reserved += size
             self._held.append(state)
             return
         place = self._next_place(state)
@@ -80,25 +88,25 @@ class HiddenStates(Sequence[Tensor]):
         return place
 
     def clear(self) -> None:
-        """Let all go."""
+        """Drop all batches and free their memory."""
         self._held.clear()
-        if self._room is not None:
-            self._room.used -= self._taken
-        self._taken = self._in_file = 0
+        if self._spill is not None:
+            self._spill.used -= self._reserved
+        self._reserved = self._in_file = 0
         self._file = None
 
     def __del__(self) -> None:
         self.clear()
 
     def shape(self, batch: int) -> tuple[tuple[int, ...], torch.dtype]:
-        """Of a batch, without reading it: [B, T, d] and the dtype."""
+        """Return the shape [B, T, d] and the dtype of a batch without reading it."""
         held = self._held[batch]
         return tuple(held.shape), held.dtype
 
     def __setitem__(self, batch: int, state: Tensor) -> None:
         held = self._held[batch]
         if isinstance(held, Tensor):
-            self._held[batch] = state if self._room is None else state.to("cpu").contiguous()
+            self._held[batch] = state if self._spill is None else state.to("cpu").contiguous()
             return
         state = state.to("cpu").contiguous()
         if (tuple(state.shape), state.dtype) != (held.shape, held.dtype):  # a block that changes the size of its input
@@ -121,17 +129,17 @@ class HiddenStates(Sequence[Tensor]):
         return len(self._held)
 
     def _write(self, place: _Place, state: Tensor) -> None:
-        assert self._room is not None
+        assert self._spill is not None
         try:
             if self._file is None:
-                self._room.folder.mkdir(parents=True, exist_ok=True)
-                self._file = tempfile.TemporaryFile(dir=self._room.folder, buffering=0)  # noqa: SIM115 - until it goes
+                self._spill.folder.mkdir(parents=True, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=self._spill.folder, buffering=0)  # noqa: SIM115 - open as long as the set lives
             data, done = state.view(-1).view(torch.uint8).numpy().data, 0
             while done < place.size:
                 done += os.pwrite(self._file.fileno(), data[done:], place.start + done)
         except OSError as error:
             raise RunError(
-                f"{self._room.folder}: the hidden states of {place.start + place.size:,} bytes that memory does not "
+                f"{self._spill.folder}: the hidden states of {place.start + place.size:,} bytes that memory does not "
                 f"hold cannot be written there ({error.strerror}); make room, raise calibration.memory_gb or give "
                 "another paths.cache_dir"
             ) from error
@@ -141,16 +149,23 @@ class HiddenStates(Sequence[Tensor]):
         buffer = torch.empty(place.size, dtype=torch.uint8)
         data, done = buffer.numpy().data, 0
         while done < place.size:
-            got = os.preadv(self._file.fileno(), [data[done:]], place.start + done)
-            if not got:
+            count = os.preadv(self._file.fileno(), [data[done:]], place.start + done)
+            if not count:
                 raise RunError("the file of the hidden states ends early; is somebody else writing to the disk?")
-            done += got
+            done += count
         return buffer.view(place.dtype).view(place.shape)
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a batch lies in the file."""
+    """Place of a batch in the file.
+
+    Attributes:
+        start: first byte.
+        size: number of bytes.
+        shape: [B, T, d].
+        dtype: dtype.
+    """
 
     start: int
     size: int

@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer: structure first (meta device), then the weights, refused if incomplete."""
+"""Loading of a model and its tokenizer: structure first (meta device), then the weights, refused if incomplete."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from cfsp.architecture.views import resolve
+from cfsp.architecture.weights import carry
 from cfsp.config.sections import DType, ModelSection
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.model.device import resolve_device, resolve_dtype
 from cfsp.model.finite import first_non_finite
 from cfsp.model.outline import decided_config
-from cfsp.model.streamed import ATTRIBUTE, StreamedWeights
+from cfsp.model.streamed import StreamedWeights
 from cfsp.model.tokenizer import load_tokenizer
 from cfsp.model.transformers_config import first_line
 from cfsp.model.weight_sample import weight_sample
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 def load_model(
     source: ModelSource, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> nn.Module:
-    """Load the weights, in eval mode.
+    """Load a model with its weights, in eval mode.
 
     Raises:
         CheckpointError: weights are missing, of the wrong shape, unreadable, or not finite.
@@ -61,7 +62,7 @@ def load_model(
             f"model.path={source.origin}: {len(wrong)} weights are missing or of another shape, first {wrong[0]}; "
             "the folder's config.json and safetensors do not belong together"
         )
-    lost = without_place(model, report.get("unexpected_keys", ()))  # the headers said so before, of the same names
+    lost = without_place(model, report.get("unexpected_keys", ()))  # usually refused before, by the headers
     if lost:
         raise CheckpointError(
             f"model.path={source.origin}: {len(lost)} stored tensors have no place in {type(model).__name__}, first "
@@ -82,10 +83,10 @@ def load_model(
 
 
 def language_model_of(model: Any, config: Any, source: ModelSource) -> Any:
-    """The causal language model of ``config`` with the decoder and the head that are inside ``model``.
+    """Return the causal language model of ``config`` with the decoder and the LM head that are inside ``model``.
 
     Raises:
-        UnsupportedModelError: there is no such decoder in it.
+        UnsupportedModelError: there is not exactly one such decoder in it, or no head.
     """
     from transformers import AutoModelForCausalLM
 
@@ -108,28 +109,38 @@ def language_model_of(model: Any, config: Any, source: ModelSource) -> Any:
 
 
 def load(path: str | Path, *, dtype: DType = "auto", device: str = "auto") -> tuple[Any, Any]:
-    """Load any model folder or hub id, pruned ones of any form included: ``model, tokenizer = cfsp.load(path)``.
+    """Load a model, pruned or not, from a folder or the hub.
+
+    Example:
+        >>> model, tokenizer = cfsp.load("out/pruned")
+
+    Args:
+        path: a model folder or a hub id.
+        dtype: dtype of the weights; auto is float32 on CPU, else the checkpoint's.
+        device: device of the model; auto is cuda where there is a GPU, else cpu.
+
+    Returns:
+        The model in eval mode, and its tokenizer.
 
     Raises:
         CheckpointError: the folder is missing, incomplete or damaged.
     """
     source = locate(ModelSection(name=Path(path).name, path=str(path)))
-    where = resolve_device(device)
-    model = load_model(source, dtype=resolve_dtype(dtype, where, source), device=where)
+    place = resolve_device(device)
+    model = load_model(source, dtype=resolve_dtype(dtype, place, source), device=place)
     return model, load_tokenizer(source)
 
 
 def load_streamed(
     source: ModelSource, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> Any:
-    """A model in eval mode whose weights are read from the folder of ``source`` block by block.
+    """Return a model in eval mode whose weights are read from the folder of ``source`` block by block.
 
     Raises:
-        CheckpointError: weights are missing. UnsupportedModelError: this architecture cannot be streamed.
+        CheckpointError: weights are missing.
+        UnsupportedModelError: this architecture cannot be streamed.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
-
-    from cfsp.model.load import decided_config
 
     config = decided_config(source, trust_remote_code=trust_remote_code)
     with torch.device("meta"), warnings.catch_warnings():
@@ -144,16 +155,15 @@ def load_streamed(
         model.generation_config = GenerationConfig.from_pretrained(readable_by_transformers(source.folder))
     _fill_buffers(model, device)
     model.eval().requires_grad_(False)
-    store = StreamedWeights(model, Shards(source.folder), dtype, device)
-    object.__setattr__(model, ATTRIBUTE, store)
+    carry(model, StreamedWeights(model, Shards(source.folder), dtype, device))
     return model
 
 
 def _fill_buffers(model: Any, device: torch.device) -> None:
-    """Buffers that no checkpoint holds (rotary frequencies), by the model's own initialisation."""
+    """Fill the buffers that no checkpoint holds (rotary frequencies) by the model's own initialisation."""
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True
-    made = []
+    filled_buffers = []
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
@@ -169,10 +179,10 @@ def _fill_buffers(model: Any, device: torch.device) -> None:
                     else torch.zeros_like(buffer, device="cpu")
                 )
                 module._buffers[name] = filled.to(buffer.dtype)
-                made.append((module, name))
+                filled_buffers.append((module, name))
     with torch.no_grad():
         model.initialize_weights()
-    for module, name in made:
+    for module, name in filled_buffers:
         buffer = module._buffers[name]
         if buffer.is_floating_point() and not buffer.isfinite().all():
             raise UnsupportedModelError(

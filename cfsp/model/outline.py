@@ -1,4 +1,4 @@
-"""The structure of a model without its weights, compared with the tensors that its folder holds."""
+"""Structure of a model without its weights, compared with the tensors that its folder holds."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def outline(source: ModelSource, *, trust_remote_code: bool = False) -> DecoderView:
-    """The model's structure on the meta device: shapes without a byte of weights; to be read, not changed.
+    """Return the structure of a model on the meta device, without weights. It must not be changed.
 
-    The last ones are kept, by the folder and its content: the runs of a sweep ask for the same.
+    The last results are kept by folder and content, because the runs of a sweep ask for the same models.
 
     Raises:
         UnsupportedModelError: transformers cannot build the model, or its blocks are not recognised.
@@ -38,13 +38,19 @@ def _recognised(source: ModelSource, trust_remote_code: bool) -> DecoderView:
     try:
         return resolve(_examined(source, trust_remote_code).model)
     except UnsupportedModelError as error:
-        said = str(error)
-        raise UnsupportedModelError(said if source.origin in said else f"model.path={source.origin}: {said}") from error
+        text = str(error)
+        raise UnsupportedModelError(text if source.origin in text else f"model.path={source.origin}: {text}") from error
 
 
 @dataclass(frozen=True)
 class _Examined:
-    """A model on the meta device, built as its tensors say; untied: against config.json, its head is its own."""
+    """A model on the meta device, built as the tensors in its folder say.
+
+    Attributes:
+        model: the model.
+        untied: its LM head is not tied to the embedding, although config.json says so.
+        notes: sentences for the user on such differences.
+    """
 
     model: Any
     untied: bool = False
@@ -56,7 +62,8 @@ def _examined(source: ModelSource, trust_remote_code: bool) -> _Examined:
     """Build the model without weights and compare it with the headers of the weights in the folder.
 
     Raises:
-        UnsupportedModelError, CheckpointError: as :func:`outline`.
+        UnsupportedModelError: transformers cannot build the model.
+        CheckpointError: the weights in the folder are not those of this architecture.
     """
     config = load_config(source, trust_remote_code=trust_remote_code)
     model = _built(source, config, trust_remote_code)
@@ -65,7 +72,7 @@ def _examined(source: ModelSource, trust_remote_code: bool) -> _Examined:
     whole = model if source.part == "whole" else _whole_on_meta(source, trust_remote_code)
     pairs = _compared(source, whole, sizes=source.part == "whole")
     if source.part != "whole" and pairs == [] and getattr(config, "tie_word_embeddings", None) != _is_tied(whole):
-        config.tie_word_embeddings = _is_tied(whole)  # what the whole model does, not its inner configuration
+        config.tie_word_embeddings = _is_tied(whole)  # the whole model decides, not its inner configuration
         model = _built(source, config, trust_remote_code)
     if not pairs:
         return _Examined(model)
@@ -85,13 +92,14 @@ def _examined(source: ModelSource, trust_remote_code: bool) -> _Examined:
 
 
 def _built(source: ModelSource, config: Any, trust_remote_code: bool) -> Any:
+    """Build the causal language model of ``config`` on the meta device."""
     from transformers import AutoModelForCausalLM
 
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a configuration that contradicts itself fails in any place of the model's code
+    except Exception as error:  # a configuration that contradicts itself can fail anywhere in the model's code
         if kind := other_kind(config):
             raise UnsupportedModelError(
                 f"model.path={source.origin}: {kind}; decoder-only language models can be pruned"
@@ -102,7 +110,7 @@ def _built(source: ModelSource, config: Any, trust_remote_code: bool) -> Any:
 
 
 def _whole_on_meta(source: ModelSource, trust_remote_code: bool) -> Any:
-    """The model that a language model is a part of."""
+    """Build the vision-language model that a language model is a part of, on the meta device."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     try:
@@ -124,15 +132,15 @@ def _is_tied(model: Any) -> bool:
 
 
 def changed_by_tensors(source: ModelSource, *, trust_remote_code: bool = False) -> tuple[str, ...]:
-    """Sentences on what the tensors in the folder say against its config.json, which is followed; none is usual."""
+    """Return sentences on differences between the tensors in the folder, which decide, and its config.json."""
     return _examined(source, trust_remote_code).notes
 
 
 def decided_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
-    """The configuration that the model is built from: config.json, and where the tensors differ from it, the tensors.
+    """Return the configuration that a model is built from: config.json, corrected by the tensors in the folder.
 
-    A head that is stored with other values than the embedding is not tied, whatever config.json says; then nothing
-    that is done with the model later (saving, an evaluation) ties it.
+    A head that is stored with other values than the embedding is not tied, whatever config.json says. The corrected
+    configuration keeps later steps (saving, evaluation) from tying it.
     """
     config = load_config(source, trust_remote_code=trust_remote_code)
     examined = _examined(source, trust_remote_code)
@@ -144,12 +152,20 @@ def decided_config(source: ModelSource, *, trust_remote_code: bool = False) -> A
 
 
 def _compared(source: ModelSource, model: Any, *, sizes: bool) -> list[tuple[str, str]]:
-    """Compare names, dtypes and shapes in the safetensors headers with the model's; returns what it wrongly ties.
+    """Compare names, dtypes and shapes in the safetensors headers with those of a model.
 
-    A tensor is read only where the model ties two that are stored.
+    Tensors are read only where the model ties two stored ones.
 
     Args:
-        sizes: compare shapes too, and see that nothing is missing.
+        source: the model folder.
+        model: the model on the meta device.
+        sizes: compare shapes too, and check that no weight is missing.
+
+    Returns:
+        The pairs of stored names that the model ties although their tensors differ.
+
+    Raises:
+        CheckpointError: the folder and the model do not belong together.
     """
     where, problem = f"model.path={source.origin}", "the folder's config.json and safetensors do not belong together"
     entries = {name: entry for file in weight_files(source.folder) for name, entry in read_header(file)[0].items()}

@@ -1,4 +1,4 @@
-"""Which modules, parameters and attributes a model is made of, to be brought back after they were swapped."""
+"""Snapshots of a model's modules, parameters and attributes, which are restored after they were swapped."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _TABLES = ("_modules", "_parameters", "_buffers")
 
 
 class Snapshot:
-    """The make-up of ``model`` as it is now: classes, submodules, parameters, attributes; values shared, not copied.
+    """Classes, submodules, parameters and attributes of a model as they are now; values are shared, not copied.
 
-    What replaces a module, a parameter or an attribute later is undone by :meth:`restore`; what is written into a
-    parameter's values is not.
+    :meth:`restore` undoes later replacements of modules, parameters and attributes, but not writes into the values of
+    a parameter.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._made_of = [(module, type(module), _attributes(module)) for module in model.modules()]
+        self._parts = [(module, type(module), _attributes(module)) for module in model.modules()]
 
     def restore(self) -> None:
-        """Bring everything back."""
-        for module, cls, attributes in self._made_of:
+        """Restore the model."""
+        for module, cls, attributes in self._parts:
             module.__class__ = cls
             module.__dict__.clear()
             module.__dict__.update(
@@ -35,7 +35,7 @@ class Snapshot:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """As it was then, for a while; afterwards as it is now."""
+        """Restore the model inside, and bring its present state back afterwards."""
         now = Snapshot(self.model)
         self.restore()
         try:
@@ -45,9 +45,9 @@ class Snapshot:
 
     @contextmanager
     def parked(self) -> Iterator[None]:
-        """Parameters that the model had then and has no more wait in the CPU's memory for a while."""
+        """Move parameters that only the snapshot has to the CPU's memory inside, and back afterwards."""
         now = {id(parameter) for parameter in self.model.parameters()}
-        then = {id(p): p for *_, made_of in self._made_of for p in made_of["_parameters"].values() if p is not None}
+        then = {id(p): p for *_, parts in self._parts for p in parts["_parameters"].values() if p is not None}
         away = [(p, p.device) for key, p in then.items() if key not in now]
         for parameter, _ in away:
             parameter.data = parameter.data.cpu()
@@ -60,7 +60,7 @@ class Snapshot:
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Whatever is swapped inside is undone at the end."""
+    """Undo all swaps of modules, parameters and attributes at the end of the block."""
     snapshot = Snapshot(model)
     try:
         yield
@@ -69,23 +69,28 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def hooks_aside(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """``modules`` are without their hooks for a while."""
-    aside = [(module, module._forward_hooks, module._forward_pre_hooks) for module in modules]
+def without_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Remove the forward hooks of ``modules`` inside, and bring them back afterwards."""
+    saved = [(module, module._forward_hooks, module._forward_pre_hooks) for module in modules]
     for module in modules:
         module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
     try:
         yield
     finally:
-        for module, hooks, pre_hooks in aside:
+        for module, hooks, pre_hooks in saved:
             module._forward_hooks, module._forward_pre_hooks = hooks, pre_hooks
 
 
-def twin_of(module: nn.Module, *, own_values: bool = False) -> nn.Module:
-    """A copy without anybody's hooks, to swap modules in; its values are those of ``module`` unless it gets its own."""
-    kept = [] if own_values else [*module.parameters(), *module.buffers()]
-    with hooks_aside([*module.modules()]):
-        return copy.deepcopy(module, {id(tensor): tensor for tensor in kept})
+def clone_module(module: nn.Module, *, own_values: bool = False) -> nn.Module:
+    """Return a copy of a module without its hooks, in which modules can be swapped.
+
+    Args:
+        module: the module.
+        own_values: copy the values of parameters and buffers; else they are shared.
+    """
+    shared = [] if own_values else [*module.parameters(), *module.buffers()]
+    with without_hooks([*module.modules()]):
+        return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

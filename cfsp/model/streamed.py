@@ -1,7 +1,7 @@
-"""A model whose weights stay on disk: each block is in memory while it runs, the next one is read meanwhile.
+"""A model whose weights stay on disk: each block is in memory while it runs, and the next is read meanwhile.
 
-The modules are transformers' own, with parameters on the meta device; while a block (or the head) runs, its parameters
-are real. A plan that is applied is a transformation of what is read, by the same slicing as in memory.
+The modules are transformers' own, with parameters on the meta device. While a block (or the head) runs, its parameters
+are real. A plan is applied to each block when it is read, by the same slicing as in memory.
 """
 
 from __future__ import annotations
@@ -16,50 +16,59 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.views import BlockView, DecoderView, resolve, view_block
+from cfsp.architecture.weights import Weights, weights_of
 from cfsp.errors import CheckpointError, RunError
-from cfsp.model.hidden_states import Room
-from cfsp.model.snapshot import twin_of
+from cfsp.model.snapshot import clone_module
 from cfsp.system.memory import return_freed
 from cfsp.weights.shards import Shards
 
 if TYPE_CHECKING:
     from cfsp.plan.pruning_plan import BlockPlan
 
-ATTRIBUTE = "_cfsp_streamed"
-
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where a block comes from: its index in the checkpoint, its modules as stored (meta), what stays of it."""
+    """Origin of a block in the checkpoint.
+
+    Attributes:
+        index: index of the block in the checkpoint.
+        stored: its modules as they are stored, on the meta device.
+        decision: the units of it that stay; None: all.
+    """
 
     index: int
     stored: nn.Module
     decision: BlockPlan | None = None
 
 
-class StreamedWeights:
-    """The weights of ``model``, read from ``shards`` when they are needed, as ``dtype`` on ``device``.
+class StreamedWeights(Weights):
+    """Weights of a model that are read from disk when they are needed.
 
-    ``rounded_to``: a narrower dtype that the values are rounded to, as a checkpoint of it would hold them.
-    ``room``: where hidden states between two blocks are held. ``reads``: how often each block was read.
+    Attributes:
+        model: the model, with parameters on the meta device.
+        shards: the checkpoint.
+        dtype: dtype that the model computes with.
+        rounded_to: a narrower dtype that the values are rounded to, as in a checkpoint of that dtype; None: none.
+        samples: content samples by index in the checkpoint (:func:`cfsp.architecture.block_sample.block_sample`).
+        reads: number of times that each block of the checkpoint was read.
     """
 
+    is_streamed = True
+
     def __init__(self, model: Any, shards: Shards, dtype: torch.dtype, device: torch.device) -> None:
-        self.model, self.shards, self.dtype, self.device = model, shards, dtype, device
+        super().__init__(model)
+        self.shards, self.dtype, self._device = shards, dtype, device
         self.rounded_to: torch.dtype | None = None
-        #: Where the hidden states between two blocks are held; None: on ``device``.
-        self.room: Room | None = None
-        #: Content samples by index in the checkpoint (:func:`cfsp.architecture.block_sample.block_sample`).
         self.samples: dict[int, bytes] = {}
         self._names = _stored_names(model, shards)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="cfsp-read")
         self._coming: dict[int, Future[dict[str, Tensor]]] = {}
-        self._here: dict[int, int] = {}
+        self._users: dict[int, int] = {}  # block -> contexts and passes that need its parameters
         self._hooked: list[Any] = []
         view = resolve(model)
         prefixes = {module: name for name, module in model.named_modules()}
         self._prefixes = [f"{prefixes[block.module]}." for block in view.blocks]
-        self._dense = tuple(_Origin(block.index, twin_of(block.module)) for block in view.blocks)
+        self._dense = tuple(_Origin(block.index, clone_module(block.module)) for block in view.blocks)
         self._origins = self._dense
         self._tensors: Mapping[str, Tensor] = {}
         self.reads = [0] * len(view.blocks)
@@ -68,10 +77,7 @@ class StreamedWeights:
     def follow(
         self, view: DecoderView, decisions: Sequence[BlockPlan] | None, tensors: Mapping[str, Tensor] | None = None
     ) -> None:
-        """From now on the blocks are what ``decisions`` leave of the stored ones (None: all), as ``view`` has them.
-
-        ``tensors``: a plan's replaced biases.
-        """
+        """Slice the blocks by a plan when they are read from now on; without ``decisions``, rounding ends too."""
         self._forget()
         self._tensors = tensors or {}
         if decisions is None:
@@ -82,13 +88,27 @@ class StreamedWeights:
             self._origins = tuple(replace(origin, decision=decisions[origin.index]) for origin in staying)
         self._attach(view)
 
-    def origin(self, block: BlockView) -> int:
-        """Index in the checkpoint."""
-        return self._origins[block.index].index
+    @property
+    def device(self) -> torch.device:
+        """Device that the model computes on."""
+        return self._device
+
+    def resident_bytes(self, blocks: Sequence[BlockView]) -> int:
+        """Return the bytes of two blocks, the one that runs and the one that is read."""
+        return 2 * max(sum(weight.nbytes for weight in block.module.parameters()) for block in blocks)
+
+    def sample(self, block: BlockView) -> bytes | None:
+        """Return the content sample of a block that was read before; else None."""
+        return self.samples.get(self._origins[block.index].index)
+
+    def round_to(self, dtype: torch.dtype) -> bool:
+        """Round the values to a narrower dtype when they are read from now on."""
+        self.rounded_to = dtype if torch.finfo(dtype).bits < torch.finfo(self.dtype).bits else None
+        return False
 
     @contextmanager
     def resident(self, block: BlockView) -> Iterator[None]:
-        """The parameters of ``block`` are real inside; the block after it is read meanwhile.
+        """Hold the parameters of ``block`` in memory inside, while the block after it is read.
 
         Raises:
             CheckpointError: a tensor cannot be read or is not finite; names file, block and tensor.
@@ -101,7 +121,7 @@ class StreamedWeights:
 
     @contextmanager
     def resident_rest(self) -> Iterator[None]:
-        """What is neither a block nor the embedding (final norm, head) is real inside."""
+        """Hold the parameters that belong to no block and not to the embedding (final norm, head) in memory inside."""
         before = []
         try:
             for module, name, parameter in self._rest():
@@ -113,22 +133,24 @@ class StreamedWeights:
                 module._parameters[name] = parameter
 
     def tensors(self, block: BlockView) -> dict[str, Tensor]:
-        """The parameters of a block by name within it, as they are now; the block after it is read meanwhile."""
+        """Return the parameters of a block by name within it, sliced by the plan, and start reading the next block."""
         coming = self._coming.pop(block.index, None)
-        found = coming.result() if coming is not None else self._read(block.index)
+        parameters = coming.result() if coming is not None else self._read(block.index)
         if block.index + 1 < len(self._origins) and block.index + 1 not in self._coming:
             self._coming[block.index + 1] = self._reader.submit(self._read, block.index + 1)
-        return found
+        return parameters
 
     def outside_blocks(self, name: str) -> Tensor:
-        """A tensor of the state dict that belongs to no block, on the CPU, with the values that are computed with.
+        """Return a tensor of the state dict that belongs to no block, on the CPU, with the values that the model uses.
 
         Raises:
-            CheckpointError, RunError: as for a block.
+            CheckpointError: the tensor cannot be read or is not finite.
+            RunError: its values do not fit into the dtype that they are rounded to.
         """
         return self._rounded(name, self._checked(name, self.shards.read(self._names[name])))
 
     def _attach(self, view: DecoderView) -> None:
+        """Register the hooks that read parameters before a module runs and drop them afterwards."""
         for handle in self._hooked:
             handle.remove()
         self._hooked = []
@@ -164,6 +186,7 @@ class StreamedWeights:
             self._hooked.append(module.register_forward_hook(take, always_call=True))
 
     def _rest(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
+        """Return the parameters that belong to no block and not to the embedding."""
         return [
             (module, name, parameter)
             for module in self.model.modules()
@@ -178,7 +201,7 @@ class StreamedWeights:
         return self._as_computed(full, self.shards.read(self._names[full]))
 
     def _embed(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Only the rows of the tokens at hand are read."""
+        """Read only the rows of the embedding that the tokens need, and renumber the tokens."""
         ids, positions = args[0].unique(return_inverse=True)
         prefix = next(at for at, other in self.model.named_modules() if other is module)
         rows = self.shards.read_rows(self._names[f"{prefix}.weight"], ids.tolist())
@@ -193,25 +216,25 @@ class StreamedWeights:
 
     def _enter(self, block: BlockView) -> None:
         index = block.index
-        self._here[index] = self._here.get(index, 0) + 1
-        if self._here[index] > 1:
+        self._users[index] = self._users.get(index, 0) + 1
+        if self._users[index] > 1:
             return
         try:
-            found = self.tensors(block)
+            tensors = self.tensors(block)
         except BaseException:
-            del self._here[index]
+            del self._users[index]
             raise
         for module, name, path in _places(block.module):
-            module._parameters[name] = nn.Parameter(found[path], requires_grad=False)
+            module._parameters[name] = nn.Parameter(tensors[path], requires_grad=False)
 
     def _leave(self, block: BlockView) -> None:
         index = block.index
-        if not self._here.get(index):
+        if not self._users.get(index):
             return
-        self._here[index] -= 1
-        if self._here[index]:
+        self._users[index] -= 1
+        if self._users[index]:
             return
-        del self._here[index]
+        del self._users[index]
         for module, name, _ in _places(block.module):
             parameter = module._parameters[name]
             assert parameter is not None
@@ -220,19 +243,21 @@ class StreamedWeights:
             return_freed()
 
     def _forget(self) -> None:
+        """Drop the blocks that were read ahead."""
         for future in self._coming.values():
             if not future.cancel():
                 future.exception()
         self._coming.clear()
 
     def _read(self, at: int) -> dict[str, Tensor]:
+        """Read the block with the index ``at`` in the model, slice it by the plan, and return its parameters."""
         from cfsp.architecture.block_sample import block_sample
         from cfsp.plan.slice_block import slice_block
 
         origin = self._origins[at]
         self.reads[origin.index] += 1
         prefix = self._prefixes[origin.index]
-        block = view_block(self.model, f"block {origin.index}", origin.index, twin_of(origin.stored))
+        block = view_block(self.model, f"block {origin.index}", origin.index, clone_module(origin.stored))
         places = {self._names[prefix + path]: (module, name) for module, name, path in _places(block.module)}
         for stored in self.shards.in_order(places):
             tensor = self._checked(stored, self.shards.read(stored), block=origin.index).to(self.device)
@@ -242,14 +267,14 @@ class StreamedWeights:
             self.samples[origin.index] = block_sample(block)
         if origin.decision is not None:
             slice_block(block, origin.decision, self._tensors)
-        found = {path: getattr(module, name).detach() for module, name, path in _places(block.module)}
-        return {path: self._rounded(prefix + path, tensor) for path, tensor in found.items()}
+        sliced = {path: getattr(module, name).detach() for module, name, path in _places(block.module)}
+        return {path: self._rounded(prefix + path, tensor) for path, tensor in sliced.items()}
 
     def _as_computed(self, name: str, tensor: Tensor) -> Tensor:
         return self._rounded(name, self._checked(name, tensor)).to(self.device)
 
     def _checked(self, name: str, tensor: Tensor, block: int | None = None) -> Tensor:
-        """In the dtype that is computed with, on the CPU; finite."""
+        """Convert to the dtype of the model, and refuse values that are not finite."""
         if not tensor.is_floating_point():
             return tensor
         tensor = tensor.to(self.dtype)
@@ -273,23 +298,16 @@ class StreamedWeights:
 
 
 def streamed(model: Any) -> StreamedWeights | None:
-    """The weights of a streamed model; None for a model that is in memory."""
-    return getattr(model, ATTRIBUTE, None)
+    """Return the weights of a streamed model; None for a model in memory.
 
-
-@contextmanager
-def resident(view: DecoderView, block: BlockView) -> Iterator[None]:
-    """The weights of ``block`` are in memory inside, wherever the model's are."""
-    store = streamed(view.model)
-    if store is None:
-        yield
-        return
-    with store.resident(block):
-        yield
+    Only for code that differs for a streamed model; all other code uses :attr:`DecoderView.weights`.
+    """
+    weights = weights_of(model)
+    return weights if isinstance(weights, StreamedWeights) else None
 
 
 def _stored_names(model: Any, shards: Shards) -> dict[str, str]:
-    """Name in the model -> name in the checkpoint; a tied parameter is read under the name it is stored by.
+    """Map names in the model to names in the checkpoint; a tied parameter is read by the name that is stored.
 
     Raises:
         CheckpointError: a weight is not there.
@@ -297,7 +315,7 @@ def _stored_names(model: Any, shards: Shards) -> dict[str, str]:
     same: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         same.setdefault(id(parameter), []).append(name)
-    found = {}
+    stored_names: dict[str, str] = {}
     for names in same.values():
         stored = [name for name in names if name in shards]
         if not stored:
@@ -305,12 +323,12 @@ def _stored_names(model: Any, shards: Shards) -> dict[str, str]:
                 f"{shards.folder}: {names[0]} is not in the safetensors files under the model's own name; use "
                 "model.streaming=off, or fetch the model again"
             )
-        found.update(dict.fromkeys(names, stored[0]))
-    return found
+        stored_names.update(dict.fromkeys(names, stored[0]))
+    return stored_names
 
 
 def _places(module: nn.Module) -> list[tuple[nn.Module, str, str]]:
-    """(module, attribute, dotted name within) of every parameter."""
+    """Return (module, attribute, dotted name within ``module``) of every parameter."""
     return [
         (child, name, f"{prefix}.{name}" if prefix else name)
         for prefix, child in module.named_modules()

@@ -1,4 +1,4 @@
-"""The tensors of a streamed model in the order of its checkpoint."""
+"""Tensors of a streamed model in the order of its checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cfsp.model.streamed import streamed
 
 
 def state_tensors(model: Any) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
-    """Name, shape and dtype of what a streamed model's checkpoint holds, tied tensors once, blocks in order."""
+    """Yield name, shape and dtype of each tensor in a streamed model's checkpoint, tied ones once, blocks in order."""
     seen: set[int] = set()
     tied = set(model._tied_weights_keys or ())
     parameters = sorted(model.named_parameters(remove_duplicate=False), key=lambda item: item[0] in tied)
@@ -26,9 +26,12 @@ def state_tensors(model: Any) -> Iterator[tuple[str, tuple[int, ...], torch.dtyp
 def values(
     model: Any, names: Sequence[str], visit: Callable[[BlockView], None] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of ``names``, which stand together by block; each block is read once.
+    """Yield name and value of tensors; each block is read once.
 
-    ``visit`` is called with each block while its weights are in memory.
+    Args:
+        model: a streamed model.
+        names: names in the checkpoint; those of a block stand together.
+        visit: called with each block while its weights are in memory.
     """
     store = streamed(model)
     assert store is not None

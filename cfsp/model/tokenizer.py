@@ -1,4 +1,4 @@
-"""Loading the tokenizer of a model folder."""
+"""Loading of the tokenizer of a model folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model folder, a new one each time: what uses it may change it (its padding)."""
+    """Return the tokenizer of a model folder, a new object each time, because callers may change its padding.
+
+    Raises:
+        ConfigError: the tokenizer needs code that may not run.
+        CheckpointError: transformers cannot load it.
+    """
     from transformers import AutoTokenizer
 
     if not trust_remote_code and tokenizer_code(source.folder):
@@ -42,7 +47,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
 
 
 def _special_ids(source: ModelSource) -> dict[str, int]:
-    """The ids of BOS and EOS that generation_config.json or config.json state; of several EOS the first."""
+    """Return the ids of BOS and EOS in generation_config.json or config.json; the first where there are several."""
     stated = dict(source.config)
     with contextlib.suppress(OSError, ValueError):
         generation = json.loads((source.folder / "generation_config.json").read_text(encoding="utf-8"))

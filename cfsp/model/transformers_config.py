@@ -1,4 +1,4 @@
-"""The transformers configuration of a model folder."""
+"""Loading of the transformers configuration of a model folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 
 
 def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
-    """The transformers configuration of a model folder; pruned folders need no remote code, cfsp knows their form."""
+    """Return the transformers configuration of a model folder; pruned folders need no remote code.
+
+    Raises:
+        ConfigError: the model needs code that may not run, or has no language model inside.
+        UnsupportedModelError: transformers does not know the model.
+    """
     from transformers import AutoConfig
 
     model_type = str(source.config.get("model_type", ""))
@@ -31,7 +36,7 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
         return config if source.part == "whole" else _text_config(source, config)
     except ConfigError:
         raise
-    except Exception as error:  # transformers' own checks of a configuration raise many types
+    except Exception as error:  # the checks in transformers raise many types
         raise UnsupportedModelError(
             f"model.path={source.origin}: transformers does not know this model (model_type={model_type or None}): "
             f"{first_line(error)}"
@@ -49,5 +54,6 @@ def _text_config(source: ModelSource, config: Any) -> Any:
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the name of its class."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Two tokens through a model before anything is computed: shapes that are not known here, and code that fails."""
+"""Trial of a model with two tokens before anything is computed, which finds unknown shapes and code that fails."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch
 from cfsp.architecture.views import DecoderView
 from cfsp.errors import CfspError, UnsupportedModelError
 from cfsp.model.driver import BlockDriver, check_hidden, run_block
-from cfsp.model.streamed import streamed
 
-#: Where the Python code of models lies: transformers' own, and what it fetched with a model.
+#: Folders of the Python code of models: that of transformers, and what it fetched with a model.
 _MODEL_CODE = ("/transformers/models/", "/transformers_modules/")
 
 
 @torch.no_grad()
 def try_blocks(view: DecoderView) -> None:
-    """Run two tokens into every block of a model in memory, and through all of it as an evaluation does.
+    """Run two tokens through each kind of block of a model in memory, and through the whole model.
 
-    The blocks of a streamed model would be read for these two tokens; what enters them is seen where it is probed.
+    A streamed model is left out, because all of its blocks would be read for these two tokens; the probe of the pruner
+    checks it.
 
     Raises:
-        UnsupportedModelError: a block takes hidden states that are not [batch, tokens, hidden size], or gives others.
+        UnsupportedModelError: a block takes or gives hidden states that are not [batch, tokens, hidden size].
     """
-    if streamed(view.model) is not None:
+    if view.weights.is_streamed:
         return
     ids = torch.zeros(1, 2, dtype=torch.int64)
     entry = BlockDriver(view, 1).entry(ids)
@@ -40,10 +40,10 @@ def try_blocks(view: DecoderView) -> None:
 
 @contextmanager
 def model_code_refused(model_type: str, origin: str) -> Iterator[None]:
-    """An error out of a model's own code is one of the input: the model cannot be run as its folder describes it.
+    """Turn errors in a model's own code into errors of the input: its folder describes no model that runs.
 
     Raises:
-        UnsupportedModelError: names the model type and what its code says.
+        UnsupportedModelError: the code of the model failed; names the model type and the error.
     """
     try:
         yield

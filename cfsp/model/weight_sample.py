@@ -1,7 +1,7 @@
-"""A cheap check of content: a hash of some values of every matrix, for models that are already in memory.
+"""Cheap check of content: a hash of some values of every matrix, for models that are already in memory.
 
-A folder's fingerprint cannot be asked of a model in memory, and says nothing once somebody edited the weights; this
-tells another model, or an edited one, from the base of a plan without reading all of it.
+A model in memory has no fingerprint of a folder, and that would not notice edited weights. The sample tells another
+or an edited model from the base of a plan without reading all of it.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ import hashlib
 
 from cfsp.architecture.block_sample import block_sample
 from cfsp.architecture.views import DecoderView
-from cfsp.model.streamed import resident, streamed
 
 
 def weight_sample(view: DecoderView) -> str:
-    """sha256 of 256 evenly spaced values of each FFN and attention matrix, in bfloat16 so that no dtype matters."""
+    """Return the sha256 of 256 evenly spaced values of each FFN and attention matrix.
+
+    The values are hashed as bfloat16, so that the dtype of the model does not matter.
+    """
     digest = hashlib.sha256()
-    store = streamed(view.model)
     for block in view.blocks:
-        known = None if store is None else store.samples.get(store.origin(block))
-        if known is None:
-            with resident(view, block):
-                known = block_sample(block)
-        digest.update(known)
+        sample = view.weights.sample(block)
+        if sample is None:
+            with view.weights.resident(block):
+                sample = block_sample(block)
+        digest.update(sample)
     return f"sample:{digest.hexdigest()[:32]}"

@@ -1,4 +1,4 @@
-"""The model that several runs of one process start from: loaded once, given back as it was."""
+"""The base model that several runs of one process start from. It is loaded once and restored after each run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from cfsp.architecture.views import resolve
 from cfsp.config.sections import SelfCalibration
-from cfsp.model.hidden_states import Room
+from cfsp.model.hidden_states import SpillBuffer
 from cfsp.model.load import load_model, load_streamed
 from cfsp.model.snapshot import Snapshot
 from cfsp.model.streamed import streamed
@@ -25,14 +25,19 @@ if TYPE_CHECKING:
     from cfsp.pipeline.preflight import Prepared
 
 
-#: Of the free memory, for the hidden states of a streamed model.
+#: Share of the free memory that the hidden states of a streamed model may take.
 _SHARE_OF_MEMORY = 0.5
 
 
 class BaseModels:
-    """Lends the base model of a run; ``keep``: the last one stays in memory for the next run of the same model."""
+    """Pool that holds at most one base model and hands it to one run after the other."""
 
     def __init__(self, *, keep: bool = False) -> None:
+        """Start with an empty pool.
+
+        Args:
+            keep: keep the last model in memory for the next run of the same model.
+        """
         self._keep = keep
         self._kept: tuple[Any, Any] | None = None
         self._probed: set[tuple[bool, bool]] = set()
@@ -40,17 +45,20 @@ class BaseModels:
 
     @property
     def held(self) -> int:
-        """Bytes of the weights that are kept in memory."""
+        """Size in bytes of the weights that are kept in memory."""
         if self._kept is None:
             return 0
         return sum(p.numel() * p.element_size() for p in self._kept[1].parameters() if not p.is_meta)
 
     @contextmanager
-    def lent(self, prepared: Prepared) -> Iterator[tuple[Any, bool]]:
-        """(the model, was it here?). Slicing swaps modules and parameters, which a snapshot undoes.
+    def acquire(self, prepared: Prepared) -> Iterator[tuple[Any, bool]]:
+        """Give a run its base model and take it back afterwards.
 
-        Where values are written into shared parameters (a recovery; rounding to a narrower dtype), or the run failed,
-        the model is not kept.
+        Slicing swaps modules and parameters, which a snapshot undoes. The model is not kept where values are written
+        into shared parameters (a recovery, or rounding to a narrower dtype), or where the run failed.
+
+        Yields:
+            The model, and whether it was in the pool already.
         """
         config = prepared.config
         key = (
@@ -60,10 +68,10 @@ class BaseModels:
             prepared.streaming,
             config.model.trust_remote_code,
         )
-        found, self._kept = self._kept, None  # never two base models at a time
-        here = found is not None and found[0] == key
-        model: Any = found[1] if found is not None and here else None
-        del found
+        kept, self._kept = self._kept, None  # never two base models at a time
+        here = kept is not None and kept[0] == key
+        model: Any = kept[1] if kept is not None and here else None
+        del kept
         if model is None:
             self._probed.clear()
             self._tried = False
@@ -76,20 +84,23 @@ class BaseModels:
             )
         store = streamed(model)
         if store is not None:
-            store.room = _room(config)
-        as_it_was = Snapshot(model) if self._keep else None
+            store.spill = _spill_buffer(config)
+        dense = Snapshot(model) if self._keep else None
         yield model, here
-        if as_it_was is not None and not config.recovery.instance.trains and not _narrows(prepared):
-            as_it_was.restore()
+        if dense is not None and not config.recovery.instance.trains and not _narrows(prepared):
+            dense.restore()
             if store is not None:
                 store.follow(resolve(model), None)
             self._kept = (key, model)
 
     def probe(self, view: DecoderView, *, heads: bool, experts: bool = False, prunes: bool = True) -> None:
-        """Probe the view of the lent model, once for all its runs (:func:`cfsp.pruner.probe.probe`).
+        """Probe the model of the pool, once for all its runs (:func:`cfsp.pruner.probe.probe`).
 
         Args:
-            prunes: the run prunes the model; one that is evaluated alone may have blocks of any form.
+            view: view of the model.
+            heads: probe attention heads too.
+            experts: probe experts too.
+            prunes: whether the run prunes the model. A model that is only evaluated may have blocks of any form.
         """
         if prunes and not self._tried:
             try_blocks(view)
@@ -99,16 +110,16 @@ class BaseModels:
             self._probed.add((heads, experts))
 
 
-def _room(config: RunConfig) -> Room:
-    """In memory: what ``calibration.memory_gb`` says, or half of what is free now."""
+def _spill_buffer(config: RunConfig) -> SpillBuffer:
+    """Memory for the hidden states: ``calibration.memory_gb``, or half of what is free now; the rest goes to disk."""
     section = config.calibration
     asked = None if isinstance(section, SelfCalibration) else section.memory_gb
     free = available(torch.device("cpu"))
     limit = int(_SHARE_OF_MEMORY * free) if asked is None else int(asked * 1e9)
-    return Room(limit, Path(config.paths.cache_dir))
+    return SpillBuffer(limit, Path(config.paths.cache_dir))
 
 
 def _narrows(prepared: Prepared) -> bool:
-    """Whether rounding to the stored dtype changes weights: narrower than the dtype in memory, and not their own."""
+    """Return whether rounding to the stored dtype, which is narrower than the dtype in memory, changes the weights."""
     narrower = torch.finfo(prepared.stored_dtype).bits < torch.finfo(prepared.dtype).bits
     return narrower and prepared.stored_dtype != getattr(torch, prepared.source.stored_dtype)

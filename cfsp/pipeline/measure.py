@@ -22,7 +22,7 @@ from cfsp.system.reading import read_json
 
 
 def evaluate_dense(prepared: Prepared, model: nn.Module) -> tuple[list[dict[str, Any]], bool]:
-    """Figures of the model as given, read back where this model and evaluation were measured before."""
+    """Return the figures of the model as given, and whether all of them were measured before and read back."""
     rows: list[dict[str, Any]] = []
     all_cached = True
     for name, evaluator in prepared.config.evaluation.items():
@@ -49,14 +49,14 @@ def evaluate_dense(prepared: Prepared, model: nn.Module) -> tuple[list[dict[str,
             if prepared.config.force:
                 path.unlink(missing_ok=True)
             with under_its_key(name, evaluator.instance):
-                found, cached = _figures(path, name, alone, model, prepared.tokenizer)
+                figures, cached = _figures(path, name, alone, model, prepared.tokenizer)
             all_cached &= cached
-            rows += found
+            rows += figures
     return rows, all_cached and bool(rows)
 
 
-def measured_side(prepared: Prepared, model: nn.Module, side: str) -> list[dict[str, Any]]:
-    """Figures of one side; what a killed run had measured of it is read."""
+def evaluate_side(prepared: Prepared, model: nn.Module, side: str) -> list[dict[str, Any]]:
+    """Return the figures of one side. Figures that a killed run of this id had measured are read back."""
     rows: list[dict[str, Any]] = []
     for name, evaluator in prepared.config.evaluation.items():
         if evaluator.instance.side_by_side:
@@ -86,7 +86,7 @@ def _read_figures(file: Path) -> list[dict[str, Any]]:
     """Read cached figures.
 
     Raises:
-        CfspError, ValueError: damaged ones, which are measured again.
+        CfspError, ValueError: they are damaged, so that they are measured again.
     """
     rows = read_json(file, str(file))
     problem = None if isinstance(rows, list) else "no list of figures"
@@ -96,20 +96,23 @@ def _read_figures(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def side_by_side(prepared: Prepared, model: nn.Module, sides: list[Side]) -> dict[str, list[Measurement]]:
-    found: dict[str, list[Measurement]] = {}
+def evaluate_side_by_side(prepared: Prepared, model: nn.Module, sides: list[Side]) -> dict[str, list[Measurement]]:
+    """Return the figures of evaluators that compare sides in alternation, by the name of the side."""
+    measurements: dict[str, list[Measurement]] = {}
     for name, evaluator in prepared.config.evaluation.items():
         if evaluator.instance.side_by_side:
             measure = partial(evaluator.instance.measure_sides, model, sides)
             for side, rows in measured_unchanged(name, model, measure).items():
-                found.setdefault(side, []).extend(rows)
-    return found
+                measurements.setdefault(side, []).extend(rows)
+    return measurements
 
 
 def side_of(name: str, prepared: Prepared) -> Side:
+    """Return the side that is the model in its present state."""
     return Side(name, contextlib.nullcontext, prepared.stored_dtype)
 
 
-def add(measurements: dict[str, list[dict[str, Any]]], found: dict[str, list[Measurement]]) -> None:
-    for side, rows in found.items():
-        measurements.setdefault(side, []).extend(row.as_dict() for row in rows)
+def add_measurements(record: dict[str, list[dict[str, Any]]], measurements: dict[str, list[Measurement]]) -> None:
+    """Append ``measurements`` to those of the record, side by side."""
+    for side, rows in measurements.items():
+        record.setdefault(side, []).extend(row.as_dict() for row in rows)

@@ -1,4 +1,4 @@
-"""The record of how a run ended, and the way out that a failure names."""
+"""End of a run: its record, and the way out that the error of a failure names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cfsp.config.run_config import RunConfig
 from cfsp.config.sections import SelfCalibration
 from cfsp.errors import CfspError, RunError
 from cfsp.importance.base import required
-from cfsp.pipeline.preflight import Prepared
+from cfsp.pipeline.current_run import Run
 from cfsp.record.out_folder import OutFolder, OutputGoneError
 from cfsp.record.run_record import RunRecord
 from cfsp.system.atomic import write_text
@@ -26,48 +26,56 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def recorded(record: RunRecord, folder: OutFolder, prepared: Prepared, unfinished: Path) -> Iterator[None]:
-    """What happens inside ends up in a record: in ``unfinished`` until it ends well, then in record.json."""
-    config, out = prepared.config, folder.path
+def recorded(run: Run, unfinished: Path) -> Iterator[None]:
+    """Write how the run inside ended: to ``unfinished`` until it ends well, then to record.json.
+
+    Raises:
+        CfspError: the run failed for a reason that has a way out, or left a model that is kept.
+    """
+    record = run.record
     try:
         yield
     except BaseException as error:
-        record.status = "failed"
-        record.error = {
-            "type": type(error).__name__,
-            "message": str(error),
-            "traceback": "".join(traceback.format_exception(error)),
-        }
-        log.debug("run failed", exc_info=error)
-        record.finished = now()
-        gone = folder.is_gone
-        if record.checkpoint and not gone:
-            record.checkpoint.setdefault("place", "model")
-        try:
-            record.write(unfinished)
-        except OSError as problem:  # the disk that stopped the run
-            log.warning("%s: the record of the failure cannot be written (%s)", unfinished, problem.strerror)
-        mirror_record(config, record, out)
-        explanation = _explanation(error, record, prepared, folder, gone=gone)
+        explanation = _record_failure(error, run, unfinished)
         if explanation is None:
             raise
         raise explanation from error
     record.status, record.error = "success", None
     record.finished = now()
-    record.write(out / "record.json")
-    folder.check()
-    mirror_record(config, record, out)  # before the copy, whose absence says that this is still to be done
-    shutil.rmtree(prepared.progress, ignore_errors=True)
+    record.write(run.out / "record.json")
+    run.folder.check()
+    mirror_record(run.config, record, run.out)  # before the copy, whose absence says that this is still to be done
+    shutil.rmtree(run.prepared.progress, ignore_errors=True)
     if unfinished.name != "record.json":
         unfinished.unlink()
-    record.write(Path(config.paths.records_dir) / f"{record.run_id}.json")
+    record.write(Path(run.config.paths.records_dir) / f"{record.run_id}.json")
 
 
-def _explanation(
-    error: BaseException, record: RunRecord, prepared: Prepared, folder: OutFolder, *, gone: bool
-) -> CfspError | None:
+def _record_failure(error: BaseException, run: Run, unfinished: Path) -> CfspError | None:
+    """Write the record of a failed run; returns the error to be shown in the place of ``error``, or None."""
+    record = run.record
+    record.status = "failed"
+    record.error = {
+        "type": type(error).__name__,
+        "message": str(error),
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+    log.debug("run failed", exc_info=error)
+    record.finished = now()
+    gone = run.folder.is_gone
+    if record.checkpoint and not gone:
+        record.checkpoint.setdefault("place", "model")
+    try:
+        record.write(unfinished)
+    except OSError as problem:  # the disk that stopped the run
+        log.warning("%s: the record of the failure cannot be written (%s)", unfinished, problem.strerror)
+    mirror_record(run.config, record, run.out)
+    return _explanation(error, run, gone=gone)
+
+
+def _explanation(error: BaseException, run: Run, *, gone: bool) -> CfspError | None:
     """Return the error to be shown in the place of ``error``; None where that says all there is to say."""
-    config, said, code = prepared.config, None, 1
+    config, record, folder, code = run.config, run.record, run.folder, 1
     if not isinstance(error, Exception):
         return None
     if gone and not isinstance(error, OutputGoneError):
@@ -76,26 +84,31 @@ def _explanation(
         except OutputGoneError as lost:
             return lost
         return OutputGoneError(f"paths.output_dir={folder.path}: was removed while the run went on; start it again")
-    places = {
-        "paths.output_dir": folder.path,
+    message: str | None
+    if _out_of_memory(error):
+        message = _out_of_memory_hint(config, record)
+    else:
+        message = storage_problem(error, places_of(config, folder.path))
+    if not record.checkpoint or gone or isinstance(error, OutputGoneError):
+        return None if message is None else RunError(message)
+    if message is None and isinstance(error, CfspError):
+        message, code = str(error), error.exit_code
+    elif message is None:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        message = f"the run failed ({type(error).__name__}: {reason}); debug=true shows where"
+    state = record.checkpoint.get("state", "pruned")
+    explained = RunError(f"{message}; the {state} model is kept in {folder.path / record.checkpoint['place']}")
+    explained.exit_code = code
+    return explained
+
+
+def places_of(config: RunConfig, out: Path) -> dict[str, Path]:
+    """Return the folders that a run writes to, by the key that names each."""
+    return {
+        "paths.output_dir": out,
         "paths.cache_dir": Path(config.paths.cache_dir),
         "paths.records_dir": Path(config.paths.records_dir),
     }
-    if _out_of_memory(error):
-        said = _out_of_memory_hint(config, record)
-    else:
-        said = storage_problem(error, places)
-    if not record.checkpoint or gone or isinstance(error, OutputGoneError):
-        return None if said is None else RunError(said)
-    if said is None and isinstance(error, CfspError):
-        said, code = str(error), error.exit_code
-    elif said is None:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        said = f"the run failed ({type(error).__name__}: {reason}); debug=true shows where"
-    state = record.checkpoint.get("state", "pruned")
-    shown = RunError(f"{said}; the {state} model is kept in {folder.path / record.checkpoint['place']}")
-    shown.exit_code = code
-    return shown
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -117,13 +130,14 @@ def _out_of_memory_hint(config: RunConfig, record: RunRecord) -> str:
 
 
 def write_config(config: RunConfig, out: Path) -> None:
+    """Write the composed configuration to OUT/config.yaml."""
     from omegaconf import OmegaConf
 
     write_text(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config.raw)))
 
 
 def mirror_record(config: RunConfig, record: RunRecord, out: Path) -> None:
-    """The record is the truth: what is wrong with its mirror costs no run."""
+    """Send the record to the logger. The record is the truth, so a fault of its mirror costs no run."""
     try:
         config.logger.instance.finish(record, out)
     except Exception as error:
@@ -136,4 +150,5 @@ def mirror_record(config: RunConfig, record: RunRecord, out: Path) -> None:
 
 
 def now() -> str:
+    """Return the time in UTC, in seconds, as ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")

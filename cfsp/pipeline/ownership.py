@@ -1,4 +1,4 @@
-"""Whether OUT belongs to this run, and what may be replaced in it."""
+"""Ownership of OUT: it must belong to this run before anything in it is replaced."""
 
 from __future__ import annotations
 
@@ -8,14 +8,24 @@ from pathlib import Path
 
 from cfsp.config.run_config import RunConfig
 from cfsp.errors import CheckpointError, ConfigError
+from cfsp.plan.history import MARKER
 from cfsp.record.run_record import RunRecord
 from cfsp.record.written import MODEL_FOLDERS, within
 from cfsp.system.atomic import write_text
-from cfsp.weights.shards import MARKER
 
 
 def check_owner(out: Path, run_id: str, *, force: bool = False) -> None:
-    """Make OUT, or find it ours; another run's folder is refused. ``force`` sets a record aside that cannot be read."""
+    """Make OUT, or see that it belongs to this run.
+
+    Args:
+        out: the folder OUT.
+        run_id: id of this run.
+        force: set a record aside that cannot be read.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or its record cannot be read.
+        ConfigError: the folder holds another run.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe_file = out / f".write-test-{os.getpid()}"
@@ -40,25 +50,26 @@ def check_owner(out: Path, run_id: str, *, force: bool = False) -> None:
 
 
 def is_copied(copy: Path) -> bool:
-    """Whether the record is there, whole and of a success."""
+    """Return whether the copy of the record is there, whole, and of a success."""
     try:
-        found = RunRecord.read(copy)
+        record = RunRecord.read(copy)
     except CheckpointError:
         return False
-    return found is not None and found.succeeded
+    return record is not None and record.succeeded
 
 
 def wants_model(config: RunConfig) -> bool:
+    """Return whether the run saves a pruned model."""
     return bool(config.save.model and config.pruner.instance.prunes)
 
 
 def allow_replacing(out: Path) -> None:
-    """Give a damaged model folder of ours its marker back, without which it could not be replaced."""
+    """Write the marker of a damaged model folder of this run anew, without which it could not be replaced."""
     earlier = RunRecord.read(out / "record.json")
     for name in MODEL_FOLDERS[:2]:
         folder, listed = out / name, within(None if earlier is None else earlier.files, [name])
         if f"{name}/{MARKER}" not in listed or not folder.is_dir() or (folder / MARKER).exists():
             continue
         files = [path for path in folder.rglob("*") if not path.is_dir()]
-        if all(path.relative_to(out).as_posix() in listed for path in files):  # nothing of anybody else's
+        if all(path.relative_to(out).as_posix() in listed for path in files):  # no file of anybody else is in it
             write_text(folder / MARKER, json.dumps({"schema": 1, "state": "damaged"}) + "\n")

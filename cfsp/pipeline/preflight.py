@@ -1,4 +1,4 @@
-"""All that can be refused cheaply: model folder, structure, budget, data, tasks. No weight is loaded here."""
+"""Check everything that can be refused cheaply: model folder, structure, budget, data, tasks. No weight is loaded."""
 
 from __future__ import annotations
 
@@ -32,13 +32,29 @@ from cfsp.pruned_model.adopt import check_adoptable
 from cfsp.system.memory import available
 from cfsp.weights.source import ModelSource, locate
 
-#: Weights that take more of the free memory leave too little for what a pass holds beside them.
+#: Share of the free memory that the weights may take. The rest is for the activations of a pass.
 _SHARE_OF_MEMORY = 0.8
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that has passed its checks. ``calibration``: None where sampled from the model, or not needed."""
+    """The checked inputs of a run.
+
+    Attributes:
+        config: the checked configuration.
+        source: the model folder.
+        tokenizer: the model's tokenizer.
+        limits: size of the vocabulary and longest window of the model.
+        device: where the model computes.
+        dtype: dtype of the weights in memory.
+        stored_dtype: dtype of the weights in the saved folder.
+        streaming: whether the weights stay on disk.
+        calibration: the calibration set; None where it is sampled from the model, or not needed.
+        evaluation: for each evaluator, what identifies its inputs.
+        identity: what decides the figures of the run.
+        run_id: hash of ``identity``.
+        notes: sentences on weights that contradict config.json. They go into the record.
+    """
 
     config: RunConfig
     source: ModelSource
@@ -52,65 +68,56 @@ class Prepared:
     evaluation: dict[str, dict[str, Any]]
     identity: dict[str, Any]
     run_id: str
-    #: Sentences on what the weights say against config.json; in the record.
     notes: tuple[str, ...] = ()
 
     @property
     def progress(self) -> Path:
-        """Where the run keeps what it need not do again after a kill, wherever OUT is: plan, figures, training."""
+        """Folder of what a killed run need not repeat: plan, figures, training. It does not depend on OUT."""
         return Path(self.config.paths.cache_dir) / "progress" / self.run_id
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The inputs that the checks of a run look at.
+
+    Attributes:
+        config: the configuration.
+        source: the model folder.
+        view: view of the model, built without memory for its weights.
+        tokenizer: the model's tokenizer.
+        limits: size of the vocabulary and longest window of the model.
+        device: where the model will compute.
+    """
+
+    config: RunConfig
+    source: ModelSource
+    view: DecoderView
+    tokenizer: Any
+    limits: Limits
+    device: torch.device
 
 
 def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
     """Find and check every input of a run.
 
     Args:
+        config: the composed configuration.
         held: bytes of memory that a base model kept from an earlier run takes, which this run may have.
 
     Raises:
-        CfspError: what is wrong, with the key and the way out; inputs that do not depend on each other are
+        CfspError: an input is wrong, with the key and the way out. Inputs that do not depend on each other are
             all looked at before one is refused.
     """
-    problems: list[CfspError] = []
-    device = source = None
-    with _collected(problems):
-        device = resolve_device(config.model.device)
-    with _collected(problems):
-        source = locate(config.model, Path(config.paths.cache_dir) / "digests")
-    for key, folder in (("cache_dir", config.paths.cache_dir), ("records_dir", config.paths.records_dir)):
-        with _collected(problems):
-            check_writable(f"paths.{key}", Path(folder))
-    _refuse(problems)
-    assert device is not None
-    assert source is not None
+    device, source = _locate(config)
     trust = config.model.trust_remote_code
     view = outline(source, trust_remote_code=trust)
     limits = Limits(view.model.get_input_embeddings().weight.shape[0], source.positions)
     tokenizer = load_tokenizer(source, trust_remote_code=trust)
-    calibration, calibration_identity = None, None
-    if config.pruner.instance.prunes:
-        with _collected(problems):
-            check_history(source.folder, sizes_of(view))
-        with _collected(problems):
-            check_adoptable(view.model)
-        with _collected(problems):
-            config.pruner.instance.check(view, config.budget)
-        with _collected(problems):
-            config.pruner.instance.check_choices(view, config.importance, config.allocator)
-        with _collected(problems):
-            calibration_identity = calibration_data.identity(config.calibration, tokenizer)
-            calibration = _calibration(config, tokenizer, limits)
-    recovery = {key: value for key, value in config.recovery.identity().items() if key in NAMING}
-    if config.pruner.instance.prunes:
-        with _collected(problems):
-            recovery |= config.recovery.instance.check(view, tokenizer, limits, device)
-    evaluation = {}
-    for name, evaluator in config.evaluation.items():
-        with _collected(problems), under_its_key(name, evaluator.instance):
-            code = {key: value for key, value in evaluator.identity().items() if key in NAMING}
-            # What takes longer is tried only where nothing else is wrong.
-            facts = evaluator.instance.check_settings() if problems else None
-            evaluation[name] = code | (evaluator.instance.check(tokenizer, limits) if facts is None else facts)
+    inputs = _Inputs(config, source, view, tokenizer, limits, device)
+    problems: list[CfspError] = []
+    calibration, calibration_identity = _check_method(inputs, problems)
+    recovery = _check_recovery(inputs, problems)
+    evaluation = _check_evaluation(inputs, problems)
     dtype = resolve_dtype(config.model.dtype, device, source)
     if config.save.model and config.pruner.instance.prunes:
         with _collected(problems):
@@ -123,7 +130,8 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
     notes = changed_by_tensors(source, trust_remote_code=trust)
     identity = identity_of(
         config,
-        # Figures of before the head was taken as one of its own are another model's.
+        # A model whose LM head differs from what config.json says gets an identity of its own: figures from before
+        # cfsp read such heads belong to another model.
         model=source.fingerprint + ("#own_head" if notes else ""),
         dtype=str(dtype).removeprefix("torch."),
         calibration=calibration_identity,
@@ -137,15 +145,83 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
     )  # fmt: skip
 
 
+def _locate(config: RunConfig) -> tuple[torch.device, ModelSource]:
+    """Return the device and the model folder, after seeing that the run's own folders can be written."""
+    problems: list[CfspError] = []
+    device = source = None
+    with _collected(problems):
+        device = resolve_device(config.model.device)
+    with _collected(problems):
+        source = locate(config.model, Path(config.paths.cache_dir) / "digests")
+    for key, folder in (("cache_dir", config.paths.cache_dir), ("records_dir", config.paths.records_dir)):
+        with _collected(problems):
+            check_writable(f"paths.{key}", Path(folder))
+    _refuse(problems)
+    assert device is not None
+    assert source is not None
+    return device, source
+
+
+def _check_method(inputs: _Inputs, problems: list[CfspError]) -> tuple[CalibrationSet | None, dict[str, Any] | None]:
+    """Check the pruner, its choices and the calibration set; returns the set and its identity, where there is one."""
+    config, view = inputs.config, inputs.view
+    calibration, identity = None, None
+    if not config.pruner.instance.prunes:
+        return calibration, identity
+    with _collected(problems):
+        check_history(inputs.source.folder, sizes_of(view))
+    with _collected(problems):
+        check_adoptable(view.model)
+    with _collected(problems):
+        config.pruner.instance.check(view, config.budget)
+    with _collected(problems):
+        config.pruner.instance.check_choices(view, config.importance, config.allocator)
+    with _collected(problems):
+        identity = calibration_data.identity(config.calibration, inputs.tokenizer)
+        calibration = _calibration(config, inputs.tokenizer, inputs.limits)
+    return calibration, identity
+
+
+def _check_recovery(inputs: _Inputs, problems: list[CfspError]) -> dict[str, Any]:
+    """Check the recovery; returns what identifies it."""
+    recovery = inputs.config.recovery
+    identity = {key: value for key, value in recovery.identity().items() if key in NAMING}
+    if inputs.config.pruner.instance.prunes:
+        with _collected(problems):
+            identity |= recovery.instance.check(inputs.view, inputs.tokenizer, inputs.limits, inputs.device)
+    return identity
+
+
+def _check_evaluation(inputs: _Inputs, problems: list[CfspError]) -> dict[str, dict[str, Any]]:
+    """Check every evaluator; returns what identifies the inputs of each."""
+    evaluation = {}
+    for name, evaluator in inputs.config.evaluation.items():
+        with _collected(problems), under_its_key(name, evaluator.instance):
+            code = {key: value for key, value in evaluator.identity().items() if key in NAMING}
+            # Checks that take long are made only where nothing else is wrong.
+            facts = evaluator.instance.check_settings() if problems else None
+            evaluation[name] = code | (
+                evaluator.instance.check(inputs.tokenizer, inputs.limits) if facts is None else facts
+            )
+    return evaluation
+
+
 def streams(config: RunConfig, view: DecoderView, dtype: torch.dtype, device: torch.device, held: int = 0) -> bool:
-    """Whether the weights stay on disk: as ``model.streaming`` says, or (auto) because they do not fit into memory.
+    """Return whether the weights stay on disk: as ``model.streaming`` says, or (auto) because they do not fit.
+
+    Args:
+        config: the configuration.
+        view: view of the model, without weights.
+        dtype: dtype of the weights in memory.
+        device: where the model will compute.
+        held: bytes of memory that a base model kept from an earlier run takes, which this run may have.
 
     Raises:
-        ConfigError: what the run asks for needs the whole model in memory.
+        ConfigError: the weights must stay on disk, but the run needs the whole model in memory.
     """
     needed = view.model_parameters * dtype.itemsize
     free = {str(device): available(device) + held}
-    if device.type != "cpu":  # where the weights are read before they go to the device
+    if device.type != "cpu":  # the weights are read into host memory before they go to the device
         free["cpu"] = available(torch.device("cpu"))
     least = min(free, key=lambda name: free[name])
     fits = needed < _SHARE_OF_MEMORY * free[least]
@@ -193,7 +269,7 @@ def streams(config: RunConfig, view: DecoderView, dtype: torch.dtype, device: to
 
 @contextmanager
 def _collected(problems: list[CfspError]) -> Iterator[None]:
-    """Note what is wrong with one input and go on to the next."""
+    """Add the error about one input to ``problems`` and go on to the next."""
     try:
         yield
     except CfspError as error:

@@ -24,6 +24,7 @@ from cfsp.system import processes
 
 if TYPE_CHECKING:
     from cfsp.config.run_config import RunConfig
+    from cfsp.pipeline.current_run import Run
     from cfsp.plan.pruning_plan import PruningPlan
     from cfsp.pruner.base import PlanContext
 
@@ -32,7 +33,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Training:
-    """The facts that the first process sends to the others, so that all train the same model."""
+    """The facts that the first process sends to the others, so that all train the same model.
+
+    Attributes:
+        run_id: id of the first process's run.
+        plan: the plan that every process cuts its model by.
+        importance: block importance [L] of the base model.
+        out: OUT of the first process.
+    """
 
     run_id: str
     plan: PruningPlan
@@ -42,40 +50,51 @@ class _Training:
 
 @dataclass(frozen=True)
 class _Ended:
-    """The job is over; ``code`` is its exit code."""
+    """Message to the other processes that the run is over.
+
+    Attributes:
+        code: exit code of the run.
+    """
 
     code: int
 
 
 def recover(
-    prepared: Prepared,
-    as_it_was: Snapshot,
-    planned: PlanContext,
-    plan: PruningPlan,
-    out: Path,
-    *,
-    base: Callable[[], Path | None],
-    report: Callable[[dict[str, Any]], None],
+    run: Run, dense: Snapshot, planned: PlanContext, plan: PruningPlan, *, base: Callable[[], Path | None]
 ) -> Recovered:
     """Train the pruned model with all processes of this run.
 
     Args:
-        as_it_was: snapshot of the dense model before it was pruned.
+        run: the run under way.
+        dense: snapshot of the dense model before it was pruned.
+        planned: the context that the plan was made in.
+        plan: the plan that the model was cut by.
+        base: saves the pruned model that an adapter stands on; returns its folder, or None where none is saved.
     """
-    job = _Training(prepared.run_id, plan, coarse_importance(planned), out)
+    job = _Training(run.prepared.run_id, plan, coarse_importance(planned), run.out)
     processes.shared(lambda: job)
-    return _train(prepared, as_it_was, job, base, report)
+    return _train(run.prepared, dense, job, base, run.report)
 
 
 def coarse_importance(planned: PlanContext) -> Tensor:
-    """Return s_l [L] of the base model: the allocator's own where it states one, else that of Coarse()."""
+    """Return the block importance s_l [L] of the base model.
+
+    An allocator that states none gets that of ``Coarse()``.
+    """
     scores = Scores((), (), distances_of(planned.statistics))
     importance = planned.allocator.block_importance(scores)
     return Coarse().block_importance(scores) if importance is None else importance
 
 
 def assist(config: RunConfig) -> int:
-    """Run as any process but the first: wait, train when the first process says so, and end with its exit code."""
+    """Run as any process but the first.
+
+    Returns:
+        The exit code of the first process.
+
+    Raises:
+        RunError: this process has other inputs than the first.
+    """
     while True:
         job: Any = processes.shared(lambda: None)
         if isinstance(job, _Ended):
@@ -88,29 +107,29 @@ def assist(config: RunConfig) -> int:
             )
         trust = config.model.trust_remote_code
         model: Any = load_model(prepared.source, dtype=prepared.dtype, device=prepared.device, trust_remote_code=trust)
-        as_it_was = Snapshot(model)
+        dense = Snapshot(model)
         apply(model, job.plan)
         round_to_stored(model, prepared.stored_dtype)
-        _train(prepared, as_it_was, job, lambda: None, lambda _: None)
+        _train(prepared, dense, job, lambda: None, lambda _: None)
 
 
 def release(code: int) -> None:
-    """Tell the other processes that this job is over."""
+    """Tell the other processes that the run is over, with its exit code."""
     processes.shared(lambda: _Ended(code))
 
 
 def _train(
     prepared: Prepared,
-    as_it_was: Snapshot,
+    dense: Snapshot,
     job: _Training,
     base: Callable[[], Path | None],
     report: Callable[[dict[str, Any]], None],
 ) -> Recovered:
     config = prepared.config
     context = RecoveryContext(
-        model=as_it_was.model,
-        dense=as_it_was.active,
-        parked=as_it_was.parked,
+        model=dense.model,
+        dense=dense.active,
+        parked=dense.parked,
         tokenizer=prepared.tokenizer,
         limits=prepared.limits,
         plan=job.plan,

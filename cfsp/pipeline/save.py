@@ -9,25 +9,27 @@ from typing import Any
 from cfsp.checkpoint.save import SavedCheckpoint, save_checkpoint
 from cfsp.export import card
 from cfsp.export.write import Request, exported
+from cfsp.pipeline.current_run import Run
 from cfsp.pipeline.preflight import Prepared
 from cfsp.plan.history import history_of
 from cfsp.plan.pruning_plan import COMPENSATION_IN_FOLDER, PruningPlan
 from cfsp.pruned_model.family import PRUNED_PREFIX
-from cfsp.record.run_record import RunRecord
 
 log = logging.getLogger(__name__)
 
 
-def export_model(form: str, out: Path) -> dict[str, Any]:
-    result = exported(Request(out / "model", form))
+def export_model(format_name: str, out: Path) -> dict[str, Any]:
+    """Export OUT/model in a format; returns the entry of the record that says where it is."""
+    result = exported(Request(out / "model", format_name))
     for note in result.notes:
-        log.info("%s: %s", form, note)
-    return {"place": result.place.name, "form": form, "bytes": result.bytes, "notes": list(result.notes)}
+        log.info("%s: %s", format_name, note)
+    return {"place": result.place.name, "form": format_name, "bytes": result.bytes, "notes": list(result.notes)}
 
 
-def facts_of_run(prepared: Prepared, plan: PruningPlan, record: RunRecord) -> dict[str, Any]:
+def facts_of_run(run: Run, plan: PruningPlan) -> dict[str, Any]:
+    """Return the facts of the model card: base model, method, calibration, state, and the figures known so far."""
+    record, source = run.record, run.prepared.source
     recovered = bool(record.recovery)
-    source = prepared.source
     hub = source.fingerprint.removeprefix("hub:").partition("@")[0] if source.fingerprint.startswith("hub:") else None
     return card.facts_of_run(
         base_model=(hub or source.folder.resolve().name).rpartition("/")[2],
@@ -36,7 +38,7 @@ def facts_of_run(prepared: Prepared, plan: PruningPlan, record: RunRecord) -> di
         plan=plan,
         calibration=record.calibration or {},
         state="recovered" if recovered else state_of_plan(plan),
-        recovery=prepared.config.recovery.instance.name if recovered else None,
+        recovery=run.config.recovery.instance.name if recovered else None,
         measurements=record.measurements if "pruned" in record.measurements else None,
         earlier=card.read_facts(source.folder),
     )
@@ -50,6 +52,16 @@ def save_model(
     state: str,
     facts: dict[str, Any],
 ) -> SavedCheckpoint:
+    """Write the pruned model with its plan and its card.
+
+    Args:
+        prepared: the checked inputs of the run.
+        model: the pruned model.
+        plan: the plan that the model was cut by.
+        folder: the folder to be written.
+        state: "pruned", "compensated" or "recovered".
+        facts: facts of the card, of :func:`facts_of_run`.
+    """
     files = _plan_in_folder(plan, prepared).files(tensors=COMPENSATION_IN_FOLDER)
     form = "remote_code" if model.config.model_type.startswith(PRUNED_PREFIX) else "plain"
     files |= card.card_files(facts, form, folder.name)
@@ -57,19 +69,20 @@ def save_model(
     return save_checkpoint(model, folder, dtype=dtype, source=source, state=state, files=files)
 
 
-def save_base(prepared: Prepared, model: Any, plan: PruningPlan, out: Path, facts: dict[str, Any]) -> Path | None:
-    """The pruned model without what is learnt, which an adapter stands on; None where no model is to be saved."""
-    if not prepared.config.save.model:
+def save_base(run: Run, model: Any, plan: PruningPlan, facts: dict[str, Any]) -> Path | None:
+    """Save the pruned model that an adapter stands on; returns its folder, or None where no model is to be saved."""
+    if not run.config.save.model:
         return None
-    return save_model(prepared, model, plan, out / "pruned", state_of_plan(plan), facts).folder
+    return save_model(run.prepared, model, plan, run.out / "pruned", state_of_plan(plan), facts).folder
 
 
 def state_of_plan(plan: PruningPlan) -> str:
+    """Return the state of a model that was cut by ``plan`` and not trained."""
     return "compensated" if plan.tensors else "pruned"
 
 
 def _plan_in_folder(plan: PruningPlan, prepared: Prepared) -> PruningPlan:
-    """The folder's plan starts from the first dense model: pruning a pruned folder composes the two plans."""
+    """Return the plan from the first dense model. Pruning a pruned folder composes the two plans."""
     if prepared.source.state == "recovered":  # its weights are not those that the earlier plan gives
         return plan
     earlier = history_of(prepared.source.folder)

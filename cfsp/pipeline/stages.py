@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from cfsp.model.driver import BlockDriver
 from cfsp.model.finite import round_to_stored
 from cfsp.model.snapshot import Snapshot
 from cfsp.model.trial import model_code_refused
-from cfsp.pipeline.measure import add, evaluate_dense, measured_side, side_by_side, side_of
+from cfsp.pipeline.current_run import Run
+from cfsp.pipeline.measure import add_measurements, evaluate_dense, evaluate_side, evaluate_side_by_side, side_of
 from cfsp.pipeline.preflight import Prepared
 from cfsp.pipeline.recovery_stage import recover
 from cfsp.pipeline.save import export_model, facts_of_run, save_base, save_model, state_of_plan
@@ -35,99 +36,154 @@ from cfsp.pruner.context import plan_context
 from cfsp.record.figure import draw_blocks, draw_recovery
 from cfsp.record.out_folder import OutputGoneError
 from cfsp.record.run_record import RunRecord
-from cfsp.record.stages import Stages
 from cfsp.system.atomic import replacing
 from cfsp.system.cache import read_or_compute, saved_seconds
 
 log = logging.getLogger(__name__)
 
 
-def run_stages(
-    prepared: Prepared,
-    record: RunRecord,
-    out: Path,
-    report: Callable[[dict[str, Any]], None],
-    model: Any,
-    view: DecoderView,
-    stages: Stages,
-) -> None:
-    config = prepared.config
+def run_stages(run: Run, model: Any, view: DecoderView) -> None:
+    """Run the stages that follow on loading, in order; each writes its part of the record.
+
+    Args:
+        run: the run under way.
+        model: the dense model. It is pruned in place.
+        view: the view of ``model``.
+
+    Raises:
+        CfspError: a stage failed. Where an evaluation failed, the pruned model has been saved before.
+    """
+    config = run.config
     if not config.pruner.instance.prunes:
-        with stages("evaluate") as stage:
-            record.measurements["dense"], stage["cached"] = evaluate_dense(prepared, model)
-            add(record.measurements, side_by_side(prepared, model, [side_of("dense", prepared)]))
+        _evaluate_unpruned(run, model)
         return
-    with stages("calibrate") as stage, saved_seconds(stage), model_code(prepared):
-        context, stage["cached"] = _context(prepared, view)
-        record.calibration = {**context.calibration.describe(), "batch_size": context.driver.batch_size}
-    with stages("plan") as stage, saved_seconds(stage), model_code(prepared):
-        plan, stage["cached"] = read_or_compute(
-            prepared.progress / "plan.json",
-            lambda file: _resumable(PruningPlan.load(file), prepared, view),
-            lambda: config.pruner.instance.plan(context),
-            PruningPlan.save,
-        )
-        plan.save(out / "plan.json")
-        _record_plan(record, plan)
-    failed: list[Exception] = []
-    if prepared.evaluation:
-        with _postponed(failed, config):
-            with stages("evaluate dense") as stage:
-                record.measurements["dense"], stage["cached"] = evaluate_dense(prepared, model)
-            if config.evaluate_selection and plan.tensors:
-                with stages("evaluate selected"), sliced(view, plan.blocks):
-                    record.measurements["selected"] = measured_side(prepared, model, "selected")
-    compared = any(evaluator.instance.side_by_side for evaluator in config.evaluation.values())
-    # It keeps the dense weights, so only where somebody needs them: a teacher, the dense side of a comparison.
+    context = _calibrate(run, view)
+    plan = _plan(run, view, context)
+    failures: list[Exception] = []
+    _evaluate_before_pruning(run, model, view, plan, failures)
+    compares = any(evaluator.instance.side_by_side for evaluator in config.evaluation.values())
+    # A snapshot keeps the dense weights alive, so it is taken only for a teacher or for the dense side of a comparison.
     trains = config.recovery.instance.trains
-    as_it_was = Snapshot(model) if not failed and (compared or trains) else None
-    with stages("apply"):
+    dense = Snapshot(model) if not failures and (compares or trains) else None
+    with run.stages("apply"):
         apply(model, plan)
-    round_to_stored(model, prepared.stored_dtype)
-    if trains and prepared.evaluation and not failed:
-        with _postponed(failed, config), stages("evaluate pruned"):
-            record.measurements["pruned"] = measured_side(prepared, model, "pruned")
-    if failed:
-        with stages("save"):
-            _keep(prepared, model, plan, out / ("pruned" if trains else "model"), record)
-        raise failed[0]
+    round_to_stored(model, run.prepared.stored_dtype)
+    if trains and run.prepared.evaluation and not failures:
+        with _postponed(failures, config), run.stages("evaluate pruned"):
+            run.record.measurements["pruned"] = evaluate_side(run.prepared, model, "pruned")
+    if failures:
+        with run.stages("save"):
+            _save_despite_failure(run, model, plan, run.out / ("pruned" if trains else "model"))
+        raise failures[0]
     sides = ["pruned"]
     if trains:
-        with stages("recover"):
-            assert as_it_was is not None
-            base = partial(save_base, prepared, model, plan, out, facts_of_run(prepared, plan, record))
-            recovered = recover(prepared, as_it_was, context, plan, out, base=base, report=report)
-            model, record.recovery = recovered.model, recovered.record
-            round_to_stored(model, prepared.stored_dtype)
+        assert dense is not None
+        model = _recover(run, model, dense, context, plan)
         sides.append("recovered")
     if config.save.model:
-        with stages("save"):
-            state = "recovered" if "recovered" in sides else state_of_plan(plan)
-            facts = facts_of_run(prepared, plan, record)
-            saved = save_model(prepared, model, plan, out / "model", state, facts)
-            record.checkpoint = {"form": saved.form, "bytes": saved.bytes, "dtype": saved.dtype, "state": state}
-    if prepared.evaluation:
-        with stages(f"evaluate {sides[-1]}"):
-            record.measurements[sides[-1]] = measured_side(prepared, model, sides[-1])
-        with stages("measure cost"):
-            # A recovery trains weights that the three share; what they cost does not depend on the values.
-            dense = [Side("dense", as_it_was.active, prepared.stored_dtype)] if as_it_was is not None else []
-            add(record.measurements, side_by_side(prepared, model, [*dense, *(side_of(s, prepared) for s in sides)]))
-    if config.save.model and record.checkpoint:
-        card.write_card(out / "model", facts_of_run(prepared, plan, record), record.checkpoint["form"])
-        if config.save.format != "hf":  # after the figures, which its card shows and its failure must not cost
-            with stages("export"):
-                record.checkpoint["export"] = export_model(config.save.format, out)
-    with replacing(out / "blocks.png") as file:
-        draw_blocks(plan, _distance_shown(config), file)
-    if record.recovery and record.recovery.get("history"):
-        with replacing(out / "recovery.png") as file:
-            draw_recovery(record.recovery, file)
+        _save(run, model, plan)
+    if run.prepared.evaluation:
+        _evaluate_result(run, model, dense, sides)
+    if config.save.model and run.record.checkpoint:
+        _complete_folder(run, plan)
+    _draw(run, plan)
+
+
+def _evaluate_unpruned(run: Run, model: nn.Module) -> None:
+    measurements = run.record.measurements
+    with run.stages("evaluate") as stage:
+        measurements["dense"], stage["cached"] = evaluate_dense(run.prepared, model)
+        sides = [side_of("dense", run.prepared)]
+        add_measurements(measurements, evaluate_side_by_side(run.prepared, model, sides))
+
+
+def _calibrate(run: Run, view: DecoderView) -> PlanContext:
+    with run.stages("calibrate") as stage, saved_seconds(stage), model_code(run.prepared):
+        context, stage["cached"] = _context(run.prepared, view)
+        run.record.calibration = {**context.calibration.describe(), "batch_size": context.driver.batch_size}
+    return context
+
+
+def _plan(run: Run, view: DecoderView, context: PlanContext) -> PruningPlan:
+    with run.stages("plan") as stage, saved_seconds(stage), model_code(run.prepared):
+        plan, stage["cached"] = read_or_compute(
+            run.prepared.progress / "plan.json",
+            lambda file: _resumable(PruningPlan.load(file), run.prepared, view),
+            lambda: run.config.pruner.instance.plan(context),
+            PruningPlan.save,
+        )
+        plan.save(run.out / "plan.json")
+        _record_plan(run.record, plan)
+    return plan
+
+
+def _evaluate_before_pruning(
+    run: Run, model: nn.Module, view: DecoderView, plan: PruningPlan, failures: list[Exception]
+) -> None:
+    """Evaluate the dense model, and the plan without its compensation where the configuration asks for it."""
+    if not run.prepared.evaluation:
+        return
+    measurements = run.record.measurements
+    with _postponed(failures, run.config):
+        with run.stages("evaluate dense") as stage:
+            measurements["dense"], stage["cached"] = evaluate_dense(run.prepared, model)
+        if run.config.evaluate_selection and plan.tensors:
+            with run.stages("evaluate selected"), sliced(view, plan.blocks):
+                measurements["selected"] = evaluate_side(run.prepared, model, "selected")
+
+
+def _recover(run: Run, model: Any, dense: Snapshot, context: PlanContext, plan: PruningPlan) -> Any:
+    """Train the pruned model; returns the trained one."""
+    with run.stages("recover"):
+        base = partial(save_base, run, model, plan, facts_of_run(run, plan))
+        recovered = recover(run, dense, context, plan, base=base)
+        run.record.recovery = recovered.record
+        round_to_stored(recovered.model, run.prepared.stored_dtype)
+    return recovered.model
+
+
+def _save(run: Run, model: Any, plan: PruningPlan) -> None:
+    with run.stages("save"):
+        state = "recovered" if run.config.recovery.instance.trains else state_of_plan(plan)
+        saved = save_model(run.prepared, model, plan, run.out / "model", state, facts_of_run(run, plan))
+        run.record.checkpoint = {"form": saved.form, "bytes": saved.bytes, "dtype": saved.dtype, "state": state}
+
+
+def _evaluate_result(run: Run, model: nn.Module, dense: Snapshot | None, sides: list[str]) -> None:
+    """Evaluate what the run ends with, and time its sides beside each other."""
+    measurements, prepared = run.record.measurements, run.prepared
+    with run.stages(f"evaluate {sides[-1]}"):
+        measurements[sides[-1]] = evaluate_side(prepared, model, sides[-1])
+    with run.stages("measure cost"):
+        # A recovery trains weights that the sides share. Their cost does not depend on the values.
+        compared = [Side("dense", dense.active, prepared.stored_dtype)] if dense is not None else []
+        compared += [side_of(side, prepared) for side in sides]
+        add_measurements(measurements, evaluate_side_by_side(prepared, model, compared))
+
+
+def _complete_folder(run: Run, plan: PruningPlan) -> None:
+    """Write the model card with the figures, then the export.
+
+    The export comes last because its card shows the figures and its failure must not cost them.
+    """
+    assert run.record.checkpoint is not None
+    card.write_card(run.out / "model", facts_of_run(run, plan), run.record.checkpoint["form"])
+    if run.config.save.format != "hf":
+        with run.stages("export"):
+            run.record.checkpoint["export"] = export_model(run.config.save.format, run.out)
+
+
+def _draw(run: Run, plan: PruningPlan) -> None:
+    with replacing(run.out / "blocks.png") as file:
+        draw_blocks(plan, run.config.allocator.instance.block_distance() or "angular", file)
+    if run.record.recovery and run.record.recovery.get("history"):
+        with replacing(run.out / "recovery.png") as file:
+            draw_recovery(run.record.recovery, file)
 
 
 @contextlib.contextmanager
-def _postponed(failed: list[Exception], config: RunConfig) -> Iterator[None]:
-    """Put the error of an evaluation into ``failed``, so that the pruned model is saved before the run ends with it."""
+def _postponed(failures: list[Exception], config: RunConfig) -> Iterator[None]:
+    """Add the error of an evaluation to ``failures``, so that the pruned model is saved before the run ends with it."""
     try:
         yield
     except OutputGoneError:
@@ -136,18 +192,18 @@ def _postponed(failed: list[Exception], config: RunConfig) -> Iterator[None]:
         if not config.save.model:
             raise
         log.warning("the evaluation failed (%s); the pruned model is saved first", type(error).__name__)
-        failed.append(error)
+        failures.append(error)
 
 
-def _keep(prepared: Prepared, model: Any, plan: PruningPlan, folder: Path, record: RunRecord) -> None:
+def _save_despite_failure(run: Run, model: Any, plan: PruningPlan, folder: Path) -> None:
     """Save the pruned model of a run whose evaluation has failed; the record says where it is."""
     state = state_of_plan(plan)
     try:
-        saved = save_model(prepared, model, plan, folder, state, facts_of_run(prepared, plan, record))
+        saved = save_model(run.prepared, model, plan, folder, state, facts_of_run(run, plan))
     except Exception as error:
         log.warning("the pruned model cannot be saved either (%s: %s)", type(error).__name__, error)
         return
-    record.checkpoint = {
+    run.record.checkpoint = {
         "form": saved.form, "bytes": saved.bytes, "dtype": saved.dtype, "state": state, "place": folder.name,
     }  # fmt: skip
 
@@ -167,6 +223,7 @@ def _resumable(plan: PruningPlan, prepared: Prepared, view: DecoderView) -> Prun
 
 
 def model_code(prepared: Prepared) -> contextlib.AbstractContextManager[None]:
+    """Context in which an error of the model's own code is raised as an error about that model."""
     return model_code_refused(str(prepared.source.config.get("model_type")), prepared.source.origin)
 
 
@@ -204,7 +261,3 @@ def _record_plan(record: RunRecord, plan: PruningPlan) -> None:
     record.blocks = list(plan.details)
     log.info("kept FFN widths: %s", " ".join(str(row["width"]) for row in plan.details))
     log.info("kept KV groups: %s", " ".join(str(row["kv_groups"]) for row in plan.details))
-
-
-def _distance_shown(config: RunConfig) -> str:
-    return config.allocator.instance.block_distance() or "angular"

@@ -1,1 +1,1 @@
-"""The pruning plan, and cutting one block by it."""
+"""The pruning plan, and slicing of one block by it."""

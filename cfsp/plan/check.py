@@ -1,4 +1,4 @@
-"""Every value that a plan.json may hold, checked before a plan is made of it; sizes of a folder against its plan."""
+"""Checks of plan.json: its values before a plan is built from them, and its sizes against those of the weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cfsp.architecture.views import DecoderView
     from cfsp.plan.pruning_plan import PruningPlan
 
-#: Larger than any layer: what is above is damage.
+#: Larger than any layer; a larger index is damage.
 _MOST_UNITS = 2**31
 #: A plan that was composed n times is nested n levels deep.
 _DEEPEST = 100
@@ -27,7 +27,7 @@ _TENSOR = re.compile(r"blocks\.(\d{1,6})\.(ffn|attention)\.(bias|weight|gate_wei
 
 
 def check_values(values: Mapping[str, Any]) -> None:
-    """See that ``values``, the JSON object of a plan.json, is a plan.
+    """Check that ``values``, the JSON object of a plan.json, is a plan.
 
     Raises:
         ValueError: one clause that names the entry and what is wrong with it.
@@ -37,9 +37,9 @@ def check_values(values: Mapping[str, Any]) -> None:
         _expect(name in known, f"{name[:60]!r} is no entry of a plan")
     for name in _NEEDED:
         _expect(name in values, f"{name} is missing")
-    for names, kind, said in ((_TEXTS, str, "text"), (_MAPPINGS, dict, "an object"), (_LISTS, list, "a list")):
+    for names, kind, label in ((_TEXTS, str, "text"), (_MAPPINGS, dict, "an object"), (_LISTS, list, "a list")):
         for name in names:
-            _expect(isinstance(values.get(name, kind()), kind), f"{name} must be {said}")
+            _expect(isinstance(values.get(name, kind()), kind), f"{name} must be {label}")
     _check_depth(values)
     _check_method(values["method"])
     _expect(bool(values["blocks"]), "blocks is empty")
@@ -50,16 +50,16 @@ def check_values(values: Mapping[str, Any]) -> None:
 
 
 def check_tensors(plan: PruningPlan) -> None:
-    """See that the tensors of a plan have the names and the shapes that its blocks ask for.
+    """Check that the tensors of a plan have the names and the shapes that its blocks ask for.
 
     Raises:
         ValueError: names the tensor.
     """
     for name, tensor in plan.tensors.items():
-        found = _TENSOR.fullmatch(name)
-        _expect(found is not None and int(found[1]) < len(plan.blocks), f"tensor {name[:80]!r} belongs to no block")
-        assert found is not None
-        block, kind, what = plan.blocks[int(found[1])], found[2], found[3]
+        parts = _TENSOR.fullmatch(name)
+        _expect(parts is not None and int(parts[1]) < len(plan.blocks), f"tensor {name[:80]!r} belongs to no block")
+        assert parts is not None
+        block, kind, what = plan.blocks[int(parts[1])], parts[2], parts[3]
         _expect(kind == "ffn" or what in ("bias", "weight"), f"tensor {name} belongs to no block")
         _expect(tensor.dim() == (1 if what == "bias" else 2), f"tensor {name} has the shape {list(tensor.shape)}")
         _expect(tensor.is_floating_point(), f"tensor {name} holds no floating-point numbers")
@@ -73,10 +73,12 @@ def check_tensors(plan: PruningPlan) -> None:
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """Sizes of a block that is there.
+    """Sizes of a block that is in the model.
 
-    width: FFN neurons, of a mixture those of one expert, 0 without an FFN. kv_groups: 0 without attention, None where
-    it is not recognised. experts: None where the FFN is no mixture.
+    Attributes:
+        width: FFN neurons; for a mixture, those of one expert; 0 without an FFN.
+        kv_groups: KV groups; 0 without attention, None where the attention is not recognised.
+        experts: number of experts; None where the FFN is no mixture.
     """
 
     width: int
@@ -97,23 +99,23 @@ def sizes_of(view: DecoderView) -> list[BlockSizes]:
 
 
 def misfit(plan: PruningPlan, sizes: Sequence[BlockSizes]) -> str | None:
-    """Return one clause on why a model of these ``sizes`` is not what ``plan`` left; None where it may be."""
+    """Return the first contradiction between a plan and the sizes of a model, as a clause; None where they fit."""
     staying = [index for index, block in enumerate(plan.blocks) if block.keeps_block]
     if len(staying) != len(sizes):
         return f"it leaves {len(staying)} blocks, the weights have {len(sizes)}"
-    for index, there in zip(staying, sizes, strict=True):
+    for index, actual in zip(staying, sizes, strict=True):
         block = plan.blocks[index]
         neurons = block.ffn_kept if block.expert_neurons_kept is None else block.expert_neurons_kept[0]
         width = 0 if not block.ffn else (None if neurons is None else len(neurons))
         groups = 0 if not block.attention else (None if block.kv_groups_kept is None else len(block.kv_groups_kept))
         experts = None if block.experts_kept is None or not block.ffn else len(block.experts_kept)
-        for name, planned, found in (
-            ("FFN neurons", width, there.width),
-            ("KV groups", groups, there.kv_groups),
-            ("experts", experts, there.experts or 0),
+        for name, planned, stored in (
+            ("FFN neurons", width, actual.width),
+            ("KV groups", groups, actual.kv_groups),
+            ("experts", experts, actual.experts or 0),
         ):
-            if planned is not None and found is not None and planned != found:
-                return f"blocks[{index}] keeps {planned} {name}, the weights have {found}"
+            if planned is not None and stored is not None and planned != stored:
+                return f"blocks[{index}] keeps {planned} {name}, the weights have {stored}"
     return None
 
 
@@ -181,7 +183,7 @@ def _check_details(values: Mapping[str, Any]) -> None:
         _expect(isinstance(row, dict), f"details[{index}] must be an object")
         for name in _COUNTS:
             _expect(name not in row or is_count(row[name]), f"details[{index}].{name} must be a whole number from 0")
-    # Of several prunings the rows are the last one's, whose base was pruned already.
+    # After several prunings the rows describe the last pruning, whose base model was pruned already.
     if len(rows) != len(blocks) or values["method"].get("steps"):
         return
     for index, (row, block) in enumerate(zip(rows, blocks, strict=True)):

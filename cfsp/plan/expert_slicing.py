@@ -1,4 +1,4 @@
-"""Slicing mixtures: neurons of experts, and whole experts, are removed for real."""
+"""Slicing of mixtures: neurons of experts, and whole experts, are removed from the tensors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ def slice_mixture(
 ) -> None:
     """Keep only some experts of a mixture, and some neurons of each, in place.
 
-    The router loses the rows of the experts that go, so that it shares their tokens among the others.
+    The router loses the rows of the removed experts, so that it sends their tokens to the others.
 
     Args:
+        mixture: the FFN of a block.
         experts: indices of the experts that stay; None: all.
-        neurons: indices of the neurons that stay, of each expert that stays, in order; None: all.
+        neurons: for each expert that stays, in order, the indices of its neurons that stay; None: all.
     """
     if experts is not None:
         _keep_experts(mixture, torch.tensor(experts, device=mixture.device))
@@ -32,15 +33,15 @@ def slice_mixture(
             ffn = mixture.each[expert]
             slice_ffn(ffn, torch.tensor(kept, device=ffn.output.parameter.device))
         return
-    width, kept_of_each = mixture.width, torch.tensor(neurons, device=mixture.device)
+    width, columns = mixture.width, torch.tensor(neurons, device=mixture.device)  # [E, K]
     down = mixture.fused["down"]
     inputs = [matrices for kind, matrices in mixture.fused.items() if kind != "down"]
     # The rows of gate and up in their parameter, in the order that they have there.
-    rows = torch.cat([_places(matrices, width)[kept_of_each] for matrices in inputs], dim=1).sort(dim=1).values
+    rows = torch.cat([_places(matrices, width)[columns] for matrices in inputs], dim=1).sort(dim=1).values
     _take(inputs[0], inputs[0].out_axis, rows)
-    _take(down, 3 - down.out_axis, kept_of_each)
+    _take(down, 3 - down.out_axis, columns)
     _replace(inputs[0].owner, f"{inputs[0].name}_bias", lambda bias: bias.gather(1, rows))
-    update_counts(mixture.experts, width, kept_of_each.shape[1], width=True)
+    update_counts(mixture.experts, width, columns.shape[1], width=True)
 
 
 def _places(matrices: ExpertMatrices, width: int) -> Tensor:

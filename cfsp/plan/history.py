@@ -1,7 +1,7 @@
-"""The history of a model folder: the plan in it, where cfsp's own marker says that it belongs to the weights.
+"""The history of a model folder: the plan in it, if cfsp's own marker says that it belongs to the weights.
 
-A file of the name plan.json may be anybody's. It counts only where ``cfsp_checkpoint.json`` was written with it, its
-sha256 stands there (folders of earlier versions have none) and its sizes are those of the weights.
+Any program may have written a file of the name plan.json. It counts only if cfsp wrote ``cfsp_checkpoint.json`` with
+it, the plan's sha256 stands there (folders of earlier versions have none) and its sizes are those of the weights.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ PLAN_DIGEST = "plan_sha256"
 
 
 def plan_digest(content: bytes) -> str:
-    """Return what the marker says of a plan.json."""
+    """Return the sha256 of a plan.json, as the marker states it."""
     return hashlib.sha256(content).hexdigest()
 
 
 def read_marker(folder: Path) -> dict[str, Any] | None:
-    """Return what cfsp wrote about a folder; None for folders that it did not write.
+    """Return the content of cfsp's marker in a folder; None for folders that cfsp did not write.
 
     Raises:
-        CheckpointError: a marker that is none.
+        CheckpointError: the file is not a marker that cfsp wrote.
     """
     file = folder / MARKER
     if not os.path.lexists(file):
@@ -50,14 +50,15 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
 
 
 def history_of(folder: Path, sizes: Sequence[BlockSizes] | None = None, *, tensors: bool = True) -> PruningPlan | None:
-    """Return the plan that made the weights in ``folder`` of a dense model; None where there is no such history.
+    """Return the plan by which the weights in ``folder`` came from a dense model; None where there is no such history.
 
-    A plan.json that nobody vouches for is no history; this is said once on the log.
+    A plan.json without a marker is no history; the log says so once.
 
     Args:
-        sizes: of each block of the model in ``folder`` (:func:`cfsp.plan.check.sizes_of`); None: they were
+        folder: a model folder.
+        sizes: sizes of each block of the model in ``folder`` (:func:`cfsp.plan.check.sizes_of`); None: they were
             compared before.
-        tensors: read what the plan replaces, too.
+        tensors: read the tensors that the plan replaces, too.
 
     Raises:
         CheckpointError: the marker names a plan that is damaged, exchanged, or not that of the weights.
@@ -72,10 +73,10 @@ def history_of(folder: Path, sizes: Sequence[BlockSizes] | None = None, *, tenso
 
 
 def check_history(folder: Path, sizes: Sequence[BlockSizes]) -> None:
-    """See that the history of ``folder`` is sound, once for each state of its files.
+    """Check the history of ``folder``, once for each state of its files.
 
     Raises:
-        CheckpointError: as :func:`history_of`.
+        CheckpointError: the marker names a plan that is damaged, exchanged, or not that of the weights.
     """
     if not os.path.lexists(folder / PLAN):
         read_marker(folder)
@@ -90,11 +91,12 @@ def _check_once(folder: Path, sizes: tuple[BlockSizes, ...], _: tuple[Any, ...])
 
 
 def _state(file: Path) -> tuple[int, ...] | None:
+    """Return numbers that change when a file does; None where it cannot be read."""
     try:
-        found = file.stat()
+        status = file.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _checked(folder: Path, digest: Any, sizes: Sequence[BlockSizes] | None, tensors: bool) -> PruningPlan:

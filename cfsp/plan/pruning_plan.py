@@ -1,4 +1,4 @@
-"""The pruning plan: which units of which base model stay. Frozen, serialisable, separate from the base's weights."""
+"""The pruning plan: the units of a base model that stay. It is frozen, serialisable and separate from the weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA = 1
-#: Beside plan.json: the tensors that a method replaces.
+#: The file beside plan.json with the tensors that a method replaces.
 COMPENSATION = "compensation.safetensors"
 #: The same in a model folder, where tools take every safetensors file at the top for weights.
 COMPENSATION_IN_FOLDER = f"plan/{COMPENSATION}"
@@ -67,7 +67,7 @@ class BlockPlan:
 
     @property
     def keeps_block(self) -> bool:
-        """False where neither submodule stays: the block does nothing and goes as a whole."""
+        """False where neither submodule stays, so that the block goes as a whole."""
         return self.attention or self.ffn
 
 
@@ -146,16 +146,16 @@ class PruningPlan:
 
         Args:
             path: the plan.json.
-            tensors: read the tensors too; without them the plan says what goes, and cannot be applied.
+            tensors: read the tensors too; without them the plan can be read, but not applied.
 
         Raises:
-            CheckpointError: missing, not JSON, of another schema, with wrong entries, or without its tensors.
+            CheckpointError: the file is missing or no JSON, has another schema or wrong entries, or lacks its tensors.
         """
         path = Path(path)
         values = parse_json(read_text(path, f"plan {path}"), f"plan {path}")
         if not isinstance(values, dict) or values.get("schema") != SCHEMA or isinstance(values["schema"], bool):
-            found = values.get("schema") if isinstance(values, dict) else None
-            raise CheckpointError(f"plan {path}: schema {found!r:.60}; this version of cfsp reads schema {SCHEMA}")
+            schema = values.get("schema") if isinstance(values, dict) else None
+            raise CheckpointError(f"plan {path}: schema {schema!r:.60}; this version of cfsp reads schema {SCHEMA}")
         try:
             check_values(values)
             rows: list[dict[str, Any]] = [{k: _frozen(v) for k, v in row.items()} for row in values["blocks"]]
@@ -172,21 +172,31 @@ class PruningPlan:
             raise CheckpointError(f"plan {path}: not a pruning plan ({error})") from error
 
     def compose(self, earlier: PruningPlan) -> PruningPlan:
-        """Return this plan in terms of the base of ``earlier``, whose result was the base of this plan."""
+        """Combine this plan with the plan that was applied before it.
+
+        Args:
+            earlier: the plan whose result is the base model of this plan.
+
+        Returns:
+            A plan that has the effect of both on the base model of ``earlier``.
+
+        Raises:
+            CheckpointError: this plan keeps units that ``earlier`` removes, or the numbers of blocks differ.
+        """
         staying = [index for index, block in enumerate(earlier.blocks) if block.keeps_block]
         if len(staying) != len(self.blocks):
             raise CheckpointError("the two plans have different numbers of blocks and cannot be composed")
         blocks = list(earlier.blocks)
-        for index, then in zip(staying, self.blocks, strict=True):
+        for index, later in zip(staying, self.blocks, strict=True):
             try:
-                blocks[index] = _composed(blocks[index], then)
+                blocks[index] = _composed(blocks[index], later)
             except (IndexError, ValueError) as error:
                 raise CheckpointError(
                     f"block {index}: the later plan keeps units that the earlier one has removed, so the two cannot be "
                     "composed"
                 ) from error
         renamed = {_moved(name, staying): tensor for name, tensor in self.tensors.items()}
-        kept = _still_there(earlier, dict(zip(staying, self.blocks, strict=True)))
+        kept = _remaining_tensors(earlier, dict(zip(staying, self.blocks, strict=True)))
         needed = {key.name for index, block in enumerate(blocks) for key in _tensor_keys(index, block)}
         tensors = {name: tensor for name, tensor in {**kept, **renamed}.items() if name in needed}
         return PruningPlan(
@@ -218,8 +228,8 @@ class TensorKey(NamedTuple):
 
     Attributes:
         block: index of the block.
-        kind: ffn: of down_proj; attention: of o_proj.
-        what: bias, weight, or gate_weight and up_weight of the FFN's other two matrices.
+        kind: ffn for down_proj, attention for o_proj.
+        what: bias or weight of that projection, or gate_weight or up_weight for the FFN's other two matrices.
     """
 
     block: int
@@ -233,7 +243,7 @@ class TensorKey(NamedTuple):
 
     @staticmethod
     def parse(name: str) -> TensorKey:
-        """Read a name."""
+        """Read the key from a name."""
         _, block, kind, what = name.split(".")
         return TensorKey(int(block), kind, what)
 
@@ -253,10 +263,10 @@ def _tensor_keys(index: int, block: BlockPlan) -> Iterator[TensorKey]:
             yield TensorKey(index, "attention", what)
 
 
-def _still_there(earlier: PruningPlan, then: Mapping[int, BlockPlan]) -> dict[str, Tensor]:
-    """Return the tensors of ``earlier``, without the columns and rows that ``then`` takes away."""
+def _remaining_tensors(earlier: PruningPlan, later_blocks: Mapping[int, BlockPlan]) -> dict[str, Tensor]:
+    """Return the tensors of ``earlier`` without the columns and rows that the later plan removes."""
     tensors = dict(earlier.tensors)
-    for index, later in then.items():
+    for index, later in later_blocks.items():
         first = earlier.blocks[index]
         for kind, before, after in (
             ("ffn", first.ffn_kept, later.ffn_kept),
@@ -291,7 +301,7 @@ def _composed(first: BlockPlan, then: BlockPlan) -> BlockPlan:
 
 
 def _compose_neurons(first: BlockPlan, then: BlockPlan) -> tuple[tuple[int, ...], ...] | None:
-    """The neurons of the experts that stay in the end, in terms of the base's."""
+    """Return the neurons of the experts that stay in the end, as indices in the base model."""
     before, after = first.expert_neurons_kept, then.expert_neurons_kept
     if before is not None and then.experts_kept is not None:
         before = tuple(before[expert] for expert in then.experts_kept)
@@ -307,7 +317,7 @@ def _compose(first: tuple[int, ...] | None, then: tuple[int, ...] | None) -> tup
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of names, shapes and values (not of the file, whose header may differ between versions)."""
+    """Return the sha256 of names, shapes and values; the file's own would differ between versions of safetensors."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().float().contiguous()

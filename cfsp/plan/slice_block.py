@@ -1,4 +1,4 @@
-"""Cutting one block by its part of a plan."""
+"""Slicing of one block by its part of a plan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from cfsp.plan.slicing import set_input_weights, set_output_bias, set_output_wei
 
 
 def slice_block(block: BlockView, decision: BlockPlan, tensors: Mapping[str, Tensor]) -> None:
-    """Slice the neurons, experts and KV groups of one block in place, then put replaced ``tensors`` in."""
+    """Slice the neurons, experts and KV groups of one block in place, then put the replaced tensors in.
+
+    Args:
+        block: the block as it is in the base model.
+        decision: the units that stay.
+        tensors: the plan's replaced tensors by name (:class:`~cfsp.plan.pruning_plan.TensorKey`).
+    """
     if decision.ffn_kept is not None and decision.ffn and isinstance(block.ffn, FFN):
         slice_ffn(block.ffn, torch.tensor(decision.ffn_kept, device=block.ffn.output.parameter.device))
     if block.experts is not None and decision.ffn:
@@ -25,10 +31,12 @@ def slice_block(block: BlockView, decision: BlockPlan, tensors: Mapping[str, Ten
             block.attention, torch.tensor(decision.kv_groups_kept, device=block.attention.output.parameter.device)
         )
     if isinstance(block.ffn, FFN) and decision.ffn:
-        now = ffn_of(block.ffn.module)  # the rows of fused matrices have moved
+        sliced = ffn_of(block.ffn.module)  # the rows of fused matrices have moved
         refitted = {name: tensors.get(tensor_name(block.index, "ffn", f"{name}_weight")) for name in block.ffn.inputs}
-        if now is not None:
-            set_input_weights([(now.inputs[name], weight) for name, weight in refitted.items() if weight is not None])
+        if sliced is not None:
+            set_input_weights(
+                [(sliced.inputs[name], weight) for name, weight in refitted.items() if weight is not None]
+            )
     for kind, channels in block.channels.items():
         weight, bias = (tensors.get(tensor_name(block.index, kind, what)) for what in ("weight", "bias"))
         if weight is not None:

@@ -1,4 +1,4 @@
-"""Slicing: new, smaller matrices from rows and columns of the old ones."""
+"""Slicing of matrices: new, smaller ones are copied from rows and columns of the old ones."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def slice_linear(linear: Any, *, rows: Tensor | None = None, columns: Tensor | N
 def with_bias(linear: Any, bias: Tensor) -> nn.Module:
     """Return a new linear of the same weight with ``bias`` [out] in the weight's dtype; the old one is unchanged."""
     weight: Tensor = linear.weight.detach()
-    # A copy: what is written into the model's parameters later must not reach the plan's tensors.
+    # A copy, so that later writes into the model's parameters (training) do not reach the plan's tensors.
     return _like(linear, weight, bias.to(weight.device, weight.dtype, copy=True))
 
 
@@ -80,8 +80,8 @@ def slice_ffn(ffn: FFN, kept: Tensor) -> None:
 def slice_attention(attention: AttentionView, kept: Tensor) -> None:
     """Keep only the KV groups ``kept`` (int64 indices on the weights' device) of an attention, in place.
 
-    A group is its rows of k and v and the rows of q and columns of o of the query heads that read it, so that the
-    number of query heads per KV head stays what it was.
+    A group has rows of k and v, and the rows of q and columns of o that belong to the query heads reading it. The
+    number of query heads per KV head does not change.
     """
     wide = _spans(kept, attention.queries_per_group * attention.head_dim)
     narrow = _spans(kept, attention.head_dim)
@@ -101,7 +101,7 @@ def set_output_weight(channels: Channels, weight: Tensor) -> None:
     output = channels.output
     stored = output.parameter
     bias = None if output.bias is None else output.bias.detach()
-    # A copy, as of biases: training writes into the model's parameters.
+    # A copy, so that training does not write into the plan's tensors.
     fitted = weight.to(stored.device, stored.dtype, copy=True)
     setattr(
         output.owner,

@@ -1,1 +1,1 @@
-"""The classes of models whose layers differ, and the code that ships with their folders."""
+"""Classes of models whose layers have unequal sizes, and the code that ships with their folders."""

@@ -1,4 +1,4 @@
-"""Give a sliced model the class and configuration that describe its layers."""
+"""Class and configuration of a sliced model: :func:`adopt` sets those that describe its layers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from cfsp.errors import UnsupportedModelError
-from cfsp.pruned_model.family import PrunedFamily, gated_linears, pruned_family, replace_config, stock_classes
+from cfsp.pruned_model.family import PrunedFamily, pruned_family, replace_config
 from cfsp.pruned_model.names import SUBMODULES, stock_type
+from cfsp.pruned_model.stock import gated_linears, stock_classes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -22,11 +23,11 @@ _BIASED = ("self_attn.o_proj", "mlp.down_proj")
 
 
 def adopt(model: PreTrainedModel) -> None:
-    """Make class and configuration of ``model`` tell the truth about its layers as they are now.
+    """Set the class and the configuration of ``model`` that describe its layers as they are now.
 
-    Where the stock class with a plain configuration describes them it is left, or brought back; elsewhere the model
-    becomes the family's ``Pruned...ForCausalLM`` with a ``per_layer_config``. The configuration is replaced by a copy,
-    because another model may have been built from the same object. Parameters are not touched.
+    A model that the stock class with a plain configuration describes keeps that class, or gets it back. Every other
+    model becomes the family's ``Pruned...ForCausalLM`` with a ``per_layer_config``. The configuration is replaced by a
+    copy, because another model may have been built from the same object. Parameters are not touched.
 
     Raises:
         UnsupportedModelError: the model is no causal language model of a family that ``pruned_family`` knows, its
@@ -49,8 +50,8 @@ def adopt(model: PreTrainedModel) -> None:
     for leftover in ("auto_map", "allow_global_per_layer_attribute_access", "added_bias", "shared_norms"):
         config.__dict__.pop(leftover, None)
     config.__class__ = base_config
-    _settle_first_type(config, shapes)
-    _settle_layers(model, shapes, family)
+    _set_first_layer_type(config, shapes)
+    _update_sizes(model, shapes, family)
     biases = _added_biases(model, config, base_causal_lm, shapes)
     if _is_plain(shapes, biases, config):
         classes: tuple[type, type, type] = (base_config, base_model, base_causal_lm)
@@ -60,7 +61,7 @@ def adopt(model: PreTrainedModel) -> None:
         classes = (family.config_class, family.model_class, family.causal_lm_class)
         config.__class__ = family.config_class
         config.auto_map = family.auto_map
-        # Else transformers raises on every read of config.intermediate_size, even from getattr(..., None).
+        # Without it transformers raises on every read of config.intermediate_size, even from getattr(..., None).
         config.allow_global_per_layer_attribute_access = True
         config.intermediate_size = max([config.intermediate_size, *(shape.intermediate_size or 0 for shape in shapes)])
         if biases:
@@ -74,22 +75,28 @@ def adopt(model: PreTrainedModel) -> None:
     family.modeling.number_cache_slots(model.model)
 
 
-def _settle_first_type(config: PretrainedConfig, shapes: list[_LayerShape]) -> None:
-    """Where layer 0 lost its attention, its type (sliding or full) becomes that of the first one that is left.
+def _set_first_layer_type(config: PretrainedConfig, shapes: list[_LayerShape]) -> None:
+    """Give layer 0, if it lost its attention, the type (sliding or full) of the first layer that has one.
 
     The cache has a slot of each layer's type and counts tokens in slot 0, so an attention of that type must use it.
     """
-    there = [index for index, shape in enumerate(shapes) if shape.heads is not None]
-    if not there:
+    with_attention = [index for index, shape in enumerate(shapes) if shape.heads is not None]
+    if not with_attention:
         raise UnsupportedModelError("no attention is left in any layer; such a model cannot run")
     types = getattr(config, "layer_types", None)
-    if types and there[0] != 0:
-        config.layer_types = [types[there[0]], *types[1:]]
+    if types and with_attention[0] != 0:
+        config.layer_types = [types[with_attention[0]], *types[1:]]
 
 
 @dataclass(frozen=True)
 class _LayerShape:
-    """What is in a layer: None where the submodule was removed."""
+    """Sizes of a layer.
+
+    Attributes:
+        intermediate_size: FFN neurons; None where the FFN was removed.
+        heads: query heads; None where the attention was removed.
+        kv_heads: KV heads; None where the attention was removed.
+    """
 
     intermediate_size: int | None
     heads: int | None
@@ -101,17 +108,17 @@ def _shape(model: PreTrainedModel, index: int) -> _LayerShape:
     width = heads = kv_heads = None
     if not _is_stub(layer.mlp):
         gate, up, down = gated_linears(layer, f"layer {index} of {type(model).__name__}")
-        found = (gate.weight.shape[0], up.weight.shape[0], down.weight.shape[1])
-        if len(set(found)) != 1:
-            raise UnsupportedModelError(f"layer {index}: its gate, up and down have the widths {found}")
-        width = found[0]
+        widths = (gate.weight.shape[0], up.weight.shape[0], down.weight.shape[1])
+        if len(set(widths)) != 1:
+            raise UnsupportedModelError(f"layer {index}: its gate, up and down have the widths {widths}")
+        width = widths[0]
     attention = layer.self_attn
     if not _is_stub(attention):
         head_dim = getattr(attention, "head_dim", 0)
         q, k = getattr(attention, "q_proj", None), getattr(attention, "k_proj", None)
         if head_dim and isinstance(q, nn.Linear) and isinstance(k, nn.Linear):
             heads, kv_heads = q.weight.shape[0] // head_dim, k.weight.shape[0] // head_dim
-        else:  # an attention that nobody can have narrowed
+        else:  # an attention of another structure, which no pruner narrows
             heads = model.config.num_attention_heads
             kv_heads = getattr(model.config, "num_key_value_heads", heads)
     return _LayerShape(width, heads, kv_heads)
@@ -122,16 +129,19 @@ def _is_stub(module: nn.Module) -> bool:
 
 
 def _is_plain(shapes: list[_LayerShape], biases: dict[str, list[str]], config: PretrainedConfig) -> bool:
-    """Whether the stock class with a plain configuration describes these layers."""
+    """Return whether the stock class with a plain configuration describes these layers."""
     first = shapes[0]
     if biases or any(shape != first for shape in shapes) or first.intermediate_size is None or first.heads is None:
         return False
-    # What transformers checks of a LLaMA-like configuration; other head counts need the pruned classes.
+    # transformers checks this of a LLaMA-like configuration; other numbers of heads need the pruned classes.
     return first.heads == config.num_attention_heads or config.hidden_size % first.heads == 0
 
 
 def _shared_norms(model: PreTrainedModel, family: PrunedFamily) -> list[str]:
-    """Norms that outlived a submodule which they serve alone elsewhere in the family (a parallel residual)."""
+    """Return the norms that stayed where the submodule was removed that they serve alone elsewhere in the family.
+
+    This happens in blocks with a parallel residual.
+    """
     return sorted(
         {
             name
@@ -139,7 +149,7 @@ def _shared_norms(model: PreTrainedModel, family: PrunedFamily) -> list[str]:
             for kind, attribute in SUBMODULES.items()
             if _is_stub(getattr(layer, attribute))
             for name in family.norms[kind]
-            # None: StableLM's block with a parallel residual has one norm for both.
+            # StableLM's block with a parallel residual has one norm for both; the other attribute is None.
             if (norm := getattr(layer, name)) is not None and list(norm.parameters())
         }
     )
@@ -156,9 +166,10 @@ def _head_dim(config: PretrainedConfig) -> int:
 
 
 def _per_layer(shapes: list[_LayerShape], config: PretrainedConfig) -> dict[int | str, dict[str, Any]]:
+    """Return ``per_layer_config``: index of a layer -> its differences from ``config``, which gets the common sizes."""
     entries: dict[int | str, dict[str, Any]] = {}
     if any(shape.heads not in (None, config.num_attention_heads) for shape in shapes):
-        # Else tools derive it from a layer's number of heads.
+        # Without head_dim, tools derive it from a layer's number of heads.
         config.head_dim = _head_dim(config)
     unequal = len({shape.intermediate_size for shape in shapes}) > 1
     if not unequal and shapes[0].intermediate_size is not None:
@@ -170,7 +181,7 @@ def _per_layer(shapes: list[_LayerShape], config: PretrainedConfig) -> dict[int 
         if shape.heads is not None and shape.heads != config.num_attention_heads:
             entry |= {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads}
         missing = [
-            kind for kind, there in (("attention", shape.heads), ("mlp", shape.intermediate_size)) if there is None
+            kind for kind, size in (("attention", shape.heads), ("mlp", shape.intermediate_size)) if size is None
         ]
         if missing:
             entry["skip"] = missing
@@ -182,7 +193,7 @@ def _per_layer(shapes: list[_LayerShape], config: PretrainedConfig) -> dict[int 
 def _added_biases(
     model: PreTrainedModel, config: PretrainedConfig, stock: type, shapes: list[_LayerShape]
 ) -> dict[str, list[str]]:
-    """Layer -> the output projections that carry a bias although the stock class would not give them one."""
+    """Return the output projections of each layer that have a bias although the stock class gives them none."""
     small = copy.deepcopy(config)
     small._attn_implementation = "eager"
     with torch.device("meta"):
@@ -201,7 +212,10 @@ def _added_biases(
 
 
 def _check_scales(layer: nn.Module, stock: nn.Module, index: int) -> None:
-    """Sizes do not say what a layer made of its index; in a shorter model the stock class makes something else."""
+    """Refuse a layer with a scale that its class derives from the layer's index.
+
+    In a shorter model the stock class would derive another scale, which no size in the configuration says.
+    """
     plain = dict(stock.named_modules())
     for path, module in layer.named_modules():
         for name, value in vars(module).items():
@@ -213,8 +227,8 @@ def _check_scales(layer: nn.Module, stock: nn.Module, index: int) -> None:
                 )
 
 
-def _settle_layers(model: PreTrainedModel, shapes: list[_LayerShape], family: PrunedFamily) -> None:
-    """Bring the attributes that repeat a size up to date."""
+def _update_sizes(model: PreTrainedModel, shapes: list[_LayerShape], family: PrunedFamily) -> None:
+    """Update the attributes of the modules that repeat a size."""
     for layer, shape in zip(model.model.layers, shapes, strict=True):
         linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]
         for linear in linears:
@@ -226,10 +240,10 @@ def _settle_layers(model: PreTrainedModel, shapes: list[_LayerShape], family: Pr
 
 
 def check_adoptable(model: PreTrainedModel) -> None:
-    """See, before anything is sliced, that :func:`adopt` will know the model (also on the meta device).
+    """Check, before anything is sliced, that :func:`adopt` supports the model (also on the meta device).
 
     Raises:
-        UnsupportedModelError: as :func:`adopt` does.
+        UnsupportedModelError: the model is no causal language model of a family that transformers knows.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type is None:

@@ -1,4 +1,4 @@
-"""Class and configuration of a pruned model of any family: its differences from the stock model, layer by layer."""
+"""Class and configuration of a pruned model of any family, by its differences from the stock model in each layer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import nn
 from cfsp.architecture.attention import is_layer_config
 from cfsp.architecture.views import is_removed, is_stub, resolve
 from cfsp.errors import UnsupportedModelError
-from cfsp.pruned_model.family import PrunedFamily, replace_config, stock_classes
+from cfsp.pruned_model.family import PrunedFamily, replace_config
 from cfsp.pruned_model.names import stock_type
+from cfsp.pruned_model.stock import stock_classes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -22,17 +23,19 @@ if TYPE_CHECKING:
 
 #: Keys under which configurations state one FFN width for all layers.
 _WIDTH_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "moe_intermediate_size")
-#: And one number of experts.
+#: Keys under which configurations state one number of experts for all layers.
 _COUNT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 Changes = dict[str, dict[str, Any]]
 
 
 def adopt_by_shapes(model: PreTrainedModel, family: PrunedFamily) -> None:
-    """As :func:`cfsp.pruned_model.adopt.adopt`, with ``layer_changes`` (:mod:`cfsp.pruned_model.shapes_template`).
+    """Set class and configuration like :func:`cfsp.pruned_model.adopt.adopt`, but by shapes instead of named sizes.
+
+    The configuration gets ``layer_changes``, which :mod:`cfsp.pruned_model.shapes_template` explains.
 
     Raises:
-        UnsupportedModelError: no attention is left, or what is left cannot be described so.
+        UnsupportedModelError: no attention is left, or the layers cannot be described like this.
     """
     view = resolve(model)
     layers = [block.module for block in view.blocks]
@@ -40,14 +43,14 @@ def adopt_by_shapes(model: PreTrainedModel, family: PrunedFamily) -> None:
         raise UnsupportedModelError("no attention is left in any layer; such a model cannot run")
     classes = stock_classes(stock_type(model.config.model_type))
     config = copy.deepcopy(model.config)
-    config.__dict__.pop("model_type", None)  # read from a file it is there, and hides that of the class
+    config.__dict__.pop("model_type", None)  # a configuration from a file has its own, which hides that of the class
     for leftover in ("auto_map", "layer_changes"):
         config.__dict__.pop(leftover, None)
     config.__class__ = classes[0]
     number_cache_slots(layers, config)
     changes = _changes(layers, _stock_layers(classes[2], config))
-    if changes and (found := _plain_keys(layers, view, classes[2], config)):
-        for key, value in found.items():
+    if changes and (plain_keys := _plain_keys(layers, view, classes[2], config)):
+        for key, value in plain_keys.items():
             setattr(config, key, value)
         changes = {}
     if changes:
@@ -61,7 +64,7 @@ def adopt_by_shapes(model: PreTrainedModel, family: PrunedFamily) -> None:
 
 
 def remove_layers(model: PreTrainedModel, indices: Collection[int]) -> None:
-    """Take whole layers out of ``model``, in place; the configuration's lists per layer follow."""
+    """Remove whole layers of ``model`` in place, with their entries in the configuration's lists."""
     view = resolve(model)
     container = view.container
     n = len(container)
@@ -69,8 +72,8 @@ def remove_layers(model: PreTrainedModel, indices: Collection[int]) -> None:
     config = copy.deepcopy(model.config)
     for form in ("per_layer_config", "layer_changes"):
         if hasattr(config, form):
-            setattr(config, form, None)  # adopt reads it off the layers again
-    # layer_types, no_rope_layers and the like: one entry a layer.
+            setattr(config, form, None)  # adopt derives it from the layers again
+    # layer_types, no_rope_layers and the like have one entry for each layer.
     per_layer = {
         name: value
         for name, value in vars(config).items()
@@ -86,7 +89,7 @@ def remove_layers(model: PreTrainedModel, indices: Collection[int]) -> None:
 
 
 def _renumber_mixtures(config: PretrainedConfig, kept: list[int]) -> None:
-    """The keys that say by index which layers are mixtures of experts, for the layers ``kept`` under new indices."""
+    """Renumber the keys that say by index which layers are mixtures of experts, for the layers ``kept``."""
     if isinstance(getattr(config, "mlp_only_layers", None), list) and hasattr(config, "decoder_sparse_step"):
         dense, step = set(config.mlp_only_layers), config.decoder_sparse_step
         config.mlp_only_layers = [at for at, index in enumerate(kept) if index in dense or (index + 1) % step]
@@ -96,27 +99,27 @@ def _renumber_mixtures(config: PretrainedConfig, kept: list[int]) -> None:
 
 
 def number_cache_slots(layers: list[nn.Module], config: PretrainedConfig) -> None:
-    """Give the attentions that are there the first slots of the cache, each one of its own type (sliding or full).
+    """Give the remaining attentions the first slots of the cache, each a slot of its own type (sliding or full).
 
-    The cache counts tokens in slot 0, so where layer 0 lost its attention its type becomes that of the first with one.
+    The cache counts tokens in slot 0. So a layer 0 without attention gets the type of the first layer that has one.
     """
-    there = [not any(is_removed(module, "attention") for module in layer.modules()) for layer in layers]
+    attends = [not any(is_removed(module, "attention") for module in layer.modules()) for layer in layers]
     types = list(getattr(config, "layer_types", None) or ["full_attention"] * len(layers))
-    if types and not there[0] and any(there):
-        types[0] = types[there.index(True)]
+    if types and not attends[0] and any(attends):
+        types[0] = types[attends.index(True)]
         if getattr(config, "layer_types", None):
             config.layer_types = types
     free = {kind: [i for i, other in enumerate(types) if other == kind] for kind in set(types)}
-    for layer, kind, attends in zip(layers, types, there, strict=True):
+    for layer, kind, has_attention in zip(layers, types, attends, strict=True):
         slots = [m for m in layer.modules() if m is not layer and isinstance(getattr(m, "layer_idx", None), int)]
-        if attends and slots:
+        if has_attention and slots:
             slot = free[kind].pop(0)
             for module in slots:
                 module.layer_idx = slot  # type: ignore[assignment]
 
 
 def _stock_layers(causal_lm_class: Any, config: PretrainedConfig) -> list[nn.Module]:
-    """The layers that the stock class makes of ``config``, without memory."""
+    """Return the layers that the stock class builds from ``config``, on the meta device."""
     small = copy.deepcopy(config)
     small._attn_implementation = "eager"
     with torch.device("meta"):
@@ -124,14 +127,15 @@ def _stock_layers(causal_lm_class: Any, config: PretrainedConfig) -> list[nn.Mod
 
 
 def _changes(layers: list[nn.Module], stock: list[nn.Module]) -> Changes:
+    """Return ``layer_changes``: index of a layer -> its differences from the stock layer."""
     if len(layers) != len(stock):
         raise UnsupportedModelError(f"the model has {len(layers)} layers, its configuration makes {len(stock)}")
-    found = {str(at): _difference(*pair) for at, pair in enumerate(zip(layers, stock, strict=True))}
-    return {at: entry for at, entry in found.items() if entry}
+    entries = {str(at): _difference(*pair) for at, pair in enumerate(zip(layers, stock, strict=True))}
+    return {at: entry for at, entry in entries.items() if entry}
 
 
 def _difference(layer: nn.Module, stock: nn.Module) -> dict[str, Any]:
-    """What an entry of ``layer_changes`` says of one layer."""
+    """Return the entry of one layer in ``layer_changes``."""
     children, before = dict(layer.named_children()), dict(stock.named_children())
     skip = {name: child.removed for name, child in children.items() if is_stub(child)}
     identity = [
@@ -154,18 +158,21 @@ def _difference(layer: nn.Module, stock: nn.Module) -> dict[str, Any]:
         for name, module in layer.named_modules()
         if name.partition(".")[0] not in gone and is_layer_config(getattr(module, "config", None))
     }
-    return {kind: found for kind, found in entry.items() if found}
+    return {kind: differences for kind, differences in entry.items() if differences}
 
 
 def _shorter_lists(layer: nn.Module, stock: nn.Module, gone: Collection[str]) -> dict[str, int]:
-    """Path -> length of the lists of modules that have lost items at their end (experts, whichever of them went)."""
+    """Return the lengths, by path, of the lists of modules that are shorter now.
+
+    A list loses items at its end, whichever experts were removed.
+    """
     lists = {name: len(module) for name, module in layer.named_modules() if isinstance(module, nn.ModuleList)}
     before = {name: len(module) for name, module in stock.named_modules() if isinstance(module, nn.ModuleList)}
     return {name: n for name, n in lists.items() if name.partition(".")[0] not in gone and n < before.get(name, n)}
 
 
 def _beyond(name: str, shorter: dict[str, int]) -> bool:
-    """Whether a tensor belongs to an item that its list has no more."""
+    """Return whether a tensor belongs to an item that its list has lost."""
     return any(
         name.startswith(f"{path}.") and int(name.removeprefix(f"{path}.").partition(".")[0]) >= n
         for path, n in shorter.items()
@@ -173,7 +180,10 @@ def _beyond(name: str, shorter: dict[str, int]) -> bool:
 
 
 def _shapes(layer: nn.Module, gone: Collection[str]) -> dict[str, list[int]]:
-    """Of the parameters and of the buffers that a checkpoint holds (what DeepSeek-V3's router adds to its scores)."""
+    """Return the shapes of the parameters, and of the buffers that a checkpoint holds.
+
+    DeepSeek-V3 keeps what its router adds to the scores in such a buffer.
+    """
     return {
         name: list(tensor.shape)
         for name, tensor in layer.state_dict(keep_vars=True).items()
@@ -182,10 +192,10 @@ def _shapes(layer: nn.Module, gone: Collection[str]) -> dict[str, list[int]]:
 
 
 def _numbers(layer: nn.Module, gone: Collection[str]) -> Iterator[tuple[str, int | float]]:
-    """The numbers that the modules of a layer keep: sizes, counts of heads, slots of the cache, scales.
+    """Yield path and value of the numbers that the modules of a layer keep: sizes, heads, slots of the cache, scales.
 
-    GPT-2 may divide by the index that a layer was built with (scale_attn_by_inverse_layer_idx): in a shorter model it
-    is another one.
+    GPT-2 may divide by the index that a layer was built with (scale_attn_by_inverse_layer_idx), which is another one in
+    a shorter model.
     """
     for path, module in layer.named_modules():
         if path.partition(".")[0] in gone:
@@ -198,18 +208,19 @@ def _numbers(layer: nn.Module, gone: Collection[str]) -> Iterator[tuple[str, int
 def _plain_keys(
     layers: list[nn.Module], view: DecoderView, causal_lm_class: Any, config: PretrainedConfig
 ) -> dict[str, int] | None:
-    """Keys of a plain configuration with which it describes all layers, and their values; None where there are none.
+    """Return keys and values with which a plain configuration describes all layers; None where there are none.
 
-    They state one FFN width, or one width and one number of experts for all mixtures.
+    The keys state one FFN width, or one width and one number of experts for all mixtures.
     """
     blocks = view.mixtures or list(view.blocks)
     widths = {block.ffn.width if block.ffn is not None else 0 for block in blocks}
     counts = {block.experts.n_experts for block in blocks if block.experts is not None}
     if len(widths) != 1 or len(counts) > 1:
         return None
-    of_width = [{key: next(iter(widths))} for key in _WIDTH_KEYS if hasattr(config, key)]
-    of_count = [{key: next(iter(counts))} for key in _COUNT_KEYS if counts and hasattr(config, key)]
-    for values in [*of_width, *of_count, *({**one, **other} for one in of_width for other in of_count)]:
+    width_keys = [{key: next(iter(widths))} for key in _WIDTH_KEYS if hasattr(config, key)]
+    count_keys = [{key: next(iter(counts))} for key in _COUNT_KEYS if counts and hasattr(config, key)]
+    both = [{**width, **count} for width in width_keys for count in count_keys]
+    for values in [*width_keys, *count_keys, *both]:
         tried = copy.deepcopy(config)
         try:
             for key, value in values.items():

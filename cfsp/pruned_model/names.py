@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-#: Of the model_type of a family whose layers differ; the package that its classes are in.
+#: Prefix of the model_type of a family with unequal layers, and the package of its classes.
 PRUNED_PREFIX, PACKAGE = "pruned_", "cfsp_pruned_families"
 
-
+#: Families that transformers loads after ``import cfsp`` without more ado.
 COMMON_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -14,5 +14,5 @@ SUBMODULES = {"attention": "self_attn", "mlp": "mlp"}
 
 
 def stock_type(model_type: str) -> str:
-    """The transformers ``model_type`` behind a pruned one; a stock type is returned as it is."""
+    """Return the stock ``model_type`` behind a pruned one; a stock type is returned as it is."""
     return model_type.removeprefix(PRUNED_PREFIX)

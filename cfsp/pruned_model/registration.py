@@ -1,7 +1,7 @@
-"""``import cfsp`` makes pruned folders known to transformers: no ``trust_remote_code``, and nothing imported for it.
+"""Registration of pruned models with transformers on ``import cfsp``, without ``trust_remote_code`` and slow imports.
 
-The classes of a family take seconds to make, so they are made when transformers asks for their model_type, and their
-modules when a pickle names one.
+The classes of a family take seconds to build. So they are built when transformers asks for their model_type, and their
+modules are written when a pickle names one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _AUTO = "transformers.models.auto.configuration_auto"
 
 
 class _Families(dict[str, Any]):
-    """transformers' registered configurations; a pruned one is made when it is asked for."""
+    """Table of the configurations registered with transformers; a pruned one is built when it is asked for."""
 
     def __contains__(self, model_type: object) -> bool:
         return super().__contains__(model_type) or self._is_ours(model_type)
@@ -41,7 +41,7 @@ class _Families(dict[str, Any]):
 
 
 def register() -> None:
-    """Now where transformers is imported, else as soon as it is."""
+    """Register the families now if transformers is imported, else as soon as it is."""
     module = sys.modules.get(_AUTO)
     if module is not None:
         _extend(module)
@@ -52,22 +52,23 @@ def register() -> None:
 def _extend(module: ModuleType) -> None:
     mapping = getattr(module, "CONFIG_MAPPING", None)
     known = getattr(mapping, "_extra_content", None)
-    # Another version may keep them elsewhere; then cfsp.load and trust_remote_code=True still do.
+    # Another version may keep them elsewhere; then cfsp.load and trust_remote_code=True still work.
     if isinstance(known, dict) and not isinstance(known, _Families):
         mapping._extra_content = _Families(known)  # type: ignore[union-attr]
 
 
 class _Finder(MetaPathFinder):
-    """Sees transformers' table of configurations being imported, and extends it afterwards; finds families' modules."""
+    """Extends transformers' table of configurations once it is imported, and finds the modules of the families."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return the spec of the families' package, or that of transformers' table; None for all other modules."""
         if name == PACKAGE:
             return ModuleSpec(name, _Package(), is_package=True)
         if name.startswith(f"{PACKAGE}."):
             from cfsp.pruned_model.family import write_module
 
             write_module(name)
-            return None  # it lies in the package's folder, where the others look
+            return None  # the other finders look in the package's folder
         if name != _AUTO:
             return None
         spec = self._others_spec(name, path, target)
@@ -76,7 +77,7 @@ class _Finder(MetaPathFinder):
         return spec
 
     def _others_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
-        """Not PathFinder's: somebody else may see to imports too."""
+        """Return the spec of the first other finder that knows the module; it need not be PathFinder."""
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(name, path, target)
             if spec is not None:
@@ -85,25 +86,30 @@ class _Finder(MetaPathFinder):
 
 
 class _Package(Loader):
-    """The package that is there, or a new one in a folder of this process."""
+    """Loads the families' package: the existing one, or a new one in a folder of this process."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Return the package."""
         from cfsp.pruned_model.family import package
 
         return package()
 
     def exec_module(self, module: ModuleType) -> None:
-        """It holds nothing of its own."""
+        """Do nothing; the package has no code."""
 
 
 class _Extending(Loader):
+    """Loads a module with another loader, and extends its table afterwards."""
+
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Create the module with the other loader."""
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        """Execute the module with the other loader, then extend its table."""
         self._loader.exec_module(module)
         _extend(module)
 

@@ -1,8 +1,7 @@
-"""The code that ships with a pruned model of any family: what differs from the stock model, by shapes and numbers.
+"""Template of the code that ships with a pruned model of any family: differences are given by shapes and numbers.
 
-Beside :mod:`cfsp.pruned_model.sizes_template`, whose form by named sizes other tools read, for the families that it
-does not fit: plain and fused FFNs, fused q, k and v, Conv1D, mixtures of experts. The same placeholders but for the
-norms.
+It serves the families that :mod:`cfsp.pruned_model.sizes_template`, whose named sizes other tools read, does not fit:
+plain and fused FFNs, fused q, k and v, Conv1D, mixtures of experts. It has the same placeholders except the norms.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.pruned_model.names import PRUNED_PREFIX
 from cfsp.system.reading import read_bytes, read_json
 
-#: sha256 of every text that cfsp has shipped, as :func:`family_independent` makes it (of DeciLM's file as it is). A
-#: changed template gets a new line; the old lines stay, as folders that were written with them do.
+#: sha256 of every text that cfsp has shipped, after :func:`family_independent`; DeciLM's file as it is. A changed
+#: template gets a new line; the old lines stay, because folders that were written with them exist.
 SHIPPED = frozenset(
     {
         # configuration_pruned_*.py
@@ -40,14 +40,14 @@ _MOST_FILES = 10_000
 
 
 def check_folder_code(folder: Path) -> bool:
-    """See that all Python code which tools could run for a model folder is code that cfsp ships.
+    """Check that all Python code which tools could run for a model folder is code that cfsp ships.
 
     Tools that are told ``trust_remote_code=True`` run what an ``auto_map`` names, what that imports, and
     ``custom_generate/``; they follow an ``adapter_config.json`` or ``configuration_files`` to other folders. So no
     other ``*.py`` file may lie anywhere in the folder, and every ``auto_map`` names modules of the known files.
 
     Returns:
-        Whether the folder brings code: only then has a tool to be told ``trust_remote_code=True``.
+        True if the folder brings code; only then a tool needs ``trust_remote_code=True``.
 
     Raises:
         CheckpointError: the first thing that is not cfsp's own.
@@ -75,15 +75,15 @@ def check_folder_code(folder: Path) -> bool:
 
 
 def family_independent(text: str, names: Mapping[str, str]) -> str:
-    """Put placeholders where the text of a family has the family's own names.
+    """Replace the family's own names in a text by placeholders.
 
-    Two texts without a ``$`` that come out equal are equal: filling the placeholders in gives both back.
+    Two texts without a ``$`` that give the same result are equal, because the placeholders can be filled in again.
 
     Args:
-        text: a file that ships with a pruned model.
-        names: what :func:`cfsp.pruned_model.family.family_names` says of the family.
+        text: content of a file that ships with a pruned model.
+        names: the family's names (:func:`cfsp.pruned_model.family.family_names`).
     """
-    # The line of the norms depends on a trial pass. It holds names of attributes alone, whatever they are.
+    # The line of the norms depends on a trial pass. It can hold nothing but names of attributes.
     text = re.sub(r'(?m)^NORMS = \{("\w+": \[("\w+"(, "\w+")*)?\](, )?)*\}$', "NORMS = ${norms}", text)
     shown = {key: names[key] for key in names if not key.startswith("import_")}
     text = text.replace(names["import_config"], f"from transformers import {names['base_config']}")
@@ -95,12 +95,12 @@ def family_independent(text: str, names: Mapping[str, str]) -> str:
 
 
 def is_shipped(text: str, names: Mapping[str, str]) -> bool:
-    """Whether this version of cfsp, or a listed earlier one, ships this text for the family with these names."""
+    """Return whether this version of cfsp, or a listed earlier one, ships this text for the family of these names."""
     return "$" not in text and _digest(family_independent(text, names)) in SHIPPED
 
 
 def _known_files(folder: Path, code: list[Path], model_type: str) -> set[Path]:
-    """Files whose name and text are those that cfsp ships for the model type."""
+    """Return the files whose name and text are those that cfsp ships for the model type."""
     known = set()
     names: Mapping[str, str] = {}
     if code and model_type.startswith(PRUNED_PREFIX):
@@ -108,7 +108,7 @@ def _known_files(folder: Path, code: list[Path], model_type: str) -> set[Path]:
 
         try:
             names = family_names(model_type.removeprefix(PRUNED_PREFIX))
-        except UnsupportedModelError:  # then none of the files is one that cfsp would write for it
+        except UnsupportedModelError:  # then cfsp writes no file for it
             names = {}
     for file in code:
         if file.parent != folder:
@@ -117,24 +117,24 @@ def _known_files(folder: Path, code: list[Path], model_type: str) -> set[Path]:
             text = read_bytes(file, str(file), limit=_LARGEST_CODE).decode()
         except (UnicodeDecodeError, CheckpointError):
             continue
-        of_family = names and file.stem in (names["configuration_module"], names["modeling_module"])
-        if (of_family and is_shipped(text, names)) or (file.name == _DECILM and _digest(text) in SHIPPED):
+        named_like_family = names and file.stem in (names["configuration_module"], names["modeling_module"])
+        if (named_like_family and is_shipped(text, names)) or (file.name == _DECILM and _digest(text) in SHIPPED):
             known.add(file)
     return known
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Every file below the folder, behind links to folders too."""
+    """Yield every file below the folder, behind links to folders too."""
     seen: set[str] = set()
-    looked_at = 0
+    n_entries = 0
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:  # a link back to where the walk has been
             folders.clear()
             continue
         seen.add(real)
-        looked_at += len(files) + len(folders)
-        if looked_at > _MOST_FILES:
+        n_entries += len(files) + len(folders)
+        if n_entries > _MOST_FILES:
             raise CheckpointError(
                 f"path={folder}: it holds more than {_MOST_FILES:,} files, so it is no model folder; give one that is"
             )
@@ -142,7 +142,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _code_references(value: Any) -> Iterator[str]:
-    """What a JSON file names as code, at any depth, and configurations that lie elsewhere."""
+    """Yield what a JSON file names as code, at any depth, and the configurations that lie elsewhere."""
     waiting = [value]
     while waiting:
         part = waiting.pop()
@@ -159,6 +159,7 @@ def _code_references(value: Any) -> Iterator[str]:
 
 
 def _texts_in(value: Any) -> Iterator[str]:
+    """Yield every text in a JSON value, and other scalars as JSON."""
     waiting = [value]
     while waiting:
         part = waiting.pop()

@@ -1,7 +1,7 @@
-"""The one source of the code that ships with a model whose layers differ: widths, heads, missing submodules, biases.
+"""Templates of the code that ships with a model whose layers differ in widths, heads, submodules or biases.
 
-Two ``string.Template`` texts; ``remote_code.pruned_family`` fills in the names of a family. The result has to
-work without cfsp, and with the same text in transformers 4.57 and 5.
+:func:`cfsp.pruned_model.family.pruned_family` fills the names of a family into the two ``string.Template`` texts. The
+result has to work without cfsp, and with the same text in transformers 4.57 and 5.
 """
 
 from __future__ import annotations

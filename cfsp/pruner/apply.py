@@ -12,7 +12,6 @@ from cfsp.architecture.ffn import FFN
 from cfsp.architecture.views import BlockView, DecoderView, resolve
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.model.snapshot import restored
-from cfsp.model.streamed import streamed
 from cfsp.model.weight_sample import weight_sample
 from cfsp.plan.check import check_tensors
 from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
@@ -51,26 +50,22 @@ def apply(model: Model, plan: PruningPlan) -> Model:
     if gone:
         remove_layers(view.model, gone)
     adopt(view.model)
-    store = streamed(view.model)
-    if store is not None:
-        store.follow(resolve(view.model), plan.blocks, plan.tensors)
+    view.weights.follow(resolve(view.model), plan.blocks, plan.tensors)
     return model
 
 
 @contextmanager
 def sliced(view: DecoderView, decisions: Sequence[BlockPlan]) -> Iterator[None]:
     """Slice the blocks of ``view`` for a while; no block goes as a whole."""
-    store = streamed(view.model)
+    weights = view.weights
     with restored(view.model):
         for block, decision in zip(view.blocks, decisions, strict=True):
             slice_block(block, decision, {})
-        if store is not None:
-            store.follow(view, decisions)
+        weights.follow(view, decisions)
         try:
             yield
         finally:
-            if store is not None:
-                store.follow(view, None)
+            weights.follow(view, None)
 
 
 def check_fits(view: DecoderView, plan: PruningPlan) -> None:

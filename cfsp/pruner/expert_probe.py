@@ -14,8 +14,7 @@ from cfsp.architecture.views import BlockView, DecoderView, view_block
 from cfsp.calibration.routing import Routing, routing_of_modules, substituted
 from cfsp.errors import UnsupportedModelError
 from cfsp.model.driver import forward_replaced, hidden_of
-from cfsp.model.snapshot import twin_of
-from cfsp.model.streamed import resident
+from cfsp.model.snapshot import clone_module
 from cfsp.plan.expert_slicing import slice_mixture
 
 #: Tokens for each expert, so that nearly all of them see some.
@@ -38,7 +37,7 @@ def deviation(view: DecoderView, block: BlockView, *, whole: bool) -> float:
         RuntimeError and the like: the mixture does not run in this way.
     """
     assert block.experts is not None
-    with resident(view, block):
+    with view.weights.resident(block):
         mixture = _twin(view, block)
         generator = torch.Generator().manual_seed(0)
         example = mixture.expert(0).output.weight
@@ -123,7 +122,7 @@ def _routing(mixture: ExpertsFFN, states: Tensor) -> Routing:
 
 def _twin(view: DecoderView, block: BlockView) -> ExpertsFFN:
     """Copy the mixture, with values of its own that may be zeroed."""
-    module = twin_of(block.module, own_values=True)
+    module = clone_module(block.module, own_values=True)
     for child in module.modules():
         config: Any = getattr(child, "config", None)
         if hasattr(config, "_experts_implementation"):

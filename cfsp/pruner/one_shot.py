@@ -290,8 +290,6 @@ class OneShotPruner(Pruner):
         Returns:
             The decision on each block, and the tensors that compensate for it.
         """
-        from cfsp.model.streamed import resident
-
         view = context.driver.view
         decisions: list[BlockPlan] = []
         tensors: dict[str, Tensor] = {}
@@ -303,7 +301,7 @@ class OneShotPruner(Pruner):
                 decision = best(block, scores.units(block.index), scores.kv_groups[block.index], widths)
             decisions.append(decision)
             if self.compensation != "none":
-                with resident(view, block):
+                with view.weights.resident(block):
                     tensors |= compensate(block, decision)
         return decisions, tensors
 

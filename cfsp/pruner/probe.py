@@ -13,8 +13,7 @@ from cfsp.architecture.projection import Projection
 from cfsp.architecture.views import BlockView, DecoderView, view_block
 from cfsp.errors import UnsupportedModelError
 from cfsp.model.driver import BlockDriver, Entry, run_block
-from cfsp.model.snapshot import twin_of
-from cfsp.model.streamed import resident
+from cfsp.model.snapshot import clone_module
 from cfsp.plan.slicing import slice_attention, slice_ffn
 from cfsp.pruner.expert_probe import check_mixture
 
@@ -59,7 +58,7 @@ def _probe_block(view: DecoderView, block: BlockView, heads: bool, seen: set[tup
     with ExitStack() as weights:
         for kind, shape in shapes.items():
             if (kind, *shape) not in seen:
-                weights.enter_context(resident(view, block))
+                weights.enter_context(view.weights.resident(block))
                 _judge(view, block, kind)
             seen.add((kind, *shape))
 
@@ -108,7 +107,7 @@ def _deviation(view: DecoderView, block: BlockView, kind: _Kind, entry: Entry, r
             run_block(twin, hidden, kwargs)
         return seen.output
 
-    twin = view_block(view.model, f"block {block.index}", block.index, twin_of(block.module))
+    twin = view_block(view.model, f"block {block.index}", block.index, clone_module(block.module))
     part = twin.channels[kind].part
     units = part.width if isinstance(part, FFN) else part.n_kv_heads
     size = part.width // units

@@ -76,7 +76,7 @@ def prune_in_sequence(pruner: OneShotPruner, context: PlanContext, widths: Width
                 if not len(dense):
                     for state in step.inputs:
                         dense.append(state.clone())
-                step.beside(dense)
+                step.run_alongside(dense)
             if pruner.refits and isinstance(block.ffn, FFN) and widths.per_block[block.index] < block.ffn.width:
                 refit = _FFNRefit(pruner, context, step, block.ffn, dense)
             grams = InMemory()

@@ -16,8 +16,7 @@ from cfsp.architecture.norms import served, watched
 from cfsp.architecture.views import KINDS, BlockView, DecoderView, Kind
 from cfsp.errors import UnsupportedModelError
 from cfsp.model.driver import BlockDriver, Entry, forward_replaced, hidden_of, run_block
-from cfsp.model.snapshot import twin_of
-from cfsp.model.streamed import resident, streamed
+from cfsp.model.snapshot import clone_module
 from cfsp.pruned_model.family import pruned_family
 from cfsp.pruned_model.names import stock_type
 
@@ -65,7 +64,7 @@ def norms(view: DecoderView, kind: Kind) -> tuple[str, ...]:
     A norm whose output enters the submodule, or whose input left it, belongs to it; one that feeds both to neither.
     """
     if view.model not in _NORMS:
-        if streamed(view.model) is None and next(view.model.parameters()).is_meta:  # nothing can be run
+        if not view.weights.is_streamed and next(view.model.parameters()).is_meta:  # nothing can be run
             return pruned_family(stock_type(view.model.config.model_type)).norms.get(kind, ())
         _NORMS[view.model] = _seen_norms(view)
     return _NORMS[view.model][kind]
@@ -116,12 +115,18 @@ def _seen_norms(view: DecoderView) -> dict[Kind, tuple[str, ...]]:
     of_kind = {kind: parts(block, kind) for kind in KINDS}
     with _Answered(), _experts_aside(view):
         entry = BlockDriver(view, 1).entry(torch.arange(4)[None])
-    with watched(block.module) as seen, torch.no_grad(), resident(view, block), _experts_aside(view), _Answered():
+    with (
+        watched(block.module) as seen,
+        torch.no_grad(),
+        view.weights.resident(block),
+        _experts_aside(view),
+        _Answered(),
+    ):
         run_block(block, entry.hidden[0], entry.kwargs[block.index][0])
     found = served(seen, of_kind)
     if entry.hidden[0].is_meta:  # nothing has a value
         return found
-    with torch.no_grad(), resident(view, block), _experts_aside(view):
+    with torch.no_grad(), view.weights.resident(block), _experts_aside(view):
         return {kind: _alone(view, block, kind, names, entry) for kind, names in found.items()}
 
 
@@ -133,7 +138,7 @@ def _alone(view: DecoderView, block: BlockView, kind: Kind, names: tuple[str, ..
     """
     if not names:
         return ()
-    twin = twin_of(block.module)
+    twin = clone_module(block.module)
     family = pruned_family(stock_type(view.model.config.model_type))
     if family.form == "sizes":
         family.modeling.skip(twin, kind, shared=set(names))

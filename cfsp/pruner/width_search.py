@@ -15,7 +15,6 @@ from cfsp.architecture.ffn import FFN
 from cfsp.errors import ConfigError, DataError
 from cfsp.model.driver import run_block
 from cfsp.model.nll import total_nll
-from cfsp.model.streamed import streamed
 from cfsp.plan.pruning_plan import BlockPlan
 from cfsp.pruner.search import KnownLosses
 from cfsp.system.memory import available
@@ -49,7 +48,7 @@ class WidthLosses:
             ConfigError: the model is streamed.
             DataError: windows of one token.
         """
-        if streamed(context.driver.view.model) is not None:
+        if context.driver.view.weights.is_streamed:
             raise ConfigError(
                 "allocator=search runs the model for each candidate, which model.streaming=on would read each time; "
                 "use allocator=coarse or reconstruction, or model.streaming=off"

@@ -1,1 +1,1 @@
-"""The record of a run, its environment, and loggers that mirror it."""
+"""Records of runs: record.json, the environment, figures, and the check that a finished run is whole."""

@@ -1,4 +1,4 @@
-"""Where a run ran: commit, package versions, hardware."""
+"""Environment of a run: commit, package versions and hardware."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ PACKAGES = (
 
 @cache
 def versions() -> dict[str, str]:
-    """Installed versions of what the project stands on."""
-    found = {}
+    """Return the installed versions of the packages that the project depends on."""
+    installed = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 def describe() -> dict[str, Any]:
-    """For the record; no path and no host name."""
+    """Return the environment as the record holds it, without paths and host name."""
     import torch
 
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
@@ -55,19 +55,19 @@ def describe() -> dict[str, Any]:
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Return the number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _git() -> dict[str, Any] | None:
-    """The checkout's commit; None for an installed wheel."""
+    """Return the checkout's commit, and whether it is dirty; None for an installed wheel."""
     if not (ROOT.parent / ".git").exists():
         return None
     try:
         run = lambda *args: subprocess.run(  # noqa: E731
             ["git", *args], cwd=ROOT.parent, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
-        # results/ is what runs write, no code: a record that a sweep puts there changes nothing of its next run.
+        # results/ holds records and no code, so a record that a sweep puts there does not make the checkout dirty.
         changed = run("status", "--porcelain", "--", ".", ":(exclude)results")
         return {"commit": run("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""Figures of a run: how important each block was found and how much of it was kept; how a recovery went."""
+"""Figures of a run: the importance of each block and its kept share, and the course of a recovery."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ _BASE, _KEPT, _DISTANCE = "#dfe3e8", "#4878a8", "#c2571a"
 
 
 def draw_blocks(plan: PruningPlan, metric: str, path: Path) -> Path:
-    """Write a PNG: bars for kept FFN neurons, and KV groups where any go; a line for the block distance ``metric``."""
+    """Draw a PNG of the blocks: bars for kept FFN neurons and KV groups, a line for the block distance.
+
+    Args:
+        plan: the plan; KV groups are drawn only where some are removed.
+        metric: block distance to draw.
+        path: file to write.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -20,7 +26,7 @@ def draw_blocks(plan: PruningPlan, metric: str, path: Path) -> Path:
     size = (max(6.0, 0.28 * len(rows) + 3), 5.2 if heads else 3.8)
     figure = Figure(figsize=size)
     FigureCanvasAgg(figure)
-    # Margins in inches: a layout engine draws everything twice, and a sweep draws many of these.
+    # Margins are set in inches, because a layout engine draws everything twice and a sweep draws many figures.
     margins = {"left": 0.75 / size[0], "right": 1 - 0.75 / size[0], "bottom": 0.5 / size[1], "top": 1 - 0.65 / size[1]}
     figure.subplots_adjust(**margins, hspace=0.12)
     panels: Any = figure.subplots(1 + heads, 1, sharex=True, squeeze=False, height_ratios=[2, 1][: 1 + heads])
@@ -43,7 +49,12 @@ def draw_blocks(plan: PruningPlan, metric: str, path: Path) -> Path:
 
 
 def draw_recovery(recovery: dict[str, Any], path: Path) -> Path:
-    """Write a PNG: the training loss by step and, where adapters were trained, the rank of each block."""
+    """Draw a PNG of a recovery: the training loss by step and, where adapters were trained, the rank of each block.
+
+    Args:
+        recovery: recovery as the record holds it.
+        path: file to write.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

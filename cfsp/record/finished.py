@@ -1,4 +1,4 @@
-"""Finished means whole: a record of a success, and every file that the run wrote as it was written."""
+"""Check that a finished run is whole: a record of a success, and every file as the run wrote it."""
 
 from __future__ import annotations
 
@@ -10,29 +10,36 @@ from cfsp.record.written import MODEL_FOLDERS, PLAN_FILES, damage, within
 
 
 def lacking(record: RunRecord, out: Path, *, model: bool, hashes: bool = False) -> str | None:
-    """Return one clause on what is not whole of a run that ended well; None where nothing has to be done again.
+    """Return a clause on what is missing or damaged in a successful run; None where nothing has to be done again.
 
     Args:
         record: the record of a success.
-        out: OUT of the run. Where no model is wanted it may be gone: the record alone says what the run gave.
-        model: a model folder is wanted.
-        hashes: compare the content of every file too, not its size alone.
+        out: OUT of the run. It may be gone where no model is wanted, since the record alone says what the run gave.
+        model: whether a model folder is wanted.
+        hashes: compare the content of every file too, not only its size.
     """
     if not model and not (out / "record.json").is_file():
         return None
-    if not isinstance(record.files, dict):  # of an earlier version, which wrote no sizes
-        return _seen_to_lack(out) if model else None
+    if not isinstance(record.files, dict):  # earlier versions wrote no sizes
+        return _lacking_without_sizes(out) if model else None
     wanted = within(record.files, (*PLAN_FILES, *(MODEL_FOLDERS if model else ())))
     if model and not any(path.startswith("model/") for path in wanted):
         return "model is missing"
     return damage(wanted, out, hashes=hashes)
 
 
-def lacking_export(record: RunRecord, out: Path, form: str, *, hashes: bool = False) -> str | None:
-    """Return one clause on why the export of a run in the format ``form`` is not there, or not whole."""
+def lacking_export(record: RunRecord, out: Path, format: str, *, hashes: bool = False) -> str | None:
+    """Return a clause on why the export of a run is missing or damaged; None where it is whole.
+
+    Args:
+        record: the record of a success.
+        out: OUT of the run.
+        format: format of the export.
+        hashes: compare the content of every file too, not only its size.
+    """
     export = record.checkpoint.get("export") if isinstance(record.checkpoint, dict) else None
-    if not isinstance(export, dict) or export.get("form") != form or not isinstance(export.get("place"), str):
-        return f"there is no export as {form}"
+    if not isinstance(export, dict) or export.get("form") != format or not isinstance(export.get("place"), str):
+        return f"there is no export as {format}"
     if not (out / export["place"]).exists():
         return f"{export['place']} is missing"
     return damage(within(record.files, export_files(export["place"])), out, hashes=hashes)
@@ -43,7 +50,7 @@ def export_files(place: str) -> tuple[str, ...]:
     return (place, f"{place.removesuffix('.gguf')}.reference.safetensors") if place.endswith(".gguf") else (place,)
 
 
-def _seen_to_lack(out: Path) -> str | None:
+def _lacking_without_sizes(out: Path) -> str | None:
     from cfsp.weights.shards import check_safetensors
 
     for name in ("plan.json", "model/config.json"):

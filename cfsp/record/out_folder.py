@@ -1,4 +1,4 @@
-"""OUT, the folder of a run: apart from the model it reads, the same folder from beginning to end."""
+"""Folder of a run (OUT): apart from the model that it reads, and the same folder from beginning to end."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class OutputGoneError(RunError):
 
 
 def check_apart(out: Path, model: Path) -> None:
-    """See that a run can write to ``out`` without touching the folder ``model`` that it reads; links are followed.
+    """Check that a run can write to ``out`` without touching the folder ``model`` that it reads; links are followed.
 
     Raises:
         ConfigError: OUT is the model folder or lies in it, or the model lies where the run writes its own.
     """
-    here, there = _resolved(out), _resolved(model)
-    if here == there:
+    out_place, model_place = _resolved(out), _resolved(model)
+    if out_place == model_place:
         problem = "is the model folder (model.path), whose files would be mixed with the run's"
-    elif there in here.parents:
+    elif model_place in out_place.parents:
         problem = f"lies in the model folder {model}"
     else:
         written = (*MODEL_FOLDERS, *_EXPORTS)
-        place = next((name for name in written if _is_within(there, _resolved(out / name))), None)
+        place = next((name for name in written if _is_within(model_place, _resolved(out / name))), None)
         if place is None:
             return
         problem = f"the run would replace {place} in it, where the model folder {model} is"
@@ -54,10 +54,16 @@ def remove_empty(out: Path, model: Path) -> None:
 
 
 def remove_leftovers(out: Path, records: Path, run_id: str) -> None:
-    """Remove what dead processes left of this run; to be called by the one process that holds its lease."""
+    """Remove what dead processes have left of this run; only the process that holds its lease may call it.
+
+    Args:
+        out: OUT of the run.
+        records: folder of records.
+        run_id: id of the run.
+    """
     remove_scratch(out, (*MODEL_FOLDERS, *_EXPORTS))
     remove_partials(out, _FILES)
-    for pattern in (".write-test-*", "..lease.*"):  # the lease itself is .lease, and held
+    for pattern in (".write-test-*", "..lease.*"):  # the lease itself is .lease, which is held
         for file in out.glob(pattern):
             with suppress(OSError):
                 file.unlink()
@@ -67,23 +73,27 @@ def remove_leftovers(out: Path, records: Path, run_id: str) -> None:
 
 
 class OutFolder:
-    """The folder OUT as it was when the run began."""
+    """The folder OUT as it was when the run began.
+
+    Args:
+        path: the folder, which exists.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self._identity = path, _identity(path)
-        # While it is open, no folder that comes in its place can get its inode.
+        # While the folder is open, its inode cannot be given to a folder that replaces it.
         weakref.finalize(self, os.close, os.open(path, os.O_RDONLY))
 
     @property
     def is_gone(self) -> bool:
-        """Whether somebody has removed or replaced it since."""
+        """Return whether the folder has been removed or replaced since."""
         return self._identity is None or _identity(self.path) != self._identity
 
     def check(self, names: Iterable[str] = ()) -> None:
-        """See that it is still there, with the files ``names``.
+        """Check that the folder is still there, with the files ``names``.
 
         Raises:
-            OutputGoneError: it was removed or replaced, or one of the files was.
+            OutputGoneError: the folder was removed or replaced, or a file was removed.
         """
         lost = "the folder" if self.is_gone else next((n for n in names if not (self.path / n).is_file()), None)
         if lost is not None:
@@ -95,10 +105,12 @@ class OutFolder:
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Append what is logged inside to ``path``; a symbolic link there is replaced, its target is left alone.
+    """Append what is logged inside to ``path``; a symbolic link there is replaced, and its target is left alone.
+
+    Lines that do not fit on a full disk are dropped.
 
     Raises:
-        OSError: the file cannot be opened. Lines that a full disk does not take are dropped.
+        OSError: the file cannot be opened.
     """
     if path.is_symlink():
         path.unlink()
@@ -119,16 +131,18 @@ def log_file(path: Path) -> Iterator[None]:
 
 
 class _Quiet(logging.StreamHandler):
+    """Handler that does not report lines which it cannot write."""
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Drop the line: what has filled the disk is said by the stage that meets it."""
+        """Drop the line; a full disk is reported by the stage that meets it."""
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _is_within(path: Path, folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""record.json: the truth about a run, written whether it ended well or not."""
+"""Record of a run (record.json), written whether the run ended well or not."""
 
 from __future__ import annotations
 
@@ -14,18 +14,38 @@ from cfsp.system.atomic import write_text
 from cfsp.system.reading import read_json
 
 SCHEMA = 2
-#: Largest record that is read; the largest of 1,148 committed ones has 0.1 MB.
+#: Size of the largest record that is read; the largest of 1,148 committed records has 0.1 MB.
 _LARGEST = 50_000_000
-#: What a record says until its run ends, and for ever where the run was killed.
+#: Error of a record until its run ends, which stays where the run was killed.
 UNFINISHED = {"type": "Unfinished", "message": "the run has not ended: it is still going on, or it was killed"}
 
 
 @dataclass
 class RunRecord:
-    """status: success or failed. ``measurements``: side -> figures; ``blocks``: per block.
+    """Record of a run.
 
-    Sides: dense; selected: what stays, without its compensation (where asked for); pruned; recovered. ``files``: path
-    within OUT -> {bytes, sha256} of plan, model folders and export; None in records of earlier versions.
+    Attributes:
+        run_id: id of the run: hash of the contents and settings that decide its figures.
+        status: success or failed.
+        configuration: composed configuration.
+        identity: facts from which the run id is made.
+        method: pruner and its settings.
+        environment: commit, packages and hardware.
+        model: the base model.
+        calibration: the calibration set; None where none was used.
+        plan: requested and achieved sparsity; None where nothing was pruned.
+        blocks: sizes and distances of each block.
+        stages: seconds and peak memory of each stage.
+        measurements: side -> figures. Sides: dense; selected, the pruned model before compensation (where asked for);
+            pruned; recovered.
+        recovery: the recovery; None where there was none.
+        checkpoint: the model folder and its export; None where none was saved.
+        files: path within OUT -> {bytes, sha256} of plan, model folders and export; None in records of earlier
+            versions.
+        started: time at which the run began.
+        finished: time at which the run ended.
+        error: type and message of the error; None after a success.
+        schema: version of this layout.
     """
 
     run_id: str
@@ -49,40 +69,40 @@ class RunRecord:
     schema: int = SCHEMA
 
     def write(self, path: Path) -> None:
-        """Atomically: a reader sees the whole record or none."""
+        """Write the record atomically: a reader sees the whole record or none."""
         write_text(path, json.dumps(asdict(self), indent=1) + "\n")
 
     @property
     def succeeded(self) -> bool:
-        """Whether it is of a success, and whole."""
+        """Return whether the run was a success and its record is whole."""
         return self.status == "success" and self.problem() is None
 
     def problem(self) -> str | None:
-        """What a success lacks that everything which reads records counts on; None where it is whole."""
+        """Return what the record of a success lacks that every reader of records needs; None where it is whole."""
         from cfsp.record.validation import problem_of
 
         return problem_of(self) if self.status == "success" else None
 
     @staticmethod
     def read(path: Path) -> RunRecord | None:
-        """The record at ``path``; None where there is none.
+        """Return the record at ``path``; None where there is none.
 
         Raises:
-            CheckpointError: a file that is not a record of this schema.
+            CheckpointError: the file is not a record of this schema.
         """
         if not os.path.lexists(path):
             return None
         try:
             values = read_json(path, str(path), limit=_LARGEST)
             if not isinstance(values, dict):
-                raise ValueError("it holds no keys")
+                raise ValueError("it is not an object")
             if values.get("schema") == 1:
                 values = upgraded(values)
             if values.get("schema") != SCHEMA:
                 raise ValueError(f"schema {str(values.get('schema'))[:40]}, this version reads {SCHEMA}")
             record = RunRecord(**values)
             if record.status != "success" and not isinstance(record.error, dict | None):
-                raise ValueError("error holds no keys")
+                raise ValueError("error is not an object")
             return record
         except CheckpointError as error:
             reason = str(error).removeprefix(f"{path}: ")

@@ -1,6 +1,6 @@
-"""Records of schema 1: they named components by the path of their class, which has moved since.
+"""Upgrade of records of schema 1, which named components by the paths of their classes; these have moved since.
 
-A record that is read is brought to today's schema: names change, no figure does. The commit that measured stays stated.
+A record that is read is brought to today's schema. Names change, no figure does, and the commit that measured is kept.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MOVED = {
 
 
 def upgraded(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a record of schema 1 in the form of schema 2.
+    """Return the content of a record of schema 1 in the layout of schema 2.
 
     Args:
         values: the record as it was read; it is not changed.
@@ -62,13 +62,13 @@ def _moved_targets(value: Any) -> Any:
     """Replace the paths of classes that have moved, at any depth of a configuration."""
     if isinstance(value, dict):
         return {
-            key: _today(inner) if key == "_target_" and isinstance(inner, str) else _moved_targets(inner)
+            key: _today_target(inner) if key == "_target_" and isinstance(inner, str) else _moved_targets(inner)
             for key, inner in value.items()
         }
     return [_moved_targets(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _today(target: str) -> str:
+def _today_target(target: str) -> str:
     module, _, name = target.rpartition(".")
     return f"{_MOVED[module]}.{name}" if module in _MOVED else target
 

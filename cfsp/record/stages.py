@@ -12,19 +12,29 @@ log = logging.getLogger(__name__)
 
 
 class Stages:
-    """``with stages("calibrate") as stage: ...``; entries are {name, seconds, peak_bytes, peak_gpu_bytes, cached}.
+    """Recorder of stages.
 
-    ``peak_gpu_bytes`` sums over the GPUs, whichever of them the run has; this process alone counts.
-    Those that prune also have ``saved_seconds``: what was read from the cache had taken so long to compute.
+    Each entry has name, seconds, peak_bytes, peak_gpu_bytes and cached. ``peak_gpu_bytes`` sums over all GPUs of the
+    machine, and only this process counts. A stage that prunes also has ``saved_seconds``, the time that the results
+    read from the cache had taken to compute.
+
+    Args:
+        after: called when a stage has ended well.
+
+    Example:
+        >>> stages = Stages()
+        >>> with stages("calibrate") as stage:
+        ...     stage["cached"] = True
     """
 
     def __init__(self, after: Callable[[], None] = lambda: None) -> None:
-        """``after``: called when a stage has ended well."""
+
         self.entries: list[dict[str, Any]] = []
         self._after = after
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[dict[str, Any]]:
+        """Measure what runs inside as the stage ``name``; yields its entry."""
         entry: dict[str, Any] = {"name": name, "cached": False}
         log.info("%s ...", name)
         _reset_peak()

@@ -1,4 +1,4 @@
-"""What everything that reads run records may count on: names, types and sizes of what they hold."""
+"""Validation of run records: names, types and sizes that every reader of records may rely on."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 from cfsp.system.names import RULE, is_name
 
-#: Deeper nesting, larger numbers: no run writes them, and what shows a record cannot cope with them.
+#: Limits of nesting and of numbers. No run exceeds them, and the code that shows a record could not cope.
 _DEEPEST = 40
 _LARGEST = 1e300
-#: Half of a pair that stands for one character; it cannot be written as UTF-8.
+#: Half of a surrogate pair, which cannot be written as UTF-8.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 Check = Callable[[Any], bool]
 
 
 def is_number(value: Any) -> bool:
-    """An int or float that can be computed with; infinity is one (a perplexity may overflow), NaN is not."""
+    """Return whether a value is a number to compute with: infinity is (a perplexity may overflow), NaN is not."""
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
         return False
     return (isinstance(value, float) and math.isinf(value)) or abs(value) < _LARGEST
@@ -54,7 +54,7 @@ def _is_mapping(value: Any) -> bool:
 
 
 _NUMBER, _TEXT, _WHOLE = (_optional(check) for check in (is_number, _is_text, _is_whole))
-#: Part -> key -> what its value is; a key is needed where its check refuses None.
+#: Part -> key -> check of its value; a key is required where its check refuses None.
 _PARTS: dict[str, dict[str, Check]] = {
     "configuration": {"seed": _is_whole},
     "identity": {"version": _is_scalar},
@@ -66,7 +66,7 @@ _PARTS: dict[str, dict[str, Check]] = {
     "method": {"name": _TEXT},
 }  # fmt: skip
 _GIT: dict[str, Check] = {"commit": _is_text, "dirty": lambda value: isinstance(value, bool)}
-#: Of a figure and of its detail: what tables compare is hashed, so it is no list.
+#: Settings of a figure and of its detail; tables compare them by hash, so none is a list.
 _SETTINGS: dict[str, Check] = {
     "seq_len": _WHOLE, "n": _WHOLE, "split": _TEXT, "num_fewshot": _WHOLE, "version": _optional(_is_scalar),
     "limit": _optional(_is_scalar), "unit": _TEXT, "task_hash": _TEXT, "device": _TEXT, "threads": _WHOLE,
@@ -85,12 +85,12 @@ _BLOCK: dict[str, Check] = {
 
 
 def problem_of(record: Any) -> str | None:
-    """Say what a record of a success lacks, or holds in another form than runs write it; None where it is whole."""
+    """Return what a record of a success lacks or holds in another layout than runs do; None where it is whole."""
     return next(_problems(record), None)
 
 
 def figure_problem(row: Any) -> str | None:
-    """Say what a figure lacks that everything which reads figures counts on; None where it is whole."""
+    """Return what a figure lacks that every reader of figures needs; None where it is whole."""
     return next(_wrong(row, _FIGURE, "a figure"), None)
 
 
@@ -105,9 +105,9 @@ def _problems(record: Any) -> Iterator[str]:
     git = record.environment["git"]
     yield from _wrong(git, _GIT, "environment.git") if git is not None else ()
     if not all(_TEXT(version) for version in record.environment["packages"].values()):
-        yield "environment.packages has a version that is no text"
+        yield "environment.packages has a version that is not text"
     if not isinstance(record.measurements, dict) or not all(isinstance(v, list) for v in record.measurements.values()):
-        yield "measurements are no lists of figures"
+        yield "measurements are not lists of figures"
     for row in (row for rows in record.measurements.values() for row in rows):
         yield from _wrong(row, _FIGURE, "a figure")
         yield from _wrong(row.get("detail") or {}, _SETTINGS, "the detail of a figure")
@@ -117,7 +117,7 @@ def _problems(record: Any) -> Iterator[str]:
         yield from _wrong(block["distance"], {"angular": _NUMBER}, "blocks.distance")
     for name in ("plan", "recovery", "checkpoint", "calibration", "error"):
         if not _optional(_is_mapping)(getattr(record, name)):
-            yield f"{name} holds no keys"
+            yield f"{name} is not an object"
     if record.plan is not None:
         yield from _wrong(record.plan.get("achieved"), {"ratio": _is_finite}, "plan.achieved")
     if record.recovery:
@@ -126,7 +126,7 @@ def _problems(record: Any) -> Iterator[str]:
 
 def _wrong_list(values: Any, checks: dict[str, Check], name: str) -> Iterator[str]:
     if not isinstance(values, list):
-        yield f"{name} is no list"
+        yield f"{name} is not a list"
         return
     for value in values:
         yield from _wrong(value, checks, name)
@@ -134,16 +134,16 @@ def _wrong_list(values: Any, checks: dict[str, Check], name: str) -> Iterator[st
 
 def _wrong(values: Any, checks: dict[str, Check], name: str) -> Iterator[str]:
     if not isinstance(values, dict):
-        yield f"{name} holds no keys"
+        yield f"{name} is not an object"
         return
     for key, check in checks.items():
         if not check(values.get(key)):
-            said = "is missing" if values.get(key) is None else f"is {str(values[key])[:40]!r}"
-            yield f"{name}.{key} {said}"
+            what = "is missing" if values.get(key) is None else f"is {str(values[key])[:40]!r}"
+            yield f"{name}.{key} {what}"
 
 
 def _too_much(values: dict[str, Any]) -> Iterator[str]:
-    """Without recursion: nesting that is too deep, and texts that cannot be written."""
+    """Yield a problem for nesting that is too deep and for texts that cannot be written, without recursion."""
     level: list[Any] = [values]
     for _ in range(_DEEPEST):
         inner: list[Any] = []

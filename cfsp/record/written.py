@@ -1,4 +1,4 @@
-"""The files that a run wrote: their sizes and hashes for the record, and what is damaged of them later."""
+"""Files that a run wrote: their sizes and hashes for the record, and the check for damage later."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from cfsp.system.background_hash import sha256_of
 
-#: A model card is for people to edit before they publish the folder: neither its size nor its content counts.
+#: Files that people may edit before they publish the folder (the model card); their size and content do not count.
 _EDITABLE = ("README.md",)
 #: Entries of OUT that later stages and other tools need; each is a file or a folder.
 PLAN_FILES = ("plan.json", "compensation.safetensors")
@@ -19,25 +19,30 @@ MODEL_FOLDERS = ("model", "pruned", "adapter")
 def describe_files(out: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Return path within OUT -> {bytes, sha256} of the files ``names``, and of every file in the folders ``names``.
 
-    Weights that this process wrote were hashed on the way; the others (tokenizer, an adapter, a GGUF file) are read.
+    Weights that this process wrote were hashed while writing. The other files (tokenizer, adapter, GGUF) are read.
+
+    Args:
+        out: OUT of the run.
+        names: entries of OUT.
 
     Raises:
         OSError: a file cannot be read.
     """
-    found: dict[str, dict[str, Any]] = {}
+    described: dict[str, dict[str, Any]] = {}
     for name in names:
         for file in _files_of(out / name):
             path = file.relative_to(out).as_posix()
-            found[path] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-    return found
+            described[path] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+    return described
 
 
 def damage(files: Mapping[str, Any], out: Path, *, hashes: bool = False) -> str | None:
-    """Return one clause on the first file that is not as it was written; None where all are.
+    """Return a clause on the first file that is not as it was written; None where all are.
 
     Args:
-        files: as :func:`describe_files` gave them, read back from a record.
-        hashes: read every file and compare its sha256; else sizes alone.
+        files: entries of :func:`describe_files`, read back from a record.
+        out: OUT of the run.
+        hashes: read every file and compare its sha256; otherwise only sizes are compared.
     """
     for name, written in files.items():
         if Path(name).name in _EDITABLE:
@@ -56,7 +61,7 @@ def damage(files: Mapping[str, Any], out: Path, *, hashes: bool = False) -> str 
 
 
 def within(files: Mapping[str, Any] | None, names: Iterable[str]) -> dict[str, Any]:
-    """Return the entries of ``files`` that are one of ``names`` or lie in a folder of that name."""
+    """Return the entries of ``files`` that are among ``names`` or lie in a folder of such a name."""
     wanted = tuple(names)
     listed = files.items() if isinstance(files, Mapping) else ()
     return {path: entry for path, entry in listed if path.split("/", 1)[0] in wanted}

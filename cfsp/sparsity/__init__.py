@@ -1,1 +1,1 @@
-"""The sparsity budget: what a ratio of a scope asks of the units, and widths that meet it."""
+"""The sparsity budget: the number of units that a ratio of a scope leaves, and widths that meet it."""

@@ -1,4 +1,4 @@
-"""The sparsity budget: how many removable units a ratio of a scope asks for, and whole widths that meet it."""
+"""The sparsity budget: the number of units that a ratio of a scope leaves, and legal widths that meet it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def submodules_of(structure: Structure) -> tuple[SubmoduleKind, ...]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The removable units of each block, and the sizes of the scopes, in parameters.
+    """Removable units of each block, and sizes of the scopes in parameters.
 
     Attributes:
         widths: FFN neurons of each block; of a mixture a neuron of every expert counts as one. With structure experts
@@ -51,10 +51,11 @@ class Sizes:
 
     @staticmethod
     def of(view: DecoderView, structure: Structure = "ffn") -> Sizes:
+        """Return the sizes of a model for a pruner that removes units of ``structure``."""
         costs = [block.ffn.neuron_parameters if block.ffn is not None else 0 for block in view.blocks]
         group_costs = [block.attention.group_parameters if block.attention is not None else 0 for block in view.blocks]
-        nothing = (0,) * len(view.blocks)
-        widths = nothing if structure == "heads" else tuple(view.widths)
+        zeros = (0,) * len(view.blocks)
+        widths = zeros if structure == "heads" else tuple(view.widths)
         unit_costs: tuple[int, ...] = tuple(costs)
         steps: tuple[tuple[int, int], ...] = ()
         if structure == "experts":
@@ -67,7 +68,7 @@ class Sizes:
         return Sizes(
             widths=widths,
             neuron_parameters=unit_costs,
-            kv_groups=tuple(view.kv_groups) if structure in ("heads", "heads_ffn") else nothing,
+            kv_groups=tuple(view.kv_groups) if structure in ("heads", "heads_ffn") else zeros,
             group_parameters=tuple(group_costs),
             ffn_parameters=sum(n * cost for n, cost in zip(view.widths, costs, strict=True)),
             decoder_parameters=view.decoder_parameters,
@@ -105,17 +106,22 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Widths:
-    """Kept FFN neurons and kept KV groups of each block."""
+    """Kept units of each block.
+
+    Attributes:
+        per_block: FFN neurons; with structure experts, whole experts.
+        kv_groups: KV groups.
+    """
 
     per_block: tuple[int, ...]
     kv_groups: tuple[int, ...]
 
 
 def keep_fraction(budget: Budget, sizes: Sizes) -> float:
-    """Return the fraction of the removable parameters to keep so that ``ratio`` of the scope goes.
+    """Return the fraction of the removable parameters to keep so that ``ratio`` of the scope is removed.
 
     Raises:
-        BudgetError: not even the smallest legal widths remove that much; names the largest ratio that can be met.
+        BudgetError: even the smallest legal widths remove less than that; names the largest ratio that can be met.
     """
     removed = budget.ratio * sizes.of_scope(budget.scope)
     slots = _slots(budget, sizes)
@@ -130,8 +136,9 @@ def check_scope(budget: Budget, what: str, instead: str) -> None:
     """Refuse to count by the FFN alone where a pruner removes more than FFN neurons.
 
     Args:
+        budget: the budget that was asked for.
         what: the setting that removes more, as on the command line.
-        instead: another setting that does not.
+        instead: a setting that removes FFN neurons alone, as on the command line.
 
     Raises:
         ConfigError: ``sparsity.scope`` is ffn.
@@ -159,16 +166,16 @@ def _unreachable(budget: Budget, sizes: Sizes, most: int) -> str:
         ways.append("sparsity.protect=none")
     if budget.scope != "ffn" and not heads:
         ways.append("sparsity.scope=ffn")
-    wish = f"sparsity.ratio={budget.ratio} of sparsity.scope={budget.scope} cannot be met"
+    asked = f"sparsity.ratio={budget.ratio} of sparsity.scope={budget.scope} cannot be met"
     largest = _rounded_down(most / sizes.of_scope(budget.scope))
     if not largest:
         widest = f"{max(sizes.widths)} experts" if sizes.expert_steps else f"width {max(sizes.widths)}"
         return (
-            f"{wish}: with {' and '.join(smallest)} nothing of blocks of {widest} and {max(sizes.kv_groups)} KV groups "
-            f"can go; use {' or '.join(ways)}"
+            f"{asked}: with {' and '.join(smallest)} nothing of blocks of {widest} and {max(sizes.kv_groups)} KV "
+            f"groups can go; use {' or '.join(ways)}"
         )
     other = ", ".join([f"sparsity.ratio={largest:g} or less", *ways[:-1]])
-    return f"{wish}: going down to {' and '.join(smallest)} removes {largest:.4f} at most; use {other}, or {ways[-1]}"
+    return f"{asked}: going down to {' and '.join(smallest)} removes {largest:.4f} at most; use {other}, or {ways[-1]}"
 
 
 def _rounded_down(ratio: float) -> float:
@@ -178,9 +185,11 @@ def _rounded_down(ratio: float) -> float:
 
 @dataclass(frozen=True)
 class _Slot:
-    """The removable units of one kind in one block.
+    """Removable units of one kind in one block.
 
     Attributes:
+        kind: neurons (or experts) of the FFN, or KV groups of the attention.
+        block: index of the block.
         n: number of units.
         cost: parameters that go with one unit.
         legal: numbers of units that may stay, ascending.
@@ -245,6 +254,8 @@ def to_widths(
 
     Args:
         desired: number of neurons of each block.
+        budget: the budget, with its rounding, smallest width and step.
+        sizes: the removable units.
         groups: number of KV groups of each block; None: all.
         counted: whether the desired numbers are whole already.
     """
@@ -304,6 +315,10 @@ def _nearest(want: float, legal: list[int]) -> int:
 
 
 def _exact(desired: list[float], slots: list[_Slot], target: float) -> list[int]:
+    """Round to the nearest legal widths, then move single steps until the sum is as near to ``target`` as it can be.
+
+    A step of neurons goes before a step of KV groups, and the block that is furthest behind its desired width first.
+    """
     at = [slot.legal.index(_nearest(want, slot.legal)) for want, slot in zip(desired, slots, strict=True)]
     missing = target - sum(slot.legal[i] * slot.cost for slot, i in zip(slots, at, strict=True))
     while True:

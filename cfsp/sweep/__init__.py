@@ -1,1 +1,1 @@
-"""Experiments: grids of runs, what of them is done, and how the rest is launched."""
+"""Experiments: grids of runs, their composed configurations, and the state of each run."""

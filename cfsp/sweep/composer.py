@@ -1,4 +1,4 @@
-"""The configurations of a grid: Hydra composes each choice of groups once, and single values are put in afterwards."""
+"""Configurations of a grid: Hydra composes each choice of groups once, and single values are set afterwards."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ _ANOTHER_KEY = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
 class GridComposer:
     """Compose many command lines that differ in a few values.
 
-    Hydra takes 0.1 s for each command line; almost all of it goes into the groups, which most runs of a grid share.
-    What is not plain ``key=value`` of a key that exists is left to Hydra, so the results are the same.
+    Hydra takes 0.1 s for each command line. Almost all of it goes into the groups, which most runs of a grid share.
+    Hydra itself composes every command line that has more than plain ``key=value`` of existing keys, so the results are
+    the same.
     """
 
     def __init__(self) -> None:
+        """Start without any composed choice of groups."""
         self._by_choices: dict[tuple[str, ...], dict[str, Any]] = {}
         self._configs: dict[tuple[str, ...], RunConfig] = {}
 
@@ -38,7 +40,7 @@ class GridComposer:
         """Return ``parse(compose(words))``.
 
         Raises:
-            ConfigError: as those two.
+            ConfigError: the words cannot be composed, or the configuration is wrong.
         """
         key = tuple(words)
         if key not in self._configs:
@@ -47,13 +49,13 @@ class GridComposer:
         return self._configs[key]
 
     def _values(self, words: tuple[str, ...]) -> dict[str, Any] | None:
-        """The whole configuration as plain values; None where only Hydra can say what it is."""
+        """Return the whole configuration as plain values; None where only Hydra can compose it."""
         overrides = [_parsed(word) for word in words]
         choices = tuple(word for word, override in zip(words, overrides, strict=True) if _is_choice(override))
         if choices not in self._by_choices:
             try:
                 self._by_choices[choices] = _plain(choices)
-            except ConfigError:  # Hydra's answer to all the words says more
+            except ConfigError:  # Hydra's error about all the words says more
                 return None
         values = copy.deepcopy(self._by_choices[choices])
         for override in overrides:
@@ -76,7 +78,7 @@ def _plain(choices: Sequence[str]) -> dict[str, Any]:
 
 
 def _is_choice(override: Override | None) -> bool:
-    """Whether it chooses an option of a group."""
+    """Return whether the override chooses an option of a group."""
     return override is not None and _is_group(str(override.key_or_group))
 
 
@@ -86,7 +88,7 @@ def _is_group(key: str) -> bool:
 
 
 def _put(values: dict[str, Any], override: Override) -> bool:
-    """Set a key that is there to a plain value; whether that could be done."""
+    """Set an existing key to a plain value; returns whether that was possible."""
     word = str(override.input_line)
     simple = not (override.is_delete() or override.is_add() or override.is_force_add() or override.is_sweep_override())
     if not simple or override.package is not None or "$" in word or "?" in word:
@@ -105,14 +107,14 @@ def _put(values: dict[str, Any], override: Override) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether Hydra puts it into the configuration as it is; mappings are merged."""
+    """Return whether Hydra sets the value as it is. Mappings are merged instead."""
     if isinstance(value, list):
         return all(_is_plain(item) for item in value)
     return value is None or type(value) in (bool, int, float, str)
 
 
 def _fill_in(values: dict[str, Any]) -> bool:
-    """Replace what names another key by the value of that key; whether nothing is left for OmegaConf to resolve."""
+    """Replace interpolations of another key by its value; returns whether nothing is left for OmegaConf to resolve."""
     for place, key, text in list(_unresolved(values)):
         reference = _ANOTHER_KEY.fullmatch(text)
         value: Any = values if reference is not None else text

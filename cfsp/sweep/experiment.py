@@ -1,4 +1,4 @@
-"""An experiment: the grid of runs in ``experiments/<name>/grid.yaml``, in the variant that was asked for."""
+"""Experiments: the grid of runs in ``experiments/<name>/grid.yaml``, in several variants."""
 
 from __future__ import annotations
 
@@ -24,14 +24,19 @@ from cfsp.system.yaml_files import check_yaml
 
 #: File of an experiment that holds its grid of runs.
 GRID = "grid.yaml"
-#: What an entry says of a key: one value, or several (an axis; none: the key is left out), or names for lists of
-#: overrides (an axis of arms).
+#: Value of a key in an entry of the grid: a single value, a list (an axis; an empty list leaves the key out), or names
+#: for lists of overrides (an axis of arms).
 Values = str | int | float | bool | None | list[str | int | float | bool | None] | dict[str, list[str]]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: the ``words`` of its command line, and where it is in the grid (key -> value, as shown in tables)."""
+    """A run of the grid.
+
+    Attributes:
+        words: words of its command line.
+        point: its place in the grid, by key and value, as tables show it.
+    """
 
     words: tuple[str, ...]
     point: Mapping[str, str]
@@ -41,9 +46,13 @@ class Cell:
 
 
 class Experiment(Section):
-    """``runs``: each entry is the product of its axes; ``variants``: keys that a variant sets in every entry.
+    """A grid of runs.
 
-    Where an entry has the key already, the variant's values replace the entry's.
+    Attributes:
+        name: name of its folder.
+        title: what it compares.
+        runs: entries, each the product of its axes.
+        variants: keys that a variant sets in every entry. They replace those of the entry.
     """
 
     name: str
@@ -52,7 +61,11 @@ class Experiment(Section):
     variants: dict[str, dict[str, Values]] = Field(min_length=1)
 
     def cells(self, variant: str, given: Mapping[str, Values] | None = None) -> list[Cell]:
-        """Every run once, in order; ``given``: keys of the command line, which replace what the experiment says.
+        """Return every run once, in order.
+
+        Args:
+            variant: name of the variant.
+            given: keys of the command line, which replace those of the experiment.
 
         Raises:
             ConfigError: there is no such variant.
@@ -62,19 +75,19 @@ class Experiment(Section):
                 f"variant={variant}: experiment={self.name} has no such variant{suggest(variant, self.variants)}; "
                 f"variants: {', '.join(self.variants)}"
             )
-        found: dict[tuple[str, ...], Cell] = {}
+        cells: dict[tuple[str, ...], Cell] = {}
         for entry in self.runs:
             merged = {**entry, **self.variants[variant], **(given or {})}
             for cell in _product({key: values for key, values in merged.items() if values != []}):
-                found.setdefault(tuple(sorted(cell.words)), cell)
-        return list(found.values())
+                cells.setdefault(tuple(sorted(cell.words)), cell)
+        return list(cells.values())
 
 
 def load_experiment(name: str) -> Experiment:
-    """The experiment ``name``.
+    """Load the experiment ``name``.
 
     Raises:
-        ConfigError: there is none, or its file is not one: the key and what is expected.
+        ConfigError: there is no such experiment, or a key of its file is wrong.
     """
     names = experiment_names()
     if name not in names:
@@ -85,7 +98,7 @@ def load_experiment(name: str) -> Experiment:
 
 
 def experiment_names() -> list[str]:
-    """Names of the experiments of the working folder and of those that come with cfsp, sorted."""
+    """Return the names of the experiments in the working folder and of those that ship with cfsp, sorted."""
     return sorted({path.parent.name for home in _homes() for path in home.glob(f"*/{GRID}")})
 
 
@@ -100,7 +113,11 @@ def _homes() -> tuple[Path, Path]:
 
 
 def read_experiment(path: Path) -> Experiment:
-    """The experiment in a file."""
+    """Read the experiment in a file.
+
+    Raises:
+        ConfigError: it is no YAML file, or one of its keys is wrong.
+    """
     try:
         values: Any = OmegaConf.to_container(OmegaConf.create(check_yaml(path, path.name)))
     except (OSError, ValueError, OmegaConfBaseException, yaml.YAMLError) as error:
@@ -113,13 +130,16 @@ def read_experiment(path: Path) -> Experiment:
 
 
 def given_values(words: Sequence[str]) -> dict[str, Values]:
-    """``key=value``, ``key=a,b,c`` and ``~key`` (leave out what the experiment says) of a command line.
+    """Parse ``key=value``, ``key=a,b,c`` and ``~key`` (leave the experiment's key out) of a command line.
+
+    Returns:
+        The value of each key: a string, a list of strings, or an empty list for ``~key``.
 
     Raises:
         ConfigError: a word of another form.
     """
     check_words(words)
-    found: dict[str, Values] = {}
+    values_by_key: dict[str, Values] = {}
     parser = OverridesParser.create()
     for word in words:
         try:
@@ -127,14 +147,14 @@ def given_values(words: Sequence[str]) -> dict[str, Values]:
             if not override.key_or_group or (not word.partition("=")[1] and not override.is_delete()):
                 raise ValueError(word)
             if override.is_delete():
-                found[override.key_or_group] = []
+                values_by_key[override.key_or_group] = []
                 continue
             several = override.is_discrete_sweep()
             values = [*override.sweep_string_iterator()] if several else [word.partition("=")[2]]
         except (HydraException, ValueError, TypeError) as error:
             raise ConfigError(f"{word}: write key=value, key=a,b,c for several, ~key to leave one out") from error
-        found[word.partition("=")[0]] = list(values) if several else values[0]
-    return found
+        values_by_key[word.partition("=")[0]] = list(values) if several else values[0]
+    return values_by_key
 
 
 def _product(entry: Mapping[str, Values]) -> Iterator[Cell]:
@@ -145,7 +165,7 @@ def _product(entry: Mapping[str, Values]) -> Iterator[Cell]:
 
 
 def _choices(key: str, values: Values) -> list[tuple[str, str, tuple[str, ...]]]:
-    """(key, label, words) for each value."""
+    """Return key, label and words for each value."""
     if isinstance(values, dict):
         return [(key, label, tuple(words)) for label, words in values.items()]
     texts = [_text(value) for value in (values if isinstance(values, list) else [values])]
@@ -153,7 +173,7 @@ def _choices(key: str, values: Values) -> list[tuple[str, str, tuple[str, ...]]]
 
 
 def _text(value: str | float | bool | None) -> str:
-    """A value as Hydra reads it on the command line; a string is one already, with its quotes or brackets."""
+    """Write a value as Hydra reads it on the command line. A string is taken as it is, with its quotes or brackets."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)

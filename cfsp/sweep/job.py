@@ -1,4 +1,4 @@
-"""The runs of a sweep with their identities, what is done of each, and doing one."""
+"""Jobs: the runs of a sweep with their identities, the state of each, and running it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """A run that the sweep wants; ``shares``: what it calibrates on, the same for all runs that share statistics;
-    ``saves``: it leaves a model folder."""
+    """A run of a sweep.
+
+    Attributes:
+        cell: its place in the grid.
+        config: its configuration.
+        run_id: its id.
+        out: its folder OUT.
+        record: path of its record.
+        shares: hash of what it calibrates on, equal for all runs that share statistics.
+        saves: whether it leaves a model folder.
+    """
 
     cell: Cell
     config: RunConfig
@@ -41,10 +50,10 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        """Its record says success, and the files of the run are whole if a model is wanted.
+        """True where its record is of a success and its files are whole.
 
         Raises:
-            CheckpointError: what stands in the record's place is none.
+            CheckpointError: the file in the record's place is not a record.
         """
         record = RunRecord.read(self.record)
         return (
@@ -56,7 +65,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How doing a job ended: ``name`` is done, failed or busy (another process is at it)."""
+    """End of a job.
+
+    Attributes:
+        name: done, failed, or busy (another process is at it).
+        reason: why it failed, or who is at it.
+        seconds: how long it took.
+    """
 
     name: str
     reason: str = ""
@@ -64,7 +79,7 @@ class Outcome:
 
 
 def jobs_of(cells: Iterable[Cell]) -> list[Job]:
-    """Compose and check every run, all inputs included; cells that are the same run become one job.
+    """Compose and check every run with all its inputs. Cells with the same run id become a single job.
 
     Raises:
         ConfigError: every problem of every run, each once.
@@ -76,7 +91,7 @@ def jobs_of(cells: Iterable[Cell]) -> list[Job]:
             configs.append((cell, parse(compose(cell.words))))
         except CfspError as error:
             problems.update(dict.fromkeys(error.problems))
-    found: dict[str, Job] = {}
+    jobs: dict[str, Job] = {}
     for cell, config in progress(configs, "check", unit="run"):
         try:
             prepared = prepare(config)
@@ -88,14 +103,14 @@ def jobs_of(cells: Iterable[Cell]) -> list[Job]:
         out = Path(config.paths.output_dir) / prepared.run_id
         record = Path(config.paths.records_dir) / f"{prepared.run_id}.json"
         saves = config.save.model and config.pruner.instance.prunes
-        found.setdefault(prepared.run_id, Job(cell, config, prepared.run_id, out, record, shares, saves))
+        jobs.setdefault(prepared.run_id, Job(cell, config, prepared.run_id, out, record, shares, saves))
     if problems:
         raise ConfigError(*problems)
-    return list(found.values())
+    return list(jobs.values())
 
 
 def state_of(job: Job) -> State:
-    """What is done of a job."""
+    """Return the state of a job, by its record and its folder."""
     try:
         if job.is_done:
             repeat = RunRecord.read(job.out / "record.repeat.json")
@@ -106,7 +121,12 @@ def state_of(job: Job) -> State:
 
 
 def do(what: RunConfig | Sequence[str], bases: BaseModels) -> Outcome:
-    """Run a configuration, or what the words say; an error becomes its one line, the record holds the rest."""
+    """Run a job in this process; an error becomes a line of the outcome, the record holds the rest.
+
+    Args:
+        what: its configuration, or the words of its command line.
+        bases: keeps the base model between jobs.
+    """
     start = time.perf_counter()
     try:
         run(what if isinstance(what, RunConfig) else parse(compose(what)), multirun=True, bases=bases)
@@ -120,7 +140,7 @@ def do(what: RunConfig | Sequence[str], bases: BaseModels) -> Outcome:
 
 
 def mark_failed(job: Job, reason: str) -> None:
-    """Say in its folder's record why a run ended whose process cannot say so any more."""
+    """Write into the record of a run why its process ended, which cannot write it any more."""
     record = None
     with contextlib.suppress(CheckpointError):
         record = RunRecord.read(job.out / "record.json")

@@ -1,4 +1,4 @@
-"""The checked command line of a sweep, or of what is made of its records."""
+"""The checked command line of a sweep, of its tables or of its report."""
 
 from __future__ import annotations
 
@@ -16,13 +16,24 @@ from cfsp.errors import ConfigError
 from cfsp.sweep.experiment import Cell, Experiment, Values, experiment_names, given_values, load_experiment
 from cfsp.system.package import config_folder
 
-#: Keys of the sweep itself; the others go to the runs.
+#: Keys of the sweep itself. All other keys go to the runs.
 _OWN = ("experiment", "variant", "status", "launcher")
 
 
 @dataclass(frozen=True)
 class Request:
-    """A checked command line."""
+    """A checked command line.
+
+    Attributes:
+        experiment: the experiment.
+        variant: its variant.
+        cells: its runs.
+        varying: keys whose values differ between runs.
+        launcher: what starts the runs.
+        status: list the state of the runs and run nothing.
+        force: repeat finished runs.
+        given: keys of the command line that go to the runs.
+    """
 
     experiment: Experiment
     variant: str
@@ -34,7 +45,7 @@ class Request:
     given: Mapping[str, Values]
 
     def named(self, cell: Cell) -> str:
-        """What tells a run from the others of the grid."""
+        """Name a run by the keys that tell it from the others of the grid."""
         return " ".join(f"{key}={cell.point[key]}" for key in self.varying if key in cell.point) or str(cell)
 
 
@@ -42,7 +53,7 @@ def request_of(words: Sequence[str]) -> Request:
     """Read a command line of a sweep or of its tables.
 
     Raises:
-        ConfigError: what is wrong with it.
+        ConfigError: a key or a value is wrong.
     """
     given = given_values(words)
     own = {key: given.pop(key) for key in [*given] if key in _OWN or key.startswith("launcher.")}
@@ -50,7 +61,7 @@ def request_of(words: Sequence[str]) -> Request:
         raise ConfigError(f"experiment is not set: give experiment=NAME; experiments: {', '.join(experiment_names())}")
     experiment = load_experiment(str(own["experiment"]))
     variant = str(own.get("variant", "bundled"))
-    cells = experiment.cells(variant, {**_usual(experiment.name, variant, given), **given})
+    cells = experiment.cells(variant, {**_default_overrides(experiment.name, variant, given), **given})
     points = [cell.point for cell in cells]
     keys = dict.fromkeys(key for point in points for key in point)
     varying = [key for key in keys if len({point[key] for point in points if key in point}) > 1]
@@ -67,20 +78,20 @@ def request_of(words: Sequence[str]) -> Request:
 
 
 def records_folder(name: str, variant: str) -> Path:
-    """Where the records of an experiment are, seen from the working folder."""
+    """Return the folder with the records of an experiment, seen from the working folder."""
     return Path("results") / "records" / name / variant
 
 
-def _usual(name: str, variant: str, given: Mapping[str, Values]) -> dict[str, Values]:
-    """What a sweep sets unless the command line does."""
-    usual: dict[str, Values] = {
+def _default_overrides(name: str, variant: str, given: Mapping[str, Values]) -> dict[str, Values]:
+    """Return the keys that a sweep sets unless the command line does."""
+    defaults: dict[str, Values] = {
         "save.model": "false",
         "paths.output_dir": f"outputs/sweeps/{name}/{variant}",
         "paths.records_dir": str(records_folder(name, variant)),
     }
     if given.get("logger", "wandb") == "wandb":
-        usual["logger.group"] = f"{name}-{variant}"
-    return {key: value for key, value in usual.items() if key not in given}
+        defaults["logger.group"] = f"{name}-{variant}"
+    return {key: value for key, value in defaults.items() if key not in given}
 
 
 def _launcher(own: Mapping[str, Values], allowed: Sequence[str] = ()) -> Launcher:
@@ -99,7 +110,7 @@ def _launcher(own: Mapping[str, Values], allowed: Sequence[str] = ()) -> Launche
 
 
 def _allowed(given: Mapping[str, Values]) -> list[str]:
-    """Packages of ``plugins.allow``, whose launchers may be built too."""
+    """Return the packages of ``plugins.allow``, whose launchers may be built too."""
     if "plugins.allow" not in given:
         return []
     packages = _value("plugins.allow", given["plugins.allow"])
@@ -107,10 +118,10 @@ def _allowed(given: Mapping[str, Values]) -> list[str]:
 
 
 def _value(key: str, value: Values) -> Any:
-    """As Hydra reads it, lists and mappings too.
+    """Parse a value of the command line as Hydra does.
 
     Raises:
-        ConfigError: several values, or none.
+        ConfigError: the key has several values, or none.
     """
     if isinstance(value, list | dict):
         raise ConfigError(f"{key}: a launcher's key has one value; write a list as {key}=[a,b]")
@@ -125,4 +136,5 @@ def _flag(own: Mapping[str, Values], key: str) -> bool:
 
 
 def options(group: str) -> str:
+    """Return the names of the options of a config group, separated by commas."""
     return ", ".join(sorted(path.stem for path in (config_folder() / group).glob("*.yaml")))

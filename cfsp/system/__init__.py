@@ -1,1 +1,4 @@
-"""Ground: files, memory, processes. It knows nothing of models and may import only :mod:`cfsp.errors`."""
+"""Files, memory, processes, leases and caches: the ground that every other package stands on.
+
+Nothing here knows of models. Modules of this package may import only :mod:`cfsp.errors`; every package may import them.
+"""

@@ -1,7 +1,7 @@
-"""Writing a file whole or not at all, and errors of a disk that name the file.
+"""Writing a file whole or not at all, and disk errors that name the file.
 
-Every writer of a record, a plan, a card or a cached value goes through here: the content is written beside its place
-and then renamed, so a reader never sees half a file, and a symbolic link in its place is replaced, never followed.
+Records, plans, cards and cached values are written with these functions. The content is written to a file beside its
+place, which is then renamed. So a reader never sees half a file, and a symbolic link is replaced, never followed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-#: Errors that say something about the disk and not about the program.
+#: Error numbers that concern the disk and not the program.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-#: Texts of libraries that raise another class than OSError: torch.save does not say more when a disk is full.
+#: Messages of libraries that raise another class than OSError; torch.save says no more than this when a disk is full.
 _TEXTS = {
     "no space left": errno.ENOSPC,
     "enforce fail at inline_container": errno.ENOSPC,
@@ -27,11 +27,11 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def disk_error_code(error: BaseException) -> int | None:
-    """Return the errno of an error of the disk, whichever library raised it; None for other errors."""
+    """Return the errno of a disk error, whichever library raised it; None for other errors."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno if error.errno in DISK_ERRORS else None
     text = str(error)
-    numbered = _OS_ERROR.search(text)  # how safetensors, written in Rust, names it
+    numbered = _OS_ERROR.search(text)  # the form in which safetensors, written in Rust, states it
     if numbered:
         code = int(numbered.group(1))
         return code if code in DISK_ERRORS else None
@@ -40,10 +40,10 @@ def disk_error_code(error: BaseException) -> int | None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Make errors of the disk name ``path``.
+    """Make disk errors that are raised inside name ``path``.
 
     Raises:
-        OSError: with ``path`` as its filename, also where torch or safetensors raised an error of another class.
+        OSError: a disk error with ``path`` as its filename, also where torch or safetensors raised another class.
     """
     try:
         yield
@@ -60,13 +60,13 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a file beside ``path`` to write to, which takes its place when the block ends well.
+    """Yield a file beside ``path`` to write to; it replaces ``path`` when the block ends without an error.
 
-    The folder is made where it is missing. The file gets the mode that the process's umask gives to new files, whatever
-    the library that wrote it chose. After an error nothing stays behind.
+    A missing folder is created. The file gets the mode that the process's umask gives to new files, whatever mode the
+    writing library chose. After an error no partial file stays behind.
 
     Raises:
-        OSError: names the file.
+        OSError: the disk refused; the error names the file.
     """
     partial = partial_of(path)
     with naming(path):
@@ -87,7 +87,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def partial_of(path: Path) -> Path:
-    """Return where this process writes the content that is to become ``path``."""
+    """Return the file to which this process writes the future content of ``path``."""
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
@@ -95,7 +95,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path``, whole or not at all.
 
     Raises:
-        OSError: names the file.
+        OSError: the disk refused; the error names the file.
     """
     with replacing(path) as partial:
         partial.write_bytes(content)
@@ -105,6 +105,6 @@ def write_text(path: Path, content: str) -> None:
     """Write ``content`` as UTF-8 to ``path``, whole or not at all.
 
     Raises:
-        OSError: names the file.
+        OSError: the disk refused; the error names the file.
     """
     write_bytes(path, content.encode("utf-8"))

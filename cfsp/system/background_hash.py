@@ -1,4 +1,4 @@
-"""sha256 of files, computed while they are written so that nobody has to read them again."""
+"""sha256 digests of files, computed while the files are written so that they need not be read again."""
 
 from __future__ import annotations
 
@@ -8,22 +8,30 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-#: Smaller pieces are hashed at once: handing them to another thread takes longer.
+#: Bytes from which a piece is hashed in another thread; for smaller pieces the hand-over takes longer than the hash.
 _LARGE = 1 << 20
-#: Device, inode, size and time of change of a file that this process wrote -> its sha256. A rename keeps all four.
+#: Device, inode, size and modification time of each file that this process wrote -> its sha256. A rename keeps them.
 _written: dict[tuple[int, int, int, int], str] = {}
 
 
 class HashingWriter:
-    """Write bytes to an open file and hash them meanwhile, in another thread: OpenSSL lets go of Python's lock."""
+    """Writer that hashes bytes in another thread while it writes them to an open file.
+
+    OpenSSL releases Python's global lock, so hashing and writing overlap.
+    """
 
     def __init__(self, stream: BinaryIO, *, hashed: bool = True) -> None:
-        """``hashed``: False for files whose digest nobody will ask for."""
+        """Wrap an open file.
+
+        Args:
+            stream: binary file, open for writing.
+            hashed: False for files whose digest is not needed.
+        """
         self._stream, self._hashed, self._digest = stream, hashed, hashlib.sha256()
         self._thread = ThreadPoolExecutor(1)  # starts no thread until it is given work
 
     def write(self, data: bytes | memoryview) -> None:
-        """Write and hash ``data``, which may be changed afterwards."""
+        """Write and hash ``data``; the caller may change the buffer afterwards."""
         if not self._hashed:
             self._stream.write(data)
             return
@@ -38,17 +46,23 @@ class HashingWriter:
             hashed.result()
 
     def close(self, *, whole: bool) -> None:
-        """End the thread; ``whole``: all is on the disk and the digest is remembered for :func:`sha256_of`."""
+        """End the thread.
+
+        Args:
+            whole: whether the whole content is on the disk, so that :func:`sha256_of` may reuse its digest.
+        """
         self._thread.shutdown()
         if whole and self._hashed:
             _written[_state(os.fstat(self._stream.fileno()))] = self._digest.hexdigest()
 
 
 def sha256_of(file: Path) -> str:
-    """Return the sha256 of a file in hexadecimal; remembered where this process wrote it and nobody changed it since.
+    """Return the sha256 of a file in hexadecimal.
+
+    The digest is reused where this process wrote the file through :class:`HashingWriter` and it has not changed since.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     known = _written.get(_state(file.stat()))
     if known is not None:
@@ -57,5 +71,5 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _state(found: os.stat_result) -> tuple[int, int, int, int]:
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+def _state(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

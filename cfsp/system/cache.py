@@ -1,4 +1,4 @@
-"""A cache of computed values on disk by content, shared by processes."""
+"""Cache of computed values on disk, keyed by content and shared by processes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,8 @@ from cfsp.system.lease import waited
 
 log = logging.getLogger(__name__)
 
-
 Value = TypeVar("Value")
-
-
-#: What the values that were read instead of computed had cost, in seconds; None: not known of one of them.
+#: Seconds that each value took to compute that was read from the cache instead; None: not known.
 _saved: ContextVar[list[float | None] | None] = ContextVar("saved", default=None)
 
 
@@ -31,28 +28,37 @@ def read_or_compute(
     compute: Callable[[], Value],
     write: Callable[[Value, Path], object],
 ) -> tuple[Value, bool]:
-    """The value in ``path``, or a new one, which is then kept there atomically; returns (value, cached?).
+    """Return the value stored at ``path``; compute and store it where there is none.
 
-    Of several processes that want it at the same time one computes it, the others wait and read. ``path`` None: nothing
-    is kept. A file that is damaged (its sha256 stands beside it) or that ``read`` refuses is made again. Beside the
-    file stands how many seconds it took (:func:`saved_seconds`).
+    If several processes need the value at the same time, one computes it and the others wait and read. A damaged file
+    (it does not match the sha256 stored beside it), or one that ``read`` refuses, is computed again. The seconds that
+    this took are stored beside the file (:func:`saved_seconds`).
+
+    Args:
+        path: file of the value; None: nothing is stored.
+        read: loads the value from a file.
+        compute: computes the value.
+        write: writes the value to a file.
+
+    Returns:
+        The value, and whether it was read from the cache.
     """
     if path is None:
         return compute(), False
-    found = _kept(path, read)
-    if found:
+    stored = _read_stored(path, read)
+    if stored:
         _note_saved(path)
-        return found[0], True
-    kind, asked = path.parent.name, time.perf_counter()
+        return stored[0], True
+    kind, requested = path.parent.name, time.perf_counter()
     with waited(path.with_name(f".{path.stem}.lease"), lambda who: log.info("waiting for %s (%s)", kind, who)):
-        found = _kept(path, read, quiet=True)
-        if found:
-            _note_saved(path, waited=time.perf_counter() - asked)
-            return found[0], True
+        stored = _read_stored(path, read, quiet=True)
+        if stored:
+            _note_saved(path, waited=time.perf_counter() - requested)
+            return stored[0], True
         remove_partials(path)
         start = time.perf_counter()
         value = compute()
-        write_text(_cost_of(path), f"{time.perf_counter() - start:.6f}\n")  # its folder may have gone meanwhile
+        write_text(_cost_of(path), f"{time.perf_counter() - start:.6f}\n")  # creates its folder again
         _digest_of(path).unlink(missing_ok=True)
         with replacing(path) as partial:
             write(value, partial)
@@ -62,8 +68,8 @@ def read_or_compute(
 
 
 def remove_partials(path: Path) -> None:
-    """Remove what processes that were killed have left of ``path``; the caller alone may write it."""
-    earlier_names = path.parent.glob(f"{glob.escape(path.stem)}.*.partial")  # of earlier versions
+    """Remove partial files of ``path`` that killed processes left; the caller must hold the lease on ``path``."""
+    earlier_names = path.parent.glob(f"{glob.escape(path.stem)}.*.partial")  # written by earlier versions of cfsp
     for partial in (*path.parent.glob(f".{glob.escape(path.name)}.*"), *earlier_names):
         if partial.is_file() and partial.name.removesuffix(".partial").rpartition(".")[2].isdigit():
             with suppress(OSError):
@@ -72,7 +78,7 @@ def remove_partials(path: Path) -> None:
 
 @contextmanager
 def saved_seconds(entry: dict[str, Any]) -> Iterator[None]:
-    """Put into ``entry["saved_seconds"]`` what all that was read inside had taken to compute; None: not known."""
+    """Set ``entry["saved_seconds"]`` to the seconds that the values read inside took to compute; None: not known."""
     token = _saved.set([])
     try:
         yield
@@ -88,26 +94,31 @@ def _cost_of(path: Path) -> Path:
 
 
 def _digest_of(path: Path) -> Path:
-    """Return where the sha256 of ``path`` stands; earlier versions kept none."""
+    """Return the file with the sha256 of ``path``; earlier versions of cfsp wrote none."""
     return path.with_suffix(".sha256")
 
 
 def note_saved(seconds: float | None) -> None:
-    """Something that took so long to compute was read instead; None: not known how long."""
+    """Count ``seconds`` as saved by reading a value instead of computing it; None: not known."""
     costs = _saved.get()
     if costs is not None:
         costs.append(seconds)
 
 
 def _note_saved(path: Path, *, waited: float = 0.0) -> None:
-    """``waited``: seconds in which another process made it, which are in the time of the stage already."""
+    """Count the stored cost of ``path`` as saved.
+
+    Args:
+        path: file of the value.
+        waited: seconds of waiting for another process to compute it; the stage's time contains them already.
+    """
     cost = None
     with suppress(OSError, ValueError):
         cost = max(0.0, float(_cost_of(path).read_text(encoding="utf-8")) - waited)
     note_saved(cost)
 
 
-def _kept(path: Path, read: Callable[[Path], Value], *, quiet: bool = False) -> tuple[Value] | None:
+def _read_stored(path: Path, read: Callable[[Path], Value], *, quiet: bool = False) -> tuple[Value] | None:
     if not path.is_file():
         return None
     try:
@@ -115,7 +126,7 @@ def _kept(path: Path, read: Callable[[Path], Value], *, quiet: bool = False) -> 
             if _digest_of(path).read_text(encoding="ascii").strip() != sha256_of(path):
                 raise ValueError("its content is not what was written")
         return (read(path),)
-    except Exception as error:  # any damage: the file can be made again
+    except Exception as error:  # any damage: the value can be computed again
         if not quiet:
             log.warning("cached %s %s cannot be read (%s); computing it again", path.parent.name, path.name, error)
         return None

@@ -1,4 +1,4 @@
-"""The frame of every command: words in, exit code out, errors as lines on stderr."""
+"""Frame of every command: it turns errors into lines on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -18,10 +18,17 @@ def command(
 ) -> int:
     """Call ``body`` with the words of the command line; every error becomes one line on stderr and an exit code.
 
-    Args:
-        verb: command of ``name`` that fails, for the line about an error that nobody foresaw.
+    ``debug=true`` is removed from the words; it prints the traceback of an error.
 
-    ``debug=true`` among the words is taken out of them; with it an error that nobody foresaw comes with its traceback.
+    Args:
+        name: name of the program, which begins each line on stderr.
+        usage: text that ``--help``, or no words at all, prints.
+        words: words of the command line; None: those of this process.
+        body: does the work with the words; returns the exit code.
+        verb: command of ``name``, for the line about an unexpected error.
+
+    Returns:
+        The exit code.
     """
     given = sys.argv[1:] if words is None else list(words)
     if not given or any(word in ("-h", "--help") for word in given):
@@ -33,7 +40,7 @@ def command(
     interrupts.raise_again()
     try:
         code = body(given)
-        sys.stdout.flush()  # a full disk or a reader that has gone is met here, not when Python ends
+        sys.stdout.flush()  # raises errors of a full disk or a closed pipe here, not when Python ends
         return code
     except CfspError as error:
         if debug:
@@ -41,7 +48,7 @@ def command(
         for problem in error.problems:
             print(f"{name}: {escape.plain(' '.join(problem.split()))}", file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # whoever reads has had enough
+    except BrokenPipeError:  # the reader of stdout closed it, e.g. head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
@@ -56,7 +63,7 @@ def command(
 
 
 def unexpected(error: Exception, name: str, *, debug: bool) -> str:
-    """Say in one line what nobody foresaw; with ``debug`` its traceback is printed before."""
+    """Describe an unexpected error in one line; with ``debug`` print its traceback first."""
     if debug:
         traceback.print_exception(error)
     reason = escape.plain(" ".join(str(error).split()))[:300] or "no message"

@@ -1,4 +1,4 @@
-"""Digests of files, remembered from one process to the next."""
+"""Digests of files, cached across processes."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ from pathlib import Path
 
 from cfsp.system.atomic import write_text
 
-#: Files that are hashed at the same time; smaller files than this many bytes are not worth a note.
-READERS, _LARGE = 4, 16_000_000
-
-
+#: Number of files that are hashed at the same time.
+READERS = 4
+#: Bytes from which the digest of a file is stored for other processes.
+_LARGE = 16_000_000
 _NOTE = re.compile("[0-9a-f]{64}")
 
 
 def file_digest(path: Path, kept: Path | None = None) -> str:
-    """sha256 of a file's content; read once in a process while size, times of change and inode stay as they are.
+    """Return the sha256 of a file's content in hexadecimal.
 
-    ``kept``: a folder where the digests of large files are written down for other processes.
+    A process reads a file only once while its size, times of change and inode stay the same.
+
+    Args:
+        path: the file.
+        kept: folder in which the digests of large files are stored for other processes; None: they are not stored.
     """
-    found = path.stat()
-    # A second change within a tick of the file system's clock would not show.
-    if time.time() - max(found.st_mtime, found.st_ctime) < 2:
+    status = path.stat()
+    # A second change within one tick of the file system's clock would not be visible.
+    if time.time() - max(status.st_mtime, status.st_ctime) < 2:
         return _digest_of.__wrapped__(path, (), None)
-    state = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)
-    return _digest_of(path.resolve(), state, kept if found.st_size >= _LARGE else None)
+    state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev)
+    return _digest_of(path.resolve(), state, kept if status.st_size >= _LARGE else None)
 
 
 @lru_cache(maxsize=4096)
@@ -36,12 +40,12 @@ def _digest_of(path: Path, state: tuple[int, ...], kept: Path | None) -> str:
     note = None if kept is None else kept / hashlib.sha256(f"{path} {state}".encode()).hexdigest()[:32]
     if note is not None:
         with suppress(OSError):
-            found = note.read_text(encoding="ascii")
-            if _NOTE.fullmatch(found):
-                return found
+            stored = note.read_text(encoding="ascii")
+            if _NOTE.fullmatch(stored):
+                return stored
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if note is not None:
-        with suppress(OSError):  # the next process reads the file again
+        with suppress(OSError):  # then the next process hashes the file again
             write_text(note, digest)
     return digest

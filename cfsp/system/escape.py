@@ -1,7 +1,7 @@
-"""Texts of records, names and configurations as they may stand in each format: everything that is written goes by here.
+"""Escaping of texts from records, names and configurations for each output format.
 
-A record may come from somebody else, so no text of it may become a command, a tag, a link, a formula, a second line or
-a control sequence of the terminal.
+A record may come from an untrusted source, so none of its texts may become a command, a tag, a link, a formula, a
+second line or a control sequence of the terminal.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-#: Line ends and tabs, which become a space; other control characters, and those that reorder text, which are replaced.
+#: Line ends and tabs, which become a space.
 _LINE_ENDS = re.compile("[\t\n\v\f\r\x1c-\x1e\x85\u2028\u2029]+")
+#: Other control characters and characters that reorder text, which are replaced.
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 _LATEX = {
     "†": r"\textdagger{}",
@@ -21,13 +22,13 @@ _LATEX = {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
 }
-#: As entities: a backslash before a pipe or bracket would depend on the backslashes before it.
+#: Entities, because the meaning of a backslash escape depends on the backslashes before it.
 _MARKDOWN = {character: f"&#{ord(character)};" for character in "|[]`"} | {"<": "&lt;", ">": "&gt;"}
 _FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
 
 
 def plain(text: str) -> str:
-    """Put a text on one line without control characters: for the terminal, logs and comments."""
+    """Return a text on one line without control characters, for the terminal, logs and comments."""
     return _CONTROL.sub("\ufffd", _LINE_ENDS.sub(" ", text))
 
 
@@ -37,22 +38,22 @@ def latex(text: str) -> str:
 
 
 def latex_comment(text: str) -> str:
-    """Write one line of a LaTeX comment."""
+    """Return a text as one line of a LaTeX comment."""
     return f"% {plain(text)}"
 
 
 def markdown(text: str) -> str:
-    """Escape a text within a paragraph or a cell of a Markdown table."""
+    """Escape a text for a paragraph or a table cell of Markdown."""
     return "".join(_MARKDOWN.get(character, character) for character in plain(text))
 
 
 def code(text: str) -> str:
-    """Write a text as code within Markdown."""
+    """Return a text as inline code of Markdown."""
     return f"`{markdown(text)}`"
 
 
 def cell(text: Any) -> Any:
-    """Mark a CSV cell as text with an apostrophe where a spreadsheet would take it for a formula; numbers stay."""
+    """Prefix a CSV cell with an apostrophe where a spreadsheet would read a formula; numbers stay unchanged."""
     if not isinstance(text, str):
         return text
     shown = plain(text)
@@ -66,9 +67,9 @@ def cell(text: Any) -> Any:
 
 
 def html(value: Any) -> Any:
-    """Drop control characters but line ends and tabs; Jinja escapes the rest.
+    """Replace control characters except line ends and tabs; Jinja escapes the rest.
 
-    What is marked as safe (:class:`markupsafe.Markup`) and what is no text stays as it is.
+    Text that is marked as safe (:class:`markupsafe.Markup`) and values that are no text stay unchanged.
     """
     if type(value) is not str:
         return value
@@ -76,7 +77,7 @@ def html(value: Any) -> Any:
 
 
 def figure(text: str) -> str:
-    """Escape a label of a matplotlib figure, where dollars begin a formula."""
+    """Escape a label of a matplotlib figure, in which a dollar sign begins a formula."""
     return plain(text).replace("$", r"\$")
 
 

@@ -1,8 +1,8 @@
-"""Plain words for what a key takes, derived from the type annotation of its field.
+"""Plain words for the values that a key accepts, derived from the type annotation of its field.
 
-Validation libraries name their own types ("input should be a valid tuple"). A user needs what to write instead:
-``expected a whole number from 1, or null, e.g. calibration.n_samples=48``. The words depend on the annotation and its
-constraints alone, so that every kind of wrong value gets the same answer.
+Validation libraries name their own types ("input should be a valid tuple"). A user needs to know what to write instead:
+``expected a whole number from 1, or null, e.g. calibration.n_samples=48``. The words depend only on the annotation and
+its constraints, so that every kind of wrong value gets the same answer.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pydantic.fields import FieldInfo
 
 @dataclass(frozen=True)
 class Expected:
-    """What a key takes: its annotation with the constraints on it, and the field that declares it.
+    """Values that a key accepts: its annotation with its constraints, and the field that declares it.
 
     Attributes:
-        key: parts of the location that are keys or positions of the configuration.
+        key: keys and list positions that lead to the value in the configuration.
         annotation: the type, without ``Annotated``.
         constraints: bounds, lengths and patterns of the type.
-        field: the innermost declared field on the way; None where the location is no declared key.
+        field: innermost declared field on the way; None if the location is not a declared key.
     """
 
     key: tuple[int | str, ...]
@@ -34,13 +34,13 @@ class Expected:
 
     @property
     def words(self) -> str:
-        """``a whole number from 1 or null``; the title of the field where it has one."""
+        """The accepted values, e.g. ``a whole number from 1 or null``; the field's title if it has one."""
         if self.field is not None and self.field.title:
             return self.field.title
         return words_for(self.annotation, self.constraints)
 
     def example(self, key: str) -> str:
-        """``, e.g. KEY=VALUE``, or an empty string where no value is an obvious one."""
+        """Return ``, e.g. KEY=VALUE``, or an empty string if no value is an obvious example."""
         field = self.field
         if field is not None and field.description and "e.g." in field.description:
             return ""
@@ -53,15 +53,19 @@ class Expected:
 
 
 def fields_of(schema: Any) -> Mapping[str, FieldInfo]:
-    """Declared keys of a section or a component; empty for any other type."""
-    found = getattr(schema, "__pydantic_fields__", None)
-    return found if isinstance(found, Mapping) else {}
+    """Return the declared keys of a section or a component; empty for any other type."""
+    fields = getattr(schema, "__pydantic_fields__", None)
+    return fields if isinstance(fields, Mapping) else {}
 
 
 def expected_at(schema: Any, location: Iterable[int | str]) -> Expected:
     """Follow a location of a validation error through the annotations of ``schema``.
 
-    Parts that stand for a member of a union are no keys of the configuration; the way ends before them.
+    Parts of the location that stand for a member of a union are not keys of the configuration; the path ends there.
+
+    Args:
+        schema: section or component class.
+        location: ``loc`` of the validation error.
     """
     key: list[int | str] = []
     annotation, constraints, field = schema, (), None
@@ -91,7 +95,7 @@ def expected_at(schema: Any, location: Iterable[int | str]) -> Expected:
 
 
 def words_for(annotation: Any, constraints: Sequence[Any] = ()) -> str:
-    """What a type takes, in words: ``a whole number from 1``, ``a list of words``."""
+    """Describe the values that a type accepts: ``a whole number from 1``, ``a list of names``."""
     annotation, constraints = _plain(annotation, constraints)
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is bool:
@@ -107,7 +111,7 @@ def words_for(annotation: Any, constraints: Sequence[Any] = ()) -> str:
     if annotation is None or annotation is type(None):
         return "null"
     if origin is Literal:
-        return _one_of([_literal(value) for value in arguments])
+        return _joined_by_or([_literal(value) for value in arguments])
     if origin in (Union, types.UnionType):
         members = [_plain(member) for member in arguments]
         words = [
@@ -116,10 +120,10 @@ def words_for(annotation: Any, constraints: Sequence[Any] = ()) -> str:
             else [words_for(member, more)]
             for member, more in members
         ]
-        return _one_of([word for some in words for word in some])
+        return _joined_by_or([word for some in words for word in some])
     if _is_list(annotation):
         least = _constraint(constraints, "min_length")
-        return f"a list{_several(arguments)}" + (f", {least} or more" if least else "")
+        return f"a list{_items_of(arguments)}" + (f", {least} or more" if least else "")
     if origin is tuple:
         return f"a list of {len(arguments)}: [{', '.join(words_for(member) for member in arguments)}]"
     if origin is dict or annotation is dict:
@@ -130,12 +134,12 @@ def words_for(annotation: Any, constraints: Sequence[Any] = ()) -> str:
 
 
 def takes_numbers_only(annotation: Any) -> bool:
-    """Whether a type is int or float, or null; true and false are no numbers to a user."""
+    """Return whether a type is int or float, or null; to a user true and false are not numbers."""
     return _without_null(_plain(annotation)[0]) in (int, float)
 
 
 def _plain(annotation: Any, constraints: Sequence[Any] = ()) -> tuple[Any, tuple[Any, ...]]:
-    """An annotation without ``Annotated``, and the constraints that it carried."""
+    """Return an annotation without ``Annotated``, and the constraints that it carried."""
     gathered = list(constraints)
     while get_origin(annotation) is Annotated:
         annotation, *extra = get_args(annotation)
@@ -145,7 +149,7 @@ def _plain(annotation: Any, constraints: Sequence[Any] = ()) -> tuple[Any, tuple
 
 
 def _without_null(annotation: Any) -> Any:
-    """The one type beside null of an optional one; any other annotation as it is."""
+    """Return the type that an optional type wraps; any other annotation unchanged."""
     if get_origin(annotation) in (Union, types.UnionType):
         rest = [member for member in get_args(annotation) if member is not type(None)]
         if len(rest) == 1:
@@ -159,7 +163,7 @@ def _is_list(annotation: Any) -> bool:
 
 
 def _constraint(constraints: Iterable[Any], name: str) -> Any:
-    """The value of a bound, a length or a pattern among the constraints; None where there is none."""
+    """Return the value of a bound, a length or a pattern among the constraints; None if there is none."""
     for item in constraints:
         value = getattr(item, name, None)
         if value is None and isinstance(getattr(item, "__dict__", None), dict):
@@ -182,7 +186,7 @@ def _range(constraints: Sequence[Any]) -> str:
     return "".join(parts)
 
 
-def _several(arguments: Sequence[Any]) -> str:
+def _items_of(arguments: Sequence[Any]) -> str:
     member = _plain(arguments[0])[0] if arguments else Any
     if get_origin(member) is Literal:
         return f" of {', '.join(_literal(value) for value in get_args(member))}"
@@ -196,7 +200,7 @@ def _literal(value: Any) -> str:
     )
 
 
-def _one_of(words: Sequence[str]) -> str:
+def _joined_by_or(words: Sequence[str]) -> str:
     *others, last = dict.fromkeys(words)
     if not others:
         return last
@@ -204,7 +208,7 @@ def _one_of(words: Sequence[str]) -> str:
 
 
 def _example(annotation: Any, constraints: Sequence[Any], default: Any) -> str | None:
-    """A value as it is written on the command line."""
+    """Return an example value in the notation of the command line."""
     annotation, constraints = _without_null(annotation), _plain(annotation, constraints)[1]
     if get_origin(annotation) in (Union, types.UnionType):
         return None

@@ -1,4 +1,4 @@
-"""Fetching from the Hugging Face hub: see whether it answers, else use its cache, else say why not and the way out."""
+"""Fetching from the Hugging Face hub, with its local cache as the fallback."""
 
 from __future__ import annotations
 
@@ -18,35 +18,37 @@ log = logging.getLogger(__name__)
 
 _Key = tuple[str, str, str | None, str, str]
 
-#: Seconds of patience with a hub that fails, before and after the local cache has been looked into.
+#: Seconds for which requests to a failing hub are repeated before the local cache is consulted.
 _BRIEF = 4
+#: Errors of a connection that broke within a file.
 _WITHIN_A_FILE = ("ReadError", "WriteError", "CloseError")
 
-#: The commit of each (kind, repository, revision, endpoint, cache folder): a run reads a text more than once, and a
-#: branch that moves in between must not change it. Kept for the life of the process.
+#: (kind, repository, revision, endpoint, cache folder) -> commit, for the life of the process. A run reads a text more
+#: than once, and a branch that moves in between must not change the text.
 _commits: dict[_Key, str] = {}
 
 
 def fetch_snapshot(repo: str, revision: str | None, *, allow: list[str], ignore: list[str]) -> Path:
-    """Return the folder of a model repository, named after its commit."""
+    """Return the local folder of a model repository; its name is the commit."""
     from huggingface_hub import snapshot_download
 
     keys = {"allow_patterns": allow, "ignore_patterns": ignore, "etag_timeout": TIMEOUT}
-    return _fetched(repo, "model", revision, partial(snapshot_download, repo, **keys))
+    return _fetch(repo, "model", revision, partial(snapshot_download, repo, **keys))
 
 
 def fetch_file(repo: str, file: str, revision: str | None) -> Path:
-    """Return one file of a dataset repository."""
+    """Return the local path of one file of a dataset repository."""
     from huggingface_hub import hf_hub_download
 
     download = partial(hf_hub_download, repo, file, repo_type="dataset", etag_timeout=TIMEOUT)
-    return _fetched(repo, "dataset", revision, download)
+    return _fetch(repo, "dataset", revision, download)
 
 
-def _fetched(repo: str, kind: str, revision: str | None, download: Callable[..., str]) -> Path:
-    """Download at the commit that ``revision`` is at, or find in the cache what was downloaded before.
+def _fetch(repo: str, kind: str, revision: str | None, download: Callable[..., str]) -> Path:
+    """Download at the current commit of ``revision``, or use an earlier download from the cache.
 
-    A hub that fails is asked for a few seconds before the cache is looked into, and longer where that holds nothing.
+    Requests to a failing hub are repeated for a few seconds before the cache is consulted, and for longer if the cache
+    does not hold the files.
     """
     from huggingface_hub import constants
 
@@ -63,12 +65,12 @@ def _fetched(repo: str, kind: str, revision: str | None, download: Callable[...,
         try:
             with off_the_console():
                 path = Path(download(revision=_commits.get(key) or revision, local_files_only=True))
-        except Exception as error:  # the reason above says why the cache was looked into
+        except Exception as error:  # the hub's own error, above, is the better reason
             if is_offline(reason):
                 reason = error
         else:
             if not is_offline(reason):
-                _say_cached(repo, path, reason)
+                _warn_of_cached_copy(repo, path, reason)
             commit = _commit_of(path)
             if commit is not None:
                 _commits[key] = commit
@@ -86,15 +88,15 @@ def _from_hub(key: _Key, download: Callable[..., str]) -> Path:
     commit = _commits.get(key)
     if commit is None:
         commit = HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=TIMEOUT).sha or revision
-    path = _whole(partial(download, revision=commit, local_files_only=False))
+    path = _download_whole(partial(download, revision=commit, local_files_only=False))
     if commit is not None:
         _commits[key] = commit
         _write_ref(path, revision or "main", commit)
     return path
 
 
-def _whole(download: Callable[..., str], attempts: int = 3) -> Path:
-    """Download, again where the connection broke within a file in a way that huggingface_hub does not repeat."""
+def _download_whole(download: Callable[..., str], attempts: int = 3) -> Path:
+    """Download, and repeat where the connection broke within a file in a way that huggingface_hub does not repeat."""
     for _ in range(attempts - 1):
         try:
             return Path(download())
@@ -105,15 +107,15 @@ def _whole(download: Callable[..., str], attempts: int = 3) -> Path:
 
 
 def _write_ref(path: Path, revision: str, commit: str) -> None:
-    """Note in the cache which commit a branch or tag is at, as huggingface_hub does when it fetches by that name.
+    """Write the commit of a branch or tag into the cache, as huggingface_hub does when it fetches by name.
 
-    Files are fetched by the commit, so that all of them are of one, and offline they are looked for by the name.
+    Files are fetched by commit, so that all of them belong to the same commit; offline they are looked up by name.
     """
     at = _snapshots_at(path)
     if revision == commit or at is None or ".." in Path(revision).parts:
         return
     ref = Path(*path.parts[:at]) / "refs" / revision
-    with suppress(OSError):  # a cache that may only be read serves as well
+    with suppress(OSError):  # a read-only cache works too
         if not ref.is_file() or ref.read_text(encoding="utf-8") != commit:
             ref.parent.mkdir(parents=True, exist_ok=True)
             partial_ref = ref.with_name(f".{ref.name}.{os.getpid()}")
@@ -122,7 +124,7 @@ def _write_ref(path: Path, revision: str, commit: str) -> None:
 
 
 def _snapshots_at(path: Path) -> int | None:
-    """The place of the folder ``snapshots`` among the parts of a path in the hub's cache."""
+    """Return the index of the folder ``snapshots`` among the parts of a path in the hub's cache; None: no such part."""
     if "snapshots" not in path.parts[:-1]:
         return None
     return len(path.parts) - 1 - path.parts[::-1].index("snapshots")
@@ -133,13 +135,13 @@ def _commit_of(path: Path) -> str | None:
     return None if at is None else path.parts[at + 1]
 
 
-def _say_cached(repo: str, path: Path, reason: Exception) -> None:
+def _warn_of_cached_copy(repo: str, path: Path, reason: Exception) -> None:
     why = hub_reason(reason).partition("; ")[0]
     log.warning("%s: %s; the copy in the local cache is taken (commit %s)", repo, why, str(_commit_of(path))[:12])
 
 
 def _is_definite(error: Exception) -> bool:
-    """Whether neither patience nor the cache would help: the hub has answered, or the disk is full."""
+    """Return whether repeating and the cache are useless: the hub gave a definite answer, or the disk is full."""
     from huggingface_hub.errors import (
         HFValidationError,
         RemoteEntryNotFoundError,
@@ -153,14 +155,14 @@ def _is_definite(error: Exception) -> bool:
 
 @contextmanager
 def fetching(key: str, way_out: str) -> Iterator[None]:
-    """Fetch within: libraries' requests are repeated where the hub fails in passing, and what remains is one DataError.
+    """Repeat requests that fail in passing, and turn the errors that remain into one DataError.
 
     Args:
-        key: key=value that asked for the data, e.g. ``evaluation.zero_shot.tasks=boolq``.
+        key: ``key=value`` that needs the data, e.g. ``evaluation.zero_shot.tasks=boolq``.
         way_out: local data to give instead, e.g. ``local tasks with evaluation.zero_shot.include_path=FOLDER``.
 
     Raises:
-        DataError: the data could not be fetched. Errors that have nothing to do with fetching pass unchanged.
+        DataError: the data could not be fetched. Errors that do not come from fetching pass unchanged.
     """
     with off_the_console(), patient_session():
         try:

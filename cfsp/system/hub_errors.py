@@ -1,4 +1,4 @@
-"""The reason why the hub did not give something, and the way out, in one line."""
+"""Reasons why the Hugging Face hub did not give something, and the way out, in one line."""
 
 from __future__ import annotations
 
@@ -9,32 +9,28 @@ import traceback
 
 from cfsp.system.patient_session import HubFailedError
 
+#: Values of an environment variable that stand for true.
 _TRUE = ("1", "ON", "YES", "TRUE")
-
-
 _OFFLINE_FLAGS = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-
-
+#: Error numbers of a full disk.
 FULL = {errno.ENOSPC, errno.EDQUOT}
-
-
 _DISK = FULL | {errno.EACCES, errno.EPERM, errno.EROFS}
-
-
+#: Base classes of the errors of HTTP clients.
 _CONNECTION = ("TransportError", "TimeoutException", "NetworkError", "ProtocolError", "RequestError", "InvalidURL")
 
 
 def is_offline(error: BaseException | None) -> bool:
+    """Return whether huggingface_hub refused a request because it is in offline mode."""
     return type(error).__name__ == "OfflineModeIsEnabled"
 
 
 def _is_connection_error(error: BaseException) -> bool:
-    """Whether it is one of the HTTP client's own (httpx, httpx2)."""
+    """Return whether an error is one of the HTTP client's own (httpx, httpx2)."""
     return any(base.__name__ in _CONNECTION for base in type(error).__mro__)
 
 
 def is_fetching_error(error: BaseException) -> bool:
-    """Whether an error comes from fetching data: the hub, the network, or ``datasets`` building what it fetched."""
+    """Return whether an error comes from fetching data: from the hub, the network or ``datasets``."""
     if isinstance(error, ConnectionError) or _is_connection_error(error):
         return True
     if type(error).__module__.partition(".")[0] in ("huggingface_hub", "datasets", "fsspec", "httpx", "httpx2"):
@@ -45,7 +41,7 @@ def is_fetching_error(error: BaseException) -> bool:
 
 
 def _in_a_data_set(error: BaseException) -> bool:
-    """Whether it was raised where a split is taken out of a data set."""
+    """Return whether an error was raised where a split is taken out of a data set."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and frames[-1].filename.replace(os.sep, "/").endswith("/datasets/dataset_dict.py")
 
@@ -53,36 +49,38 @@ def _in_a_data_set(error: BaseException) -> bool:
 def hub_error(
     what: str, error: BaseException, local: str, *, revision: str | None = None, file: str | None = None
 ) -> str:
-    """Say why the hub did not give ``what``, the way out, and which ``local`` copy to give instead.
+    """Describe in one line why the hub did not give something, with the way out.
 
     Args:
-        what: key=value that names the repository.
-        revision: the one asked for, None for that of the main branch.
-        file: the file asked for, where it is one.
+        what: ``key=value`` that names the repository.
+        error: error of the request.
+        local: local copy to give instead, e.g. ``a local copy with calibration.path=FILE``.
+        revision: requested revision; None: the main branch.
+        file: requested file; None: the whole repository.
     """
     line = f"{what}: {hub_reason(error, revision=revision, file=file)}"
     return f"{line}{',' if '; ' in line else ';'} {'or ' if '; ' in line else ''}give {local}"
 
 
 def hub_reason(error: BaseException, *, revision: str | None = None, file: str | None = None) -> str:
-    """Say why the hub did not give something: a clause, and after a semicolon what to do about it, where there is."""
+    """Describe why the hub did not give something in a clause, with the remedy, if any, after a semicolon."""
     chain = _chain(error)
-    for one in chain:
-        reason = _known_reason(one, revision, file)
+    for link in chain:
+        reason = _known_reason(link, revision, file)
         if reason is not None:
             return reason
     return f"no local path, and the hub did not give it ({type(error).__name__}: {_short(error)})"
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """The error, then what it came from."""
+    """Return the error, then its causes."""
     chain: list[BaseException] = []
     following: BaseException | None = error
     while following is not None and following not in chain:
         chain.append(following)
         following = following.__cause__ or following.__context__
-    # An entry that is not in the cache is the last thing that was tried, not what was wrong first.
-    return sorted(chain, key=lambda one: type(one).__name__ in ("LocalEntryNotFoundError", "IncompleteSnapshotError"))
+    # The cache is tried last, so an entry that is missing there is not the first cause.
+    return sorted(chain, key=lambda link: type(link).__name__ in ("LocalEntryNotFoundError", "IncompleteSnapshotError"))
 
 
 def _known_reason(error: BaseException, revision: str | None, file: str | None) -> str | None:
@@ -103,7 +101,7 @@ def _known_reason(error: BaseException, revision: str | None, file: str | None) 
     if isinstance(error, HubFailedError):
         reason = f"{_short(error)}; try again later"
     elif isinstance(error, GatedRepoError):
-        reason = _gated(error, status)
+        reason = _gated_reason(error, status)
     elif isinstance(error, RepositoryNotFoundError):
         reason = "there is no such repository on the hub (or it is private: set HF_TOKEN), and no such local path"
     elif isinstance(error, RevisionNotFoundError):
@@ -125,25 +123,25 @@ def _known_reason(error: BaseException, revision: str | None, file: str | None) 
         way_out = f"; run it once with {flag}=0" if flag else ""
         part = "only in part" if type(error).__name__ == "IncompleteSnapshotError" else "not"
         reason = f"no local path, {part} in the local cache, and the hub cannot be reached ({cause}){way_out}"
-    elif isinstance(error, OSError) and _is_of_the_disk(error):
-        reason = _disk(error)
+    elif isinstance(error, OSError) and _is_disk_error(error):
+        reason = _disk_reason(error)
     elif _is_connection_error(error):
-        reason = _connection(error)
+        reason = _connection_reason(error)
     elif type(error).__name__ in ("JSONDecodeError", "FileMetadataError") or _without_commit(error):
         reason = f"what answers at HF_ENDPOINT={constants.ENDPOINT} is not a hub's ({_short(error)}); see the network"
     else:
-        reason = _of_datasets(error)
+        reason = _datasets_reason(error)
     return reason
 
 
 def _without_commit(error: BaseException) -> bool:
-    """Whether huggingface_hub took an answer for that of a hub which lacks what every answer of a hub has."""
+    """Return whether huggingface_hub failed on an answer that lacks what every answer of a hub has."""
     frames = traceback.extract_tb(error.__traceback__)
     here = bool(frames) and "huggingface_hub" in frames[-1].filename
     return here and isinstance(error, KeyError | AssertionError | TypeError)
 
 
-def _gated(error: BaseException, status: int | None) -> str:
+def _gated_reason(error: BaseException, status: int | None) -> str:
     url = str(getattr(getattr(error, "response", None), "url", ""))
     page = re.sub(r"/api/(models/)?", "/", re.split(r"/(?:resolve|tree|revision|raw|paths-info)/", url)[0])
     where = f"its page ({page})" if page.startswith("http") else "the hub"
@@ -151,7 +149,7 @@ def _gated(error: BaseException, status: int | None) -> str:
     return f"the repository is gated: accept its licence on {where} and {token}"
 
 
-def _connection(error: BaseException) -> str:
+def _connection_reason(error: BaseException) -> str:
     name, text = type(error).__name__, _short(error)
     if "CERTIFICATE" in text.upper():
         return f"the hub's certificate is not trusted here ({text}); set SSL_CERT_FILE to that of your network"
@@ -162,14 +160,14 @@ def _connection(error: BaseException) -> str:
     return f"the connection to the hub broke off ({name}: {text}); try again later"
 
 
-def _is_of_the_disk(error: OSError) -> bool:
+def _is_disk_error(error: OSError) -> bool:
     from huggingface_hub import constants
 
     within = bool(error.filename) and str(error.filename).startswith((constants.HF_HOME, constants.HF_HUB_CACHE))
     return error.errno in _DISK or within or "No space left" in str(error)
 
 
-def _disk(error: OSError) -> str:
+def _disk_reason(error: OSError) -> str:
     from huggingface_hub import constants
 
     keys = ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HOME")
@@ -185,8 +183,8 @@ def _offline_flag() -> str | None:
     return next((flag for flag in _OFFLINE_FLAGS if os.environ.get(flag, "").upper() in _TRUE), None)
 
 
-def _of_datasets(error: BaseException) -> str | None:
-    """The same of what ``datasets`` raises, which says it in words."""
+def _datasets_reason(error: BaseException) -> str | None:
+    """Return the reason for an error of ``datasets``, which states causes only in its messages; None: not known."""
     text, flag = _short(error), _offline_flag()
     if "gated dataset" in text:
         from huggingface_hub import constants
@@ -199,9 +197,9 @@ def _of_datasets(error: BaseException) -> str | None:
     if "offline" in text.lower() or (flag and ("find cache" in text or "reach" in text)):
         cause = f"{flag} is set" if flag else "there is no network, or the hub is down"
         return f"not in the local cache, and the hub cannot be reached ({cause}); fetch it while online"
-    found = re.search(r"BuilderConfig '?(.+?)'? not found\. Available: (.+)", text)
-    if found:
-        return f"the data set has no configuration {found[1]} (it has {found[2].strip('[]')[:150]})"
+    unknown = re.search(r"BuilderConfig '?(.+?)'? not found\. Available: (.+)", text)
+    if unknown:
+        return f"the data set has no configuration {unknown[1]} (it has {unknown[2].strip('[]')[:150]})"
     if type(error).__name__ == "DatasetNotFoundError":
         return f"{text.rstrip('.')} (if it is private: set HF_TOKEN or `hf auth login`)"
     if "Dataset scripts are no longer supported" in text:
@@ -214,7 +212,7 @@ def _of_datasets(error: BaseException) -> str | None:
 
 
 def _short(error: BaseException) -> str:
-    """The first lines of a message that hold anything, in one."""
+    """Return a message on one line, without request ids, cut to 200 characters."""
     text = " ".join(str(error).split())
     text = re.sub(r" ?\(Request ID: [^)]*\)| For more information check: \S+", "", text)
     return text if len(text) <= 200 else f"{text[:200]} ..."

@@ -1,6 +1,6 @@
-"""Ctrl-C while a command imports its libraries: one line and the end, no traceback out of the middle of an import.
+"""Ctrl-C while a command imports its libraries: one line instead of a traceback from the middle of an import.
 
-Nothing heavy is imported here: entry points call :func:`quiet` before everything else.
+This module imports nothing heavy, because entry points call :func:`quiet` before everything else.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 
-TYPE_CHECKING = False  # importing typing takes longer than all else that is done here
+TYPE_CHECKING = False  # importing typing takes longer than the rest of this module
 if TYPE_CHECKING:
     from types import FrameType
 
@@ -17,16 +17,19 @@ _name = "cfsp"
 
 
 def quiet_command() -> None:
-    """Call :func:`quiet` where this process is the command ``cfsp`` or ``python -m cfsp.run``, no other program."""
+    """Call :func:`quiet` if this process is the command ``cfsp`` or ``python -m cfsp.run``."""
     program = (getattr(sys, "argv", None) or [""])[0]
     if os.path.basename(program) == "cfsp" or (program == "-m" and "cfsp.run" in sys.orig_argv[:8]):
         quiet()
 
 
 def quiet(name: str = "cfsp") -> None:
-    """Let Ctrl-C end the process with one line from now on; ``name`` stands at its beginning.
+    """Let Ctrl-C end the process with one line from now on.
 
-    An interrupt that is ignored (``nohup``) stays so, and a handler of somebody else stays his.
+    An interrupt that is ignored (``nohup``) stays ignored, and a handler that another program has set stays in place.
+
+    Args:
+        name: name of the program, which begins the line.
     """
     global _name
     _name = name
@@ -38,7 +41,7 @@ def quiet(name: str = "cfsp") -> None:
 
 
 def raise_again() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt again: from here on there is something to be cleaned up."""
+    """Let Ctrl-C raise KeyboardInterrupt again, because from now on there is something to clean up."""
     try:
         if signal.getsignal(signal.SIGINT) is _end:
             signal.signal(signal.SIGINT, signal.default_int_handler)

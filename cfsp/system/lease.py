@@ -1,9 +1,11 @@
-"""One piece of work, one worker: an OS lock among the processes of a machine, a heartbeat among machines.
+"""Leases: one worker for each piece of work, by an OS lock within a machine and a heartbeat among machines.
 
-On one machine a lock ends with its process, however that ends, so what a killed process held is free at once. Machines
-that share a file system may not share locks: there a lease file says who works, its holder touches it every few
-seconds, and who has not for :data:`STALE` seconds has lost it. Clocks are never compared: how old a heartbeat is, is
-told by the file system that keeps it.
+On one machine a lock ends with its process, so the leases of a killed process are free at once. Machines that share a
+file system may not share locks. There a lease file names the worker, who touches it every few seconds; a lease that was
+not touched for :data:`STALE` seconds is lost. Clocks of machines are never compared: the file system that holds the
+file states the age of a heartbeat.
+
+This is written by hand because lock libraries (filelock, portalocker) have no lease among machines.
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ from cfsp.system.atomic import naming
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two heartbeats, and without any after which a lease of another machine is over.
+#: Seconds between two heartbeats, and seconds without a heartbeat after which another machine's lease is lost.
 BEAT, STALE = 5.0, 60.0
 
 
 class Lease:
-    """Exclusive use of what ``path`` stands for, until :meth:`release` or the end of the process."""
+    """Exclusive right to the work that ``path`` stands for, until :meth:`release` or the end of the process."""
 
     def __init__(self, path: Path, lock: int, token: str) -> None:
         self.path, self._lock, self._token = path, lock, token
@@ -38,12 +40,12 @@ class Lease:
         self._thread.start()
 
     def release(self) -> None:
-        """Give it back; others may take it from now on."""
+        """Release the lease; other processes may take it from now on."""
         self._stop.set()
         self._thread.join()
         if _read(self.path).get("token") == self._token:
             self.path.unlink(missing_ok=True)
-        _lock_file(self.path).unlink(missing_ok=True)  # while it is locked: see _lock
+        _lock_file(self.path).unlink(missing_ok=True)  # before the lock is released, see _lock
         os.close(self._lock)
 
     def _beat(self) -> None:
@@ -56,7 +58,16 @@ class Lease:
 
 
 def take(path: Path) -> Lease | None:
-    """The lease at ``path`` (its folder is made), or None while another process has it. Never waits."""
+    """Take the lease at ``path`` without waiting.
+
+    A missing folder is created.
+
+    Returns:
+        The lease; None while another process has it.
+
+    Raises:
+        OSError: the lease file cannot be written; the error names it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = _lock(_lock_file(path))
     if lock is None:
@@ -67,7 +78,7 @@ def take(path: Path) -> Lease | None:
         with naming(path):
             claimed = _claim(path, token)
     except OSError:
-        _lock_file(path).unlink(missing_ok=True)  # while it is locked
+        _lock_file(path).unlink(missing_ok=True)  # before the lock is released, see _lock
         raise
     finally:
         if not claimed:
@@ -80,7 +91,7 @@ def _lock_file(path: Path) -> Path:
 
 
 def _lock(path: Path) -> int | None:
-    """Lock the file at ``path`` until what this returns is closed; None while another process has it."""
+    """Lock the file at ``path`` until the returned descriptor is closed; None while another process has it."""
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -89,33 +100,39 @@ def _lock(path: Path) -> int | None:
             os.close(lock)
             return None
         except OSError:
-            return lock  # a file system without locks: the heartbeat alone decides
+            return lock  # on a file system without locks only the heartbeat decides
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(lock), path.stat()):
                 return lock
-        os.close(lock)  # its holder removed it between our two steps; others lock the file that came after it
+        os.close(lock)  # its holder removed the file between the two steps above; other processes lock its successor
 
 
 def holder(path: Path) -> str | None:
-    """Who has the lease now, as ``process N on HOST``; None where it is free."""
-    found = _read(path)
-    if not found:
+    """Return who has the lease now, as ``process N on HOST``; None if it is free."""
+    lease = _read(path)
+    if not lease:
         return None
-    if found.get("machine") == _machine():
+    if lease.get("machine") == _machine():
         alive = _is_locked(path)
     else:
         alive = not _is_stale(path)
-    return f"process {found.get('process')} on {found.get('host')}" if alive else None
+    return f"process {lease.get('process')} on {lease.get('host')}" if alive else None
 
 
 @contextmanager
 def waited(path: Path, announce: Callable[[str], object], every: float = 0.2) -> Iterator[None]:
-    """Hold the lease inside, however long it takes to get it; ``announce`` is told whom this waits for, once."""
-    lease, told = take(path), False
+    """Hold the lease at ``path`` inside the context; wait for it as long as necessary.
+
+    Args:
+        path: lease file.
+        announce: called once with the current holder if this has to wait.
+        every: seconds between two attempts.
+    """
+    lease, announced = take(path), False
     while lease is None:
-        if not told:
+        if not announced:
             announce(holder(path) or "another process")
-            told = True
+            announced = True
         time.sleep(every)
         lease = take(path)
     try:
@@ -125,26 +142,32 @@ def waited(path: Path, announce: Callable[[str], object], every: float = 0.2) ->
 
 
 def _claim(path: Path, token: str) -> bool:
-    """Write the lease file as the only one who does; the caller has the machine's lock, if there are any."""
+    """Write the lease file unless another machine holds it; the caller has the machine's lock, if locks exist."""
     mine = path.with_name(f".{path.name}.{token}")
     values = {"host": socket.gethostname(), "machine": _machine(), "process": os.getpid(), "token": token}
     try:
         mine.write_text(json.dumps(values), encoding="utf-8")
         for _ in range(2):
             with suppress(FileExistsError):
-                os.link(mine, path)  # fails where there is one, on a shared file system too
+                os.link(mine, path)  # fails if the lease exists, also on a shared file system
                 return True
-            found = _read(path)
-            if found.get("machine") != _machine() and not _is_stale(path):
+            current = _read(path)
+            if current.get("machine") != _machine() and not _is_stale(path):
                 return False
-            _set_aside(path, found.get("token"), token)
+            _set_aside(path, current.get("token"), token)
         return False
     finally:
         mine.unlink(missing_ok=True)
 
 
 def _set_aside(path: Path, over: str | None, token: str) -> None:
-    """Remove the lease that is over; another that came in its place meanwhile is put back."""
+    """Remove a lost lease; a new lease that has replaced it meanwhile is put back.
+
+    Args:
+        path: lease file.
+        over: token of the lost lease.
+        token: token of the lease that is being taken, which makes a unique name.
+    """
     aside = path.with_name(f".{path.name}.{token}.over")
     with suppress(FileNotFoundError):
         os.rename(path, aside)
@@ -190,7 +213,7 @@ def _read(path: Path) -> dict[str, str]:
 
 
 def _machine() -> str:
-    """The running system: the same for all its processes, another after it was started again."""
+    """Return an id of the running system; a restart changes it."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""Hidden files and folders that killed processes left behind: which are nobody's any more, and removing them."""
+"""Hidden files and folders that killed processes left behind: recognising and removing them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-#: Seconds that writing a small file never takes: what is older was left by a process that is dead.
+#: Seconds that writing a small file never takes; an older partial file was left by a dead process.
 _LONGEST_WRITE = 60.0
 _SCRATCH = r"\.(?P<name>{names})\.[0-9a-f]{{8}}(?P<old>\.old)?"
 _PARTIAL = r"\.(?P<name>{names})\.(?P<process>\d{{1,10}})"
@@ -19,7 +19,7 @@ _PARTIAL = r"\.(?P<name>{names})\.(?P<process>\d{{1,10}})"
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Hold a lock on a file or folder, which ends with this process however that ends (see :func:`is_held`)."""
+    """Hold a lock on a file or folder inside the context (:func:`is_held`); it ends with this process at the latest."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
@@ -51,9 +51,13 @@ def is_held(path: Path) -> bool:
 
 
 def remove_scratch(folder: Path, names: Iterable[str]) -> None:
-    """Remove scratch copies ``.NAME.XXXXXXXX`` of files and folders in ``folder`` that no process writes any more.
+    """Remove scratch copies ``.NAME.XXXXXXXX`` of files and folders that no process writes any more.
 
-    A folder that was being replaced when the process died, and whose successor is not there, gets its name back.
+    If a process died while it replaced a folder and the new folder does not exist, the old folder gets its name back.
+
+    Args:
+        folder: where the copies lie.
+        names: names of the files and folders that have such copies.
     """
     pattern = re.compile(_SCRATCH.format(names="|".join(map(re.escape, names))))
     for path, match in _matches(folder, pattern):
@@ -71,7 +75,7 @@ def remove_scratch(folder: Path, names: Iterable[str]) -> None:
 
 
 def remove_partials(folder: Path, names: Iterable[str]) -> None:
-    """Remove half-written files ``.NAME.PROCESS`` in ``folder`` whose process is dead."""
+    """Remove partial files ``.NAME.PROCESS`` in ``folder`` whose process is dead."""
     pattern = re.compile(_PARTIAL.format(names="|".join(map(re.escape, names))))
     for path, match in _matches(folder, pattern):
         with suppress(OSError):
@@ -92,6 +96,6 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # somebody else's
+    except OSError:  # a process of another user
         return True
     return True

@@ -1,4 +1,4 @@
-"""Log lines of libraries that belong in run.log and not on the console, such as each attempt of a download."""
+"""Log lines of libraries that belong into run.log and not on the console, such as each attempt of a download."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: Loggers of fetching.
+#: Loggers of the libraries that fetch data.
 FETCHING = ("huggingface_hub", "httpx", "httpx2", "httpcore", "datasets", "fsspec", "cfsp.system.patient_session")
 
-#: Records from before there was a run.log to write them to; the latest ones.
+#: The latest log records from before run.log was opened.
 _waiting: deque[logging.LogRecord] = deque(maxlen=200)
 
 
 class _ToFiles(logging.Handler):
-    """Pass a record on to the log files of the root logger; keep it where there is none yet."""
+    """Handler that passes a record on to the log files of the root logger; it keeps the record if there is none yet."""
 
     def emit(self, record: logging.LogRecord) -> None:
         handlers = logging.getLogger().handlers
-        files = [at for at in handlers if isinstance(at, logging.FileHandler) and at.baseFilename != os.devnull]
+        files = [each for each in handlers if isinstance(each, logging.FileHandler) and each.baseFilename != os.devnull]
         for handler in files:
             handler.handle(record)
         if not files:
@@ -29,12 +29,12 @@ class _ToFiles(logging.Handler):
 
 @contextmanager
 def off_the_console(names: tuple[str, ...] = FETCHING) -> Iterator[None]:
-    """Send what the loggers of ``names`` say to run.log alone, as long as the context is entered."""
+    """Send the records of the loggers ``names`` only to run.log inside the context."""
     before = []
     for name in names:
         logger = logging.getLogger(name)
         if any(isinstance(handler, _ToFiles) for handler in logger.handlers):
-            continue  # entered before
+            continue  # an outer context has redirected it already
         before.append((logger, logger.handlers[:], logger.propagate))
         logger.handlers, logger.propagate = [_ToFiles()], False
     try:
@@ -45,6 +45,6 @@ def off_the_console(names: tuple[str, ...] = FETCHING) -> Iterator[None]:
 
 
 def write_waiting(handler: logging.Handler) -> None:
-    """Write the records that came before there was a log file, and forget them."""
+    """Write the records from before the log file was opened to ``handler``, and forget them."""
     while _waiting:
         handler.handle(_waiting.popleft())

@@ -1,4 +1,4 @@
-"""What runs and commands say on the console."""
+"""Console output of runs and commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 
 
 def quiet() -> None:
-    """What runs say goes to their run.log; here only warnings."""
+    """Show only warnings on the console; runs write the rest to their run.log."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=UserWarning)

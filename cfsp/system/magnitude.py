@@ -1,4 +1,4 @@
-"""Upper bounds of numbers in a configuration, far above any use, so that no key asks for unbounded memory or time."""
+"""Upper bounds of numbers in a configuration, far above any use, so that no key demands unbounded memory or time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 LARGEST_INTEGER = 2**31 - 1
 #: Largest finite number of any key.
 LARGEST_NUMBER = 1e12
-#: Largest seed: what numpy and torch take.
+#: Largest seed that numpy and torch accept.
 LARGEST_SEED = 2**32 - 1
-#: Tokens of one calibration set or of sampled recovery data: 2 GB of ids.
+#: Most tokens of one calibration set or of sampled recovery data: 2 GB of ids.
 LARGEST_TOKENS = 2**28
 
 #: Last part of a key -> its largest value.
@@ -42,11 +42,11 @@ _LARGEST = {
 
 
 def too_large(values: Any, key: str = "") -> Iterator[tuple[str, Any, int | float]]:
-    """(key, value, largest value) of every number that is larger than its key takes.
+    """Yield (key, value, largest value) for every number that exceeds the bound of its key.
 
     Args:
-        values: a configuration, or a part of it; ``model.architecture`` holds sizes of a model and is left out.
-        key: the key of ``values``.
+        values: a configuration or a part of it; ``model.architecture``, which holds sizes of a model, is skipped.
+        key: the key under which ``values`` stands.
     """
     if isinstance(values, Mapping):
         for name, inner in values.items():

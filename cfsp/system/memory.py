@@ -1,4 +1,7 @@
-"""How much memory this process may still take, on the machine or in its container."""
+"""Memory that this process may still allocate, on the machine or in its container.
+
+This is written by hand because psutil does not know the limits of control groups (containers, Slurm).
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,19 @@ import torch
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
-#: The control groups this process is in, a line ``number:controllers:path`` for each hierarchy.
+#: Lists the control groups of this process, one line ``number:controllers:path`` for each hierarchy.
 _MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True)
 class _Files:
-    """What a version of control groups calls the memory that a group may take and has taken, and what files occupy."""
+    """Names of the memory files in one version of control groups.
+
+    Attributes:
+        limit: file with the bytes that the group may take.
+        used: file with the bytes that it has taken.
+        files: entries of memory.stat with the bytes that cached files occupy.
+    """
 
     limit: str
     used: str
@@ -31,37 +40,37 @@ _V1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_
 
 
 def available(device: torch.device) -> int:
-    """Bytes free on ``device``; of the CPU, what the machine and the process's control groups leave."""
+    """Return the free bytes of ``device``; for the CPU, the bytes that the machine and the control groups leave."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     free = [_machine("MemAvailable")]
     for folder, files, limit in _limits():
         used = _number(folder / files.used)
         if used is not None:
-            # What files occupy is given back on demand.
+            # The system frees the memory of cached files on demand.
             free.append(limit - used + _reclaimable(folder, files))
     return max(0, min(free))
 
 
 def capacity(device: torch.device) -> int:
-    """Bytes that ``device`` has, taken or free; of the CPU, what machine and control groups let the process have."""
+    """Return the total bytes of ``device``; for the CPU, the bytes that machine and control groups allow."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     return min([_machine("MemTotal"), *(limit for _, _, limit in _limits())])
 
 
 def return_freed() -> None:
-    """Have glibc give freed memory back to the system, of which it keeps pieces up to 32 MiB.
+    """Make glibc return freed memory to the system; by default it keeps pieces of up to 32 MiB.
 
-    Else the tensors of one block, freed one by one, leave holes that those of the next do not fit into, and a process
-    that holds two blocks grows to many.
+    Otherwise the tensors of one block, freed one by one, leave holes into which the tensors of the next block do not
+    fit, and a process that holds two blocks grows to the size of many.
     """
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _limits() -> Iterator[tuple[Path, _Files, int]]:
-    """The process's control groups that have a limit (the one it is in and all above it): folder, files, limit."""
+    """Yield (folder, files, limit in bytes) of each limited control group: the process's own and all above it."""
     try:
         lines = _MEMBERSHIP.read_text().splitlines()
     except OSError:
@@ -74,7 +83,7 @@ def _limits() -> Iterator[tuple[Path, _Files, int]]:
             root, files = _CGROUP / "memory", _V1
         else:
             continue
-        # In a container the path may be the machine's, of which only the last folders, or none, are to be seen here.
+        # In a container the path may be the machine's, and only its last folders, or none, are visible here.
         group = root.joinpath(*(part for part in path.split("/") if part not in ("", "..")))
         for folder in (group, *group.parents):
             limit = _number(folder / files.limit)
@@ -89,10 +98,10 @@ def _machine(name: Literal["MemTotal", "MemAvailable"]) -> int:
         for line in _MEMINFO.read_text().splitlines():
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
-    import psutil  # of accelerate's requirements
+    import psutil  # a requirement of accelerate; only needed where /proc does not exist
 
-    found = psutil.virtual_memory()
-    return int(found.total if name == "MemTotal" else found.available)
+    memory = psutil.virtual_memory()
+    return int(memory.total if name == "MemTotal" else memory.available)
 
 
 def _number(path: Path) -> int | None:
@@ -107,5 +116,5 @@ def _reclaimable(folder: Path, files: _Files) -> int:
         lines = (folder / "memory.stat").read_text().splitlines()
     except OSError:
         return 0
-    found = dict(line.split() for line in lines)
-    return sum(int(found.get(name, 0)) for name in files.files)
+    statistics = dict(line.split() for line in lines)
+    return sum(int(statistics.get(name, 0)) for name in files.files)

@@ -1,4 +1,4 @@
-"""Names that become names of files and folders."""
+"""Names from the configuration that become names of files and folders."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ RULE = "it becomes the name of a folder: use 1 to 100 of the characters A-Z a-z 
 
 
 def is_name(value: Any) -> bool:
-    """Whether a value can be the name of a file or folder, or a part of one, wherever it is put."""
+    """Return whether a value can be the name of a file or folder, or a part of such a name."""
     return isinstance(value, str) and _NAME.fullmatch(value) is not None and value.strip(".") != ""
 
 
 def checked_name(value: str) -> str:
-    """Return the name.
+    """Return ``value`` if it can be the name of a folder.
 
     Raises:
-        ValueError: it cannot be the name of a folder.
+        ValueError: it cannot.
     """
     if not is_name(value):
         raise ValueError(RULE)

@@ -1,8 +1,8 @@
 """Requests to the Hugging Face hub that survive a short outage: repeated with growing pauses, for a bounded time.
 
-huggingface_hub repeats some of its requests (files) and not others (the API: model_info, the listing of files), and
-sleeps as long as a server asks it to. Here the session that all of them share, those of ``datasets`` included, repeats
-every request alike, and gives up with one exception that nobody above repeats again.
+huggingface_hub repeats some of its requests (files) and not others (the API: model_info, the listing of files), and it
+sleeps as long as a server asks it to. All requests, also those of ``datasets``, share one session. Here this session
+repeats every request in the same way and gives up with one exception, which no caller repeats.
 """
 
 from __future__ import annotations
@@ -17,28 +17,32 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-#: Seconds that an answer is waited for at first; after one that did not come twice as long, then three times.
+#: Seconds of waiting for an answer at first; twice as long after the first timeout, then three times as long.
 TIMEOUT = 10
 #: Seconds after the first failure until a request is given up, and the longest pause that a server may ask for.
 PATIENCE, LONGEST_PAUSE = 40, 120
-#: The same where nothing listens at the hub's address or its name is unknown: a machine without a network, mostly.
+#: Patience if nothing listens at the hub's address or its name is unknown: usually the machine has no network.
 UNREACHABLE_PATIENCE = 15
 #: First and longest pause between two attempts, in seconds.
 _FIRST_PAUSE, _LONGEST_OWN_PAUSE = 1.0, 8.0
 _PASSING_STATUS = (408, 425, 429, 500, 502, 503, 504)
-#: After a request was given up, so many seconds pass before the next ones are repeated again.
+#: Seconds after a request was given up during which later requests are not repeated.
 _MEMORY = 120
 
 
 class HubFailedError(ConnectionError):
-    """A request failed again and again; the message says how, in a clause."""
+    """A request failed repeatedly; the message describes the failure in a clause."""
 
 
 @dataclass
 class _State:
-    """Shared by all threads: patience in seconds, and how long an answer is waited for.
+    """State shared by all threads.
 
-    gave_up, after: when a request was given up, and after how much patience.
+    Attributes:
+        patience: seconds after its first failure until a request is given up.
+        timeout: seconds of waiting for an answer.
+        gave_up: time at which a request was given up last; None: no recent one.
+        after: patience in seconds of that request.
     """
 
     patience: float = PATIENCE
@@ -53,13 +57,13 @@ _lock = threading.RLock()
 
 @contextmanager
 def patient_session(patience: float | None = None) -> Iterator[None]:
-    """Repeat requests of huggingface_hub that fail in passing, as long as the context is entered.
+    """Repeat requests of huggingface_hub that fail in passing, inside the context.
 
     Args:
-        patience: seconds after the first failure of a request until it is given up; ``PATIENCE`` where None.
+        patience: seconds after the first failure of a request until it is given up; None: :data:`PATIENCE`.
 
     Raises:
-        HubFailedError: of requests within.
+        HubFailedError: a request inside the context was given up.
     """
     from huggingface_hub.utils import get_session
 
@@ -80,14 +84,14 @@ def patient_session(patience: float | None = None) -> Iterator[None]:
 
 
 def forget_outage() -> None:
-    """Be patient again, although a request was given up a moment ago."""
+    """Repeat requests again from now on, although one was given up recently."""
     _state.gave_up, _state.timeout = None, TIMEOUT
 
 
 def _patient(send: Callable[..., Any]) -> Callable[..., Any]:
     try:
         from huggingface_hub.utils import httpx
-    except ImportError:  # older versions use httpx itself
+    except ImportError:  # older versions of huggingface_hub use httpx itself
         import httpx  # type: ignore[no-redef]
     passing = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
 
@@ -105,7 +109,7 @@ def _patient(send: Callable[..., Any]) -> Callable[..., Any]:
                     raise
                 outage.note(_words(error, time.monotonic() - started), started)
                 pause = None
-                if isinstance(error, httpx.TimeoutException):  # later requests, too, are given more time
+                if isinstance(error, httpx.TimeoutException):  # later requests get more time too
                     _state.timeout = min(_state.timeout + TIMEOUT, 3 * TIMEOUT)
                 outage.unreachable = type(error).__name__ == "ConnectError"
             else:
@@ -122,10 +126,10 @@ def _patient(send: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_awaited(request: Any, settings: dict[str, Any]) -> bool:
-    """Whether a run waits for the answer: of the hub itself, or a file that the hub has elsewhere (a stream).
+    """Return whether a run needs the answer: an answer of the hub, or a file that the hub stores elsewhere (a stream).
 
-    ``datasets`` counts what is loaded at Amazon and asks a second server for previews, the hub for names of agents:
-    all of them do without an answer.
+    ``datasets`` sends load counts to Amazon and asks a second server for previews, and the hub's client asks for names
+    of agents. They all work without an answer.
     """
     from huggingface_hub import constants
 
@@ -141,12 +145,21 @@ class _Outage:
         self.next_pause, self.unreachable = _FIRST_PAUSE, False
 
     def note(self, what: str, started: float) -> None:
+        """Record a failure: its description, and when the attempt started."""
         self.began = self.began if self.failures else started
         self.failures += 1
         self.last = what
 
     def wait(self, asked: float | None, request: Any) -> None:
-        """Sleep before the next attempt, or raise HubFailedError."""
+        """Sleep before the next attempt.
+
+        Args:
+            asked: seconds that the server asks to wait; None: it does not say.
+            request: the request, for the log.
+
+        Raises:
+            HubFailedError: no patience is left.
+        """
         now = time.monotonic()
         recently = _state.gave_up is not None and now - _state.gave_up < _MEMORY and _state.after >= _state.patience
         pause = self.next_pause if asked is None else max(asked, self.next_pause)
@@ -166,7 +179,7 @@ class _Outage:
 
 
 def _set_timeout(request: Any, seconds: float) -> None:
-    """Give a request that would wait for ever a time limit, and one with a limit at least ``seconds``."""
+    """Raise the time limits of a request to ``seconds``; a request without a limit gets one."""
     given = dict(request.extensions.get("timeout") or {})
     for kind in ("connect", "read", "write", "pool"):
         given[kind] = max(given.get(kind) or 0, TIMEOUT if kind == "connect" else seconds)
@@ -174,12 +187,12 @@ def _set_timeout(request: Any, seconds: float) -> None:
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether another attempt ends in the same way: a certificate that is not trusted."""
+    """Return whether another attempt would fail in the same way: the certificate is not trusted."""
     return "CERTIFICATE" in str(error).upper()
 
 
 def _words(error: Exception, seconds: float) -> str:
-    """What happened, as the end of a sentence that begins with "the hub"."""
+    """Describe an error as the end of a sentence that begins with "the hub"."""
     name = type(error).__name__
     if name == "ConnectError":
         return f"cannot be reached ({error})"
@@ -189,7 +202,10 @@ def _words(error: Exception, seconds: float) -> str:
 
 
 def _asked_pause(headers: Any) -> float | None:
-    """Seconds that the server asks to wait: Retry-After (seconds or a date), or until a used-up rate limit is reset."""
+    """Return the seconds that the server asks to wait.
+
+    They are stated by Retry-After (seconds or a date), or by the time until a used-up rate limit is reset.
+    """
     import re
     from datetime import UTC, datetime
     from email.utils import parsedate_to_datetime

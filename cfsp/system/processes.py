@@ -1,7 +1,7 @@
-"""The processes of ``accelerate launch`` or ``torchrun``: the first runs every stage, the others join it to train.
+"""Processes of ``accelerate launch`` or ``torchrun``: the first runs every stage, the others join it for training.
 
-Each function is called by all processes at the same point and does nothing where there is but one. What is said here
-goes over a gloo group of its own, so that the others can wait for hours without a deadline and without a busy GPU.
+All processes call each function at the same point; with a single process the functions do nothing. Messages go through
+a separate gloo group, so that the others can wait for hours without a deadline and without a busy GPU.
 """
 
 from __future__ import annotations
@@ -15,13 +15,19 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-#: The others wait as long as the first takes for what comes before the training.
+#: Longest wait of the other processes for the stages that the first one runs before training.
 _PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
 class Launched:
-    """This process among ``count``; ``local_rank`` counts within its machine."""
+    """Place of this process among the launched ones.
+
+    Attributes:
+        rank: index of this process, from 0.
+        count: number of processes.
+        local_rank: index of this process on its machine, from 0.
+    """
 
     rank: int
     count: int
@@ -29,15 +35,17 @@ class Launched:
 
     @property
     def first(self) -> bool:
+        """Whether this is the first process."""
         return self.rank == 0
 
     @property
     def several(self) -> bool:
+        """Whether there is more than one process."""
         return self.count > 1
 
 
 def launched() -> Launched:
-    """What the launcher says of this process; one process alone where nothing launched it."""
+    """Return the place that the launcher gave this process; a single process if no launcher started it."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count <= 1:
         return Launched(0, 1, 0)
@@ -48,14 +56,14 @@ _group: Any = None
 
 
 def connect() -> None:
-    """Meet the others."""
+    """Connect to the other processes."""
     global _group
     if _group is not None or not launched().several:
         return
     import torch
     from torch import distributed
 
-    # Each process loads the model and applies the plan; accelerate would load it on the first alone.
+    # Each process loads the model and applies the plan; accelerate would load it only on the first.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if not distributed.is_initialized():
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -63,12 +71,12 @@ def connect() -> None:
 
 
 def connected() -> bool:
-    """Whether this process has met others and can still reach them."""
+    """Return whether this process is connected to others."""
     return _group is not None
 
 
 def disconnect() -> None:
-    """Part from the others, at the end of the program."""
+    """Disconnect from the other processes, at the end of the program."""
     global _group
     if _group is None:
         return
@@ -79,7 +87,7 @@ def disconnect() -> None:
 
 
 def shared(make: Callable[[], T]) -> T:
-    """What ``make`` gives in the first process, in all of them; it runs there alone."""
+    """Call ``make`` in the first process alone, and return its result in all processes."""
     if _group is None:
         return make()
     from torch import distributed
@@ -90,7 +98,7 @@ def shared(make: Callable[[], T]) -> T:
 
 
 def total(value: int) -> int:
-    """The sum over all processes."""
+    """Return the sum of ``value`` over all processes."""
     if _group is None:
         return value
     import torch
@@ -102,7 +110,7 @@ def total(value: int) -> int:
 
 
 def wait() -> None:
-    """Until all are here."""
+    """Wait until all processes have reached this point."""
     if _group is not None:
         from torch import distributed
 
@@ -111,8 +119,10 @@ def wait() -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Work that all do at the same time. Who fails in it lets go of the others, who may be anywhere: the launcher
-    ends them."""
+    """Run work that all processes do at the same time.
+
+    A process that fails inside does not wait for the others, which may be at any point: the launcher ends them.
+    """
     global _group
     wait()
     try:

@@ -1,7 +1,7 @@
-"""Bounded reading of files that somebody else wrote.
+"""Bounded reading of untrusted files.
 
-Every reader of a model folder, a plan, a record or a text goes through here, so that a FIFO, a device, a file of
-many gigabytes or JSON that is nested 100,000 times deep ends in one sentence instead of a process without end.
+Model folders, plans, records and texts are read with these functions. So a FIFO, a device, a file of many gigabytes or
+JSON that is nested 100,000 levels deep gives one line of error instead of a process that never ends.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_STRUCTURED_BYTES = 400_000_000
 
 
 def check_regular(path: Path, label: str, *, error: type[CfspError] = CheckpointError) -> None:
-    """Refuse what is not a regular file: opening a FIFO waits for a writer, and a device may never end.
+    """Refuse a path that is not a regular file: opening a FIFO waits for a writer, and a device may never end.
 
     Args:
         path: the file; links are followed.
@@ -26,7 +26,7 @@ def check_regular(path: Path, label: str, *, error: type[CfspError] = Checkpoint
         error: the class of the error.
 
     Raises:
-        CfspError: of the class ``error``; there is no such file, or it is a folder, a FIFO, a socket or a device.
+        CfspError: an ``error``: there is no such file, or it is a folder, a FIFO, a socket or a device.
     """
     try:
         mode = path.stat().st_mode
@@ -45,7 +45,7 @@ def read_bytes(
     """Read a whole regular file of at most ``limit`` bytes.
 
     Raises:
-        CfspError: of the class ``error``; not a regular file, too large, or not readable.
+        CfspError: an ``error``: the file is not regular, too large or not readable.
     """
     check_regular(path, label, error=error)
     size = path.stat().st_size
@@ -63,7 +63,7 @@ def read_text(
     """Read a whole UTF-8 file; a byte order mark at its start is dropped.
 
     Raises:
-        CfspError: of the class ``error``; as :func:`read_bytes`, or the bytes are not UTF-8.
+        CfspError: an ``error``: as for :func:`read_bytes`, or the bytes are not UTF-8.
     """
     content = read_bytes(path, label, limit=limit, error=error)
     try:
@@ -75,10 +75,10 @@ def read_text(
 def read_json(
     path: Path, label: str, *, limit: int = MAX_STRUCTURED_BYTES, error: type[CfspError] = CheckpointError
 ) -> Any:
-    """Read a JSON file of any value.
+    """Read a JSON file with any value.
 
     Raises:
-        CfspError: of the class ``error``; as :func:`read_text`, or the text is not JSON or nested too deep.
+        CfspError: an ``error``: as for :func:`read_text`, or the text is not JSON or nested too deeply.
     """
     return parse_json(read_text(path, label, limit=limit, error=error), label, error=error)
 
@@ -87,7 +87,7 @@ def parse_json(text: str, label: str, *, error: type[CfspError] = CheckpointErro
     """Parse JSON text.
 
     Raises:
-        CfspError: of the class ``error``; the text is not JSON, or it is nested too deep.
+        CfspError: an ``error``: the text is not JSON or nested too deeply.
     """
     try:
         return json.loads(text)

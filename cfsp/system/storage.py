@@ -1,4 +1,4 @@
-"""One line for a run that a full, read-only or broken disk has stopped: which folder, its key, the room left."""
+"""One-line errors for runs that a full, read-only or broken disk has stopped: the folder, its key, the free bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from cfsp.errors import CfspError, RunError
 from cfsp.system.atomic import disk_error_code
 
-_SAID = {
+_REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.EROFS: "the file system is read-only",
@@ -20,18 +20,19 @@ _SAID = {
     errno.EPERM: "permission to write is missing",
     errno.EIO: "the disk reports an input/output error",
 }
+#: Errors that free space would solve.
 _ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
 def explained(places: Mapping[str, Path]) -> Iterator[None]:
-    """Turn an error of the disk into one line.
+    """Turn disk errors inside the context into one line.
 
     Args:
         places: key -> the folder that it names, e.g. ``{"paths.output_dir": Path("out")}``.
 
     Raises:
-        RunError: names key, folder, file and the bytes that are free there.
+        RunError: a disk error; the line names key, folder, file and the free bytes.
     """
     try:
         yield
@@ -43,9 +44,9 @@ def explained(places: Mapping[str, Path]) -> Iterator[None]:
 
 
 def storage_problem(error: BaseException, places: Mapping[str, Path]) -> str | None:
-    """Return one line on the error of a disk that is the cause of ``error``; None where there is no such cause."""
+    """Return one line on the disk error that caused ``error``; None if no disk error did."""
     if isinstance(error, CfspError) and ("paths." in str(error) or "record=" in str(error)):
-        return None  # it names its key already
+        return None  # the error names its key already
     cause = next((link for link in _chain(error) if disk_error_code(link) is not None), None)
     if cause is None:
         return None
@@ -54,47 +55,47 @@ def storage_problem(error: BaseException, places: Mapping[str, Path]) -> str | N
     file = Path(os.fsdecode(filename)) if isinstance(filename, str | bytes) else None
     key = _key_of(file, places) if file is not None else None
     if key is None and code not in _ROOM:
-        return None  # an input that cannot be read, perhaps: the error itself says more
+        return None  # perhaps an unreadable input; the error itself says more
     if key is None and file is None:
         key = min(places, key=lambda name: free_bytes(places[name]))
     details = "" if not isinstance(error, CfspError) else re.sub(r" \(\[Errno \d+\] [^)]*\)", "", f": {error}")
     if key is None:
         free = f"{os.strerror(code)}; {free_bytes(Path(str(file))):,} bytes free"
-        return f"{file}: {_SAID[code]} ({free}){details}; make room there"
+        return f"{file}: {_REASONS[code]} ({free}){details}; make room there"
     folder = places[key]
     where = f"; writing {_within(file, folder)}" if file is not None and not details else ""
     free = f"; {free_bytes(folder):,} bytes free" if code in _ROOM else ""
     remedy = "make room" if code in _ROOM else "make it writable"
     way_out = "" if remedy in details else f"; {remedy} or give another {key}, then give the same command again"
-    return f"{key}={folder}: {_SAID[code]} ({os.strerror(code)}{free}{where}){details}{way_out}"
+    return f"{key}={folder}: {_REASONS[code]} ({os.strerror(code)}{free}{where}){details}{way_out}"
 
 
 def free_bytes(folder: Path) -> int:
-    """Return the bytes that this user may still write where ``folder`` is, or would be."""
+    """Return the bytes that this user may still write in ``folder``, which need not exist yet."""
     for place in (folder.absolute(), *folder.absolute().parents):
         try:
-            found = os.statvfs(place)
+            status = os.statvfs(place)
         except OSError:
             continue
-        return found.f_bavail * found.f_frsize
+        return status.f_bavail * status.f_frsize
     return 0
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield the error, its causes and what was being handled when it was raised."""
+    """Yield the error, its causes and the errors that were being handled when it was raised."""
     seen: set[int] = set()
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        link = waiting.pop(0)
+    pending: list[BaseException | None] = [error]
+    while pending:
+        link = pending.pop(0)
         if link is None or id(link) in seen:
             continue
         seen.add(id(link))
         yield link
-        waiting += [link.__cause__, None if link.__suppress_context__ else link.__context__]
+        pending += [link.__cause__, None if link.__suppress_context__ else link.__context__]
 
 
 def _key_of(file: Path, places: Mapping[str, Path]) -> str | None:
-    """Return the key of the innermost folder that ``file`` lies in."""
+    """Return the key of the innermost folder that contains ``file``."""
     path = _resolved(file)
     inside = [key for key, folder in places.items() if path.is_relative_to(_resolved(folder))]
     return max(inside, key=lambda key: len(_resolved(places[key]).parts), default=None)

@@ -1,7 +1,7 @@
 """Words of a command line that are refused before Hydra parses them.
 
-Hydra's parser works by recursion and takes seconds for a few kilobytes; a range is expanded in memory, and a list of
-options is merged into one group without a word.
+Hydra's parser is recursive and takes seconds for a few kilobytes. It expands ranges in memory, and it merges a list of
+options into one group silently.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from math import isfinite, prod
 from cfsp.errors import ConfigError, printable
 from cfsp.system.package import config_folder
 
-#: Longest word, deepest brackets and most digits of one number.
+#: Most characters of a word, levels of brackets and digits of a number.
 MAX_LENGTH, MAX_DEPTH, MAX_DIGITS = 8_000, 16, 400
 #: Most runs of one sweep.
 MAX_RUNS = 10_000
 
 
 def check_words(words: Sequence[str], *, sweep: bool = False) -> None:
-    """Refuse words that Hydra takes without end or reads as what nobody means.
+    """Refuse words for which Hydra needs unbounded time or memory, or which it misreads.
 
     Args:
         words: ``key=value``, as given.
-        sweep: whether several values stand for several runs.
+        sweep: whether several values mean several runs.
 
     Raises:
-        ConfigError: one line for each such word.
+        ConfigError: such words, one line each.
     """
     problems = [problem for word in words if (problem := _problem(word)) is not None]
     if not problems and sweep:
@@ -71,7 +71,7 @@ def _depth(word: str) -> int:
 
 
 def _sweep_problems(words: Sequence[str]) -> Iterator[str]:
-    """Sweeps without a run, and sweeps of more runs than anybody waits for."""
+    """Yield a line for each sweep without a run, and for a sweep of more than MAX_RUNS runs."""
     counts = []
     for word in words:
         key, _, value = word.partition("=")
@@ -94,7 +94,7 @@ def _sweep_problems(words: Sequence[str]) -> Iterator[str]:
 
 
 def _range_length(arguments: str) -> int | None:
-    """Number of values; None where the arguments are no one to three numbers."""
+    """Return the number of values of a range; None if the arguments are not one to three numbers."""
     named = [part.rpartition("=")[2] for part in arguments.split(",")]
     try:
         numbers = [float(part) for part in named]
@@ -111,7 +111,7 @@ def _range_length(arguments: str) -> int | None:
 
 
 def _glob_problem(word: str, key: str, value: str) -> Iterator[str]:
-    import fnmatch
+    import fnmatch  # start-up time: few command lines have a glob
 
     folder = config_folder() / key
     options = sorted(path.stem for path in folder.glob("*.yaml")) if re.fullmatch(r"[\w/]+", key) else []

@@ -1,7 +1,7 @@
-"""YAML files that somebody else wrote, looked at before they are loaded.
+"""Untrusted YAML files, checked before they are loaded.
 
-A loader builds what aliases stand for, and walks nested collections by recursion: a file of one kilobyte can ask for
-all memory ("billion laughs") or overflow the stack. The events of the parser are counted here instead.
+A loader expands aliases and walks nested collections recursively, so a file of one kilobyte can demand all memory
+("billion laughs") or overflow the stack. This module counts the events of the parser first.
 """
 
 from __future__ import annotations
@@ -13,19 +13,24 @@ import yaml
 from cfsp.errors import CfspError, ConfigError
 from cfsp.system.reading import read_text
 
-#: Largest file, deepest nesting and most values of a configuration file; the largest one here has 200 lines.
+#: Most bytes, levels and values of a configuration file; the largest one of cfsp has 200 lines.
 MAX_BYTES, MAX_DEPTH, MAX_VALUES = 1_000_000, 40, 50_000
 
 
 def check_yaml(path: Path, label: str, *, error: type[CfspError] = ConfigError) -> str:
-    """Read a YAML file and refuse one that no loader should be given.
+    """Read a YAML file and refuse one that is unsafe to load.
+
+    Args:
+        path: the file.
+        label: how messages name the file.
+        error: class of the error.
 
     Returns:
-        the text of the file.
+        The text of the file.
 
     Raises:
-        CfspError: of the class ``error``; no regular file, too large, not UTF-8, not YAML, nested too deep, or aliases
-            that stand for too many values.
+        CfspError: an ``error``: the file is not regular, too large, not UTF-8, not YAML or nested too deeply, or its
+            aliases stand for too many values.
     """
     text = read_text(path, label, limit=MAX_BYTES, error=error)
     try:
@@ -36,7 +41,7 @@ def check_yaml(path: Path, label: str, *, error: type[CfspError] = ConfigError) 
 
 
 def _count(text: str, label: str, error: type[CfspError]) -> None:
-    open_sizes: list[tuple[str | None, int]] = []  # anchor and size of each collection that is open
+    open_sizes: list[tuple[str | None, int]] = []  # for each open collection its anchor, and the values before it
     anchors: dict[str, int] = {}
     total = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):

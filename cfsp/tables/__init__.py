@@ -1,1 +1,1 @@
-"""How figures are named, ordered and shown."""
+"""Tables, figures and reports of experiments, and the summary at the end of a run. All are made from records alone."""

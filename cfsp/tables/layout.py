@@ -1,4 +1,4 @@
-"""How an experiment's tables and figures are laid out: ``experiments/<name>/tables.yaml``."""
+"""Layout of an experiment's tables and figures: ``experiments/<name>/tables.yaml``."""
 
 from __future__ import annotations
 
@@ -17,28 +17,45 @@ from cfsp.tables.reported import Published, load_reported
 
 
 class MeanOf(Section):
-    """The mean of all figures that match ``mean``, under a name of its own."""
+    """A column with the mean of several figures.
+
+    Attributes:
+        mean: pattern of the figures, as ``suite/task/metric``.
+        label: head of the column.
+    """
 
     mean: str
     label: str
 
 
 class GapOf(Section):
-    """The logarithm of each figure that matches ``gap`` less the dense model's: of perplexities, nats per token."""
+    """A column for each figure, with its logarithm less that of the dense model. Perplexities give nats per token.
+
+    Attributes:
+        gap: pattern of the figures, as ``suite/task/metric``.
+        label: head of the column; default: made from the figure's name.
+    """
 
     gap: str
     label: str | None = None
 
 
-#: ``suite/task/metric`` with * and ? (several of them with | between), the mean of such, their gap to dense, or of the
-#: run: ``removed`` (of the scope's parameters), ``trained`` (parameters), ``pruning_time``, ``peak_memory``.
+#: A pattern ``suite/task/metric`` with * and ? (several are separated by |), the mean of such figures, their gap to
+#: dense, or a figure of the run: ``removed`` (share of the scope's parameters), ``trained`` (parameters),
+#: ``pruning_time``, ``peak_memory``.
 MetricSpec = str | MeanOf | GapOf
 
 
 class TableLayout(Section):
-    """``groups``: keys with a section of rows for each value; ``rows``: keys that name a row; ``metrics``: columns.
+    """Layout of a table. Seeds are averaged, and every key that is not named here must have one value.
 
-    Seeds are averaged. Every other key must have one value. ``where``: the runs that it is about (key: value).
+    Attributes:
+        caption: what the table shows.
+        where: the runs that it shows, by key and value.
+        groups: keys with a section of rows for each value.
+        rows: keys that name a row.
+        metrics: the columns.
+        labels: texts in the place of keys, values or ``key=value``.
     """
 
     caption: str
@@ -50,9 +67,20 @@ class TableLayout(Section):
 
 
 class FigureLayout(Section):
-    """``curve``: a metric against ``x``, a line per value of ``lines``; ``pareto``: ``metric`` against ``x_metric``;
-    ``blocks``: importance and kept width by block, a panel per value of ``panels``. ``each``: a file per value of these
-    keys, where there are several.
+    """Layout of a figure.
+
+    Attributes:
+        kind: ``curve`` shows a metric against a key, ``pareto`` a metric against another one, ``blocks`` the distance
+            and the kept width of each block.
+        caption: what the figure shows.
+        x: key of a curve's axis.
+        x_metric: metric of a Pareto figure's axis.
+        metric: the metric that is shown.
+        lines: keys with a line for each value.
+        panels: keys with a panel for each value, in a figure of blocks.
+        each: keys with a file for each value.
+        where: the runs that it shows, by key and value.
+        log: whether the metric has a logarithmic axis.
     """
 
     kind: Literal["curve", "pareto", "blocks"]
@@ -68,7 +96,13 @@ class FigureLayout(Section):
 
 
 class Layout(Section):
-    """``reported``: what is published of it, from ``reported.csv`` beside the layout."""
+    """Layout of an experiment.
+
+    Attributes:
+        tables: layout of each table by its name.
+        figures: layout of each figure by its name.
+        reported: published figures, from ``reported.csv`` beside the layout.
+    """
 
     tables: dict[str, TableLayout] = Field(default={})
     figures: dict[str, FigureLayout] = Field(default={})
@@ -76,10 +110,10 @@ class Layout(Section):
 
 
 def load_layout(folder: Path) -> Layout:
-    """The layout in ``folder``, with its published figures.
+    """Load the layout in ``folder`` with its published figures.
 
     Raises:
-        ConfigError: there is none, or it is wrong: the key and what is expected.
+        ConfigError: there is none, or one of its keys is wrong.
     """
     path = folder / "tables.yaml"
     if not path.is_file():

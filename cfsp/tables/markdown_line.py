@@ -1,4 +1,4 @@
-"""One row of a Markdown table."""
+"""Writing a row of a Markdown table."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from collections.abc import Sequence
 
 
 def line(cells: Sequence[str]) -> str:
-    """Join cells to a row of a Markdown table."""
+    """Join cells into a row of a Markdown table."""
     return f"| {' | '.join(cells)} |"

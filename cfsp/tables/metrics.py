@@ -1,4 +1,4 @@
-"""Names, units, order and direction of every figure, in one place."""
+"""Names, units, order and direction of every figure."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ from typing import Any
 
 from cfsp.evaluation.measurement import LACKS_BOS, TRUNCATED
 
-#: Mark -> what it says of a figure.
+#: Mark -> its meaning.
 NOTES = {"†": LACKS_BOS, "‡": TRUNCATED}
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a (suite, task, metric) is shown. ``better``: +1 higher, -1 lower, 0 neither."""
+    """Presentation of a figure.
+
+    Attributes:
+        label: its name.
+        better: +1 where higher is better, -1 where lower is better, 0 for neither.
+        show: writes a value as text.
+        unit: unit of the value.
+    """
 
     label: str
     better: int
@@ -22,7 +29,7 @@ class Metric:
     unit: str = ""
 
     def deviation(self, difference: float) -> str:
-        """A difference of two values, with its sign; of fractions in percentage points."""
+        """Write a difference of two values with its sign; differences of fractions are in percentage points."""
         return f"{100 * difference:+.2f} pp" if self.unit == "fraction" else f"{difference:+.2f}"
 
 
@@ -52,7 +59,7 @@ _SUITES = ("cost-size", "perplexity", "zero_shot", "cost-speed")
 
 
 def describe(suite: str, task: str, metric: str) -> Metric:
-    """How to show a figure; unknown ones are shown as they are, higher taken as better."""
+    """Return the presentation of a figure. Unknown figures are shown as they are, and higher is taken as better."""
     if suite == "cost" and task in _COST:
         return _COST[task]
     if suite == "perplexity":
@@ -63,39 +70,39 @@ def describe(suite: str, task: str, metric: str) -> Metric:
 
 
 def share(label: str) -> Metric:
-    """A share that is neither good nor bad, such as how much was removed."""
+    """Return the presentation of a share that is neither good nor bad, such as the removed share of the parameters."""
     return Metric(label, 0, lambda value: f"{value:.1%}", "fraction")
 
 
 def seconds(label: str) -> Metric:
-    """Wall-clock time."""
+    """Return the presentation of wall-clock seconds."""
     return Metric(label, -1, lambda value: f"{value:.1f}" if value < 100 else f"{value:,.0f}", "s")
 
 
 def memory(label: str) -> Metric:
-    """Bytes of memory."""
+    """Return the presentation of memory in bytes."""
     return Metric(label, -1, _bytes, "bytes")
 
 
 def gap(label: str) -> Metric:
-    """A difference of logarithms to the dense model."""
+    """Return the presentation of a difference of logarithms to the dense model."""
     return Metric(label, -1, lambda value: f"{value:.3f}", "nats per token")
 
 
 def count(label: str) -> Metric:
-    """A whole number that is neither good nor bad."""
+    """Return the presentation of a whole number that is neither good nor bad."""
     return Metric(label, 0, lambda value: f"{value:,.0f}", "count")
 
 
 def notes_of(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Marks of a measurement whose figure is limited by how it was made; records from before have none."""
+    """Return the marks of what limits a measurement. Records from before these were kept have none."""
     detail = row.get("detail") or {}
     states = {"†": detail.get("lacks_bos"), "‡": detail.get("truncated")}
     return tuple(mark for mark, state in states.items() if state)
 
 
 def order(suite: str, task: str) -> int:
-    """Rows: size, perplexity, tasks, speed."""
+    """Return the place of a figure among rows: size, perplexity, tasks, speed, others."""
     if suite == "cost":
         return _SUITES.index("cost-speed" if task in ("prefill", "decode", "memory") else "cost-size")
     return _SUITES.index(suite) if suite in _SUITES else len(_SUITES)

@@ -1,4 +1,4 @@
-"""A sweep as one HTML page: its tables, figures and runs. The page carries all it shows and asks no network."""
+"""A sweep as one HTML page with its tables, figures and runs. The page needs no network."""
 
 from __future__ import annotations
 
@@ -28,28 +28,26 @@ from cfsp.system import escape
 from cfsp.system.package import package_path
 from cfsp.tables.collection import Collection, Found
 from cfsp.tables.figures import draw
-from cfsp.tables.grid import (
-    PRUNING,
-    PRUNING_TIME,
-    Column,
-    NothingToShowError,
-    Row,
-    Table,
-    pruning_seconds,
-    table,
-    value_of,
-)
+from cfsp.tables.grid import NothingToShowError, table
 from cfsp.tables.layout import FigureLayout, Layout
 from cfsp.tables.metrics import describe
 from cfsp.tables.render import commit_of, notes, plain_cells, provenance, sources
+from cfsp.tables.run_figures import PRUNING, PRUNING_TIME, pruning_seconds, value_of
+from cfsp.tables.table import Column, Row, Table
 
-#: The one in C is ten times as fast, and writes the same.
+#: libyaml's dumper writes the same text ten times as fast.
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A cell: its text, what it is sorted by ("": nothing, so last), and the rank of a table's entry."""
+    """A cell.
+
+    Attributes:
+        text: what is shown.
+        value: what it is sorted by; an empty value comes last.
+        rank: rank of a table's entry.
+    """
 
     text: str
     value: str
@@ -58,7 +56,13 @@ class Shown:
 
 @dataclass(frozen=True)
 class Picture:
-    """An SVG figure; ``alt`` says what is drawn, the caption what it shows."""
+    """An SVG figure.
+
+    Attributes:
+        caption: what it shows.
+        alt: what is drawn, for readers who cannot see it.
+        source: data URI of the file.
+    """
 
     caption: str
     alt: str
@@ -67,7 +71,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class Contents:
-    """Tables and figures of a layout; ``refused``: why one of them cannot be made while runs are missing."""
+    """Tables and figures of a layout.
+
+    Attributes:
+        tables: the tables.
+        pictures: the figures.
+        refused: why a table or figure cannot be made while runs are missing.
+    """
 
     tables: list[Table]
     pictures: list[Picture]
@@ -76,7 +86,20 @@ class Contents:
 
 @dataclass(frozen=True)
 class Run:
-    """A run of the sweep; ``keys``, then ``figures``, as the heads say; ``link``: its record, seen from the page."""
+    """A row of the table of runs.
+
+    Attributes:
+        run_id: id of the run.
+        keys: values of the keys that vary.
+        figures: figures of all columns of the tables.
+        pruning: seconds of the stages that prune.
+        total: seconds of all stages.
+        commit: commit that the run was made with.
+        link: path of its record, seen from the page.
+        configuration: its configuration as YAML.
+        environment: its environment as YAML.
+        stages: name, seconds and peak memory of each stage.
+    """
 
     run_id: str
     keys: list[str]
@@ -91,52 +114,62 @@ class Run:
 
 
 def contents(layout: Layout, collection: Collection, cells: Sequence[Cell]) -> Contents:
-    """What can be made of the records that there are; ``cells``: the runs that there should be.
+    """Make the tables and figures that the records suffice for.
+
+    Args:
+        layout: layout of the experiment.
+        collection: its records.
+        cells: all runs of the experiment.
 
     Raises:
-        ConfigError: there are all, and yet a table or figure cannot be made of them.
+        ConfigError: a table or figure cannot be made although no record is missing.
     """
-    made = Contents([], [], [])
+    result = Contents([], [], [])
     if not collection.found:
-        return made
-    for name, one in layout.tables.items():
-        with _refusal(made, collection):
-            made.tables.append(table(name, one, collection.found, layout.reported, cells))
-    for name, figure in layout.figures.items():
-        with _refusal(made, collection):
-            made.pictures.extend(_pictures(name, figure, collection.found))
-    return made
+        return result
+    for name, table_layout in layout.tables.items():
+        with _refusal(result, collection):
+            result.tables.append(table(name, table_layout, collection.found, layout.reported, cells))
+    for name, figure_layout in layout.figures.items():
+        with _refusal(result, collection):
+            result.pictures.extend(_pictures(name, figure_layout, collection.found))
+    return result
 
 
 @contextmanager
-def _refusal(made: Contents, collection: Collection) -> Iterator[None]:
+def _refusal(result: Contents, collection: Collection) -> Iterator[None]:
+    """Add the reason why a table or figure cannot be made to the result, where missing runs explain it."""
     try:
         yield
     except NothingToShowError as error:
         if collection.missing:
-            made.refused.extend(error.problems)
+            result.refused.extend(error.problems)
     except ConfigError as error:
         if not collection.missing:
             raise
-        made.refused.extend(error.problems)
+        result.refused.extend(error.problems)
 
 
 def page(
     request: Request,
-    made: Contents,
+    shown: Contents,
     collection: Collection,
     missing: Sequence[tuple[Cell, State]],
     folder: Path,
     words: Sequence[str],
 ) -> bytes:
-    """The page, to be written into ``folder``; the same bytes from the same records.
+    """Render the page. The same records give the same bytes.
 
     Args:
-        missing: the runs without a record, with what is known of them.
-        words: of the command line, for the commands that the page names.
+        request: the checked command line.
+        shown: tables and figures of the experiment.
+        collection: records of the experiment.
+        missing: the runs without a record, with the state of each.
+        folder: the folder that the page will be in, from which its links lead.
+        words: words of the command line, for the commands that the page names.
     """
-    columns = list({column.metric.label: column for one in made.tables for column in one.columns}.values())
-    columns = [column for column in columns if column != PRUNING_TIME]  # has a column of its own
+    columns = list({column.metric.label: column for table in shown.tables for column in table.columns}.values())
+    columns = [column for column in columns if column != PRUNING_TIME]  # the page has a column for it already
     home = package_path("pkg://cfsp/assets/report")
     script, style = ((home / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     environment = Environment(
@@ -156,21 +189,21 @@ def page(
         damaged=collection.damaged,
         tables=[
             (
-                one,
-                _heads(one),
-                [(label, _rows(one, rows)) for label, rows in one.sections],
-                [*notes(one), *sources(one)],
+                table,
+                _heads(table),
+                [(label, _rows(table, rows)) for label, rows in table.sections],
+                [*notes(table), *sources(table)],
             )
-            for one in made.tables
+            for table in shown.tables
         ],
-        pictures=made.pictures,
-        refused=made.refused,
+        pictures=shown.pictures,
+        refused=shown.refused,
         keys=request.varying,
         choices=[_choices(key, collection.found) for key in request.varying],
         columns=columns,
-        runs=[_run(one, request.varying, columns, collection.files, folder) for one in collection.found],
+        runs=[_run(run, request.varying, columns, collection.files, folder) for run in collection.found],
         pruning=", ".join(PRUNING),
-        provenance=provenance(list({one.record.run_id: one.record for one in collection.found}.values()))
+        provenance=provenance(list({run.record.run_id: run.record for run in collection.found}.values()))
         if collection.found
         else [],
         words=shlex.join(words),
@@ -179,7 +212,7 @@ def page(
 
 
 def _policy(script: str, style: str) -> str:
-    """No source but the page's own script, style and pictures: nothing is fetched, and no value can become code."""
+    """Return the content security policy: only the page's own script, style and pictures. No value can become code."""
     script_hash, style_hash = (
         base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (script, style)
     )
@@ -203,7 +236,7 @@ def _cells(table: Table, row: Row) -> Iterator[Shown]:
 
 
 def _heads(table: Table) -> list[tuple[str, int]]:
-    """Label and direction of every column but the first."""
+    """Return label and direction of every column but the first."""
     heads = []
     for at, column in enumerate(table.columns):
         heads.append((column.metric.label, column.metric.better))
@@ -211,32 +244,32 @@ def _heads(table: Table) -> list[tuple[str, int]]:
     return heads
 
 
-def _pictures(name: str, layout: FigureLayout, found: Sequence[Found]) -> list[Picture]:
+def _pictures(name: str, layout: FigureLayout, runs: Sequence[Found]) -> list[Picture]:
     alt = {
         "curve": f"{layout.metric} against {layout.x}, a line for each {' and '.join(layout.lines)}",
         "pareto": f"{layout.metric} against {layout.x_metric}, a line for each {' and '.join(layout.lines)}",
         "blocks": f"kept width and importance of each block, a panel for each {' and '.join(layout.panels)}",
     }[layout.kind]
     pictures = []
-    for file, content in draw(name, layout, found).items():
+    for file, content in draw(name, layout, runs).items():
         if file.endswith(".svg"):
-            of = file.removesuffix(".svg").removeprefix(name).lstrip("-")
-            caption = f"{layout.caption} ({of})" if of else layout.caption
+            part = file.removesuffix(".svg").removeprefix(name).lstrip("-")
+            caption = f"{layout.caption} ({part})" if part else layout.caption
             source = f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}"
             pictures.append(Picture(caption, f"{caption}: {alt}", source))
     return pictures
 
 
-def _choices(key: str, found: Sequence[Found]) -> list[str]:
-    return list(dict.fromkeys(one.cell.point[key] for one in found if key in one.cell.point))
+def _choices(key: str, runs: Sequence[Found]) -> list[str]:
+    return list(dict.fromkeys(run.cell.point[key] for run in runs if key in run.cell.point))
 
 
-def _run(found: Found, keys: Sequence[str], columns: Sequence[Column], files: dict[str, Path], folder: Path) -> Run:
-    record = found.record
+def _run(run: Found, keys: Sequence[str], columns: Sequence[Column], files: dict[str, Path], folder: Path) -> Run:
+    record = run.record
     values = [(column, value_of(record, column)) for column in columns]
     return Run(
         record.run_id,
-        [found.cell.point.get(key, "") for key in keys],
+        [run.cell.point.get(key, "") for key in keys],
         [Shown("" if value is None else column.metric.show(value), _number(value)) for column, value in values],
         _pruning(record),
         _seconds(record.stages),
@@ -249,7 +282,7 @@ def _run(found: Found, keys: Sequence[str], columns: Sequence[Column], files: di
 
 
 def _pruning(record: RunRecord) -> Shown:
-    """As if nothing had been cached, where the record knows what that would have cost."""
+    """Return the seconds of pruning with empty caches, where the record has them."""
     seconds = pruning_seconds(record)
     if seconds is None:
         return _seconds([stage for stage in record.stages if stage["name"] in PRUNING])
@@ -257,7 +290,7 @@ def _pruning(record: RunRecord) -> Shown:
 
 
 def _seconds(stages: Sequence[dict[str, Any]]) -> Shown:
-    """The sum; says whether something came from the cache, which is no measurement of the method."""
+    """Return the sum over the stages, marked where a stage was read from the cache."""
     if not stages:
         return Shown("", "")
     total = sum(stage["seconds"] for stage in stages)
@@ -266,7 +299,7 @@ def _seconds(stages: Sequence[dict[str, Any]]) -> Shown:
 
 
 def _stages(record: RunRecord) -> list[tuple[str, str, str]]:
-    """Name, seconds, peak memory: of the device where there is one."""
+    """Return name, seconds and peak memory of each stage; the memory is that of the GPUs where there are any."""
     size = describe("cost", "checkpoint", "bytes").show
     rows = []
     for stage in record.stages:
@@ -277,7 +310,7 @@ def _stages(record: RunRecord) -> list[tuple[str, str, str]]:
 
 
 def _number(value: float | None) -> str:
-    """As a script reads numbers."""
+    """Write a number as JavaScript reads it; empty for None and NaN."""
     if value is None or math.isnan(value):
         return ""
     return repr(value) if math.isfinite(value) else "-Infinity" if value < 0 else "Infinity"

@@ -1,4 +1,4 @@
-"""A table as Markdown, LaTeX (booktabs) and CSV; every form says what it was made from."""
+"""A table as Markdown, LaTeX (booktabs) and CSV. Each states which records it was made from."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 from cfsp.record.run_record import RunRecord
 from cfsp.system import escape
-from cfsp.tables.grid import Column, Entry, Row, Table
 from cfsp.tables.markdown_line import line
 from cfsp.tables.metrics import NOTES
+from cfsp.tables.table import Column, Entry, Row, Table
 
 _PACKAGES = ("cfsp", "torch", "transformers", "lm-eval", "peft")
 
 
 def markdown(table: Table, command: str) -> str:
-    """A Markdown table per section; best in bold, second best underlined."""
+    """Render a Markdown table for each section; the best is in bold, the second best underlined."""
     text = escape.markdown
     head = [text(table.head), *_heads(table, _MARKDOWN)]
     lines = [f"### {text(table.caption)}", ""]
@@ -26,14 +26,14 @@ def markdown(table: Table, command: str) -> str:
         lines += [*([f"**{text(label)}**", ""] if label else []), line(head), line(["---", *["--:"] * (len(head) - 1)])]
         lines += [line([text(row.label), *_cells(table, row, _MARKDOWN)]) for row in rows]
         lines.append("")
-    lines += [f"{sentence}  " for sentence in _said(table, command, text)]
+    lines += [f"{sentence}  " for sentence in _notes_below(table, command, text)]
     ids = ", ".join(escape.code(record.run_id) for record in table.records)
     return "\n".join([*lines, "", f"<details><summary>Records</summary>{ids}</details>"]) + "\n"
 
 
 def latex(table: Table, command: str) -> str:
-    """A ``table`` environment for booktabs; what it was made from stands in comments above it."""
-    lines = [escape.latex_comment(sentence) for sentence in _said(table, command, escape.plain)]
+    """Render a ``table`` environment for booktabs, with its provenance in comments above it."""
+    lines = [escape.latex_comment(sentence) for sentence in _notes_below(table, command, escape.plain)]
     lines += [escape.latex_comment(f"records: {' '.join(record.run_id for record in table.records)}")]
     lines += [r"\begin{table}", r"\centering", rf"\caption{{{escape.latex(table.caption)}}}"]
     lines.append(rf"\label{{tab:{table.name}}}")
@@ -49,10 +49,11 @@ def latex(table: Table, command: str) -> str:
 
 
 def comma_separated(table: Table) -> str:
-    """One line per figure, unrounded: section, row, figure, unit, direction, mean, std, number of seeds, records.
+    """Render one line of CSV for each figure, unrounded.
 
-    Where the table has published figures: also the published one, ours less it, and its source. Where it has marks:
-    also what they say.
+    The columns are section, row, figure, unit, direction, mean, standard deviation, number of seeds and records.
+    A table with published figures also has the published figure, our figure less it, and its source. A table with
+    marks also has their meaning.
     """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -81,12 +82,12 @@ def comma_separated(table: Table) -> str:
 
 
 def plain_cells(table: Table, row: Row) -> list[str]:
-    """The texts of a row without marks for best and second best."""
+    """Return the texts of a row without marks for best and second best."""
     return _cells(table, row, _PLAIN)
 
 
 def provenance(records: Sequence[RunRecord]) -> list[str]:
-    """Sentences: seeds, commits, versions and machines of the records."""
+    """Return sentences on seeds, commits, versions and machines of the records."""
     environments = [record.environment for record in records]
     commits = sorted({commit_of(environment["git"]) for environment in environments})
     versions = [f"{name} {_several(e['packages'].get(name) for e in environments)}" for name in _PACKAGES]
@@ -98,15 +99,24 @@ def provenance(records: Sequence[RunRecord]) -> list[str]:
 
 
 def commit_of(git: dict[str, Any] | None) -> str:
-    """A commit as tables name it; ``git`` is that of a record's environment."""
+    """Return a commit as tables name it; ``git`` is the entry of a record's environment."""
     if git is None:
         return "an installed wheel"
     return git["commit"][:12] + ("+changes" if git["dirty"] else "")
 
 
 @dataclass(frozen=True)
-class _Form:
-    """How a cell is written; the marks hold the text at {}. ``arrows``: by the direction that is better."""
+class _Markup:
+    """Markup of a cell; {} is the place of the text.
+
+    Attributes:
+        arrows: sign after a head, by the direction that is better.
+        plus_minus: sign between mean and standard deviation.
+        best: markup of the best figure.
+        second: markup of the second best figure.
+        escape: escapes a text.
+        mark: markup of a mark.
+    """
 
     arrows: Mapping[int, str]
     plus_minus: str
@@ -116,41 +126,41 @@ class _Form:
     mark: str = "{}"
 
 
-_MARKDOWN = _Form({1: " ↑", -1: " ↓", 0: ""}, " ± ", "**{}**", "<u>{}</u>", escape.markdown)
-_PLAIN = _Form({}, " ± ", "{}", "{}", escape.plain)
-_TEX = _Form(
+_MARKDOWN = _Markup({1: " ↑", -1: " ↓", 0: ""}, " ± ", "**{}**", "<u>{}</u>", escape.markdown)
+_PLAIN = _Markup({}, " ± ", "{}", "{}", escape.plain)
+_TEX = _Markup(
     {1: r" $\uparrow$", -1: r" $\downarrow$", 0: ""}, r" $\pm$ ", r"\textbf{{{}}}", r"\underline{{{}}}", escape.latex,
     r"\textsuperscript{{{}}}",
 )  # fmt: skip
 
 
-def _heads(table: Table, form: _Form) -> list[str]:
+def _heads(table: Table, markup: _Markup) -> list[str]:
     heads = []
     for at, column in enumerate(table.columns):
-        heads.append(form.escape(column.metric.label) + form.arrows[column.metric.better])
+        heads.append(markup.escape(column.metric.label) + markup.arrows[column.metric.better])
         heads += ["published", "deviation"] if table.is_published(at) else []
     return heads
 
 
-def _cells(table: Table, row: Row, form: _Form) -> list[str]:
+def _cells(table: Table, row: Row, markup: _Markup) -> list[str]:
     seeds = table.seeds if row.run_ids else 1
     cells = []
     for at, (column, entry) in enumerate(zip(table.columns, row.entries, strict=True)):
-        cells.append(_cell(column, entry, seeds, form))
+        cells.append(_cell(column, entry, seeds, markup))
         if table.is_published(at):
-            cells += [_published(table, column, entry, form), _deviation(column, entry, form)]
+            cells += [_published(table, column, entry, markup), _deviation(column, entry, markup)]
     return cells
 
 
-def _published(table: Table, column: Column, entry: Entry, form: _Form) -> str:
+def _published(table: Table, column: Column, entry: Entry, markup: _Markup) -> str:
     if entry.published is None:
         return ""
     source = f" [{table.sources.index(entry.published.source) + 1}]" if len(table.sources) > 1 else ""
-    return form.escape(column.metric.show(entry.published.value)) + source
+    return markup.escape(column.metric.show(entry.published.value)) + source
 
 
-def _deviation(column: Column, entry: Entry, form: _Form) -> str:
-    return "" if entry.deviation is None else form.escape(column.metric.deviation(entry.deviation))
+def _deviation(column: Column, entry: Entry, markup: _Markup) -> str:
+    return "" if entry.deviation is None else markup.escape(column.metric.deviation(entry.deviation))
 
 
 def _published_values(entry: Entry) -> list[str]:
@@ -160,19 +170,19 @@ def _published_values(entry: Entry) -> list[str]:
     return [repr(entry.published.value), deviation, entry.published.source]
 
 
-def _cell(column: Column, entry: Entry, seeds: int, form: _Form) -> str:
+def _cell(column: Column, entry: Entry, seeds: int, markup: _Markup) -> str:
     if entry.mean is None:
         return ""
-    text = form.escape(column.metric.show(entry.mean))
+    text = markup.escape(column.metric.show(entry.mean))
     if entry.spread is not None and column.metric.better:
-        text += form.plus_minus + form.escape(column.metric.show(entry.spread))
-    text = {1: form.best, 2: form.second}.get(entry.rank, "{}").format(text)
-    text += "".join(form.mark.format(form.escape(note)) for note in entry.notes)
+        text += markup.plus_minus + markup.escape(column.metric.show(entry.spread))
+    text = {1: markup.best, 2: markup.second}.get(entry.rank, "{}").format(text)
+    text += "".join(markup.mark.format(markup.escape(note)) for note in entry.notes)
     return text if len(entry.values) == seeds else f"{text} ({len(entry.values)} of {seeds} seeds)"
 
 
-def _said(table: Table, command: str, text: Callable[[str], str]) -> list[str]:
-    """Sentences below a table; ``text`` escapes what records and the command line bring into them."""
+def _notes_below(table: Table, command: str, text: Callable[[str], str]) -> list[str]:
+    """Return the sentences below a table; ``text`` escapes what comes from records and the command line."""
     marks = "Best in bold, second best underlined; the dense row does not compete."
     spread = (
         "Mean ± standard deviation over seeds." if len({r.configuration["seed"] for r in table.records}) > 1 else ""
@@ -197,18 +207,18 @@ def _missing(table: Table) -> list[str]:
 
 
 def notes(table: Table) -> list[str]:
-    """A sentence for each mark that stands at a figure."""
+    """Return a sentence for each mark that stands at a figure."""
     return [f"{mark} {NOTES[mark]}." for mark in table.notes]
 
 
 def sources(table: Table, text: Callable[[str], str] = escape.plain) -> list[str]:
-    """A sentence on where the published figures are from, each escaped by ``text``; none where there are none."""
+    """Return a sentence on the sources of published figures, escaped by ``text``; no sentence where there are none."""
     if not table.sources:
         return []
     escaped = [text(source) for source in table.sources]
     numbered = [f"[{at}] {source}" for at, source in enumerate(escaped, start=1)]
-    said = "; ".join(numbered if len(numbered) > 1 else escaped)
-    return [f"Published: {said}. Deviation: ours less the published one."]
+    listed = "; ".join(numbered if len(numbered) > 1 else escaped)
+    return [f"Published: {listed}. Deviation: ours less the published one."]
 
 
 def _several(values: Iterable[Any]) -> str:

@@ -1,4 +1,4 @@
-"""Published figures that stand beside ours: ``experiments/<name>/reported.csv``, each with its source."""
+"""Published figures, each with its source, that stand beside ours: ``experiments/<name>/reported.csv``."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ from typing import Any
 from cfsp.errors import ConfigError
 from cfsp.tables.collection import Found
 
-#: What a file must have beside the keys that its figures are told apart by.
+#: Columns that a file must have. The others are keys of a run.
 COLUMNS = ("metric", "seq_len", "value", "source")
 DENSE = "dense"
-#: What the other columns begin with.
+#: Sections that keys of a run begin with.
 SECTIONS = ("model", "calibration", "sparsity", "importance", "allocator", "pruner", "recovery")
 
 
 @dataclass(frozen=True)
 class Published:
-    """A figure of somebody else.
+    """A published figure.
 
-    ``where``: key of the configuration -> value, of those that the source states; ``pruner`` dense: the model as it
-    was. ``metric``: ``suite/task/metric``, several with | between for their mean; ``seq_len``: tokens of a window, None
-    where there are none; ``value``: in the unit of our metric (accuracies as fractions).
+    Attributes:
+        where: the keys of the configuration that the source states, with their values. ``pruner`` dense stands for the
+            model as it was.
+        metric: ``suite/task/metric``; several stand for their mean.
+        seq_len: tokens of a window; None where there are no windows.
+        value: in the unit of our metric (accuracies as fractions).
+        source: where the figure is published.
     """
 
     where: Mapping[str, str]
@@ -35,7 +39,7 @@ class Published:
 
 
 def load_reported(path: Path) -> list[Published]:
-    """The figures in a file; none where there is no file.
+    """Load the figures of a file; none where there is no file.
 
     Raises:
         ConfigError: a column is missing, a value is no number, a figure has no source.
@@ -57,31 +61,38 @@ def load_reported(path: Path) -> list[Published]:
 
 
 def published(
-    figures: Sequence[Published], members: Sequence[Sequence[str]], one: Found, side: str
+    figures: Sequence[Published], members: Sequence[Sequence[str]], run: Found, side: str
 ) -> Published | None:
-    """The figure that was measured as ours: the same model, method and scope, metric and window; or None.
+    """Return the published figure that was measured as ours: same model, method, scope, metric and window; or None.
 
-    Only beside runs as the experiment ships them, whose other settings are the source's (its README names what is not).
+    It stands only beside runs as the experiment ships them, whose other settings are those of the source. The README of
+    the experiment names those that are not.
+
+    Args:
+        figures: the published figures.
+        members: suite, task and metric of our figure, or of those that it is the mean of.
+        run: our run.
+        side: side of our figure.
 
     Raises:
-        ConfigError: there are several.
+        ConfigError: several figures match.
     """
-    if not one.as_shipped:
+    if not run.as_shipped:
         return None
     names = frozenset("/".join(member) for member in members)
     lengths = {
         row["seq_len"]
-        for row in one.record.measurements.get(side, ())
+        for row in run.record.measurements.get(side, ())
         if row["suite"] == "perplexity" and "/".join((row["suite"], row["task"], row["metric"])) in names
     }
     matching = [
         figure
         for figure in figures
-        if figure.metric == names and lengths <= {figure.seq_len} and _describes(figure, one, dense=side == DENSE)
+        if figure.metric == names and lengths <= {figure.seq_len} and _describes(figure, run, dense=side == DENSE)
     ]
     if len(matching) > 1:
         sources = "; ".join(figure.source for figure in matching)
-        raise ConfigError(f"reported.csv: several figures for {' | '.join(sorted(names))} of {one.cell} ({sources})")
+        raise ConfigError(f"reported.csv: several figures for {' | '.join(sorted(names))} of {run.cell} ({sources})")
     return matching[0] if matching else None
 
 
@@ -98,25 +109,27 @@ def _published(row: Mapping[str, str], place: str) -> Published:
     return Published(where, metric, seq_len, value, row["source"].strip())
 
 
-def _describes(figure: Published, one: Found, *, dense: bool) -> bool:
+def _describes(figure: Published, run: Found, *, dense: bool) -> bool:
     if dense != (figure.where.get("pruner") == DENSE):
         return False
     keys = [key for key in figure.where if not (dense and key == "pruner")]
-    return all(same_value(figure.where[key], _value(one, key)) for key in keys)
+    return all(same_value(figure.where[key], _value(run, key)) for key in keys)
 
 
-def _value(one: Found, key: str) -> str | None:
-    """As the grid names it, else as the run's configuration has it."""
-    if key in one.cell.point:
-        return one.cell.point[key]
-    found: Any = one.record.configuration
+def _value(run: Found, key: str) -> str | None:
+    """Return the value of a key as the grid names it, else as it stands in the run's configuration."""
+    if key in run.cell.point:
+        return run.cell.point[key]
+    value: Any = run.record.configuration
     for part in key.split("."):
-        found = found.get(part) if isinstance(found, Mapping) else None
-    return str(found.get("name")) if isinstance(found, Mapping) else (None if found is None else str(found))
+        value = value.get(part) if isinstance(value, Mapping) else None
+    if isinstance(value, Mapping):
+        return str(value.get("name"))
+    return None if value is None else str(value)
 
 
 def same_value(wanted: str, value: str | None) -> bool:
-    """Numbers are compared as numbers."""
+    """Return whether two values are equal; numbers are compared as numbers."""
     try:
         return value is not None and float(wanted) == float(value)
     except ValueError:

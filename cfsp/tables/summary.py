@@ -1,4 +1,4 @@
-"""The table at the end of a run: dense beside pruned."""
+"""The table at the end of a run, dense beside pruned."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cfsp.tables.metrics import NOTES, describe, notes_of, order
 
 
 def summary(record: RunRecord) -> Table | None:
-    """A rich table of every figure of the run; None where nothing was measured."""
+    """Return a rich table of every figure of the run; None where nothing was measured."""
     sides = [side for side, rows in record.measurements.items() if rows]
     if not sides:
         return None
@@ -22,10 +22,10 @@ def summary(record: RunRecord) -> Table | None:
         for row in record.measurements[side]:
             figures.setdefault((row["suite"], row["task"], row["metric"]), {})[side] = row
     compared = len(sides) > 1
-    title = f"{record.model.get('name', '')}: {_what(record)}"
-    said = [f"change: {sides[-1]} relative to dense; tasks in points"] if compared else []
+    title = f"{record.model.get('name', '')}: {_method_and_ratio(record)}"
+    explained = [f"change: {sides[-1]} relative to dense; tasks in points"] if compared else []
     marks = {mark for rows in figures.values() for row in rows.values() for mark in notes_of(row)}
-    caption = "\n".join([*said, *(f"{mark} {NOTES[mark]}" for mark in NOTES if mark in marks)]) or None
+    caption = "\n".join([*explained, *(f"{mark} {NOTES[mark]}" for mark in NOTES if mark in marks)]) or None
     table = Table(title=_text(title), title_justify="left", title_style="bold", caption=caption, caption_justify="left")
     table.add_column("")
     for side in sides:
@@ -51,11 +51,11 @@ def summary(record: RunRecord) -> Table | None:
 
 
 def _text(text: str) -> str:
-    """A text of the record, in which rich finds no markup."""
+    """Escape a text of the record, so that rich reads no markup in it."""
     return rich_escape(escape.plain(text))
 
 
-def _what(record: RunRecord) -> str:
+def _method_and_ratio(record: RunRecord) -> str:
     method = record.method.get("name", "none")
     if record.plan is None:
         return "evaluated as it is (pruner=none)"
@@ -83,7 +83,7 @@ def _cell(row: dict[str, Any], show: Any) -> str:
 
 
 def _spread(row: dict[str, Any] | None) -> dict[str, float] | None:
-    """Of repeated timings; records from before they were kept have none."""
+    """Return the spread of repeated timings. Records from before it was kept have none."""
     return ((row or {}).get("detail") or {}).get("spread")
 
 

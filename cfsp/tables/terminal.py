@@ -1,4 +1,4 @@
-"""What a person sees when a run ends: the table, and where things are."""
+"""Output at the end of a run: the table of its figures, and the paths of what it wrote."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Whether a saved model computes in other tools what it computed in memory when it was saved."""
+"""Comparison of a saved model in other tools with what it computed in memory when it was saved."""

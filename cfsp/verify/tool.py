@@ -1,4 +1,4 @@
-"""The tools that a saved model is tried in, each in a process of its own."""
+"""Tools in which a saved model is tried, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -24,11 +24,15 @@ _SCRIPTS = Path(__file__).with_name("tools")
 
 @dataclass(frozen=True)
 class Tool:
-    """
-    module: what is importable where the tool is installed.
-    float32: by how much a log-probability may differ in float32. Where the sums are PyTorch's too only their order
-        changes (threads, batches): 1e-6 is measured on small models, and depth multiplies it. Other kernels get more.
-    reads: "folder" or "gguf".
+    """Tool that loads saved models.
+
+    Attributes:
+        name: name of the tool and of its script.
+        module: module that can be imported where the tool is installed.
+        float32: largest difference of a log-probability in float32. Where the tool's sums are PyTorch's too, only their
+            order changes (threads, batches): 1e-6 was measured on small models, and depth multiplies it. Other kernels
+            are allowed more.
+        reads: "folder" or "gguf".
     """
 
     name: str
@@ -50,49 +54,54 @@ TOOLS = {
 
 
 def is_installed(tool: Tool, python: str = sys.executable) -> bool:
-    """Whether ``python`` finds the tool.
+    """Return whether ``python`` finds the tool.
 
     Raises:
-        ConfigError: it is no Python.
+        ConfigError: ``python`` is not a Python that can be run.
     """
-    question = f"import importlib.util, sys; sys.exit(3 if importlib.util.find_spec({tool.module!r}) is None else 0)"
+    script = f"import importlib.util, sys; sys.exit(3 if importlib.util.find_spec({tool.module!r}) is None else 0)"
     try:
-        ended = subprocess.run([python, "-I", "-c", question], capture_output=True, text=True)
+        process = subprocess.run([python, "-I", "-c", script], capture_output=True, text=True)
     except OSError as error:
         raise ConfigError(
             f"python.{tool.name}={python}: cannot be run ({error.strerror}); give the python of an environment, e.g. "
             f"/path/to/venv/bin/python"
         ) from error
-    if ended.returncode not in (0, 3):
-        raise ConfigError(f"python.{tool.name}={python}: is no Python ({_last_words(ended)}); give that of a venv")
-    return ended.returncode == 0
+    if process.returncode not in (0, 3):
+        raise ConfigError(f"python.{tool.name}={python}: is not a Python ({_last_words(process)}); give that of a venv")
+    return process.returncode == 0
 
 
 def ask(tool: Tool, request: Mapping[str, Any], python: str = sys.executable) -> dict[str, Any]:
-    """What the tool's script answers; cfsp is not on the path of its process.
+    """Return the answer of the tool's script; cfsp is not on the path of its process.
+
+    Args:
+        tool: the tool.
+        request: request as :mod:`cfsp.verify.tools` describes it.
+        python: Python of the environment that has the tool.
 
     Raises:
-        RunError: it could not load the model; its last words.
+        RunError: the tool could not load the model; carries its last line of output.
     """
     with tempfile.TemporaryDirectory(prefix="cfsp-verify-") as scratch:
-        # -I: neither PYTHONPATH nor the script's own folder, whose modules are named like the tools.
-        words = [python, "-I", str(_SCRIPTS / f"{tool.name}.py"), json.dumps(request)]
-        # Without an input: transformers would ask there whether to run code that it was not told to trust.
+        # -I leaves out PYTHONPATH and the script's own folder, whose modules have the names of the tools.
+        command = [python, "-I", str(_SCRIPTS / f"{tool.name}.py"), json.dumps(request)]
+        # No standard input, where transformers would ask whether to run code that it was not told to trust.
         environment = _environment(Path(scratch))
-        ended = subprocess.run(
-            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=scratch, env=environment
+        process = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=scratch, env=environment
         )
-    log.debug("%s said:\n%s", tool.name, ended.stderr)
-    answer = _answer(ended.stdout)
-    if ended.returncode:  # a script that knows why its tool does not take the model says so in its answer
-        raise RunError(str(answer["error"])[-300:] if answer and answer.get("error") else _last_words(ended))
+    log.debug("%s said:\n%s", tool.name, process.stderr)
+    answer = _answer(process.stdout)
+    if process.returncode:  # where a script knows why its tool does not take the model, its answer has an "error"
+        raise RunError(str(answer["error"])[-300:] if answer and answer.get("error") else _last_words(process))
     if answer is None:
         raise RunError("it ended without an answer")
     return answer
 
 
-def _answer(said: str) -> dict[str, Any] | None:
-    for line in reversed(said.splitlines()):  # a tool may have words of its own after the answer
+def _answer(stdout: str) -> dict[str, Any] | None:
+    for line in reversed(stdout.splitlines()):  # a tool may print lines of its own after the answer
         if line.startswith("{"):
             with contextlib.suppress(ValueError):
                 answer: dict[str, Any] = json.loads(line)
@@ -101,7 +110,7 @@ def _answer(said: str) -> dict[str, Any] | None:
 
 
 def _environment(scratch: Path) -> dict[str, str]:
-    # Code of a folder is cached by the folder's name: another model's of the same name must not be taken for it.
+    # transformers caches a folder's code by the folder's name, which two models may share.
     return {
         **os.environ,
         "HF_MODULES_CACHE": str(scratch / "modules"),
@@ -113,8 +122,8 @@ def _environment(scratch: Path) -> dict[str, str]:
     }
 
 
-def _last_words(ended: subprocess.CompletedProcess[str]) -> str:
-    lines = [line.strip() for line in ended.stderr.splitlines() if line.strip()]
-    if ended.returncode < 0:
-        return f"ended by {signal.Signals(-ended.returncode).name}"
-    return lines[-1][-300:] if lines else f"exit code {ended.returncode}"
+def _last_words(process: subprocess.CompletedProcess[str]) -> str:
+    lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
+    if process.returncode < 0:
+        return f"ended by {signal.Signals(-process.returncode).name}"
+    return lines[-1][-300:] if lines else f"exit code {process.returncode}"

@@ -1,1 +1,1 @@
-"""Model folders on disk: what lies in them, and how their tensors fit an architecture."""
+"""Model folders on disk: their sources, their files, and the fit of their tensors to an architecture."""

@@ -1,4 +1,4 @@
-"""A folder that is there whole or not at all: written beside its place, then renamed."""
+"""Atomic writing of a folder: it is written beside its place, then renamed, so that it is there whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from cfsp.system.leftovers import held, is_held
 
 
 @contextmanager
-def whole_folder(folder: Path, key: str | None = None) -> Iterator[Path]:
-    """A scratch folder to write to, which takes the place of ``folder`` when the block ends well.
+def atomic_folder(folder: Path, key: str | None = None) -> Iterator[Path]:
+    """Yield a scratch folder to write to, which takes the place of ``folder`` when the block ends without an error.
 
-    ``key``: names the scratch folder, so that the weight files that a run has finished there before it was stopped (a
-    kill, Ctrl-C, a full disk) are found again by the next one. They stay after an error too, which says where.
+    Args:
+        folder: the folder to write; an older one is replaced.
+        key: names the scratch folder, so that the next run uses the weight files that a stopped run (killed,
+            interrupted, or by a full disk) has finished there. They also stay after an error, which names the folder.
 
     Raises:
         CheckpointError: something cannot be written.
@@ -33,14 +35,14 @@ def whole_folder(folder: Path, key: str | None = None) -> Iterator[Path]:
             _replace(scratch, folder)
         _remove_others(folder)
     except (OSError, SafetensorError) as error:
-        said = f"{folder}: the model cannot be saved there ({error})"
+        message = f"{folder}: the model cannot be saved there ({error})"
         finished = len(_finished(scratch)) if key else 0
         if finished:
-            said += (
-                f"; {finished} finished weight files stay in {scratch}: make room and the same run goes on with them, or "
-                "delete that folder"
+            message += (
+                f"; {finished} finished weight files stay in {scratch}: make room and the same run goes on with them, "
+                "or delete that folder"
             )
-        raise CheckpointError(said) from error
+        raise CheckpointError(message) from error
     finally:
         if not (key and _finished(scratch)):
             shutil.rmtree(scratch, ignore_errors=True)
@@ -50,7 +52,7 @@ def whole_folder(folder: Path, key: str | None = None) -> Iterator[Path]:
 
 
 def _remove_others(folder: Path) -> None:
-    """Remove what earlier saves to ``folder`` left that were stopped; those of living processes are held."""
+    """Remove the scratch folders that stopped saves to ``folder`` left; those of living processes are held."""
     pattern = re.compile(rf"\.{re.escape(folder.name)}\.([0-9a-f]{{8}}|[0-9a-f]{{16}})")
     for path in folder.parent.iterdir():
         if pattern.fullmatch(path.name) and not is_held(path):
@@ -58,10 +60,12 @@ def _remove_others(folder: Path) -> None:
 
 
 def _finished(scratch: Path) -> list[Path]:
+    """Return the weight files that are complete; others still have another suffix."""
     return list(scratch.glob("*.safetensors"))
 
 
 def _replace(scratch: Path, folder: Path) -> None:
+    """Rename ``scratch`` to ``folder``; an older folder comes back where that fails."""
     if not folder.exists():
         scratch.rename(folder)
         return

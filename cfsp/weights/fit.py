@@ -1,4 +1,4 @@
-"""How the tensors in a checkpoint's headers fit an architecture: what has no place, what is tied, what is no float.
+"""Fit of the tensors in a checkpoint's headers to an architecture: places, tied tensors and dtypes.
 
 The tensors decide, not config.json: a head that is stored beside the embedding with other values is a head of its own,
 whatever ``tie_word_embeddings`` says. Names are compared after the renamings that transformers makes when it loads.
@@ -16,7 +16,7 @@ from cfsp.weights.shards import Shards
 
 #: Stored dtypes of parameters, as safetensors names them.
 FLOATS = ("F64", "F32", "F16", "BF16")
-#: Buffers of old checkpoints that transformers computes itself.
+#: Buffers in old checkpoints that transformers computes itself.
 _OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 _ATTENTION_MASK = re.compile(r"(^|\.)(attn|attention|self_attn|self_attention)\.(masked_bias|bias)$")
 
@@ -25,8 +25,11 @@ _ATTENTION_MASK = re.compile(r"(^|\.)(attn|attention|self_attn|self_attention)\.
 class Fit:
     """Places of a checkpoint's tensors in an architecture.
 
-    targets: stored name -> name in the model's state dict. converted: stored names that transformers merges, splits or
-    turns on the way, whose shapes are not those of the target. unexpected: stored names without a place.
+    Attributes:
+        targets: stored name -> name in the model's state dict.
+        converted: stored names that transformers merges, splits or transposes when it loads, so that their shapes are
+            not those of the targets.
+        unexpected: stored names without a place.
     """
 
     targets: Mapping[str, str]
@@ -35,7 +38,11 @@ class Fit:
 
 
 def fit_of(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Fit:
-    """Find the place of each stored tensor in ``model`` (on the meta device), as transformers finds it.
+    """Find the place of each stored tensor in a model, by the same rules as transformers.
+
+    Args:
+        model: the model, which may be on the meta device.
+        shapes: stored name -> shape.
 
     Raises:
         CheckpointError: two stored tensors have the same place.
@@ -69,36 +76,40 @@ def fit_of(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> Fit:
 
 
 def _ignored(model: Any) -> re.Pattern[str]:
-    """Names that transformers leaves out without a word: further prediction layers, other parts of a larger model."""
+    """Return a pattern of the stored names that transformers leaves out silently.
+
+    They belong to further prediction layers, or to other parts of a larger model.
+    """
     patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), *_OLD_BUFFERS]
     return re.compile("|".join(f"({pattern})" for pattern in patterns))
 
 
 def is_computed(name: str, shape: Sequence[int]) -> bool:
-    """Whether a stored tensor is a buffer of old checkpoints that every model computes itself.
+    """Return whether a stored tensor is a buffer of old checkpoints that every model computes itself.
 
-    Rotary frequencies, positions, and causal masks: [1, 1, T, T], or the number for what is masked.
+    Such buffers are rotary frequencies, positions, causal masks [1, 1, T, T] and the value of masked positions.
     """
     if any(re.search(pattern, name) for pattern in _OLD_BUFFERS):
         return True
-    found = _ATTENTION_MASK.search(name)
-    if found is None:
+    mask = _ATTENTION_MASK.search(name)
+    if mask is None:
         return False
-    if found[3] == "masked_bias":
+    if mask[3] == "masked_bias":
         return len(shape) == 0 or list(shape) == [1]
     return len(shape) == 4 and list(shape[:2]) == [1, 1] and shape[2] == shape[3]
 
 
 def without_place(model: Any, names: Iterable[str]) -> list[str]:
-    """Stored names that transformers found no place for, without the buffers that it computes itself."""
+    """Return those of the stored names without a place that are no buffers which transformers computes itself."""
     ignored = _ignored(model)
     return [name for name in sorted(names) if not ignored.search(name) and not _ATTENTION_MASK.search(name)]
 
 
 def check_places(fit: Fit, where: str) -> None:
-    """
+    """Refuse a checkpoint with tensors that have no place in the architecture.
+
     Raises:
-        CheckpointError: a stored tensor has no place, so the model would be another one than was saved.
+        CheckpointError: a stored tensor has no place, so the loaded model would differ from the saved one.
     """
     if fit.unexpected:
         count = len(fit.unexpected)
@@ -110,9 +121,10 @@ def check_places(fit: Fit, where: str) -> None:
 
 
 def check_floats(model: Any, fit: Fit, dtypes: Mapping[str, str], where: str) -> None:
-    """
+    """Refuse a checkpoint that stores something else than floats for a parameter of floats.
+
     Raises:
-        CheckpointError: integers or packed values are stored where the model has a parameter of floats.
+        CheckpointError: integers or packed values are stored for such a parameter.
     """
     parameters = {name for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.is_floating_point()}
     wrong = [name for name, target in fit.targets.items() if target in parameters and dtypes[name] not in FLOATS]
@@ -124,7 +136,7 @@ def check_floats(model: Any, fit: Fit, dtypes: Mapping[str, str], where: str) ->
 
 
 def tied_differently(model: Any, fit: Fit, shards: Shards) -> list[tuple[str, str]]:
-    """Pairs of stored names that ``model`` holds in one parameter, and whose tensors differ."""
+    """Return the pairs of stored names that ``model`` holds in one parameter although their tensors differ."""
     stored: dict[int, list[str]] = {}
     places = {target: name for name, target in fit.targets.items() if name not in fit.converted}
     for target, parameter in model.named_parameters(remove_duplicate=False):
@@ -134,7 +146,10 @@ def tied_differently(model: Any, fit: Fit, shards: Shards) -> list[tuple[str, st
 
 
 def missing_weights(model: Any, fit: Fit) -> list[str]:
-    """Parameters that no stored tensor fills; empty where transformers converts some, whose targets it alone knows."""
+    """Return the parameters that no stored tensor fills.
+
+    The list is empty where transformers converts tensors, because only transformers knows their targets.
+    """
     if fit.converted:
         return []
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
@@ -150,7 +165,11 @@ def missing_weights(model: Any, fit: Fit) -> list[str]:
 
 
 def majority_dtype(entries: Iterable[tuple[str, int]]) -> str | None:
-    """The floating-point dtype that most bytes are stored in, as torch names it; None where none is."""
+    """Return the floating-point dtype that most bytes are stored in, as torch names it; None without any.
+
+    Args:
+        entries: (dtype as safetensors names it, bytes) of each tensor.
+    """
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     sizes: dict[str, int] = {}
     for dtype, size in entries:
@@ -160,7 +179,7 @@ def majority_dtype(entries: Iterable[tuple[str, int]]) -> str | None:
 
 
 def untie(config: Any) -> None:
-    """Say in a transformers configuration that the LM head is not the embedding."""
+    """Set a transformers configuration to an LM head that is not tied to the embedding."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for section in {id(section): section for section in (config, text)}.values():
         if hasattr(section, "tie_word_embeddings"):

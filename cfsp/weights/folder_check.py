@@ -1,7 +1,7 @@
-"""What may lie in a model folder: regular files of its own, no adapter, no configuration without end.
+"""Checks of the files in a model folder, before transformers reads it.
 
 A model folder comes from somebody else. transformers follows links, loads an adapter that lies beside the weights and
-builds as many layers as config.json asks for; each of these is looked at before transformers sees the folder.
+builds as many layers as config.json asks for, so links, adapters and absurd sizes are refused here.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _EXPERTS = re.compile(r"experts?$")
 
 
 def check_files(folder: Path, where: str) -> None:
-    """Refuse FIFOs, devices and links that lead outside, in the place of files that a model is read from.
+    """Refuse FIFOs, devices and links that lead outside where a file of the model is expected.
 
     Args:
         folder: a model folder, or a snapshot in the cache of the hub.
-        where: how messages name it, e.g. ``model.path=FOLDER``.
+        where: name of the folder in messages, e.g. ``model.path=FOLDER``.
 
     Raises:
         CheckpointError: names the file.
@@ -72,9 +72,10 @@ def check_files(folder: Path, where: str) -> None:
 
 
 def leads_outside(file: Path, folder: Path) -> bool:
-    """Whether ``file`` is a link out of ``folder``; those of a hub snapshot to the blobs of its own repository are not.
+    """Return whether ``file`` is a link to a place outside of ``folder``.
 
-    The cache of the hub is models--ORGANISATION--NAME/{blobs,snapshots/COMMIT}; a snapshot holds links to the blobs.
+    The cache of the hub is models--ORGANISATION--NAME/{blobs,snapshots/COMMIT}; a snapshot holds links to the blobs,
+    and links to the blobs of its own repository do not count.
     """
     if not file.is_symlink():
         return False
@@ -88,7 +89,9 @@ def check_no_adapter(folder: Path, where: str, *, full_weights: bool | None = No
     """Refuse a PEFT adapter, alone or beside full weights, which transformers would load on top of them.
 
     Args:
-        full_weights: there is a model beside it; None: where its weights lie in the folder.
+        folder: a model folder.
+        where: name of the folder in messages.
+        full_weights: whether there is a model beside the adapter; None: decided by the files in the folder.
 
     Raises:
         CheckpointError: names the adapter's base and the way out.
@@ -101,23 +104,23 @@ def check_no_adapter(folder: Path, where: str, *, full_weights: bool | None = No
         base = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
     except CheckpointError:
         base = None
-    of_base = f" of the base model {str(base)[:100]}" if base else ""
+    base_clause = f" of the base model {str(base)[:100]}" if base else ""
     if full_weights is None:
         weights = [path.name for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_")]
         full_weights = bool(weights) and (folder / "config.json").is_file()
     if full_weights:
         raise CheckpointError(
-            f"{where}: a PEFT adapter{of_base} lies beside the full weights ({ADAPTER}), and transformers would load "
-            f"it on top of them; merge it (peft: merge_and_unload, then save_pretrained), or move {ADAPTER} away"
+            f"{where}: a PEFT adapter{base_clause} lies beside the full weights ({ADAPTER}), and transformers would "
+            f"load it on top of them; merge it (peft: merge_and_unload, then save_pretrained), or move {ADAPTER} away"
         )
     raise CheckpointError(
-        f"{where}: this is a PEFT adapter{of_base}, not a model; load it on its base, merge it (peft: "
+        f"{where}: this is a PEFT adapter{base_clause}, not a model; load it on its base, merge it (peft: "
         "merge_and_unload, then save_pretrained) and give the folder that this writes"
     )
 
 
 def read_config(folder: Path, where: str) -> dict[str, Any]:
-    """config.json of a model folder, small enough to be built.
+    """Return the config.json of a model folder, after a check of its sizes.
 
     Raises:
         CheckpointError: it cannot be read, is no object, or asks for more layers than any model has.
@@ -139,7 +142,7 @@ def read_config(folder: Path, where: str) -> dict[str, Any]:
                 "model again"
             )
     named = config.get("transformers_weights")
-    if named is not None:  # transformers would read this file instead of the ones that are looked at
+    if named is not None:  # transformers would read this file instead of those that were checked
         raise CheckpointError(
             f"{where}: config.json names the weights itself (transformers_weights={str(named)[:100]}); take the key "
             "out and name the files model.safetensors, or as an index does"
@@ -148,7 +151,7 @@ def read_config(folder: Path, where: str) -> dict[str, Any]:
 
 
 def counts(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Keys and values of a config.json, nested ones included, that count layers, blocks or experts."""
+    """Yield the keys and values of a config.json, nested ones included, that count layers, blocks or experts."""
     pending: list[Mapping[str, Any]] = [config]
     while pending:
         for key, value in pending.pop().items():
@@ -159,15 +162,16 @@ def counts(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def layers_of(config: Mapping[str, Any]) -> tuple[str, float] | None:
-    """The key and the value that count the blocks in a config.json; of several the largest."""
-    found = [(key, n) for key, n in counts(config) if key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")]
-    return max(found, key=lambda item: item[1], default=None)
+    """Return the key and the value that count the blocks in a config.json; the largest where there are several."""
+    keys = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    return max(((key, n) for key, n in counts(config) if key in keys), key=lambda item: item[1], default=None)
 
 
 def readable_by_transformers(folder: Path) -> Path:
-    """``folder``, or where one of its JSON files begins with a byte order mark a copy without these marks.
+    """Return ``folder``, or a copy of it without the byte order marks at the start of its JSON files.
 
-    transformers does not read such files. The copy has links to the large files and goes when the process ends.
+    transformers does not read files with such a mark. The copy has links to the large files and is removed when the
+    process ends.
     """
     marked = [file for file in folder.glob("*.json") if _has_mark(file)]
     if not marked:
@@ -192,7 +196,7 @@ def _without_marks(folder: Path, marked: tuple[tuple[str, int], ...]) -> Path:
 
 
 def without_mark(content: bytes) -> bytes:
-    """``content`` without the byte order mark of UTF-8 at its start."""
+    """Return ``content`` without the byte order mark of UTF-8 at its start."""
     return content.removeprefix(b"\xef\xbb\xbf")
 
 
@@ -202,7 +206,7 @@ def _has_mark(file: Path) -> bool:
 
 
 def tokenizer_code(folder: Path) -> bool:
-    """Whether tokenizer_config.json names Python code of its own."""
+    """Return whether tokenizer_config.json names Python code of its own."""
     file = folder / "tokenizer_config.json"
     if not file.is_file():
         return False

@@ -1,4 +1,4 @@
-"""Writing safetensors files tensor by tensor: what is written is never in memory as a whole."""
+"""Writing of safetensors files tensor by tensor, so that a file is never in memory as a whole."""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Outgoing:
-    """A tensor of a checkpoint to be written: its name, shape and the dtype it is stored in."""
+class TensorSpec:
+    """A tensor of a checkpoint to be written.
+
+    Attributes:
+        name: its name in the checkpoint.
+        shape: its shape.
+        dtype: the dtype that it is stored in.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -29,23 +35,28 @@ class Outgoing:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Size in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
 def write_shards(
     folder: Path,
-    tensors: Sequence[Outgoing],
+    tensors: Sequence[TensorSpec],
     values: Callable[[list[str]], Iterator[tuple[str, Tensor]]],
     limit: int,
 ) -> int:
     """Write ``tensors`` to as many files of at most ``limit`` bytes as they need, with an index if there are several.
 
-    A file that is there already, as whole as it is to be, is kept: a run that was stopped had finished it. Returns the
-    bytes of all files.
+    A file that is there already with the right header and size is kept, because a stopped run had finished it.
 
     Args:
-        values: gives (name, tensor) for the names asked for, in their order.
+        folder: an existing folder.
+        tensors: the tensors in the order in which they are written.
+        values: yields (name, tensor) for the names asked for, in their order.
+        limit: most bytes of tensors in a file; a larger tensor gets a file of its own.
+
+    Returns:
+        The bytes of all files.
     """
     shards = list(_shards(tensors, limit))
     names = [
@@ -53,46 +64,47 @@ def write_shards(
         for number in range(1, len(shards) + 1)
     ]
     missing = {name: shard for name, shard in zip(names, shards, strict=True) if not _holds(folder / name, shard)}
-    source = values([outgoing.name for shard in missing.values() for outgoing in shard])
+    source = values([spec.name for shard in missing.values() for spec in shard])
     for name, shard in missing.items():
         write_file(folder / f"{name}.partial", shard, source, True)
         (folder / f"{name}.partial").rename(folder / name)
     if len(shards) > 1:
-        by_file = {outgoing.name: name for name, shard in zip(names, shards, strict=True) for outgoing in shard}
-        index = {"metadata": {"total_size": sum(outgoing.size for outgoing in tensors)}, "weight_map": by_file}
+        by_file = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
+        index = {"metadata": {"total_size": sum(spec.size for spec in tensors)}, "weight_map": by_file}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _shards(tensors: Sequence[Outgoing], limit: int) -> Iterator[list[Outgoing]]:
-    shard: list[Outgoing] = []
-    for outgoing in tensors:
-        if shard and sum(other.size for other in shard) + outgoing.size > limit:
+def _shards(tensors: Sequence[TensorSpec], limit: int) -> Iterator[list[TensorSpec]]:
+    shard: list[TensorSpec] = []
+    for spec in tensors:
+        if shard and sum(other.size for other in shard) + spec.size > limit:
             yield shard
             shard = []
-        shard.append(outgoing)
+        shard.append(spec)
     yield shard
 
 
-def _holds(file: Path, tensors: Sequence[Outgoing]) -> bool:
-    """Whether ``file`` is there with the header that ``tensors`` get, and with as many bytes as they take."""
+def _holds(file: Path, tensors: Sequence[TensorSpec]) -> bool:
+    """Return whether ``file`` is there with the header and the size that ``tensors`` ask for."""
     header = _header(tensors)
     try:
         with file.open("rb") as stream:
-            found = stream.read(len(header))
-            return found == header and os.fstat(stream.fileno()).st_size == len(header) + sum(
-                outgoing.size for outgoing in tensors
-            )
+            expected = len(header) + sum(spec.size for spec in tensors)
+            return stream.read(len(header)) == header and os.fstat(stream.fileno()).st_size == expected
     except OSError:
         return False
 
 
 def write_file(
-    file: Path, tensors: Sequence[Outgoing], source: Iterator[tuple[str, Tensor]], hashed: bool = False
+    file: Path, tensors: Sequence[TensorSpec], source: Iterator[tuple[str, Tensor]], hashed: bool = False
 ) -> None:
-    """Write ``tensors`` to ``file``, taking as many from ``source``, which gives them in the same order.
+    """Write one safetensors file.
 
     Args:
+        file: the file.
+        tensors: the tensors in their order.
+        source: yields (name, tensor) in the same order; as many are taken as the file holds.
         hashed: compute the file's sha256 on the way, for :func:`cfsp.system.background_hash.sha256_of`.
 
     Raises:
@@ -103,14 +115,14 @@ def write_file(
         written = False
         try:
             writer.write(_header(tensors))
-            for outgoing in tensors:
+            for spec in tensors:
                 name, tensor = next(source)
-                assert (name, tuple(tensor.shape)) == (outgoing.name, outgoing.shape)
-                whole = tensor.detach().to(device="cpu", dtype=outgoing.dtype).contiguous()
+                assert (name, tuple(tensor.shape)) == (spec.name, spec.shape)
+                whole = tensor.detach().to(device="cpu", dtype=spec.dtype).contiguous()
                 if whole.numel():
                     writer.write(whole.reshape(-1).view(torch.uint8).numpy().data)
-            # On the disk before it gets its name: a machine that goes down must not leave a file of the right size
-            # without its content, which would be taken for a finished one.
+            # The content must be on the disk before the file gets its name: after a power failure a file of the right
+            # size without content would be taken for a finished one.
             stream.flush()
             os.fsync(stream.fileno())
             written = True
@@ -118,17 +130,17 @@ def write_file(
             writer.close(whole=written)
 
 
-def _header(tensors: Sequence[Outgoing]) -> bytes:
-    """The beginning of a file that holds ``tensors`` in their order: a length and JSON."""
+def _header(tensors: Sequence[TensorSpec]) -> bytes:
+    """Return the beginning of a file that holds ``tensors`` in their order: a length and JSON."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for outgoing in tensors:
-        header[outgoing.name] = {
-            "dtype": _NAMES[outgoing.dtype],
-            "shape": list(outgoing.shape),
-            "data_offsets": [at, at + outgoing.size],
+    for spec in tensors:
+        header[spec.name] = {
+            "dtype": _NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [at, at + spec.size],
         }
-        at += outgoing.size
+        at += spec.size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8 bytes
     return len(text).to_bytes(8, "little") + text

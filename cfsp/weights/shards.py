@@ -1,4 +1,4 @@
-"""Reading tensors out of a folder's safetensors files one by one, with plain reads: no file is mapped into memory."""
+"""Reading of single tensors from safetensors files with plain reads, so that no file is mapped into memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cfsp.system.reading import check_regular, read_json
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-#: safetensors' names of what a checkpoint before quantisation holds.
+#: Names in safetensors of the dtypes that a checkpoint before quantisation holds.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -35,15 +35,15 @@ DTYPES = {
 _REMEDY = "fetch or save the model again"
 #: Largest header, as in the safetensors library.
 _MAX_HEADER_BYTES = 100_000_000
-#: Tensors are compared so many bytes at a time.
+#: Bytes that are compared at a time.
 _COMPARED_BYTES = 1 << 24
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads in ``folder``: the single one, those of the index, or all.
+    """Return the safetensors files that transformers reads in ``folder``: the single file, those of the index, or all.
 
     Raises:
-        CheckpointError: an index that cannot be read.
+        CheckpointError: the index cannot be read.
     """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
@@ -53,32 +53,33 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name, as the index of a sharded checkpoint says.
+    """Return the index of a sharded checkpoint: tensor name -> file name.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the index cannot be read, or names files outside of the folder.
     """
     index = read_json(folder / INDEX, str(folder / INDEX), limit=_MAX_HEADER_BYTES)
-    found = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise CheckpointError(
             f"{folder / INDEX}: not a readable index (no weight_map of tensor and file names); fetch the model again"
         )
-    for name in set(found.values()):
+    for name in set(files.values()):
         # transformers would follow a path, and take another suffix for a pickle.
         if Path(name).name != name or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
             raise CheckpointError(
                 f"{folder / INDEX}: names the file {name[:100]!r}; an index names *.safetensors files that lie beside "
                 "it, without a path; save the model again"
             )
-    return found
+    return files
 
 
 def index_decides(folder: Path, headers: Mapping[Path, Iterable[str]]) -> bool:
-    """Whether the index of a sharded checkpoint says more than its files: it leaves some out, or lists other tensors.
+    """Return whether the index of a sharded checkpoint differs from its files: it omits some, or lists other tensors.
 
     Args:
-        headers: file -> names of its tensors, of the files that :func:`weight_files` gives.
+        folder: a model folder.
+        headers: file -> names of its tensors, for the files that :func:`weight_files` returns.
     """
     if (folder / WEIGHTS).is_file() or not (folder / INDEX).is_file():
         return False
@@ -90,7 +91,15 @@ def index_decides(folder: Path, headers: Mapping[Path, Iterable[str]]) -> bool:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies: its file, dtype, shape, first byte and number of bytes."""
+    """Place of a tensor on disk.
+
+    Attributes:
+        file: the file.
+        dtype: stored dtype.
+        shape: shape.
+        start: first byte in the file.
+        size: number of bytes.
+    """
 
     file: Path
     dtype: torch.dtype
@@ -100,10 +109,11 @@ class _Place:
 
 
 class Shards:
-    """The tensors of a checkpoint folder by name. Any thread may read."""
+    """Tensors of a checkpoint folder by name. Any thread may read."""
 
     def __init__(self, folder: Path) -> None:
-        """
+        """Read the headers of all files.
+
         Raises:
             CheckpointError: a file is missing, truncated or no safetensors file, or holds a dtype that is not known.
         """
@@ -125,19 +135,19 @@ class Shards:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor, by name."""
+        """Shape of every tensor, by name."""
         return {name: place.shape for name, place in self._places.items()}
 
     def equal(self, first: str, second: str) -> bool:
-        """Whether two tensors hold the same values; of one dtype, they are compared piece by piece."""
-        one, other = self._places[first], self._places[second]
-        if one.shape != other.shape:
+        """Return whether two tensors hold the same values. Tensors of one dtype are compared piece by piece."""
+        place, other = self._places[first], self._places[second]
+        if place.shape != other.shape:
             return False
-        if one.dtype != other.dtype:
+        if place.dtype != other.dtype:
             return torch.equal(self.read(first).double(), self.read(second).double())
-        for at in range(0, one.size, _COMPARED_BYTES):
-            pieces = [torch.empty(min(_COMPARED_BYTES, one.size - at), dtype=torch.uint8) for _ in range(2)]
-            self._read_into(first, one, pieces[0], one.start + at)
+        for at in range(0, place.size, _COMPARED_BYTES):
+            pieces = [torch.empty(min(_COMPARED_BYTES, place.size - at), dtype=torch.uint8) for _ in range(2)]
+            self._read_into(first, place, pieces[0], place.start + at)
             self._read_into(second, other, pieces[1], other.start + at)
             if not torch.equal(*pieces):
                 return False
@@ -149,11 +159,11 @@ class Shards:
         return {name: place.dtype for name, place in self._places.items()}
 
     def in_order(self, names: Iterable[str]) -> list[str]:
-        """``names`` in the order in which they lie on disk."""
+        """Return ``names`` in the order in which the tensors lie on disk."""
         return sorted(names, key=lambda name: (self._places[name].file, self._places[name].start))
 
     def read(self, name: str) -> Tensor:
-        """The tensor as it is stored, on the CPU.
+        """Return a tensor as it is stored, on the CPU.
 
         Raises:
             CheckpointError: names file and tensor.
@@ -164,7 +174,7 @@ class Shards:
         return _typed(buffer, place.dtype, place.shape)
 
     def read_rows(self, name: str, rows: list[int]) -> Tensor:
-        """The given rows of a matrix alone, [len(rows), ...].
+        """Return only the given rows of a matrix, [len(rows), ...].
 
         Raises:
             CheckpointError: names file and tensor.
@@ -177,6 +187,7 @@ class Shards:
         return _typed(buffer.flatten(), place.dtype, (len(rows), *place.shape[1:]))
 
     def close(self) -> None:
+        """Close the files; a later read opens them again."""
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -192,12 +203,12 @@ class Shards:
                 # setdefault: should two threads open it at once, one of the two descriptors is kept and both are fine.
                 descriptor = self._open.setdefault(place.file, os.open(place.file, os.O_RDONLY))
             while done < len(target):
-                got = os.preadv(descriptor, [target[done:]], start + done)
-                if not got:
+                count = os.preadv(descriptor, [target[done:]], start + done)
+                if not count:
                     raise CheckpointError(
                         f"{place.file}: ends within {name} ({done} of its {len(target)} bytes are there); {_REMEDY}"
                     )
-                done += got
+                done += count
         except OSError as error:
             raise CheckpointError(f"{place.file}: {name} cannot be read ({error.strerror}); {_REMEDY}") from error
 
@@ -207,14 +218,17 @@ def _typed(buffer: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """(name -> dtype, shape, data_offsets; where the data start), checked against the file's size and in itself.
+    """Read the header of a safetensors file, and check it against the file's size.
 
     A safetensors file is 8 bytes of length, JSON, and data up to the last of the ``data_offsets``, one tensor after the
     other without a gap.
 
+    Returns:
+        The entry of each tensor (dtype, shape, data_offsets) by name, and the first byte of the data.
+
     Raises:
-        CheckpointError: missing, truncated, or no safetensors file; a tensor that is not where or what it is said to
-            be, by name.
+        CheckpointError: the file is missing, truncated or no safetensors file, or the entry of a tensor, which is
+            named, is impossible.
     """
     if file.exists():  # else the message below
         check_regular(file, str(file))
@@ -247,7 +261,7 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
 
 
 def _contradiction(header: dict[str, Any]) -> str | None:
-    """What a tensor's entry says that its shape or the entries beside it rule out; None where all fits together."""
+    """Return the first entry that contradicts its own shape or the entries beside it; None where all fit."""
     free = 0
     for name, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
         (begin, end), dtype, shape = entry["data_offsets"], entry["dtype"], entry["shape"]
@@ -255,7 +269,7 @@ def _contradiction(header: dict[str, Any]) -> str | None:
             return f"{name} has {shape} for its shape and {begin}, {end} for its place"
         if begin != free or end < begin:
             return f"{name} lies at bytes {begin} to {end} of the data where the tensor before it ends at {free}"
-        # Of a dtype that is not known here the size is not known either.
+        # The size of a dtype that is not known here is not known either.
         needed = prod(shape) * DTYPES[dtype].itemsize if dtype in DTYPES else end - begin
         if end - begin != needed:
             return f"{name} takes {end - begin} bytes where {shape} in {dtype} are {needed}"
@@ -264,13 +278,13 @@ def _contradiction(header: dict[str, Any]) -> str | None:
 
 
 def check_safetensors(folder: Path) -> int:
-    """See from headers and sizes alone that the weights transformers would read here are complete.
+    """Check from headers and sizes alone that the weights which transformers would read here are complete.
 
     Returns:
         The number of tensors.
 
     Raises:
-        CheckpointError: names the file that is missing, truncated or no safetensors file.
+        CheckpointError: a file is missing, truncated or no safetensors file; it is named.
     """
     folder = Path(folder)
     files = weight_files(folder)
@@ -285,6 +299,3 @@ def check_safetensors(folder: Path) -> int:
         if lost:
             raise CheckpointError(f"{file}: lacks {lost[0]}, which {INDEX} expects there; fetch the model again")
     return tensors
-
-
-MARKER = "cfsp_checkpoint.json"

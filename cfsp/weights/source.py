@@ -1,7 +1,7 @@
-"""Where a model comes from: a packaged folder, a local folder or the hub; checked before a weight is loaded.
+"""Source of a model: a packaged folder, a local folder or the hub; checked before a weight is loaded.
 
-Everything becomes a local folder with a fingerprint of its content, so that two different models never share
-a cache entry or a run and the same model is recognised wherever it lies.
+Every source becomes a local folder with a fingerprint of its content. So two different models never share a cache
+entry or a run, and the same model is recognised in any place.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any, Literal, get_args
 
 from cfsp.config.sections import ModelSection, SavedDType
 from cfsp.errors import CheckpointError
+from cfsp.plan.history import MARKER
 from cfsp.system.digest import READERS, file_digest
 from cfsp.system.hub import fetch_snapshot
 from cfsp.system.hub_errors import hub_error
 from cfsp.system.package import package_path
 from cfsp.weights.folder_check import check_files, check_no_adapter, layers_of, read_config
 
-#: Files whose content decides what a model computes and how text becomes tokens.
+#: Files whose content decides how text becomes tokens.
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -32,15 +33,20 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-_WRITTEN_BY_CFSP = "cfsp_checkpoint.json"
 _HUB_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICEN[CS]E*", "NOTICE*", "USE_POLICY*"]
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on disk. ``origin`` is the folder or ``hub id@commit``; ``fingerprint`` is of the content.
+    """A model on disk.
 
-    part: whole, or language_model: that of a vision-language model alone, which is another model to everybody else.
+    Attributes:
+        name: name of the model in records.
+        origin: the folder, or ``hub id@commit``.
+        folder: the local folder.
+        config: content of config.json.
+        fingerprint: hash of the content.
+        part: whole, or language_model: only the language model of a vision-language model, with another fingerprint.
     """
 
     name: str
@@ -52,18 +58,18 @@ class ModelSource:
 
     @property
     def positions(self) -> int | None:
-        """The longest window that the model takes; None where its config.json does not say."""
-        found = self._stated("max_position_embeddings")
-        return found if isinstance(found, int) and found > 0 else None
+        """Longest window that the model takes; None where its config.json does not say."""
+        stated = self._stated("max_position_embeddings")
+        return stated if isinstance(stated, int) and stated > 0 else None
 
     @property
     def stored_dtype(self) -> str:
-        """The dtype that config.json states, else the one that most bytes of the weights are in, else float32."""
-        found = str(self._stated("dtype", "torch_dtype")).removeprefix("torch.")
-        return found if found in get_args(SavedDType) else self._held_dtype or "float32"
+        """Dtype that config.json states, else the dtype of most bytes of the weights, else float32."""
+        stated = str(self._stated("dtype", "torch_dtype")).removeprefix("torch.")
+        return stated if stated in get_args(SavedDType) else self._majority_dtype or "float32"
 
     @cached_property
-    def _held_dtype(self) -> str | None:
+    def _majority_dtype(self) -> str | None:
         from cfsp.weights.fit import majority_dtype
         from cfsp.weights.shards import read_header, weight_files
 
@@ -78,15 +84,15 @@ class ModelSource:
 
     @property
     def state(self) -> str | None:
-        """What a folder that cfsp wrote says of its weights (pruned, compensated, recovered); None for others."""
+        """State of the weights in a folder that cfsp wrote (pruned, compensated, recovered); None for other folders."""
         try:
-            state = json.loads((self.folder / "cfsp_checkpoint.json").read_text(encoding="utf-8"))["state"]
+            state = json.loads((self.folder / MARKER).read_text(encoding="utf-8"))["state"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
         return state if isinstance(state, str) else None
 
     def _stated(self, *keys: str) -> Any:
-        """The first of the keys in config.json, whose text model may be nested (multimodal families)."""
+        """Return the value of the first key that config.json, or the text model nested in it, has."""
         nested = self.config.get("text_config")
         sections = [self.config, nested] if isinstance(nested, dict) else [self.config]
         return next((section[key] for section in sections for key in keys if section.get(key) is not None), None)
@@ -95,10 +101,13 @@ class ModelSource:
 def locate(section: ModelSection, digests: Path | None = None) -> ModelSource:
     """Find the model of a configuration, fetching it from the hub if it is a hub id.
 
-    ``digests``: a folder that remembers the digests of large files from one process to the next.
+    Args:
+        section: the configuration.
+        digests: a folder that keeps the digests of large files from one process to the next.
 
     Raises:
-        CheckpointError: no such folder, an incomplete or truncated one, no safetensors, a hub out of reach.
+        CheckpointError: the folder is missing, incomplete or truncated, holds no safetensors, or the hub cannot be
+            reached.
     """
     source = _located(section, digests)
     if section.part == "whole":
@@ -120,7 +129,7 @@ def _located(section: ModelSection, digests: Path | None) -> ModelSource:
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether a path that is not there may be meant for the hub: NAME or ORGANISATION/NAME."""
+    """Return whether a path that does not exist may be a hub id: NAME or ORGANISATION/NAME."""
     return not path.startswith((".", "/", "~")) and path.count("/") <= 1 and "\\" not in path
 
 
@@ -142,8 +151,8 @@ def _from_folder(
 
     where = f"model.path={origin}"
     if not folder.is_dir():
-        found = "this is a file" if folder.exists() else "no such folder"
-        raise CheckpointError(f"{where}: {found}; give a model folder or a hub id (organisation/name)")
+        reason = "this is a file" if folder.exists() else "no such folder"
+        raise CheckpointError(f"{where}: {reason}; give a model folder or a hub id (organisation/name)")
     if not any(folder.iterdir()):
         raise CheckpointError(f"{where}: the folder is empty; it must hold config.json, *.safetensors and a tokenizer")
     check_no_adapter(folder, where)
@@ -153,12 +162,12 @@ def _from_folder(
     config = read_config(folder, where)
     if not any(folder.glob("*.safetensors")):
         pickles = ", ".join(sorted(path.name for path in folder.glob("*.bin"))[:2])
-        found = f"found {pickles}, which is never loaded" if pickles else "found none"
-        raise CheckpointError(f"{where}: *.safetensors weights are needed, {found}; save it with save_pretrained")
+        present = f"found {pickles}, which is never loaded" if pickles else "found none"
+        raise CheckpointError(f"{where}: *.safetensors weights are needed, {present}; save it with save_pretrained")
     if not (folder / WEIGHTS).is_file() and not (folder / INDEX).is_file():
-        found = min(path.name for path in folder.glob("*.safetensors"))
+        first = min(path.name for path in folder.glob("*.safetensors"))
         raise CheckpointError(
-            f"{where}: found {found}, but neither {WEIGHTS} nor {INDEX}, one of which every tool looks for; "
+            f"{where}: found {first}, but neither {WEIGHTS} nor {INDEX}, one of which every tool looks for; "
             "rename the file, or save the model with save_pretrained"
         )
     tensors = check_safetensors(folder)
@@ -176,16 +185,16 @@ def _from_folder(
 
 
 def _is_special(file: Path) -> bool:
-    """Whether there is something that is neither a file nor a folder."""
+    """Return whether there is something that is neither a file nor a folder."""
     return file.exists() and not file.is_file() and not file.is_dir()
 
 
 def folder_fingerprint(folder: Path, digests: Path | None = None) -> str:
-    """sha256 over the content of weights, config, tokenizer and code; names of files count, folders' do not.
+    """Return the sha256 over weights, config, tokenizer and code; names of files count, names of folders do not.
 
-    A first look at a model reads its files, several at a time; later ones go by ``digests`` (:func:`locate`).
-    Code that a folder brings counts too, except where cfsp wrote it: then it is this package's own. The index of a
-    sharded checkpoint counts where it says more than the files do (:func:`cfsp.weights.shards.index_decides`).
+    The first call for a model reads its files, several at a time; later calls use ``digests`` (:func:`locate`).
+    Code in the folder counts too, unless cfsp wrote it, which is then code of this package. The index of a sharded
+    checkpoint counts where it differs from the files (:func:`cfsp.weights.shards.index_decides`).
     """
     from cfsp.weights.shards import INDEX, index_decides, read_header, weight_files
 
@@ -195,10 +204,10 @@ def folder_fingerprint(folder: Path, digests: Path | None = None) -> str:
     )
     files = [folder / INDEX] if index else []
     files += [*folder.glob("*.safetensors"), folder / "config.json"]
-    files += [] if (folder / _WRITTEN_BY_CFSP).is_file() else folder.glob("*.py")
+    files += [] if (folder / MARKER).is_file() else folder.glob("*.py")
     files += [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     files.sort()
     with ThreadPoolExecutor(min(READERS, len(files))) as readers:
-        for path, found in zip(files, readers.map(partial(file_digest, kept=digests), files), strict=True):
-            digest.update(path.name.encode() + b"\0" + found.encode() + b"\0")
+        for path, content in zip(files, readers.map(partial(file_digest, kept=digests), files), strict=True):
+            digest.update(path.name.encode() + b"\0" + content.encode() + b"\0")
     return f"sha256:{digest.hexdigest()}"

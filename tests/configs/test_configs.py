@@ -94,7 +94,7 @@ def test_the_published_recipe():
 
 def test_both_recipes_hold_the_same_keys_and_so_do_all_data_sets():
     for group in NESTED:
-        keys = [set(_yaml(group, path.stem)) - {"defaults"} for path in (config_folder() / group).glob("*.yaml")]
+        keys = [set(_yaml(group, path.stem)) for path in (config_folder() / group).glob("*.yaml")]
         assert all(one == keys[0] for one in keys)
 
 
@@ -163,10 +163,12 @@ def _sections() -> list[tuple[str, type[Section], set[str]]]:
 
 
 def _yaml(group: str, option: str) -> dict[str, typing.Any]:
-    """A file as it is: collecting the tests must not cost a composition each."""
+    """Load a file with the options that it inherits from: collecting the tests must not cost a composition each."""
     content = OmegaConf.to_container(OmegaConf.load(config_folder() / group / f"{option}.yaml"), resolve=False)
     assert isinstance(content, dict)
-    return {str(key): value for key, value in content.items()}
+    bases = [entry for entry in content.pop("defaults", ()) if isinstance(entry, str) and entry != "_self_"]
+    inherited = {key: value for base in bases if "@" not in base for key, value in _yaml(group, base).items()}
+    return inherited | {str(key): value for key, value in content.items()}
 
 
 @pytest.mark.parametrize(("where", "kind", "keys"), [pytest.param(*row, id=row[0]) for row in _sections()])

@@ -1,7 +1,7 @@
-"""One script for each tool: it loads a model with that tool alone and says what it computes of given tokens.
+"""Scripts of the tools: each loads a model with its tool alone and prints what it computes of given tokens.
 
-Scripts, not modules of the package: each runs in a process of its own, with the Python that has its tool, and refuses
-to import cfsp. ``argv[1]`` is the request, the last line of stdout the answer, both JSON:
+They are scripts and not modules of the package. Each runs in a process of its own, with the Python that has its tool,
+and refuses to import cfsp. ``argv[1]`` is the request, and the last line of stdout is the answer; both are JSON:
 
     {"path": folder, "file": GGUF file, "token_ids": [[int]], "greedy": n, "dtype": "float32",
      "trust_remote_code": false}

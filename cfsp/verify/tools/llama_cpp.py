@@ -1,16 +1,26 @@
-"""What llama.cpp computes of a GGUF file. Needs llama_cpp and numpy alone, in whatever environment they are.
+"""Script for llama.cpp: log-probabilities and greedy tokens of a GGUF file. It needs only llama_cpp and numpy.
 
-``python llama_cpp.py REQUEST`` prints one line of JSON last; both are objects.
+``python llama_cpp.py REQUEST`` prints its reply in the last line; both are JSON objects.
 
-The request: "file" (a GGUF), "token_ids" (lists of ids, each a text of its own), and what may be left out: "greedy" (so
-many tokens follow each), "logits" (true: whole, and not as log-probabilities), "save" (FILE.npz for them) and "texts"
-(to tokenise).
-The reply: "version" of llama_cpp, "logprobs" (of the tokens 1..T-1 of each text, [T-1]; with "logits" or "save" of the
-whole vocabulary, [T, V]; where saved, the file, whose arrays are 0, 1, ...), "greedy" (the ids after each),
-"continuations" (those as text), "ids" (of each of the texts, with the special ones that the file asks for). Where
-llama.cpp does not take the file: "version", "error", and exit code 1.
+Keys of the request:
+    file: the GGUF file.
+    token_ids: lists of ids, each a text of its own.
+    greedy: number of tokens to generate after each text (optional).
+    logits: true: whole logits, not log-probabilities (optional).
+    save: FILE.npz to which the arrays are written (optional).
+    texts: texts to tokenise (optional).
 
-Float32 throughout, the key-value cache too: llama.cpp's own choice, float16, alone moves logits by 5e-3.
+Keys of the reply:
+    version: version of llama_cpp.
+    logprobs: log-probabilities of the tokens 1..T-1 of each text, [T-1]; with "logits" or "save" those of the whole
+        vocabulary, [T, V]; with "save" the name of the file, whose arrays are 0, 1, ...
+    greedy: ids after each text.
+    continuations: the same as text.
+    ids: ids of each of the "texts", with the special tokens that the file asks for.
+    error: reason why llama.cpp does not take the file; the exit code is then 1.
+
+Everything is computed in float32, including the KV cache. llama.cpp's own choice for the cache, float16, alone changes
+logits by 5e-3.
 """
 
 from __future__ import annotations
@@ -21,7 +31,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# This file's own folder comes first there, where its name would hide the package.
+# This file's own folder comes first on the path, where its name would hide the package.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 F32 = 0
@@ -29,35 +39,35 @@ _ERROR = 4
 
 
 def prepared() -> tuple[Any, list[str]]:
-    """The package, made ready, and the list to which it will write its errors."""
+    """Return the package, made ready, and the list to which it will write its errors."""
     import llama_cpp
     import llama_cpp.llama_cpp as library
 
     defaults = library.llama_model_default_params
 
     def params() -> Any:
-        found = defaults()
-        # The repacked weights of quantised files crash on some CPUs with AMX; Llama() has no argument for it.
-        found.use_extra_bufts = False
-        return found
+        settings = defaults()
+        # The repacked weights of quantised files crash on some CPUs with AMX, and Llama() has no argument for this.
+        settings.use_extra_bufts = False
+        return settings
 
     library.llama_model_default_params = params
     llama_cpp.llama_model_default_params = params
-    said: list[str] = []
+    errors: list[str] = []
 
     @library.llama_log_callback
     def log(level: int, text: bytes, _: ctypes.c_void_p) -> None:
-        words = text.decode("utf-8", "replace").strip()
-        if level == _ERROR and words:
-            said.append(words)
+        message = text.decode("utf-8", "replace").strip()
+        if level == _ERROR and message:
+            errors.append(message)
 
     library.llama_log_set(log, ctypes.c_void_p(0))
     prepared.keep = log  # type: ignore[attr-defined]
-    return llama_cpp, said
+    return llama_cpp, errors
 
 
 def load(llama_cpp: Any, file: str, positions: int, **settings: Any) -> Any:
-    """The model with a float32 cache of ``positions`` tokens."""
+    """Load the model with a float32 cache of ``positions`` tokens."""
     return llama_cpp.Llama(
         model_path=file,
         n_ctx=positions,
@@ -71,23 +81,30 @@ def load(llama_cpp: Any, file: str, positions: int, **settings: Any) -> Any:
 
 
 def logits(model: Any, ids: list[int]) -> Any:
-    """[T, V] float32, of a text of its own."""
+    """Return the logits [T, V] float32 of a text of its own."""
     model.reset()
     model.eval(ids)
     return model.scores[: len(ids)].copy()
 
 
 def greedy(model: Any, last: Any, n: int) -> list[int]:
-    """The most likely next tokens after what the model has read; ``last``: logits [V] of that."""
-    found: list[int] = []
+    """Return the ``n`` likeliest next tokens after what the model has read.
+
+    Args:
+        model: the model.
+        last: logits [V] of the last token that was read.
+        n: number of tokens.
+    """
+    tokens: list[int] = []
     for _ in range(n):
-        found.append(int(last.argmax()))
-        model.eval(found[-1:])
+        tokens.append(int(last.argmax()))
+        model.eval(tokens[-1:])
         last = model.scores[model.n_tokens - 1]
-    return found
+    return tokens
 
 
 def log_probabilities(values: Any) -> Any:
+    """Return the log-softmax of logits over their last dimension, summed in float64."""
     import numpy
 
     shifted = values - values.max(-1, keepdims=True)
@@ -95,16 +112,17 @@ def log_probabilities(values: Any) -> Any:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the reply to a request."""
     import numpy
 
-    llama_cpp, said = prepared()
+    llama_cpp, errors = prepared()
     reply: dict[str, Any] = {"version": llama_cpp.__version__}
     texts, n = request["token_ids"], int(request.get("greedy", 0))
     longest = max([len(ids) for ids in texts], default=1) + n + 1
     try:
         model = load(llama_cpp, request["file"], longest, logits_all=True)
     except (ValueError, RuntimeError) as error:
-        return {**reply, "error": "; ".join(said) or str(error)}
+        return {**reply, "error": "; ".join(errors) or str(error)}
     arrays = []
     reply["greedy"] = []
     for ids in texts:
@@ -123,9 +141,10 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    found = answer(json.loads(sys.argv[1]))
-    print(json.dumps(found), flush=True)
-    return 1 if "error" in found else 0
+    """Answer the request in ``argv[1]`` and return the exit code."""
+    reply = answer(json.loads(sys.argv[1]))
+    print(json.dumps(reply), flush=True)
+    return 1 if "error" in reply else 0
 
 
 if __name__ == "__main__":

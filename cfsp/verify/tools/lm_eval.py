@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: its ``hf`` model, as ``lm_eval --model hf`` makes it, and its log-likelihoods."""
+"""Script for lm-evaluation-harness: log-likelihoods of its ``hf`` model, made as by ``lm_eval --model hf``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer to a request."""
     import torch
     from lm_eval.models.huggingface import HFLM
 
@@ -23,9 +24,9 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     windows = request["token_ids"]
     rows = []
     for window in windows:
-        # The context grows by a token at a time: each prediction goes the way of a scored answer.
-        asked = [(("", ""), window[:at], window[at : at + 1]) for at in range(1, len(window))]
-        rows.append([found for found, _ in harness._loglikelihood_tokens(asked, disable_tqdm=True)])
+        # The context grows by one token at a time, so that each prediction is scored like an answer.
+        requests = [(("", ""), window[:at], window[at : at + 1]) for at in range(1, len(window))]
+        rows.append([logprob for logprob, _ in harness._loglikelihood_tokens(requests, disable_tqdm=True)])
     return {"version": version("lm_eval"), "logprobs": rows, "greedy": []}
 
 

@@ -1,4 +1,4 @@
-"""PEFT: LoRA on every linear of the blocks, three steps of training, and the adapter merged into the weights."""
+"""Script for PEFT: LoRA on every linear of the blocks, three steps of training, and the adapter merged."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer to a request."""
     import peft
     import torch
     from peft import LoraConfig, get_peft_model
@@ -23,11 +24,11 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     model = get_peft_model(base.to(device), settings).eval()
     ids = torch.tensor(request["token_ids"], device=device)
 
-    def logprobs(of: Any) -> Any:
+    def logprobs(network: Any) -> Any:
         with torch.no_grad():
-            return of(input_ids=ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+            return network(input_ids=ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
 
-    fresh = logprobs(model)  # an adapter that has learnt nothing changes nothing
+    fresh = logprobs(model)  # an untrained adapter changes nothing
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(3):
         model(input_ids=ids, labels=ids).loss.backward()

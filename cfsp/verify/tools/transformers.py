@@ -1,4 +1,4 @@
-"""transformers: ``AutoModelForCausalLM.from_pretrained`` with the folder's own code, and ``generate``."""
+"""Script for transformers: ``AutoModelForCausalLM.from_pretrained`` with the folder's own code, and ``generate``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer to a request."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -25,7 +26,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{len(lost)} weights are missing, unexpected or of another shape, first {lost[0]}")
     model = model.to(device).eval()
     ids = torch.tensor(request["token_ids"], device=device)
-    # Only what is asked for here: a folder's own settings may sample, or stop at an end-of-text token.
+    # The folder's own settings are replaced, since they may sample or stop at an end-of-text token.
     plain = GenerationConfig(do_sample=False, max_new_tokens=request["greedy"], eos_token_id=None, pad_token_id=0)
     model.generation_config = plain
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""vLLM: ``LLM.generate`` with the log-probabilities of the prompt, in one process and without graphs."""
+"""Script for vLLM: ``LLM.generate`` with the log-probabilities of the prompt, in one process and without graphs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer to a request."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     import vllm
@@ -31,7 +32,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "version": vllm.__version__,
         "logprobs": [
-            [found[token].logprob for token, found in zip(window[1:], output.prompt_logprobs[1:], strict=True)]
+            [by_token[token].logprob for token, by_token in zip(window[1:], output.prompt_logprobs[1:], strict=True)]
             for window, output in zip(windows, outputs, strict=True)
         ],
         "greedy": [list(output.outputs[0].token_ids) for output in outputs],
@@ -40,7 +41,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _class_of(engine: Any) -> str:
-    """The name of vLLM's class that took the model; it has no stable place."""
+    """Return the name of vLLM's class that took the model; empty where this version does not tell."""
     try:
         return ", ".join(sorted(set(engine.apply_model(lambda model: type(model).__name__))))
     except Exception:

@@ -12,7 +12,7 @@ import torch
 
 from cfsp.benchmark import calibration, growth, peer_job, peers, processes, shapes, speed, streaming
 from cfsp.benchmark.make_checkpoint import Shape
-from cfsp.benchmark.part import Check, Found, Settings, write
+from cfsp.benchmark.part import Check, Result, Settings, write
 from cfsp.cli import benchmark
 from cfsp.errors import RunError
 
@@ -222,7 +222,7 @@ def test_a_missed_limit_is_named_and_exits_with_1(settings, monkeypatch, capsys)
     class Part:
         @staticmethod
         def measure(_):
-            return Found("growth", "parts=growth", checks=[Check("windows", 1.2, 0.05), Check("blocks", 0.01, 0.05)])
+            return Result("growth", "parts=growth", checks=[Check("windows", 1.2, 0.05), Check("blocks", 0.01, 0.05)])
 
         @staticmethod
         def table(_):
@@ -234,12 +234,12 @@ def test_a_missed_limit_is_named_and_exits_with_1(settings, monkeypatch, capsys)
     printed = capsys.readouterr()
     assert "a table" in printed.out
     assert printed.err.splitlines() == ["benchmark: limit missed: growth: windows: 1.2, must be at most 0.05"]
-    monkeypatch.setattr(Part, "measure", lambda _: Found("growth", "parts=growth"))
+    monkeypatch.setattr(Part, "measure", lambda _: Result("growth", "parts=growth"))
     assert benchmark.main(words) == 0
 
 
 def test_the_record_says_what_holds_and_where_it_was_measured(settings):
-    write(Found("speed", "parts=speed", [{"a": 1}], [Check("x", float("nan"), 1)], {"note": 2}), "text\n", settings)
+    write(Result("speed", "parts=speed", [{"a": 1}], [Check("x", float("nan"), 1)], {"note": 2}), "text\n", settings)
     record = json.loads((settings.results / "benchmarks" / "speed.json").read_text())
     assert record["rows"] == [{"a": 1}]
     assert record["note"] == 2

@@ -29,10 +29,11 @@ from cfsp.checkpoint import save as checkpoint
 from cfsp.checkpoint.save import save_checkpoint
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.model.finite import first_non_finite
+from cfsp.plan.history import MARKER
 from cfsp.pruned_model.adopt import adopt
 from cfsp.pruned_model.family import pruned_family
 from cfsp.weights import shard_writer
-from cfsp.weights.shards import MARKER, Shards, check_safetensors, read_header
+from cfsp.weights.shards import Shards, check_safetensors, read_header
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 HIDDEN, WIDTH, UNEQUAL, EQUAL = 32, 48, [16, 48, 7], [24, 24, 24]

@@ -25,9 +25,9 @@ from cfsp.export.card import CARD, FACTS, licence_of, model_card, read_facts, wr
 from cfsp.export.decilm import ffn_mult
 from cfsp.export.folder import read_folder
 from cfsp.export.write import FORMATS
+from cfsp.plan.history import MARKER
 from cfsp.plan.pruning_plan import COMPENSATION_IN_FOLDER, PruningPlan
 from cfsp.weights import shard_writer
-from cfsp.weights.shards import MARKER
 from tests.conftest import VOCABULARY, mentions, save_with_tokenizer
 from tests.helpers.matrix import pairwise
 from tests.helpers.structures import STRUCTURES, logits, pruned

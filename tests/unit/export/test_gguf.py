@@ -24,7 +24,8 @@ from cfsp.export import gguf as exporter
 from cfsp.export.folder import read_folder
 from cfsp.export.gguf import check, export
 from cfsp.export.gguf_layout import CHUNK
-from cfsp.export.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, read_vocabulary
+from cfsp.export.gguf_tokenizer_json import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from cfsp.export.gguf_vocabulary import read_vocabulary
 from cfsp.export.sentencepiece_file import read_sentencepieces
 from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
 from tests.conftest import ROOT, SENTENCE, mentions, shared
@@ -646,7 +647,7 @@ def test_a_tokenizer_that_is_not_there_broken_or_too_large_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="its tokenizer has 512 tokens, its model 500"):
         vocabulary_of(folder, vocab_size=500)
     (folder / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
-    with pytest.raises(CheckpointError, match="is no tokenizer.json that can be read"):
+    with pytest.raises(CheckpointError, match="is not a readable tokenizer.json"):
         vocabulary_of(folder)
     (folder / "tokenizer.json").unlink()
     model = folder / "tokenizer.model"

@@ -19,7 +19,7 @@ from cfsp.config.sections import ModelSection
 from cfsp.errors import CheckpointError, ConfigError
 from cfsp.evaluation.zero_shot import ZeroShot
 from cfsp.model.driver import BlockDriver
-from cfsp.model.hidden_states import HiddenStates, Room
+from cfsp.model.hidden_states import HiddenStates, SpillBuffer
 from cfsp.model.load import load_model, load_streamed
 from cfsp.model.streamed import streamed
 from cfsp.model.tokenizer import load_tokenizer
@@ -425,7 +425,7 @@ def test_hidden_states_beyond_the_memory_limit_lie_in_a_file(
 
 def test_hidden_states_keep_their_values(tmp_path) -> None:
     states = [torch.randn(2, length, 8) for length in (3, 5, 4)]
-    held = HiddenStates(states, device=torch.device("cpu"), room=Room(2 * 3 * 8 * 4, tmp_path))
+    held = HiddenStates(states, device=torch.device("cpu"), spill=SpillBuffer(2 * 3 * 8 * 4, tmp_path))
     assert held.in_file == 2 * 9 * 8 * 4
     assert all(torch.equal(one, other) for one, other in zip(held, states, strict=True))
     held[1] = held[1] + 1
@@ -482,7 +482,7 @@ def test_tasks_read_each_block_once(tmp_path) -> None:
     tasks = ZeroShot(["books_cloze", "books_grammar"], include_path="pkg://cfsp/assets/tasks", limit=12, batch_size=5)
     memory = tasks.measure(load_model(source, dtype=torch.float32, device=cpu), tokenizer)
     disk = load_streamed(source, dtype=torch.float32, device=cpu)
-    streamed(disk).room = Room(0, tmp_path)
+    streamed(disk).spill = SpillBuffer(0, tmp_path)
     assert [vars(row) for row in tasks.measure(disk, tokenizer)] == [vars(row) for row in memory]
     # Requests of one kind are asked together; one read ahead of the end may be dropped.
     assert max(streamed(disk).reads) <= 2
@@ -606,12 +606,12 @@ def test_damaged_and_unfitting_weights_are_found_wherever_they_are(
 
 
 def test_all_hidden_states_share_one_limit(tmp_path) -> None:
-    room, cpu = Room(100, tmp_path), torch.device("cpu")
-    first = HiddenStates([torch.zeros(1, 5, 4)], device=cpu, room=room)
-    second = HiddenStates([torch.zeros(1, 5, 4)], device=cpu, room=room)
+    room, cpu = SpillBuffer(100, tmp_path), torch.device("cpu")
+    first = HiddenStates([torch.zeros(1, 5, 4)], device=cpu, spill=room)
+    second = HiddenStates([torch.zeros(1, 5, 4)], device=cpu, spill=room)
     assert (first.in_file, second.in_file) == (0, 80)
     del first
-    third = HiddenStates([torch.ones(1, 5, 4)], device=cpu, room=room)
+    third = HiddenStates([torch.ones(1, 5, 4)], device=cpu, spill=room)
     assert third.in_file == 0
     second[0] = torch.ones(1, 7, 4)  # of another size than what lies there
     assert second[0].shape == (1, 7, 4)
@@ -622,13 +622,13 @@ def test_hidden_states_of_a_resumed_pass_are_held_once(folder, tmp_path) -> None
     disk = load_streamed(source, dtype=torch.float32, device=torch.device("cpu"))
     ids = torch.randint(VOCABULARY, (6, 32), generator=torch.Generator().manual_seed(1))
     size = 6 * 32 * 32 * 4
-    streamed(disk).room = Room(10 * size, tmp_path)
+    streamed(disk).spill = SpillBuffer(10 * size, tmp_path)
     driver = BlockDriver(resolve(disk), 2)
-    kept = HiddenStates(driver.entry(ids).hidden, device=torch.device("cpu"), room=streamed(disk).room)
+    kept = HiddenStates(driver.entry(ids).hidden, device=torch.device("cpu"), spill=streamed(disk).spill)
     most = 0
     for step in driver.steps(ids, hidden=kept, first=2):
         step.advance()
-        most = max(most, streamed(disk).room.used)
+        most = max(most, streamed(disk).spill.used)
     assert most == size
 
 
@@ -642,3 +642,23 @@ def test_least_squares_of_a_streamed_model(run_cfsp, words, tmp_path, memory, mo
     assert plans[0]["compensation"]
     found = [weights(out / "model") for out in (memory_run, streaming)]
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_a_view_gives_access_to_its_weights_wherever_they_are(folder) -> None:
+    source, cpu = locate(ModelSection(name="m", path=str(folder))), torch.device("cpu")
+    memory = resolve(load_model(source, dtype=torch.float32, device=cpu))
+    disk = resolve(load_streamed(source, dtype=torch.float32, device=cpu))
+    assert (memory.weights.is_streamed, disk.weights.is_streamed) == (False, True)
+    assert memory.device == disk.device == cpu
+    assert memory.weights.sample(memory.blocks[1]) is None, "it is computed when it is asked for"
+    held = list(memory.blocks[1].module.parameters())
+    with disk.weights.resident(disk.blocks[1]), memory.weights.resident(memory.blocks[1]):
+        assert all(map(torch.equal, disk.blocks[1].module.parameters(), held))
+    assert all(parameter.is_meta for parameter in disk.blocks[1].module.parameters())
+    assert disk.weights.sample(disk.blocks[1])
+    assert memory.weights.resident_bytes(memory.blocks) == 4 * memory.model_parameters
+    assert disk.weights.resident_bytes(disk.blocks) == 2 * sum(parameter.nbytes for parameter in held)
+    assert (memory.weights.round_to(torch.float32), memory.weights.round_to(torch.bfloat16)) == (False, True)
+    assert not disk.weights.round_to(torch.bfloat16), "values are rounded when they are read"
+    with disk.weights.resident(disk.blocks[0]):
+        assert all(map(torch.equal, disk.blocks[0].module.parameters(), memory.blocks[0].module.parameters()))

@@ -21,10 +21,11 @@ from cfsp.record.run_record import RunRecord
 from cfsp.sweep.experiment import Cell
 from cfsp.tables.collection import Found, collect
 from cfsp.tables.figures import draw
-from cfsp.tables.grid import PEAK_MEMORY, pruning_seconds, table, value_of
+from cfsp.tables.grid import table
 from cfsp.tables.layout import FigureLayout, GapOf, TableLayout
 from cfsp.tables.render import comma_separated, latex, markdown
 from cfsp.tables.reported import load_reported
+from cfsp.tables.run_figures import PEAK_MEMORY, pruning_seconds, value_of
 from tests.conftest import ROOT
 from tests.helpers.records import LAYOUT, cell_of, record_of, row_of
 

@@ -1,0 +1,103 @@
+"""Weights of a model behind one interface, whether they are in memory or streamed from disk.
+
+``DecoderView.weights`` answers "where are the weights?": code that runs a block asks it for the block, and does not ask
+where the block comes from. :class:`cfsp.model.streamed.StreamedWeights` is the other implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from cfsp.architecture.views import BlockView, DecoderView
+    from cfsp.model.hidden_states import SpillBuffer
+    from cfsp.plan.pruning_plan import BlockPlan
+
+#: Attribute under which a model carries weights that are not in memory.
+_ATTRIBUTE = "_cfsp_weights"
+
+
+class Weights:
+    """Weights of a model in memory.
+
+    Attributes:
+        model: the model.
+        is_streamed: the weights stay on disk, and each pass over the blocks reads all of them.
+        spill: limit of the hidden states between two blocks; None: they stay on ``device``.
+    """
+
+    is_streamed = False
+    spill: SpillBuffer | None = None
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @property
+    def device(self) -> torch.device:
+        """Device of token ids, which is that of the embeddings."""
+        return self.model.get_input_embeddings().weight.device
+
+    @contextmanager
+    def resident(self, block: BlockView) -> Iterator[None]:
+        """Hold the parameters of ``block`` in memory inside."""
+        yield
+
+    @contextmanager
+    def resident_rest(self) -> Iterator[None]:
+        """Hold the parameters that belong to no block and not to the embedding (final norm, head) in memory inside."""
+        yield
+
+    def resident_bytes(self, blocks: Sequence[BlockView]) -> int:
+        """Return the bytes of weights on ``device`` during a pass over ``blocks``."""
+        device = self.device
+        return sum(weight.nbytes for weight in self.model.parameters() if weight.device == device)
+
+    def sample(self, block: BlockView) -> bytes | None:
+        """Return the content sample of a block as it is stored, if it was computed when the block was read.
+
+        :func:`cfsp.architecture.block_sample.block_sample` computes it.
+        """
+        return None
+
+    def follow(
+        self, view: DecoderView, decisions: Sequence[BlockPlan] | None, tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Take notice that the modules were sliced; weights in memory were sliced with them.
+
+        Args:
+            view: the model with the blocks that stay.
+            decisions: the units of each block of the base model that stay; None: all.
+            tensors: the plan's replaced tensors.
+        """
+
+    def round_to(self, dtype: torch.dtype) -> bool:
+        """Round the values to a narrower dtype, as a checkpoint of it would hold them.
+
+        Returns:
+            True where values in memory were rounded, so that some may not be finite any more.
+        """
+        narrowed = [
+            parameter
+            for parameter in self.model.parameters()
+            if parameter.is_floating_point() and torch.finfo(dtype).bits < torch.finfo(parameter.dtype).bits
+        ]
+        with torch.no_grad():
+            for parameter in narrowed:
+                parameter.copy_(parameter.to(dtype))
+        return bool(narrowed)
+
+
+def weights_of(model: Any) -> Weights:
+    """Return the weights of a model."""
+    carried: Weights | None = getattr(model, _ATTRIBUTE, None)
+    return Weights(model) if carried is None else carried
+
+
+def carry(model: Any, weights: Weights) -> None:
+    """Let ``model`` carry weights that are not in memory."""
+    object.__setattr__(model, _ATTRIBUTE, weights)

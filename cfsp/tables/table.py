@@ -1,0 +1,128 @@
+"""A table as data: sections of rows, with an entry for each column."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import isfinite
+from statistics import mean, stdev
+
+from cfsp.record.run_record import RunRecord
+from cfsp.tables.metrics import NOTES, Metric
+from cfsp.tables.reported import Published
+
+#: Suite, task and metric, which name a figure.
+FigureKey = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure, or the mean of several.
+
+    Attributes:
+        metric: how the figure is shown.
+        members: the figures that the column is the mean of.
+        gap: the column shows the logarithm of the figure less that of the dense model's.
+    """
+
+    metric: Metric
+    members: tuple[FigureKey, ...]
+    gap: bool = False
+
+
+@dataclass
+class Entry:
+    """A cell of a table.
+
+    Attributes:
+        values: the figure by seed.
+        rank: 1 for the best of its column in its section, 2 for the second best, 0 for others and the dense row.
+        published: a figure that somebody else measured in the same way.
+        notes: marks of what limits the figure (:func:`cfsp.tables.metrics.notes_of`).
+    """
+
+    values: dict[int, float] = field(default_factory=dict)
+    rank: int = 0
+    published: Published | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over the seeds; None where there is no figure."""
+        return mean(self.values.values()) if self.values else None
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over the seeds; None for a single seed, or where a perplexity is infinite."""
+        several = len(self.values) > 1 and all(map(isfinite, self.values.values()))
+        return stdev(self.values.values()) if several else None
+
+    @property
+    def deviation(self) -> float | None:
+        """Our figure less the published one."""
+        return None if self.mean is None or self.published is None else self.mean - self.published.value
+
+
+@dataclass
+class Row:
+    """A row of a table.
+
+    Attributes:
+        label: its first cell.
+        entries: an entry for each column.
+        run_ids: ids of the runs that it is made of; none for the dense row.
+    """
+
+    label: str
+    entries: list[Entry]
+    run_ids: list[str]
+
+
+@dataclass
+class Table:
+    """A table with what its text needs.
+
+    Attributes:
+        name: its name in the layout.
+        caption: what it shows.
+        head: head of the first column.
+        columns: the other columns.
+        sections: a label and rows for each section; the first row is the dense model.
+        records: the records that it is made of.
+        done: number of runs with a record.
+        wanted: number of runs of the experiment.
+    """
+
+    name: str
+    caption: str
+    head: str
+    columns: list[Column]
+    sections: list[tuple[str, list[Row]]]
+    records: list[RunRecord]
+    done: int
+    wanted: int
+
+    @property
+    def seeds(self) -> int:
+        """Largest number of seeds in an entry."""
+        return max(len(entry.values) for row in self.rows for entry in row.entries)
+
+    @property
+    def rows(self) -> list[Row]:
+        """Rows of all sections."""
+        return [row for _, rows in self.sections for row in rows]
+
+    def is_published(self, at: int) -> bool:
+        """Return whether an entry of the column ``at`` has a published figure beside it."""
+        return any(row.entries[at].published for row in self.rows)
+
+    @property
+    def notes(self) -> list[str]:
+        """Marks that stand at a figure, in the order of :data:`cfsp.tables.metrics.NOTES`."""
+        used = {mark for row in self.rows for entry in row.entries for mark in entry.notes}
+        return [mark for mark in NOTES if mark in used]
+
+    @property
+    def sources(self) -> list[str]:
+        """Sources of the published figures, in the order in which they appear."""
+        entries = [entry for row in self.rows for entry in row.entries]
+        return list(dict.fromkeys(entry.published.source for entry in entries if entry.published))
