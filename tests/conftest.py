@@ -130,7 +130,7 @@ def save_with_tokenizer(model, folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def _tiny_folder(tmp_path_factory) -> Path:
-    from tests.tiny import tiny_model
+    from tests.helpers.tiny import tiny_model
 
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "width": 64, "blocks": 2}
     model = tiny_model(vocab_size=VOCABULARY, max_position_embeddings=POSITIONS, **sizes)

@@ -17,7 +17,7 @@ from cfsp.config.parse import parse
 from cfsp.sweep.experiment import experiment_names
 from cfsp.sweep.request import request_of as sweep_request
 from tests.conftest import ROOT
-from tests.documents import FENCES, PAGES, TEXT, code_spans, command_lines, words_of
+from tests.helpers.documents import FENCES, PAGES, TEXT, code_spans, command_lines, words_of
 
 #: Commands of other projects, whose words are not ours to check.
 _OF_OTHERS = {"vllm", "llama-server", "lm_eval", "jupyter", "source", "export", "git", "ruff", "mypy"}

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.documents import command_lines, words_of
+from tests.helpers.documents import command_lines, words_of
 
 EXAMPLES = ROOT / "docs" / "examples"
 

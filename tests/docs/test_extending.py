@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.documents import FENCES, PAGES, words_of
+from tests.helpers.documents import FENCES, PAGES, words_of
 
 PAGE = "docs/extending.md"
 #: Small settings for every run.

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tests.documents import PAGES, TEXT, code_spans, path_exists, without_fences
+from tests.helpers.documents import PAGES, TEXT, code_spans, path_exists, without_fences
 
 #: Folders of the repository whose paths the pages name.
 _FOLDERS = ("cfsp", "conf", "docs", "experiments", "results", "scripts", "tests")

@@ -14,7 +14,7 @@ from cfsp.record.run_record import RunRecord
 from cfsp.sweep.experiment import experiment_names
 from cfsp.tables.summary import summary
 from tests.conftest import ROOT
-from tests.documents import FENCES, PAGES, folder_text, without_fences
+from tests.helpers.documents import FENCES, PAGES, folder_text, without_fences
 
 
 def test_the_demo_table_is_the_committed_record():

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.documents import FENCES
+from tests.helpers.documents import FENCES
 
 pytest.importorskip("material", reason="needs pip install 'cfsp[docs]'")
 pytest.importorskip("latex2mathml", reason="needs pip install 'cfsp[docs]'")

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from cfsp.cli.sweep import main
 from cfsp.launcher.cluster import SubmititLocal
 from cfsp.launcher.slurm import Slurm
 from cfsp.record.run_record import RunRecord
-from cfsp.sweep import request as command
 from cfsp.sweep.experiment import given_values
+from cfsp.sweep.request import _launcher
 from cfsp.system.package import config_folder
 from tests.conftest import ROOT
 
@@ -32,13 +33,13 @@ SMALL = (
 @pytest.fixture
 def sweep(tmp_path, monkeypatch, capsys):
     """``code, out, err = sweep("key=value", ...)``, from a folder of its own, with paths relative to it."""
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests' / 'e2e'}")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests' / 'plugins'}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.syspath_prepend(str(ROOT / "tests" / "e2e"))
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "plugins"))
     monkeypatch.chdir(tmp_path)
 
     def call(*words: str) -> tuple[int, str, str]:
-        code = command.main([*SMALL, "paths.cache_dir=cache", "paths.records_dir=records", *words])
+        code = main([*SMALL, "paths.cache_dir=cache", "paths.records_dir=records", *words])
         return code, *capsys.readouterr()
 
     return call
@@ -123,7 +124,7 @@ def test_the_keys_are_the_plugins_and_the_files():
 
 
 def _sbatch(folder, *words: str) -> str:
-    launcher = command._launcher({"launcher": "slurm", **given_values(words)})
+    launcher = _launcher({"launcher": "slurm", **given_values(words)})
     return launcher._executor(folder, 5)._executor._make_submission_file_text("true", "x")
 
 
@@ -148,7 +149,7 @@ def test_hydras_own_launcher_does_not_hide_a_failed_run(tmp_path):
         "importance._target_=failing_importance.Raises", "calibration.n_samples=4", "calibration.seq_len=32",
         "evaluation=none", "logger=none", "save.model=false",
     ]  # fmt: skip
-    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'e2e'}", "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'plugins'}", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
         [sys.executable, "-m", "cfsp.run", "-m", *words], cwd=tmp_path, env={**os.environ, **environment}, text=True,
         capture_output=True, timeout=100,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import hub as local
 from tests.conftest import ROOT, shared
+from tests.helpers import hub as local
 
 MODEL = "local/stories260K"
 TASKS = ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]

@@ -23,7 +23,7 @@ from cfsp.export.gguf import export
 from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
 from cfsp.verify.tools import llama_cpp as tool
 from tests.conftest import SENTENCE, shared
-from tests.tiny import tiny_model
+from tests.helpers.tiny import tiny_model
 
 pytestmark = pytest.mark.slow
 

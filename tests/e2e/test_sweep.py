@@ -16,7 +16,7 @@ import pytest
 
 from cfsp.cli import sweep as command
 from cfsp.launcher.launch import Queue
-from cfsp.record.run_record import RunRecord
+from cfsp.record.run_record import SCHEMA, RunRecord
 from cfsp.sweep.job import Outcome, jobs_of, mark_failed
 from tests.conftest import ROOT
 
@@ -39,7 +39,7 @@ def _records(folder) -> dict[str, RunRecord]:
 def _start(words, **environment) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "cfsp.run", "sweep", *words], cwd=ROOT, text=True, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'e2e'}", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'plugins'}", **environment},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -279,13 +279,15 @@ def test_a_damaged_record_is_written_again_and_another_schema_with_force(tmp_pat
     assert command.main(words) == 0
     (copy,) = (tmp_path / "records_dir").glob("*.json")
     whole = copy.read_bytes()
-    for damage in (whole[:100], whole.replace(b'"schema": 1', b'"schema": 99'), b"{}"):
+    other = whole.replace(f'"schema": {SCHEMA}'.encode(), b'"schema": 99')
+    assert other != whole
+    for damage in (whole[:100], other, b"{}"):
         copy.write_bytes(damage)
         assert command.main(words) == 0
         assert copy.read_bytes() == whole
     (own,) = (tmp_path / "output_dir").glob("*/record.json")
     for path in (own, copy):
-        path.write_bytes(whole.replace(b'"schema": 1', b'"schema": 99'))
+        path.write_bytes(other)
     assert command.main(words) == 1
     assert "not a run record (schema 99" in capsys.readouterr().out
     assert command.main([*words, "force=true"]) == 0

@@ -19,14 +19,14 @@ from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
 from cfsp.verify.comparison import compare
 from cfsp.verify.tool import TOOLS, ask
 from tests.conftest import ROOT, VOCABULARY
-from tests.environments import with_transformers
-from tests.tiny import ARCHITECTURES, tiny_model, tokens
-from tests.unit.test_structures import SOME, STRUCTURES, pruned
+from tests.helpers.environments import with_transformers
+from tests.helpers.structures import SOME, STRUCTURES, pruned
+from tests.helpers.tiny import ARCHITECTURES, tiny_model, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ASSETS = ROOT / "cfsp" / "assets" / "books7m"
-ELSEWHERE = Path(__file__).with_name("elsewhere.py")
+ELSEWHERE = ROOT / "tests" / "helpers" / "elsewhere.py"
 #: Of the second sequence so many tokens are padding in the tests of it.
 PADDING = 7
 TEXT = "The boats lay still in the mist."

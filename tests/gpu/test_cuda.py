@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import cfsp
-from tests.tiny import tiny_model, tokens
+from tests.helpers.tiny import tiny_model, tokens
 
 pytestmark = [
     pytest.mark.gpu,

@@ -48,7 +48,7 @@ def start(slurm, tmp_path):
     def call(*words: str) -> subprocess.Popen[str]:
         places = [f"paths.{key}={tmp_path / key}" for key in ("output_dir", "records_dir", "cache_dir")]
         places.append(f"launcher.submitit_folder={tmp_path / 'submitit'}")
-        environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'e2e'}", "GATE": str(tmp_path / "gate")}
+        environment = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'plugins'}", "GATE": str(tmp_path / "gate")}
         process = subprocess.Popen(
             [sys.executable, "-m", "cfsp.run", "sweep", *SMALL, *places, *words], cwd=ROOT, text=True,
             start_new_session=True,

@@ -1,0 +1,1 @@
+"""What several tests use: tiny models, pages of the documentation, stand-ins for services. No test is in here."""
