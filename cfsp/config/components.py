@@ -182,7 +182,7 @@ def _resolve(name: str, target: str, allowed: Iterable[str]) -> type:
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except Exception as error:  # a module of the user's may fail in any way while it is imported
-        reason = f"{type(error).__name__}: {error}"
+        reason = printable(str(error)) or type(error).__name__
         raise ConfigError(
             f"{name}._target_={target}: there is no such class ({reason}){suggest(target, _known_targets())}"
         ) from error

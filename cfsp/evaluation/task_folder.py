@@ -8,6 +8,7 @@ folder outside cfsp needs ``plugins.allow=[tasks]``, and what a task runs lies i
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -161,7 +162,7 @@ def check_task_file(path: Path, folder: Path, key: str) -> None:
         DataError: the file itself, a YAML that it includes or the module of a function lies elsewhere or nowhere.
     """
     root = folder.resolve()
-    if not path.resolve().is_relative_to(root):
+    if not Path(os.path.realpath(path)).is_relative_to(root):
         raise DataError(f"{key}.include_path: {path} leads outside {folder}; copy the file there")
     file = read_task(path, key)
     for name in file.functions:

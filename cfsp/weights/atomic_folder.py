@@ -37,8 +37,8 @@ def whole_folder(folder: Path, key: str | None = None) -> Iterator[Path]:
         finished = len(_finished(scratch)) if key else 0
         if finished:
             said += (
-                f"; {finished} finished weight files stay in {scratch}: make room and the same run goes on with them, or "
-                "delete that folder"
+                f"; {finished} finished weight files stay in {scratch}: make room and the same run goes on with them, "
+                "or delete that folder"
             )
         raise CheckpointError(said) from error
     finally:
