@@ -24,6 +24,7 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -260,8 +261,9 @@ def _check_names(words: Sequence[str]) -> None:
             continue
         several = override.is_discrete_sweep()
         for value in [*override.sweep_iterator()] if several else [override.value()]:
-            if not override.is_delete() and not is_name(str(value)):
-                problems.append(f"{override.key_or_group}={shown(value)}: {RULE}")
+            text = value.text if isinstance(value, QuotedString) else value
+            if not override.is_delete() and not is_name(str(text)):
+                problems.append(f"{override.key_or_group}={shown(text)}: {RULE}")
     if problems:
         raise ConfigError(*problems)
 

@@ -22,7 +22,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from cfsp.config.contracts import optional_members, required_members
 from cfsp.config.deciding import separate
 from cfsp.config.problems import booleans_for_numbers, problems_of, shown, suggest
-from cfsp.errors import ConfigError
+from cfsp.errors import ConfigError, printable
 from cfsp.system.package import config_folder
 
 _T = TypeVar("_T")
@@ -199,8 +199,8 @@ def _resolve(name: str, target: str, allowed: Iterable[str]) -> type:
         )
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
-    except Exception as error:  # a user's module may fail in any way while it is imported
-        reason = f"{type(error).__name__}: {error}"
+    except Exception as error:  # a module of the user's may fail in any way while it is imported
+        reason = printable(str(error)) or type(error).__name__
         raise ConfigError(
             f"{name}._target_={target}: there is no such class ({reason}){suggest(target, _known_targets())}"
         ) from error

@@ -263,6 +263,9 @@ def _check_head(path: Path, label: str) -> None:
             head = stream.read(_HEAD)
         if not head:
             raise DataError(f"{label}: the file is empty; give one that holds text")
+        again = next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), None)
+        if again is not None:
+            raise DataError(f"{label}: cannot be read: it is compressed twice ({again} inside); decompress it once")
     is_parquet = head.startswith(b"PAR1")
     if file_form(path) == "parquet":
         if named is not None:

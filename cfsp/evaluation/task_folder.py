@@ -9,6 +9,7 @@ lm-eval itself would take ``!function os.system`` from the standard library and 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -181,7 +182,7 @@ def check_task_file(path: Path, folder: Path, key: str) -> None:
         DataError: the file itself, a YAML that it includes or the module of a function lies elsewhere or is missing.
     """
     root = folder.resolve()
-    if not path.resolve().is_relative_to(root):
+    if not Path(os.path.realpath(path)).is_relative_to(root):
         raise DataError(f"{key}.include_path: {path} leads outside {folder}; copy the file there")
     file = read_task(path, key)
     for name in file.functions:

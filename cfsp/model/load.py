@@ -19,7 +19,7 @@ from cfsp.model.finite import first_non_finite
 from cfsp.model.outline import decided_config
 from cfsp.model.streamed import StreamedWeights
 from cfsp.model.tokenizer import load_tokenizer
-from cfsp.model.transformers_config import first_line
+from cfsp.model.transformers_config import first_line, load_generation_config
 from cfsp.model.weight_sample import weight_sample
 from cfsp.weights.fit import without_place
 from cfsp.weights.folder_check import readable_by_transformers
@@ -140,7 +140,7 @@ def load_streamed(
         CheckpointError: weights are missing.
         UnsupportedModelError: this architecture cannot be streamed.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
     config = decided_config(source, trust_remote_code=trust_remote_code)
     with torch.device("meta"), warnings.catch_warnings():
@@ -151,8 +151,9 @@ def load_streamed(
             f"{type(model).__name__}: a mixture of experts lies in a checkpoint in another form than in memory, so it "
             "cannot be streamed; use model.streaming=off"
         )
-    if (source.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(readable_by_transformers(source.folder))
+    generation = load_generation_config(source)
+    if generation is not None:
+        model.generation_config = generation
     _fill_buffers(model, device)
     model.eval().requires_grad_(False)
     carry(model, StreamedWeights(model, Shards(source.folder), dtype, device))

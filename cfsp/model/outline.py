@@ -12,7 +12,7 @@ import torch
 from cfsp.architecture.supported import other_kind
 from cfsp.architecture.views import DecoderView, resolve
 from cfsp.errors import CheckpointError, UnsupportedModelError
-from cfsp.model.transformers_config import first_line, load_config
+from cfsp.model.transformers_config import first_line, load_config, load_generation_config
 from cfsp.weights.fit import check_floats, check_places, fit_of, missing_weights, tied_differently, untie
 from cfsp.weights.folder_check import readable_by_transformers
 from cfsp.weights.shards import Shards, read_header, weight_files
@@ -66,6 +66,7 @@ def _examined(source: ModelSource, trust_remote_code: bool) -> _Examined:
         CheckpointError: the weights in the folder are not those of this architecture.
     """
     config = load_config(source, trust_remote_code=trust_remote_code)
+    load_generation_config(source)
     model = _built(source, config, trust_remote_code)
     if not any(source.folder.glob("*.safetensors")):  # cfsp inspect takes a folder with config.json alone
         return _Examined(model)

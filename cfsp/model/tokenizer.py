@@ -32,6 +32,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
         tokenizer = AutoTokenizer.from_pretrained(
             readable_by_transformers(source.folder), trust_remote_code=trust_remote_code
         )
+        tokenizer("Once upon a time", truncation=True)  # settings that are wrong are met here, not in calibration
         tokenizer.of_content = source.fingerprint  # :func:`cfsp.data.text.tokenise`
         tokenizer.stated_ids = _special_ids(source)  # :func:`cfsp.evaluation.harness.with_special_tokens`
         return tokenizer
@@ -42,7 +43,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
     except Exception as error:
         raise CheckpointError(
             f"model.path={source.origin}: the folder has no tokenizer that transformers loads "
-            f"({type(error).__name__}: {first_line(error)}); copy the tokenizer files there"
+            f"({first_line(error)}); copy the tokenizer files there"
         ) from error
 
 

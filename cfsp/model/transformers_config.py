@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cfsp.errors import ConfigError, UnsupportedModelError
+from cfsp.errors import CheckpointError, ConfigError, UnsupportedModelError
 from cfsp.pruned_model.family import PRUNED_PREFIX, pruned_family
 from cfsp.weights.folder_check import readable_by_transformers
 
@@ -40,6 +40,25 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
         raise UnsupportedModelError(
             f"model.path={source.origin}: transformers does not know this model (model_type={model_type or None}): "
             f"{first_line(error)}"
+        ) from error
+
+
+def load_generation_config(source: ModelSource) -> Any:
+    """The generation_config.json of a model folder as transformers reads it; None where there is none.
+
+    Raises:
+        CheckpointError: transformers would leave it out of a model in memory without a word, and fail elsewhere.
+    """
+    from transformers import GenerationConfig
+
+    if not (source.folder / "generation_config.json").is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(readable_by_transformers(source.folder))
+    except Exception as error:  # transformers' own checks raise many types
+        raise CheckpointError(
+            f"model.path={source.origin}: generation_config.json cannot be used ({first_line(error)}); fetch the file "
+            "again, or remove it"
         ) from error
 
 

@@ -20,8 +20,10 @@ def lacking(record: RunRecord, out: Path, *, model: bool, hashes: bool = False) 
     """
     if not model and not (out / "record.json").is_file():
         return None
-    if not isinstance(record.files, dict):  # earlier versions wrote no sizes
+    if record.files is None:  # of an earlier version, which wrote no sizes
         return _lacking_without_sizes(out) if model else None
+    if not isinstance(record.files, dict):
+        return "record.json does not say which files were written"
     wanted = within(record.files, (*PLAN_FILES, *(MODEL_FOLDERS if model else ())))
     if model and not any(path.startswith("model/") for path in wanted):
         return "model is missing"

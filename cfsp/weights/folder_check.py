@@ -7,6 +7,7 @@ builds as many layers as config.json asks for, so links, adapters and absurd siz
 from __future__ import annotations
 
 import json
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -79,7 +80,8 @@ def leads_outside(file: Path, folder: Path) -> bool:
     """
     if not file.is_symlink():
         return False
-    home, target = folder.resolve(), file.resolve()
+    # realpath: of links that lead to themselves resolve() makes a RuntimeError.
+    home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(file))
     if target.is_relative_to(home):
         return False
     return not (home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs")
@@ -97,7 +99,7 @@ def check_no_adapter(folder: Path, where: str, *, full_weights: bool | None = No
         CheckpointError: names the adapter's base and the way out.
     """
     file = folder / ADAPTER
-    if not file.is_file():
+    if not os.path.lexists(file):
         return
     try:
         settings = read_json(file, f"{where}: {ADAPTER}", limit=MAX_CONFIG_BYTES)

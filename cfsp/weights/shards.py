@@ -251,8 +251,14 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
         wrong = _contradiction(header)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: is missing; {_REMEDY}") from error
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file}: its header cannot be read ({repr(error)[:200]}); {_REMEDY}") from error
+    except (OSError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or "it is nested too deep"
+        raise CheckpointError(f"{file}: its header cannot be read ({reason}); {_REMEDY}") from error
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file}: its header cannot be read (it does not name dtype, shape and place of each tensor as safetensors "
+            f"does); {_REMEDY}"
+        ) from error
     if claimed != size:
         raise CheckpointError(f"{file}: {size} bytes where its header says {claimed}: truncated; {_REMEDY}")
     if wrong is not None:

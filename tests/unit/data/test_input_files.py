@@ -168,6 +168,11 @@ def _renamed(path: Path, name: str) -> Path:
         (lambda d: _written(d / "a.jsonl", gzip.compress(b"{}")), ["compressed with gzip", "a.jsonl.gz"]),
         (lambda d: _written(d / "a.txt", bz2.compress(b"a")), ["compressed with bzip2", "a.txt.bz2"]),
         (lambda d: _written(d / "a.txt.gz", b"plain"), ["not compressed with gzip", "rename"]),
+        (
+            lambda d: _written(d / "a.jsonl.gz", gzip.compress(gzip.compress(b"{}"))),
+            ["compressed twice", "gzip"],
+        ),
+        (lambda d: _written(d / "a.txt.gz", gzip.compress(bz2.compress(b"a"))), ["compressed twice", "bzip2 inside"]),
         (lambda d: _written(d / "a.txt.gz", gzip.compress(os.urandom(5000))[:-900]), ["cut off"]),
         (lambda d: _renamed(_parquet(d / "a.parquet", text=["a"]), "a.txt"), ["a parquet file", ".parquet"]),
         (lambda d: _written(d / "a.parquet", b"text"), ["not a parquet file"]),

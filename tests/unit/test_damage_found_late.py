@@ -1,0 +1,80 @@
+"""Damage that was found late, or told in the words of a library: it is refused before any work, in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cfsp.errors import CheckpointError
+from cfsp.record.finished import lacking
+from cfsp.record.run_record import RunRecord
+from cfsp.weights.shards import read_header
+from tests.conftest import mentions
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def _set(file: Path, **settings) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+@pytest.mark.parametrize("streaming", ["on", "off"])
+def test_generation_settings_that_transformers_cannot_use(model_folder, refused, sound_words, streaming):
+    _set(model_folder / "generation_config.json", stop_strings=[{"a": 1}], cache_implementation={"a": 1})
+    lines = refused(*sound_words, f"model.streaming={streaming}")
+    mentions(lines, "model.path=", "generation_config.json", "fetch the file again, or remove it")
+
+
+def test_a_tokenizer_that_loads_and_cannot_tokenise(model_folder, refused, sound_words):
+    _set(model_folder / "tokenizer_config.json", model_max_length=[1])
+    lines = refused(*sound_words)
+    mentions(lines, "model.path=", "no tokenizer that transformers loads")
+    assert "TypeError" not in lines[0]
+
+
+def test_a_tokenizer_of_another_form_is_refused_without_class_names(model_folder, refused, sound_words):
+    _set(model_folder / "tokenizer.json", model=True)
+    lines = refused(*sound_words)
+    mentions(lines, "no tokenizer that transformers loads", "copy the tokenizer files there")
+    assert "AttributeError" not in lines[0]
+
+
+def test_links_in_a_circle(model_folder, refused, sound_words):
+    for name in ("cfsp_checkpoint.json", "LICENSE"):
+        (model_folder / name).symlink_to(model_folder / name)
+        mentions(refused(*sound_words), name, "cannot be read")
+        (model_folder / name).unlink()
+
+
+def test_an_adapter_that_is_no_file(model_folder, refused, sound_words):
+    (model_folder / "adapter_config.json").mkdir()
+    mentions(refused(*sound_words), "PEFT adapter", "move adapter_config.json away")
+
+
+@pytest.mark.parametrize("header", ["[]", "3", '{"a": 3}', '{"a": {"dtype": []}}', "{", '{"a": {"data_offsets": [0]}}'])
+def test_a_header_that_is_none_is_told_in_plain_words(tmp_path, header):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    with pytest.raises(CheckpointError, match="header cannot be read") as caught:
+        read_header(file)
+    assert "Error(" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["model.name", "pruner.name"])
+def test_a_quoted_name_in_a_sweep_is_shown_as_it_was_given(refused, key):
+    lines = refused("-m", f"{key}=a,'../../x'")
+    mentions(lines, f"{key}=../../x", "becomes the name of a folder")
+
+
+def test_a_record_whose_files_are_no_list_of_files_is_not_finished(run_cfsp, sound_words, tmp_path):
+    words = [word for word in sound_words if word != "save.model=false"]
+    assert run_cfsp(*words)[0] == 0
+    out = tmp_path / "out"
+    shutil.rmtree(tmp_path / "records")
+    for files in ([], 5, "x"):
+        _set(out / "record.json", files=files)
+        record = RunRecord.read(out / "record.json")
+        assert "which files were written" in str(lacking(record, out, model=True))
