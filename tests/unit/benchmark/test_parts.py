@@ -228,7 +228,7 @@ def test_a_missed_limit_is_named_and_exits_with_1(settings, monkeypatch, capsys)
         def table(_):
             return "a table"
 
-    monkeypatch.setitem(sys.modules, "benchmarks.growth", Part)
+    monkeypatch.setitem(sys.modules, "cfsp.benchmark.growth", Part)
     words = ["parts=growth", "device=cpu", f"results={settings.results}"]
     assert benchmark.main(words) == 1
     printed = capsys.readouterr()
