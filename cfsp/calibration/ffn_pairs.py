@@ -78,10 +78,12 @@ class FFNPairs:
     """
 
     def __init__(self, sequences: int, stride: float, held: Callable[[], HiddenStates]) -> None:
-        """Args:
-        sequences: number of sequences to come.
-        stride: distance between two tokens that are kept.
-        held: makes an empty set of states, which bounds the memory that it takes.
+        """Prepare for the pairs of some sequences.
+
+        Args:
+            sequences: number of sequences to come.
+            stride: distance between two tokens that are kept.
+            held: makes an empty set of states, which bounds the memory that it takes.
         """
         self.fitted, self.held_out = Pairs(held(), held()), Pairs(held(), held())
         self._stride, self._by_token, self._seen = stride, sequences < HELD_OUT, 0

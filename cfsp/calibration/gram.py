@@ -176,7 +176,8 @@ class OnDisk:
         (place / "tokens.json").write_text(json.dumps({kind: gram.tokens for kind, gram in grams.items()}))
 
     def read(self, block: int, kind: str) -> Gram:
-        """
+        """Read the matrices of a block.
+
         Raises:
             RunError: somebody has deleted or damaged them since they were collected.
         """
@@ -266,10 +267,12 @@ class GramCollection:
     """The collection of the Gram matrices of a model's blocks."""
 
     def __init__(self, blocks: Sequence[BlockView], wanted: GramWanted, folder: Path | None) -> None:
-        """Args:
-        blocks: blocks of the model.
-        wanted: matrices to collect.
-        folder: where they stay for other runs; None: in memory, which must hold them.
+        """Prepare the collection.
+
+        Args:
+            blocks: blocks of the model.
+            wanted: matrices to collect.
+            folder: where they stay for other runs; None: in memory, which must hold them.
         """
         self.wanted, self.folder, self._blocks = wanted, folder, blocks
         self.fits = gram_bytes(blocks, wanted) <= wanted.limit

@@ -87,7 +87,8 @@ def remove_submodule(view: DecoderView, block: BlockView, kind: Kind) -> None:
 
 @torch.no_grad()
 def check_can_be_skipped(block: BlockView) -> None:
-    """
+    """Refuse an FFN that cannot go as a whole.
+
     Raises:
         UnsupportedModelError: the block expects more of its mixture of experts than a hidden state (GPT-OSS).
     """

@@ -40,7 +40,9 @@ class WidthLosses:
     """
 
     def __init__(self, context: PlanContext, input_ids: Tensor, cut: Cut, before: dict[str, Any]) -> None:
-        """Args:
+        """Prepare the losses of widths.
+
+        Args:
             cut: block, width -> the decision on the block, and its compensation.
             before: everything that decides the losses beside widths and ids, for losses that are kept on disk.
 

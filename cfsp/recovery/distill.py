@@ -23,10 +23,12 @@ class Teacher(Protocol):
     """A teacher gives the distillation loss of a batch, summed over the tokens that are learnt."""
 
     def loss(self, student: Tensor, inputs: dict[str, Tensor], temperature: float) -> Tensor:
-        """Args:
-        student: logits [B, T, V] of the batch.
-        inputs: input_ids, attention_mask, labels, index.
-        temperature: temperature of both distributions.
+        """Return the loss of a batch against the teacher.
+
+        Args:
+            student: logits [B, T, V] of the batch.
+            inputs: input_ids, attention_mask, labels, index.
+            temperature: temperature of both distributions.
         """
         ...
 

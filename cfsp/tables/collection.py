@@ -30,8 +30,14 @@ class Found:
 
 @dataclass(frozen=True)
 class Collection:
-    """``found``: cells with a record, in the grid's order; ``missing``: those without; ``damaged``: a line per file;
-    ``files``: where each record is, by its run_id."""
+    """Records of an experiment's grid.
+
+    Attributes:
+        found: cells with a record, in the order of the grid.
+        missing: cells without a record.
+        damaged: one line for each file that is no record.
+        files: path of each record by its run_id.
+    """
 
     found: list[Found]
     missing: list[Cell]

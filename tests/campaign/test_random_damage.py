@@ -33,7 +33,7 @@ from cfsp.config.compose import compose
 from tests.campaign.damage import ODD_WORDS, damage_file, damage_folder, fresh_copy
 from tests.conftest import SENTENCE, save_with_tokenizer
 from tests.helpers.tiny import tiny_model
-from tests.unit.test_plain_words import _keys
+from tests.helpers.wrong_values import keys_of as _keys
 
 #: Seconds after which a call counts as one without end.
 ALARM = 60
