@@ -74,6 +74,8 @@ def check_script(*words: str) -> None:
     if words[:2] == ("-m", "pytest"):
         check(["pytest", *words[2:]])
         return
+    if words[0] == "-m":  # a module that is a script of its own
+        words = (f"{words[1].replace('.', '/')}.py", *words[2:])
     source = (ROOT / words[0]).read_text(encoding="utf-8")
     for word in words[1:]:
         if word.startswith("--"):

@@ -306,7 +306,7 @@ def test_token_ids_of_every_integer_type_and_order(tmp_path, dtype, order):
     assert found.tolist() == ids[:3, :5].tolist()
 
 
-@pytest.mark.parametrize("ids", [torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 1, dtype=torch.int64)])
+@pytest.mark.parametrize("ids", [torch.ones(2, 3, dtype=torch.bool), torch.ones(6, dtype=torch.int64)])
 def test_token_ids_given_to_the_library(ids):
     with pytest.raises(DataError, match="integer token ids"):
         from_ids(ids, LIMITS)

@@ -616,7 +616,7 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(refused, sound_words
 
     monkeypatch.setattr(train.processes, "launched", lambda: train.processes.Launched(0, 4, 0))
     monkeypatch.setattr(train.processes, "connect", lambda: None)
-    monkeypatch.setattr("cfsp.model.load.launched", lambda: train.processes.Launched(0, 1, 0))
+    monkeypatch.setattr("cfsp.model.device.launched", lambda: train.processes.Launched(0, 1, 0))
     words = [*sound_words, "recovery=ig_lora", f"recovery.data.path={prose_file}", *TRAINS]
     mentions(refused(*words), "recovery.batch_size=4", "4 processes", "recovery.micro_batch_size=2", "multiple of 8")
 
