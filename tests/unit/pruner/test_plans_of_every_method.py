@@ -340,7 +340,7 @@ def test_a_planted_error_in_the_slicing_of_heads_is_noticed(which, monkeypatch):
         setattr(attention.module, which, slicing.slice_linear(linear, **axis))
         assert getattr(attention.module, which).weight.shape == good.weight.shape
 
-    monkeypatch.setattr("cfsp.pruner.apply.slice_attention", wrong)
+    monkeypatch.setattr("cfsp.plan.slice_block.slice_attention", wrong)
     with pytest.raises(AssertionError):
         assert_masked_equals_sliced(model, plan, tokens(2, seed=1))
     monkeypatch.setattr("cfsp.pruner.probe.slice_attention", wrong)
@@ -387,7 +387,7 @@ def test_a_planted_slicing_error_is_noticed(which, monkeypatch):
         axis = {"columns": shifted} if which == "down" else {"rows": shifted}
         setattr(ffn.module, projection.name, slicing.slice_linear(linear, **axis))
 
-    monkeypatch.setattr("cfsp.pruner.apply.slice_ffn", wrong)
+    monkeypatch.setattr("cfsp.plan.slice_block.slice_ffn", wrong)
     with pytest.raises(AssertionError):
         assert_masked_equals_sliced(model, plan, tokens(2, seed=1))
     monkeypatch.setattr("cfsp.pruner.probe.slice_ffn", wrong)
