@@ -64,12 +64,12 @@ def from_ids(input_ids: Tensor, limits: Limits, name: str = "input_ids", seed: i
     """A calibration set from ids [n, T] that the caller already has.
 
     Raises:
-        DataError: not a non-empty integer matrix, ids outside the vocabulary, or windows that are too long.
+        DataError: not an integer matrix with rows of two or more, ids outside the vocabulary, windows too long.
     """
     integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-    if input_ids.dim() != 2 or input_ids.dtype not in integers or input_ids.numel() == 0:
+    if input_ids.dim() != 2 or input_ids.dtype not in integers or len(input_ids) == 0 or input_ids.shape[1] < 2:
         raise DataError(
-            f"{name}: integer token ids of shape [n, T] are needed, "
+            f"{name}: integer token ids of shape [n, T], T of at least 2, are needed, "
             f"found {input_ids.dtype} of shape {tuple(input_ids.shape)}"
         )
     ids = input_ids.detach().to("cpu", torch.int64)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from cfsp.checkpoint.reference import is_reference, read_reference
 from cfsp.errors import CheckpointError
 from cfsp.record.finished import lacking
 from cfsp.record.run_record import RunRecord
@@ -78,3 +80,10 @@ def test_a_record_whose_files_are_no_list_of_files_is_not_finished(run_cfsp, sou
         _set(out / "record.json", files=files)
         record = RunRecord.read(out / "record.json")
         assert "which files were written" in str(lacking(record, out, model=True))
+
+
+def test_a_reference_that_is_a_fifo_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "reference.safetensors")
+    assert not is_reference(tmp_path / "reference.safetensors")
+    with pytest.raises(CheckpointError, match="a FIFO"):
+        read_reference(tmp_path / "reference.safetensors")
