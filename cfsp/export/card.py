@@ -17,12 +17,15 @@ from cfsp.errors import CheckpointError
 from cfsp.plan.history import read_marker
 from cfsp.system.atomic import write_bytes
 from cfsp.system.escape import in_markdown
-from cfsp.system.reading import read_json
+from cfsp.system.reading import read_json, read_text
+from cfsp.weights.folder_check import leads_outside
 
 log = logging.getLogger(__name__)
 
 CARD, FACTS = "README.md", "cfsp_card.json"
 #: What a card's front matter says of the licence; the last two where it is none that the hub has a name for.
+#: Largest card that is read for its licence.
+_MAX_CARD_BYTES = 10_000_000
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.MULTILINE | re.DOTALL)
 
@@ -74,11 +77,13 @@ def licence_of(folder: Path) -> dict[str, Any]:
     hub's, ``license_name`` and ``license_link``; empty where it states none."""
     import yaml
 
+    if leads_outside(folder / CARD, folder):
+        return {}
     try:
-        front = _FRONT.match((folder / CARD).read_text(encoding="utf-8-sig"))
+        front = _FRONT.match(read_text(folder / CARD, str(folder / CARD), limit=_MAX_CARD_BYTES))
         # BaseLoader: all values are text, so that the licence "no" is not False.
         found = yaml.load(front[1], Loader=yaml.BaseLoader) if front else {}
-    except (OSError, ValueError, yaml.YAMLError):
+    except (CheckpointError, OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return {key: found[key] for key in _LICENCE_KEYS if found.get(key)} if isinstance(found, dict) else {}
 

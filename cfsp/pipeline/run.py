@@ -24,7 +24,7 @@ from cfsp.pipeline.stages import model_code, run_stages
 from cfsp.pruner.base import removes_experts, removes_heads
 from cfsp.record import environment
 from cfsp.record.finished import export_files, lacking, lacking_export
-from cfsp.record.out_folder import OutFolder, check_apart, log_file, remove_empty, remove_leftovers
+from cfsp.record.out_folder import OutFolder, check_apart, check_entries, log_file, remove_empty, remove_leftovers
 from cfsp.record.run_record import RunRecord
 from cfsp.record.stages import Stages
 from cfsp.record.written import MODEL_FOLDERS, PLAN_FILES, describe_files
@@ -53,6 +53,7 @@ def run(config: RunConfig, *, multirun: bool = False, bases: BaseModels | None =
     out = parent / prepared.run_id if multirun else parent
     try:
         check_apart(out, prepared.source.folder)
+        check_entries(out)
     except ConfigError:
         remove_empty(out, prepared.source.folder)
         raise

@@ -11,6 +11,7 @@ import pytest
 
 from cfsp.checkpoint.reference import is_reference, read_reference
 from cfsp.errors import CheckpointError
+from cfsp.export.card import licence_of
 from cfsp.record.finished import lacking
 from cfsp.record.run_record import RunRecord
 from cfsp.weights.shards import read_header
@@ -87,3 +88,27 @@ def test_a_reference_that_is_a_fifo_is_not_waited_for(tmp_path):
     assert not is_reference(tmp_path / "reference.safetensors")
     with pytest.raises(CheckpointError, match="a FIFO"):
         read_reference(tmp_path / "reference.safetensors")
+
+
+@pytest.mark.parametrize("name", ["plan.json", "blocks.png", "config.yaml", "run.log", "record.json"])
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_something_else_where_a_run_writes_a_file(run_cfsp, sound_words, tmp_path, name, make):
+    (tmp_path / "out").mkdir()
+    make(tmp_path / "out" / name)
+    code, _, err = run_cfsp(*sound_words)
+    lines = [line for line in err.splitlines() if line.startswith("cfsp: ")]
+    assert code == 2, err
+    mentions(lines, name)
+    assert "calibrate" not in err
+
+
+def test_a_card_is_read_for_its_licence_within_bounds(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: mit\n---\n")
+    assert licence_of(tmp_path) == {"license": "mit"}
+    card.write_text(f"---\nlicense: {'[' * 100_000}\n---\n")
+    assert licence_of(tmp_path) == {}
+    for make in (os.mkfifo, lambda place: place.symlink_to("/dev/zero"), lambda place: place.symlink_to(place)):
+        card.unlink()
+        make(card)
+        assert licence_of(tmp_path) == {}
