@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -68,5 +69,7 @@ def _text_config(source: ModelSource, config: Any) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """The line of an error that says what is wrong; a head like "Validation error for field ...:" says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = next((line for line in lines if not line.endswith(":")), type(error).__name__)
+    return re.sub(r"^\w+Error: ", "", said)

@@ -112,3 +112,19 @@ def test_a_card_is_read_for_its_licence_within_bounds(tmp_path):
         card.unlink()
         make(card)
         assert licence_of(tmp_path) == {}
+
+
+def test_a_configuration_with_labels_without_end(model_folder, refused, sound_words):
+    _set(model_folder / "config.json", num_labels=10**9)
+    mentions(refused(*sound_words), "num_labels=1,000,000,000", "more than the 10,000")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"), [({"rms_norm_eps": "x"}, "'rms_norm_eps' expected float"), ({"num_attention_heads": 3}, "3")]
+)
+def test_a_value_that_transformers_refuses_is_told(model_folder, refused, sound_words, settings, said):
+    _set(model_folder / "config.json", **settings)
+    lines = refused(*sound_words)
+    mentions(lines, "model.path=", said)
+    assert "alidation error" not in lines[0]
+    assert "validator" not in lines[0]
