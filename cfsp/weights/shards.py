@@ -35,6 +35,8 @@ DTYPES = {
 _REMEDY = "fetch or save the model again"
 #: Largest header, as in the safetensors library.
 _MAX_HEADER_BYTES = 100_000_000
+#: Most tensors of one file; models of 60 layers with 256 experts have 50,000 in all their files.
+_MAX_TENSORS = 200_000
 #: Tensors are compared so many bytes at a time.
 _COMPARED_BYTES = 1 << 24
 
@@ -233,6 +235,10 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
                 )
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
+        if len(header) > _MAX_TENSORS:
+            raise CheckpointError(
+                f"{file}: names {len(header):,} tensors, at most {_MAX_TENSORS:,} are read; {_REMEDY}"
+            )
         claimed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         wrong = _contradiction(header)
     except FileNotFoundError as error:

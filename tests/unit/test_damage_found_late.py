@@ -128,3 +128,11 @@ def test_a_value_that_transformers_refuses_is_told(model_folder, refused, sound_
     mentions(lines, "model.path=", said)
     assert "alidation error" not in lines[0]
     assert "validator" not in lines[0]
+
+
+def test_a_header_of_very_many_tensors(tmp_path):
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"t{at}": entry for at in range(200_001)}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match="names 200,001 tensors, at most 200,000"):
+        read_header(tmp_path / "model.safetensors")
