@@ -236,9 +236,8 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
         if len(header) > _MAX_TENSORS:
-            raise CheckpointError(
-                f"{file}: names {len(header):,} tensors, at most {_MAX_TENSORS:,} are read; {_REMEDY}"
-            )
+            said = f"{len(header):,} tensors, at most {_MAX_TENSORS:,} are read"
+            raise CheckpointError(f"{file}: names {said}; {_REMEDY}")
         claimed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         wrong = _contradiction(header)
     except FileNotFoundError as error:
