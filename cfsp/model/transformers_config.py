@@ -72,4 +72,5 @@ def first_line(error: Exception) -> str:
     """The line of an error that says what is wrong; a head like "Validation error for field ...:" says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = next((line for line in lines if not line.endswith(":")), type(error).__name__)
+    said = re.sub(r" doesn't match any type in .*", " is of another type than the key takes", said)
     return re.sub(r"^\w+Error: ", "", said)

@@ -120,7 +120,12 @@ def test_a_configuration_with_labels_without_end(model_folder, refused, sound_wo
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"), [({"rms_norm_eps": "x"}, "'rms_norm_eps' expected float"), ({"num_attention_heads": 3}, "3")]
+    ("settings", "said"),
+    [
+        ({"rms_norm_eps": "x"}, "'rms_norm_eps' expected float"),
+        ({"num_attention_heads": 3}, "3"),
+        ({"eos_token_id": True}, "'eos_token_id' with value True is of another type"),
+    ],
 )
 def test_a_value_that_transformers_refuses_is_told(model_folder, refused, sound_words, settings, said):
     _set(model_folder / "config.json", **settings)
