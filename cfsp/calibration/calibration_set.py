@@ -65,7 +65,7 @@ def from_ids(input_ids: Tensor, limits: Limits, name: str = "input_ids", seed: i
     """A calibration set from ids [n, T] that the caller already has.
 
     Raises:
-        DataError: not a non-empty integer matrix, ids outside the vocabulary, or windows that are too long.
+        DataError: not a non-empty integer matrix, ids outside the vocabulary, windows too long.
     """
     integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
     if input_ids.dim() != 2 or input_ids.dtype not in integers or input_ids.numel() == 0:

@@ -6,6 +6,7 @@ The file lies in a folder within the model's, because tools take every safetenso
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 from cfsp import __version__
 from cfsp.errors import CheckpointError
 from cfsp.system.atomic import replacing
+from cfsp.system.reading import check_regular
 
 SCHEMA = "1"
 REFERENCE_IN_FOLDER = "verify/reference.safetensors"
@@ -69,6 +71,8 @@ def is_reference(file: Path) -> bool:
     """Return whether cfsp wrote the file, as far as its header says."""
     from safetensors import SafetensorError, safe_open
 
+    if not file.is_file():  # a FIFO would be waited for
+        return False
     try:
         with safe_open(file, framework="numpy") as stream:
             return {"schema", "computed", "cfsp", "token_ids"} <= (stream.metadata() or {}).keys()
@@ -104,6 +108,8 @@ def read_reference(file: Path) -> Reference:
     """
     from safetensors import SafetensorError, safe_open
 
+    if os.path.lexists(file):  # else the message below
+        check_regular(file, str(file))
     try:
         with safe_open(file, framework="numpy") as stream:
             settings = stream.metadata() or {}

@@ -17,11 +17,14 @@ from cfsp.errors import CheckpointError
 from cfsp.plan.history import read_marker
 from cfsp.system.atomic import write_bytes
 from cfsp.system.escape import in_markdown
-from cfsp.system.reading import read_json
+from cfsp.system.reading import read_json, read_text
+from cfsp.weights.folder_check import leads_outside
 
 log = logging.getLogger(__name__)
 
 CARD, FACTS = "README.md", "cfsp_card.json"
+#: Largest card that is read for its licence.
+_MAX_CARD_BYTES = 10_000_000
 #: Keys of a card's front matter for the licence; the last two are for licences that the hub has no name for.
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.MULTILINE | re.DOTALL)
@@ -78,11 +81,13 @@ def licence_of(folder: Path) -> dict[str, Any]:
     """
     import yaml
 
+    if leads_outside(folder / CARD, folder):
+        return {}
     try:
-        front = _FRONT.match((folder / CARD).read_text(encoding="utf-8-sig"))
+        front = _FRONT.match(read_text(folder / CARD, str(folder / CARD), limit=_MAX_CARD_BYTES))
         # BaseLoader: all values are text, so that the licence "no" is not False.
         values = yaml.load(front[1], Loader=yaml.BaseLoader) if front else {}
-    except (OSError, ValueError, yaml.YAMLError):
+    except (CheckpointError, OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return {key: values[key] for key in _LICENCE_KEYS if values.get(key)} if isinstance(values, dict) else {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -73,6 +74,8 @@ def _text_config(source: ModelSource, config: Any) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or the name of its class."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """Return the line of an error that says what is wrong; "Validation error for field ...:" says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = next((line for line in lines if not line.endswith(":")), type(error).__name__)
+    reason = re.sub(r" doesn't match any type in .*", " is of another type than the key takes", reason)
+    return re.sub(r"^\w+Error: ", "", reason)

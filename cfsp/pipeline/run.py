@@ -23,7 +23,7 @@ from cfsp.pipeline.stages import model_code, run_stages
 from cfsp.pruner.base import removes_experts, removes_heads
 from cfsp.record import environment
 from cfsp.record.finished import export_files, lacking, lacking_export
-from cfsp.record.out_folder import OutFolder, check_apart, log_file, remove_empty, remove_leftovers
+from cfsp.record.out_folder import OutFolder, check_apart, check_entries, log_file, remove_empty, remove_leftovers
 from cfsp.record.run_record import RunRecord
 from cfsp.record.written import MODEL_FOLDERS, PLAN_FILES, describe_files
 from cfsp.system.lease import holder, take
@@ -71,6 +71,7 @@ def _check_places(prepared: Prepared, out: Path) -> None:
     config = prepared.config
     try:
         check_apart(out, prepared.source.folder)
+        check_entries(out)
     except ConfigError:
         remove_empty(out, prepared.source.folder)
         raise

@@ -44,6 +44,22 @@ def check_apart(out: Path, model: Path) -> None:
     raise ConfigError(f"paths.output_dir={out}: {problem}; give another folder")
 
 
+def check_entries(out: Path) -> None:
+    """See that nothing but a file is in the places of OUT where the run writes files.
+
+    Raises:
+        ConfigError: a folder, a FIFO or a device is there, which would be met when the work is done.
+    """
+    for name in (*_FILES, "run.log"):
+        place = out / name
+        if place.exists() and not place.is_file():
+            what = "a folder" if place.is_dir() else "a FIFO, a socket or a device"
+            raise ConfigError(
+                f"paths.output_dir={out}: {name} in it is {what}, where the run writes a file; remove it, or give "
+                "another folder"
+            )
+
+
 def remove_empty(out: Path, model: Path) -> None:
     """Remove the empty folders on the way from the model folder to ``out``, which Hydra has made for the run."""
     place, stop = _resolved(out), _resolved(model)

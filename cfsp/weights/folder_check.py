@@ -34,8 +34,9 @@ _SETTINGS = ("generation_config.json", "tokenizer_config.json", "special_tokens_
 #: JSON files that may be large, and are read by programs that bound what they read.
 _LARGE = ("tokenizer.json", "vocab.json", "plan.json", "*.index.json", "vocab*.json")
 #: Counts of modules that transformers builds one by one in Python.
-_COUNTS = re.compile(r"(layers?|blocks?|experts?)$|^depth$")
-_EXPERTS = re.compile(r"experts?$")
+_COUNTS = re.compile(r"(layers?|blocks?|experts?|^num_labels)$|^depth$")
+#: Of these, experts, and labels of a classifier, for each of which transformers makes an entry.
+_EXPERTS = re.compile(r"(experts?|^num_labels)$")
 
 
 def check_files(folder: Path, where: str) -> None:
@@ -99,7 +100,7 @@ def check_no_adapter(folder: Path, where: str, *, full_weights: bool | None = No
         CheckpointError: names the adapter's base and the way out.
     """
     file = folder / ADAPTER
-    if not os.path.lexists(file):
+    if not file.is_file() and not file.is_dir():  # links and FIFOs: check_files
         return
     try:
         settings = read_json(file, f"{where}: {ADAPTER}", limit=MAX_CONFIG_BYTES)
@@ -140,7 +141,7 @@ def read_config(folder: Path, where: str) -> dict[str, Any]:
         limit = MAX_EXPERTS if _EXPERTS.search(key) else MAX_LAYERS
         if count > limit:
             raise CheckpointError(
-                f"{where}: config.json asks for {key}={count:,}, more than the {limit:,} that are built; fetch the "
+                f"{where}: config.json asks for {key}={count:,}, more than the {limit:,} that are taken; fetch the "
                 "model again"
             )
     named = config.get("transformers_weights")

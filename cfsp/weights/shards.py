@@ -35,6 +35,8 @@ DTYPES = {
 _REMEDY = "fetch or save the model again"
 #: Largest header, as in the safetensors library.
 _MAX_HEADER_BYTES = 100_000_000
+#: Most tensors of one file; models of 60 layers with 256 experts have 50,000 in all their files.
+_MAX_TENSORS = 200_000
 #: Bytes that are compared at a time.
 _COMPARED_BYTES = 1 << 24
 
@@ -247,6 +249,9 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
                 )
             header = json.loads(stream.read(length))
         header.pop("__metadata__", None)
+        if len(header) > _MAX_TENSORS:
+            said = f"{len(header):,} tensors, at most {_MAX_TENSORS:,} are read"
+            raise CheckpointError(f"{file}: names {said}; {_REMEDY}")
         claimed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         wrong = _contradiction(header)
     except FileNotFoundError as error:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from cfsp.checkpoint.reference import is_reference, read_reference
 from cfsp.errors import CheckpointError
+from cfsp.export.card import licence_of
 from cfsp.record.finished import lacking
 from cfsp.record.run_record import RunRecord
 from cfsp.weights.shards import read_header
@@ -78,3 +81,63 @@ def test_a_record_whose_files_are_no_list_of_files_is_not_finished(run_cfsp, sou
         _set(out / "record.json", files=files)
         record = RunRecord.read(out / "record.json")
         assert "which files were written" in str(lacking(record, out, model=True))
+
+
+def test_a_reference_that_is_a_fifo_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "reference.safetensors")
+    assert not is_reference(tmp_path / "reference.safetensors")
+    with pytest.raises(CheckpointError, match="a FIFO"):
+        read_reference(tmp_path / "reference.safetensors")
+
+
+@pytest.mark.parametrize("name", ["plan.json", "blocks.png", "config.yaml", "run.log", "record.json"])
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_something_else_where_a_run_writes_a_file(run_cfsp, sound_words, tmp_path, name, make):
+    (tmp_path / "out").mkdir()
+    make(tmp_path / "out" / name)
+    code, _, err = run_cfsp(*sound_words)
+    lines = [line for line in err.splitlines() if line.startswith("cfsp: ")]
+    assert code == 2, err
+    mentions(lines, name)
+    assert "calibrate" not in err
+
+
+def test_a_card_is_read_for_its_licence_within_bounds(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: mit\n---\n")
+    assert licence_of(tmp_path) == {"license": "mit"}
+    card.write_text(f"---\nlicense: {'[' * 100_000}\n---\n")
+    assert licence_of(tmp_path) == {}
+    for make in (os.mkfifo, lambda place: place.symlink_to("/dev/zero"), lambda place: place.symlink_to(place)):
+        card.unlink()
+        make(card)
+        assert licence_of(tmp_path) == {}
+
+
+def test_a_configuration_with_labels_without_end(model_folder, refused, sound_words):
+    _set(model_folder / "config.json", num_labels=10**9)
+    mentions(refused(*sound_words), "num_labels=1,000,000,000", "more than the 10,000")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rms_norm_eps": "x"}, "'rms_norm_eps' expected float"),
+        ({"num_attention_heads": 3}, "3"),
+        ({"eos_token_id": True}, "'eos_token_id' with value True is of another type"),
+    ],
+)
+def test_a_value_that_transformers_refuses_is_told(model_folder, refused, sound_words, settings, said):
+    _set(model_folder / "config.json", **settings)
+    lines = refused(*sound_words)
+    mentions(lines, "model.path=", said)
+    assert "alidation error" not in lines[0]
+    assert "validator" not in lines[0]
+
+
+def test_a_header_of_very_many_tensors(tmp_path):
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    header = json.dumps({f"t{at}": entry for at in range(200_001)}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match="names 200,001 tensors, at most 200,000"):
+        read_header(tmp_path / "model.safetensors")
