@@ -200,7 +200,7 @@ def _resolve(name: str, target: str, allowed: Iterable[str]) -> type:
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
     except Exception as error:  # a module of the user's may fail in any way while it is imported
-        reason = printable(str(error)) or type(error).__name__
+        reason = f"{type(error).__name__}: {printable(str(error))}"
         raise ConfigError(
             f"{name}._target_={target}: there is no such class ({reason}){suggest(target, _known_targets())}"
         ) from error

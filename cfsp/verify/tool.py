@@ -68,7 +68,7 @@ def is_installed(tool: Tool, python: str = sys.executable) -> bool:
             f"/path/to/venv/bin/python"
         ) from error
     if process.returncode not in (0, 3):
-        raise ConfigError(f"python.{tool.name}={python}: is not a Python ({_last_words(process)}); give that of a venv")
+        raise ConfigError(f"python.{tool.name}={python}: is no Python ({_last_words(process)}); give that of a venv")
     return process.returncode == 0
 
 
