@@ -59,6 +59,8 @@ def storage_problem(error: BaseException, places: Mapping[str, Path]) -> str | N
     if key is None and file is None:
         key = min(places, key=lambda name: free_bytes(places[name]))
     details = "" if not isinstance(error, CfspError) else re.sub(r" \(\[Errno \d+\] [^)]*\)", "", f": {error}")
+    # The key names the folder already, and the line is bounded.
+    details = re.sub(r"^: [^;]*: the model cannot be saved there", "", details)
     if key is None:
         free = f"{os.strerror(code)}; {free_bytes(Path(str(file))):,} bytes free"
         return f"{file}: {_REASONS[code]} ({free}){details}; make room there"
