@@ -11,6 +11,7 @@ import torch
 from cfsp.architecture.views import DecoderView
 from cfsp.errors import CfspError, UnsupportedModelError
 from cfsp.model.driver import BlockDriver, check_hidden, run_block
+from cfsp.model.snapshot import without_hooks
 
 #: Folders of the Python code of models: that of transformers, and what it fetched with a model.
 _MODEL_CODE = ("/transformers/models/", "/transformers_modules/")
@@ -29,13 +30,14 @@ def try_blocks(view: DecoderView) -> None:
     if view.weights.is_streamed:
         return
     ids = torch.zeros(1, 2, dtype=torch.int64)
-    entry = BlockDriver(view, 1).entry(ids)
-    tried: set[type] = set()
-    for block in view.blocks:
-        if type(block.module) not in tried:
-            tried.add(type(block.module))
-            check_hidden(view, run_block(block, entry.hidden[0], entry.kwargs[block.index][0]), "gives")
-    view.model(ids.to(view.device))
+    with without_hooks([*view.model.modules()]):  # whoever watches the model counts the tokens of the run alone
+        entry = BlockDriver(view, 1).entry(ids)
+        tried: set[type] = set()
+        for block in view.blocks:
+            if type(block.module) not in tried:
+                tried.add(type(block.module))
+                check_hidden(view, run_block(block, entry.hidden[0], entry.kwargs[block.index][0]), "gives")
+        view.model(ids.to(view.device))
 
 
 @contextmanager

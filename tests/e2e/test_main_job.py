@@ -58,7 +58,7 @@ def test_it_writes_everything_it_promises(demo):
     record = record_of(out)
     assert record["status"] == "success"
     assert (base / "records" / f"{record['run_id']}.json").read_text() == (out / "record.json").read_text()
-    assert record["method"]["importance"]["class"].endswith("Cfsp")
+    assert record["method"]["importance"] == {"component": "cfsp"}
     assert record["method"]["allocator"] == {
         "class": "cfsp.allocator.coarse.Coarse", "metric": "angular", "temperature": 1.0,
     }  # fmt: skip
