@@ -60,7 +60,7 @@ def test_it_writes_everything_it_promises(demo):
     assert (base / "records" / f"{record['run_id']}.json").read_text() == (out / "record.json").read_text()
     assert record["method"]["importance"] == {"component": "cfsp"}
     assert record["method"]["allocator"] == {
-        "class": "cfsp.allocator.coarse.Coarse", "metric": "angular", "temperature": 1.0,
+        "component": "coarse", "metric": "angular", "temperature": 1.0,
     }  # fmt: skip
     assert record["method"]["pruner"]["structure"] == "ffn"
     assert len(record["blocks"]) == 8
