@@ -19,8 +19,9 @@ ODD_VALUES: tuple[Any, ...] = (
 #: Words for the value of a key on the command line.
 ODD_WORDS = (
     "null", "''", "true", "false", "0", "-1", "1", "2", "3.5", "1e999", "nan", "-inf",
-    "1000000000000000000000", "abc", "[]", "[1]", "[1,2]", "[a,b]", "{}", "{a:1}", "../x", "/dev/null/x", "~nobody/x", "a b", "é", "[[1]]",
-    "auto", "none", "'a=b'", "'[1'", "'#'", "${seed}", "${nowhere}", "???", "[null]", "{_target_:os.system}", "0.05", "4",
+    "1000000000000000000000", "abc", "[]", "[1]", "[1,2]", "[a,b]", "{}", "{a:1}", "../x", "/dev/null/x", "~nobody/x",
+    "a b", "é", "[[1]]", "auto", "none", "'a=b'", "'[1'", "'#'", "${seed}", "${nowhere}", "???", "[null]",
+    "{_target_:os.system}", "0.05", "4",
 )  # fmt: skip
 
 
