@@ -95,7 +95,8 @@ class ZeroShot(Evaluator):
         if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
             raise DataError(
                 f"{self.key}: the tokenizer names neither BOS nor EOS and config.json states no bos_token_id or "
-                "eos_token_id, one of which lm-eval starts from; name one in tokenizer_config.json, or use "
+                "eos_token_id within its vocabulary, one of which lm-eval starts from; name one in "
+                "tokenizer_config.json, or use "
                 f"{self.key}=null"
             )
         deciding = {name: value for name, value in identity.items() if name != "batch_size"}

@@ -12,7 +12,7 @@ import torch
 from cfsp.architecture.supported import other_kind
 from cfsp.architecture.views import DecoderView, resolve
 from cfsp.errors import CheckpointError, UnsupportedModelError
-from cfsp.model.transformers_config import first_line, load_config, load_generation_config
+from cfsp.model.transformers_config import first_line, load_config, load_generation_config, suspects
 from cfsp.weights.fit import check_floats, check_places, fit_of, missing_weights, tied_differently, untie
 from cfsp.weights.folder_check import readable_by_transformers
 from cfsp.weights.shards import Shards, read_header, weight_files
@@ -106,7 +106,8 @@ def _built(source: ModelSource, config: Any, trust_remote_code: bool) -> Any:
                 f"model.path={source.origin}: {kind}; decoder-only language models can be pruned"
             ) from error
         raise UnsupportedModelError(
-            f"model.path={source.origin}: not a causal language model that transformers builds ({first_line(error)})"
+            f"model.path={source.origin}: not a causal language model that transformers builds "
+            f"({first_line(error)}){suspects(source.config, error)}"
         ) from error
 
 

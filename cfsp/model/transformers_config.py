@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -40,7 +41,7 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     except Exception as error:  # the checks in transformers raise many types
         raise UnsupportedModelError(
             f"model.path={source.origin}: transformers does not know this model (model_type={model_type or None}): "
-            f"{first_line(error)}"
+            f"{first_line(error)}{suspects(source.config, error)}"
         ) from error
 
 
@@ -79,3 +80,21 @@ def first_line(error: Exception) -> str:
     reason = next((line for line in lines if not line.endswith(":")), type(error).__name__)
     reason = re.sub(r" doesn't match any type in .*", " is of another type than the key takes", reason)
     return re.sub(r"^\w+Error: ", "", reason)
+
+
+def suspects(config: Mapping[str, Any], error: Exception) -> str:
+    """Name the keys of config.json that hold the value an error is about: an unknown word, or a zero divided by."""
+    if isinstance(error, KeyError):
+        wrong: Any = error.args[0] if error.args else None
+    elif "by zero" in str(error):
+        wrong = 0
+    else:
+        return ""
+    sections = [config, config["text_config"]] if isinstance(config.get("text_config"), dict) else [config]
+    keys = [
+        key
+        for section in sections
+        for key, value in section.items()
+        if value == wrong and type(value) is type(wrong) and not key.endswith("_token_id")
+    ]
+    return f"; see {', '.join(keys[:3])} in config.json" if keys else ""

@@ -512,3 +512,11 @@ def test_weights_have_the_name_that_every_tool_looks_for(model_folder):
     (model_folder / "model.safetensors").rename(model_folder / "consolidated.safetensors")
     with pytest.raises(CheckpointError, match=r"found consolidated\.safetensors, but neither model\.safetensors nor"):
         source_of(model_folder)
+
+
+@pytest.mark.parametrize(("key", "value"), [("hidden_act", "nope"), ("num_attention_heads", 0)])
+def test_a_value_that_the_models_code_cannot_use_is_named(refused, sound_words, model_folder, key, value):
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps(config | {key: value}))
+    (line,) = refused(*sound_words)
+    assert key in line
