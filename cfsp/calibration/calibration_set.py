@@ -146,7 +146,7 @@ def from_tokens(section: TokensCalibration, limits: Limits, seed: int) -> Calibr
 
 
 def identity(section: CalibrationSection, tokenizer: Any = None) -> dict[str, Any]:
-    """What decides the set, by content, before anything is tokenised: for the run's identity.
+    """Return the settings and the content that decide the set, for the run's identity, before it is tokenised.
 
     Without a ``tokenizer``, ``bos=auto`` stays unsettled.
     """

@@ -1,4 +1,4 @@
-"""What a pass over the calibration set left, on disk by content: statistics, gradient terms, similarities."""
+"""Cache on disk, by content, of the results of a calibration pass: statistics, gradient terms, similarities."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StatisticsCache:
     def path(
         self, kind: str, driver: BlockDriver, calibration: CalibrationSet, version: int, *, batched: bool = True
     ) -> Path:
-        """Where the ``kind`` of this model and set lies; ``batched``: the batch size counts (it moves sums)."""
+        """Return the file of a ``kind`` of result; ``batched``: the batch size counts, because it moves sums."""
         key = {
             "model": self.model_fingerprint,
             "tokens": calibration.fingerprint,

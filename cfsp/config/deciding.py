@@ -1,4 +1,4 @@
-"""What a setting decides, said once: on its field.
+"""Marks on the fields of settings that say what each of them decides.
 
 A field without a mark decides the figures by its value. Any other meaning is a :class:`Decides` among the metadata of
 its annotation, in the sections of cfsp and in every component::

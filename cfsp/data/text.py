@@ -1,4 +1,4 @@
-"""From text to token ids: reading documents, joining them as published, cutting windows."""
+"""Texts as token ids: reading documents, joining them as published, cutting windows."""
 
 from __future__ import annotations
 

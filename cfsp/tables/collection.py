@@ -87,7 +87,7 @@ def collect(cells: Sequence[Cell], folder: Path, composer: GridComposer | None =
 
 
 def _same_inputs(config: RunConfig, record: RunRecord) -> bool:
-    """Whether the record is of what lies at the run's paths: the same paths, or others with the same content."""
+    """Return whether the record was measured on these paths, or on others with the same content."""
     if places(config.raw) == places(record.configuration):
         return True
     from cfsp.pipeline.preflight import prepare
