@@ -127,7 +127,8 @@ def unread_settings(header: GgufHeader) -> tuple[str, ...]:
     """Return the settings of the architecture that transformers' reader does not know, as ``key=value``."""
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
-    known: Mapping[str, Any] | None = GGUF_CONFIG_MAPPING.get(header.architecture)
+    mapping: Mapping[str, Any] = GGUF_CONFIG_MAPPING
+    known = mapping.get(header.architecture)
     if known is None:  # architectures with a reader of their own, or another name in transformers
         return ()
     prefix = f"{header.architecture}."
@@ -261,7 +262,7 @@ def _set_special_ids(config: Any, header: GgufHeader) -> None:
 
 
 def _set_sizes(config: Any, header: GgufHeader, where: str) -> None:
-    """Set the sizes that the reader leaves at the defaults of the class, and refuse models that it would read wrongly."""
+    """Set the sizes that the reader leaves at the defaults of the class; refuse models that it would read wrongly."""
     shapes = {tensor.name: tensor.shape for tensor in header.tensors}
     embedding = shapes.get("token_embd.weight")
     if embedding is None:
