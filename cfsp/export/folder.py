@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cfsp.config.sections import ModelSection
 from cfsp.errors import CheckpointError, UnsupportedModelError
+from cfsp.model.tokenizer import check_tokenizer_files
 from cfsp.pruned_model.family import PRUNED_PREFIX
 from cfsp.pruned_model.names import COMMON_FAMILIES, stock_type
 from cfsp.weights.fit import is_computed
@@ -145,6 +146,7 @@ def read_folder(path: str | Path) -> ModelFolder:
         raise CheckpointError(
             f"path={path}: no such folder; give a model folder, or the folder of a run that saved one"
         )
+    check_tokenizer_files(folder, f"path={path}")
     return read_source(locate(ModelSection(name=folder.name, path=str(folder.resolve()))))
 
 
