@@ -55,8 +55,8 @@ def command(
         print(f"{name}: interrupted; the same command goes on", file=sys.stderr)
         return 1
     except Exception as error:
-        if problem := _path_problem(error):
-            print(f"{name}: {problem}", file=sys.stderr)
+        if (path_problem := _path_problem(error)) is not None:
+            print(f"{name}: {path_problem}", file=sys.stderr)
             return 2
         print(unexpected(error, f"{name}: {verb}".rstrip(": "), debug=debug), file=sys.stderr)
         return 1

@@ -10,6 +10,8 @@ import pytest
 
 import cfsp.cli.export
 import cfsp.cli.inspect
+from cfsp.errors import UnsupportedModelError
+from cfsp.pruned_model.stock import stock_classes
 from tests.conftest import mentions
 from tests.helpers.wrong_values import check_lines
 
@@ -103,3 +105,8 @@ def test_a_class_that_is_not_there(refused, sound_words, target) -> None:
     lines = refused(*sound_words, f"importance._target_={target}")
     mentions(lines, f"importance._target_={target}")
     check_lines(lines)
+
+
+def test_a_model_type_that_transformers_does_not_have() -> None:
+    with pytest.raises(UnsupportedModelError, match="model_type=nobodys: .*pruner=none"):
+        stock_classes("nobodys")
