@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import cfsp.cli.export
 import cfsp.cli.inspect
 from cfsp.errors import UnsupportedModelError
 from cfsp.pruned_model.stock import stock_classes
+from cfsp.system.package import ROOT
 from tests.conftest import mentions
 from tests.helpers.wrong_values import check_lines
 
@@ -110,3 +113,15 @@ def test_a_class_that_is_not_there(refused, sound_words, target) -> None:
 def test_a_model_type_that_transformers_does_not_have() -> None:
     with pytest.raises(UnsupportedModelError, match="model_type=nobodys: .*pruner=none"):
         stock_classes("nobodys")
+
+
+def test_an_interrupt_while_python_ends_does_not_change_how_a_command_ended() -> None:
+    # What is registered after the import is called before what cfsp has registered, and a thread still runs then.
+    code = (
+        "import atexit, os, signal, sys; sys.argv = ['cfsp']; import cfsp\n"
+        "class Last:\n"
+        "    def __del__(self): os.kill(os.getpid(), signal.SIGINT); os.write(1, b'whole')\n"
+        "last = Last()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "whole", "")
