@@ -9,6 +9,7 @@ import atexit
 import os
 import signal
 import sys
+import threading
 
 TYPE_CHECKING = False  # importing typing takes longer than the rest of this module
 if TYPE_CHECKING:
@@ -60,10 +61,8 @@ def _ignore() -> None:
     All is written by then, and Python would end by the signal, without a word and with another exit code. It is
     registered first, so that it is called last: what other libraries still wait for can be interrupted.
     """
-    try:
+    if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except ValueError:  # not in the main thread
-        pass
 
 
 def _end(_: int, __: FrameType | None) -> None:

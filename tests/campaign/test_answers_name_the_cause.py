@@ -125,3 +125,22 @@ def test_an_interrupt_while_python_ends_does_not_change_how_a_command_ended() ->
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "whole", "")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", {"a": 1}), ("hidden_size", None), ("intermediate_size", 1.5), ("vocab_size", "x"),
+        ("num_attention_heads", 0), ("num_key_value_heads", [1]), ("head_dim", -1), ("num_hidden_layers", True),
+        ("architectures", 5), ("architectures", [None]), ("per_layer_config", {"1": {"intermediate_size": 1.5}}),
+        ("per_layer_config", [1]), ("per_layer_config", {"x": {}}), ("added_bias", {"0": 5}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("form", ["hf", "padded", "gguf"])
+def test_an_export_names_the_key_of_config_json(model_folder, tmp_path, capsys, key, value, form) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps(config | {key: value}))
+    assert cfsp.cli.export.main([f"path={model_folder}", f"format={form}", f"to={tmp_path / 'exported.gguf'}"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    check_lines(lines)
+    mentions(lines, key)
