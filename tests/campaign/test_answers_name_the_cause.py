@@ -144,3 +144,13 @@ def test_an_export_names_the_key_of_config_json(model_folder, tmp_path, capsys, 
     lines = capsys.readouterr().err.strip().splitlines()
     check_lines(lines)
     mentions(lines, key)
+
+
+@pytest.mark.parametrize(("key", "value"), [("rms_norm_eps", None), ("pretraining_tp", "gone"), ("pad_token_id", "x")])
+def test_a_gguf_file_names_the_key_that_transformers_refuses(model_folder, tmp_path, capsys, key, value) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps(config | {key: value}))
+    assert cfsp.cli.export.main([f"path={model_folder}", "format=gguf", f"to={tmp_path / 'exported.gguf'}"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    check_lines(lines)
+    mentions(lines, f"{key}={value}")
