@@ -6,6 +6,7 @@ The command line returns their ``exit_code``: 2 if the configuration or an input
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 
 class CfspError(Exception):
@@ -63,6 +64,8 @@ class RunError(CfspError):
 
 #: Most characters of a line that is shown to a user.
 LONGEST = 480
+#: Most findings that are shown to a user at once.
+MOST_LINES = 6
 
 
 def printable(text: str) -> str:
@@ -81,6 +84,13 @@ def one_line(text: str, longest: int = LONGEST) -> str:
         return line
     end = longest // 3
     return f"{line[: longest - end - 5]} ... {line[-end:]}"
+
+
+def at_most(problems: Sequence[str], lines: int = MOST_LINES) -> list[str]:
+    """Return the findings that are shown at once; the last line counts those that are not."""
+    if len(problems) <= lines:
+        return list(problems)
+    return [*problems[: lines - 1], f"and {len(problems) - lines + 1} more of this kind; mend these first"]
 
 
 def _escaped(match: re.Match[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cfsp.checkpoint.reference import LENGTH, SEED, WINDOWS, Reference
-from cfsp.errors import RunError
+from cfsp.errors import CfspError, RunError
+from cfsp.system.reading import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -151,11 +151,11 @@ def token_windows(model: Any, tokenizer: Path | None = None) -> np.ndarray:
 def _tokenizer_ids(folder: Path | None) -> tuple[set[int], set[int]]:
     """Return the ids of all tokens in tokenizer.json, and those of its added tokens; both empty without the file."""
     try:
-        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")) if folder else {}
+        content = read_json(folder / "tokenizer.json", "tokenizer.json") if folder else {}
         vocabulary = content.get("model", {}).get("vocab", {})
         ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         return set(ids), {token["id"] for token in content.get("added_tokens", ())}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (CfspError, KeyError, TypeError, AttributeError):
         return set(), set()
 
 

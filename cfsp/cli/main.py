@@ -34,7 +34,7 @@ from cfsp import __version__
 from cfsp.config.components import shown, suggest
 from cfsp.config.compose import explain
 from cfsp.config.parse import parse
-from cfsp.errors import CfspError, ConfigError, RunError, one_line, printable
+from cfsp.errors import CfspError, ConfigError, RunError, at_most, one_line, printable
 from cfsp.system import interrupts, processes
 from cfsp.system.names import RULE, is_name
 from cfsp.system.package import config_folder
@@ -283,7 +283,7 @@ def _report(error: Exception, session: _Session, label: str = "") -> int:
             return error.exit_code
         label = f"process {mine.rank}: {label}"
     if isinstance(error, CfspError):
-        for problem in error.problems:
+        for problem in at_most(error.problems):
             print(one_line(f"cfsp: {label}{problem}"), file=sys.stderr)
         return error.exit_code
     reason = printable(str(error)) or type(error).__name__

@@ -200,9 +200,9 @@ def _resolve(name: str, target: str, allowed: Iterable[str]) -> type:
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
     except Exception as error:  # a module of the user's may fail in any way while it is imported
-        reason = f"{type(error).__name__}: {printable(str(error))}"
         raise ConfigError(
-            f"{name}._target_={target}: there is no such class ({reason}){suggest(target, _known_targets())}"
+            f"{name}._target_={target}: there is no such class{_import_failure(module_name, error)}"
+            f"{suggest(target, _known_targets())}"
         ) from error
     if not isinstance(cls, type):
         raise ConfigError(f"{name}._target_={target}: a class is needed, this is a {type(cls).__name__}")
@@ -219,6 +219,15 @@ def _resolve(name: str, target: str, allowed: Iterable[str]) -> type:
         f"{name}._target_={target}: this class is defined in {cls.__module__}; to run the code of both packages give "
         f"plugins.allow=[{','.join(sorted({_package(target), defined_in}))}]"
     )
+
+
+def _import_failure(module_name: str, error: Exception) -> str:
+    """Return why a module could not be imported; empty where it was, or where there is none of this name."""
+    if not module_name or module_name in sys.modules:
+        return ""
+    if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
+        return f" (no module {error.name})"
+    return f" (importing {module_name} raises {type(error).__name__}: {printable(str(error))})"
 
 
 def known_class(target: str) -> type | None:

@@ -110,6 +110,8 @@ def _findings(words: Sequence[str], folders: Sequence[Path], *, sweep: bool) -> 
         key, node = override.key_or_group, _value_at(tree, override.key_or_group)
         if isinstance(node, Mapping) and isinstance(override.value(), list):
             yield f"{override.input_line}: a group of keys is expected: {', '.join(node)}; write {key}.KEY=VALUE"
+        elif key.startswith("paths.") and not override.is_delete() and override.value() is None:
+            yield f"{override.input_line}: expected a folder; leave the key out for its default"
         elif override.is_sweep_override() and not override.is_discrete_sweep():
             yield f"{override.input_line}: a sweep needs its values: write {key}=a,b,c or {key}=range(FIRST,END,STEP)"
         elif not override.is_add() and not override.is_force_add() and not _exists(tree, key):

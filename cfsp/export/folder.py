@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cfsp.config.sections import ModelSection
 from cfsp.errors import CheckpointError, UnsupportedModelError
+from cfsp.model.tokenizer import check_tokenizer_files
 from cfsp.pruned_model.family import PRUNED_PREFIX
 from cfsp.pruned_model.names import COMMON_FAMILIES, stock_type
 from cfsp.weights.fit import is_computed
@@ -33,6 +34,13 @@ _BIASED_BY_KEY: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "llama": {"attention_bias": _ATTENTION_PROJECTIONS, "mlp_bias": _MLP_PROJECTIONS},
     "qwen3": {"attention_bias": _ATTENTION_PROJECTIONS},
 }
+
+#: Keys of config.json that hold a size, and those of them that may be missing or null.
+_SIZES = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads",
+    "head_dim",
+)  # fmt: skip
+_OPTIONAL = ("num_key_value_heads", "head_dim")
 
 
 @dataclass(frozen=True)
@@ -145,6 +153,7 @@ def read_folder(path: str | Path) -> ModelFolder:
         raise CheckpointError(
             f"path={path}: no such folder; give a model folder, or the folder of a run that saved one"
         )
+    check_tokenizer_files(folder, f"path={path}")
     return read_source(locate(ModelSection(name=folder.name, path=str(folder.resolve()))))
 
 
@@ -164,12 +173,13 @@ def read_source(source: ModelSource) -> ModelFolder:
         raise UnsupportedModelError(
             f"{source.origin}: model_type={model_type or None} cannot be exported; {', '.join(COMMON_FAMILIES)} can"
         )
+    _check_kinds(source)
     per_layer = {int(index): entry for index, entry in (source.config.get("per_layer_config") or {}).items()}
     added = {int(index): tuple(names) for index, names in (source.config.get("added_bias") or {}).items()}
     config = {key: copy.deepcopy(value) for key, value in source.config.items() if key not in _PRUNED_KEYS}
     config["model_type"] = family
     if model_type.startswith(PRUNED_PREFIX):
-        config["architectures"] = [name.removeprefix("Pruned") for name in config.get("architectures", [])]
+        config["architectures"] = [name.removeprefix("Pruned") for name in config.get("architectures") or []]
     if not model_type.startswith(PRUNED_PREFIX) and (per_layer or added):
         # The stock class would ignore these keys, build whole layers and fill missing tensors with random weights.
         key = "per_layer_config" if per_layer else "added_bias"
@@ -179,6 +189,42 @@ def read_source(source: ModelSource) -> ModelFolder:
         )
     layers = tuple(_layer(config, per_layer.get(n, {}), added.get(n, ())) for n in range(config["num_hidden_layers"]))
     return ModelFolder(source, family, config, layers, shards, getattr(torch, source.stored_dtype), shards.shapes)
+
+
+def _check_kinds(source: ModelSource) -> None:
+    """Refuse values in config.json that are not of the kind that their keys take; only what is read here is looked at.
+
+    Raises:
+        CheckpointError: names the key and its value.
+    """
+    config = source.config
+    wrong = [(key, config.get(key)) for key in _SIZES if key not in _OPTIONAL and not _is_size(config.get(key))]
+    wrong += [(key, config[key]) for key in _OPTIONAL if config.get(key) is not None and not _is_size(config[key])]
+    if not isinstance(config.get("architectures") or [], list) or not all(
+        isinstance(name, str) for name in config.get("architectures") or []
+    ):
+        wrong.append(("architectures", config["architectures"]))
+    for key, kind in (("per_layer_config", dict), ("added_bias", list)):
+        entries = config.get(key) or {}
+        if not isinstance(entries, dict) or not all(str(index).isdecimal() for index in entries):
+            wrong.append((key, entries))
+            continue
+        for index, entry in entries.items():
+            if not isinstance(entry, kind):
+                wrong.append((f"{key}.{index}", entry))
+            elif isinstance(entry, dict):
+                sizes = [(f"{key}.{index}.{name}", entry[name]) for name in _SIZES if name in entry]
+                wrong += [(name, size) for name, size in sizes if not _is_size(size)]
+    if wrong:
+        key, value = wrong[0]
+        raise CheckpointError(
+            f"path={source.origin}: config.json has {key}={str(value)[:60]}, which this key does not take; fetch or "
+            "save the model again"
+        )
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _has_own_head(shards: Shards) -> bool:

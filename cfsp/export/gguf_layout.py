@@ -11,6 +11,7 @@ package. The choice of the architecture, the filled-up sizes and the order of ro
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,6 +229,7 @@ def model_config(source: ModelFolder) -> dict[str, Any]:
         config: dict[str, Any] = AutoConfig.for_model(source.family, **settings).to_dict()
     except Exception as error:
         where = Path(source.folder) / "config.json"
-        reason = " ".join(str(error).split())[:200]
+        named = re.search(r"field '(\w+)'", str(error))
+        reason = f"{named[1]}={settings.get(named[1])!s:.60}" if named else " ".join(str(error).split())[:200]
         raise CheckpointError(f"{where}: transformers does not take it ({reason}); save the model again") from error
     return {**config, "model_type": source.family}

@@ -52,8 +52,9 @@ def read_json_object(file: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read ({error}); fetch or save the tokenizer again") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise CheckpointError(f"{file}: cannot be read ({reason}); fetch or save the tokenizer again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: does not hold a JSON object; fetch or save the tokenizer again")
     return content

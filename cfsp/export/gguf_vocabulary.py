@@ -183,7 +183,8 @@ def _from_tokenizer_json(file: Path, settings: Mapping[str, Any]) -> Vocabulary:
         joined = [" ".join(pair) for pair in merges]
         return Vocabulary("gpt2", tokens, pre=pre, merges=joined, notes=notes, **shared)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"{file}: is not a readable tokenizer.json ({error!r}); save it again") from error
+        missing = f"no {error}" if isinstance(error, KeyError) else "a value of a kind that does not belong there"
+        raise CheckpointError(f"{file}: is not a readable tokenizer.json ({missing}); save it again") from error
 
 
 # SentencePiece

@@ -158,7 +158,9 @@ def load_streamed(
         model.generation_config = generation
     _fill_buffers(model, device)
     model.eval().requires_grad_(False)
-    carry(model, StreamedWeights(model, Shards(source.folder), dtype, device))
+    weights = StreamedWeights(model, Shards(source.folder), dtype, device)
+    weights.check_rest()
+    carry(model, weights)
     return model
 
 

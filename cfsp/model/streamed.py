@@ -149,6 +149,17 @@ class StreamedWeights(Weights):
         """
         return self._rounded(name, self._checked(name, self.shards.read(self._names[name])))
 
+    def check_rest(self) -> None:
+        """Read what belongs to no block once, so that damage in the embedding or the head ends the load, not the save.
+
+        Raises:
+            CheckpointError: a tensor cannot be read or is not finite; it is named.
+        """
+        blocks = tuple(self._prefixes)
+        for name in sorted({self._names[name] for name in self._names if not name.startswith(blocks)}):
+            for part in self.shards.in_parts(name):
+                self._checked(name, part)
+
     def _attach(self, view: DecoderView) -> None:
         """Register the hooks that read parameters before a module runs and drop them afterwards."""
         for handle in self._hooked:

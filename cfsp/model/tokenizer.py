@@ -8,10 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import CheckpointError, ConfigError
 from cfsp.model.transformers_config import first_line
+from cfsp.system.reading import read_json
 from cfsp.weights.folder_check import readable_by_transformers, tokenizer_code
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from cfsp.weights.source import ModelSource
+
+#: Files of a tokenizer that hold a JSON object each.
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
@@ -43,8 +49,29 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
     except Exception as error:
         raise CheckpointError(
             f"model.path={source.origin}: the folder has no tokenizer that transformers loads "
-            f"({first_line(error)}); copy the tokenizer files there"
+            f"({_reason(error, source)}); copy the tokenizer files there"
         ) from error
+
+
+def check_tokenizer_files(folder: Path, label: str) -> None:
+    """Refuse a tokenizer whose files are no JSON objects, for who copies them without loading them.
+
+    Raises:
+        CheckpointError: such a file is there; it is named.
+    """
+    for name in _FILES:
+        file = folder / name
+        if (file.exists() or file.is_symlink()) and not isinstance(read_json(file, f"{label}: {name}"), dict):
+            raise CheckpointError(f"{label}: {name} holds no object; copy the tokenizer files there again")
+
+
+def _reason(error: Exception, source: ModelSource) -> str:
+    """Return why transformers could not load a tokenizer; errors of Python itself are told by the file at fault."""
+    check_tokenizer_files(source.folder, f"model.path={source.origin}")
+    if isinstance(error, TypeError | AttributeError | LookupError):
+        there = [name for name in _FILES if (source.folder / name).is_file()]
+        return f"a value in {' or '.join(there) or 'its files'} is of a kind that transformers does not take there"
+    return first_line(error)
 
 
 def _special_ids(source: ModelSource) -> dict[str, int]:

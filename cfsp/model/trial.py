@@ -40,6 +40,26 @@ def try_blocks(view: DecoderView) -> None:
         view.model(ids.to(view.device))
 
 
+@torch.no_grad()
+def try_model(view: DecoderView) -> None:
+    """Run two tokens through the whole model in memory, whatever its blocks take: its code may fail.
+
+    A streamed model is left out, as in :func:`try_blocks`.
+
+    Raises:
+        UnsupportedModelError: what the model gives holds no logits.
+    """
+    if view.weights.is_streamed:
+        return
+    with without_hooks([*view.model.modules()]):
+        output = view.model(torch.zeros(1, 2, dtype=torch.int64, device=view.device))
+    if not isinstance(getattr(output, "logits", None), torch.Tensor):
+        raise UnsupportedModelError(
+            f"{type(view.model).__name__}: its forward pass returns no logits, so it is no causal language model; "
+            "see the code that its folder brings"
+        )
+
+
 @contextmanager
 def model_code_refused(model_type: str, origin: str) -> Iterator[None]:
     """Turn errors in a model's own code into errors of the input: its folder describes no model that runs.

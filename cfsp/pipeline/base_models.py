@@ -15,7 +15,7 @@ from cfsp.model.hidden_states import SpillBuffer
 from cfsp.model.load import load_model, load_streamed
 from cfsp.model.snapshot import Snapshot
 from cfsp.model.streamed import streamed
-from cfsp.model.trial import try_blocks
+from cfsp.model.trial import try_blocks, try_model
 from cfsp.pruner.probe import probe
 from cfsp.system.memory import available
 
@@ -102,7 +102,9 @@ class BaseModels:
             experts: probe experts too.
             prunes: whether the run prunes the model. A model that is only evaluated may have blocks of any form.
         """
-        if prunes and not self._tried:
+        if not prunes and not self._tried:
+            try_model(view)  # the next run of the pool may prune, so its blocks are still to be tried
+        elif not self._tried:
             try_blocks(view)
             self._tried = True
         if (heads, experts) not in self._probed:

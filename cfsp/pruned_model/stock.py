@@ -65,7 +65,10 @@ def stock_classes(model_type: str) -> tuple[type, type, type]:
 
     mappings: tuple[Any, Any] = (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
     if model_type not in CONFIG_MAPPING:
-        raise UnsupportedModelError(f"transformers knows no model type '{model_type}'")
+        raise UnsupportedModelError(
+            f"model_type={model_type}: transformers itself has no such model, and pruned models are built on its own "
+            "classes; one that brings its code can be measured (pruner=none), not pruned"
+        )
     config_class = CONFIG_MAPPING[model_type]
     classes = [mapping.get(config_class, None) for mapping in mappings]
     if not all(isinstance(cls, type) for cls in classes):

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from cfsp.errors import CfspError
+from cfsp.errors import CfspError, at_most
 from cfsp.system import escape, interrupts
 from cfsp.system.logs import quiet
 
@@ -45,7 +45,7 @@ def command(
     except CfspError as error:
         if debug:
             traceback.print_exception(error)
-        for problem in error.problems:
+        for problem in at_most(error.problems):
             print(f"{name}: {escape.plain(' '.join(problem.split()))}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of stdout closed it, e.g. head
@@ -55,11 +55,23 @@ def command(
         print(f"{name}: interrupted; the same command goes on", file=sys.stderr)
         return 1
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            print(f"{name}: {str(error.filename)[:80]}...: too long for a path; give a shorter one", file=sys.stderr)
+        if (path_problem := _path_problem(error)) is not None:
+            print(f"{name}: {path_problem}", file=sys.stderr)
             return 2
         print(unexpected(error, f"{name}: {verb}".rstrip(": "), debug=debug), file=sys.stderr)
         return 1
+
+
+def _path_problem(error: Exception) -> str | None:
+    """Describe a path that no system call takes; None for another error."""
+    code = error.errno if isinstance(error, OSError) else None
+    if code == errno.ENAMETOOLONG:
+        return f"{str(getattr(error, 'filename', ''))[:80]}...: too long for a path; give a shorter one"
+    # pathlib raises a RuntimeError for a loop before Python 3.13, and an OSError from then on.
+    if code == errno.ELOOP or (isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from ")):
+        place = getattr(error, "filename", None) or str(error).removeprefix("Symlink loop from ").strip("'")
+        return f"{escape.plain(str(place))[:300]}: a link that leads to itself; give the file or folder that is meant"
+    return None
 
 
 def unexpected(error: Exception, name: str, *, debug: bool) -> str:

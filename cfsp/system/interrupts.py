@@ -5,15 +5,18 @@ This module imports nothing heavy, because entry points call :func:`quiet` befor
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
+import threading
 
 TYPE_CHECKING = False  # importing typing takes longer than the rest of this module
 if TYPE_CHECKING:
     from types import FrameType
 
 _name = "cfsp"
+_registered: list[bool] = []
 
 
 def quiet_command() -> None:
@@ -33,6 +36,9 @@ def quiet(name: str = "cfsp") -> None:
     """
     global _name
     _name = name
+    if not _registered:
+        _registered.append(True)
+        atexit.register(_ignore)
     try:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, _end)
@@ -47,6 +53,16 @@ def raise_again() -> None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
     except ValueError:
         pass
+
+
+def _ignore() -> None:
+    """Ignore Ctrl-C while Python takes itself down, which takes a second with these libraries.
+
+    All is written by then, and Python would end by the signal, without a word and with another exit code. It is
+    registered first, so that it is called last: what other libraries still wait for can be interrupted.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _end(_: int, __: FrameType | None) -> None:

@@ -136,7 +136,7 @@ def read_config(folder: Path, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{where}: config.json is not valid JSON ({error}); fetch the model again") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{where}: config.json holds no object ({type(config).__name__}); fetch the model again")
+        raise CheckpointError(f"{where}: config.json holds no object; fetch the model again")
     for key, count in counts(config):
         limit = MAX_EXPERTS if _EXPERTS.search(key) else MAX_LAYERS
         if count > limit:

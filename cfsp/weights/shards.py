@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -188,6 +188,19 @@ class Shards:
             self._read_into(name, place, buffer[at], place.start + row * size)
         return _typed(buffer.flatten(), place.dtype, (len(rows), *place.shape[1:]))
 
+    def in_parts(self, name: str, most: int = 2**26) -> Iterator[Tensor]:
+        """Yield a tensor in order, in flat parts of about ``most`` bytes.
+
+        Raises:
+            CheckpointError: names file and tensor.
+        """
+        place = self._places[name]
+        step = max(most // place.dtype.itemsize, 1) * place.dtype.itemsize
+        for start in range(0, place.size, step):
+            buffer = torch.empty(min(step, place.size - start), dtype=torch.uint8)
+            self._read_into(name, place, buffer, place.start + start)
+            yield buffer.view(place.dtype)
+
     def close(self) -> None:
         """Close the files; a later read opens them again."""
         while self._open:
@@ -248,12 +261,12 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
                     f"{file}: its header has {length:,} bytes, at most {_MAX_HEADER_BYTES:,} are read; {_REMEDY}"
                 )
             header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
         if len(header) > _MAX_TENSORS:
             said = f"{len(header):,} tensors, at most {_MAX_TENSORS:,} are read"
             raise CheckpointError(f"{file}: names {said}; {_REMEDY}")
         claimed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        wrong = _contradiction(header)
+        wrong = _contradiction(header) or _wrong_metadata(metadata)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: is missing; {_REMEDY}") from error
     except (OSError, RecursionError) as error:
@@ -286,6 +299,13 @@ def _contradiction(header: dict[str, Any]) -> str | None:
             return f"{name} takes {end - begin} bytes where {shape} in {dtype} are {needed}"
         free = end
     return None
+
+
+def _wrong_metadata(metadata: object) -> str | None:
+    """Return what is wrong with ``__metadata__``, which the reader of transformers takes as text by name only."""
+    if metadata is None or (isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values())):
+        return None
+    return "__metadata__ is no group of texts"
 
 
 def check_safetensors(folder: Path) -> int:

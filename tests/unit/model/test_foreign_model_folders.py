@@ -21,7 +21,7 @@ from cfsp.evaluation.unchanged import measured_unchanged
 from cfsp.model.load import load_model, load_streamed
 from cfsp.model.outline import changed_by_tensors, outline
 from cfsp.model.tokenizer import load_tokenizer
-from cfsp.model.trial import model_code_refused, try_blocks
+from cfsp.model.trial import model_code_refused, try_blocks, try_model
 from cfsp.weights.source import folder_fingerprint, locate
 from tests.conftest import POSITIONS, VOCABULARY, mentions, save_with_tokenizer
 from tests.helpers.tiny import tiny_model, tokens
@@ -520,3 +520,11 @@ def test_a_value_that_the_models_code_cannot_use_is_named(refused, sound_words, 
     (model_folder / "config.json").write_text(json.dumps(config | {key: value}))
     (line,) = refused(*sound_words)
     assert key in line
+
+
+def test_a_model_that_is_only_measured_is_tried_before_it_is_measured() -> None:
+    model = tiny_model(**SIZES)
+    try_model(resolve(model))
+    model.forward = lambda *_, **__: None
+    with pytest.raises(UnsupportedModelError, match="no logits"):
+        try_model(resolve(model))

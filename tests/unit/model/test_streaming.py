@@ -320,6 +320,17 @@ def test_a_nan_names_block_and_tensor(run_cfsp, words, damaged) -> None:
     assert len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"])
+def test_what_belongs_to_no_block_is_looked_at_before_the_pass(refused, words, damaged, name) -> None:
+    file = _file_of(damaged, name)
+    tensors = {key: found.clone() for key, found in load_file(file).items()}
+    tensors[name].view(-1)[-1] = torch.nan  # of an embedding: the row of a token that no text has
+    save_file(tensors, file, metadata={"format": "pt"})
+    lines = refused(*words, "model.streaming=on", f"model.path={damaged}", loads=True)
+    assert f"{name} holds NaN" in lines[-1]
+    assert not any("calibrate" in line for line in lines)
+
+
 def test_a_file_that_is_cut_off_while_it_is_read(damaged) -> None:
     source = locate(ModelSection(name="m", path=str(damaged)))
     model = load_streamed(source, dtype=torch.float32, device=torch.device("cpu"))
