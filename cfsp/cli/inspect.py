@@ -24,6 +24,7 @@ on the weights themselves (that a unit which is removed is one which is zero) is
   cfsp inspect model=NAME              a model of conf/model, by the numbers in NAME.yaml; where the hub answers, by its
                                        config.json, and where the two differ
   cfsp inspect path=DIR                a model folder (config.json is enough), or the OUT of a run that saved one
+  cfsp inspect path=FILE.gguf          a GGUF file, by its header
   cfsp inspect path=ORGANISATION/NAME  a model of the hub, by its config.json
 
   json=true                print it for programs

@@ -92,6 +92,9 @@ class ModelSection(Section):
         description="a folder or a hub id, e.g. model=local model.path=FOLDER"
     )
     revision: Annotated[str | None, Decides("content")] = None
+    gguf_file: Annotated[str | None, Decides("content")] = Field(
+        default=None, description="the GGUF file in the folder or repository, where there are several"
+    )
     dtype: DType = "auto"
     device: Annotated[str, AfterValidator(_device), Decides("nothing")] = "auto"
     trust_remote_code: Annotated[bool, Decides("nothing")] = False

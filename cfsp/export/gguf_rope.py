@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from cfsp.errors import UnsupportedModelError
 from cfsp.export.folder import ModelFolder
@@ -57,14 +53,3 @@ def rope_of(source: ModelFolder, config: Mapping[str, Any]) -> dict[str, Any]:
             "use format=hf"
         )
     return rope
-
-
-def llama3_factors(head_dim: int, rope: Mapping[str, Any]) -> Tensor:
-    """Return the factors by which llama.cpp divides each frequency, [head_dim / 2] float32."""
-    plain = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    wavelength = 2 * math.pi / plain
-    low, high, original = (
-        float(rope[key]) for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    )
-    smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / float(rope["factor"]) + smooth)).float()

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from cfsp.errors import CheckpointError
 from cfsp.export.folder import ModelFolder
-from cfsp.export.gguf_rope import llama3_factors
+from cfsp.weights.gguf_rope import llama3_factors
 
 #: These architectures pair neighbouring elements of a head in RoPE, where transformers pairs the halves.
 _INTERLEAVED = ("llama", "deci")

@@ -1,4 +1,4 @@
-"""Source of an inspected model's numbers: a folder, config.json on the hub, or a file of conf/model."""
+"""Source of an inspected model's numbers: a folder, a GGUF file, config.json on the hub, or a file of conf/model."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ from cfsp.system.hub import TIMEOUT, fetch_snapshot
 from cfsp.system.hub_errors import hub_error, hub_reason
 from cfsp.system.package import config_folder, package_path
 from cfsp.weights.folder_check import ADAPTER, check_files, check_no_adapter, read_config
+from cfsp.weights.gguf_choice import gguf_file_of
+from cfsp.weights.gguf_header import read_header
+from cfsp.weights.gguf_model import config_of, unread_settings, write_config
 from cfsp.weights.source import ModelSource, is_hub_id
 
 
@@ -31,7 +34,7 @@ class Numbers:
 
     Attributes:
         source: the model; its folder holds config.json, and its fingerprint is empty because no weight is read.
-        kind: where the numbers are from: folder, hub or yaml.
+        kind: where the numbers are from: folder, gguf, hub or yaml.
         notes: remarks for the user on where the numbers are from.
         differences: a line for each key in which conf/model and config.json differ.
         by_path: whether path= was given, not model=.
@@ -66,11 +69,14 @@ def numbers_of(model: str | None, path: str | None, *, trust_remote_code: bool =
         if model is not None:
             yield _numbers_of_name(model, Path(scratch), trust_remote_code)
         else:
-            yield _numbers_of_path(str(path), trust_remote_code)
+            yield _numbers_of_path(str(path), Path(scratch), trust_remote_code)
 
 
-def _numbers_of_path(path: str, trust_remote_code: bool) -> Numbers:
+def _numbers_of_path(path: str, scratch: Path, trust_remote_code: bool) -> Numbers:
     folder = Path(path).expanduser()
+    file = gguf_file_of(folder, None, f"path={path}")
+    if file is not None:
+        return replace(_numbers_of_gguf(file, f"path={path}", scratch), by_path=True)
     if folder.exists() or not is_hub_id(path):
         return replace(_numbers_of_folder(folder.resolve().name, f"path={path}", path, folder), by_path=True)
     try:
@@ -147,6 +153,16 @@ def _numbers_of_folder(name: str, where: str, origin: str, folder: Path) -> Numb
     source = ModelSource(name, origin, folder, _config(where, folder), "")
     weights = any(folder.glob("*.safetensors"))
     return Numbers(source, "folder", () if weights else ("the folder holds no *.safetensors weights",))
+
+
+def _numbers_of_gguf(file: Path, where: str, scratch: Path) -> Numbers:
+    """Return the numbers in the header of a GGUF file; neither weights nor tokenizer are read."""
+    header = read_header(file, where)
+    write_config(config_of(header, where), header, scratch)
+    size = f"{file.stat().st_size / 2**20:,.1f} MiB"
+    notes = [f"GGUF, {header.quantisation}, {size}; a run dequantises the weights to {header.dtype}"]
+    notes += [f"transformers' GGUF reader leaves out {setting}" for setting in unread_settings(header)]
+    return Numbers(ModelSource(file.stem, str(file), scratch, _config(where, scratch), ""), "gguf", tuple(notes))
 
 
 def _numbers_of_hub(name: str, repo: str, revision: str | None, trust_remote_code: bool) -> Numbers:

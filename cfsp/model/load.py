@@ -24,7 +24,7 @@ from cfsp.model.weight_sample import weight_sample
 from cfsp.weights.fit import without_place
 from cfsp.weights.folder_check import readable_by_transformers
 from cfsp.weights.shards import Shards
-from cfsp.weights.source import ModelSource, locate
+from cfsp.weights.source import ModelSource, locate, with_weights
 
 if TYPE_CHECKING:
     from cfsp.weights.source import ModelSource
@@ -40,6 +40,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    source = with_weights(source)
     config = decided_config(source, trust_remote_code=trust_remote_code)
     whole = source.part == "whole"
     try:
@@ -142,6 +143,7 @@ def load_streamed(
     """
     from transformers import AutoModelForCausalLM
 
+    source = with_weights(source)
     config = decided_config(source, trust_remote_code=trust_remote_code)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)

@@ -53,7 +53,7 @@ class Prepared:
         evaluation: for each evaluator, what identifies its inputs.
         identity: what decides the figures of the run.
         run_id: hash of ``identity``.
-        notes: sentences on weights that contradict config.json. They go into the record.
+        notes: sentences on weights that contradict config.json or were dequantised. They go into the record.
     """
 
     config: RunConfig
@@ -127,12 +127,13 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
         streaming = streams(config, view, dtype, device, held)
     _refuse(problems)
     stored_dtype = config.save.dtype or source.stored_dtype
-    notes = changed_by_tensors(source, trust_remote_code=trust)
+    changes = changed_by_tensors(source, trust_remote_code=trust)
+    notes = changes if source.gguf is None else (f"{source.name}: {source.gguf.sentence}", *source.gguf.notes, *changes)
     identity = identity_of(
         config,
         # A model whose LM head differs from what config.json says gets an identity of its own: figures from before
         # cfsp read such heads belong to another model.
-        model=source.fingerprint + ("#own_head" if notes else ""),
+        model=source.fingerprint + ("#own_head" if changes else ""),
         dtype=str(dtype).removeprefix("torch."),
         calibration=calibration_identity,
         recovery=recovery,
@@ -152,7 +153,7 @@ def _locate(config: RunConfig) -> tuple[torch.device, ModelSource]:
     with _collected(problems):
         device = resolve_device(config.model.device)
     with _collected(problems):
-        source = locate(config.model, Path(config.paths.cache_dir) / "digests")
+        source = locate(config.model, Path(config.paths.cache_dir))
     for key, folder in (("cache_dir", config.paths.cache_dir), ("records_dir", config.paths.records_dir)):
         with _collected(problems):
             check_writable(f"paths.{key}", Path(folder))

@@ -149,6 +149,7 @@ def _new_record(prepared: Prepared) -> RunRecord:
             "fingerprint": prepared.source.fingerprint,
             "dtype": str(prepared.dtype).removeprefix("torch."),
             "device": str(prepared.device),
+            **({"gguf": prepared.source.gguf.facts} if prepared.source.gguf is not None else {}),
             **({"notes": list(prepared.notes)} if prepared.notes else {}),
         },
         started=now(),

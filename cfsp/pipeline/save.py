@@ -30,10 +30,9 @@ def facts_of_run(run: Run, plan: PruningPlan) -> dict[str, Any]:
     """Return the facts of the model card: base model, method, calibration, state, and the figures known so far."""
     record, source = run.record, run.prepared.source
     recovered = bool(record.recovery)
-    hub = source.fingerprint.removeprefix("hub:").partition("@")[0] if source.fingerprint.startswith("hub:") else None
     return card.facts_of_run(
-        base_model=(hub or source.folder.resolve().name).rpartition("/")[2],
-        hub_id=hub,
+        base_model=source.public_name,
+        hub_id=source.hub_id,
         licence=card.licence_of(source.folder),
         plan=plan,
         calibration=record.calibration or {},

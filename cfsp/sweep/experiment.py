@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from cfsp.config.components import problems_of, suggest
 from cfsp.config.sections import Section
@@ -53,12 +53,21 @@ class Experiment(Section):
         title: what it compares.
         runs: entries, each the product of its axes.
         variants: keys that a variant sets in every entry. They replace those of the entry.
+        variant_runs: entries of a variant that take the place of ``runs`` there, by name of the variant.
     """
 
     name: str
     title: str
     runs: list[dict[str, Values]] = Field(min_length=1)
     variants: dict[str, dict[str, Values]] = Field(min_length=1)
+    variant_runs: dict[str, list[dict[str, Values]]] = Field(default={})
+
+    @model_validator(mode="after")
+    def _variants_are_known(self) -> Experiment:
+        unknown = sorted(set(self.variant_runs) - set(self.variants))
+        if unknown:
+            raise ValueError(f"variant_runs.{unknown[0]}: no such variant; variants: {', '.join(self.variants)}")
+        return self
 
     def cells(self, variant: str, given: Mapping[str, Values] | None = None) -> list[Cell]:
         """Return every run once, in order.
@@ -76,7 +85,7 @@ class Experiment(Section):
                 f"variants: {', '.join(self.variants)}"
             )
         cells: dict[tuple[str, ...], Cell] = {}
-        for entry in self.runs:
+        for entry in self.variant_runs.get(variant, self.runs):
             merged = {**entry, **self.variants[variant], **(given or {})}
             for cell in _product({key: values for key, values in merged.items() if values != []}):
                 cells.setdefault(tuple(sorted(cell.words)), cell)

@@ -22,6 +22,7 @@ from cfsp.system.hub import fetch_snapshot
 from cfsp.system.hub_errors import hub_error
 from cfsp.system.package import package_path
 from cfsp.weights.folder_check import check_files, check_no_adapter, layers_of, read_config
+from cfsp.weights.gguf_choice import GgufOrigin, gguf_file_of, scratch_folder, the_only_one
 
 #: Files whose content decides how text becomes tokens.
 _TOKENIZER_FILES = (
@@ -47,6 +48,7 @@ class ModelSource:
         config: content of config.json.
         fingerprint: hash of the content.
         part: whole, or language_model: only the language model of a vision-language model, with another fingerprint.
+        gguf: the GGUF file that the model is read from; ``folder`` then has no weights before :func:`with_weights`.
     """
 
     name: str
@@ -55,6 +57,19 @@ class ModelSource:
     config: dict[str, Any] = field(hash=False)  # in the fingerprint
     fingerprint: str
     part: Literal["whole", "language_model"] = "whole"
+    gguf: GgufOrigin | None = None
+
+    @property
+    def hub_id(self) -> str | None:
+        """Id of the model on the hub; None for a local model."""
+        hub = self.fingerprint.removeprefix("hub:")
+        return hub.partition("@")[0] if hub != self.fingerprint else None
+
+    @property
+    def public_name(self) -> str:
+        """Name of the model without the path that it has on this machine."""
+        local = self.folder.resolve().name if self.gguf is None else Path(self.gguf.file).stem
+        return (self.hub_id or local).rpartition("/")[2]
 
     @property
     def positions(self) -> int | None:
@@ -98,34 +113,120 @@ class ModelSource:
         return next((section[key] for section in sections for key in keys if section.get(key) is not None), None)
 
 
-def locate(section: ModelSection, digests: Path | None = None) -> ModelSource:
+def locate(section: ModelSection, cache: Path | None = None) -> ModelSource:
     """Find the model of a configuration, fetching it from the hub if it is a hub id.
 
     Args:
         section: the configuration.
-        digests: a folder that keeps the digests of large files from one process to the next.
+        cache: a folder that keeps, from one process to the next, the digests of large files and the model folders
+            that GGUF files become; None: neither is kept.
 
     Raises:
         CheckpointError: the folder is missing, incomplete or truncated, holds no safetensors, or the hub cannot be
             reached.
     """
-    source = _located(section, digests)
+    source = _located(section, cache)
     if section.part == "whole":
         return source
     return replace(source, part=section.part, fingerprint=f"{source.fingerprint}#{section.part}")
 
 
-def _located(section: ModelSection, digests: Path | None) -> ModelSource:
+def _located(section: ModelSection, cache: Path | None) -> ModelSource:
     path = str(section.path)
     if path.startswith("pkg://"):
         return _from_folder(section.name, package_path(path), origin=path)
-    folder = Path(path).expanduser()
-    if folder.exists() or not is_hub_id(path):
-        return _from_folder(section.name, folder, origin=str(folder), digests=digests)
+    local = Path(path).expanduser()
+    if local.exists() or not is_hub_id(path):
+        file = gguf_file_of(local, section.gguf_file, f"model.path={path}")
+        if file is not None:
+            return _from_gguf(section.name, file, origin=str(file), cache=cache)
+        return _from_folder(section.name, local, origin=str(local), digests=_digests(cache))
+    if section.gguf_file is not None:
+        snapshot = _snapshot(path, section.revision, [section.gguf_file])
+        return _from_hub_gguf(section, snapshot, section.gguf_file, cache)
     patterns = [*_HUB_SMALL_FILES, "*.safetensors", *(["*.py"] if section.trust_remote_code else [])]
     snapshot = _snapshot(path, section.revision, patterns)
     commit = snapshot.name
+    if not any(snapshot.glob("*.safetensors")):
+        names = _gguf_files_on_hub(path, commit, snapshot)
+        if names:
+            name = the_only_one(names, f"model.path={path}")
+            return _from_hub_gguf(section, _snapshot(path, section.revision, [name]), name, cache)
     return _from_folder(section.name, snapshot, origin=f"{path}@{commit}", fingerprint=f"hub:{path}@{commit}")
+
+
+def _digests(cache: Path | None) -> Path | None:
+    return None if cache is None else cache / "digests"
+
+
+def _gguf_files_on_hub(repo: str, commit: str, snapshot: Path) -> list[str]:
+    """Return the GGUF files of a repository; those in the local cache where the hub does not answer."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        names = list_repo_files(repo, revision=commit)
+    except Exception:  # the hub and the network fail in many ways
+        names = [file.name for file in snapshot.iterdir()]
+    return sorted(name for name in names if name.lower().endswith(".gguf"))
+
+
+def _from_hub_gguf(section: ModelSection, snapshot: Path, name: str, cache: Path | None) -> ModelSource:
+    origin = f"{section.path}@{snapshot.name}"
+    file = snapshot / name
+    if not file.is_file():
+        here = ", ".join(_gguf_files_on_hub(str(section.path), snapshot.name, snapshot)[:8]) or "none"
+        raise CheckpointError(
+            f"model.gguf_file={name}: {origin} has no such file; its GGUF files: {here}; see the repository's list"
+        )
+    return _from_gguf(section.name, file, origin=f"{origin}/{name}", fingerprint=f"hub:{origin}/{name}", cache=cache)
+
+
+def _from_gguf(
+    name: str, file: Path, *, origin: str, cache: Path | None, fingerprint: str | None = None
+) -> ModelSource:
+    """Return the source of a GGUF file: a folder with its configuration and tokenizer."""
+    from cfsp.weights.gguf_header import read_header
+    from cfsp.weights.gguf_model import folder_name, unknown_pre_tokenizer, unread_settings, write_outline
+
+    where = f"model.path={origin}"
+    header = read_header(file, where)
+    digest = file_digest(file, _digests(cache))
+    folders = (scratch_folder() if cache is None else cache / "gguf") / folder_name(digest)
+    outline = folders / "outline"
+    if not (outline / "config.json").is_file():
+        write_outline(header, outline, where)
+    notes = []
+    unread = unread_settings(header)
+    if unread:
+        notes.append(f"transformers' GGUF reader leaves out {', '.join(unread[:4])}; compare with the original model")
+    pre_tokenizer = unknown_pre_tokenizer(header)
+    if pre_tokenizer is not None:
+        notes.append(
+            f"transformers does not know the pre-tokenizer {pre_tokenizer} of the file and splits text as GPT-2 does, "
+            "so tokens may differ from the original model's"
+        )
+    gguf = GgufOrigin(file.name, header.quantisation, file, folders, tuple(notes))
+    return ModelSource(
+        name, origin, outline, read_config(outline, where), fingerprint or f"gguf:sha256:{digest}", gguf=gguf
+    )
+
+
+def with_weights(source: ModelSource) -> ModelSource:
+    """Return the source with a folder that holds the weights; those of a GGUF file are dequantised now.
+
+    Raises:
+        CheckpointError: the file cannot be read as a whole, or its weights cannot be written.
+    """
+    if source.gguf is None or source.folder == source.gguf.folders / "model":
+        return source
+    from cfsp.weights.gguf_header import read_header
+    from cfsp.weights.gguf_model import write_weights
+
+    where = f"model.path={source.origin}"
+    folder = source.gguf.folders / "model"
+    if not (folder / "config.json").is_file():
+        write_weights(read_header(source.gguf.path, where), source.folder, folder, where)
+    return replace(source, folder=folder, config=read_config(folder, where))
 
 
 def is_hub_id(path: str) -> bool:

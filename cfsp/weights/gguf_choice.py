@@ -1,0 +1,96 @@
+"""Choice of the GGUF file that a path means, and the facts of it that a record states."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cfsp.errors import CheckpointError
+from cfsp.weights.gguf_header import is_gguf
+
+
+@dataclass(frozen=True)
+class GgufOrigin:
+    """The GGUF file that a model is read from.
+
+    Attributes:
+        file: its name.
+        quantisation: GGML types of its weights, the one with most parameters first.
+        path: its place.
+        folders: the folder that holds the model folders made of it.
+        notes: what transformers' reader leaves out, as sentences for the user.
+    """
+
+    file: str
+    quantisation: str
+    path: Path = field(compare=False)
+    folders: Path = field(compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Facts for the record."""
+        return {"file": self.file, "quantisation": self.quantisation, "weights": "dequantised"}
+
+    @property
+    def sentence(self) -> str:
+        """A sentence that states the file and that its weights are dequantised."""
+        return f"read from {self.file} ({self.quantisation}): the weights are those of the file, dequantised"
+
+
+def gguf_file_of(path: Path, name: str | None, where: str) -> Path | None:
+    """Return the GGUF file that a local path means; None where the path means a folder of safetensors.
+
+    Args:
+        path: a file, or a folder.
+        name: name of the file in the folder; None: the only one, where the folder has no safetensors.
+        where: key and value in messages.
+
+    Raises:
+        CheckpointError: the folder has no such file, or several.
+    """
+    if is_gguf(path):
+        if name is not None and name != path.name:
+            raise CheckpointError(
+                f"{where}: this is a file, and model.gguf_file={name} names another; give one of them"
+            )
+        return path
+    if not path.is_dir():
+        return None
+    if name is not None:
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            here = sorted(each.name for each in path.glob("*.gguf"))
+            present = f"there {', '.join(here[:5])} can be found" if here else "there are no GGUF files"
+            raise CheckpointError(f"model.gguf_file={name}: no such file in {path}; {present}")
+        return file
+    names = sorted(each.name for each in path.glob("*.gguf"))
+    if not names or any(path.glob("*.safetensors")):
+        return None
+    return path / the_only_one(names, where)
+
+
+def the_only_one(names: Sequence[str], where: str) -> str:
+    """Return the name of the only GGUF file.
+
+    Raises:
+        CheckpointError: there are several.
+    """
+    if len(names) > 1:
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        raise CheckpointError(
+            f"{where}: holds {len(names)} GGUF files ({', '.join(names[:8])}{more}); name one with model.gguf_file=NAME"
+        )
+    return names[0]
+
+
+_SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def scratch_folder() -> Path:
+    """Return a folder for model folders made of GGUF files, which is removed at the end of the process."""
+    if not _SCRATCH:
+        _SCRATCH.append(tempfile.TemporaryDirectory(prefix="cfsp-gguf-"))
+    return Path(_SCRATCH[0].name)
