@@ -9,15 +9,17 @@ import contextlib
 import copy
 import logging
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from cfsp.errors import DataError
 from cfsp.evaluation.task_folder import check_task_file, with_absolute_data
 from cfsp.system.package import ROOT
+from cfsp.system.progress import working
 
 
 @contextlib.contextmanager
@@ -190,6 +192,41 @@ def count_truncated(harness: Any) -> Counter[str]:
     harness._loglikelihood_tokens = counted_tokens
     harness.generate_until = counted_generation
     return truncated
+
+
+@contextlib.contextmanager
+def counted_requests(harness: Any, label: str) -> Iterator[None]:
+    """Write position and time left of the requests of a harness model where no bar is shown.
+
+    Requests are counted as the model computes them, one row of a batch each. Requests with the same context and
+    continuations of one token share a row, so the count may end early.
+
+    Args:
+        harness: an lm-eval model, whose methods are wrapped inside the context.
+        label: what is measured.
+    """
+    names = ("_loglikelihood_tokens", "_model_call", "_model_generate")
+    before = {name: getattr(harness, name) for name in names if hasattr(harness, name)}
+    with working(label, None, "request") as work:
+
+        def tokens(requests: Sequence[Any], *arguments: Any, **settings: Any) -> Any:
+            work.total, work.done, work.started = len(requests), 0, time.monotonic()
+            return before["_loglikelihood_tokens"](requests, *arguments, **settings)
+
+        def counting(name: str, *arguments: Any, **settings: Any) -> Any:
+            result = before[name](*arguments, **settings)
+            batch = arguments[0] if arguments else settings.get("inps", settings.get("context"))
+            work.advance(len(batch) if batch is not None else 0)
+            return result
+
+        harness._loglikelihood_tokens = tokens
+        for name in before.keys() - {"_loglikelihood_tokens"}:
+            setattr(harness, name, partial(counting, name))
+        try:
+            yield
+        finally:
+            for name, method in before.items():
+                setattr(harness, name, method)
 
 
 def new_tokens(settings: Any, default: int) -> int:

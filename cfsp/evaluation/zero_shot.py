@@ -127,7 +127,7 @@ class ZeroShot(Evaluator):
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
-        from cfsp.evaluation.harness import count_truncated, quiet_harness, with_special_tokens
+        from cfsp.evaluation.harness import count_truncated, counted_requests, quiet_harness, with_special_tokens
         from cfsp.evaluation.task_trial import names_the_task
         from cfsp.model.streamed import streamed
 
@@ -151,15 +151,16 @@ class ZeroShot(Evaluator):
                     loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
                 )
             local = self._local_tasks()
-            results = lm_eval.simple_evaluate(
-                model=harness,
-                tasks=[self._given(name, local) for name in self.tasks],
-                num_fewshot=self.num_fewshot,
-                limit=self.limit,
-                bootstrap_iters=1000,  # 0 would drop the analytic standard errors as well
-                task_manager=self._task_manager(local),
-                log_samples=True,  # carries the hashes of items, prompts and targets
-            )
+            with counted_requests(harness, f"zero-shot {names}"):
+                results = lm_eval.simple_evaluate(
+                    model=harness,
+                    tasks=[self._given(name, local) for name in self.tasks],
+                    num_fewshot=self.num_fewshot,
+                    limit=self.limit,
+                    bootstrap_iters=1000,  # 0 would drop the analytic standard errors as well
+                    task_manager=self._task_manager(local),
+                    log_samples=True,  # carries the hashes of items, prompts and targets
+                )
         return self._measurements(results, harness.max_length, truncated)
 
     def _measurements(

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from cfsp.system.progress import working
+
 log = logging.getLogger(__name__)
 
 
@@ -40,7 +42,8 @@ class Stages:
         _reset_peak()
         start = time.perf_counter()
         try:
-            yield entry
+            with working(name):
+                yield entry
         finally:
             entry["seconds"] = time.perf_counter() - start
             entry |= _peak()

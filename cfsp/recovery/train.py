@@ -20,6 +20,7 @@ from cfsp.recovery.checkpoints import last_whole, load_trained, save_trained
 from cfsp.recovery.data import Example
 from cfsp.recovery.settings import Training
 from cfsp.system import processes
+from cfsp.system.progress import working
 
 if TYPE_CHECKING:
     import torch
@@ -163,7 +164,8 @@ def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dic
             path, sealed = resumed
             log.info("recovery: going on from %s", path.name)
             trainer.restore(sealed)
-        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed[0]))
+        with working("recover", None, "step") as trainer.work:
+            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed[0]))
     # accelerate puts autocast around the model's own forward; what is evaluated is what is saved.
     trainer.accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
     if settings.gradient_checkpointing:

@@ -27,6 +27,7 @@ from cfsp.recovery.distill import Teacher, collate
 from cfsp.recovery.settings import Training
 from cfsp.system import processes
 from cfsp.system.atomic import naming
+from cfsp.system.progress import Work
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ class RecoveryTrainer(Trainer):
     settings: Training
     teacher: Teacher | None
     run_id: str
+    #: Steps of the training as progress lines count them; None: no lines are written.
+    work: Work | None = None
     #: Of this process since it started; of all of them before.
     tokens, tokens_before = 0, 0
     started, seconds_before = 0.0, 0.0
@@ -160,6 +163,8 @@ class _Watch(TrainerCallback):
         state.save_steps = args.save_steps  # a resumption takes the checkpoint's otherwise
         for row in self.trainer.history():  # a logger that started anew gets what came before
             self._report(row)
+        if self.trainer.work is not None:
+            self.trainer.work.total = state.max_steps - state.global_step
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc="recover", unit="step", leave=False,
             disable=not sys.stderr.isatty() or not processes.launched().first,
@@ -167,6 +172,8 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(1)
+        if self.trainer.work is not None:
+            self.trainer.work.advance()
         if state.global_step >= state.max_steps:
             control.should_save = False  # the trained weights themselves are kept
 

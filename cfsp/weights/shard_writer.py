@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cfsp.system.atomic import naming
 from cfsp.system.background_hash import HashingWriter
+from cfsp.system.progress import Work, working
 from cfsp.weights.shards import DTYPES, INDEX, WEIGHTS
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -64,15 +65,23 @@ def write_shards(
         for number in range(1, len(shards) + 1)
     ]
     missing = {name: shard for name, shard in zip(names, shards, strict=True) if not _holds(folder / name, shard)}
-    source = values([spec.name for shard in missing.values() for spec in shard])
-    for name, shard in missing.items():
-        write_file(folder / f"{name}.partial", shard, source, True)
-        (folder / f"{name}.partial").rename(folder / name)
+    wanted = [spec.name for shard in missing.values() for spec in shard]
+    with working("write weights", len(wanted), "tensor") as work:
+        source = _counted(values(wanted), work)
+        for name, shard in missing.items():
+            write_file(folder / f"{name}.partial", shard, source, True)
+            (folder / f"{name}.partial").rename(folder / name)
     if len(shards) > 1:
         by_file = {spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard}
         index = {"metadata": {"total_size": sum(spec.size for spec in tensors)}, "weight_map": by_file}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _counted(source: Iterator[tuple[str, Tensor]], work: Work) -> Iterator[tuple[str, Tensor]]:
+    for entry in source:
+        yield entry
+        work.advance()
 
 
 def _shards(tensors: Sequence[TensorSpec], limit: int) -> Iterator[list[TensorSpec]]:
