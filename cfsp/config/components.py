@@ -133,7 +133,7 @@ def build(name: str, values: Any, allowed: Iterable[str] = (), contract: type[An
     try:
         instance = cls(**settings)
     except ValidationError as error:
-        raise ConfigError(*problems_of(error, name, cls)) from error
+        raise ConfigError(*(_with_own_key(line, cls, name) for line in problems_of(error, name, cls))) from error
     except TypeError as error:
         raise ConfigError(f"{name}: {target} does not accept these keys: {error}") from error
     except ValueError as error:
@@ -141,6 +141,15 @@ def build(name: str, values: Any, allowed: Iterable[str] = (), contract: type[An
     _check_attributes(name, target, instance, needs)
     known = asdict(instance) if hasattr(instance, "__dataclass_fields__") else settings
     return Component(instance, target, known)
+
+
+def _with_own_key(line: str, cls: type, name: str) -> str:
+    """Write the key ``name`` in a message of a class that knows only the key where it usually stands.
+
+    ``evaluation`` may hold two evaluators of one class, and :func:`placed` tells them their keys after they are built.
+    """
+    usual = getattr(cls, "key", None)
+    return re.sub(rf"{re.escape(usual)}(?!\w)", name, line) if isinstance(usual, str) else line
 
 
 def _with_defaults(cls: type, contract: type[Any]) -> type:

@@ -128,6 +128,7 @@ def _section(name: str) -> ModelSection:
             "a hub id is given with path="
         )
     values: Any = OmegaConf.to_container(OmegaConf.load(file))
+    values.pop("defaults", None)  # the defaults of the other keys are those of the section
     try:
         return ModelSection(**values)
     except ValidationError as error:

@@ -39,6 +39,7 @@ KNOWN = {
     "mistral_7b": 7_248_023_552,
     "qwen2.5_7b": 7_615_616_512,
     "qwen3_8b": 8_190_735_360,
+    "smollm2_135m": 134_515_008,
     "bundled": 7_344_384,
     "bundled_mha": 7_868_672,
 }
@@ -70,7 +71,7 @@ def config_folder_of(folder: Path, **settings) -> Path:
 
 
 def architecture(name: str) -> dict:
-    return OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml"))["architecture"]
+    return OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml")).get("architecture")
 
 
 # By name
