@@ -6,12 +6,14 @@ where the block comes from. :class:`cfsp.model.streamed.StreamedWeights` is the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from cfsp.system.progress import progress
 
 if TYPE_CHECKING:
     from cfsp.architecture.views import BlockView, DecoderView
@@ -73,6 +75,27 @@ class Weights:
             view: the model with the blocks that stay.
             decisions: the units of each block of the base model that stay; None: all.
             tensors: the plan's replaced tensors.
+        """
+
+    @torch.no_grad()
+    def logits(self, windows: Tensor, batch_size: int, label: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield token ids [b, T] and logits [b, T, V] of all windows in order, batch after batch.
+
+        Args:
+            windows: token ids, [n, T].
+            batch_size: windows at a time.
+            label: text of the progress line.
+        """
+        device = self.device
+        for batch in progress(windows.split(batch_size), label, unit="batch"):
+            ids = batch.to(device)
+            yield ids, self.model(ids, use_cache=False).logits
+
+    def limit_hidden_states(self, buffer: Callable[[], SpillBuffer]) -> None:
+        """Bound the memory of hidden states between two blocks; those of a model in memory stay on its device.
+
+        Args:
+            buffer: makes the limit; it is called only where there is one.
         """
 
     def round_to(self, dtype: torch.dtype) -> bool:

@@ -49,10 +49,10 @@ def reference_of(model: Any, *, dtype: torch.dtype | None = None, tokenizer: Pat
     """
     import torch
 
-    from cfsp.model.streamed import streamed
+    from cfsp.architecture.weights import weights_of
 
     ids = torch.from_numpy(token_windows(model, tokenizer))
-    compute = _in_memory if streamed(model) is None else _block_by_block
+    compute = _block_by_block if weights_of(model).is_streamed else _in_memory
     with torch.no_grad(), _evaluating(model), _as_stored(model, dtype):
         return _reference(model, dtype, ids, compute(model, ids))
 
@@ -203,11 +203,9 @@ def _block_by_block(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
 def _from_hidden_states(
     model: Any, driver: BlockDriver, ids: Tensor, hidden: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from cfsp.model.streamed import streamed
+    from cfsp.architecture.weights import weights_of
 
-    store = streamed(model)
-    assert store is not None
-    with store.resident_rest():
+    with weights_of(model).resident_rest():
         logits = driver.logits(ids, hidden)
     logprobs, top = _scored(logits, ids.to(logits.device))
     token, margin = _likeliest(logits)

@@ -11,19 +11,17 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from cfsp.checkpoint.reference import place_of
 from cfsp.checkpoint.reference_pass import StreamedReference, reference_of
+from cfsp.checkpoint.tensor_source import TensorSource, Visit, tensors_of
 from cfsp.errors import CheckpointError
-from cfsp.model.streamed import streamed
-from cfsp.model.streamed_tensors import state_tensors, values
 from cfsp.plan.history import MARKER
 from cfsp.pruned_model.family import PRUNED_PREFIX, pruned_family
 from cfsp.pruned_model.names import stock_type
@@ -34,7 +32,6 @@ from cfsp.weights.shard_writer import TensorSpec, write_shards
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from cfsp.architecture.views import BlockView
 
 log = logging.getLogger(__name__)
 
@@ -105,13 +102,15 @@ def save_checkpoint(
     _check_described(model)
     pruned = model.config.model_type.startswith(PRUNED_PREFIX)
     dtype_name = str(dtype or model.dtype).removeprefix("torch.")
-    with atomic_folder(folder, _scratch_key(model, dtype_name, source, files)) as scratch:
+    tensors = tensors_of(model)
+    key = _scratch_key(dtype_name, source, files) if tensors.reads_blocks and files else None
+    with atomic_folder(folder, key) as scratch:
         if source is not None:
             copy_companions(Path(source), scratch)
         # The blocks that are read to be written compute the reference on the way.
-        reference_on_the_way = reference and streamed(model) is not None and not place_of(scratch).is_file()
-        streamed_reference = StreamedReference(model, dtype=dtype, tokenizer=scratch) if reference_on_the_way else None
-        size = _write_weights(model, scratch, dtype, streamed_reference)
+        on_the_way = reference and tensors.reads_blocks and not place_of(scratch).is_file()
+        streamed_reference = StreamedReference(model, dtype=dtype, tokenizer=scratch) if on_the_way else None
+        size = _write_weights(tensors, scratch, dtype, streamed_reference)
         write_json(scratch / "config.json", _config_dict(model, dtype_name))
         if model.generation_config is not None:
             # save_pretrained refuses settings that published models have.
@@ -178,78 +177,25 @@ def _check_described(model: PreTrainedModel) -> None:
             )
 
 
-def _write_weights(
-    model: PreTrainedModel, folder: Path, dtype: torch.dtype | None, visit: Callable[[BlockView], None] | None
-) -> int:
+def _write_weights(tensors: TensorSource, folder: Path, dtype: torch.dtype | None, visit: Visit | None) -> int:
     """Write the weights and return their size in bytes.
 
     A single tensor at a time is copied (dtype, device, layout) or, of a streamed model, a single block read.
     """
-    store = streamed(model)
-    tensors = _unique_tensors(model) if store is None else {}
-    entries = (
-        state_tensors(model)
-        if store is not None
-        else [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
-    )
     described = [
-        TensorSpec(name, shape, dtype if dtype and kind.is_floating_point else kind) for name, shape, kind in entries
+        TensorSpec(name, shape, dtype if dtype and kind.is_floating_point else kind)
+        for name, shape, kind in tensors.entries()
     ]
-    limit = MAX_SHARD_BYTES if store is None else STREAMED_SHARD_BYTES
-    return write_shards(
-        folder,
-        described,
-        lambda order: values(model, order, visit) if store is not None else ((name, tensors[name]) for name in order),
-        limit,
-    )
+    limit = STREAMED_SHARD_BYTES if tensors.reads_blocks else MAX_SHARD_BYTES
+    return write_shards(folder, described, lambda names: tensors.values(names, visit), limit)
 
 
-def _scratch_key(
-    model: PreTrainedModel, dtype_name: str, source: Path | None, files: Mapping[str, bytes] | None
-) -> str | None:
-    """Return a key that is equal for the same checkpoint of a streamed model, whose plan is among ``files``.
-
-    None stands for a scratch folder of its own.
-    """
-    if streamed(model) is None or not files:
-        return None
+def _scratch_key(dtype_name: str, source: Path | None, files: Mapping[str, bytes]) -> str:
+    """Return a key that is equal for the same checkpoint of a streamed model, whose plan is among ``files``."""
     digest = hashlib.sha256(f"{dtype_name} {source} {MAX_SHARD_BYTES} {STREAMED_SHARD_BYTES}".encode())
     for name in sorted(files):
         digest.update(name.encode() + files[name])
     return digest.hexdigest()[:16]
-
-
-def _unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the state dict with tied tensors kept once, under the name that transformers ties the others to."""
-    tied = set(model._tied_weights_keys or ())
-    state = _as_stored(model)
-    unique: dict[str, Tensor] = {}
-    seen: set[tuple[torch.device, int]] = set()
-    for name in sorted(state, key=lambda name: name in tied):
-        tensor = state[name]
-        if tensor.is_meta:
-            raise CheckpointError(f"cannot save this model: {name} has no data (it is on the meta device)")
-        storage = (tensor.device, tensor.untyped_storage().data_ptr())
-        if storage not in seen:
-            unique[name] = tensor
-        elif name not in tied:
-            # transformers does not know of this sharing, so nothing would tie the tensor again on loading.
-            unique[name] = tensor.clone()
-        seen.add(storage)
-    return unique
-
-
-def _as_stored(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return the state dict; that of a stock class under the names and in the shapes of its published checkpoints.
-
-    transformers stacks the matrices of experts when it loads them, for instance. A class of cfsp has no such mapping.
-    """
-    state = model.state_dict()
-    if model.config.model_type.startswith(PRUNED_PREFIX) or any(tensor.is_meta for tensor in state.values()):
-        return state
-    from transformers.core_model_loading import revert_weight_conversion
-
-    return revert_weight_conversion(model, state)
 
 
 def _config_dict(model: PreTrainedModel, dtype: str) -> dict[str, Any]:

@@ -72,10 +72,10 @@ class Cost(Evaluator):
         """
         import torch
 
-        from cfsp.model.streamed import streamed
+        from cfsp.architecture.weights import weights_of
 
         measurements = {}
-        if streamed(model) is not None:
+        if weights_of(model).is_streamed:
             log.info("cost: the weights are read from disk for each token, so speed and memory are not measured")
             for side in sides:
                 with side.active():

@@ -16,7 +16,6 @@ from cfsp.config.sections import TextSection
 from cfsp.errors import DataError, RunError
 from cfsp.evaluation.measurement import LACKS_BOS, Measurement
 from cfsp.evaluation.values import checked_batch_size, checked_windows
-from cfsp.system.progress import progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -147,49 +146,12 @@ def negative_log_likelihood(model: nn.Module, windows: Tensor, batch_size: int, 
     """
     import torch
 
+    from cfsp.architecture.weights import weights_of
     from cfsp.model.nll import sequence_nll
-    from cfsp.model.streamed import streamed
 
-    if streamed(model) is not None:
-        return _block_by_block(model, windows, batch_size, label)
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     total = torch.zeros((), dtype=torch.float64)
     with torch.no_grad():
-        for batch in progress(windows.split(batch_size), f"perplexity {label}", unit="batch"):
-            ids = batch.to(device)
-            logits = model(ids, use_cache=False).logits
+        for ids, logits in weights_of(model).logits(windows, batch_size, f"perplexity {label}"):
             for nll in sequence_nll(logits, ids):
                 total += nll
-    return float(total), windows.shape[0] * (windows.shape[1] - 1)
-
-
-def _block_by_block(model: nn.Module, windows: Tensor, batch_size: int, label: str) -> tuple[float, int]:
-    """Compute :func:`negative_log_likelihood` of a streamed model.
-
-    Each block is read once for all windows, whose hidden states are held meanwhile. On a CPU the logits are computed
-    for one window at a time. Those of a batch would be larger than the two blocks that streaming holds, and the logits
-    of a window come out equal to the bit. A GPU chooses its kernels by the number of rows, so the batch is kept there,
-    and the figure equals the one in memory.
-    """
-    import torch
-
-    from cfsp.architecture.views import resolve
-    from cfsp.model.driver import BlockDriver
-    from cfsp.model.nll import sequence_nll
-    from cfsp.model.streamed import streamed
-
-    store = streamed(model)
-    assert store is not None
-    driver = BlockDriver(resolve(model), batch_size)
-    hidden = driver.hidden_states()
-    for step in driver.steps(windows, f"perplexity {label}"):
-        hidden = step.advance()
-    total = torch.zeros((), dtype=torch.float64)
-    with torch.no_grad(), store.resident_rest():
-        for states, batch in zip(hidden, windows.split(batch_size), strict=True):
-            rows = 1 if store.device.type == "cpu" else batch_size
-            for part, ids in zip(states.split(rows), batch.split(rows), strict=True):
-                logits = driver.logits(ids, part)
-                for nll in sequence_nll(logits, ids.to(logits.device)):
-                    total += nll
     return float(total), windows.shape[0] * (windows.shape[1] - 1)

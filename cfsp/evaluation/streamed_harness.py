@@ -16,16 +16,23 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from cfsp.architecture.views import resolve
+from cfsp.architecture.weights import weights_of
 from cfsp.model.driver import BlockDriver
 
 if TYPE_CHECKING:
-    from cfsp.model.streamed import StreamedWeights
+    from cfsp.architecture.weights import Weights
+
+
+def harness_of(model: Any, **settings: Any) -> HFLM:
+    """Return the harness's model for a model in memory or streamed."""
+    weights = weights_of(model)
+    return BlockByBlock(weights, **settings) if weights.is_streamed else HFLM(pretrained=model, **settings)
 
 
 class BlockByBlock(HFLM):
     """``HFLM`` of a streamed model; generation still reads the whole model for each token."""
 
-    def __init__(self, store: StreamedWeights, **settings: Any) -> None:
+    def __init__(self, store: Weights, **settings: Any) -> None:
         super().__init__(pretrained=store.model, **settings)
         self._store = store
         self._device = store.device  # the parameters are on the meta device

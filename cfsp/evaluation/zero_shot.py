@@ -125,22 +125,14 @@ class ZeroShot(Evaluator):
     def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
         """Run the tasks."""
         import lm_eval
-        from lm_eval.models.huggingface import HFLM
 
         from cfsp.evaluation.harness import count_truncated, counted_requests, quiet_harness, with_special_tokens
+        from cfsp.evaluation.streamed_harness import harness_of
         from cfsp.evaluation.task_trial import names_the_task
-        from cfsp.model.streamed import streamed
 
         names = ",".join(self.tasks)
         with quiet_harness(self._folder(), self.key), names_the_task(self.key, names, checking=False):
-            store = streamed(model)
-            settings = {"tokenizer": with_special_tokens(tokenizer), "batch_size": self.batch_size}
-            if store is None:
-                harness = HFLM(pretrained=model, **settings)
-            else:
-                from cfsp.evaluation.streamed_harness import BlockByBlock
-
-                harness = BlockByBlock(store, **settings)
+            harness = harness_of(model, tokenizer=with_special_tokens(tokenizer), batch_size=self.batch_size)
             truncated = count_truncated(harness)
             if not watched():  # the harness draws its bars even where tqdm is switched off
                 for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):

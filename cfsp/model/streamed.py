@@ -6,7 +6,7 @@ are real. A plan is applied to each block when it is read, by the same slicing a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.views import BlockView, DecoderView, resolve, view_block
-from cfsp.architecture.weights import Weights, weights_of
+from cfsp.architecture.weights import Weights
 from cfsp.errors import CheckpointError, RunError
+from cfsp.model.driver import BlockDriver
 from cfsp.model.snapshot import clone_module
 from cfsp.system.memory import return_freed
 from cfsp.weights.shards import Shards
 
 if TYPE_CHECKING:
+    from cfsp.model.hidden_states import SpillBuffer
     from cfsp.plan.pruning_plan import BlockPlan
 
 
@@ -100,6 +102,30 @@ class StreamedWeights(Weights):
     def sample(self, block: BlockView) -> bytes | None:
         """Return the content sample of a block that was read before; else None."""
         return self.samples.get(self._origins[block.index].index)
+
+    @torch.no_grad()
+    def logits(self, windows: Tensor, batch_size: int, label: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield token ids and logits as :meth:`Weights.logits`; each block is read once for all windows.
+
+        Their hidden states are held meanwhile. On a CPU the logits are computed for one window at a time. Those of a
+        batch would be larger than the two blocks that streaming holds, and the logits of a window come out equal to the
+        bit. A GPU chooses its kernels by the number of rows, so the batch is kept there, and the figure equals the one
+        in memory.
+        """
+        driver = BlockDriver(resolve(self.model), batch_size)
+        hidden = driver.hidden_states()
+        for step in driver.steps(windows, label):
+            hidden = step.advance()
+        with self.resident_rest():
+            for states, batch in zip(hidden, windows.split(batch_size), strict=True):
+                rows = 1 if self.device.type == "cpu" else batch_size
+                for part, ids in zip(states.split(rows), batch.split(rows), strict=True):
+                    logits = driver.logits(ids, part)
+                    yield ids.to(logits.device), logits
+
+    def limit_hidden_states(self, buffer: Callable[[], SpillBuffer]) -> None:
+        """Bound the memory of hidden states between two blocks; what is above the limit goes to disk."""
+        self.spill = buffer()
 
     def round_to(self, dtype: torch.dtype) -> bool:
         """Round the values to a narrower dtype when they are read from now on."""
@@ -306,15 +332,6 @@ class StreamedWeights(Weights):
         if rounded.numel() and not all(map(torch.isfinite, torch.aminmax(rounded))):
             raise RunError(f"{name} does not fit into {self.rounded_to}; use save.dtype=bfloat16 or float32")
         return rounded
-
-
-def streamed(model: Any) -> StreamedWeights | None:
-    """Return the weights of a streamed model; None for a model in memory.
-
-    Only for code that differs for a streamed model; all other code uses :attr:`DecoderView.weights`.
-    """
-    weights = weights_of(model)
-    return weights if isinstance(weights, StreamedWeights) else None
 
 
 def _stored_names(model: Any, shards: Shards) -> dict[str, str]:

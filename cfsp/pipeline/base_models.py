@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from cfsp.architecture.views import resolve
+from cfsp.architecture.weights import weights_of
 from cfsp.config.sections import SelfCalibration
 from cfsp.model.hidden_states import SpillBuffer
 from cfsp.model.load import load_model, load_streamed
 from cfsp.model.snapshot import Snapshot
-from cfsp.model.streamed import streamed
 from cfsp.model.trial import try_blocks, try_model
 from cfsp.pruner.probe import probe
 from cfsp.system.memory import available
@@ -82,15 +83,13 @@ class BaseModels:
                 device=prepared.device,
                 trust_remote_code=config.model.trust_remote_code,
             )
-        store = streamed(model)
-        if store is not None:
-            store.spill = _spill_buffer(config)
+        weights = weights_of(model)
+        weights.limit_hidden_states(partial(_spill_buffer, config))
         dense = Snapshot(model) if self._keep else None
         yield model, here
         if dense is not None and not config.recovery.instance.trains and not _narrows(prepared):
             dense.restore()
-            if store is not None:
-                store.follow(resolve(model), None)
+            weights.follow(resolve(model), None)
             self._kept = (key, model)
 
     def probe(self, view: DecoderView, *, heads: bool, experts: bool = False, prunes: bool = True) -> None:

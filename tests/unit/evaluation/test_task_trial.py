@@ -234,13 +234,13 @@ def test_requests_that_are_cut_are_counted_by_task(tmp_path, tokenizer, model, m
 
 
 def test_streamed_requests_are_counted_alike(tmp_path, tokenizer, source):
+    from cfsp.architecture.weights import weights_of
     from cfsp.model.hidden_states import SpillBuffer
     from cfsp.model.load import load_streamed
-    from cfsp.model.streamed import streamed
 
     write_task(tmp_path, "cut", rows=[{**ROWS[0], "q": "sea " * 600}, ROWS[1]])
     disk = load_streamed(source, dtype=torch.float32, device=torch.device("cpu"))
-    streamed(disk).spill = SpillBuffer(0, tmp_path)
+    weights_of(disk).spill = SpillBuffer(0, tmp_path)
     (row,) = tasks(tmp_path, "cut").measure(disk, tokenizer)
     assert row.detail["truncated"] == 3
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cfsp.architecture.views import resolve
+from cfsp.architecture.weights import weights_of
 from cfsp.calibration import block_pass as passing
 from cfsp.checkpoint import save as checkpoint
 from cfsp.config.sections import ModelSection
@@ -21,7 +22,6 @@ from cfsp.evaluation.zero_shot import ZeroShot
 from cfsp.model.driver import BlockDriver
 from cfsp.model.hidden_states import HiddenStates, SpillBuffer
 from cfsp.model.load import load_model, load_streamed
-from cfsp.model.streamed import streamed
 from cfsp.model.tokenizer import load_tokenizer
 from cfsp.pipeline import base_models
 from cfsp.system import digest
@@ -160,7 +160,7 @@ def test_each_block_is_read_once_to_calibrate_and_once_to_write(run_cfsp, words,
     code, _, err = run_cfsp(*words, "model.streaming=on", "pruner=cfsp")
     assert code == 0, err
     # The probe looks at the first block before.
-    assert streamed(made[0]).reads in ([3] + [2] * (BLOCKS - 1), [3, 3] + [2] * (BLOCKS - 2))
+    assert weights_of(made[0]).reads in ([3] + [2] * (BLOCKS - 1), [3, 3] + [2] * (BLOCKS - 2))
 
 
 def test_a_killed_calibration_goes_on(run_cfsp, words, tmp_path, monkeypatch) -> None:
@@ -493,10 +493,10 @@ def test_tasks_read_each_block_once(tmp_path) -> None:
     tasks = ZeroShot(["books_cloze", "books_grammar"], include_path="pkg://cfsp/assets/tasks", limit=12, batch_size=5)
     memory = tasks.measure(load_model(source, dtype=torch.float32, device=cpu), tokenizer)
     disk = load_streamed(source, dtype=torch.float32, device=cpu)
-    streamed(disk).spill = SpillBuffer(0, tmp_path)
+    weights_of(disk).spill = SpillBuffer(0, tmp_path)
     assert [vars(row) for row in tasks.measure(disk, tokenizer)] == [vars(row) for row in memory]
     # Requests of one kind are asked together; one read ahead of the end may be dropped.
-    assert max(streamed(disk).reads) <= 2
+    assert max(weights_of(disk).reads) <= 2
     assert all(parameter.is_meta for parameter in disk.parameters())
 
 
@@ -512,7 +512,7 @@ def test_rolling_requests_read_each_block_once(tmp_path, capsys) -> None:
     requests = [SimpleNamespace(args=(text,)) for text in ("It was a dark and stormy night. " * 12, "Call me Ishmael.")]
     memory = HFLM(pretrained=load_model(source, dtype=torch.float32, device=cpu), **settings)
     expected = memory.loglikelihood_rolling(requests, disable_tqdm=True)
-    store = streamed(load_streamed(source, dtype=torch.float32, device=cpu))
+    store = weights_of(load_streamed(source, dtype=torch.float32, device=cpu))
     harness = BlockByBlock(store, **settings)
     capsys.readouterr()
     assert harness.loglikelihood_rolling(requests, disable_tqdm=True) == expected
@@ -633,13 +633,13 @@ def test_hidden_states_of_a_resumed_pass_are_held_once(folder, tmp_path) -> None
     disk = load_streamed(source, dtype=torch.float32, device=torch.device("cpu"))
     ids = torch.randint(VOCABULARY, (6, 32), generator=torch.Generator().manual_seed(1))
     size = 6 * 32 * 32 * 4
-    streamed(disk).spill = SpillBuffer(10 * size, tmp_path)
+    weights_of(disk).spill = SpillBuffer(10 * size, tmp_path)
     driver = BlockDriver(resolve(disk), 2)
-    kept = HiddenStates(driver.entry(ids).hidden, device=torch.device("cpu"), spill=streamed(disk).spill)
+    kept = HiddenStates(driver.entry(ids).hidden, device=torch.device("cpu"), spill=weights_of(disk).spill)
     most = 0
     for step in driver.steps(ids, hidden=kept, first=2):
         step.advance()
-        most = max(most, streamed(disk).spill.used)
+        most = max(most, weights_of(disk).spill.used)
     assert most == size
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cfsp.architecture.weights import weights_of
 from cfsp.checkpoint import reference as references
 from cfsp.checkpoint import reference_pass
 from cfsp.checkpoint.reference import LENGTH, Reference, copy_reference, ids_digest, place_of, read_reference
@@ -24,7 +25,6 @@ from cfsp.checkpoint.save import save_checkpoint
 from cfsp.config.sections import ModelSection
 from cfsp.errors import CheckpointError, RunError
 from cfsp.model.load import load_model, load_streamed
-from cfsp.model.streamed import streamed
 from cfsp.verify.comparison import compare, tolerance_of
 from cfsp.weights.source import locate
 from tests.conftest import ROOT, mentions
@@ -111,8 +111,8 @@ def test_a_streamed_model_has_the_reference_of_the_one_in_memory(model_folder):
     model = load_streamed(source, dtype=torch.float32, device=torch.device("cpu"))
     memory = reference_of(load_model(source, dtype=torch.float32, device=torch.device("cpu")), dtype=torch.bfloat16)
     found = reference_of(model, dtype=torch.bfloat16)
-    assert streamed(model).reads == [1, 1]
-    assert streamed(model).rounded_to is None
+    assert weights_of(model).reads == [1, 1]
+    assert weights_of(model).rounded_to is None
     assert np.abs(found.logprobs - memory.logprobs).max() < 1e-5
     assert np.array_equal(found.greedy, memory.greedy[:, :1])
 
