@@ -15,6 +15,7 @@ import hashlib
 import io
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -292,10 +293,7 @@ def _check_head(path: Path, label: str) -> None:
 
 def _is_tar_name(path: Path) -> bool:
     """Return whether a file is named as a tar archive; one of an old version has no signature."""
-    name = path.name.lower()
-    for ending in _COMPRESSIONS:
-        name = name.removesuffix(ending)
-    return name.endswith((".tar", ".tgz", ".tbz", ".txz"))
+    return bool(re.search(r"\.(tar(\.\w+)?|tgz|tbz|txz)$", path.name.lower()))
 
 
 def _too_large(label: str, size: int, remedy: str) -> str:

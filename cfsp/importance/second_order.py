@@ -42,31 +42,21 @@ def removal_order(
     if not bool(gram.isfinite().all()):
         raise ValueError("the Gram matrix is not finite")
     size = gram.shape[0]
-    hessian = gram.double().clone()
-    level = float(hessian.diagonal().mean())
-    hessian.diagonal().add_(damping * level if level > 0 else 1.0)
-    inverse = torch.cholesky_inverse(_factor(hessian))
+    inverse, level = _damped_inverse(gram, damping)
     left = weight.to(gram.device, torch.float64).clone()
     alive = torch.arange(size // unit, device=gram.device)
     there = torch.ones(size // unit, dtype=torch.bool, device=gram.device)
     order: list[Tensor] = []
     increments: list[Tensor] = []
     while len(alive):
-        costs = _costs(left, inverse, unit)
-        costs[~there] = torch.inf
-        n = min(step, int(there.sum()))
-        if n > 1 and unit == 1:
-            candidates = costs.topk(min(_CANDIDATES * n, int(there.sum())), largest=False).indices
-            chosen = _together(left, inverse, candidates, n)
-        else:
-            chosen = costs.topk(n, largest=False).indices
+        chosen = _cheapest(left, inverse, there, step, unit)
         columns = (chosen[:, None] * unit + torch.arange(unit, device=gram.device)).flatten()
         block = inverse.index_select(0, columns).index_select(1, columns)
         factor = _factor(block)
         gone = left.index_select(1, columns)
         # Squared norms of the columns of W_R L^-T: what each costs once those before it are gone.
         costing = torch.linalg.solve_triangular(factor, gone.T, upper=False)
-        increments.append(costing.square().sum(1).reshape(n, unit).sum(1))
+        increments.append(costing.square().sum(1).reshape(len(chosen), unit).sum(1))
         order.append(alive[chosen])
         across = torch.linalg.solve_triangular(factor, inverse.index_select(0, columns), upper=False)
         left.addmm_(costing.T, across, alpha=-1)
@@ -83,6 +73,33 @@ def removal_order(
             there = torch.ones(len(alive), dtype=torch.bool, device=gram.device)
     # An input that is always zero loses nothing; its increments come from the damping alone.
     return torch.cat(order).cpu(), torch.cat(increments).cpu() * (level > 0)
+
+
+def _damped_inverse(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Return the inverse of the damped Gram matrix in float64, and the mean of the diagonal before damping."""
+    hessian = gram.double().clone()
+    level = float(hessian.diagonal().mean())
+    hessian.diagonal().add_(damping * level if level > 0 else 1.0)
+    return torch.cholesky_inverse(_factor(hessian)), level
+
+
+def _cheapest(left: Tensor, inverse: Tensor, there: Tensor, step: int, unit: int) -> Tensor:
+    """Return the indices of the ``step`` units to remove next, of those that are still there.
+
+    Args:
+        left: weights as refitted after the removals so far, [d, n].
+        inverse: inverse of the Gram matrix of the same channels, [n, n].
+        there: units that are not removed yet, [n / unit] bool.
+        step: most units to remove at a time.
+        unit: channels of a unit.
+    """
+    costs = _costs(left, inverse, unit)
+    costs[~there] = torch.inf
+    n = min(step, int(there.sum()))
+    if n > 1 and unit == 1:
+        candidates = costs.topk(min(_CANDIDATES * n, int(there.sum())), largest=False).indices
+        return _together(left, inverse, candidates, n)
+    return costs.topk(n, largest=False).indices
 
 
 def scores_of(order: Tensor, increments: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from cfsp.errors import CheckpointError, RunError
 from cfsp.model.driver import BlockDriver
 from cfsp.model.snapshot import clone_module
 from cfsp.system.memory import return_freed
+from cfsp.weights.fit import stored_names
 from cfsp.weights.shards import Shards
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class StreamedWeights(Weights):
         self.shards, self.dtype, self._device = shards, dtype, device
         self.rounded_to: torch.dtype | None = None
         self.samples: dict[int, bytes] = {}
-        self._names = _stored_names(model, shards)
+        self._names = stored_names(model, shards)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="cfsp-read")
         self._coming: dict[int, Future[dict[str, Tensor]]] = {}
         self._users: dict[int, int] = {}  # block -> contexts and passes that need its parameters
@@ -332,27 +333,6 @@ class StreamedWeights(Weights):
         if rounded.numel() and not all(map(torch.isfinite, torch.aminmax(rounded))):
             raise RunError(f"{name} does not fit into {self.rounded_to}; use save.dtype=bfloat16 or float32")
         return rounded
-
-
-def _stored_names(model: Any, shards: Shards) -> dict[str, str]:
-    """Map names in the model to names in the checkpoint; a tied parameter is read by the name that is stored.
-
-    Raises:
-        CheckpointError: a weight is not there.
-    """
-    same: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        same.setdefault(id(parameter), []).append(name)
-    stored_names: dict[str, str] = {}
-    for names in same.values():
-        stored = [name for name in names if name in shards]
-        if not stored:
-            raise CheckpointError(
-                f"{shards.folder}: {names[0]} is not in the safetensors files under the model's own name; use "
-                "model.streaming=off, or fetch the model again"
-            )
-        stored_names.update(dict.fromkeys(names, stored[0]))
-    return stored_names
 
 
 def _places(module: nn.Module) -> list[tuple[nn.Module, str, str]]:

@@ -24,21 +24,16 @@ if TYPE_CHECKING:
 _GONE = BlockPlan(attention=False, ffn=False)
 
 
-@component
-class ShortGPT(Pruner):
-    """Remove the blocks of least influence, all at once (arXiv 2403.03853): influence = 1 - cos(entering, leaving).
-
-    As many blocks go as come nearest to the budget.
+class DepthPruner(Pruner):
+    """Base of the pruners that remove whole blocks.
 
     Attributes:
         name: name of the method.
-        tokens: whether the influence is the mean over all tokens, or over the last tokens of the sequences.
         compensation: "none" alone: there is no output projection left to carry a bias.
     """
 
     name: str
-    tokens: Literal["mean", "last"] = "mean"
-    compensation: str = "none"
+    compensation: str
 
     prunes: ClassVar[bool] = True
     plans_with = ()
@@ -58,18 +53,35 @@ class ShortGPT(Pruner):
         """See :class:`cfsp.config.contracts.Pruner`."""
         return {"blocks": len(budget.free_blocks(len(view.blocks)))}
 
-    def most_removable(self, view: DecoderView, budget: Budget) -> int:
-        """See :class:`cfsp.config.contracts.Pruner`. One block with attention stays."""
-        free, sizes, attention = budget.free_blocks(len(view.blocks)), block_sizes(view), blocks_with_attention(view)
-        staying = 0 if attention - set(free) else min(sizes[index] for index in attention)
-        return sum(sizes[index] for index in free) - staying
-
     def biased_projections(self) -> tuple[str, ...]:
         return ()
 
     def keeps_blocks_equal(self, view: DecoderView, budget: Budget, allocator: Allocator) -> bool:
         """Whole blocks go, so the others stay as they are."""
         return True
+
+
+@component
+class ShortGPT(DepthPruner):
+    """Remove the blocks of least influence, all at once (arXiv 2403.03853): influence = 1 - cos(entering, leaving).
+
+    As many blocks go as come nearest to the budget.
+
+    Attributes:
+        name: name of the method.
+        tokens: whether the influence is the mean over all tokens, or over the last tokens of the sequences.
+        compensation: "none" alone: there is no output projection left to carry a bias.
+    """
+
+    name: str
+    tokens: Literal["mean", "last"] = "mean"
+    compensation: str = "none"
+
+    def most_removable(self, view: DecoderView, budget: Budget) -> int:
+        """See :class:`cfsp.config.contracts.Pruner`. One block with attention stays."""
+        free, sizes, attention = budget.free_blocks(len(view.blocks)), block_sizes(view), blocks_with_attention(view)
+        staying = 0 if attention - set(free) else min(sizes[index] for index in attention)
+        return sum(sizes[index] for index in free) - staying
 
     def plan(self, context: PlanContext) -> PruningPlan:
         """See :class:`cfsp.config.contracts.Pruner`."""
@@ -93,7 +105,7 @@ class ShortGPT(Pruner):
 
 
 @component
-class SlidingWindow(Pruner):
+class SlidingWindow(DepthPruner):
     """Remove the run of n blocks whose entering and leaving hidden states are most similar (arXiv 2403.17887).
 
     n is the number of blocks that comes nearest to the budget.
@@ -108,24 +120,10 @@ class SlidingWindow(Pruner):
     tokens: Literal["mean", "last"] = "last"
     compensation: str = "none"
 
-    prunes: ClassVar[bool] = True
-    plans_with = ()
-
-    def __post_init__(self) -> None:
-        refuse_compensation(self.name, self.compensation, "removes whole blocks")
-
     def check(self, view: DecoderView, budget: Budget) -> None:
         """See :class:`cfsp.config.contracts.Pruner`."""
-        check_scope(budget, f"pruner={self.name}", "a pruner of FFN neurons (cfsp, flap)")
-        check_blocks(view, budget)
+        super().check(view, budget)
         check_window(view, budget)
-
-    def removed_units(self) -> tuple[Unit, ...]:
-        return ("blocks",)
-
-    def units(self, view: DecoderView, budget: Budget) -> dict[str, int]:
-        """See :class:`cfsp.config.contracts.Pruner`."""
-        return {"blocks": len(budget.free_blocks(len(view.blocks)))}
 
     def most_removable(self, view: DecoderView, budget: Budget) -> int:
         """See :class:`cfsp.config.contracts.Pruner`. One block with attention stays."""
@@ -133,13 +131,6 @@ class SlidingWindow(Pruner):
         runs = (free[first:end] for first in range(len(free)) for end in range(first + 1, len(free) + 1))
         unbroken = (run for run in runs if run[-1] - run[0] == len(run) - 1)
         return max((sum(sizes[run[0] : run[-1] + 1]) for run in unbroken if attention - set(run)), default=0)
-
-    def biased_projections(self) -> tuple[str, ...]:
-        return ()
-
-    def keeps_blocks_equal(self, view: DecoderView, budget: Budget, allocator: Allocator) -> bool:
-        """Whole blocks go, so the others stay as they are."""
-        return True
 
     def plan(self, context: PlanContext) -> PruningPlan:
         """See :class:`cfsp.config.contracts.Pruner`."""

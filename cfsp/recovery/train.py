@@ -23,11 +23,14 @@ from cfsp.system import processes
 from cfsp.system.progress import working
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import nn
     from transformers import TrainingArguments
 
     from cfsp.recovery.base import RecoveryContext
+    from cfsp.recovery.trainer import RecoveryTrainer
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +99,29 @@ def _check_warmup(settings: Training, examples: int) -> None:
         )
 
 
+def _take_over(
+    model: nn.Module, trained: nn.Module, trainer: RecoveryTrainer, narrow: list[tuple[nn.Parameter, torch.dtype]]
+) -> None:
+    """Bring the trained weights into ``model``, in eval mode and without what the training put around them.
+
+    Args:
+        model: the model that the run goes on with.
+        trained: the model that was trained; with FSDP a copy of ``model``, else ``model`` itself.
+        trainer: the trainer.
+        narrow: parameters that were widened for the training, with their own dtypes.
+    """
+    # accelerate puts autocast around the model's own forward; what is evaluated is what is saved.
+    trainer.accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
+    if trainer.settings.gradient_checkpointing:
+        _recompute_activations(trained, False)
+    if trained is not model:
+        trainer.gather_into(model)
+    else:
+        for parameter, dtype in narrow:
+            parameter.data = parameter.data.to(dtype)
+    model.eval()
+
+
 def _sha256(settings: Training) -> str | None:
     data = settings.data
     return None if data.kind == "self" else recovery_data.locate(data).identity["sha256"]
@@ -120,6 +146,24 @@ def read_examples(settings: Training, tokenizer: Any, limits: Limits) -> list[Ex
     return examples
 
 
+def _checkpoint_to_resume(context: RecoveryContext) -> tuple[Path, dict[str, Any]] | None:
+    """Return the last whole checkpoint of this training and its seal; None where it begins anew.
+
+    Raises:
+        RunError: the checkpoint was written with FSDP and this run is without it, or the other way round.
+    """
+    from cfsp.recovery.trainer import sharded
+
+    resumed = processes.shared(lambda: last_whole(context.folder, context.run_id))
+    if resumed is not None and resumed[1]["sharded"] != sharded():
+        how = "with FSDP (accelerate launch --use_fsdp)" if resumed[1]["sharded"] else "without FSDP"
+        raise RunError(
+            f"{resumed[0]}: was written {how}, and can be gone on from so only; launch cfsp in the same way, or remove "
+            f"{context.folder} to begin again"
+        )
+    return resumed
+
+
 def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dict[str, Any]:
     """Train the parameters that require a gradient; a killed run goes on from its checkpoints in ``context.folder``.
 
@@ -140,13 +184,7 @@ def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dic
     examples = processes.shared(lambda: _examples(settings, context))
     teacher = _teacher(settings, context, examples, trained=model is context.model)
     context.folder.mkdir(parents=True, exist_ok=True)
-    resumed = processes.shared(lambda: last_whole(context.folder, context.run_id))
-    if resumed is not None and resumed[1]["sharded"] != sharded():
-        how = "with FSDP (accelerate launch --use_fsdp)" if resumed[1]["sharded"] else "without FSDP"
-        raise RunError(
-            f"{resumed[0]}: was written {how}, and can be gone on from so only; launch cfsp in the same way, or remove "
-            f"{context.folder} to begin again"
-        )
+    resumed = _checkpoint_to_resume(context)
     parks = settings.objective == "lm" or settings.teacher == "disk"
     # Not the launcher's: what decides the result is in the configuration.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if settings.bf16 else "no"
@@ -166,16 +204,7 @@ def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dic
             trainer.restore(sealed)
         with working("recover", None, "step") as trainer.work:
             trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed[0]))
-    # accelerate puts autocast around the model's own forward; what is evaluated is what is saved.
-    trainer.accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
-    if settings.gradient_checkpointing:
-        _recompute_activations(trained, False)
-    if trained is not model:
-        trainer.gather_into(model)
-    else:
-        for parameter, dtype in narrow:
-            parameter.data = parameter.data.to(dtype)
-    model.eval()
+    _take_over(model, trained, trainer, narrow)
     record = {
         "objective": settings.objective,
         "data": settings.data.name,
