@@ -22,9 +22,10 @@ from cfsp.checkpoint.reference import place_of
 from cfsp.checkpoint.reference_pass import StreamedReference, reference_of
 from cfsp.checkpoint.tensor_source import TensorSource, Visit, tensors_of
 from cfsp.errors import CheckpointError
-from cfsp.plan.history import MARKER
+from cfsp.plan.history import MARKER, PLAN, PLAN_DIGEST, WEIGHT_DIGESTS, plan_digest
 from cfsp.pruned_model.family import PRUNED_PREFIX, pruned_family
 from cfsp.pruned_model.names import stock_type
+from cfsp.system.background_hash import sha256_of
 from cfsp.weights.atomic_folder import atomic_folder
 from cfsp.weights.folder_check import leads_outside, without_mark
 from cfsp.weights.shard_writer import TensorSpec, write_shards
@@ -119,7 +120,8 @@ def save_checkpoint(
             for name, text in pruned_family(stock_type(model.config.model_type)).files.items():
                 (scratch / name).write_text(text, encoding="utf-8")
         form = "remote_code" if pruned else "plain"
-        write_json(scratch / MARKER, marker_of(form, dtype_name, state, files))
+        weights = {file.name: sha256_of(file) for file in sorted(scratch.glob("*.safetensors"))}
+        write_json(scratch / MARKER, marker_of(form, dtype_name, state, files, weights))
         for name, content in (files or {}).items():
             (scratch / name).parent.mkdir(exist_ok=True)
             (scratch / name).write_bytes(content)
@@ -129,11 +131,25 @@ def save_checkpoint(
     return SavedCheckpoint(folder, form, size, dtype_name)
 
 
-def marker_of(form: str, dtype: str, state: str, files: Mapping[str, bytes] | None) -> dict[str, Any]:
-    """Return the content of the marker file, which vouches for the plan.json among ``files``."""
-    plan = (files or {}).get("plan.json")
-    vouched = {} if plan is None else {"plan_sha256": hashlib.sha256(plan).hexdigest()}
-    return {"schema": 1, "form": form, "dtype": dtype, "state": state, **vouched}
+def marker_of(
+    form: str, dtype: str, state: str, files: Mapping[str, bytes] | None, weights: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return the content of the marker file, which states to which weights the plan.json among ``files`` belongs.
+
+    Args:
+        form: remote_code, plain, padded or decilm.
+        dtype: dtype of the weights.
+        state: pruned, compensated, recovered or dense.
+        files: name -> content of the files beside the weights.
+        weights: name -> sha256 of the weight files; None: they are not stated.
+    """
+    marker: dict[str, Any] = {"schema": 1, "form": form, "dtype": dtype, "state": state}
+    plan = (files or {}).get(PLAN)
+    if plan is not None:
+        marker[PLAN_DIGEST] = plan_digest(plan)
+        if weights:
+            marker[WEIGHT_DIGESTS] = dict(weights)
+    return marker
 
 
 def check_destination(folder: Path) -> None:

@@ -92,7 +92,7 @@ class ModelSection(Section):
         description="a folder or a hub id, e.g. model=local model.path=FOLDER"
     )
     revision: Annotated[str | None, Decides("content")] = None
-    gguf_file: Annotated[str | None, Decides("content")] = Field(
+    gguf_file: Annotated[str | None, Decides("content", before=None)] = Field(
         default=None, description="the GGUF file in the folder or repository, where there are several"
     )
     dtype: DType = "auto"

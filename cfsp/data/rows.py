@@ -11,7 +11,9 @@ from typing import Any
 
 from cfsp.data.text_files import MAX_LINE, arrow_files, file_form, lines, listed, most_row_bytes, open_text
 from cfsp.errors import DataError
-from cfsp.system.reading import MAX_STRUCTURED_BYTES
+
+#: Most characters of a file that is one JSON array: it is parsed as a whole, and takes several times its size.
+MAX_ARRAY = 50_000_000
 
 
 def rows(path: Path, label: str, column: str | None = None, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -99,9 +101,12 @@ def _json_rows(path: Path, label: str) -> Iterator[tuple[str, Any]]:
         return
     if first[1].lstrip()[:1] == "[" and _begins_array_of_rows(path, first[1]):
         with open_text(path, label) as stream:
-            text = stream.read(MAX_STRUCTURED_BYTES + 1)
-        if len(text) > MAX_STRUCTURED_BYTES:
-            raise DataError(f"{label}: an array of more than {MAX_STRUCTURED_BYTES:,} characters; write one row a line")
+            text = stream.read(MAX_ARRAY + 1)
+        if len(text) > MAX_ARRAY:
+            raise DataError(
+                f"{label}: an array of more than {MAX_ARRAY:,} characters, which would be parsed as a whole; write one "
+                "row a line (.jsonl), which has no such limit"
+            )
         whole = parse_row(text, label, "the array")
         yield from ((f"row {number}", row) for number, row in enumerate(whole, 1))
         return

@@ -276,7 +276,7 @@ def _check_head(path: Path, label: str) -> None:
     if is_parquet:
         raise DataError(f"{label}: cannot be read: it is a parquet file; rename it to end in .parquet")
     other = next((what for magic, what in _OTHERS.items() if head.startswith(magic)), None)
-    other = "a tar archive" if head[257:262] == b"ustar" else other
+    other = "a tar archive" if head[257:262] == b"ustar" or _is_tar_name(path) else other
     if other is not None:
         raise DataError(f"{label}: cannot be read: it is {other}; give a file of text")
     wide = next((name for magic, name in _UTF_16.items() if head.startswith(magic)), None)
@@ -288,6 +288,14 @@ def _check_head(path: Path, label: str) -> None:
         raise DataError(
             f"{label}: cannot be read: it holds NUL bytes, so it is a binary file or UTF-16; give text in UTF-8"
         )
+
+
+def _is_tar_name(path: Path) -> bool:
+    """Return whether a file is named as a tar archive; one of an old version has no signature."""
+    name = path.name.lower()
+    for ending in _COMPRESSIONS:
+        name = name.removesuffix(ending)
+    return name.endswith((".tar", ".tgz", ".tbz", ".txz"))
 
 
 def _too_large(label: str, size: int, remedy: str) -> str:

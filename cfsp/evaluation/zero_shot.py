@@ -73,6 +73,12 @@ class ZeroShot(Evaluator):
 
         local = self._local_tasks()
         others = [name for name in self.tasks if name not in local]
+        for name in others:
+            if "/" in name or name.endswith((".yaml", ".yml")):
+                raise ConfigError(
+                    f"{self.key}.tasks={name}: this is a path, and tasks are given by name; use "
+                    f"{self.key}.tasks=[NAME] with {self.key}.include_path=FOLDER plugins.allow=[tasks]"
+                )
         if others:
             known = harness_tasks()
             for name in others:

@@ -29,7 +29,9 @@ from cfsp.model.tokenizer import load_tokenizer
 from cfsp.plan.check import sizes_of
 from cfsp.plan.history import check_history
 from cfsp.pruned_model.adopt import check_adoptable
+from cfsp.record.out_folder import check_outside
 from cfsp.system.memory import available
+from cfsp.system.package import package_path
 from cfsp.weights.source import ModelSource, locate
 
 #: Share of the free memory that the weights may take. The rest is for the activations of a pass.
@@ -150,13 +152,20 @@ def _locate(config: RunConfig) -> tuple[torch.device, ModelSource]:
     """Return the device and the model folder, after seeing that the run's own folders can be written."""
     problems: list[CfspError] = []
     device = source = None
+    folders = {f"paths.{key}": Path(getattr(config.paths, key)) for key in ("cache_dir", "records_dir")}
+    model = package_path(str(config.model.path))
+    if model.is_dir():  # before anything is looked up in the cache, which writes there
+        for key, folder in folders.items():
+            with _collected(problems):
+                check_outside(key, folder, model)
+        _refuse(problems)
     with _collected(problems):
         device = resolve_device(config.model.device)
     with _collected(problems):
         source = locate(config.model, Path(config.paths.cache_dir))
-    for key, folder in (("cache_dir", config.paths.cache_dir), ("records_dir", config.paths.records_dir)):
+    for key, folder in folders.items():
         with _collected(problems):
-            check_writable(f"paths.{key}", Path(folder))
+            check_writable(key, folder)
     _refuse(problems)
     assert device is not None
     assert source is not None

@@ -1,7 +1,8 @@
 """The history of a model folder: the plan in it, if cfsp's own marker says that it belongs to the weights.
 
 Any program may have written a file of the name plan.json. It counts only if cfsp wrote ``cfsp_checkpoint.json`` with
-it, the plan's sha256 stands there (folders of earlier versions have none) and its sizes are those of the weights.
+it, the sha256 of plan and weights stand there (folders of earlier versions have none) and its sizes are those of the
+weights. So a plan is no history even where it was exchanged together with its marker.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from typing import Any
 from cfsp.errors import CheckpointError
 from cfsp.plan.check import BlockSizes, misfit
 from cfsp.plan.pruning_plan import COMPENSATION_IN_FOLDER, PruningPlan
+from cfsp.system.digest import file_digest
 from cfsp.system.reading import read_bytes, read_json
 
 log = logging.getLogger(__name__)
 
 PLAN = "plan.json"
 MARKER = "cfsp_checkpoint.json"
-#: In the marker: sha256 of the plan.json that was saved with the weights.
-PLAN_DIGEST = "plan_sha256"
+#: In the marker: sha256 of the plan.json that was saved with the weights, and of each weight file by its name.
+PLAN_DIGEST, WEIGHT_DIGESTS = "plan_sha256", "weights_sha256"
 
 
 def plan_digest(content: bytes) -> str:
@@ -69,6 +71,8 @@ def history_of(folder: Path, sizes: Sequence[BlockSizes] | None = None, *, tenso
     if marker is None:
         _say_ignored(folder / PLAN)
         return None
+    if sizes is not None:
+        _check_weights(folder, marker.get(WEIGHT_DIGESTS))
     return _checked(folder, marker.get(PLAN_DIGEST), sizes, tensors)
 
 
@@ -81,7 +85,7 @@ def check_history(folder: Path, sizes: Sequence[BlockSizes]) -> None:
     if not os.path.lexists(folder / PLAN):
         read_marker(folder)
         return
-    files = (folder / PLAN, folder / MARKER, folder / COMPENSATION_IN_FOLDER)
+    files = (folder / PLAN, folder / MARKER, folder / COMPENSATION_IN_FOLDER, *sorted(folder.glob("*.safetensors")))
     _check_once(folder, tuple(sizes), tuple(_state(file) for file in files))
 
 
@@ -97,6 +101,23 @@ def _state(file: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _check_weights(folder: Path, digests: Any) -> None:
+    """Compare the weight files with the digests in the marker; a process hashes each file once.
+
+    Raises:
+        CheckpointError: a weight file is another one than was saved with the marker.
+    """
+    if not isinstance(digests, dict):  # a folder of an earlier version
+        return
+    for name, digest in digests.items():
+        file = folder / str(name)
+        if Path(str(name)).name != name or not file.is_file() or file_digest(file) != digest:
+            raise CheckpointError(
+                f"{folder / PLAN}: not the plan of these weights ({str(name)[:100]} is not the file that {MARKER} "
+                "names); restore the folder, or remove plan.json: the folder then counts as a model without a history"
+            )
 
 
 def _checked(folder: Path, digest: Any, sizes: Sequence[BlockSizes] | None, tensors: bool) -> PruningPlan:

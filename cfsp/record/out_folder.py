@@ -44,6 +44,23 @@ def check_apart(out: Path, model: Path) -> None:
     raise ConfigError(f"paths.output_dir={out}: {problem}; give another folder")
 
 
+def check_outside(key: str, folder: Path, model: Path) -> None:
+    """Refuse a folder of the run's own in the model folder, whose files would be mixed with it; links are followed.
+
+    Args:
+        key: configuration key of the folder, e.g. ``paths.cache_dir``.
+        folder: the folder.
+        model: the model folder.
+
+    Raises:
+        ConfigError: ``folder`` is the model folder or lies in it.
+    """
+    if _is_within(_resolved(folder), _resolved(model)):
+        raise ConfigError(
+            f"{key}={folder}: lies in the model folder (model.path), which a run only reads; give another"
+        )
+
+
 def check_entries(out: Path) -> None:
     """See that nothing but a file is in the places of OUT where the run writes files.
 

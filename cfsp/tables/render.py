@@ -43,9 +43,15 @@ def latex(table: Table, command: str) -> str:
         lines.append(r"\midrule")
         if label:
             lines.append(rf"\multicolumn{{{len(heads)}}}{{l}}{{\emph{{{escape.latex(label)}}}}} \\")
-        lines += [" & ".join([escape.latex(row.label), *_cells(table, row, _TEX)]) + r" \\" for row in rows]
+        lines += [" & ".join([_tex_label(row.label), *_cells(table, row, _TEX)]) + r" \\" for row in rows]
     below = [rf"\par\footnotesize {escape.latex(sentence)}" for sentence in notes(table)]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *below, r"\end{table}"]) + "\n"
+
+
+def _tex_label(text: str) -> str:
+    """Escape the label of a row: after a line break, LaTeX would read ``[`` and ``*`` as arguments of the break."""
+    escaped = escape.latex(text)
+    return f"{{}}{escaped}" if escaped.lstrip().startswith(("[", "*")) else escaped
 
 
 def comma_separated(table: Table) -> str:

@@ -22,6 +22,7 @@ from cfsp.calibration.calibration_set import from_ids, from_text, from_tokens
 from cfsp.config.sections import TextCalibration, TextSection, TokensCalibration
 from cfsp.data import text_files
 from cfsp.data.limits import Limits
+from cfsp.data.rows import rows
 from cfsp.data.text import locate_text, read_text
 from cfsp.errors import CfspError, ConfigError, DataError
 from cfsp.recovery.data import _rows
@@ -352,3 +353,19 @@ def test_a_configuration_folder_with_a_fifo_or_a_bomb(refused, tmp_path):
     (line,) = refused("--config-dir", str(tmp_path / "mine"), "importance=own")
     assert "importance/own.yaml" in line
     assert "FIFO" in line
+
+
+def test_a_stream_named_as_a_tar_archive_is_refused(tmp_path):
+    file = tmp_path / "texts.tar.gz"
+    file.write_bytes(gzip.compress(b"some text of an archive without a signature\n" * 50))
+    with pytest.raises(DataError, match="tar archive"):
+        text_files.check_file(file, f"calibration.path={file}", forms=".txt", streamed=False, remedy="")
+
+
+def test_an_array_that_would_be_parsed_as_a_whole_is_bounded(tmp_path, monkeypatch):
+    file = tmp_path / "texts.json"
+    file.write_text(json.dumps([{"text": "a" * 90}] * 20))
+    assert len(list(rows(file, "calibration.path=texts.json"))) == 20
+    monkeypatch.setattr("cfsp.data.rows.MAX_ARRAY", 1_000)
+    with pytest.raises(DataError, match=r"one row a line \(\.jsonl\)"):
+        list(rows(file, "calibration.path=texts.json"))

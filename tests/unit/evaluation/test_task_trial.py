@@ -383,3 +383,10 @@ def test_a_tokenizer_is_asked_what_it_adds():
         if expected == "window":
             assert bos_of(one, "window", "key") == 1
         assert settled(section.model_copy(update={"bos": "start"}), one).bos == "start"
+
+
+@pytest.mark.parametrize("name", ["tasks/x.yaml", "x.yml", "folder/task"])
+def test_a_path_in_the_place_of_a_task_is_refused_without_listing_the_harness_tasks(monkeypatch, name):
+    monkeypatch.setattr("cfsp.evaluation.harness.harness_tasks", None)  # it takes seconds, so it must not be called
+    with pytest.raises(ConfigError, match=r"include_path=FOLDER"):
+        ZeroShot(tasks=[name], include_path=None).check_settings()

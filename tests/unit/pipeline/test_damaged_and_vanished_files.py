@@ -618,3 +618,30 @@ def test_a_log_line_that_finds_no_room_is_dropped(tmp_path, capsys) -> None:
 def test_run_errors_are_failures() -> None:
     assert RunError("x").exit_code == 1
     assert OutputGoneError("x").exit_code == 1
+
+
+def test_a_plan_that_was_exchanged_together_with_its_marker_is_no_history(run_cfsp, sound_words, tmp_path) -> None:
+    folders = []
+    for number, seed in enumerate((0, 1)):
+        out = pruned(run_cfsp, [*sound_words, "importance=random", f"seed={seed}"], tmp_path)
+        folders.append(tmp_path / f"model{number}")
+        shutil.copytree(out / "model", folders[-1])
+        shutil.rmtree(out)
+    for name in ("plan.json", "cfsp_checkpoint.json"):  # of a run of equal widths, but other neurons
+        shutil.copy(folders[1] / name, folders[0] / name)
+    words = [*sound_words, f"model.path={folders[0]}", "sparsity.ratio=0.3", f"paths.output_dir={tmp_path / 'second'}"]
+    code, _, err = run_cfsp(*words)
+    assert code == 2, err
+    mentions(err.splitlines(), "plan.json", "not the plan of these weights", "model.safetensors")
+    assert not (tmp_path / "second" / "record.json").exists()
+
+
+@pytest.mark.parametrize("key", ["cache_dir", "records_dir"])
+def test_folders_of_the_run_in_the_model_folder_are_refused_before_anything_is_written(
+    run_cfsp, sound_words, model_folder, key
+) -> None:
+    before = sorted(path.name for path in model_folder.iterdir())
+    code, _, err = run_cfsp(*sound_words, f"paths.{key}={model_folder / 'sub'}")
+    assert code == 2, err
+    mentions(err.splitlines(), f"paths.{key}=", "model folder")
+    assert sorted(path.name for path in model_folder.iterdir()) == before

@@ -69,6 +69,13 @@ def test_markdown_shows_means_spreads_marks_and_where_it_all_comes_from(folder):
     assert all(f"`{'-'.join(cell.point.values())}`" in text for cell in cells)
 
 
+@pytest.mark.parametrize(("label", "shown"), [("[a]", "{}[a]"), ("*", "{}*"), ("cfsp *", "cfsp *")])
+def test_a_label_of_a_latex_row_is_no_argument_of_the_line_break_before_it(label, shown):
+    from cfsp.tables.render import _tex_label
+
+    assert _tex_label(label) == shown
+
+
 def test_latex_is_escaped_and_balanced(folder):
     path, cells = folder
     text = latex(table("main", LAYOUT, collect(cells, path).found), "c")
