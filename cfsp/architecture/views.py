@@ -18,6 +18,7 @@ from cfsp.architecture.experts import ExpertsFFN
 from cfsp.architecture.ffn import FFN, KNOWN_NAMES, ffn_of
 from cfsp.architecture.projection import Projection, is_matrix
 from cfsp.architecture.supported import refuse_other_kinds, state_space
+from cfsp.architecture.units import UnitKind, Units
 from cfsp.architecture.weights import Weights, weights_of
 from cfsp.errors import UnsupportedModelError
 
@@ -86,6 +87,17 @@ class BlockView:
         """The FFN where it is a mixture of experts; else None."""
         return self.ffn if isinstance(self.ffn, ExpertsFFN) else None
 
+    def units(self, kind: UnitKind) -> Units:
+        """Return the units of a kind that the block can lose: how many, and the parameters of each."""
+        if kind == "neurons" and self.ffn is not None:
+            return Units(self.ffn.width, self.ffn.neuron_parameters, 1, 1)
+        if kind == "experts" and self.experts is not None:
+            mixture = self.experts
+            return Units(mixture.n_experts, mixture.expert_parameters, mixture.least_experts, mixture.groups)
+        if kind == "kv_groups" and self.attention is not None:
+            return Units(self.attention.n_kv_heads, self.attention.group_parameters, 1, 1)
+        return Units()
+
     @property
     def channels(self) -> dict[str, Channels]:
         """Removable channels of the block by their kind, without those of experts."""
@@ -133,15 +145,19 @@ class DecoderView:
         """The blocks whose FFN is a mixture of experts."""
         return [block for block in self.blocks if block.experts is not None]
 
+    def units(self, kind: UnitKind) -> list[Units]:
+        """Return the units of a kind of each block."""
+        return [block.units(kind) for block in self.blocks]
+
     @property
     def widths(self) -> list[int]:
         """FFN neurons of each block; for a mixture, those of one expert; 0 where there is no FFN."""
-        return [block.ffn.width if block.ffn is not None else 0 for block in self.blocks]
+        return [units.n for units in self.units("neurons")]
 
     @property
     def kv_groups(self) -> list[int]:
         """KV groups of each block; 0 where there is no (recognised) attention."""
-        return [block.attention.n_kv_heads if block.attention is not None else 0 for block in self.blocks]
+        return [units.n for units in self.units("kv_groups")]
 
     @property
     def model_parameters(self) -> int:

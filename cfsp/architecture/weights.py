@@ -91,6 +91,44 @@ class Weights:
             ids = batch.to(device)
             yield ids, self.model(ids, use_cache=False).logits
 
+    @torch.no_grad()
+    def greedy(self, ids: Tensor, steps: int, choose: Callable[[Tensor], Tensor], label: str) -> Iterator[Tensor]:
+        """Yield the logits of sequences, then those after each token that continues them, for ``steps`` tokens at most.
+
+        Weights on disk give the first logits alone, since each further token would read all of them again.
+
+        Args:
+            ids: token ids, [n, T].
+            steps: number of logits in all.
+            choose: gives the next token [n] from logits, whose last position decides.
+            label: text of the progress line.
+
+        Yields:
+            Logits [n, t, V] on the device of the head; t is T at first.
+        """
+        device, tokens = self.device, []
+        ids = ids.to(device)
+        output = self.model(ids, use_cache=True)
+        for step in range(steps):
+            yield output.logits
+            if step + 1 == steps:
+                return
+            tokens.append(choose(output.logits).to(device))
+            past = getattr(output, "past_key_values", None)
+            if past is None:  # RecurrentGemma does not return its states, so all tokens are run again
+                output = self.model(torch.cat([ids, torch.stack(tokens, dim=1)], dim=1), use_cache=False)
+            else:
+                output = self.model(tokens[-1][:, None], past_key_values=past, use_cache=True)
+
+    def head_inputs(self, ids: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+        """Return the arguments of a forward pass whose blocks are skipped, so that only the head computes.
+
+        Args:
+            ids: token ids, [B, T].
+            hidden: the hidden states that enter the head, [B, T, d].
+        """
+        return {"input_ids": ids}
+
     def limit_hidden_states(self, buffer: Callable[[], SpillBuffer]) -> None:
         """Bound the memory of hidden states between two blocks; those of a model in memory stay on its device.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from cfsp.architecture.views import BlockView
-    from cfsp.model.driver import BlockDriver
 
 
 #: Number of greedy tokens. A streamed model gives only the first, since each further one would read it again.
@@ -52,9 +51,9 @@ def reference_of(model: Any, *, dtype: torch.dtype | None = None, tokenizer: Pat
     from cfsp.architecture.weights import weights_of
 
     ids = torch.from_numpy(token_windows(model, tokenizer))
-    compute = _block_by_block if weights_of(model).is_streamed else _in_memory
     with torch.no_grad(), _evaluating(model), _as_stored(model, dtype):
-        return _reference(model, dtype, ids, compute(model, ids))
+        steps = weights_of(model).greedy(ids, GREEDY, lambda logits: _likeliest(logits)[0], "reference")
+        return _reference(model, dtype, ids, _figures(steps, ids))
 
 
 class StreamedReference:
@@ -102,12 +101,9 @@ class StreamedReference:
         if self._seen < len(self._driver.view.blocks):
             return None
         with torch.no_grad(), _as_stored(self._model, self._dtype):
-            return _reference(
-                self._model,
-                self._dtype,
-                self._ids,
-                _from_hidden_states(self._model, self._driver, self._ids, self._hidden),
-            )
+            with self._driver.view.weights.resident_rest():
+                logits = self._driver.logits(self._ids, self._hidden)
+            return _reference(self._model, self._dtype, self._ids, _figures([logits], self._ids))
 
 
 def _reference(
@@ -163,53 +159,25 @@ def _to_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _in_memory(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (logprobs, top, greedy, margins) of :class:`Reference`, on the CPU."""
+def _figures(steps: Iterable[Tensor], ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (logprobs, top, greedy, margins) of :class:`Reference`, on the CPU.
+
+    Args:
+        steps: logits of the windows, then those after each greedy token; see :meth:`Weights.greedy`.
+        ids: the windows, [n, T].
+    """
     import torch
 
-    device = model.get_input_embeddings().weight.device
-    ids = ids.to(device)
-    output = model(ids, use_cache=True)
-    logprobs, top = _scored(output.logits, ids)
+    scored: tuple[Tensor, Tensor] | None = None
     tokens, margins = [], []
-    for step in range(GREEDY):
-        token, margin = _likeliest(output.logits)
+    for logits in steps:
+        if scored is None:
+            scored = _scored(logits, ids.to(logits.device))
+        token, margin = _likeliest(logits)
         tokens.append(token)
         margins.append(margin)
-        if step + 1 < GREEDY:
-            past = getattr(output, "past_key_values", None)
-            if past is None:  # RecurrentGemma does not return its states, so all tokens are run again
-                output = model(torch.cat([ids, torch.stack(tokens, dim=1).to(device)], dim=1), use_cache=False)
-            else:
-                output = model(token[:, None].to(device), past_key_values=past, use_cache=True)
-    return logprobs, top, torch.stack(tokens, dim=1), torch.stack(margins, dim=1)
-
-
-def _block_by_block(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the figures of :func:`_in_memory` for a streamed model, with a single greedy token.
-
-    Each block is read once.
-    """
-    from cfsp.architecture.views import resolve
-    from cfsp.model.driver import BlockDriver
-
-    driver = BlockDriver(resolve(model), len(ids))
-    hidden = driver.hidden_states()
-    for step in driver.steps(ids, "reference"):
-        hidden = step.advance()
-    return _from_hidden_states(model, driver, ids, hidden[0])
-
-
-def _from_hidden_states(
-    model: Any, driver: BlockDriver, ids: Tensor, hidden: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from cfsp.architecture.weights import weights_of
-
-    with weights_of(model).resident_rest():
-        logits = driver.logits(ids, hidden)
-    logprobs, top = _scored(logits, ids.to(logits.device))
-    token, margin = _likeliest(logits)
-    return logprobs, top, token[:, None], margin[:, None]
+    assert scored is not None
+    return *scored, torch.stack(tokens, dim=1), torch.stack(margins, dim=1)
 
 
 def _scored(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,10 +65,7 @@ class BlockByBlock(HFLM):
         finally:
             self._noted = None
         driver = BlockDriver(resolve(self._store.model), self.batch_size)
-        hidden = driver.hidden_states()
-        if batches:
-            for step in driver.steps(batches, "zero-shot"):
-                hidden = step.advance()
+        hidden = driver.leaving(batches, "zero-shot") if batches else driver.hidden_states()
         self._answers = zip(batches, hidden, strict=True)
         try:
             with torch.no_grad(), self._store.resident_rest():

@@ -137,6 +137,13 @@ class BlockDriver:
                 yield step
                 current = step._outputs or step.advance()
 
+    def leaving(self, input_ids: Tensor | Sequence[Tensor], label: str) -> HiddenStates:
+        """Run every block over all batches, and return the hidden states that leave the last one, [B, T, d] each."""
+        hidden = self.hidden_states()
+        for step in self.steps(input_ids, label):
+            hidden = step.advance()
+        return hidden
+
     @torch.no_grad()
     def entry(self, input_ids: Tensor | Sequence[Tensor], *, hidden: bool = True) -> Entry:
         """Run the model up to the first block, and skip the blocks.
@@ -173,9 +180,7 @@ class BlockDriver:
             Logits [B, T, V].
         """
         with _blocks_skipped(self.view, hidden):
-            if self.view.weights.is_streamed:  # so that no embedding is read
-                return self.view.model(inputs_embeds=hidden, use_cache=False).logits
-            return self.view.model(ids, use_cache=False).logits
+            return self.view.model(**self.view.weights.head_inputs(ids, hidden), use_cache=False).logits
 
     def hidden_states(self) -> HiddenStates:
         """Return an empty set, held on the model's device, or for a streamed model within its :class:`SpillBuffer`."""

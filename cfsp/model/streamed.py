@@ -19,9 +19,9 @@ from cfsp.architecture.views import BlockView, DecoderView, resolve, view_block
 from cfsp.architecture.weights import Weights
 from cfsp.errors import CheckpointError, RunError
 from cfsp.model.driver import BlockDriver
+from cfsp.model.parameter_names import parameter_places, stored_names
 from cfsp.model.snapshot import clone_module
 from cfsp.system.memory import return_freed
-from cfsp.weights.fit import stored_names
 from cfsp.weights.shards import Shards
 
 if TYPE_CHECKING:
@@ -114,15 +114,26 @@ class StreamedWeights(Weights):
         in memory.
         """
         driver = BlockDriver(resolve(self.model), batch_size)
-        hidden = driver.hidden_states()
-        for step in driver.steps(windows, label):
-            hidden = step.advance()
+        hidden = driver.leaving(windows, label)
         with self.resident_rest():
             for states, batch in zip(hidden, windows.split(batch_size), strict=True):
                 rows = 1 if self.device.type == "cpu" else batch_size
                 for part, ids in zip(states.split(rows), batch.split(rows), strict=True):
                     logits = driver.logits(ids, part)
                     yield ids.to(logits.device), logits
+
+    @torch.no_grad()
+    def greedy(self, ids: Tensor, steps: int, choose: Callable[[Tensor], Tensor], label: str) -> Iterator[Tensor]:
+        """Yield the first logits of :meth:`Weights.greedy` alone; each block is read once."""
+        driver = BlockDriver(resolve(self.model), len(ids))
+        hidden = driver.leaving(ids, label)
+        with self.resident_rest():
+            logits = driver.logits(ids, hidden[0])
+        yield logits
+
+    def head_inputs(self, ids: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+        """Return the hidden states in the place of embeddings, so that no embedding is read."""
+        return {"inputs_embeds": hidden}
 
     def limit_hidden_states(self, buffer: Callable[[], SpillBuffer]) -> None:
         """Bound the memory of hidden states between two blocks; what is above the limit goes to disk."""
@@ -262,7 +273,7 @@ class StreamedWeights(Weights):
         except BaseException:
             del self._users[index]
             raise
-        for module, name, path in _places(block.module):
+        for module, name, path in parameter_places(block.module):
             module._parameters[name] = nn.Parameter(tensors[path], requires_grad=False)
 
     def _leave(self, block: BlockView) -> None:
@@ -273,7 +284,7 @@ class StreamedWeights(Weights):
         if self._users[index]:
             return
         del self._users[index]
-        for module, name, _ in _places(block.module):
+        for module, name, _ in parameter_places(block.module):
             parameter = module._parameters[name]
             assert parameter is not None
             module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
@@ -296,7 +307,7 @@ class StreamedWeights(Weights):
         self.reads[origin.index] += 1
         prefix = self._prefixes[origin.index]
         block = view_block(self.model, f"block {origin.index}", origin.index, clone_module(origin.stored))
-        places = {self._names[prefix + path]: (module, name) for module, name, path in _places(block.module)}
+        places = {self._names[prefix + path]: (module, name) for module, name, path in parameter_places(block.module)}
         for stored in self.shards.in_order(places):
             tensor = self._checked(stored, self.shards.read(stored), block=origin.index).to(self.device)
             module, name = places[stored]
@@ -305,7 +316,7 @@ class StreamedWeights(Weights):
             self.samples[origin.index] = block_sample(block)
         if origin.decision is not None:
             slice_block(block, origin.decision, self._tensors)
-        sliced = {path: getattr(module, name).detach() for module, name, path in _places(block.module)}
+        sliced = {path: getattr(module, name).detach() for module, name, path in parameter_places(block.module)}
         return {path: self._rounded(prefix + path, tensor) for path, tensor in sliced.items()}
 
     def _as_computed(self, name: str, tensor: Tensor) -> Tensor:
@@ -333,13 +344,3 @@ class StreamedWeights(Weights):
         if rounded.numel() and not all(map(torch.isfinite, torch.aminmax(rounded))):
             raise RunError(f"{name} does not fit into {self.rounded_to}; use save.dtype=bfloat16 or float32")
         return rounded
-
-
-def _places(module: nn.Module) -> list[tuple[nn.Module, str, str]]:
-    """Return (module, attribute, dotted name within ``module``) of every parameter."""
-    return [
-        (child, name, f"{prefix}.{name}" if prefix else name)
-        for prefix, child in module.named_modules()
-        for name, parameter in child._parameters.items()
-        if parameter is not None
-    ]

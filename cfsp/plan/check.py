@@ -90,9 +90,9 @@ def sizes_of(view: DecoderView) -> list[BlockSizes]:
     """Return the sizes of each block of a model."""
     return [
         BlockSizes(
-            0 if block.ffn is None else block.ffn.width,
-            block.attention.n_kv_heads if block.attention is not None else (0 if block.attention_removed else None),
-            None if block.experts is None else block.experts.n_experts,
+            block.units("neurons").n,
+            block.units("kv_groups").n if block.attention is not None or block.attention_removed else None,
+            block.units("experts").n or None,
         )
         for block in view.blocks
     ]

@@ -213,8 +213,8 @@ def _plain_keys(
     The keys state one FFN width, or one width and one number of experts for all mixtures.
     """
     blocks = view.mixtures or list(view.blocks)
-    widths = {block.ffn.width if block.ffn is not None else 0 for block in blocks}
-    counts = {block.experts.n_experts for block in blocks if block.experts is not None}
+    widths = {block.units("neurons").n for block in blocks}
+    counts = {block.units("experts").n for block in view.mixtures}
     if len(widths) != 1 or len(counts) > 1:
         return None
     width_keys = [{key: next(iter(widths))} for key in _WIDTH_KEYS if hasattr(config, key)]

@@ -8,7 +8,6 @@ from typing import TypeVar
 
 from torch import nn
 
-from cfsp.architecture.ffn import FFN
 from cfsp.architecture.views import BlockView, DecoderView, resolve
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.model.snapshot import restored
@@ -102,25 +101,23 @@ def _pairs(view: DecoderView, plan: PruningPlan) -> zip[tuple[BlockView, BlockPl
 
 
 def _check_block(block: BlockView, decision: BlockPlan) -> None:
-    experts = block.experts
-    dense = block.ffn.width if isinstance(block.ffn, FFN) else 0
+    mixture, experts, width = block.experts, block.units("experts"), block.units("neurons").n
     staying = decision.expert_neurons_kept or ()
-    if staying and (experts is None or (decision.experts_kept is None and len(staying) != experts.n_experts)):
+    if staying and (mixture is None or (decision.experts_kept is None and len(staying) != experts.n)):
         raise CheckpointError(
-            f"block {block.index}: the plan keeps neurons of {len(staying)} experts, the model has "
-            f"{0 if experts is None else experts.n_experts}"
+            f"block {block.index}: the plan keeps neurons of {len(staying)} experts, the model has {experts.n}"
         )
-    if experts is not None and decision.experts_kept is not None and len(decision.experts_kept) < experts.least_experts:
+    if mixture is not None and decision.experts_kept is not None and len(decision.experts_kept) < experts.least:
         raise UnsupportedModelError(
             f"block {block.index}: the plan keeps {len(decision.experts_kept)} experts; its router needs "
-            f"{experts.least_experts} to choose {experts.top_k} of"
+            f"{experts.least} to choose {mixture.top_k} of"
         )
     neurons = max((kept for kept in staying), key=lambda kept: kept[-1], default=None)
     for kept, what, there in (
-        (decision.ffn_kept, "neuron", dense),
-        (neurons, "neuron", 0 if experts is None else experts.width),
-        (decision.experts_kept, "expert", 0 if experts is None else experts.n_experts),
-        (decision.kv_groups_kept, "KV group", block.attention.n_kv_heads if block.attention is not None else 0),
+        (decision.ffn_kept, "neuron", width if mixture is None else 0),
+        (neurons, "neuron", 0 if mixture is None else width),
+        (decision.experts_kept, "expert", experts.n),
+        (decision.kv_groups_kept, "KV group", block.units("kv_groups").n),
     ):
         if kept is not None and kept[-1] >= there:
             raise CheckpointError(f"block {block.index}: the plan keeps {what} {kept[-1]}, the model has {there}")

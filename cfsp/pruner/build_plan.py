@@ -40,7 +40,7 @@ def complete(
     total = sum(gone.values())
     net = total - added
     scopes = {
-        "ffn": sum(block.ffn.width * block.ffn.neuron_parameters for block in view.blocks if block.ffn is not None),
+        "ffn": sum(units.total for units in view.units("neurons")),
         "decoder": view.decoder_parameters,
         "model": view.model_parameters,
     }
@@ -85,7 +85,8 @@ def removed_parameters(view: DecoderView, block: BlockView, plan: BlockPlan) -> 
         if not plan.ffn:
             ffn = submodule_parameters(block, "mlp")
     if block.attention is not None and plan.kv_groups_kept is not None:
-        attention = (block.attention.n_kv_heads - len(plan.kv_groups_kept)) * block.attention.group_parameters
+        groups = block.units("kv_groups")
+        attention = (groups.n - len(plan.kv_groups_kept)) * groups.parameters
     if not plan.attention and not block.attention_removed:
         attention = submodule_parameters(block, "attention")
     if not plan.keeps_block:
@@ -116,7 +117,7 @@ def _details(
     rows = []
     view, block_statistics = context.driver.view, context.statistics.blocks
     for block, plan, statistics in zip(view.blocks, blocks, block_statistics, strict=True):
-        base_width, base_groups = view.widths[block.index], view.kv_groups[block.index]
+        base_width, base_groups = block.units("neurons").n, block.units("kv_groups").n
         width = 0 if not plan.ffn else _kept_width(base_width, plan)
         groups = base_groups if plan.kv_groups_kept is None else len(plan.kv_groups_kept)
         share = width / base_width if base_width else 0.0

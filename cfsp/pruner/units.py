@@ -20,21 +20,17 @@ def free_blocks(view: DecoderView, budget: Budget) -> list[BlockView]:
 
 def count_neurons(view: DecoderView, budget: Budget) -> int:
     """Count FFN neurons; of a mixture those of every expert."""
-    return sum(
-        block.ffn.width * (1 if block.experts is None else block.experts.n_experts)
-        for block in free_blocks(view, budget)
-        if block.ffn is not None
-    )
+    return sum(block.units("neurons").n * max(1, block.units("experts").n) for block in free_blocks(view, budget))
 
 
 def count_kv_groups(view: DecoderView, budget: Budget) -> int:
     """Count the KV groups of all attentions that are recognised."""
-    return sum(block.attention.n_kv_heads for block in free_blocks(view, budget) if block.attention is not None)
+    return sum(block.units("kv_groups").n for block in free_blocks(view, budget))
 
 
 def count_experts(view: DecoderView, budget: Budget) -> int:
     """Count the routed experts of all mixtures."""
-    return sum(block.experts.n_experts for block in free_blocks(view, budget) if block.experts is not None)
+    return sum(block.units("experts").n for block in free_blocks(view, budget))
 
 
 def block_sizes(view: DecoderView) -> list[int]:

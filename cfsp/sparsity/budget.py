@@ -52,28 +52,19 @@ class Sizes:
     @staticmethod
     def of(view: DecoderView, structure: Structure = "ffn") -> Sizes:
         """Return the sizes of a model for a pruner that removes units of ``structure``."""
-        costs = [block.ffn.neuron_parameters if block.ffn is not None else 0 for block in view.blocks]
-        group_costs = [block.attention.group_parameters if block.attention is not None else 0 for block in view.blocks]
+        neurons, groups = view.units("neurons"), view.units("kv_groups")
+        whole = structure == "experts"
+        removable = view.units("experts") if whole else neurons
         zeros = (0,) * len(view.blocks)
-        widths = zeros if structure == "heads" else tuple(view.widths)
-        unit_costs: tuple[int, ...] = tuple(costs)
-        steps: tuple[tuple[int, int], ...] = ()
-        if structure == "experts":
-            mixtures = [block.experts for block in view.blocks]
-            widths = tuple(0 if mixture is None else mixture.n_experts for mixture in mixtures)
-            unit_costs = tuple(0 if mixture is None else mixture.expert_parameters for mixture in mixtures)
-            steps = tuple(
-                (0, 0) if mixture is None else (mixture.least_experts, mixture.groups) for mixture in mixtures
-            )
         return Sizes(
-            widths=widths,
-            neuron_parameters=unit_costs,
-            kv_groups=tuple(view.kv_groups) if structure in ("heads", "heads_ffn") else zeros,
-            group_parameters=tuple(group_costs),
-            ffn_parameters=sum(n * cost for n, cost in zip(view.widths, costs, strict=True)),
+            widths=zeros if structure == "heads" else tuple(units.n for units in removable),
+            neuron_parameters=tuple(units.parameters for units in removable),
+            kv_groups=tuple(units.n for units in groups) if structure in ("heads", "heads_ffn") else zeros,
+            group_parameters=tuple(units.parameters for units in groups),
+            ffn_parameters=sum(units.total for units in neurons),
             decoder_parameters=view.decoder_parameters,
             model_parameters=view.model_parameters,
-            expert_steps=steps,
+            expert_steps=tuple((units.least, units.step) for units in removable) if whole else (),
         )
 
     def of_scope(self, scope: Scope) -> int:

@@ -184,24 +184,3 @@ def untie(config: Any) -> None:
     for section in {id(section): section for section in (config, text)}.values():
         if hasattr(section, "tie_word_embeddings"):
             section.tie_word_embeddings = False
-
-
-def stored_names(model: Any, shards: Shards) -> dict[str, str]:
-    """Map names in the model to names in the checkpoint; a tied parameter is read by the name that is stored.
-
-    Raises:
-        CheckpointError: a weight is not there.
-    """
-    same: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        same.setdefault(id(parameter), []).append(name)
-    names_in_files: dict[str, str] = {}
-    for names in same.values():
-        stored = [name for name in names if name in shards]
-        if not stored:
-            raise CheckpointError(
-                f"{shards.folder}: {names[0]} is not in the safetensors files under the model's own name; use "
-                "model.streaming=off, or fetch the model again"
-            )
-        names_in_files.update(dict.fromkeys(names, stored[0]))
-    return names_in_files

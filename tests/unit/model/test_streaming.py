@@ -673,3 +673,34 @@ def test_a_view_gives_access_to_its_weights_wherever_they_are(folder) -> None:
     assert not disk.weights.round_to(torch.bfloat16), "values are rounded when they are read"
     with disk.weights.resident(disk.blocks[0]):
         assert all(map(torch.equal, disk.blocks[0].module.parameters(), memory.blocks[0].module.parameters()))
+
+
+def test_weights_on_disk_give_the_first_logits_of_a_greedy_continuation_alone(folder) -> None:
+    source, cpu = locate(ModelSection(name="m", path=str(folder))), torch.device("cpu")
+    model = load_model(source, dtype=torch.float32, device=cpu)
+    memory, disk = weights_of(model), weights_of(load_streamed(source, dtype=torch.float32, device=cpu))
+    ids = torch.randint(VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(1))
+
+    def choose(logits: torch.Tensor) -> torch.Tensor:
+        return logits[:, -1].argmax(-1)
+
+    found = list(memory.greedy(ids, 3, choose, "greedy"))
+    assert [logits.shape[1] for logits in found] == [8, 1, 1]
+    text = ids
+    for logits in found:
+        with torch.no_grad():
+            expected = model(text, use_cache=False).logits
+        torch.testing.assert_close(logits[:, -1], expected[:, -1])
+        text = torch.cat([text, choose(expected)[:, None]], dim=1)
+    (alone,) = disk.greedy(ids, 3, choose, "greedy")
+    torch.testing.assert_close(alone, found[0])
+    assert max(disk.reads) <= 2, "once for the pass; the class of the blocks may be tried before"
+
+
+def test_the_head_of_a_streamed_model_reads_no_embedding(folder) -> None:
+    source, cpu = locate(ModelSection(name="m", path=str(folder))), torch.device("cpu")
+    ids, hidden = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, 32)
+    memory = weights_of(load_model(source, dtype=torch.float32, device=cpu)).head_inputs(ids, hidden)
+    disk = weights_of(load_streamed(source, dtype=torch.float32, device=cpu)).head_inputs(ids, hidden)
+    assert memory == {"input_ids": ids}
+    assert disk == {"inputs_embeds": hidden}

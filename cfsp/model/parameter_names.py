@@ -1,0 +1,43 @@
+"""Names of a model's parameters: where they are in its modules, and under which name a checkpoint stores them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cfsp.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cfsp.weights.shards import Shards
+
+
+def stored_names(model: Any, shards: Shards) -> dict[str, str]:
+    """Map names in the model to names in the checkpoint; a tied parameter is read by the name that is stored.
+
+    Raises:
+        CheckpointError: a weight is not there.
+    """
+    same: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        same.setdefault(id(parameter), []).append(name)
+    stored_of: dict[str, str] = {}
+    for names in same.values():
+        stored = [name for name in names if name in shards]
+        if not stored:
+            raise CheckpointError(
+                f"{shards.folder}: {names[0]} is not in the safetensors files under the model's own name; use "
+                "model.streaming=off, or fetch the model again"
+            )
+        stored_of.update(dict.fromkeys(names, stored[0]))
+    return stored_of
+
+
+def parameter_places(module: nn.Module) -> list[tuple[nn.Module, str, str]]:
+    """Return (module, attribute, dotted name within ``module``) of every parameter."""
+    return [
+        (child, name, f"{prefix}.{name}" if prefix else name)
+        for prefix, child in module.named_modules()
+        for name, parameter in child._parameters.items()
+        if parameter is not None
+    ]
