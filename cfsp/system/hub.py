@@ -44,6 +44,22 @@ def fetch_file(repo: str, file: str, revision: str | None) -> Path:
     return _fetch(repo, "dataset", revision, download)
 
 
+def files_of(repo: str, snapshot: Path) -> list[str]:
+    """Return the names of the files of a model repository at the commit of a snapshot.
+
+    Args:
+        repo: id of the repository.
+        snapshot: folder that :func:`fetch_snapshot` returned; its files are named where the hub does not answer.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        with off_the_console(), patient_session(_BRIEF):
+            return HfApi().list_repo_files(repo, revision=snapshot.name)
+    except Exception:  # the hub and the network fail in many ways
+        return [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()]
+
+
 def _fetch(repo: str, kind: str, revision: str | None, download: Callable[..., str]) -> Path:
     """Download at the current commit of ``revision``, or use an earlier download from the cache.
 
