@@ -157,7 +157,7 @@ def _located(section: ModelSection, cache: Path | None) -> ModelSource:
     snapshot = _snapshot(path, section.revision, patterns)
     commit = snapshot.name
     if not any(snapshot.glob("*.safetensors")):
-        names = gguf_files_on_hub(path, snapshot)
+        names = gguf_files_on_hub(path, snapshot, section.revision)
         if names:
             name = the_only_one(names, f"model.path={path}")
             return _from_hub_gguf(section, _snapshot(path, section.revision, [name]), name, cache)
@@ -192,9 +192,12 @@ def _digests(cache: Path | None) -> Path | None:
     return None if cache is None else cache / "digests"
 
 
-def gguf_files_on_hub(repo: str, snapshot: Path) -> list[str]:
+def gguf_files_on_hub(repo: str, snapshot: Path, revision: str | None = None) -> list[str]:
     """Return the GGUF files of a repository; those in the local cache where the hub does not answer."""
-    return sorted(name for name in files_of(repo, snapshot) if name.lower().endswith(".gguf"))
+    try:
+        return files_of(repo, snapshot, ".gguf")
+    except Exception as error:
+        raise _hub_failed(repo, error, revision) from error
 
 
 def _from_hub_gguf(section: ModelSection, snapshot: Path, name: str, cache: Path | None) -> ModelSource:
@@ -270,11 +273,12 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         return fetch_snapshot(repo, revision, allow=patterns, ignore=["consolidated*", "original/*"])
     except Exception as error:
-        raise CheckpointError(
-            hub_error(
-                f"model.path={repo}", error, "a local folder, e.g. model=local model.path=FOLDER", revision=revision
-            )
-        ) from error
+        raise _hub_failed(repo, error, revision) from error
+
+
+def _hub_failed(repo: str, error: Exception, revision: str | None) -> CheckpointError:
+    way_out = "a local folder, e.g. model=local model.path=FOLDER"
+    return CheckpointError(hub_error(f"model.path={repo}", error, way_out, revision=revision))
 
 
 def _from_folder(

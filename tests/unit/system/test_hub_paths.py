@@ -184,6 +184,14 @@ def test_gguf_files_that_cannot_be_chosen(server):
     mentions([refused(GGUF, gguf_file="tiny.gguf", revision="v9")], f"model.path={GGUF}", "no such revision (v9)")
 
 
+def test_a_list_of_files_that_cannot_be_had_is_not_an_empty_one(server, monkeypatch):
+    def failing(*_: Any, **__: Any) -> None:
+        raise patient_session.HubFailedError("the hub answered 503, after 5 attempts")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", failing)
+    mentions([refused(GGUF)], f"model.path={GGUF}", "answered 503")
+
+
 def test_a_gated_gguf_file(server, monkeypatch):
     for keys in ({}, {"gguf_file": "tiny.gguf"}):
         mentions([refused(GATED, **keys)], f"model.path={GATED}", "gated", "accept its licence", "HF_TOKEN")
