@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ on the weights themselves (that a unit which is removed is one which is zero) is
                                        config.json, and where the two differ
   cfsp inspect path=DIR                a model folder (config.json is enough), or the OUT of a run that saved one
   cfsp inspect path=FILE.gguf          a GGUF file, by its header
-  cfsp inspect path=ORGANISATION/NAME  a model of the hub, by its config.json
+  cfsp inspect path=ORGANISATION/NAME  a model of the hub, by its config.json, or by the header of its GGUF file
 
+  gguf_file=FILE.gguf      the file, where the folder or the repository has several
   json=true                print it for programs
   trust_remote_code=true   run the Python code that the model brings
   config_dir=FOLDER        pruners of FOLDER/pruner too, as a run finds them with --config-dir FOLDER
@@ -35,7 +37,7 @@ on the weights themselves (that a unit which is removed is one which is zero) is
 Exit codes: 0 printed, 1 failed on the way, 2 wrong input, or a model that is none to prune.
 """
 
-_KEYS = ("model", "path", "json", "trust_remote_code", "config_dir", "plugins.allow")
+_KEYS = ("model", "path", "gguf_file", "json", "trust_remote_code", "config_dir", "plugins.allow")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Request:
     Attributes:
         model: name of a model of conf/model; None where ``path`` is given.
         path: a model folder, OUT of a run, or a model of the hub; None where ``model`` is given.
+        gguf_file: name of the GGUF file in ``path``; None: there is only one, or none.
         json: print the report for programs.
         trust_remote_code: run the Python code that the model brings.
         config_dir: folder with further pruners.
@@ -53,6 +56,7 @@ class Request:
 
     model: str | None = None
     path: str | None = None
+    gguf_file: str | None = None
     json: bool = False
     trust_remote_code: bool = False
     config_dir: Path | None = None
@@ -83,13 +87,16 @@ def request_of(words: Sequence[str]) -> Request:
         )
     elif "model" not in given and "path" not in given and not problems:
         problems.append("neither model nor path is set: give model=NAME or path=DIR; see cfsp inspect --help")
+    if "gguf_file" in given and "path" not in given and not problems:
+        problems.append(f"gguf_file={given['gguf_file']}: names a file of path=DIR; give both, or leave it out")
     folder = Path(given["config_dir"]) if "config_dir" in given else None
     if folder is not None and not folder.is_dir():
         problems.append(f"config_dir={folder}: there is no such folder; give the folder that has pruner/NAME.yaml")
     if problems:
         raise ConfigError(*problems)
     allow = tuple(name.strip() for name in given.get("plugins.allow", "").strip("[]").split(",") if name.strip())
-    return Request(given.get("model"), given.get("path"), config_dir=folder, allow=allow, **flags)
+    model, path, file = (given.get(key) for key in ("model", "path", "gguf_file"))
+    return Request(model, path, file, flags["json"], flags["trust_remote_code"], folder, allow)
 
 
 def inspected(request: Request) -> Report:
@@ -104,7 +111,8 @@ def inspected(request: Request) -> Report:
 
     trust = request.trust_remote_code
     try:
-        with _silent(), numbers_of(request.model, request.path, trust_remote_code=trust) as numbers:
+        given = numbers_of(request.model, request.path, trust_remote_code=trust, gguf_file=request.gguf_file)
+        with _silent(), given as numbers:
             return report_of(numbers, trust_remote_code=trust, plugins=Plugins(request.config_dir, request.allow))
     except CfspError as error:
         raise _with_own_keys(error) from error
@@ -125,10 +133,7 @@ def _silent() -> Iterator[None]:
 
 def _with_own_keys(error: CfspError) -> CfspError:
     """Return the error with the keys of this command: model.path of a run is path here."""
-    problems = [
-        problem.replace("model.path=", "path=").replace("model.trust_remote_code=", "trust_remote_code=")
-        for problem in error.problems
-    ]
+    problems = [re.sub(r"\bmodel\.(path|trust_remote_code|gguf_file)=", r"\1=", problem) for problem in error.problems]
     return type(error)(*problems) if isinstance(error, ConfigError) else type(error)("; ".join(problems))
 
 

@@ -95,6 +95,8 @@ class ModelSection(Section):
     gguf_file: Annotated[str | None, Decides("content", before=None)] = Field(
         default=None, description="the GGUF file in the folder or repository, where there are several"
     )
+    #: Decides nothing of its own: without it a quantised checkpoint is refused.
+    dequantize: Annotated[bool, Decides("nothing")] = False
     dtype: DType = "auto"
     device: Annotated[str, AfterValidator(_device), Decides("nothing")] = "auto"
     trust_remote_code: Annotated[bool, Decides("nothing")] = False

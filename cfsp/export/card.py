@@ -150,6 +150,7 @@ def facts_of_run(
     recovery: str | None = None,
     measurements: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     earlier: Mapping[str, Any] | None = None,
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """Return the facts of a run, as JSON values.
 
@@ -164,6 +165,7 @@ def facts_of_run(
         measurements: side -> figures as the record holds them.
         earlier: facts of the model that the run started from, where that was pruned already. Base model, licence and
             the parameters before pruning are then those of the first model, and the steps are listed one by one.
+        weights: a sentence on base weights that were quantised before; None where they were not.
     """
     kept = ("suite", "task", "metric", "value", "stderr", "n", "seq_len", "num_fewshot", "unit")
     first = earlier if earlier and "base_model" in earlier else {}
@@ -171,10 +173,12 @@ def facts_of_run(
     if first:
         parameters["before"] = first["parameters"]["before"]
         base_model, hub_id, licence = first["base_model"], first.get("hub_id"), first.get("licence") or {}
+        weights = first.get("weights")
     return {
         "base_model": base_model,
         "hub_id": hub_id,
         "licence": dict(licence),
+        **({"weights": weights} if weights else {}),
         "earlier": [*first.get("earlier", ()), _step_facts(first)] if first else [],
         "method": plan.method.get("name"),
         "requested": plan.requested,
@@ -237,6 +241,7 @@ def model_card(facts: Mapping[str, Any], format: str, name: str) -> str:
         f"{base} after structured pruning with cfsp ({how}){after}: "
         f"{parameters['before']:,} parameters before, {parameters['after']:,} after.",
         "",
+        *([f"- base model: {facts['weights']}"] if facts.get("weights") else []),
         *(_step_line(step, at if len(steps) > 1 else 0) for at, step in enumerate(steps, 1)),
         f"- FFN neurons of each layer: {' '.join(str(width) for width in facts['widths'])}",
         f"- KV groups of each layer: {' '.join(str(groups) for groups in facts['kv_groups'])}",

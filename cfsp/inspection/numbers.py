@@ -21,11 +21,12 @@ from cfsp.model.transformers_config import load_config
 from cfsp.system.hub import TIMEOUT, fetch_snapshot
 from cfsp.system.hub_errors import hub_error, hub_reason
 from cfsp.system.package import config_folder, package_path
+from cfsp.weights.dequantise import note_of, write_config_of
 from cfsp.weights.folder_check import ADAPTER, check_files, check_no_adapter, read_config
-from cfsp.weights.gguf_choice import gguf_file_of
+from cfsp.weights.gguf_choice import gguf_file_of, the_only_one
 from cfsp.weights.gguf_header import read_header
 from cfsp.weights.gguf_model import config_of, unread_settings, write_config
-from cfsp.weights.source import ModelSource, is_hub_id
+from cfsp.weights.source import ModelSource, gguf_files_on_hub, is_hub_id
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,16 @@ def names() -> list[str]:
 
 
 @contextmanager
-def numbers_of(model: str | None, path: str | None, *, trust_remote_code: bool = False) -> Iterator[Numbers]:
+def numbers_of(
+    model: str | None, path: str | None, *, trust_remote_code: bool = False, gguf_file: str | None = None
+) -> Iterator[Numbers]:
     """Yield the numbers of a model; temporary files are removed at the end.
 
     Args:
         model: name of a file of conf/model; None: ``path`` is given.
         path: folder or hub id.
         trust_remote_code: whether code on the hub is fetched and run.
+        gguf_file: name of the GGUF file in ``path``, where there are several.
 
     Raises:
         ConfigError: there is no such model, or it has no numbers.
@@ -69,18 +73,19 @@ def numbers_of(model: str | None, path: str | None, *, trust_remote_code: bool =
         if model is not None:
             yield _numbers_of_name(model, Path(scratch), trust_remote_code)
         else:
-            yield _numbers_of_path(str(path), Path(scratch), trust_remote_code)
+            yield _numbers_of_path(str(path), gguf_file, Path(scratch), trust_remote_code)
 
 
-def _numbers_of_path(path: str, scratch: Path, trust_remote_code: bool) -> Numbers:
+def _numbers_of_path(path: str, gguf_file: str | None, scratch: Path, trust_remote_code: bool) -> Numbers:
     folder = Path(path).expanduser()
-    file = gguf_file_of(folder, None, f"path={path}")
+    section = ModelSection(name="path", path=path, gguf_file=gguf_file)
+    file = gguf_file_of(folder, gguf_file, f"path={path}")
     if file is not None:
         return replace(_numbers_of_gguf(file, f"path={path}", scratch), by_path=True)
     if folder.exists() or not is_hub_id(path):
-        return replace(_numbers_of_folder(folder.resolve().name, f"path={path}", path, folder), by_path=True)
+        return replace(_numbers_of_folder(folder.resolve().name, f"path={path}", path, folder, scratch), by_path=True)
     try:
-        return replace(_numbers_of_hub(path, path, None, trust_remote_code), by_path=True)
+        return replace(_numbers_of_hub(path, section, scratch, trust_remote_code), by_path=True)
     except CheckpointError:
         raise
     except Exception as error:  # the hub and the network fail in many ways
@@ -97,9 +102,9 @@ def _numbers_of_name(name: str, scratch: Path, trust_remote_code: bool) -> Numbe
     folder, yaml_values = package_path(section.path), section.architecture
     try:
         if section.path.startswith("pkg://") or folder.is_dir() or not is_hub_id(section.path):
-            numbers = _numbers_of_folder(name, f"model={name}", section.path, folder)
+            numbers = _numbers_of_folder(name, f"model={name}", section.path, folder, scratch)
         else:
-            numbers = _numbers_of_hub(name, section.path, section.revision, trust_remote_code)
+            numbers = _numbers_of_hub(name, section, scratch / "hub", trust_remote_code)
     except Exception as error:  # the hub and the network fail in many ways
         if yaml_values is None and isinstance(error, CheckpointError):
             raise
@@ -135,7 +140,7 @@ def _section(name: str) -> ModelSection:
         raise ConfigError(*(f"{_file(name)}: {line}" for line in problems_of(error, "", ModelSection))) from error
 
 
-def _numbers_of_folder(name: str, where: str, origin: str, folder: Path) -> Numbers:
+def _numbers_of_folder(name: str, where: str, origin: str, folder: Path, scratch: Path) -> Numbers:
     """Return the numbers of a folder.
 
     Args:
@@ -143,6 +148,7 @@ def _numbers_of_folder(name: str, where: str, origin: str, folder: Path) -> Numb
         where: key=value that named the folder, for messages.
         origin: the folder as the user wrote it.
         folder: its path.
+        scratch: an empty folder.
     """
     if not folder.is_dir():
         problem = "this is a file" if folder.exists() else "there is no such folder"
@@ -153,7 +159,19 @@ def _numbers_of_folder(name: str, where: str, origin: str, folder: Path) -> Numb
     check_files(folder, where)
     source = ModelSource(name, origin, folder, _config(where, folder), "")
     weights = any(folder.glob("*.safetensors"))
-    return Numbers(source, "folder", () if weights else ("the folder holds no *.safetensors weights",))
+    notes = () if weights else ("the folder holds no *.safetensors weights",)
+    return _dequantised(Numbers(source, "folder", notes), scratch)
+
+
+def _dequantised(numbers: Numbers, scratch: Path) -> Numbers:
+    """Return the numbers; those of a quantised checkpoint as a run dequantises it, or says that it cannot."""
+    source = numbers.source
+    note = note_of(source.config)
+    if note is None:
+        return numbers
+    write_config_of(source.folder, scratch)
+    plain = replace(source, folder=scratch, config=_config(source.origin, scratch))
+    return replace(numbers, source=plain, notes=(*numbers.notes, note))
 
 
 def _numbers_of_gguf(file: Path, where: str, scratch: Path) -> Numbers:
@@ -166,15 +184,34 @@ def _numbers_of_gguf(file: Path, where: str, scratch: Path) -> Numbers:
     return Numbers(ModelSource(file.stem, str(file), scratch, _config(where, scratch), ""), "gguf", tuple(notes))
 
 
-def _numbers_of_hub(name: str, repo: str, revision: str | None, trust_remote_code: bool) -> Numbers:
-    """Return the numbers of config.json on the hub or in its local cache; no weight is fetched."""
+def _numbers_of_hub(name: str, section: ModelSection, scratch: Path, trust_remote_code: bool) -> Numbers:
+    """Return the numbers of config.json on the hub or in its local cache; no weight is fetched but a GGUF file."""
+    repo, file = str(section.path), section.gguf_file
     code = ["*.py"] if trust_remote_code else []
-    folder = fetch_snapshot(repo, revision, allow=["config.json", *code], ignore=[])
+    folder = fetch_snapshot(repo, section.revision, allow=["config.json", *code], ignore=[])
+    scratch.mkdir(exist_ok=True)
+    if file is None and not (folder / "config.json").is_file():
+        names = gguf_files_on_hub(repo, folder)
+        file = the_only_one(names, f"path={repo}") if names else None
+    if file is not None:
+        return _numbers_of_gguf_on_hub(section, file, scratch)
     origin = f"{repo}@{folder.name}"
     adapter = _adapter_of_hub(repo, folder.name)
     if adapter is not None:
         check_no_adapter(adapter, origin, full_weights=(folder / "config.json").is_file())
-    return Numbers(ModelSource(name, origin, folder, _config(origin, folder), ""), "hub")
+    source = ModelSource(name, origin, folder, _config(origin, folder), "")
+    return _dequantised(Numbers(source, "hub"), scratch)
+
+
+def _numbers_of_gguf_on_hub(section: ModelSection, name: str, scratch: Path) -> Numbers:
+    """Return the numbers in the header of a GGUF file on the hub, which is fetched for it and kept for a run."""
+    repo = str(section.path)
+    folder = fetch_snapshot(repo, section.revision, allow=[name], ignore=[])
+    if not (folder / name).is_file():
+        here = ", ".join(gguf_files_on_hub(repo, folder)[:8]) or "none"
+        raise CheckpointError(f"gguf_file={name}: {repo} has no such file; its GGUF files: {here}")
+    numbers = _numbers_of_gguf(folder / name, f"path={repo}", scratch)
+    return replace(numbers, source=replace(numbers.source, origin=f"{repo}@{folder.name}/{name}"))
 
 
 def _adapter_of_hub(repo: str, commit: str) -> Path | None:

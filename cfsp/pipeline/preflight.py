@@ -130,7 +130,8 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
     _refuse(problems)
     stored_dtype = config.save.dtype or source.stored_dtype
     changes = changed_by_tensors(source, trust_remote_code=trust)
-    notes = changes if source.gguf is None else (f"{source.name}: {source.gguf.sentence}", *source.gguf.notes, *changes)
+    origin = source.dequantised
+    notes = changes if origin is None else (f"{source.name}: {origin.sentence}", *origin.notes, *changes)
     identity = identity_of(
         config,
         # A model whose LM head differs from what config.json says gets an identity of its own: figures from before

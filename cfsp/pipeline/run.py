@@ -150,6 +150,7 @@ def _new_record(prepared: Prepared) -> RunRecord:
             "dtype": str(prepared.dtype).removeprefix("torch."),
             "device": str(prepared.device),
             **({"gguf": prepared.source.gguf.facts} if prepared.source.gguf is not None else {}),
+            **({"quantised": prepared.source.quantised.facts} if prepared.source.quantised is not None else {}),
             **({"notes": list(prepared.notes)} if prepared.notes else {}),
         },
         started=now(),

@@ -34,6 +34,7 @@ def facts_of_run(run: Run, plan: PruningPlan) -> dict[str, Any]:
         base_model=source.public_name,
         hub_id=source.hub_id,
         licence=card.licence_of(source.folder),
+        weights=None if source.dequantised is None else source.dequantised.sentence,
         plan=plan,
         calibration=record.calibration or {},
         state="recovered" if recovered else state_of_plan(plan),

@@ -44,6 +44,29 @@ def fetch_file(repo: str, file: str, revision: str | None) -> Path:
     return _fetch(repo, "dataset", revision, download)
 
 
+def files_of(repo: str, snapshot: Path, suffix: str) -> list[str]:
+    """Return the names of the files of a model repository at the commit of a snapshot.
+
+    Args:
+        repo: id of the repository.
+        snapshot: folder that :func:`fetch_snapshot` returned; its files are named where the hub does not answer.
+        suffix: end of the names, in small letters.
+    """
+    from huggingface_hub import HfApi
+
+    reason: Exception | None = None
+    try:
+        with off_the_console(), patient_session():
+            names = HfApi().list_repo_files(repo, revision=snapshot.name)
+    except Exception as error:  # the hub and the network fail in many ways
+        reason = error
+        names = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()]
+    found = sorted(name for name in names if name.lower().endswith(suffix))
+    if reason is not None and not found and not is_offline(reason):
+        raise reason  # that there is none is not known
+    return found
+
+
 def _fetch(repo: str, kind: str, revision: str | None, download: Callable[..., str]) -> Path:
     """Download at the current commit of ``revision``, or use an earlier download from the cache.
 

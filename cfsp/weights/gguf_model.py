@@ -8,11 +8,10 @@ or bfloat16 where the file holds that type and nothing is lost.
 
 from __future__ import annotations
 
-import io
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from cfsp.system.memory import available
 from cfsp.weights.atomic_folder import atomic_folder
 from cfsp.weights.gguf_header import GgufHeader
 from cfsp.weights.gguf_rope import FACTORS, scaling_in
+from cfsp.weights.transformers_noise import line_of, quiet
 
 #: Written last; what was written by another version of this module is written again.
 _FORMAT = 1
@@ -109,11 +109,11 @@ def config_of(header: GgufHeader, where: str) -> Any:
             f"{', '.join(supported)}; give the model as a folder of safetensors"
         )
     try:
-        with _quiet():
+        with quiet():
             config = AutoConfig.from_pretrained(str(header.file.parent), gguf_file=header.file.name)
     except Exception as error:  # the reader trusts the metadata, so anything can fail
         raise UnsupportedModelError(
-            f"{where}: transformers' GGUF reader cannot make a configuration of the metadata ({_line(error)}); give "
+            f"{where}: transformers' GGUF reader cannot make a configuration of the metadata ({line_of(error)}); give "
             "the model as a folder of safetensors"
         ) from error
     config.architectures = config.architectures or [_class_name(config, where)]
@@ -159,7 +159,7 @@ def write_weights(header: GgufHeader, outline: Path, folder: Path, where: str) -
         )
     model = _loaded(header, outline, where)
     with atomic_folder(folder) as scratch:
-        with _quiet():
+        with quiet():
             model.save_pretrained(scratch, max_shard_size=_MAX_SHARD)
         for file in outline.iterdir():  # config.json too: save_pretrained writes one with its own ideas
             (scratch / file.name).write_bytes(file.read_bytes())
@@ -178,14 +178,14 @@ def _loaded(header: GgufHeader, outline: Path, where: str) -> Any:
 
     config = AutoConfig.from_pretrained(outline)
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(header.file.parent), gguf_file=header.file.name, config=config, dtype=torch.float32,
                 output_loading_info=True,
             )  # fmt: skip
     except Exception as error:  # the reader checks little itself
         raise CheckpointError(
-            f"{where}: transformers' GGUF reader cannot load the weights ({_line(error)}); fetch the file again, or "
+            f"{where}: transformers' GGUF reader cannot load the weights ({line_of(error)}); fetch the file again, or "
             "give the model as a folder of safetensors"
         ) from error
     model, report = loaded
@@ -299,11 +299,11 @@ def _tokenizer(header: GgufHeader, where: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        with _quiet(), _alone(header.file) as folder:
+        with quiet(), _alone(header.file) as folder:
             tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), gguf_file=header.file.name)
     except Exception as error:  # the reader checks little itself
         raise CheckpointError(
-            f"{where}: transformers' GGUF reader cannot make a tokenizer of the metadata ({_line(error)}); fetch the "
+            f"{where}: transformers' GGUF reader cannot make a tokenizer of the metadata ({line_of(error)}); fetch the "
             "file again, or give the model as a folder of safetensors"
         ) from error
     if header.metadata.get("tokenizer.ggml.pre") == "smollm":  # the reader splits as GPT-2, without the digits
@@ -330,23 +330,3 @@ def _alone(file: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="cfsp-gguf-") as scratch:
         (Path(scratch) / file.name).symlink_to(file.resolve())
         yield Path(scratch)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the reader's warnings and its bars, which are also drawn where nobody watches."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(before)
-
-
-def _line(error: Exception) -> str:
-    """Return the first line of an error of the reader, which may have no text."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]

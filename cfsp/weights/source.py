@@ -18,9 +18,10 @@ from cfsp.config.sections import ModelSection, SavedDType
 from cfsp.errors import CheckpointError
 from cfsp.plan.history import MARKER
 from cfsp.system.digest import READERS, file_digest
-from cfsp.system.hub import fetch_snapshot
+from cfsp.system.hub import fetch_snapshot, files_of
 from cfsp.system.hub_errors import hub_error
 from cfsp.system.package import package_path
+from cfsp.weights.dequantise import QuantisedOrigin
 from cfsp.weights.folder_check import check_files, check_no_adapter, layers_of, read_config
 from cfsp.weights.gguf_choice import GgufOrigin, gguf_file_of, scratch_folder, the_only_one
 
@@ -49,6 +50,7 @@ class ModelSource:
         fingerprint: hash of the content.
         part: whole, or language_model: only the language model of a vision-language model, with another fingerprint.
         gguf: the GGUF file that the model is read from; ``folder`` then has no weights before :func:`with_weights`.
+        quantised: the quantised checkpoint that the model is read from; likewise.
     """
 
     name: str
@@ -58,6 +60,7 @@ class ModelSource:
     fingerprint: str
     part: Literal["whole", "language_model"] = "whole"
     gguf: GgufOrigin | None = None
+    quantised: QuantisedOrigin | None = None
 
     @property
     def hub_id(self) -> str | None:
@@ -68,8 +71,14 @@ class ModelSource:
     @property
     def public_name(self) -> str:
         """Name of the model without the path that it has on this machine."""
-        local = self.folder.resolve().name if self.gguf is None else Path(self.gguf.file).stem
+        folder = self.folder if self.quantised is None else self.quantised.path
+        local = folder.resolve().name if self.gguf is None else Path(self.gguf.file).stem
         return (self.hub_id or local).rpartition("/")[2]
+
+    @property
+    def dequantised(self) -> GgufOrigin | QuantisedOrigin | None:
+        """The quantised file or checkpoint that the weights are from; None where they were not quantised."""
+        return self.gguf or self.quantised
 
     @property
     def positions(self) -> int | None:
@@ -140,7 +149,7 @@ def _located(section: ModelSection, cache: Path | None) -> ModelSource:
         file = gguf_file_of(local, section.gguf_file, f"model.path={path}")
         if file is not None:
             return _from_gguf(section.name, file, origin=str(file), cache=cache)
-        return _from_folder(section.name, local, origin=str(local), digests=_digests(cache))
+        return _plain(_from_folder(section.name, local, origin=str(local), digests=_digests(cache)), section, cache)
     if section.gguf_file is not None:
         snapshot = _snapshot(path, section.revision, [section.gguf_file])
         return _from_hub_gguf(section, snapshot, section.gguf_file, cache)
@@ -148,33 +157,54 @@ def _located(section: ModelSection, cache: Path | None) -> ModelSource:
     snapshot = _snapshot(path, section.revision, patterns)
     commit = snapshot.name
     if not any(snapshot.glob("*.safetensors")):
-        names = _gguf_files_on_hub(path, commit, snapshot)
+        names = gguf_files_on_hub(path, snapshot, section.revision)
         if names:
             name = the_only_one(names, f"model.path={path}")
             return _from_hub_gguf(section, _snapshot(path, section.revision, [name]), name, cache)
-    return _from_folder(section.name, snapshot, origin=f"{path}@{commit}", fingerprint=f"hub:{path}@{commit}")
+    source = _from_folder(section.name, snapshot, origin=f"{path}@{commit}", fingerprint=f"hub:{path}@{commit}")
+    return _plain(source, section, cache)
+
+
+def _plain(source: ModelSource, section: ModelSection, cache: Path | None) -> ModelSource:
+    """Return the source; that of a quantised checkpoint with the folder that its weights are dequantised to.
+
+    Raises:
+        CheckpointError: the checkpoint is quantised, and is not to be dequantised or cannot be.
+    """
+    from cfsp.weights.dequantise import check, folders_of, write_outline
+
+    where = f"model.path={source.origin}"
+    found = check(source.config, source.folder, where, dequantise=section.dequantize)
+    if found is None:
+        return source
+    folders = (scratch_folder() if cache is None else cache / "dequantised") / folders_of(source.fingerprint)
+    quantised = replace(found, folders=folders, trust_remote_code=section.trust_remote_code)
+    outline = folders / "outline"
+    if not (outline / "config.json").is_file():
+        write_outline(quantised, outline, where)
+    return replace(
+        source, folder=outline, config=read_config(outline, where), quantised=quantised,
+        fingerprint=f"{source.fingerprint}#dequantised",
+    )  # fmt: skip
 
 
 def _digests(cache: Path | None) -> Path | None:
     return None if cache is None else cache / "digests"
 
 
-def _gguf_files_on_hub(repo: str, commit: str, snapshot: Path) -> list[str]:
+def gguf_files_on_hub(repo: str, snapshot: Path, revision: str | None = None) -> list[str]:
     """Return the GGUF files of a repository; those in the local cache where the hub does not answer."""
-    from huggingface_hub import list_repo_files
-
     try:
-        names = list_repo_files(repo, revision=commit)
-    except Exception:  # the hub and the network fail in many ways
-        names = [file.name for file in snapshot.iterdir()]
-    return sorted(name for name in names if name.lower().endswith(".gguf"))
+        return files_of(repo, snapshot, ".gguf")
+    except Exception as error:
+        raise _hub_failed(repo, error, revision) from error
 
 
 def _from_hub_gguf(section: ModelSection, snapshot: Path, name: str, cache: Path | None) -> ModelSource:
     origin = f"{section.path}@{snapshot.name}"
     file = snapshot / name
     if not file.is_file():
-        here = ", ".join(_gguf_files_on_hub(str(section.path), snapshot.name, snapshot)[:8]) or "none"
+        here = ", ".join(gguf_files_on_hub(str(section.path), snapshot)[:8]) or "none"
         raise CheckpointError(
             f"model.gguf_file={name}: {origin} has no such file; its GGUF files: {here}; see the repository's list"
         )
@@ -212,20 +242,25 @@ def _from_gguf(
 
 
 def with_weights(source: ModelSource) -> ModelSource:
-    """Return the source with a folder that holds the weights; those of a GGUF file are dequantised now.
+    """Return the source with a folder that holds the weights; quantised ones are dequantised now.
 
     Raises:
         CheckpointError: the file cannot be read as a whole, or its weights cannot be written.
     """
-    if source.gguf is None or source.folder == source.gguf.folders / "model":
+    origin = source.dequantised
+    if origin is None or source.folder == origin.folders / "model":
         return source
+    from cfsp.weights import dequantise
     from cfsp.weights.gguf_header import read_header
     from cfsp.weights.gguf_model import write_weights
 
     where = f"model.path={source.origin}"
-    folder = source.gguf.folders / "model"
+    folder = origin.folders / "model"
     if not (folder / "config.json").is_file():
-        write_weights(read_header(source.gguf.path, where), source.folder, folder, where)
+        if isinstance(origin, QuantisedOrigin):
+            dequantise.write_weights(origin, source.folder, folder, where)
+        else:
+            write_weights(read_header(origin.path, where), source.folder, folder, where)
     return replace(source, folder=folder, config=read_config(folder, where))
 
 
@@ -238,11 +273,12 @@ def _snapshot(repo: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         return fetch_snapshot(repo, revision, allow=patterns, ignore=["consolidated*", "original/*"])
     except Exception as error:
-        raise CheckpointError(
-            hub_error(
-                f"model.path={repo}", error, "a local folder, e.g. model=local model.path=FOLDER", revision=revision
-            )
-        ) from error
+        raise _hub_failed(repo, error, revision) from error
+
+
+def _hub_failed(repo: str, error: Exception, revision: str | None) -> CheckpointError:
+    way_out = "a local folder, e.g. model=local model.path=FOLDER"
+    return CheckpointError(hub_error(f"model.path={repo}", error, way_out, revision=revision))
 
 
 def _from_folder(
@@ -278,10 +314,6 @@ def _from_folder(
             f"{where}: config.json says {layers[0]}={layers[1]:,}, the safetensors hold {tensors:,} tensors; they do "
             "not belong together, fetch the model again"
         )
-    quantised = config.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
-        raise CheckpointError(f"{where}: its weights are quantised ({method}); give the model before quantisation")
     return ModelSource(name, origin, folder, config, fingerprint or folder_fingerprint(folder, digests))
 
 

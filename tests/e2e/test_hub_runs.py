@@ -78,7 +78,7 @@ def test_a_run_online_is_repeated_offline(cfsp, server, tmp_path):
 def test_the_papers_evaluation_by_lm_evals_own_names(cfsp, server, tmp_path):
     words = [
         "calibration=c4", "evaluation=paper", "evaluation.perplexity.datasets=[wikitext2,c4,fineweb_edu]",
-        "evaluation.zero_shot.limit=2", "evaluation.cost.prompt_tokens=32", "evaluation.cost.new_tokens=4",
+        "evaluation.zero_shot.limit=4", "evaluation.cost.prompt_tokens=32", "evaluation.cost.new_tokens=4",
         "evaluation.cost.repeats=1", "recovery=lora", "recovery/data=alpaca", "recovery.data.n_samples=8",
         "recovery.max_steps=2", "recovery.warmup_steps=0",
     ]  # fmt: skip

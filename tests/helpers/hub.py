@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -43,3 +44,26 @@ def use(endpoint: str, cache: Path, monkeypatch: Any, *, offline: bool = False) 
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     monkeypatch.setenv("HF_HUB_OFFLINE", str(int(offline)))
     monkeypatch.delenv("HF_TOKEN", raising=False)
+
+
+def break_the_api(monkeypatch: Any, times: int) -> list[str]:
+    """Have the next answers of the API break off in the middle; returns the paths of those that did, as they come."""
+    handler, broken = module("serve")._Handler, []
+    answer = handler._answer
+
+    def broken_answer(self: Any, status: int, body: bytes, kind: str, headers: dict[str, str]) -> None:
+        if len(broken) == times or self.command != "GET" or not self.path.startswith("/api/"):
+            answer(self, status, body, kind, headers)
+            return
+        broken.append(self.path)
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2])
+        self.wfile.flush()
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
+    monkeypatch.setattr(handler, "_answer", broken_answer)
+    return broken
