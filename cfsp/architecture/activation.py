@@ -60,6 +60,6 @@ def _candidates(model: Any, ffn: FFN) -> Iterator[Activation]:
         if callable(function) and not (isinstance(function, nn.Module) and any(True for _ in function.parameters())):
             yield function
     config = model.config.get_text_config()
-    given = [getattr(config, key, None) for key in _KEYS]
-    names = [name for name in given if isinstance(name, str)]
+    configured = [getattr(config, key, None) for key in _KEYS]
+    names = [name for name in configured if isinstance(name, str)]
     yield from (ACT2FN[name] for name in dict.fromkeys([*names, "silu", "gelu", "relu"]) if name in ACT2FN)

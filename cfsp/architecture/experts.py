@@ -19,7 +19,7 @@ _WIDTHS = ("intermediate_dim", "intermediate_size", "moe_intermediate_size", "ex
 
 @dataclass(frozen=True)
 class ExpertMatrices:
-    """One matrix of every expert, in a 3-D parameter for all of them.
+    """The same matrix of all experts, stored in a single 3-D parameter.
 
     Attributes:
         owner: the module that holds the parameter.
@@ -101,7 +101,7 @@ class ExpertMatrix:
 
 @dataclass(frozen=True)
 class Expert:
-    """One of several fused experts, with the attributes of an FFN that metrics read.
+    """A single fused expert, with the attributes of an FFN that metrics read.
 
     Attributes:
         inputs: gate and up, or up alone.

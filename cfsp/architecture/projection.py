@@ -1,4 +1,4 @@
-"""One matrix of a layer as [out, in], wherever the architecture keeps it: alone, transposed, or fused with others."""
+"""A weight matrix of a layer as [out, in], also where the model stores it transposed or fused with others."""
 
 from __future__ import annotations
 

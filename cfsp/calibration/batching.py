@@ -29,11 +29,11 @@ def batch_size(asked: BatchSize, view: DecoderView, seq_len: int) -> int:
     """
     if asked != "auto":
         return asked
-    wanted = _TOKENS.get(view.device.type, _TOKENS["other"]) // seq_len
+    preferred = _TOKENS.get(view.device.type, _TOKENS["other"]) // seq_len
     # In a block at once: a few hidden states, and in the FFN gate, up and their product.
     hidden = view.model.get_input_embeddings().weight.shape[-1]
     widths = [n * (1 if b.experts is None else b.experts.top_k) for b, n in zip(view.blocks, view.widths, strict=True)]
     per_token = (6 * hidden + 3 * max(widths)) * view.model.dtype.itemsize
     beside_weights = capacity(view.device) - view.weights.resident_bytes(view.blocks)
     fitting = int(_SHARE_OF_MEMORY * beside_weights) // (per_token * seq_len)
-    return max(1, min(wanted, fitting))
+    return max(1, min(preferred, fitting))

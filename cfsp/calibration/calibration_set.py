@@ -47,7 +47,7 @@ class CalibrationSet:
         return f"sha256:{digest.hexdigest()}"
 
     def describe(self) -> dict[str, Any]:
-        """For the record."""
+        """Return what the record says about this calibration set."""
         n, length = self.input_ids.shape
         return {
             "name": self.name,

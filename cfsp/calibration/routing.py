@@ -52,11 +52,11 @@ def watch_routing(block: BlockView, seen: Callable[[Routing, tuple[int, int]], N
         shape[:] = entering(args, kwargs).shape[:2]
 
     def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [*args, *kwargs.values()]
+        entered_values = [*args, *kwargs.values()]
         if mixture.each:
-            routing = routing_of_modules(mixture, given[0].detach())
+            routing = routing_of_modules(mixture, entered_values[0].detach())
         else:
-            states, chosen, weights = (value.detach() for value in given[:3])
+            states, chosen, weights = (value.detach() for value in entered_values[:3])
             routing = Routing(states.flatten(0, -2), chosen.flatten(0, -2), weights.flatten(0, -2))
         seen(routing, (shape[0], shape[1]))
 

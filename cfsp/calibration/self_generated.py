@@ -72,15 +72,15 @@ def sampled(
     decides = section.model_dump() | {"model": fingerprint, "seed": seed}
     decides |= {"dtype": str(next(model.parameters()).dtype), "version": METHOD_VERSION}
     path = cache / "sampled" / f"{digest(decides)[:32]}.npy"
-    found, _ = read_or_compute(
+    calibration, _ = read_or_compute(
         path,
         lambda file: CalibrationSet(torch.from_numpy(np.load(file)), section.name, "self", seed),
         lambda: sample_windows(model, tokenizer, section, limits, seed),
         _write_ids,
     )
-    return found
+    return calibration
 
 
-def _write_ids(found: CalibrationSet, path: Path) -> None:
+def _write_ids(calibration: CalibrationSet, path: Path) -> None:
     with path.open("wb") as stream:  # given a name, numpy would add its own ending
-        np.save(stream, found.input_ids.numpy())
+        np.save(stream, calibration.input_ids.numpy())

@@ -62,9 +62,9 @@ def _compute(driver: BlockDriver, input_ids: Tensor) -> BlockSimilarity:
         states.append(entering(args, kwargs))
 
     def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        left = hidden_of(output)
+        last_state = hidden_of(output)
         # With the model spread over devices, each state is where its block is.
-        for sequence in zip(*(state.to(left.device) for state in states), left, strict=True):
+        for sequence in zip(*(state.to(last_state.device) for state in states), last_state, strict=True):
             unit = torch.stack([torch.nn.functional.normalize(state.float(), dim=-1) for state in sequence])
             flat = unit.flatten(1)
             sums[0] += (flat @ flat.T).double().cpu() / unit.shape[1]

@@ -29,9 +29,9 @@ def problems_of(error: ValidationError, prefix: str, schema: type) -> list[str]:
     """
     lines: dict[str, str] = {}
     for finding in error.errors(include_url=False):
-        wanted = expected_at(schema, finding["loc"])
-        key = _key(prefix, wanted.key)
-        lines.setdefault(key or str(len(lines)), _problem(finding, key, wanted, prefix, schema))
+        expected = expected_at(schema, finding["loc"])
+        key = _key(prefix, expected.key)
+        lines.setdefault(key or str(len(lines)), _problem(finding, key, expected, prefix, schema))
     return list(lines.values())
 
 
@@ -40,13 +40,13 @@ def booleans_for_numbers(schema: type, values: Mapping[str, Any], prefix: str) -
     for name, field in fields_of(schema).items():
         key, value = _key(prefix, (name,)), values.get(name)
         if isinstance(value, bool) and takes_numbers_only(field.annotation):
-            wanted = expected_at(schema, (name,))
-            yield f"{key}={shown(value)}: expected {wanted.words}{wanted.example(key)}"
+            expected = expected_at(schema, (name,))
+            yield f"{key}={shown(value)}: expected {expected.words}{expected.example(key)}"
         elif isinstance(value, Mapping) and isinstance(field.annotation, type) and fields_of(field.annotation):
             yield from booleans_for_numbers(field.annotation, value, key)
 
 
-def _problem(finding: Any, key: str, wanted: Expected, prefix: str, schema: type) -> str:
+def _problem(finding: Any, key: str, expected: Expected, prefix: str, schema: type) -> str:
     """Return the line about one finding of the validator."""
     kind, location, value = finding["type"], finding["loc"], finding.get("input")
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -57,12 +57,12 @@ def _problem(finding: Any, key: str, wanted: Expected, prefix: str, schema: type
         message = str(finding.get("ctx", {}).get("error") or finding["msg"].partition(", ")[2])
         if not location or message.startswith(f"{prefix}."):  # a check over several keys names them itself
             return message
-        described = wanted.field.description if wanted.field is not None else None
+        described = expected.field.description if expected.field is not None else None
         return f"{key}={shown(value)}: {message}" + (f" ({described})" if described else "")
     if not location:
         return f"{prefix or 'configuration'}={shown(value)}: expected a group of keys: {', '.join(fields_of(schema))}"
-    described = wanted.field.description if wanted.field is not None else None
-    needed = f"{wanted.words}{wanted.example(key)}" + (f" ({described})" if described else "")
+    described = expected.field.description if expected.field is not None else None
+    needed = f"{expected.words}{expected.example(key)}" + (f" ({described})" if described else "")
     if kind.startswith("missing") and isinstance(location[-1], int):
         whole = expected_at(schema, location[:-1])
         list_key = _key(prefix, whole.key)
@@ -72,10 +72,10 @@ def _problem(finding: Any, key: str, wanted: Expected, prefix: str, schema: type
         )
     if kind.startswith("missing"):
         return f"{key} is not set: give it a value, {key}=...; expected {needed}"
-    near = suggest(str(value)[:100], _words_of(wanted.annotation)) if isinstance(value, str) else ""
+    near = suggest(str(value)[:100], _words_of(expected.annotation)) if isinstance(value, str) else ""
     quotes = ""
     if kind == "string_type" and _is_scalar(value):
-        whole_word = isinstance(wanted.key[-1], str)
+        whole_word = isinstance(expected.key[-1], str)
         quotes = f"; write it in quotes, \"{key}='{shown(value)}'\"" if whole_word else "; write it in quotes"
     return f"{key}={shown(value)}: expected {needed}{near}{quotes}"
 

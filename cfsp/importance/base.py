@@ -224,8 +224,8 @@ def _scored(
     rms, mean, variance, mean_norm = (
         value.to(device).float() for value in (inputs.rms, inputs.mean, inputs.variance, inputs.mean_norm)
     )
-    wanted = grams is not None and "gram" in required(importance)
-    gram = grams.read(channels.block, channels.kind).matrix.to(device) if wanted and grams is not None else None
+    needs_gram = grams is not None and "gram" in required(importance)
+    gram = grams.read(channels.block, channels.kind).matrix.to(device) if needs_gram and grams is not None else None
     activation = Activation(rms, mean, variance, mean_norm, gradients, gram)
     values = importance.score(channels, activation).double().cpu()
     if not values.isfinite().all():

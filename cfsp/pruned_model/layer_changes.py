@@ -143,32 +143,36 @@ def _difference(layer: nn.Module, stock: nn.Module) -> dict[str, Any]:
         for name, child in children.items()
         if isinstance(child, nn.Identity) and not isinstance(before.get(name), nn.Identity)
     ]
-    gone = {*skip, *identity}
-    shorter = _shorter_lists(layer, stock, gone)
+    removed_children = {*skip, *identity}
+    shorter = _shorter_lists(layer, stock, removed_children)
     entry: dict[str, Any] = {"skip": skip, "identity": identity, "lists": shorter}
-    own, theirs = _shapes(layer, gone), _shapes(stock, gone)
+    own, theirs = _shapes(layer, removed_children), _shapes(stock, removed_children)
     theirs = {name: shape for name, shape in theirs.items() if not _beyond(name, shorter)}
     if lost := sorted(theirs.keys() - own.keys()):
         raise UnsupportedModelError(f"{type(layer).__name__}: {lost[0]} is gone; such a layer cannot be written down")
     entry["shapes"] = {name: shape for name, shape in own.items() if theirs.get(name) != shape}
-    numbers = dict(_numbers(stock, gone))
-    entry["set"] = {name: n for name, n in _numbers(layer, gone) if name in numbers and numbers[name] != n}
+    numbers = dict(_numbers(stock, removed_children))
+    entry["set"] = {name: n for name, n in _numbers(layer, removed_children) if name in numbers and numbers[name] != n}
     entry["heads"] = {
         name: dict(vars(module.config)["heads"])
         for name, module in layer.named_modules()
-        if name.partition(".")[0] not in gone and is_layer_config(getattr(module, "config", None))
+        if name.partition(".")[0] not in removed_children and is_layer_config(getattr(module, "config", None))
     }
     return {kind: differences for kind, differences in entry.items() if differences}
 
 
-def _shorter_lists(layer: nn.Module, stock: nn.Module, gone: Collection[str]) -> dict[str, int]:
+def _shorter_lists(layer: nn.Module, stock: nn.Module, removed_children: Collection[str]) -> dict[str, int]:
     """Return the lengths, by path, of the lists of modules that are shorter now.
 
     A list loses items at its end, whichever experts were removed.
     """
     lists = {name: len(module) for name, module in layer.named_modules() if isinstance(module, nn.ModuleList)}
     before = {name: len(module) for name, module in stock.named_modules() if isinstance(module, nn.ModuleList)}
-    return {name: n for name, n in lists.items() if name.partition(".")[0] not in gone and n < before.get(name, n)}
+    return {
+        name: n
+        for name, n in lists.items()
+        if name.partition(".")[0] not in removed_children and n < before.get(name, n)
+    }
 
 
 def _beyond(name: str, shorter: dict[str, int]) -> bool:
@@ -179,7 +183,7 @@ def _beyond(name: str, shorter: dict[str, int]) -> bool:
     )
 
 
-def _shapes(layer: nn.Module, gone: Collection[str]) -> dict[str, list[int]]:
+def _shapes(layer: nn.Module, removed_children: Collection[str]) -> dict[str, list[int]]:
     """Return the shapes of the parameters, and of the buffers that a checkpoint holds.
 
     DeepSeek-V3 keeps what its router adds to the scores in such a buffer.
@@ -187,18 +191,18 @@ def _shapes(layer: nn.Module, gone: Collection[str]) -> dict[str, list[int]]:
     return {
         name: list(tensor.shape)
         for name, tensor in layer.state_dict(keep_vars=True).items()
-        if name.partition(".")[0] not in gone
+        if name.partition(".")[0] not in removed_children
     }
 
 
-def _numbers(layer: nn.Module, gone: Collection[str]) -> Iterator[tuple[str, int | float]]:
+def _numbers(layer: nn.Module, removed_children: Collection[str]) -> Iterator[tuple[str, int | float]]:
     """Yield path and value of the numbers that the modules of a layer keep: sizes, heads, slots of the cache, scales.
 
     GPT-2 may divide by the index that a layer was built with (scale_attn_by_inverse_layer_idx), which is another one in
     a shorter model.
     """
     for path, module in layer.named_modules():
-        if path.partition(".")[0] in gone:
+        if path.partition(".")[0] in removed_children:
             continue
         for name, value in vars(module).items():
             if isinstance(value, int | float) and not isinstance(value, bool) and not name.startswith("_"):

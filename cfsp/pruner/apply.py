@@ -45,9 +45,9 @@ def apply(model: Model, plan: PruningPlan) -> Model:
                 remove_submodule(view, block, "attention")
             if not decision.ffn and block.ffn is not None:
                 remove_submodule(view, block, "mlp")
-    gone = [index for index, decision in enumerate(plan.blocks) if not decision.keeps_block]
-    if gone:
-        remove_layers(view.model, gone)
+    removed_blocks = [index for index, decision in enumerate(plan.blocks) if not decision.keeps_block]
+    if removed_blocks:
+        remove_layers(view.model, removed_blocks)
     adopt(view.model)
     view.weights.follow(resolve(view.model), plan.blocks, plan.tensors)
     return model

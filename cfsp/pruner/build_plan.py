@@ -35,9 +35,9 @@ def complete(
     """
     view, budget = context.driver.view, context.budget
     removed = [removed_parameters(view, block, plan) for block, plan in zip(view.blocks, blocks, strict=True)]
-    gone = {kind: sum(row[kind] for row in removed) for kind in ("ffn", "attention", "rest")}
+    removed_by_kind = {kind: sum(row[kind] for row in removed) for kind in ("ffn", "attention", "rest")}
     added = sum(_added(view, name, tensor) for name, tensor in (tensors or {}).items())
-    total = sum(gone.values())
+    total = sum(removed_by_kind.values())
     net = total - added
     scopes = {
         "ffn": sum(units.total for units in view.units("neurons")),
@@ -49,7 +49,7 @@ def complete(
         "ratio": (total if budget.scope == "ffn" else net) / scopes[budget.scope],
         "removed_parameters": total,
         "added_parameters": added,
-        "ffn_ratio": gone["ffn"] / scopes["ffn"] if scopes["ffn"] else 0.0,
+        "ffn_ratio": removed_by_kind["ffn"] / scopes["ffn"] if scopes["ffn"] else 0.0,
         "decoder_ratio": net / scopes["decoder"],
         "model_ratio": net / scopes["model"],
     }
@@ -79,9 +79,9 @@ def removed_parameters(view: DecoderView, block: BlockView, plan: BlockPlan) -> 
         kept = _kept_width(block.ffn.width, plan)
         ffn = (block.ffn.width - kept) * block.ffn.neuron_parameters
         if block.experts is not None and plan.experts_kept is not None:
-            gone = block.experts.n_experts - len(plan.experts_kept)
+            removed_experts = block.experts.n_experts - len(plan.experts_kept)
             lost = (block.ffn.width - kept) * block.experts.expert_neuron_parameters
-            ffn += gone * (block.experts.expert_parameters - lost)
+            ffn += removed_experts * (block.experts.expert_parameters - lost)
         if not plan.ffn:
             ffn = submodule_parameters(block, "mlp")
     if block.attention is not None and plan.kv_groups_kept is not None:

@@ -45,6 +45,6 @@ def removed_channels(block: BlockView, decision: BlockPlan, kind: str) -> Tensor
         return torch.zeros(0, dtype=torch.int64)
     n = block.channels[kind].n
     units = n if kind == "ffn" or block.attention is None else block.attention.n_kv_heads
-    gone = torch.ones(units, dtype=torch.bool)
-    gone[list(kept)] = False
-    return gone.repeat_interleave(n // units).nonzero().flatten()
+    is_removed = torch.ones(units, dtype=torch.bool)
+    is_removed[list(kept)] = False
+    return is_removed.repeat_interleave(n // units).nonzero().flatten()

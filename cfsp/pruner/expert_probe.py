@@ -49,10 +49,12 @@ def deviation(view: DecoderView, block: BlockView, *, whole: bool) -> float:
         for first in (True, False):
             cut = _twin(view, block)
             # Another neuron in each expert, so that mixing them up is seen.
-            gone = [0 if (expert % 2 == 0) == first else mixture.width - 1 for expert in range(mixture.n_experts)]
-            for expert, neuron in enumerate(gone):
+            removed_neurons = [
+                0 if (expert % 2 == 0) == first else mixture.width - 1 for expert in range(mixture.n_experts)
+            ]
+            for expert, neuron in enumerate(removed_neurons):
                 mixture.expert(expert).output.weight[:, neuron] = 0
-            slice_mixture(cut, None, [[n for n in range(mixture.width) if n != neuron] for neuron in gone])
+            slice_mixture(cut, None, [[n for n in range(mixture.width) if n != neuron] for neuron in removed_neurons])
             zeroed = hidden_of(mixture.module(states))
             worst = max(worst, (hidden_of(cut.module(states)) - zeroed).abs().max() / scale)
             mixture = _twin(view, block)
@@ -67,22 +69,22 @@ def deviation(view: DecoderView, block: BlockView, *, whole: bool) -> float:
     return float(worst)
 
 
-def masked_output(mixture: ExpertsFFN, gone: list[int], states: Tensor) -> Tensor:
+def masked_output(mixture: ExpertsFFN, removed_experts: list[int], states: Tensor) -> Tensor:
     """Run a mixture with the router's logits of the experts ``gone`` at -inf; the mixture is changed."""
     for module, name in mixture.per_expert():
         buffer = module._buffers.get(name)
         if buffer is not None and buffer.is_floating_point():  # added to scores that -inf leaves at 0 (DeepSeek-V3)
-            buffer[gone] = -torch.inf
-    with _Masked((mixture.n_experts, mixture.hidden), gone):
+            buffer[removed_experts] = -torch.inf
+    with _Masked((mixture.n_experts, mixture.hidden), removed_experts):
         return hidden_of(mixture.module(states))
 
 
 class _Masked(TorchFunctionMode):
     """Set the rows ``gone`` of the output of linears of the router's shape to -inf."""
 
-    def __init__(self, shape: tuple[int, int], gone: list[int]) -> None:
+    def __init__(self, shape: tuple[int, int], removed_experts: list[int]) -> None:
         super().__init__()
-        self._shape, self._gone = shape, gone
+        self._shape, self._gone = shape, removed_experts
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

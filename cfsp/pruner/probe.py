@@ -102,23 +102,23 @@ def _deviation(view: DecoderView, block: BlockView, kind: _Kind, entry: Entry, r
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(entering.shape, generator=generator).to(entering.device, entering.dtype)
 
-    def leaving(twin: BlockView, zeroed: slice | None = None) -> Tensor:
-        with _Leaving(twin.channels[kind].output, zeroed) as seen:
-            run_block(twin, hidden, kwargs)
+    def leaving(clone: BlockView, zeroed: slice | None = None) -> Tensor:
+        with _Leaving(clone.channels[kind].output, zeroed) as seen:
+            run_block(clone, hidden, kwargs)
         return seen.output
 
-    twin = view_block(view.model, f"block {block.index}", block.index, clone_module(block.module))
-    part = twin.channels[kind].part
+    clone = view_block(view.model, f"block {block.index}", block.index, clone_module(block.module))
+    part = clone.channels[kind].part
     units = part.width if isinstance(part, FFN) else part.n_kv_heads
     size = part.width // units
-    gone = 0 if removed == "first" else units - 1
-    zeroed = leaving(twin, slice(gone * size, (gone + 1) * size))
-    kept = torch.tensor([unit for unit in range(units) if unit != gone], device=hidden.device)
+    removed_unit = 0 if removed == "first" else units - 1
+    zeroed = leaving(clone, slice(removed_unit * size, (removed_unit + 1) * size))
+    kept = torch.tensor([unit for unit in range(units) if unit != removed_unit], device=hidden.device)
     if isinstance(part, FFN):
         slice_ffn(part, kept)
     else:
         slice_attention(part, kept)
-    return float((leaving(twin) - zeroed).abs().max() / zeroed.abs().max().clamp_min(1e-30))
+    return float((leaving(clone) - zeroed).abs().max() / zeroed.abs().max().clamp_min(1e-30))
 
 
 class _Leaving:

@@ -124,48 +124,48 @@ def _seen_norms(view: DecoderView) -> dict[Kind, tuple[str, ...]]:
         _Answered(),
     ):
         run_block(block, entry.hidden[0], entry.kwargs[block.index][0])
-    found = served(seen, of_kind)
+    norms_by_kind = served(seen, of_kind)
     if entry.hidden[0].is_meta:  # nothing has a value
-        return found
+        return norms_by_kind
     with torch.no_grad(), view.weights.resident(block), _experts_aside(view):
-        return {kind: _alone(view, block, kind, names, entry) for kind, names in found.items()}
+        return {kind: _alone(view, block, kind, names, entry) for kind, names in norms_by_kind.items()}
 
 
 def _alone(view: DecoderView, block: BlockView, kind: Kind, names: tuple[str, ...], entry: Entry) -> tuple[str, ...]:
-    """Those of the norms ``names`` without which a block that lost the submodule gives the same.
+    """Return the norms of ``names`` that change nothing once the submodule is removed.
 
     BLOOM and MiniMax may add the residual behind a norm: that one serves more than the submodule it feeds. In a post-
     norm a bias outlives the submodule.
     """
     if not names:
         return ()
-    twin = clone_module(block.module)
+    clone = clone_module(block.module)
     family = pruned_family(stock_type(view.model.config.model_type))
     if family.form == "sizes":
-        family.modeling.skip(twin, kind, shared=set(names))
+        family.modeling.skip(clone, kind, shared=set(names))
     else:
         first, *others = parts(block, kind)
-        family.modeling.skip(twin, first, kind)
+        family.modeling.skip(clone, first, kind)
         for name in others:
-            setattr(twin, name, nn.Identity())
+            setattr(clone, name, nn.Identity())
     kwargs = entry.kwargs[block.index][0]
     hidden = torch.randn(entry.hidden[0].shape, generator=torch.Generator().manual_seed(0)).to(entry.hidden[0])
     try:
-        whole = hidden_of(twin(hidden.clone(), **kwargs))
+        whole = hidden_of(clone(hidden.clone(), **kwargs))
     except (ValueError, TypeError):  # GPT-OSS asks its mixture for two values: it cannot go, and is refused elsewhere
         return names
     alone = []
     for name in names:
-        norm = getattr(twin, name)
-        setattr(twin, name, nn.Identity())
-        if torch.equal(hidden_of(twin(hidden.clone(), **kwargs)), whole):
+        norm = getattr(clone, name)
+        setattr(clone, name, nn.Identity())
+        if torch.equal(hidden_of(clone(hidden.clone(), **kwargs)), whole):
             alone.append(name)
-        setattr(twin, name, norm)
+        setattr(clone, name, norm)
     return tuple(alone)
 
 
 class _Answered(TorchFunctionMode):
-    """On the meta device, where nothing has a value: yes to whether all of a mask are there, which the models ask."""
+    """Answer True where a model asks for the truth of a tensor on the meta device, such as ``mask.all()``."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -125,8 +125,10 @@ class TwoSSP(Pruner):
 
         with sliced(view, decisions), SubmoduleSearch(context.driver, ids, known) as search:
             search.greedy(allowed)
-        gone = {block for block, _ in search.removed}
-        blocks = [replace(plan, attention=index not in gone) for index, plan in enumerate(decisions)]
+        blocks_without_attention = {block for block, _ in search.removed}
+        blocks = [
+            replace(plan, attention=index not in blocks_without_attention) for index, plan in enumerate(decisions)
+        ]
         notes = {
             "attention_submodules": share.n_attention,
             "ffn_rate": share.ffn_rate,

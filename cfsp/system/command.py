@@ -30,16 +30,16 @@ def command(
     Returns:
         The exit code.
     """
-    given = sys.argv[1:] if words is None else list(words)
-    if not given or any(word in ("-h", "--help") for word in given):
+    arguments = sys.argv[1:] if words is None else list(words)
+    if not arguments or any(word in ("-h", "--help") for word in arguments):
         print(usage)
-        return 0 if given else 2
-    debug = any(word.lower().lstrip("+") == "debug=true" for word in given)
-    given = [word for word in given if word.lower().lstrip("+") not in ("debug=true", "debug=false")]
+        return 0 if arguments else 2
+    debug = any(word.lower().lstrip("+") == "debug=true" for word in arguments)
+    arguments = [word for word in arguments if word.lower().lstrip("+") not in ("debug=true", "debug=false")]
     quiet()
     interrupts.raise_again()
     try:
-        code = body(given)
+        code = body(arguments)
         sys.stdout.flush()  # raises errors of a full disk or a closed pipe here, not when Python ends
         return code
     except CfspError as error:
