@@ -62,14 +62,19 @@ def gguf_file_of(path: Path, name: str | None, where: str) -> Path | None:
     if name is not None:
         file = path / name
         if Path(name).name != name or not file.is_file():
-            here = sorted(each.name for each in path.glob("*.gguf"))
+            here = _names_in(path)
             present = f"there {', '.join(here[:5])} can be found" if here else "there are no GGUF files"
             raise CheckpointError(f"model.gguf_file={name}: no such file in {path}; {present}")
         return file
-    names = sorted(each.name for each in path.glob("*.gguf"))
+    names = _names_in(path)
     if not names or any(path.glob("*.safetensors")):
         return None
     return path / the_only_one(names, where)
+
+
+def _names_in(folder: Path) -> list[str]:
+    """Return the names of the GGUF files in a folder; FIFOs and folders with such a name are none."""
+    return sorted(file.name for file in folder.glob("*.gguf") if file.is_file())
 
 
 def the_only_one(names: Sequence[str], where: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cfsp.errors import CheckpointError, UnsupportedModelError
+from cfsp.errors import CheckpointError, UnsupportedModelError, printable
 from cfsp.system.memory import available
 from cfsp.weights.atomic_folder import atomic_folder
 from cfsp.weights.gguf_header import GgufHeader
@@ -347,6 +347,6 @@ def _quiet() -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    """Return the first line of an error of the reader, which may have no text."""
+    """Return the line of an error of the reader that says what is wrong; "Validation error for field ...:" does not."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]
+    return printable(next((line for line in lines if not line.endswith(":")), type(error).__name__))[:200]
