@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cfsp.errors import CheckpointError
-from cfsp.weights.gguf_header import is_gguf
+from cfsp.weights.gguf_header import GgufHeader, is_gguf
+
+#: Pre-tokenizers that split text as GPT-2 does, or that cfsp sets itself.
+_AS_GPT2 = ("gpt-2", "default", "smollm", "gpt2", "mpt", "olmo", "")
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,17 @@ def the_only_one(names: Sequence[str], where: str) -> str:
             f"{where}: holds {len(names)} GGUF files ({', '.join(names[:8])}{more}); name one with model.gguf_file=NAME"
         )
     return names[0]
+
+
+def unknown_pre_tokenizer(header: GgufHeader) -> str | None:
+    """Return the name of a pre-tokenizer that transformers' reader does not know and replaces by GPT-2's."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:
+        GGUF_PRE_TOKENIZER_SPLITS = {}
+    name = str(header.metadata.get("tokenizer.ggml.pre", ""))
+    byte_level = header.metadata.get("tokenizer.ggml.model") == "gpt2"
+    return name if byte_level and name not in (*_AS_GPT2, *GGUF_PRE_TOKENIZER_SPLITS) else None
 
 
 _SCRATCH: list[tempfile.TemporaryDirectory[str]] = []

@@ -21,8 +21,9 @@ from cfsp.system.digest import READERS, file_digest
 from cfsp.system.hub import fetch_snapshot
 from cfsp.system.hub_errors import hub_error
 from cfsp.system.package import package_path
+from cfsp.system.storage import explained
 from cfsp.weights.folder_check import check_files, check_no_adapter, layers_of, read_config
-from cfsp.weights.gguf_choice import GgufOrigin, gguf_file_of, scratch_folder, the_only_one
+from cfsp.weights.gguf_choice import GgufOrigin, gguf_file_of, scratch_folder, the_only_one, unknown_pre_tokenizer
 
 #: Files whose content decides how text becomes tokens.
 _TOKENIZER_FILES = (
@@ -192,7 +193,7 @@ def _from_gguf(
     """Return the source of a GGUF file: a folder with its configuration and tokenizer."""
     from cfsp.weights.gguf_check import check_metadata
     from cfsp.weights.gguf_header import read_header
-    from cfsp.weights.gguf_model import folder_name, unknown_pre_tokenizer, unread_settings, write_outline
+    from cfsp.weights.gguf_model import folder_name, unread_settings, write_outline
 
     where = f"model.path={origin}"
     header = read_header(file, where)
@@ -201,7 +202,8 @@ def _from_gguf(
     folders = (scratch_folder() if cache is None else cache / "gguf") / folder_name(digest)
     outline = folders / "outline"
     if not (outline / "config.json").is_file():
-        write_outline(header, outline, where)
+        with explained({} if cache is None else {"paths.cache_dir": cache}):
+            write_outline(header, outline, where)
     notes = []
     unread = unread_settings(header)
     if unread:

@@ -11,6 +11,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import cfsp
 from cfsp.checkpoint.save import save_checkpoint
@@ -21,6 +22,7 @@ from cfsp.export.gguf import export
 from cfsp.inspection.numbers import numbers_of
 from cfsp.inspection.report import report_of
 from cfsp.model.tokenizer import load_tokenizer
+from cfsp.system.storage import storage_problem
 from cfsp.weights.gguf_header import read_header
 from cfsp.weights.source import locate, with_weights
 from tests.conftest import ROOT, SENTENCE, mentions
@@ -368,3 +370,30 @@ def test_an_export_of_a_gguf_file_is_answered_with_the_way_out(bundled_file, tmp
     for place in (tmp_path, tmp_path / "x.gguf"):
         with pytest.raises(CheckpointError, match=r"GGUF file.*give the folder that it was made of"):
             read_folder(place)
+
+
+def test_a_full_disk_names_the_key_and_the_file_and_leaves_no_scratch_folder(bundled_file, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise Exception("No space left on device (os error 28)")  # the class that tokenizers raises
+
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
+        with pytest.raises(CfspError, match=r"^paths\.cache_dir=.*the disk is full.*tokenizer\.json failed") as caught:
+            locate(section(bundled_file), tmp_path / "cache")
+    assert len(caught.value.problems) == 1
+    assert not list((tmp_path / "cache").rglob(".outline*"))
+    assert with_weights(locate(section(bundled_file), tmp_path / "cache")).folder.is_dir()
+
+
+def test_weights_that_the_disk_does_not_take_name_their_file(bundled_file, tmp_path, monkeypatch):
+    def full(self, folder, **_):
+        (Path(folder) / "model.safetensors").write_bytes(b"begun")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    source = locate(section(bundled_file), tmp_path)
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    with pytest.raises(CheckpointError, match="model.safetensors failed") as caught:
+        with_weights(source)
+    line = storage_problem(caught.value, {"paths.output_dir": tmp_path / "out", "paths.cache_dir": tmp_path})
+    assert line.startswith(f"paths.cache_dir={tmp_path}: the disk is full")
+    assert "model.safetensors failed" in line
