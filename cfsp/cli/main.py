@@ -110,10 +110,13 @@ def _run(config: DictConfig) -> int:
     """
     try:
         return _run_unmarked(config)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         with contextlib.suppress(AttributeError):
             setattr(error, _OF_A_RUN, True)
         raise
+    except BaseException as error:  # code that is not ours called sys.exit(0): no success
+        reason = f"{type(error).__name__}: {printable(str(error)) or 'no message'}"
+        raise RunError(f"the run ended itself ({reason}), by code of the model; debug=true shows where") from error
 
 
 def _run_unmarked(config: DictConfig) -> int:

@@ -15,8 +15,9 @@ import numpy as np
 
 from cfsp.config.deciding import separate
 from cfsp.config.sections import TextSection
+from cfsp.data.read_errors import reading
 from cfsp.data.rows import rows, text_of
-from cfsp.data.text_files import check_file, dataset_digest, file_form, lines, locate_dataset, open_text, reading
+from cfsp.data.text_files import check_file, dataset_digest, file_form, lines, locate_dataset, open_text
 from cfsp.errors import DataError
 from cfsp.system.digest import file_digest
 from cfsp.system.hub import fetch_file

@@ -9,21 +9,20 @@ be a dataset that ``datasets.save_to_disk`` wrote. Everything else is refused wi
 from __future__ import annotations
 
 import bz2
-import csv
 import gzip
 import hashlib
 import io
 import lzma
 import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from cfsp.errors import DataError, printable
+from cfsp.data.read_errors import reading
+from cfsp.errors import DataError
 from cfsp.system.digest import file_digest
 from cfsp.system.reading import check_regular, read_json
 
@@ -136,35 +135,6 @@ def check_file(path: Path, label: str, *, forms: str, streamed: bool, remedy: st
     _check_head(path, label)
     if size > MAX_TEXT_BYTES and not streamed:
         raise DataError(_too_large(label, size, remedy))
-
-
-@contextmanager
-def reading(label: str) -> Iterator[None]:
-    """Turn errors of the libraries that read files into one line with the way out.
-
-    Args:
-        label: how messages name the file.
-
-    Raises:
-        DataError: reading inside the context failed.
-    """
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise DataError(
-            f"{label}: cannot be read: it is not UTF-8 (byte 0x{byte:02x}; perhaps Latin-1); save it as UTF-8, e.g. "
-            "iconv -f LATIN1 -t UTF-8 FILE > NEW"
-        ) from error
-    except RecursionError as error:
-        raise DataError(f"{label}: cannot be read: it is nested too deep; no file of texts is") from error
-    except MemoryError as error:  # Arrow raises it too, for sizes that no file of this length can have
-        raise DataError(f"{label}: cannot be read: it asks for more memory than there is; fetch it again") from error
-    except (EOFError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"{label}: cannot be read: it is damaged or cut off ({error}); fetch it again") from error
-    except (ValueError, KeyError, TypeError, OSError, csv.Error, OverflowError) as error:
-        reason = printable(str(error))[:160]
-        raise DataError(f"{label}: cannot be read ({reason}); see that it is whole, or fetch it again") from error
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from cfsp.system.hub import fetching
 
 if TYPE_CHECKING:
     from cfsp.data.limits import Limits
+
+log = logging.getLogger(__name__)
 
 #: Number of items of a local task that are rendered; for lm-eval's own tasks it is 1.
 TRIED_ITEMS = 200
@@ -77,6 +80,12 @@ def try_task(
     # lm_eval.simple_evaluate sets both in the same way.
     if num_fewshot is not None and task.get_config("num_fewshot") != 0:
         task.set_config(key="num_fewshot", value=num_fewshot)
+    elif num_fewshot:  # lm-eval says it at a level that nobody sees
+        log.warning(
+            "%s.num_fewshot=%d: not used for the task %s, which states num_fewshot: 0 itself, so it is measured "
+            "without examples; take that line out of its YAML, or leave the key out",
+            key, num_fewshot, name,
+        )  # fmt: skip
     shots = task.get_config("num_fewshot") or 0
     task.set_fewshot_seed(seed=1234)
     documents = task.eval_docs

@@ -189,13 +189,17 @@ class ZeroShot(Evaluator):
         leaves = _leaves(task, results.get("group_subtasks", {}))
         if leaves == [task]:
             config = results["configs"].get(task, {})
+            shots = results.get("n-shot", {}).get(task)
+            # A task that states num_fewshot: 0 keeps it.
+            asked = {} if self.num_fewshot in (None, shots) else {"num_fewshot_not_used": self.num_fewshot}
             return {
                 "n": results["n-samples"].get(task, {}).get("effective"),
                 "split": config.get("test_split") or config.get("validation_split"),
-                "num_fewshot": results.get("n-shot", {}).get(task),
+                "num_fewshot": shots,
                 "detail": {
                     "task_hash": _task_hash(results["samples"].get(task, [])),
                     "truncated": truncated[task],
+                    **asked,
                 },
             }
         members = {leaf: self._described(leaf, results, truncated) for leaf in leaves}

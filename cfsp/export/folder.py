@@ -20,6 +20,7 @@ from cfsp.model.tokenizer import check_tokenizer_files
 from cfsp.pruned_model.family import PRUNED_PREFIX
 from cfsp.pruned_model.names import COMMON_FAMILIES, stock_type
 from cfsp.weights.fit import is_computed
+from cfsp.weights.gguf_header import is_gguf
 from cfsp.weights.shards import Shards
 from cfsp.weights.source import ModelSource, locate
 
@@ -40,6 +41,10 @@ _SIZES = (
     "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads",
     "head_dim",
 )  # fmt: skip
+_NOT_GGUF = (
+    ", and model folders are exported; give the folder that it was made of, or prune it (model=local model.path=FILE) "
+    "and export OUT/model"
+)
 _OPTIONAL = ("num_key_value_heads", "head_dim")
 
 
@@ -149,12 +154,17 @@ def read_folder(path: str | Path) -> ModelFolder:
     folder = Path(path).expanduser()
     if not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file():
         folder = folder / "model"
+    if is_gguf(folder):
+        raise CheckpointError(f"path={path}: this is a GGUF file{_NOT_GGUF}")
     if not folder.is_dir():
         raise CheckpointError(
             f"path={path}: no such folder; give a model folder, or the folder of a run that saved one"
         )
     check_tokenizer_files(folder, f"path={path}")
-    return read_source(locate(ModelSection(name=folder.name, path=str(folder.resolve()))))
+    source = locate(ModelSection(name=folder.name, path=str(folder.resolve())))
+    if source.gguf is not None:
+        raise CheckpointError(f"path={path}: the model there is a GGUF file, {source.gguf.file}{_NOT_GGUF}")
+    return read_source(source)
 
 
 def read_source(source: ModelSource) -> ModelFolder:

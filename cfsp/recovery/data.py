@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from cfsp.config.sections import HubFile, TextSection
 from cfsp.data.limits import Limits
+from cfsp.data.read_errors import reading
 from cfsp.data.rows import kind_of, rows
 from cfsp.data.text import TEXT_FORMS, TextFile, locate_text, read_text, tokenise
-from cfsp.data.text_files import reading
 from cfsp.errors import DataError
 
 if TYPE_CHECKING:

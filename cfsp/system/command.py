@@ -54,6 +54,10 @@ def command(
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on", file=sys.stderr)
         return 1
+    except SystemExit as error:  # code that a model brings called sys.exit(0): no success
+        reason = escape.plain(str(error.code))[:100]
+        print(f"{name}: {verb} ended itself (SystemExit: {reason}), by code of the model", file=sys.stderr)
+        return 1
     except Exception as error:
         if (path_problem := _path_problem(error)) is not None:
             print(f"{name}: {path_problem}", file=sys.stderr)

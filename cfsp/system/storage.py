@@ -47,16 +47,17 @@ def storage_problem(error: BaseException, places: Mapping[str, Path]) -> str | N
     """Return one line on the disk error that caused ``error``; None if no disk error did."""
     if isinstance(error, CfspError) and ("paths." in str(error) or "record=" in str(error)):
         return None  # the error names its key already
-    cause = next((link for link in _chain(error) if disk_error_code(link) is not None), None)
-    if cause is None:
+    causes = [link for link in _chain(error) if disk_error_code(link) is not None]
+    if not causes:
         return None
+    cause = next((link for link in causes if getattr(link, "filename", None)), causes[0])
     code = disk_error_code(cause) or 0
     filename = getattr(cause, "filename2", None) or getattr(cause, "filename", None)
     file = Path(os.fsdecode(filename)) if isinstance(filename, str | bytes) else None
     key = _key_of(file, places) if file is not None else None
     if key is None and code not in _ROOM:
         return None  # perhaps an unreadable input; the error itself says more
-    if key is None and file is None:
+    if key is None and file is None and places:
         key = min(places, key=lambda name: free_bytes(places[name]))
     details = "" if not isinstance(error, CfspError) else re.sub(r" \(\[Errno \d+\] [^)]*\)", "", f": {error}")
     # The key names the folder already, and the line is bounded.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import uuid
@@ -12,6 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from cfsp.errors import CheckpointError
+from cfsp.system.atomic import disk_error_code
 from cfsp.system.leftovers import held, is_held
 
 
@@ -34,21 +36,41 @@ def atomic_folder(folder: Path, key: str | None = None) -> Iterator[Path]:
             yield scratch
             _replace(scratch, folder)
         _remove_others(folder)
-    except (OSError, SafetensorError) as error:
-        message = f"{folder}: the model cannot be saved there ({error})"
+    except Exception as error:
+        code = disk_error_code(error)  # tokenizers raises the bare class for a full disk
+        if code is None and not isinstance(error, OSError | SafetensorError):
+            raise
+        file = _being_written(scratch, error)
+        reason = str(error) if code is None else f"[Errno {code}] {os.strerror(code)}"
+        message = f"{folder}: the model cannot be saved there{f': {file.name} failed' if file else ''} ({reason})"
         finished = len(_finished(scratch)) if key else 0
         if finished:
             message += (
                 f"; {finished} finished weight files stay in {scratch}: make room and the same run goes on with them, "
                 "or delete that folder"
             )
-        raise CheckpointError(message) from error
+        if code is None or file is None:
+            raise CheckpointError(message) from error
+        cause = OSError(code, os.strerror(code), str(file))  # by its file the key of the full disk is found
+        cause.__cause__ = error
+        raise CheckpointError(message) from cause
     finally:
         if not (key and _finished(scratch)):
             shutil.rmtree(scratch, ignore_errors=True)
         for partial in scratch.glob("*.partial"):  # of no use, and as large as a weight file
             with suppress(OSError):
                 partial.unlink()
+
+
+def _being_written(scratch: Path, error: Exception) -> Path | None:
+    """Return the file that could not be written: the one that the error names, else the newest one."""
+    named = getattr(error, "filename", None)
+    if isinstance(named, str):
+        return Path(named)
+    with suppress(OSError):
+        files = [(file.stat().st_mtime_ns, file) for file in scratch.rglob("*") if file.is_file()]
+        return max(files)[1] if files else None
+    return None
 
 
 def _remove_others(folder: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from cfsp.errors import CheckpointError, ConfigError
 from cfsp.system.reading import check_regular, read_json, read_text
+from cfsp.weights.config_values import check_values
 
 ADAPTER = "adapter_config.json"
 #: Largest config.json, tokenizer_config.json and the like; those of published models have below 30 MB.
@@ -69,8 +70,12 @@ def check_files(folder: Path, where: str) -> None:
             if size > MAX_CONFIG_BYTES:
                 raise CheckpointError(f"{label}: it has {size:,} bytes; no file of this kind has; fetch it again")
     for name in _SETTINGS:
-        if (folder / name).is_file() and not isinstance(read_json(folder / name, f"{where}: {name}"), dict):
-            raise CheckpointError(f"{where}: {name} holds no object; fetch the model again")
+        if (folder / name).is_file():
+            settings = read_json(folder / name, f"{where}: {name}")
+            if not isinstance(settings, dict):
+                raise CheckpointError(f"{where}: {name} holds no object; fetch the model again")
+            if name == "generation_config.json":
+                check_values(settings, f"{where}: {name}")
 
 
 def leads_outside(file: Path, folder: Path) -> bool:
@@ -137,6 +142,7 @@ def read_config(folder: Path, where: str) -> dict[str, Any]:
         raise CheckpointError(f"{where}: config.json is not valid JSON ({error}); fetch the model again") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{where}: config.json holds no object; fetch the model again")
+    check_values(config, f"{where}: config.json")
     for key, count in counts(config):
         limit = MAX_EXPERTS if _EXPERTS.search(key) else MAX_LAYERS
         if count > limit:

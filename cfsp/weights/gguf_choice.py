@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cfsp.errors import CheckpointError
-from cfsp.weights.gguf_header import is_gguf
+from cfsp.weights.gguf_header import GgufHeader, is_gguf
+
+#: Pre-tokenizers that split text as GPT-2 does, or that cfsp sets itself.
+_AS_GPT2 = ("gpt-2", "default", "smollm", "gpt2", "mpt", "olmo", "")
 
 
 @dataclass(frozen=True)
@@ -62,14 +65,19 @@ def gguf_file_of(path: Path, name: str | None, where: str) -> Path | None:
     if name is not None:
         file = path / name
         if Path(name).name != name or not file.is_file():
-            here = sorted(each.name for each in path.glob("*.gguf"))
+            here = _names_in(path)
             present = f"there {', '.join(here[:5])} can be found" if here else "there are no GGUF files"
             raise CheckpointError(f"model.gguf_file={name}: no such file in {path}; {present}")
         return file
-    names = sorted(each.name for each in path.glob("*.gguf"))
+    names = _names_in(path)
     if not names or any(path.glob("*.safetensors")):
         return None
     return path / the_only_one(names, where)
+
+
+def _names_in(folder: Path) -> list[str]:
+    """Return the names of the GGUF files in a folder; FIFOs and folders with such a name are none."""
+    return sorted(file.name for file in folder.glob("*.gguf") if file.is_file())
 
 
 def the_only_one(names: Sequence[str], where: str) -> str:
@@ -84,6 +92,17 @@ def the_only_one(names: Sequence[str], where: str) -> str:
             f"{where}: holds {len(names)} GGUF files ({', '.join(names[:8])}{more}); name one with model.gguf_file=NAME"
         )
     return names[0]
+
+
+def unknown_pre_tokenizer(header: GgufHeader) -> str | None:
+    """Return the name of a pre-tokenizer that transformers' reader does not know and replaces by GPT-2's."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:
+        GGUF_PRE_TOKENIZER_SPLITS = {}
+    name = str(header.metadata.get("tokenizer.ggml.pre", ""))
+    byte_level = header.metadata.get("tokenizer.ggml.model") == "gpt2"
+    return name if byte_level and name not in (*_AS_GPT2, *GGUF_PRE_TOKENIZER_SPLITS) else None
 
 
 _SCRATCH: list[tempfile.TemporaryDirectory[str]] = []

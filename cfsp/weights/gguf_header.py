@@ -34,6 +34,21 @@ _REMEDY = "the file is damaged or was cut; fetch it again"
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 
 
+class ArrayLength(int):
+    """Length of an array in the metadata whose elements are not kept.
+
+    Attributes:
+        texts: whether the elements are strings; otherwise they are numbers.
+    """
+
+    texts: bool
+
+    def __new__(cls, count: int, *, texts: bool) -> ArrayLength:
+        length = super().__new__(cls, count)
+        length.texts = texts
+        return length
+
+
 @dataclass(frozen=True)
 class GgufTensor:
     """A tensor of a GGUF file.
@@ -60,7 +75,7 @@ class GgufHeader:
 
     Attributes:
         file: the file.
-        metadata: key -> value. Arrays of strings and long arrays are given by their length, an int.
+        metadata: key -> value. Arrays of strings and long arrays are given by their :class:`ArrayLength`.
         tensors: the tensors, in the order of the file.
     """
 
@@ -145,6 +160,8 @@ def _parsed(file: Path, content: mmap.mmap, where: str) -> GgufHeader:
     metadata: dict[str, Any] = {}
     for _ in range(n_keys):
         key = cursor.string(_MAX_KEY_BYTES)
+        if not key.isprintable():  # it would reach the terminal
+            raise struct.error("a key with control characters")
         metadata[key] = cursor.value(cursor.number("I"))
     if not isinstance(metadata.get("general.architecture"), str):
         raise CheckpointError(f"{where}: names no architecture (general.architecture); it is no language model")
@@ -178,6 +195,8 @@ def _checked(entries: list[tuple[str, tuple[int, ...], int, int]], size: int, wh
         block, block_bytes = GGML_QUANT_SIZES[kind]
         if prod(shape) % block or offset + prod(shape) // block * block_bytes > size:
             raise CheckpointError(f"{where}: {name} does not end within the file; {_REMEDY}")
+        if not name.isprintable():
+            raise struct.error("a tensor's name with control characters")
         if name in tensors:
             raise CheckpointError(f"{where}: has two tensors of the name {name}; {_REMEDY}")
         tensors[name] = GgufTensor(name, shape, kind.name)
@@ -221,16 +240,21 @@ class _Cursor:
             size = count * struct.calcsize(letter)
             self._need(size)
             start, self.position = self.position, self.position + size
-            return (
-                list(struct.unpack_from(f"<{count}{letter}", self.content, start)) if count <= _KEPT_ELEMENTS else count
-            )
+            if count > _KEPT_ELEMENTS:
+                return ArrayLength(count, texts=False)
+            return list(struct.unpack_from(f"<{count}{letter}", self.content, start))
         if element != _STRING or count > _MAX_STRINGS:
             raise struct.error(f"array of {count} elements of type {element}")
+        end = len(self.content)
         unpack, content, position = struct.Struct("<Q").unpack_from, self.content, self.position
         for _ in range(count):
-            position += 8 + unpack(content, position)[0]
+            start = position + 8
+            position = start + unpack(content, position)[0]
+            if position > end:
+                raise struct.error("a string beyond the end of the file")
+            content[start:position].decode("utf-8")  # the readers fail on other bytes, and do not say why
         self.position = position
-        return count
+        return ArrayLength(count, texts=True)
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         """Read the entry of one tensor: name, shape, GGML type and offset."""

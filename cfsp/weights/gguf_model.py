@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from cfsp.errors import CheckpointError, UnsupportedModelError
+from cfsp.system.atomic import naming
 from cfsp.system.memory import available
 from cfsp.weights.atomic_folder import atomic_folder
 from cfsp.weights.gguf_header import GgufHeader
@@ -28,8 +29,6 @@ from cfsp.weights.transformers_noise import line_of, quiet
 #: Written last; what was written by another version of this module is written again.
 _FORMAT = 1
 _MAX_SHARD = "4GB"
-#: Pre-tokenizers that split text as GPT-2 does, or that this module sets itself.
-_AS_GPT2 = ("gpt-2", "default", "smollm", "gpt2", "mpt", "olmo", "")
 #: Keys of an architecture that say nothing about what is computed, or are compared here.
 _NEUTRAL = (
     "vocab_size", "rope.dimension_count", "attention.key_length", "attention.value_length", "rope.scaling.type",
@@ -61,7 +60,8 @@ def write_outline(header: GgufHeader, folder: Path, where: str) -> None:
     tokenizer = _tokenizer(header, where)
     with atomic_folder(folder) as scratch:
         write_config(config, header, scratch)
-        tokenizer.save_pretrained(scratch)
+        with naming(scratch / "tokenizer.json"):
+            tokenizer.save_pretrained(scratch)
         licence = header.metadata.get("general.license")
         if isinstance(licence, str) and licence.strip():
             (scratch / "README.md").write_text(f"---\nlicense: {json.dumps(licence.strip())}\n---\n", encoding="utf-8")
@@ -311,17 +311,6 @@ def _tokenizer(header: GgufHeader, where: str) -> Any:
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
     return tokenizer
-
-
-def unknown_pre_tokenizer(header: GgufHeader) -> str | None:
-    """Return the name of a pre-tokenizer that transformers' reader does not know and replaces by GPT-2's."""
-    try:
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-    except ImportError:
-        GGUF_PRE_TOKENIZER_SPLITS = {}
-    name = str(header.metadata.get("tokenizer.ggml.pre", ""))
-    byte_level = header.metadata.get("tokenizer.ggml.model") == "gpt2"
-    return name if byte_level and name not in (*_AS_GPT2, *GGUF_PRE_TOKENIZER_SPLITS) else None
 
 
 @contextmanager

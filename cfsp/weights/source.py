@@ -21,9 +21,10 @@ from cfsp.system.digest import READERS, file_digest
 from cfsp.system.hub import fetch_snapshot, files_of
 from cfsp.system.hub_errors import hub_error
 from cfsp.system.package import package_path
+from cfsp.system.storage import explained
 from cfsp.weights.dequantise import QuantisedOrigin
 from cfsp.weights.folder_check import check_files, check_no_adapter, layers_of, read_config
-from cfsp.weights.gguf_choice import GgufOrigin, gguf_file_of, scratch_folder, the_only_one
+from cfsp.weights.gguf_choice import GgufOrigin, gguf_file_of, scratch_folder, the_only_one, unknown_pre_tokenizer
 
 #: Files whose content decides how text becomes tokens.
 _TOKENIZER_FILES = (
@@ -143,6 +144,11 @@ def locate(section: ModelSection, cache: Path | None = None) -> ModelSource:
 def _located(section: ModelSection, cache: Path | None) -> ModelSource:
     path = str(section.path)
     if path.startswith("pkg://"):
+        if section.gguf_file is not None:
+            raise CheckpointError(
+                f"model.gguf_file={section.gguf_file}: {path} is a folder in the package, which has no GGUF files; "
+                "leave it out, or give a folder or file with model=local model.path=PLACE"
+            )
         return _from_folder(section.name, package_path(path), origin=path)
     local = Path(path).expanduser()
     if local.exists() or not is_hub_id(path):
@@ -215,16 +221,19 @@ def _from_gguf(
     name: str, file: Path, *, origin: str, cache: Path | None, fingerprint: str | None = None
 ) -> ModelSource:
     """Return the source of a GGUF file: a folder with its configuration and tokenizer."""
+    from cfsp.weights.gguf_check import check_metadata
     from cfsp.weights.gguf_header import read_header
-    from cfsp.weights.gguf_model import folder_name, unknown_pre_tokenizer, unread_settings, write_outline
+    from cfsp.weights.gguf_model import folder_name, unread_settings, write_outline
 
     where = f"model.path={origin}"
     header = read_header(file, where)
+    check_metadata(header, where)
     digest = file_digest(file, _digests(cache))
     folders = (scratch_folder() if cache is None else cache / "gguf") / folder_name(digest)
     outline = folders / "outline"
     if not (outline / "config.json").is_file():
-        write_outline(header, outline, where)
+        with explained({} if cache is None else {"paths.cache_dir": cache}):
+            write_outline(header, outline, where)
     notes = []
     unread = unread_settings(header)
     if unread:
@@ -288,7 +297,8 @@ def _from_folder(
 
     where = f"model.path={origin}"
     if not folder.is_dir():
-        reason = "this is a file" if folder.exists() else "no such folder"
+        kind = "this is a file" if folder.is_file() else "neither a folder nor a regular file"
+        reason = kind if folder.exists() else "no such folder"
         raise CheckpointError(f"{where}: {reason}; give a model folder or a hub id (organisation/name)")
     if not any(folder.iterdir()):
         raise CheckpointError(f"{where}: the folder is empty; it must hold config.json, *.safetensors and a tokenizer")

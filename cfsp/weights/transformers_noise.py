@@ -6,6 +6,8 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 
+from cfsp.errors import printable
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -22,6 +24,6 @@ def quiet() -> Iterator[None]:
 
 
 def line_of(error: Exception) -> str:
-    """Return the first line of an error of transformers, which may have no text."""
+    """Return the line of an error that says what is wrong; "Validation error for field ...:" does not."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]
+    return printable(next((line for line in lines if not line.endswith(":")), type(error).__name__))[:200]

@@ -236,13 +236,15 @@ def _failure_lines(err: str) -> list[str]:
         (OSError(28, "No space left on device", "somewhere"), 1, ["No space left on device", "somewhere"]),
         (torch.OutOfMemoryError("tried to allocate 7 GiB"), 1, ["out of memory", "batch_size", "bfloat16"]),
         (MemoryError(), 1, ["out of memory", "batch_size"]),
+        (SystemExit(0), 1, ["the run ended itself", "SystemExit: 0", "debug=true"]),
+        (GeneratorExit(), 1, ["the run ended itself", "GeneratorExit"]),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
             1,
             ["out of memory", "batch_size"],
         ),
     ],
-    ids=lambda value: f"{type(value).__name__} {value}".strip() if isinstance(value, Exception) else "",
+    ids=lambda value: f"{type(value).__name__} {value}".strip() if isinstance(value, BaseException) else "",
 )
 def test_a_run_that_fails(run_cfsp, sound_words, tmp_path, monkeypatch, finished, error, code, parts):
     _failing(monkeypatch, error)

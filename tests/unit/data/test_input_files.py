@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import bz2
 import csv
+import errno
 import gzip
 import io
 import json
 import lzma
 import os
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from cfsp.calibration.calibration_set import from_ids, from_text, from_tokens
 from cfsp.config.sections import TextCalibration, TextSection, TokensCalibration
 from cfsp.data import text_files
 from cfsp.data.limits import Limits
+from cfsp.data.read_errors import reading
 from cfsp.data.rows import rows
 from cfsp.data.text import locate_text, read_text
 from cfsp.errors import CfspError, ConfigError, DataError
@@ -369,3 +372,43 @@ def test_an_array_that_would_be_parsed_as_a_whole_is_bounded(tmp_path, monkeypat
     monkeypatch.setattr("cfsp.data.rows.MAX_ARRAY", 1_000)
     with pytest.raises(DataError, match=r"one row a line \(\.jsonl\)"):
         list(rows(file, "calibration.path=texts.json"))
+
+
+def test_a_damaged_byte_of_a_parquet_file_is_never_answered_in_the_words_of_arrow(tmp_path):
+    sound = _parquet(tmp_path / "a.parquet", text=["Grüße aus dem Wald. " * 20] * 5, id=[1, 2, 3, 4, 5]).read_bytes()
+    said = set()
+    for at in range(4, len(sound), 7):  # the footer takes most of the file
+        file = _written(tmp_path / "a.parquet", sound[:at] + b"\t" + sound[at + 1 :])
+        try:
+            _text(file)
+        except DataError as error:
+            said.add(str(error))
+    assert any("its content is damaged" in line for line in said)
+    for line in said:
+        assert any(ours in line for ours in ("content is damaged", "more memory", "UTF-8", "no such", "holds")), line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        pyarrow.ArrowInvalid("Invalid number of indices: 0"),
+        pyarrow.ArrowNotImplementedError("Support for codec 'x' not built"),
+        pyarrow.ArrowIndexError("index out of bounds"),
+        pyarrow.ArrowSerializationError("words of Arrow"),
+        csv.Error("line contains NUL"),
+        gzip.BadGzipFile("CRC check failed 0x1 != 0x2"),
+        zlib.error("Error -3 while decompressing data: invalid block type"),
+        AssertionError("words of a library"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_of_a_library_is_answered_in_our_words(error):
+    with pytest.raises(DataError) as found, reading("calibration.path=FILE"):
+        raise error
+    assert str(found.value).startswith("calibration.path=FILE: cannot be read")
+    assert str(error) not in str(found.value)
+
+
+def test_an_error_of_the_system_keeps_its_reason():
+    with pytest.raises(DataError, match="Input/output error"), reading("calibration.path=FILE"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))

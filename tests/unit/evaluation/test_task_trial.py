@@ -390,3 +390,15 @@ def test_a_path_in_the_place_of_a_task_is_refused_without_listing_the_harness_ta
     monkeypatch.setattr("cfsp.evaluation.harness.harness_tasks", None)  # it takes seconds, so it must not be called
     with pytest.raises(ConfigError, match=r"include_path=FOLDER"):
         ZeroShot(tasks=[name], include_path=None).check_settings()
+
+
+@pytest.mark.parametrize(("stated", "used"), [(0, 0), (None, 1)])
+def test_examples_that_a_task_does_not_take_are_told_and_recorded(tmp_path, tokenizer, model, caplog, stated, used):
+    keys = {} if stated is None else {"num_fewshot": stated}
+    write_task(tmp_path, f"shots{used}", fewshot_split="test", **keys)
+    evaluator = ZeroShot(tasks=[f"shots{used}"], include_path=str(tmp_path), num_fewshot=1, limit=2)
+    evaluator.check(tokenizer, LIMITS)
+    (first, *_) = evaluator.measure(model, tokenizer)
+    assert first.num_fewshot == used
+    assert first.detail.get("num_fewshot_not_used") == (None if used else 1)
+    assert ("num_fewshot=1: not used for the task shots0" in caplog.text) == (not used)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import cfsp
 from cfsp.checkpoint.save import save_checkpoint
@@ -20,6 +22,7 @@ from cfsp.export.gguf import export
 from cfsp.inspection.numbers import numbers_of
 from cfsp.inspection.report import report_of
 from cfsp.model.tokenizer import load_tokenizer
+from cfsp.system.storage import storage_problem
 from cfsp.weights.gguf_header import read_header
 from cfsp.weights.source import locate, with_weights
 from tests.conftest import ROOT, SENTENCE, mentions
@@ -265,3 +268,132 @@ def test_metadata_of_another_size_than_the_tensors_is_refused(damaged):
 
     with pytest.raises((CheckpointError, UnsupportedModelError)):
         with_weights(locate(section(damaged(narrower))))
+
+
+U32, TEXT = 4, 8
+
+
+def with_value(content: bytes, key: str, kind: int | None, value: bytes = b"", *, size: int = 4) -> bytes:
+    """The file with another value of a key whose value now has ``size`` bytes; ``kind`` None: without the key.
+
+    The tensors keep their places, because spaces in the name of the model make up for the bytes.
+    """
+    at = content.index(struct.pack("<Q", len(key)) + key.encode())
+    end = at + 8 + len(key) + 4 + size
+    entry = b"" if kind is None else content[at : end - 4 - size] + struct.pack("<I", kind) + value
+    changed = content[:at] + entry + content[end:]
+    keys = struct.unpack_from("<Q", content, 16)[0] + (0 if kind is None else 1)
+    name = struct.pack("<Q", 5) + b"cfsp." + struct.pack("<I", TEXT)
+    fill = -(len(changed) - len(content) + len(name) + 8) % 32
+    filler = name + struct.pack("<Q", fill) + b" " * fill
+    return changed[:16] + struct.pack("<Q", keys) + filler + changed[24:]
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "value"),
+    [
+        ("llama.block_count", U32, struct.pack("<I", 9)),
+        ("llama.block_count", U32, struct.pack("<I", 2**31)),
+        ("llama.block_count", 5, struct.pack("<i", -1)),
+        ("llama.embedding_length", U32, struct.pack("<I", 128)),
+        ("llama.context_length", U32, bytes(4)),
+        ("llama.context_length", 10, struct.pack("<Q", 2**40)),
+        ("llama.context_length", TEXT, struct.pack("<Q", 4) + b"word"),
+        ("llama.context_length", 9, struct.pack("<IQI", 4, 1, 7)),
+        ("llama.attention.head_count", 7, b"\1"),
+        ("llama.attention.layer_norm_rms_epsilon", 6, struct.pack("<f", float("nan"))),
+        ("llama.attention.layer_norm_rms_epsilon", 6, struct.pack("<f", -1e-5)),
+        ("llama.rope.freq_base", 6, struct.pack("<f", float("inf"))),
+        ("llama.rope.freq_base", 9, struct.pack("<IQQ", 8, 1, 1) + b"a"),
+        ("tokenizer.ggml.bos_token_id", U32, struct.pack("<I", 4096)),
+        ("tokenizer.ggml.eos_token_id", 5, struct.pack("<i", -1)),
+    ],
+    ids=str,
+)
+def test_a_wrong_value_in_the_metadata_is_named_before_anything_is_made_of_the_file(damaged, key, kind, value):
+    lines = refused(damaged(lambda content: with_value(content, key, kind, value)))
+    assert len(lines) == 1
+    mentions(lines, "damaged.gguf", f"{key}=", "fetch it again")
+
+
+@pytest.mark.parametrize(
+    "key", ["block_count", "context_length", "attention.head_count", "attention.layer_norm_rms_epsilon"]
+)
+def test_a_setting_that_is_missing_is_not_replaced_by_the_default_of_the_class(damaged, key):
+    lines = refused(damaged(lambda content: with_value(content, f"llama.{key}", None)))
+    mentions(lines, f"lacks llama.{key}", "default")
+
+
+def test_the_filler_of_these_tests_alone_changes_nothing(damaged, bundled_file):
+    same = damaged(lambda content: with_value(content, "llama.context_length", U32, struct.pack("<I", 512)))
+    assert read_header(same, "x").tensors == read_header(bundled_file, "x").tensors
+    assert locate(section(same)).config == locate(section(bundled_file)).config
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "part"),
+    [
+        (b"tokenizer.ggml.merges", b"tokenizer.ggml.mergeX", "has no tokenizer.ggml.merges"),
+        (b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenX", "has no tokenizer.ggml.tokens"),
+        (b"llama.context_length", b"llama.context_l\0ngth", "header cannot be read"),
+        (struct.pack("<Q", 3) + b"the", struct.pack("<Q", 3) + b"t\xffe", "header cannot be read"),
+    ],
+)
+def test_keys_and_tokens_that_are_no_text_or_missing(damaged, old, new, part):
+    lines = refused(damaged(lambda content: content.replace(old, new, 1)))
+    assert lines[0].isprintable()
+    mentions(lines, part)
+
+
+def test_weights_that_are_not_finite_are_refused_when_they_are_loaded(damaged):
+    file = damaged(lambda content: content[:-4] + struct.pack("<f", float("nan")))
+    with pytest.raises(CfspError, match="NaN"):
+        cfsp.load(file)
+
+
+def test_links_fifos_and_folders_with_the_name_of_a_gguf_file(bundled_file, tmp_path):
+    (tmp_path / "folder.gguf").mkdir()
+    os.mkfifo(tmp_path / "fifo.gguf")
+    (tmp_path / "link.gguf").symlink_to(bundled_file)
+    assert locate(section(tmp_path)).gguf.file == "link.gguf"
+    mentions(refused(tmp_path / "fifo.gguf"), "neither a folder nor a regular file")
+    mentions(refused(tmp_path / "folder.gguf"), "the folder is empty")
+    lines = refused(tmp_path, gguf_file="fifo.gguf")
+    mentions(lines, "model.gguf_file=fifo.gguf: no such file", "there link.gguf can be found")
+    bundled = ModelSection(name="m", path="pkg://assets/books7m", gguf_file="x.gguf")
+    with pytest.raises(CheckpointError, match=r"model\.gguf_file=x\.gguf.*leave it out"):
+        locate(bundled)
+
+
+def test_an_export_of_a_gguf_file_is_answered_with_the_way_out(bundled_file, tmp_path):
+    shutil.copy(bundled_file, tmp_path / "x.gguf")
+    for place in (tmp_path, tmp_path / "x.gguf"):
+        with pytest.raises(CheckpointError, match=r"GGUF file.*give the folder that it was made of"):
+            read_folder(place)
+
+
+def test_a_full_disk_names_the_key_and_the_file_and_leaves_no_scratch_folder(bundled_file, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise Exception("No space left on device (os error 28)")  # the class that tokenizers raises
+
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.PreTrainedTokenizerBase.save_pretrained", full)
+        with pytest.raises(CfspError, match=r"^paths\.cache_dir=.*the disk is full.*tokenizer\.json failed") as caught:
+            locate(section(bundled_file), tmp_path / "cache")
+    assert len(caught.value.problems) == 1
+    assert not list((tmp_path / "cache").rglob(".outline*"))
+    assert with_weights(locate(section(bundled_file), tmp_path / "cache")).folder.is_dir()
+
+
+def test_weights_that_the_disk_does_not_take_name_their_file(bundled_file, tmp_path, monkeypatch):
+    def full(self, folder, **_):
+        (Path(folder) / "model.safetensors").write_bytes(b"begun")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    source = locate(section(bundled_file), tmp_path)
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    with pytest.raises(CheckpointError, match="model.safetensors failed") as caught:
+        with_weights(source)
+    line = storage_problem(caught.value, {"paths.output_dir": tmp_path / "out", "paths.cache_dir": tmp_path})
+    assert line.startswith(f"paths.cache_dir={tmp_path}: the disk is full")
+    assert "model.safetensors failed" in line
