@@ -74,12 +74,26 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", _escaped, folded)
 
 
+#: Types as libraries print them -> words for a user.
+_TYPES = {
+    "int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "list": "a list",
+    "tuple": "a list", "dict": "a group of keys", "NoneType": "null",
+}  # fmt: skip
+
+
+def plain_words(text: str) -> str:
+    """Replace the types and addresses in a library's message: ``<class 'int'>`` becomes "a whole number"."""
+    text = re.sub(r"<class '(?:[\w.<>]*\.)?(\w+)'>", lambda match: _TYPES.get(match[1], match[1]), text)
+    text = re.sub(r"<(?:[\w.<>]*\.)?(\w+) object at 0x[0-9a-fA-F]+>", r"\1", text)
+    return re.sub(r"'?\bNoneType\b'?(?: object)?", "null", text)
+
+
 def one_line(text: str, longest: int = LONGEST) -> str:
     """Return a text on one line of at most ``longest`` characters.
 
     A longer text is cut in its middle, because its end is the way out.
     """
-    line = printable(text)
+    line = plain_words(printable(text))
     if len(line) <= longest:
         return line
     end = longest // 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -146,15 +147,13 @@ def _too_much(values: dict[str, Any]) -> Iterator[str]:
     """Yield a problem for nesting that is too deep and for texts that cannot be written, without recursion."""
     level: list[Any] = [values]
     for _ in range(_DEEPEST):
-        inner: list[Any] = []
-        for part in level:
-            if isinstance(part, dict):
-                inner += [*part, *part.values()]
-            elif isinstance(part, list):
-                inner += part
-            elif isinstance(part, str) and _SURROGATE.search(part):
-                yield f"{part[:40]!r} cannot be written as UTF-8"
-        level = [part for part in inner if isinstance(part, dict | list | str)]
+        inner = [item for part in level for item in (part.values() if isinstance(part, dict) else part)]
+        level = [item for item in inner if isinstance(item, dict | list)]
         if not level:
-            return
-    yield f"it is nested more than {_DEEPEST} deep"
+            break
+    else:
+        yield f"it is nested more than {_DEEPEST} deep"
+        return
+    # One pass over the text is faster than a look at each of its thousands of parts.
+    if found := _SURROGATE.search(text := json.dumps(values, ensure_ascii=False)):
+        yield f"{text[max(0, found.start() - 20) : found.start() + 20]!r} cannot be written as UTF-8"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -57,7 +56,7 @@ class GridComposer:
                 self._by_choices[choices] = _plain(choices)
             except ConfigError:  # Hydra's error about all the words says more
                 return None
-        values = copy.deepcopy(self._by_choices[choices])
+        values = _copied(self._by_choices[choices])
         for override in overrides:
             if override is None or (not _is_choice(override) and not _put(values, override)):
                 return None
@@ -102,8 +101,15 @@ def _put(values: dict[str, Any], override: Override) -> bool:
         place = place.get(parent) if isinstance(place, dict) else None
     if not isinstance(place, dict) or last not in place or (isinstance(place[last], Mapping) and value is not None):
         return False
-    place[last] = copy.deepcopy(value)
+    place[last] = _copied(value)
     return True
+
+
+def _copied(value: Any) -> Any:
+    """Copy plain values; :func:`copy.deepcopy` takes several times as long, once for each run of a grid."""
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return [_copied(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _is_plain(value: Any) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cfsp.config.deciding import Parts
 from cfsp.config.identity import METHOD_VERSION, configuration_parts, digest
 from cfsp.config.run_config import RunConfig
 from cfsp.errors import CfspError, CheckpointError, ConfigError
@@ -37,12 +38,14 @@ class Collection:
         missing: cells without a record.
         damaged: one line for each file that is no record.
         files: path of each record by its run_id.
+        keys: run_id -> :func:`science` of each record.
     """
 
     found: list[Found]
     missing: list[Cell]
     damaged: list[str]
     files: dict[str, Path]
+    keys: dict[str, str] = field(default_factory=dict)
 
 
 def collect(cells: Sequence[Cell], folder: Path, composer: GridComposer | None = None) -> Collection:
@@ -62,14 +65,21 @@ def collect(cells: Sequence[Cell], folder: Path, composer: GridComposer | None =
     # First: this imports the classes of other packages that the cells name, which the records' settings are read by.
     configurations = [composer.config(cell.words) for cell in cells]
     damaged: list[str] = []
-    by_science: dict[str, list[RunRecord]] = {}
+    by_science: dict[str, list[tuple[RunRecord, Parts]]] = {}
     files: dict[str, Path] = {}
-    for path, record, key in _read(folder, damaged):
+    keys: dict[str, str] = {}
+    for path, record, parts in _read(folder, damaged):
         files[record.run_id] = path
-        by_science.setdefault(key, []).append(record)
+        keys[record.run_id] = digest(parts.values)
+        by_science.setdefault(keys[record.run_id], []).append((record, parts))
     found, missing = [], []
     for cell, config in zip(cells, configurations, strict=True):
-        records = [record for record in by_science.get(science(config.raw), ()) if _same_inputs(config, record)]
+        wanted = configuration_parts(config.raw)
+        records = [
+            record
+            for record, parts in by_science.get(digest(wanted.values), ())
+            if wanted.places == parts.places or _same_contents(config, record)
+        ]
         current = [record for record in records if record.identity["version"] == METHOD_VERSION]
         records = current or records
         if len(records) > 1:
@@ -83,13 +93,11 @@ def collect(cells: Sequence[Cell], folder: Path, composer: GridComposer | None =
         else:
             missing.append(cell)
     _one_version([one.record for one in found])
-    return Collection(found, missing, damaged, files)
+    return Collection(found, missing, damaged, files, keys)
 
 
-def _same_inputs(config: RunConfig, record: RunRecord) -> bool:
-    """Return whether the record was measured on these paths, or on others with the same content."""
-    if places(config.raw) == places(record.configuration):
-        return True
+def _same_contents(config: RunConfig, record: RunRecord) -> bool:
+    """Return whether the record was measured on inputs of the same content, at other paths."""
     from cfsp.pipeline.preflight import prepare
 
     try:
@@ -110,13 +118,8 @@ def science(configuration: Mapping[str, Any]) -> str:
     return digest(configuration_parts(configuration).values)
 
 
-def places(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted key -> value of every path and revision of an input."""
-    return configuration_parts(configuration).places
-
-
-def _read(folder: Path, damaged: list[str]) -> Iterator[tuple[Path, RunRecord, str]]:
-    """Every whole record of a success with its :func:`science`; what is in ``damaged`` has a line there."""
+def _read(folder: Path, damaged: list[str]) -> Iterator[tuple[Path, RunRecord, Parts]]:
+    """Yield every whole record of a success with the parts of its configuration; others get a line in ``damaged``."""
     for path in sorted(folder.glob("*.json")):
         try:
             record = RunRecord.read(path)
@@ -127,19 +130,18 @@ def _read(folder: Path, damaged: list[str]) -> Iterator[tuple[Path, RunRecord, s
             damaged.append(f"{path}: not a run record (there is no such file)")
             continue
         problem = record.problem()
-        key = ""
+        parts = None
         if problem is None and record.status == "success":
             try:
-                key = science(record.configuration)
-                places(record.configuration)
+                parts = configuration_parts(record.configuration)
             except (AttributeError, KeyError, TypeError, ValueError):
                 problem = "its configuration is not that of a run"
         elif problem is None and record.status != "failed":
             problem = f"status {str(record.status)[:40]!r}"
         if problem is not None:
             damaged.append(f"{path}: not a whole run record ({problem})")
-        elif key:
-            yield path, record, key
+        elif parts is not None:
+            yield path, record, parts
 
 
 def _one_version(records: Sequence[RunRecord]) -> None:

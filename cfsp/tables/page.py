@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
 import os
 import shlex
@@ -11,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -276,7 +278,7 @@ def _run(run: Found, keys: Sequence[str], columns: Sequence[Column], files: dict
         commit_of(record.environment["git"]),
         quote(Path(os.path.relpath(files[record.run_id], folder)).as_posix()),
         _yaml(record.configuration),
-        _yaml(record.environment),
+        _shared_yaml(json.dumps(record.environment)),
         _stages(record),
     )
 
@@ -314,6 +316,12 @@ def _number(value: float | None) -> str:
     if value is None or math.isnan(value):
         return ""
     return repr(value) if math.isfinite(value) else "-Infinity" if value < 0 else "Infinity"
+
+
+@lru_cache(maxsize=64)
+def _shared_yaml(content: str) -> str:
+    """Write JSON as YAML, once for all the runs that share it."""
+    return _yaml(json.loads(content))
 
 
 def _yaml(values: Any) -> str:

@@ -528,3 +528,10 @@ def test_a_model_that_is_only_measured_is_tried_before_it_is_measured() -> None:
     model.forward = lambda *_, **__: None
     with pytest.raises(UnsupportedModelError, match="no logits"):
         try_model(resolve(model))
+
+
+@pytest.mark.parametrize(("key", "value"), [("model_max_length", -1), ("tokenizer_class", 5)])
+def test_a_tokenizer_setting_of_a_wrong_kind_names_the_files(refused, sound_words, model_folder, key, value):
+    file = model_folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    mentions(refused(*sound_words), "tokenizer_config.json", "of a kind that transformers does not take there")

@@ -18,7 +18,9 @@ from cfsp.config.parse import parse
 from cfsp.errors import ConfigError
 from cfsp.pipeline.preflight import prepare
 from cfsp.record.run_record import RunRecord
+from cfsp.sweep import composer
 from cfsp.sweep.experiment import Cell
+from cfsp.tables import collection
 from cfsp.tables.collection import Found, collect
 from cfsp.tables.figures import draw
 from cfsp.tables.grid import table
@@ -476,3 +478,24 @@ def test_a_choice_among_the_runs_gives_the_tables_that_it_has(monkeypatch, capsy
     assert [path.name for path in tmp_path.rglob("*.md")] == ["main.md"]
     assert command.main(["experiment=block_metric", "sparsity.ratio=0.50", f"results={tmp_path}"]) == 0
     assert list(tmp_path.rglob("*.png"))
+
+
+def test_many_runs_cost_one_composition_for_each_choice_of_groups(tmp_path, monkeypatch):
+    """The time of tables and reports lies in Hydra and in the separation of settings, so both are counted."""
+    at = {"paths.output_dir": "out"}  # the default names other keys, which Hydra resolves for each command line
+    cells = [cell_of(pruner, seed, **at) for pruner in ("cfsp", "flap") for seed in range(20)]
+    records = {pruner: record_of(cell_of(pruner, 0, **at), 50.0) for pruner in ("cfsp", "flap")}
+    for cell in cells:
+        record = records[cell.point["pruner"]]
+        made = replace(record, run_id=str(cell).replace(" ", "_").replace("=", "-"))
+        made.configuration = {**record.configuration, "seed": int(cell.point["seed"])}
+        made.write(tmp_path / f"{made.run_id}.json")
+    composed, separated = [], []
+    compose_once, separate_once = composer.compose, collection.configuration_parts
+    monkeypatch.setattr(composer, "compose", lambda words: composed.append(words) or compose_once(words))
+    monkeypatch.setattr(collection, "configuration_parts", lambda values: separated.append(1) or separate_once(values))
+    gathered = collect(cells, tmp_path)
+    assert len(gathered.found) == 40
+    assert len(composed) == 2
+    assert len(separated) == 2 * 40
+    assert set(gathered.keys) == {run.record.run_id for run in gathered.found}
