@@ -86,7 +86,7 @@ def gather(tool: str, words: Sequence[str], *, empty: bool = False) -> tuple[Req
     """
     request = request_of(words)
     records = records_of(request, words)
-    layout = load_layout(experiment_folder(request.experiment.name, "tables.yaml"))
+    layout = load_layout(experiment_folder(request.experiment.name, "tables.yaml")).of_variant(request.variant)
     if empty and not records.is_dir():
         return request, layout, Collection([], list(request.cells), [], {})
     composer = GridComposer()

@@ -56,6 +56,7 @@ class TableLayout(Section):
         rows: keys that name a row.
         metrics: the columns.
         labels: texts in the place of keys, values or ``key=value``.
+        variants: variants of the experiment that it is made for; empty: all of them.
     """
 
     caption: str
@@ -64,6 +65,7 @@ class TableLayout(Section):
     rows: list[str] = Field(min_length=1)
     metrics: list[MetricSpec] = Field(min_length=1)
     labels: dict[str, str] = Field(default={})
+    variants: list[str] = Field(default=[])
 
 
 class FigureLayout(Section):
@@ -81,6 +83,7 @@ class FigureLayout(Section):
         each: keys with a file for each value.
         where: the runs that it shows, by key and value.
         log: whether the metric has a logarithmic axis.
+        variants: variants of the experiment that it is made for; empty: all of them.
     """
 
     kind: Literal["curve", "pareto", "blocks"]
@@ -93,6 +96,7 @@ class FigureLayout(Section):
     each: list[str] = Field(default=[])
     where: dict[str, str] = Field(default={})
     log: bool = False
+    variants: list[str] = Field(default=[])
 
 
 class Layout(Section):
@@ -107,6 +111,12 @@ class Layout(Section):
     tables: dict[str, TableLayout] = Field(default={})
     figures: dict[str, FigureLayout] = Field(default={})
     reported: list[Published] = Field(default=[], exclude=True)
+
+    def of_variant(self, variant: str) -> Layout:
+        """Return the layout without the tables and figures that are made for other variants."""
+        tables = {name: each for name, each in self.tables.items() if not each.variants or variant in each.variants}
+        figures = {name: each for name, each in self.figures.items() if not each.variants or variant in each.variants}
+        return self.model_copy(update={"tables": tables, "figures": figures})
 
 
 def load_layout(folder: Path) -> Layout:

@@ -11,7 +11,14 @@ from cfsp.config.contracts import Launcher
 from cfsp.config.parse import parse
 from cfsp.errors import ConfigError
 from cfsp.sweep import request as command
-from cfsp.sweep.experiment import Experiment, experiment_names, given_values, load_experiment, read_experiment
+from cfsp.sweep.experiment import (
+    Experiment,
+    experiment_folder,
+    experiment_names,
+    given_values,
+    load_experiment,
+    read_experiment,
+)
 from cfsp.system.package import config_folder
 from cfsp.tables.layout import load_layout
 from tests.conftest import ROOT
@@ -141,3 +148,26 @@ def test_an_experiment_or_launcher_given_to_a_single_run_is_explained(refused):
 def test_a_launcher_is_a_class_with_launch():
     with pytest.raises(ConfigError, match="no class for launcher"):
         build("launcher", {"_target_": "cfsp.logger.base.NullLogger"}, contract=Launcher)
+
+
+def test_a_variant_may_have_entries_of_its_own(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "grid.yaml").write_text(
+        "title: t\nruns: [{pruner: cfsp}]\nvariants: {bundled: {seed: 0}, other: {seed: 1}}\n"
+        "variant_runs: {other: [{pruner: [flap, random]}]}\n"
+    )
+    experiment = read_experiment(folder / "grid.yaml")
+    assert [str(cell) for cell in experiment.cells("bundled")] == ["pruner=cfsp seed=0"]
+    assert [str(cell) for cell in experiment.cells("other")] == ["pruner=flap seed=1", "pruner=random seed=1"]
+    (folder / "grid.yaml").write_text(
+        "title: t\nruns: [{pruner: cfsp}]\nvariants: {bundled: {seed: 0}}\nvariant_runs: {x: [{pruner: flap}]}\n"
+    )
+    with pytest.raises(ConfigError, match="variant_runs.x"):
+        read_experiment(folder / "grid.yaml")
+
+
+def test_a_layout_may_have_tables_for_some_variants():
+    layout = load_layout(experiment_folder("single_shot", "tables.yaml"))
+    assert set(layout.of_variant("smollm2").tables) == {"scopes"}
+    assert set(layout.of_variant("bundled").tables) == {"main"}
