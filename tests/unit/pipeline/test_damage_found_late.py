@@ -124,7 +124,7 @@ def test_a_configuration_with_labels_without_end(model_folder, refused, sound_wo
     [
         ({"rms_norm_eps": "x"}, "'rms_norm_eps' expected float"),
         ({"num_attention_heads": 3}, "3"),
-        ({"eos_token_id": True}, "'eos_token_id' with value True is of another type"),
+        ({"eos_token_id": True}, "eos_token_id=True, where the key takes a token id"),
     ],
 )
 def test_a_value_that_transformers_refuses_is_told(model_folder, refused, sound_words, settings, said):

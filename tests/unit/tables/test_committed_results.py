@@ -30,6 +30,8 @@ BENCHMARKS = {
     "streaming_116_blocks",
     "sweep",
 }
+#: Sweeps that are not complete yet; their tables say how many runs have a record.
+UNFINISHED = {("single_shot", "smollm2")}
 RECORDED = sorted(
     (name, path.name) for name in EXPERIMENTS for path in (RESULTS / "records" / name).glob("*") if path.is_dir()
 )
@@ -41,9 +43,9 @@ def test_tables_and_figures_are_those_of_the_records(name, variant):
     request = request_of(words)
     collection = collect(request.cells, RESULTS / "records" / name / variant)
     assert not collection.damaged
-    assert not collection.missing
+    assert not collection.missing or (name, variant) in UNFINISHED
     assert len(collection.found) == len(list((RESULTS / "records" / name / variant).glob("*.json")))
-    layout = load_layout(ROOT / "experiments" / name)
+    layout = load_layout(ROOT / "experiments" / name).of_variant(variant)
     written = contents(request, layout, collection, "cfsp tables " + " ".join(words))
     assert not written.left_out
     made = written.files
