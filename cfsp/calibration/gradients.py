@@ -6,6 +6,7 @@ The backward pass goes block by block, so that full weight gradients exist for o
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,16 +22,22 @@ from cfsp.architecture.ffn import FFN
 from cfsp.architecture.projection import Projection
 from cfsp.architecture.views import BlockView
 from cfsp.errors import ConfigError, DataError, RunError
-from cfsp.model.driver import BlockDriver, run_block
+from cfsp.model.driver import BlockDriver, Entry, run_block
+from cfsp.model.snapshot import without_hooks
 from cfsp.system.cache import read_or_compute
+from cfsp.system.memory import available
 from cfsp.system.progress import progress
 
 if TYPE_CHECKING:
     from cfsp.calibration.calibration_set import CalibrationSet
     from cfsp.calibration.statistics_cache import StatisticsCache
 
+log = logging.getLogger(__name__)
+
 #: Part of the cache key: raise it whenever what is collected, or how, changes.
 GRADIENT_VERSION = 1
+#: Share of the free memory that the values which backward needs may take; the rest is for gradients and logits.
+_SHARE_OF_MEMORY = 0.5
 #: The rows of every term.
 VARIANTS = ("element1", "element2", "mix", "vector")
 
@@ -86,7 +93,8 @@ def gradient_terms(
 
     Args:
         checkpointing: keep only the hidden states that enter each block and run the block again when its turn comes,
-            instead of keeping all values that backward needs; the same result in less memory and more time.
+            instead of keeping all values that backward needs; the same result in less memory and more time. False:
+            only where these values do not fit into the free memory.
 
     Returns:
         The terms, and whether they were read.
@@ -127,6 +135,9 @@ def _check_in_memory(model: nn.Module) -> None:
 def _compute(driver: BlockDriver, input_ids: Tensor, checkpointing: bool) -> GradientTerms:
     view = driver.view
     entry = driver.entry(input_ids)
+    if not checkpointing and not _fits(driver, entry):
+        log.info("gradients: the values that backward needs do not fit into memory, so each block is run twice")
+        checkpointing = True
     terms_of_blocks: list[dict[str, Tensor]] = [{} for _ in view.blocks]
     with _weights_require_grad(list(view.blocks)):
         inputs: list[list[Tensor]] = []
@@ -157,6 +168,31 @@ def _compute(driver: BlockDriver, input_ids: Tensor, checkpointing: bool) -> Gra
             terms_of_blocks[block.index] = terms.report()
             inputs[block.index], outputs[block.index] = [], []
     return GradientTerms(tuple(terms_of_blocks))
+
+
+def _fits(driver: BlockDriver, entry: Entry) -> bool:
+    """Return whether the values that backward needs of all sequences and blocks fit into the free memory.
+
+    They are measured on one sequence in one block, the widest one; parameters are not counted.
+    """
+    view = driver.view
+    block = max(view.blocks, key=lambda each: sum(weight.numel() for weight in each.module.parameters()))
+    parameters = {weight.untyped_storage().data_ptr() for weight in block.module.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    sequence = entry.hidden[0].detach().requires_grad_()
+    quiet = without_hooks([*block.module.modules()])  # whoever watches the model does not see this pass
+    with quiet, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = run_block(block, sequence, entry.kwargs[block.index][0])
+    del output
+    needed = sum(kept.values()) * len(entry.hidden) * len(view.blocks)
+    return needed < _SHARE_OF_MEMORY * available(view.device)
 
 
 def _loss_gradient(driver: BlockDriver, ids: Tensor, hidden: Tensor) -> Tensor:

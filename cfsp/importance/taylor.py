@@ -24,7 +24,8 @@ class Taylor(NeuronImportance):
     Attributes:
         variant: element1: sum |W g|; element2: sum |W F W|; mix: sum |W g - W F W / 2|; vector: sum over the matrices
             of |sum W g|, where each row or column is one vector, as in the released code.
-        gradient_checkpointing: whether gradients are computed with less memory in more time.
+        gradient_checkpointing: whether gradients are computed with less memory in more time; False: only where the
+            memory does not suffice otherwise.
     """
 
     variant: Literal["element1", "element2", "mix", "vector"] = "element1"

@@ -161,6 +161,16 @@ def test_the_model_is_left_as_it_was():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_blocks_are_run_twice_where_the_values_for_backward_do_not_fit(monkeypatch, caplog):
+    model = tiny_model(blocks=2)
+    expected = terms_of(model)[0]
+    caplog.set_level("INFO", logger="cfsp.calibration.gradients")
+    assert not caplog.records
+    monkeypatch.setattr("cfsp.calibration.gradients.available", lambda _: 10_000)
+    assert equal(expected, terms_of(model)[0])
+    assert "each block is run twice" in caplog.text
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_frozen_model_with_hooks_and_gradients_of_its_own_is_left_as_it_was(checkpointing):
     model = tiny_model()
