@@ -45,7 +45,7 @@ def _report(words: Sequence[str]) -> int:
             raise ConfigError(f"{key}= is empty: give a {'file' if key == 'report' else 'folder'}")
     request, layout, collection = gather("report", words, empty=True)
     unfinished = states(collection.missing)
-    if not collection.found and all(state.name == "missing" for _, state in unfinished):
+    if not collection.runs and all(state.name == "missing" for _, state in unfinished):
         raise no_record(request, records_of(request, words))
     file = _file(own, request.experiment.name, request.variant)
     shown = contents(layout, collection, request.cells)
@@ -57,7 +57,7 @@ def _report(words: Sequence[str]) -> int:
         file.write_bytes(content)
     except OSError as error:
         raise ConfigError(f"report={file}: cannot be written ({error.strerror})") from error
-    print(f"{len(collection.found)} of {len(request.cells)} runs have a record")
+    print(f"{len(collection.runs)} of {len(request.cells)} runs have a record")
     print(f"Written: {file}")
     return 1 if collection.damaged or shown.refused else 0
 

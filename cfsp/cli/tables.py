@@ -94,12 +94,12 @@ def gather(tool: str, words: Sequence[str], *, empty: bool = False) -> tuple[Req
         collection = collect(request.cells, records, composer)
     for line in collection.damaged:
         print(f"{tool}: warning: {escape.plain(line)}; left out", file=sys.stderr)
-    if not collection.found and not empty:
+    if not collection.runs and not empty:
         raise no_record(request, records)
     if layout.reported:
         shipped = {science_of(cell, composer) for cell in request.experiment.cells(request.variant)}
-        runs = [replace(run, as_shipped=collection.keys[run.record.run_id] in shipped) for run in collection.found]
-        collection = replace(collection, found=runs)
+        runs = [replace(run, as_shipped=collection.keys[run.record.run_id] in shipped) for run in collection.runs]
+        collection = replace(collection, runs=runs)
     return request, layout, collection
 
 
@@ -163,13 +163,13 @@ def contents(request: Request, layout: Layout, collection: Collection, made_by: 
     result = Contents({}, [])
     for name, table_layout in layout.tables.items():
         with note_nothing_to_show(result.left_out):
-            shown = table(name, table_layout, collection.found, layout.reported, request.cells)
+            shown = table(name, table_layout, collection.runs, layout.reported, request.cells)
             result.files[Path("tables") / place / f"{name}.md"] = markdown(shown, made_by).encode()
             result.files[Path("tables") / place / f"{name}.tex"] = latex(shown, made_by).encode()
             result.files[Path("tables") / place / f"{name}.csv"] = comma_separated(shown).encode()
     for name, figure_layout in layout.figures.items():
         with note_nothing_to_show(result.left_out):
-            for file, content in draw(name, figure_layout, collection.found).items():
+            for file, content in draw(name, figure_layout, collection.runs).items():
                 result.files[Path("figures") / place / file] = content
     return result
 

@@ -1,4 +1,4 @@
-"""Finding the records of an experiment: by what their configuration decides, never by the name of a file."""
+"""Records of an experiment, looked up by what their configuration decides, never by the name of a file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,14 @@ from cfsp.sweep.experiment import Cell
 
 
 @dataclass(frozen=True)
-class Found:
-    """A run of the grid with its record; ``as_shipped``: the command line changed nothing that decides its figures."""
+class RecordedRun:
+    """A run of the grid with its record.
+
+    Attributes:
+        cell: its place in the grid.
+        record: its record.
+        as_shipped: the command line changed nothing that decides its figures.
+    """
 
     cell: Cell
     record: RunRecord
@@ -34,14 +40,14 @@ class Collection:
     """Records of an experiment's grid.
 
     Attributes:
-        found: cells with a record, in the order of the grid.
+        runs: cells with a record, in the order of the grid.
         missing: cells without a record.
         damaged: one line for each file that is no record.
         files: path of each record by its run_id.
         keys: run_id -> :func:`science` of each record.
     """
 
-    found: list[Found]
+    runs: list[RecordedRun]
     missing: list[Cell]
     damaged: list[str]
     files: dict[str, Path]
@@ -72,7 +78,7 @@ def collect(cells: Sequence[Cell], folder: Path, composer: GridComposer | None =
         files[record.run_id] = path
         keys[record.run_id] = digest(parts.values)
         by_science.setdefault(keys[record.run_id], []).append((record, parts))
-    found, missing = [], []
+    runs, missing = [], []
     for cell, config in zip(cells, configurations, strict=True):
         wanted = configuration_parts(config.raw)
         records = [
@@ -89,11 +95,11 @@ def collect(cells: Sequence[Cell], folder: Path, composer: GridComposer | None =
                 "keep one"
             )
         if records:
-            found.append(Found(cell, records[0]))
+            runs.append(RecordedRun(cell, records[0]))
         else:
             missing.append(cell)
-    _one_version([one.record for one in found])
-    return Collection(found, missing, damaged, files, keys)
+    _one_version([run.record for run in runs])
+    return Collection(runs, missing, damaged, files, keys)
 
 
 def _same_contents(config: RunConfig, record: RunRecord) -> bool:

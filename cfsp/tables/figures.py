@@ -9,7 +9,7 @@ from typing import Any
 from cfsp.errors import ConfigError
 from cfsp.system import escape
 from cfsp.system.names import RULE, is_name
-from cfsp.tables.collection import Found
+from cfsp.tables.collection import RecordedRun
 from cfsp.tables.grid import check_nothing_hidden, group_by, select
 from cfsp.tables.layout import FigureLayout
 from cfsp.tables.run_figures import column_of, value_of
@@ -22,7 +22,7 @@ _COLOURS = (
 _MARKERS = "osD^vP*XphH<>"
 
 
-def draw(name: str, layout: FigureLayout, runs: Sequence[Found]) -> dict[str, bytes]:
+def draw(name: str, layout: FigureLayout, runs: Sequence[RecordedRun]) -> dict[str, bytes]:
     """Draw a figure; returns the content of each file by its name.
 
     Args:
@@ -44,7 +44,7 @@ def draw(name: str, layout: FigureLayout, runs: Sequence[Found]) -> dict[str, by
     return files
 
 
-def _files(name: str, layout: FigureLayout, runs: Sequence[Found]) -> dict[str, bytes]:
+def _files(name: str, layout: FigureLayout, runs: Sequence[RecordedRun]) -> dict[str, bytes]:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -66,7 +66,7 @@ def _files(name: str, layout: FigureLayout, runs: Sequence[Found]) -> dict[str, 
     return files
 
 
-def _curve(figure: Any, name: str, layout: FigureLayout, runs: Sequence[Found]) -> None:
+def _curve(figure: Any, name: str, layout: FigureLayout, runs: Sequence[RecordedRun]) -> None:
     """Draw the mean over seeds, in a band from the lowest to the highest value."""
     x, column = _needed(name, "x", layout.x), column_of(name, _needed(name, "metric", layout.metric), runs)
     check_nothing_hidden(name, [*layout.lines, x], runs)
@@ -88,7 +88,7 @@ def _curve(figure: Any, name: str, layout: FigureLayout, runs: Sequence[Found]) 
     _finish(axes, layout, x, column)
 
 
-def _pareto(figure: Any, name: str, layout: FigureLayout, runs: Sequence[Found]) -> None:
+def _pareto(figure: Any, name: str, layout: FigureLayout, runs: Sequence[RecordedRun]) -> None:
     """Draw one metric against another. Points are joined in the order of the grid."""
     across = column_of(name, _needed(name, "x_metric", layout.x_metric), runs)
     column = column_of(name, _needed(name, "metric", layout.metric), runs)
@@ -110,7 +110,7 @@ def _pareto(figure: Any, name: str, layout: FigureLayout, runs: Sequence[Found])
     _finish(axes, layout, across.metric.label, column)
 
 
-def _blocks(figure: Any, name: str, layout: FigureLayout, runs: Sequence[Found]) -> None:
+def _blocks(figure: Any, name: str, layout: FigureLayout, runs: Sequence[RecordedRun]) -> None:
     """Draw the first seed: bars for the kept share of each block's neurons, a line for its angular distance."""
     check_nothing_hidden(name, layout.panels, runs)
     panels = {label: members[0] for label, members in _labelled(runs, layout.panels).items()}
@@ -134,7 +134,7 @@ def _blocks(figure: Any, name: str, layout: FigureLayout, runs: Sequence[Found])
     figure.suptitle(escape.figure(layout.caption), fontsize=9)
 
 
-def _labelled(runs: Sequence[Found], keys: Sequence[str]) -> dict[str, list[Found]]:
+def _labelled(runs: Sequence[RecordedRun], keys: Sequence[str]) -> dict[str, list[RecordedRun]]:
     return {", ".join(values): members for values, members in group_by(runs, keys).items()}
 
 

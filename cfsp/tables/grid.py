@@ -8,7 +8,7 @@ from typing import Any
 
 from cfsp.errors import ConfigError
 from cfsp.sweep.experiment import Cell
-from cfsp.tables.collection import Found
+from cfsp.tables.collection import RecordedRun
 from cfsp.tables.layout import TableLayout
 from cfsp.tables.metrics import NOTES, notes_of
 from cfsp.tables.reported import DENSE, Published, published, same_value
@@ -43,7 +43,7 @@ class NothingToShowError(ConfigError):
 def table(
     name: str,
     layout: TableLayout,
-    runs: Sequence[Found],
+    runs: Sequence[RecordedRun],
     reported: Sequence[Published] = (),
     cells: Sequence[Cell] = (),
 ) -> Table:
@@ -88,7 +88,7 @@ def _section(
     group: tuple[str, ...],
     wanted: Sequence[tuple[str, ...]],
     columns: Sequence[Column],
-    runs: Sequence[Found],
+    runs: Sequence[RecordedRun],
     reported: Sequence[Published],
 ) -> list[Row]:
     """Return the rows of one group, the dense model first; ``wanted``: the values that name each row."""
@@ -106,12 +106,12 @@ def _section(
     return rows
 
 
-def _entry(column: Column, runs: Sequence[Found]) -> Entry:
+def _entry(column: Column, runs: Sequence[RecordedRun]) -> Entry:
     values = {run.seed: value for run in runs if (value := value_of(run.record, column)) is not None}
     return Entry(values, notes=_notes(column, runs, None))
 
 
-def _notes(column: Column, runs: Sequence[Found], side: str | None) -> tuple[str, ...]:
+def _notes(column: Column, runs: Sequence[RecordedRun], side: str | None) -> tuple[str, ...]:
     """Return the marks of the measurements that a figure is made of; ``side`` None: the side of each run's result."""
     marks = {
         mark
@@ -124,7 +124,7 @@ def _notes(column: Column, runs: Sequence[Found], side: str | None) -> tuple[str
     return tuple(mark for mark in NOTES if mark in marks)
 
 
-def _dense_row(name: str, group: tuple[str, ...], columns: Sequence[Column], runs: Sequence[Found]) -> Row:
+def _dense_row(name: str, group: tuple[str, ...], columns: Sequence[Column], runs: Sequence[RecordedRun]) -> Row:
     """Return the row of the dense model, whose figures are equal in all runs. Timings are the mean over the runs."""
     _check_equal(name, group, {run.record.model["fingerprint"] for run in runs}, "model")
     _check_equal(name, group, {run.record.model["dtype"] for run in runs}, "dtype")
@@ -146,7 +146,7 @@ def _dense_row(name: str, group: tuple[str, ...], columns: Sequence[Column], run
 
 
 def _add_published(
-    row: Row, columns: Sequence[Column], runs: Sequence[Found], reported: Sequence[Published], side: str
+    row: Row, columns: Sequence[Column], runs: Sequence[RecordedRun], reported: Sequence[Published], side: str
 ) -> None:
     for entry, column in zip(row.entries, columns, strict=True):
         entry.published = None if column.gap else published(reported, column.members, runs[0], side)
@@ -169,7 +169,7 @@ def _rank(columns: Sequence[Column], rows: Sequence[Row]) -> None:
                 entry.rank = rank
 
 
-def select(name: str, where: Mapping[str, str], runs: Sequence[Found]) -> list[Found]:
+def select(name: str, where: Mapping[str, str], runs: Sequence[RecordedRun]) -> list[RecordedRun]:
     """Return the runs whose keys have the values that ``where`` asks for.
 
     Raises:
@@ -185,9 +185,9 @@ def _is_selected(cell: Cell, where: Mapping[str, str]) -> bool:
     return all(same_value(value, cell.point.get(key)) for key, value in where.items())
 
 
-def group_by(runs: Sequence[Found], keys: Sequence[str]) -> dict[tuple[str, ...], list[Found]]:
+def group_by(runs: Sequence[RecordedRun], keys: Sequence[str]) -> dict[tuple[str, ...], list[RecordedRun]]:
     """Group runs by the values of ``keys``, in order."""
-    groups: dict[tuple[str, ...], list[Found]] = {}
+    groups: dict[tuple[str, ...], list[RecordedRun]] = {}
     for run in runs:
         groups.setdefault(tuple(run.cell.point.get(key, "") for key in keys), []).append(run)
     return groups
@@ -201,7 +201,7 @@ def _label(keys: Sequence[str], values: Sequence[str], labels: Mapping[str, str]
     return ", ".join(part for part in parts if part)
 
 
-def check_nothing_hidden(name: str, shown: Sequence[str], runs: Sequence[Found]) -> None:
+def check_nothing_hidden(name: str, shown: Sequence[str], runs: Sequence[RecordedRun]) -> None:
     """See that runs that stand in one place differ in the seed alone.
 
     Args:
@@ -223,9 +223,9 @@ def check_nothing_hidden(name: str, shown: Sequence[str], runs: Sequence[Found])
             )
 
 
-def _check_settings(name: str, columns: Sequence[Column], runs: Sequence[Found]) -> None:
+def _check_settings(name: str, columns: Sequence[Column], runs: Sequence[RecordedRun]) -> None:
     """See that all records agree in how a figure was measured; those of one model also in what follows from it."""
-    by_model: dict[str, list[Found]] = {}
+    by_model: dict[str, list[RecordedRun]] = {}
     for run in runs:
         by_model.setdefault(run.record.model["fingerprint"], []).append(run)
     for key in dict.fromkeys(key for column in columns for key in column.members):
@@ -235,7 +235,7 @@ def _check_settings(name: str, columns: Sequence[Column], runs: Sequence[Found])
             _check_agreement(name, key, _SETTINGS, members)
 
 
-def _check_agreement(name: str, key: FigureKey, settings: Sequence[str], runs: Sequence[Found]) -> None:
+def _check_agreement(name: str, key: FigureKey, settings: Sequence[str], runs: Sequence[RecordedRun]) -> None:
     seen: dict[tuple[Any, ...], str] = {}
     for run in runs:
         for side in ("dense", result_side(run.record)):

@@ -28,7 +28,7 @@ from cfsp.sweep.request import Request
 from cfsp.sweep.state import State
 from cfsp.system import escape
 from cfsp.system.package import package_path
-from cfsp.tables.collection import Collection, Found
+from cfsp.tables.collection import Collection, RecordedRun
 from cfsp.tables.figures import draw
 from cfsp.tables.grid import NothingToShowError, table
 from cfsp.tables.layout import FigureLayout, Layout
@@ -127,14 +127,14 @@ def contents(layout: Layout, collection: Collection, cells: Sequence[Cell]) -> C
         ConfigError: a table or figure cannot be made although no record is missing.
     """
     result = Contents([], [], [])
-    if not collection.found:
+    if not collection.runs:
         return result
     for name, table_layout in layout.tables.items():
         with _refusal(result, collection):
-            result.tables.append(table(name, table_layout, collection.found, layout.reported, cells))
+            result.tables.append(table(name, table_layout, collection.runs, layout.reported, cells))
     for name, figure_layout in layout.figures.items():
         with _refusal(result, collection):
-            result.pictures.extend(_pictures(name, figure_layout, collection.found))
+            result.pictures.extend(_pictures(name, figure_layout, collection.runs))
     return result
 
 
@@ -184,7 +184,7 @@ def page(
         style=Markup(style),
         script=Markup(script),
         policy=_policy(script, style),
-        done=len(collection.found),
+        done=len(collection.runs),
         wanted=len(request.cells),
         missing=[(state, request.named(cell)) for cell, state in missing],
         counts=sorted(Counter(state.name for _, state in missing).items()),
@@ -201,12 +201,12 @@ def page(
         pictures=shown.pictures,
         refused=shown.refused,
         keys=request.varying,
-        choices=[_choices(key, collection.found) for key in request.varying],
+        choices=[_choices(key, collection.runs) for key in request.varying],
         columns=columns,
-        runs=[_run(run, request.varying, columns, collection.files, folder) for run in collection.found],
+        runs=[_run(run, request.varying, columns, collection.files, folder) for run in collection.runs],
         pruning=", ".join(PRUNING),
-        provenance=provenance(list({run.record.run_id: run.record for run in collection.found}.values()))
-        if collection.found
+        provenance=provenance(list({run.record.run_id: run.record for run in collection.runs}.values()))
+        if collection.runs
         else [],
         words=shlex.join(words),
     )
@@ -246,7 +246,7 @@ def _heads(table: Table) -> list[tuple[str, int]]:
     return heads
 
 
-def _pictures(name: str, layout: FigureLayout, runs: Sequence[Found]) -> list[Picture]:
+def _pictures(name: str, layout: FigureLayout, runs: Sequence[RecordedRun]) -> list[Picture]:
     alt = {
         "curve": f"{layout.metric} against {layout.x}, a line for each {' and '.join(layout.lines)}",
         "pareto": f"{layout.metric} against {layout.x_metric}, a line for each {' and '.join(layout.lines)}",
@@ -262,11 +262,11 @@ def _pictures(name: str, layout: FigureLayout, runs: Sequence[Found]) -> list[Pi
     return pictures
 
 
-def _choices(key: str, runs: Sequence[Found]) -> list[str]:
+def _choices(key: str, runs: Sequence[RecordedRun]) -> list[str]:
     return list(dict.fromkeys(run.cell.point[key] for run in runs if key in run.cell.point))
 
 
-def _run(run: Found, keys: Sequence[str], columns: Sequence[Column], files: dict[str, Path], folder: Path) -> Run:
+def _run(run: RecordedRun, keys: Sequence[str], columns: Sequence[Column], files: dict[str, Path], folder: Path) -> Run:
     record = run.record
     values = [(column, value_of(record, column)) for column in columns]
     return Run(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import ConfigError
-from cfsp.tables.collection import Found
+from cfsp.tables.collection import RecordedRun
 
 #: Columns that a file must have. The others are keys of a run.
 COLUMNS = ("metric", "seq_len", "value", "source")
@@ -61,7 +61,7 @@ def load_reported(path: Path) -> list[Published]:
 
 
 def published(
-    figures: Sequence[Published], members: Sequence[Sequence[str]], run: Found, side: str
+    figures: Sequence[Published], members: Sequence[Sequence[str]], run: RecordedRun, side: str
 ) -> Published | None:
     """Return the published figure that was measured as ours: same model, method, scope, metric and window; or None.
 
@@ -109,14 +109,14 @@ def _published(row: Mapping[str, str], place: str) -> Published:
     return Published(where, metric, seq_len, value, row["source"].strip())
 
 
-def _describes(figure: Published, run: Found, *, dense: bool) -> bool:
+def _describes(figure: Published, run: RecordedRun, *, dense: bool) -> bool:
     if dense != (figure.where.get("pruner") == DENSE):
         return False
     keys = [key for key in figure.where if not (dense and key == "pruner")]
     return all(same_value(figure.where[key], _value(run, key)) for key in keys)
 
 
-def _value(run: Found, key: str) -> str | None:
+def _value(run: RecordedRun, key: str) -> str | None:
     """Return the value of a key as the grid names it, else as it stands in the run's configuration."""
     if key in run.cell.point:
         return run.cell.point[key]

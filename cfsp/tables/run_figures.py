@@ -11,7 +11,7 @@ from typing import Any
 
 from cfsp.errors import ConfigError
 from cfsp.record.run_record import RunRecord
-from cfsp.tables.collection import Found
+from cfsp.tables.collection import RecordedRun
 from cfsp.tables.layout import GapOf, MeanOf, MetricSpec
 from cfsp.tables.metrics import Metric, count, describe, gap, memory, seconds, share
 from cfsp.tables.table import Column, FigureKey
@@ -27,7 +27,7 @@ PEAK_MEMORY = Column(memory("pruning, peak memory"), (("stages", "pruning", "pea
 OF_THE_RUN = {"removed": _REMOVED, "trained": _TRAINED, "pruning_time": PRUNING_TIME, "peak_memory": PEAK_MEMORY}
 
 
-def column_of(name: str, spec: MetricSpec, runs: Sequence[Found]) -> Column:
+def column_of(name: str, spec: MetricSpec, runs: Sequence[RecordedRun]) -> Column:
     """Return the column of a metric.
 
     Raises:
@@ -39,7 +39,7 @@ def column_of(name: str, spec: MetricSpec, runs: Sequence[Found]) -> Column:
     return columns[0]
 
 
-def columns_of(name: str, spec: MetricSpec, runs: Sequence[Found]) -> Iterator[Column]:
+def columns_of(name: str, spec: MetricSpec, runs: Sequence[RecordedRun]) -> Iterator[Column]:
     """Yield the columns that a metric of a layout stands for.
 
     Raises:

@@ -71,7 +71,7 @@ def test_tables_match_records_by_the_settings_that_decide(record, sound_words, t
     words = (*sound_words, SEARCH, ALLOW, "pruner=every_other")
     same, other = Cell(words, {}), Cell((*words, "pruner.bias=true"), {})
     collection = collect([same, other], tmp_path / "records")
-    assert [(found.cell, found.record.run_id) for found in collection.found] == [(same, made["run_id"])]
+    assert [(found.cell, found.record.run_id) for found in collection.runs] == [(same, made["run_id"])]
     assert (collection.missing, collection.damaged) == ([other], [])
 
 

@@ -48,7 +48,7 @@ def test_nothing_of_a_record_is_live_in_a_table(tmp_path):
         for rows in record.measurements.values():
             rows[1]["task"] = f"=one{HOSTILE}"
         record.write(tmp_path / f"{record.run_id}.json")
-    found = [replace(one) for one in collect(cells, tmp_path).found]
+    found = [replace(one) for one in collect(cells, tmp_path).runs]
     shown = table("main", LAYOUT.model_copy(update={"metrics": ["zero_shot/=*"]}), found)
     shown.sections[0][1][1].label = f"@label{HOSTILE}"
     tex, md = latex(shown, HOSTILE), markdown(shown, HOSTILE)

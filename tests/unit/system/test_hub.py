@@ -72,7 +72,7 @@ def renewed(models: Path) -> str:
     return "the second commit\n"
 
 
-# Found again offline
+# RecordedRun again offline
 
 
 @pytest.mark.parametrize("revision", [None, "main", "v1", "refs/pr/1", "commit"])

@@ -44,7 +44,7 @@ def test_tables_and_figures_are_those_of_the_records(name, variant):
     collection = collect(request.cells, RESULTS / "records" / name / variant)
     assert not collection.damaged
     assert not collection.missing or (name, variant) in UNFINISHED
-    assert len(collection.found) == len(list((RESULTS / "records" / name / variant).glob("*.json")))
+    assert len(collection.runs) == len(list((RESULTS / "records" / name / variant).glob("*.json")))
     layout = load_layout(ROOT / "experiments" / name).of_variant(variant)
     written = contents(request, layout, collection, "cfsp tables " + " ".join(words))
     assert not written.left_out
@@ -67,7 +67,7 @@ def test_records_were_measured_on_committed_code_and_name_no_machine(name, varia
 def _table(variant: str):
     request = request_of(["experiment=cfsp_plus", *([] if variant == "bundled" else [f"variant={variant}"])])
     layout = load_layout(ROOT / "experiments" / "cfsp_plus").tables["main"]
-    return table("main", layout, collect(request.cells, RESULTS / "records" / "cfsp_plus" / variant).found)
+    return table("main", layout, collect(request.cells, RESULTS / "records" / "cfsp_plus" / variant).runs)
 
 
 def _figures(variant: str, ratio: str) -> tuple[dict[str, float], dict[str, float]]:

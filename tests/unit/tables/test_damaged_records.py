@@ -88,7 +88,7 @@ def test_a_damaged_record_is_skipped_by_name(tmp_path, cells, composer, damage):
     (line,) = collection.damaged
     assert line.startswith(f"{tmp_path / '2.json'}: not a")
     assert len(line) < 500
-    assert [one.cell for one in collection.found] == [*cells[:2], cells[3]]
+    assert [one.cell for one in collection.runs] == [*cells[:2], cells[3]]
 
 
 def test_every_committed_record_is_whole():

@@ -21,7 +21,7 @@ from cfsp.record.run_record import RunRecord
 from cfsp.sweep import composer
 from cfsp.sweep.experiment import Cell
 from cfsp.tables import collection
-from cfsp.tables.collection import Found, collect
+from cfsp.tables.collection import RecordedRun, collect
 from cfsp.tables.figures import draw
 from cfsp.tables.grid import table
 from cfsp.tables.layout import FigureLayout, GapOf, TableLayout
@@ -52,13 +52,13 @@ def test_records_are_found_by_what_they_decide_not_by_name_or_place(folder):
     elsewhere.configuration["evaluation"]["perplexity"]["texts"]["another"] = {"path": "that was not measured"}
     elsewhere.write(path / "9.json")
     found = collect([*cells, cell_of("cfsp", 7)], path)
-    assert [one.cell for one in found.found] == cells
+    assert [one.cell for one in found.runs] == cells
     assert found.missing == [cell_of("cfsp", 7)]
 
 
 def test_markdown_shows_means_spreads_marks_and_where_it_all_comes_from(folder):
     path, cells = folder
-    text = markdown(table("main", LAYOUT, collect(cells, path).found), "cfsp tables experiment=x")
+    text = markdown(table("main", LAYOUT, collect(cells, path).runs), "cfsp tables experiment=x")
     lines = text.splitlines()
     assert "| pruner | removed | perplexity, bundled ↓ | mean acc ↑ |" in lines
     assert "| dense | 0.0% | 40.00 | 0.800 |" in lines
@@ -80,7 +80,7 @@ def test_a_label_of_a_latex_row_is_no_argument_of_the_line_break_before_it(label
 
 def test_latex_is_escaped_and_balanced(folder):
     path, cells = folder
-    text = latex(table("main", LAYOUT, collect(cells, path).found), "c")
+    text = latex(table("main", LAYOUT, collect(cells, path).runs), "c")
     assert r"\caption{A caption with 50 \% \& more}" in text
     assert r"cfsp & 50.0\% & \textbf{50.50 $\pm$ 0.71} & \textbf{0.695 $\pm$ 0.007} \\" in text
     assert r"flap & 50.0\% & \underline{56.00 $\pm$ 1.41}" in text
@@ -93,7 +93,7 @@ def test_latex_is_escaped_and_balanced(folder):
 
 def test_what_limits_a_figure_stands_at_it_in_every_form(folder):
     path, cells = folder
-    records = collect(cells, path).found
+    records = collect(cells, path).runs
     for one in records:
         if one.cell.point["pruner"] == "flap":
             for row in one.record.measurements["pruned"]:
@@ -106,12 +106,12 @@ def test_what_limits_a_figure_stands_at_it_in_every_form(folder):
     assert r"\par\footnotesize \textdaggerdbl{} requests longer than the model's positions were cut" in source
     rows = list(csv.DictReader(io.StringIO(comma_separated(marked))))
     assert {row["notes"] for row in rows if row["pruner"] == "cfsp"} == {""}
-    assert "†" not in markdown(table("main", LAYOUT, collect(cells, path).found), "c")
+    assert "†" not in markdown(table("main", LAYOUT, collect(cells, path).runs), "c")
 
 
 def test_csv_is_unrounded(folder):
     path, cells = folder
-    rows = list(csv.DictReader(io.StringIO(comma_separated(table("main", LAYOUT, collect(cells, path).found)))))
+    rows = list(csv.DictReader(io.StringIO(comma_separated(table("main", LAYOUT, collect(cells, path).runs)))))
     (row,) = [row for row in rows if row["pruner"] == "flap" and row["metric"] == "perplexity, bundled"]
     assert float(row["mean"]) == 56.0
     assert float(row["std"]) == pytest.approx(2**0.5)
@@ -126,10 +126,10 @@ def test_a_seed_that_is_missing_is_said_and_a_figure_that_is_missing_is_empty(fo
     record.measurements["pruned"] = record.measurements["pruned"][1:]
     record.write(path / "9.json")
     (path / "7.json").unlink()
-    text = markdown(table("main", LAYOUT, collect(cells, path).found), "c")
+    text = markdown(table("main", LAYOUT, collect(cells, path).runs), "c")
     assert "| cfsp | 50.0% | 51.00 (1 of 2 seeds) |" in text
     record.measurements["pruned"] = []
-    text = markdown(table("main", LAYOUT, [*collect(cells[1:], path).found]), "c")
+    text = markdown(table("main", LAYOUT, [*collect(cells[1:], path).runs]), "c")
     assert "| flap | 50.0% (1 of 2 seeds) | 57.00 (1 of 2 seeds) |" in text
 
 
@@ -140,7 +140,7 @@ def test_what_looks_alike_is_marked_alike(folder):
         assert record is not None
         record.measurements["pruned"][0]["value"] = 50.5
         record.write(path / name)
-    text = markdown(table("main", LAYOUT, collect(cells, path).found), "c")
+    text = markdown(table("main", LAYOUT, collect(cells, path).runs), "c")
     assert "**50.50 ± 0.71**" in text
     assert "**50.50 ± 0.00**" in text
     assert "<u>90.50 ± 0.71</u>" in text
@@ -148,7 +148,7 @@ def test_what_looks_alike_is_marked_alike(folder):
 
 def _refuses(records, match: str, layout: TableLayout = LAYOUT) -> None:
     with pytest.raises(ConfigError, match=match):
-        table("main", layout, [Found(cell, record) for cell, record in records])
+        table("main", layout, [RecordedRun(cell, record) for cell, record in records])
 
 
 def test_what_does_not_belong_into_one_table_is_refused():
@@ -184,7 +184,7 @@ def test_what_follows_from_the_model_may_differ_between_models():
         for rows in record.measurements.values():
             rows[0]["n"] = tokens
             rows[1]["seq_len"] = rows[2]["seq_len"] = window
-        found.append(Found(cell, record))
+        found.append(RecordedRun(cell, record))
     assert [label for label, _ in table("main", layout, found).sections] == ["model llama2_7b", "model qwen3_8b"]
     found[1].record.measurements["pruned"][0]["n"] = 91
     with pytest.raises(ConfigError, match="measured in two ways .n: 90 and 91"):
@@ -199,7 +199,7 @@ def test_alternatives_of_a_metric_and_two_rows_of_one_configuration(folder):
     path, cells = folder
     both = LAYOUT.model_copy(update={"metrics": ["zero_shot/none/acc | zero_shot/t*/acc"], "rows": ["arm"]})
     same = [Cell(cells[0].words, {**cells[0].point, "arm": arm}) for arm in ("a", "b")]
-    made = table("main", both, collect(same, path).found)
+    made = table("main", both, collect(same, path).runs)
     assert [column.metric.label for column in made.columns] == ["two, acc"]
     assert [row.label for row in made.sections[0][1]] == ["dense", "a", "b"]
     assert len(made.records) == 1
@@ -218,7 +218,7 @@ def test_two_records_of_one_run_and_other_versions_are_refused(folder):
     collection = collect(cells, path)  # one foreign record among many does not cost the tables of the others
     (line,) = collection.damaged
     assert "twice.json: not a run record (schema 99, this version reads 2)" in line
-    assert len(collection.found) == len(cells)
+    assert len(collection.runs) == len(cells)
     (path / "twice.json").unlink()
     record.identity["version"] = METHOD_VERSION - 1
     record.write(path / "9.json")
@@ -260,7 +260,7 @@ def test_the_command_writes_names_what_is_damaged_and_repeats_itself(tmp_path, m
 @pytest.mark.parametrize("kind", ["curve", "pareto", "blocks"])
 def test_figures_are_the_same_bytes_again(folder, kind):
     path, cells = folder
-    found = collect(cells, path).found
+    found = collect(cells, path).runs
     for one in found:
         one.record.blocks = [{"width": 10, "base_width": 20, "distance": {"angular": 0.1}}] * 3
     layout = FigureLayout(
@@ -298,7 +298,7 @@ def test_a_published_figure_stands_beside_ours_only_where_it_was_measured_in_the
     path, cells = folder
     file = tmp_path_factory.mktemp("reported") / "reported.csv"
     file.write_text(REPORTED, encoding="utf-8")
-    made = table("main", LAYOUT, collect(cells, path).found, load_reported(file))
+    made = table("main", LAYOUT, collect(cells, path).runs, load_reported(file))
     lines = markdown(made, "c").splitlines()
     head = "| pruner | removed | perplexity, bundled ↓ | published | deviation | mean acc ↑ | published | deviation |"
     assert head in lines
@@ -336,12 +336,12 @@ def test_two_published_figures_for_one_cell_are_refused(folder, tmp_path_factory
     file = tmp_path_factory.mktemp("reported") / "reported.csv"
     file.write_text(REPORTED + REPORTED.splitlines()[2].replace("Paper A", "Paper C") + "\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"several figures for perplexity/bundled/perplexity .*\(Paper A; Paper C\)"):
-        table("main", LAYOUT, collect(cells, path).found, load_reported(file))
+        table("main", LAYOUT, collect(cells, path).runs, load_reported(file))
 
 
 def test_a_table_may_be_about_some_of_the_runs(folder):
     path, cells = folder
-    found = collect(cells, path).found
+    found = collect(cells, path).runs
     made = table("main", LAYOUT.model_copy(update={"where": {"pruner": "flap"}}), found)
     assert [row.label for row in made.rows] == ["dense", "flap"]
     with pytest.raises(ConfigError, match=r"where=\{'pruner': 'none'\}: no record"):
@@ -366,14 +366,14 @@ def test_pruning_time_counts_what_the_cache_saved_and_is_empty_where_that_is_not
 def test_the_gap_is_the_log_of_the_perplexity_less_that_of_the_dense_model(folder):
     path, cells = folder
     layout = LAYOUT.model_copy(update={"metrics": [GapOf(gap="perplexity/*")]})
-    made = table("main", layout, collect(cells, path).found)
+    made = table("main", layout, collect(cells, path).runs)
     (column,) = made.columns
     assert (column.metric.label, column.metric.unit) == ("gap, perplexity, bundled", "nats per token")
     dense, *others = made.rows
     assert dense.entries[0].values == {0: 0.0}
     for row in others:
-        whole = next(r for r in table("main", LAYOUT, collect(cells, path).found).rows if r.label == row.label)
-        at = [c.metric.label for c in table("main", LAYOUT, collect(cells, path).found).columns]
+        whole = next(r for r in table("main", LAYOUT, collect(cells, path).runs).rows if r.label == row.label)
+        at = [c.metric.label for c in table("main", LAYOUT, collect(cells, path).runs).columns]
         perplexity = whole.entries[at.index("perplexity, bundled")].values
         assert row.entries[0].values == {s: pytest.approx(math.log(v / 40.0)) for s, v in perplexity.items()}
 
@@ -399,7 +399,7 @@ def test_a_record_of_another_text_or_model_is_not_taken(tmp_path):
     )
     record_of(a, 50.0, identity=prepare(parse(compose(a.words))).identity).write(tmp_path / "records" / "a.json")
     found = collect([a, b, c, gone], tmp_path / "records")
-    assert [one.cell for one in found.found] == [a, c], "the same file, and one with the same content"
+    assert [one.cell for one in found.runs] == [a, c], "the same file, and one with the same content"
     assert found.missing == [b, gone]
 
 
@@ -407,13 +407,13 @@ def test_no_published_figure_beside_a_run_that_the_command_line_changed(folder, 
     path, cells = folder
     file = tmp_path_factory.mktemp("reported") / "reported.csv"
     file.write_text(REPORTED, encoding="utf-8")
-    found = [replace(one, as_shipped=False) for one in collect(cells, path).found]
+    found = [replace(one, as_shipped=False) for one in collect(cells, path).runs]
     assert table("main", LAYOUT, found, load_reported(file)).sources == []
 
 
 def test_what_is_missing_has_an_empty_row_and_competes_with_nobody(folder):
     path, cells = folder
-    found = [one for one in collect(cells, path).found if one.cell not in (cells[0], cells[1], cells[2])]
+    found = [one for one in collect(cells, path).runs if one.cell not in (cells[0], cells[1], cells[2])]
     text = markdown(table("main", LAYOUT, found, (), cells), "c")
     lines = text.splitlines()
     assert lines.index("| cfsp |  |  |  |") < lines.index("| flap | 50.0% (1 of 2 seeds) | 57.00 (1 of 2 seeds) | "
@@ -429,7 +429,7 @@ def test_times_of_two_machines_are_not_mixed():
         record = record_of(cell, 50)
         for rows in record.measurements.values():
             rows.append(row_of("cost", "prefill", "tokens_per_second", 10.0, detail={"device": device, "threads": 2}))
-        found.append(Found(cell, record))
+        found.append(RecordedRun(cell, record))
     with pytest.raises(
         ConfigError, match="cost/prefill/tokens_per_second was measured in two ways .device: cpu and cu"
     ):
@@ -495,7 +495,7 @@ def test_many_runs_cost_one_composition_for_each_choice_of_groups(tmp_path, monk
     monkeypatch.setattr(composer, "compose", lambda words: composed.append(words) or compose_once(words))
     monkeypatch.setattr(collection, "configuration_parts", lambda values: separated.append(1) or separate_once(values))
     gathered = collect(cells, tmp_path)
-    assert len(gathered.found) == 40
+    assert len(gathered.runs) == 40
     assert len(composed) == 2
     assert len(separated) == 2 * 40
-    assert set(gathered.keys) == {run.record.run_id for run in gathered.found}
+    assert set(gathered.keys) == {run.record.run_id for run in gathered.runs}
