@@ -14,6 +14,11 @@
   compensation  least squares and second-order selection beside a bare forward pass; their kernels at a large width
   peers         optipfair and torch-pruning at the same job; installs them into an environment of their own in work
 
+  cfsp benchmark sweep             twelve runs of a sweep beside one
+  cfsp benchmark llama_cpp         pruned files beside dense ones in llama.cpp; llama_cpp_environment builds it first
+  cfsp benchmark calibration_fit   held-out perplexity against the number of calibration windows
+These three have a command line of their own: cfsp benchmark NAME --help.
+
 Randomly initialised LLaMAs (small: hidden 1024, FFN 2816, 8 blocks; large: hidden 2048, FFN 5632, 16 blocks). dtypes
 are of a CPU; a GPU runs bfloat16 and, in calibration, the shape of LLaMA-3-8B too. Each part prints its table and
 writes benchmarks/PART.json and tables/benchmark_PART.md under results. Exit codes: 0 all limits hold, 1 one is missed
@@ -36,6 +41,8 @@ from cfsp.errors import ConfigError
 from cfsp.sweep.experiment import given_values
 from cfsp.system.command import command
 
+#: Measurements with a command line of their own: ``cfsp benchmark NAME --help``.
+OTHERS = ("sweep", "llama_cpp", "llama_cpp_environment", "calibration_fit")
 PARTS = ("calibration", "speed", "growth", "streaming", "compensation", "peers")
 MODES = ("off", "on")
 #: Keys with lists, and the values that may be in them; then keys with whole numbers. All other keys are text.
@@ -49,6 +56,8 @@ _KEYS = ("parts", "repeats", "device", "shapes", "dtypes", "windows", "blocks", 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the parts that the words name; returns the exit code."""
     given = sys.argv[1:] if words is None else list(words)
+    if given and given[0] in OTHERS:
+        return int(importlib.import_module(f"cfsp.benchmark.{given[0]}").main(given[1:]))
     return command("benchmark", str(__doc__), given or [f"parts={','.join(PARTS)}"], _benchmark)
 
 

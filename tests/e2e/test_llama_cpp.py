@@ -61,7 +61,7 @@ STRUCTURES = {
 
 @pytest.fixture(scope="module")
 def python() -> Path:
-    from llama_cpp_environment import default_folder, environment
+    from cfsp.benchmark.llama_cpp_environment import default_folder, environment
 
     return environment(default_folder())
 

@@ -7,13 +7,14 @@ from functools import cache
 
 import pytest
 
+from cfsp.benchmark import calibration_fit
+from cfsp.benchmark import sweep as benchmark_sweep
 from cfsp.cli.tables import contents
 from cfsp.sweep.experiment import experiment_names
 from cfsp.sweep.request import request_of
 from cfsp.tables.collection import collect
 from cfsp.tables.grid import table
 from cfsp.tables.layout import load_layout
-from scripts import benchmark_sweep, calibration_fit
 from tests.conftest import ROOT
 
 RESULTS = ROOT / "results"

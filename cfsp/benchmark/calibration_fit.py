@@ -1,7 +1,7 @@
 """Measure overfitting: perplexity on the calibration windows against held-out text, over the number of windows.
 
-    python scripts/calibration_fit.py                                         the bundled model
-    python scripts/calibration_fit.py --model FOLDER --text FILE --name NAME  another one: a local model and a text
+    cfsp benchmark calibration_fit                                         the bundled model
+    cfsp benchmark calibration_fit --model FOLDER --text FILE --name NAME  another one: a local model and a text
 
 Half of the FFN neurons go, by CFSP (which fits nothing), by second-order selection with least squares, by cfsp_plus
 (Gauss-Newton).
@@ -15,11 +15,11 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
 WINDOWS, SEQ_LEN, HELD_OUT, SEEDS, RATIO = (2, 4, 8, 16, 32, 64, 128, 256), 256, 80, (0, 1, 2), 0.5
 #: Pruner and overrides of each method.
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -32,7 +32,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Measure and write the files; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a model folder; without it the bundled model")
@@ -40,8 +40,8 @@ def main() -> int:
     parser.add_argument("--name", help="how the model of --model is called in results/")
     parser.add_argument("--round-to", type=int, default=32, help="kept widths are multiples of it")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of the calibration windows")
-    parser.add_argument("--results", type=Path, default=ROOT / "results")
-    given = parser.parse_args()
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    given = parser.parse_args(words)
     if (given.model is None) != (given.text is None) or (given.model is None) != (given.name is None):
         parser.error("--model, --text and --name belong together")
     record = measured(given)
@@ -55,8 +55,9 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
 
     import cfsp
     from cfsp.record import environment
+    from cfsp.system.package import ROOT
 
-    assets = ROOT / "cfsp" / "assets"
+    assets = ROOT / "assets"
     model, tokenizer = cfsp.load(given.model or assets / "books7m", dtype="float32")
     if given.text is None:
         texts = [
@@ -86,7 +87,7 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
     name = given.name or "books7m"
     return {
         "name": name,
-        "made_by": "python scripts/calibration_fit.py"
+        "made_by": "cfsp benchmark calibration_fit"
         + (f" --model {given.model} --text {given.text} --name {name}" if given.model else "")
         + (f" --round-to {given.round_to}" if given.round_to != 32 else ""),
         "ratio": RATIO,

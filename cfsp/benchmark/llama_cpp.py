@@ -1,13 +1,13 @@
 """Measure the speed of a pruned model in llama.cpp: prompt and generation, dense beside half of the FFN.
 
-    python scripts/benchmark_llama_cpp.py [repeats=5] [threads=1] [dtypes=f32,f16,q8_0] [environment=FOLDER]
+    cfsp benchmark llama_cpp [repeats=5] [threads=1] [dtypes=f32,f16,q8_0] [environment=FOLDER]
         [work=outputs/benchmark_llama_cpp] [results=results]
 
 A randomly initialised LLaMA (hidden 1024, FFN 4096, 16 blocks, 16 heads of which 8 KV, vocabulary 8192) and the same
 with FFN widths between 1056 and 3040, multiples of 32 whose mean is 2048, are exported as GGUF; each dtype's two files
 are timed in one process, in alternation. environment: where llama-cpp-python is, or is built first
-(scripts/llama_cpp_environment.py). Writes benchmarks/llama_cpp.json and tables/benchmark_llama_cpp.md under results.
-Exit codes: 0 all limits hold, 1 one is missed or a measurement failed, 2 wrong input.
+(`cfsp benchmark llama_cpp_environment`). Writes benchmarks/llama_cpp.json and tables/benchmark_llama_cpp.md under
+results. Exit codes: 0 all limits hold, 1 one is missed or a measurement failed, 2 wrong input.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
-from llama_cpp_environment import default_folder, environment
-
 from cfsp.benchmark import llama_cpp_job
 from cfsp.benchmark.alternation import pairwise
+from cfsp.benchmark.llama_cpp_environment import default_folder, environment
 from cfsp.benchmark.make_checkpoint import Shape, make_checkpoint
 from cfsp.benchmark.part import Check, Result, Settings, markdown, span, write
 from cfsp.config.components import suggest
@@ -159,7 +158,7 @@ def measure(request: Request, shape: Shape = SHAPE) -> Result:
     from cfsp.export.gguf import export
 
     python = environment(request.environment)
-    result = Result("llama_cpp", "", program="python scripts/benchmark_llama_cpp.py")
+    result = Result("llama_cpp", "", program="cfsp benchmark llama_cpp")
     models = folders(request.work, shape)
     parameters = {name: _parameters(folder) for name, folder in models.items()}
     result.notes = {"threads": request.threads, "widths": widths(shape), "parameters": parameters}

@@ -1,10 +1,10 @@
 """Build llama-cpp-python from its source distribution, in an environment of its own that nothing else shares.
 
-    python scripts/llama_cpp_environment.py [folder=FOLDER]
+    cfsp benchmark llama_cpp_environment [folder=FOLDER]
 
 Prints the path of its Python. What is there already is left. folder: where; without it $CFSP_LLAMA_CPP or
 ~/.cache/cfsp/llama_cpp. It takes about 6 minutes on 2 cores, a C++ compiler and a package index. With it the slow tests
-(tests/e2e/test_llama_cpp.py) and scripts/benchmark_llama_cpp.py run. Exit codes: 0 it is there, 1 it cannot be built,
+(tests/e2e/test_llama_cpp.py) and `cfsp benchmark llama_cpp` run. Exit codes: 0 it is there, 1 it cannot be built,
 2 wrong input.
 """
 

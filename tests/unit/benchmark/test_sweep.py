@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from cfsp.benchmark import sweep as benchmark_sweep
 from cfsp.record import environment
-from scripts import benchmark_sweep
 
 
 def test_twelve_runs_are_measured_with_one_load_and_one_calibration(tmp_path, monkeypatch):
@@ -30,8 +30,8 @@ def test_twelve_runs_are_measured_with_one_load_and_one_calibration(tmp_path, mo
 @pytest.mark.parametrize(
     ("word", "line"),
     [
-        ("repeat=3", "benchmark_sweep: repeat=3: there is no such key; there are repeats, work and results"),
-        ("repeats=few", "benchmark_sweep: repeats=few: give a whole number from 1"),
+        ("repeat=3", "benchmark sweep: repeat=3: there is no such key; there are repeats, work and results"),
+        ("repeats=few", "benchmark sweep: repeats=few: give a whole number from 1"),
     ],
 )
 def test_bad_input_is_one_line(capsys, word, line):

@@ -1,6 +1,6 @@
 """Measure the cost of twelve runs of a sweep beside one: CFSP at four ratios with three allocators.
 
-    python scripts/benchmark_sweep.py [repeats=5] [work=outputs/benchmark_sweep] [results=results]
+    cfsp benchmark sweep [repeats=5] [work=outputs/benchmark_sweep] [results=results]
 
 A randomly initialised LLaMA (hidden 1024, FFN 2816, 8 blocks, the bundled tokenizer) is pruned without evaluation and
 without saving (evaluation=none save.model=false), once with 8 and once with 64 windows of 512 tokens. Every measurement
@@ -43,7 +43,7 @@ LIMIT = 1.5
 def main(words: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code, 1 where a ratio is above the limit."""
     given = sys.argv[1:] if words is None else list(words)
-    return command("benchmark_sweep", str(__doc__), given or ["repeats=5"], _benchmark)
+    return command("benchmark sweep", str(__doc__), given or ["repeats=5"], _benchmark)
 
 
 def make_model(folder: Path) -> None:
@@ -131,7 +131,7 @@ def table(record: dict[str, Any]) -> str:
         "evaluation, nothing saved.  ",
         f"Commit: {git['commit'][:12]}{'+changes' if git['dirty'] else ''}. torch {packages['torch']}, transformers "
         f"{packages['transformers']}. {environment['cpu']}, {environment['cores']} cores.  ",
-        "Made by: python scripts/benchmark_sweep.py",
+        "Made by: cfsp benchmark sweep",
     ]
     return "\n".join(lines) + "\n"
 
@@ -175,7 +175,7 @@ def _benchmark(words: Sequence[str]) -> int:
     print(table(record))
     above = [part for part in parts if part["ratio"] > LIMIT]
     if above:
-        print(f"benchmark_sweep: above {LIMIT}: {above[0]['ratio']:.2f}", file=sys.stderr)
+        print(f"benchmark sweep: above {LIMIT}: {above[0]['ratio']:.2f}", file=sys.stderr)
     return 1 if above else 0
 
 
@@ -183,7 +183,7 @@ def _in_a_process(model: Path, folder: Path, windows: int, name: str) -> dict[st
     shutil.rmtree(folder, ignore_errors=True)
     ratios, allocators = (RATIOS, ALLOCATORS) if name == "twelve" else (RATIOS[-1:], ALLOCATORS[:1])
     request = json.dumps([str(model), str(folder), windows, ratios, allocators])
-    done = subprocess.run([sys.executable, __file__, "--measure", request], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", __spec__.name, "--measure", request], capture_output=True, text=True)
     if done.returncode:
         raise RunError(f"a measurement ended with exit code {done.returncode}: {done.stderr.strip()[-300:]}")
     return json.loads(done.stdout.splitlines()[-1])
