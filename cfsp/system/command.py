@@ -32,7 +32,10 @@ def command(
     """
     arguments = sys.argv[1:] if words is None else list(words)
     if not arguments or any(word in ("-h", "--help") for word in arguments):
-        print(usage)
+        try:
+            print(usage, flush=True)
+        except BrokenPipeError:
+            _forget_stdout()
         return 0 if arguments else 2
     debug = any(word.lower().lstrip("+") == "debug=true" for word in arguments)
     arguments = [word for word in arguments if word.lower().lstrip("+") not in ("debug=true", "debug=false")]
@@ -49,7 +52,7 @@ def command(
             print(f"{name}: {escape.plain(' '.join(problem.split()))}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of stdout closed it, e.g. head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_stdout()
         return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on", file=sys.stderr)
@@ -64,6 +67,11 @@ def command(
             return 2
         print(unexpected(error, f"{name}: {verb}".rstrip(": "), debug=debug), file=sys.stderr)
         return 1
+
+
+def _forget_stdout() -> None:
+    """Send what is still written to a closed pipe nowhere, so that Python ends without a line about it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _path_problem(error: Exception) -> str | None:
