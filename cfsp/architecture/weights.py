@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 #: Attribute under which a model carries weights that are not in memory.
 _ATTRIBUTE = "_cfsp_weights"
+#: Most bytes of logits that a CPU computes in one forward pass, where a pass has more than one window. With 49,152
+#: entries, four windows of 1,024 tokens would have 800 MB of them, and are not faster than one window at a time.
+_LOGITS_BYTES = 2**28
 
 
 class Weights:
@@ -83,10 +86,13 @@ class Weights:
 
         Args:
             windows: token ids, [n, T].
-            batch_size: windows at a time.
+            batch_size: windows at a time, and fewer on a CPU where their logits would take more than 256 MiB.
             label: text of the progress line.
         """
         device = self.device
+        if device.type == "cpu":
+            entries, width = self.model.get_output_embeddings().weight.shape[0], self.model.dtype.itemsize
+            batch_size = max(1, min(batch_size, _LOGITS_BYTES // (windows.shape[1] * entries * width)))
         for batch in progress(windows.split(batch_size), label, unit="batch"):
             ids = batch.to(device)
             yield ids, self.model(ids, use_cache=False).logits

@@ -17,7 +17,8 @@
   cfsp benchmark sweep             twelve runs of a sweep beside one
   cfsp benchmark llama_cpp         pruned files beside dense ones in llama.cpp; llama_cpp_environment builds it first
   cfsp benchmark calibration_fit   held-out perplexity against the number of calibration windows
-These three have a command line of their own: cfsp benchmark NAME --help.
+  cfsp benchmark model_file        pruning and perplexity beside the bare forward passes of a model of yours
+These have a command line of their own: cfsp benchmark NAME --help.
 
 Randomly initialised LLaMAs (small: hidden 1024, FFN 2816, 8 blocks; large: hidden 2048, FFN 5632, 16 blocks). dtypes
 are of a CPU; a GPU runs bfloat16 and, in calibration, the shape of LLaMA-3-8B too. Each part prints its table and
@@ -42,7 +43,7 @@ from cfsp.sweep.experiment import given_values
 from cfsp.system.command import command
 
 #: Measurements with a command line of their own: ``cfsp benchmark NAME --help``.
-OTHERS = ("sweep", "llama_cpp", "llama_cpp_environment", "calibration_fit")
+OTHERS = ("sweep", "llama_cpp", "llama_cpp_environment", "calibration_fit", "model_file")
 PARTS = ("calibration", "speed", "growth", "streaming", "compensation", "peers")
 MODES = ("off", "on")
 #: Keys with lists, and the values that may be in them; then keys with whole numbers. All other keys are text.
