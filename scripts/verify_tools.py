@@ -1,10 +1,13 @@
-"""Verify the bundled model, pruned by each structure, in every format and every tool; results/verify/tools.json.
+"""Verify a model, pruned by each structure, in every format and every tool; writes results/verify/NAME.json.
 
-    python scripts/verify_tools.py python.vllm=PYTHON python.llama_cpp=PYTHON
+    python scripts/verify_tools.py python.vllm=PYTHON python.llama_cpp=PYTHON                    the bundled model
+    python scripts/verify_tools.py name=NAME model=local model.path=FILE.gguf calibration.path=TEXT ...    another
 
-PYTHON is that of an environment which has the tool; other tools are looked for here. Each model is pruned, exported
-and verified by cfsp's own commands (calibration on 32 windows, no evaluation). The record has a row for each tool that
-was tried, and one for each format that cannot hold a model, with the reason.
+PYTHON is that of an environment which has the tool; other tools are looked for here. ``python.TOOL=A,B`` asks the tool
+in several environments, one after the other, where ``here`` is this one. Other words go to the runs. Each model is
+pruned, exported and verified by cfsp's own commands (calibration on 32 windows, no evaluation). The record has a row
+for each tool that was tried, and one for each format that cannot hold a model, with the reason. A structure that was
+finished by an earlier call with the same words is not repeated.
 """
 
 from __future__ import annotations
@@ -42,39 +45,70 @@ def main() -> int:
         print(__doc__)
         return 0
     try:
-        pythons = _pythons(words)
-        rows = [row for removed in MODELS for row in _rows(removed, ROOT / "outputs" / "verify_tools", pythons)]
+        name, pythons, overrides = _request(words)
+        work = ROOT / "outputs" / f"verify_{name}"
+        rows = [row for removed in MODELS for row in _rows_once(removed, work, pythons, overrides)]
+        places = " ".join(f"python.{tool}=PYTHON" for tool in pythons)
+        named = "" if name == "tools" else f"name={name} "
         record = {
             "schema": 1,
-            "command": "python scripts/verify_tools.py " + " ".join(f"python.{name}=PYTHON" for name in pythons),
+            "command": " ".join(f"python scripts/verify_tools.py {named}{' '.join(overrides)} {places}".split()),
             "environment": environment.describe(),
-            "tools": {name: _packages(name, pythons.get(name, sys.executable)) for name in TOOLS},
+            "tools": {
+                tool: [_packages(tool, python) for python in pythons.get(tool, [sys.executable])] for tool in TOOLS
+            },
             "rows": rows,
         }
     except CfspError as error:
         print(f"verify_tools: {error}", file=sys.stderr)
         return error.exit_code
-    file = ROOT / "results" / "verify" / "tools.json"
+    file = ROOT / "results" / "verify" / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"{file}: {len(rows)} rows")
     return 1 if any(row["outcome"] in ("differs", "fails") for row in rows) else 0
 
 
-def _pythons(words: Sequence[str]) -> dict[str, str]:
-    pythons = {}
+def _request(words: Sequence[str]) -> tuple[str, dict[str, list[str]], list[str]]:
+    """Return the name of the record, the Pythons of each tool, and the overrides of the runs."""
+    name, pythons, overrides = "tools", dict[str, list[str]](), []
     for word in words:
-        key, _, python = word.partition("=")
-        if not python or key not in [f"python.{name}" for name in TOOLS]:
-            raise ConfigError(f"{word}: python.TOOL=PYTHON is expected, TOOL being one of {', '.join(TOOLS)}")
-        pythons[key.removeprefix("python.")] = python
-    return pythons
+        key, _, value = word.partition("=")
+        if not value:
+            raise ConfigError(f"{word}: KEY=VALUE is expected")
+        if key == "name":
+            name = value
+        elif key.startswith("python."):
+            tool = key.removeprefix("python.")
+            if tool not in TOOLS:
+                raise ConfigError(f"{word}: python.TOOL=PYTHON is expected, TOOL being one of {', '.join(TOOLS)}")
+            pythons[tool] = [sys.executable if python == "here" else python for python in value.split(",")]
+        else:
+            overrides.append(word)
+    return name, pythons, overrides
 
 
-def _rows(removed: str, work: Path, pythons: dict[str, str]) -> list[dict[str, Any]]:
+def _rows_once(
+    removed: str, work: Path, pythons: dict[str, list[str]], overrides: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the rows of a structure, from the file of an earlier call where that had the same words."""
+    file = work / f"{removed.replace(' ', '-').replace(',', '')}.json"
+    words = json.loads(json.dumps([MODELS[removed], pythons, list(overrides)]))
+    if file.is_file():
+        earlier = json.loads(file.read_text(encoding="utf-8"))
+        if earlier["words"] == words:
+            rows: list[dict[str, Any]] = earlier["rows"]
+            return rows
+    rows = _rows(removed, work, pythons, overrides)
+    file.write_text(json.dumps({"words": words, "rows": rows}), encoding="utf-8")
+    return rows
+
+
+def _rows(removed: str, work: Path, pythons: dict[str, list[str]], overrides: Sequence[str]) -> list[dict[str, Any]]:
     words = MODELS[removed]
     out = work / removed.replace(" ", "-").replace(",", "")
-    _cfsp(*words, *USUAL, f"paths.output_dir={out}", f"paths.cache_dir={work / 'cache'}", f"paths.records_dir={out}")
+    places = (f"paths.output_dir={out}", f"paths.cache_dir={work / 'cache'}", f"paths.records_dir={out}")
+    _cfsp(*words, *USUAL, *overrides, *places)
     rows: list[dict[str, Any]] = []
     for name in FORMATS:
         place = out / "model" if name == "hf" else out / ("model.gguf" if name == "gguf" else f"model-{name}")
@@ -87,14 +121,22 @@ def _rows(removed: str, work: Path, pythons: dict[str, str]) -> list[dict[str, A
         except RunError as error:
             rows.append({**about, "outcome": "refused", "note": str(error).replace(str(out), "OUT")})
             continue
-        record = out / f"verified-{name}.json"
-        others = [f"python.{tool}={python}" for tool, python in pythons.items()]
-        _cfsp("verify", f"path={place}", f"record={record}", *others, fails=True)
-        findings = json.loads(record.read_text(encoding="utf-8"))["tools"]
-        tried = [row for row in findings if row["outcome"] in ("equal", "differs", "fails")]
+        tried = _verified(place, out / f"verified-{name}.json", pythons)
         rows += [{**about, **row} for row in tried]
         print(removed, name, *(f"{row['tool']}: {row['outcome']}" for row in tried), flush=True)
     return rows
+
+
+def _verified(place: Path, record: Path, pythons: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """Verify a folder or file in every tool and environment; returns the rows of those that were tried."""
+    firsts = [f"python.{tool}={several[0]}" for tool, several in pythons.items()]
+    calls = [firsts]
+    calls += [[f"tools={tool}", f"python.{tool}={other}"] for tool, several in pythons.items() for other in several[1:]]
+    rows = []
+    for words in calls:
+        _cfsp("verify", f"path={place}", f"record={record}", *words, fails=True)
+        rows += json.loads(record.read_text(encoding="utf-8"))["tools"]
+    return [row for row in rows if row["outcome"] in ("equal", "differs", "fails")]
 
 
 def _cfsp(*words: str, fails: bool = False) -> None:
