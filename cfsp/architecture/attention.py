@@ -157,8 +157,8 @@ def _fixed(model: Any, block: nn.Module, module: nn.Module, head_dim: int | None
             # A parameter of the attention itself belongs to the heads whatever its size: GPT-OSS has 64 sinks and
             # heads of 64 channels.
             if child is module or parameter.numel() != head_dim:
-                what = f"{name}.{own}" if name else own
-                return f"its {what} {tuple(parameter.shape)} is of several heads together"
+                full_name = f"{name}.{own}" if name else own
+                return f"its {full_name} {tuple(parameter.shape)} is of several heads together"
     config = getattr(model.config, "get_text_config", lambda: model.config)()
     if getattr(config, "alibi", False) or "alibi" in inspect.signature(type(block).forward).parameters:
         rotary = not getattr(config, "alibi", True)

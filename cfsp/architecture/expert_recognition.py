@@ -71,9 +71,9 @@ def _mixture(
     model: Any, module: nn.Module, experts: nn.Module, fused: dict[str, ExpertMatrices], each: tuple[FFN, ...], n: int
 ) -> ExpertsFFN | None:
     hidden = each[0].output.out_features if each else fused["down"].weight.shape[1]
-    others = [child for child in module.children() if child is not experts]
+    other_children = [child for child in module.children() if child is not experts]
     routers = [
-        child for child in others
+        child for child in other_children
         if isinstance(weight := getattr(child, "weight", None), Tensor) and tuple(weight.shape) == (n, hidden)
     ]  # fmt: skip
     if len(routers) != 1:
@@ -88,7 +88,7 @@ def _mixture(
     groups, top_groups = _number(router, "num_group", "n_group") or 1, _number(router, "topk_group") or 1
     if groups == 1 or getattr(router, "topk_method", "") == "greedy":
         groups = top_groups = 1
-    shared = [ffn for child in others if (ffn := ffn_of(child)) is not None]
+    shared = [ffn for child in other_children if (ffn := ffn_of(child)) is not None]
     return ExpertsFFN(
         module, experts, router, n, top_k, groups, top_groups, shared[0] if len(shared) == 1 else None, fused, each
     )

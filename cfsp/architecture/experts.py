@@ -234,14 +234,14 @@ class ExpertsFFN:
             The inputs of its down matrix [n, N], and its output [n, d] before the routing weight.
         """
         if self.each:
-            seen: list[Tensor] = []
+            intermediates: list[Tensor] = []
             ffn = self.each[expert]
-            handle = ffn.output.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            handle = ffn.output.register_forward_pre_hook(lambda _, args: intermediates.append(args[0]))
             try:
                 output = ffn.module(states)
             finally:
                 handle.remove()
-            return seen[0], output
+            return intermediates[0], output
         projected = self._linear(states, "gate" if "gate" in self.fused else "up", expert)
         apply_gate = getattr(self.experts, "_apply_gate", None)
         if "gate" not in self.fused:

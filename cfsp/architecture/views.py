@@ -236,11 +236,11 @@ def view_block(model: Any, name: str, index: int, block: nn.Module) -> BlockView
             if is_matrix(child)
         ]
         linears = ", ".join(shapes[:4]) + (f" and {len(shapes) - 4} more" if len(shapes) > 4 else "")
-        what = "no FFN" if not ffns else f"{len(ffns)} FFNs (a mixture of experts without a router?)"
+        reason = "no FFN" if not ffns else f"{len(ffns)} FFNs (a mixture of experts without a router?)"
         if not ffns and (mixer := state_space(block)):
-            what = f"a state-space mixer ({mixer}) and no FFN"
+            reason = f"a state-space mixer ({mixer}) and no FFN"
         raise UnsupportedModelError(
-            f"{type(model).__name__}: {what} in block {name}; looked for one module with linears {KNOWN_NAMES} of "
+            f"{type(model).__name__}: {reason} in block {name}; looked for one module with linears {KNOWN_NAMES} of "
             f"matching shapes, found: {linears or 'no linear'}"
         )
     return BlockView(index, block, ffns[0], attention, attention_removed)

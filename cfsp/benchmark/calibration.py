@@ -118,10 +118,10 @@ def tried_batches(model: Any, ids: Tensor, known: Mapping[int, float] | None = N
     if seconds_by_size and min(seconds_by_size, key=lambda tried: seconds_by_size[tried]) != max(seconds_by_size):
         return seconds_by_size
     while size <= len(ids):
-        some = ids[: max(size, TRIED_WINDOWS)]
+        sample = ids[: max(size, TRIED_WINDOWS)]
         try:
-            bare(model, some[:size], size)
-            seconds = min(seconds_of(partial(bare, model, some, size), cuda) for _ in range(2)) / len(some)
+            bare(model, sample[:size], size)
+            seconds = min(seconds_of(partial(bare, model, sample, size), cuda) for _ in range(2)) / len(sample)
         except torch.OutOfMemoryError:
             break
         seconds_by_size[size], before = seconds, min(seconds_by_size.values(), default=float("inf"))
@@ -191,14 +191,14 @@ def peak_bytes(model: Any, ids: Tensor, batch_size: int, folder: Path) -> tuple[
     """Return the peak bytes beside the weights of the bare pass and of each stage, and the calls of the LM head."""
     from cfsp.evaluation.cost import peak_beside
 
-    weights, here = [*model.parameters(), *model.buffers()], ids.to(model.device)
-    peaks = {"bare": peak_beside(weights, here, lambda: bare(model, here, batch_size))}
+    weights, on_device = [*model.parameters(), *model.buffers()], ids.to(model.device)
+    peaks = {"bare": peak_beside(weights, on_device, lambda: bare(model, on_device, batch_size))}
     calls: list[object] = []
     handle = model.lm_head.register_forward_hook(lambda *_: calls.append(None))
     try:
         for name, call in _stage_calls(model, ids, batch_size, folder):
             held = [*model.parameters(), *model.buffers()]
-            peaks[name] = peak_beside([*weights, *held], here, call)
+            peaks[name] = peak_beside([*weights, *held], on_device, call)
     finally:
         handle.remove()
         shutil.rmtree(folder, ignore_errors=True)

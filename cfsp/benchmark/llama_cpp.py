@@ -135,7 +135,7 @@ def measured(python: Path, request: Request, files: dict[str, Path]) -> dict[str
     Raises:
         RunError: it failed; has the end of its error output.
     """
-    asked = {
+    job = {
         "tool": str(TOOL),
         "files": {name: str(file) for name, file in files.items()},
         "prompt": PROMPT,
@@ -143,7 +143,7 @@ def measured(python: Path, request: Request, files: dict[str, Path]) -> dict[str
         "repeats": request.repeats,
         "threads": request.threads,
     }
-    words = [str(python), llama_cpp_job.__file__, json.dumps(asked)]
+    words = [str(python), llama_cpp_job.__file__, json.dumps(job)]
     process = subprocess.run(words, capture_output=True, text=True)
     if process.returncode:
         message = " ".join(process.stderr.split())[-300:] or "no word on stderr"

@@ -38,8 +38,8 @@ def environment(folder: Path) -> Path:
         RunError: it could not be built; has the message of pip.
     """
     python, done = folder / "bin" / "python", folder / ".installed"
-    wanted = "\n".join(PACKAGES) + "\n"
-    if done.is_file() and done.read_text(encoding="utf-8") == wanted:
+    requirements = "\n".join(PACKAGES) + "\n"
+    if done.is_file() and done.read_text(encoding="utf-8") == requirements:
         return python
     constraints = ROOT.parent / "constraints.txt"
     pinned = ["--constraint", str(constraints)] if constraints.is_file() else []
@@ -53,7 +53,7 @@ def environment(folder: Path) -> Path:
             raise RunError(
                 f"llama-cpp-python could not be built in {folder}: {message}; a compiler and pip's index are needed"
             )
-    done.write_text(wanted, encoding="utf-8")
+    done.write_text(requirements, encoding="utf-8")
     return python
 
 

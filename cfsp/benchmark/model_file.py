@@ -111,7 +111,7 @@ def perplexity_row(model: Any, ids: Tensor, repeats: int) -> dict[str, Any]:
 
     seconds = alternated({"bare": passes[best], "ours": ours}, repeats, cuda)
     ratio, ratios = pairwise(seconds["ours"], seconds["bare"])
-    weights, here = [*model.parameters(), *model.buffers()], ids.to(model.device)
+    weights, on_device = [*model.parameters(), *model.buffers()], ids.to(model.device)
     return {
         "what": "perplexity",
         "windows": len(ids),
@@ -123,8 +123,10 @@ def perplexity_row(model: Any, ids: Tensor, repeats: int) -> dict[str, Any]:
         "ratio": ratio,
         "ratios": ratios,
         "peak_bytes": {
-            "bare": peak_beside(weights, here, partial(with_head, model, here, best)),
-            "ours": peak_beside(weights, here, lambda: negative_log_likelihood(model, here, batch, "benchmark")),
+            "bare": peak_beside(weights, on_device, partial(with_head, model, on_device, best)),
+            "ours": peak_beside(
+                weights, on_device, lambda: negative_log_likelihood(model, on_device, batch, "benchmark")
+            ),
         },
     }
 

@@ -118,9 +118,9 @@ def markdown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], res
     """Render a table with its explanation, its limits and its environment. The first column is text."""
     from cfsp.record import environment
 
-    here = environment.describe()
-    packages, git = here["packages"], here["git"] or {"commit": "an installed wheel", "dirty": False}
-    gpus = f", {', '.join(here['gpus'])}" if here["gpus"] else ""
+    host = environment.describe()
+    packages, git = host["packages"], host["git"] or {"commit": "an installed wheel", "dirty": False}
+    gpus = f", {', '.join(host['gpus'])}" if host["gpus"] else ""
     lines = [f"### {title}", "", line(head), line(["---", *["--:"] * (len(head) - 1)]), *(line(row) for row in rows)]
     if result.checks:
         lines += ["", *(f"- {'holds' if check.met else '**MISSED**'}: {check}" for check in result.checks)]
@@ -128,7 +128,7 @@ def markdown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], res
         "",
         f"{explained}  ",
         f"Commit: {git['commit'][:12]}{'+changes' if git['dirty'] else ''}. torch {packages['torch']}, transformers "
-        f"{packages['transformers']}. {here['cpu']}, {here['cores']} cores, {here['threads']} threads{gpus}.  ",
+        f"{packages['transformers']}. {host['cpu']}, {host['cores']} cores, {host['threads']} threads{gpus}.  ",
         f"Made by: {result.made_by}",
     ]
     return "\n".join(lines) + "\n"

@@ -71,8 +71,8 @@ def environment(work: Path) -> Path:
     """
     folder = work / "venv"
     python, done = folder / "bin" / "python", folder / ".installed"
-    wanted = "\n".join(PACKAGES) + "\n"
-    if done.is_file() and done.read_text(encoding="utf-8") == wanted:
+    requirements = "\n".join(PACKAGES) + "\n"
+    if done.is_file() and done.read_text(encoding="utf-8") == requirements:
         return python
     constraints = ROOT.parent / "constraints.txt"
     pinned = ["--constraint", str(constraints)] if constraints.is_file() else []
@@ -86,7 +86,7 @@ def environment(work: Path) -> Path:
             raise RunError(
                 f"the peers' environment could not be made in {folder}: {message}; is a package index at hand?"
             )
-    done.write_text(wanted, encoding="utf-8")
+    done.write_text(requirements, encoding="utf-8")
     return python
 
 

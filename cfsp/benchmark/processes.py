@@ -47,8 +47,8 @@ def watched(words: Sequence[str], log: Path, environment: Mapping[str, str] | No
         )
         try:
             while process.poll() is None:
-                seen = high_water(process.pid)
-                peak = seen if peak is None else max(peak, seen or 0)
+                high = high_water(process.pid)
+                peak = high if peak is None else max(peak, high or 0)
                 time.sleep(INTERVAL)
         except BaseException:
             process.kill()

@@ -114,13 +114,13 @@ def measured(folder: Path, ids: Path, run: Path, mode: str | None) -> dict[str, 
     record = json.loads((run / "out" / "record.json").read_text(encoding="utf-8"))
     plan = json.loads((run / "out" / "plan.json").read_text(encoding="utf-8"))
     stages = {stage["name"]: stage for stage in record["stages"]}
-    seen = [ended.peak_bytes or 0, *(stage["peak_bytes"] or 0 for stage in record["stages"])]
+    peaks = [ended.peak_bytes or 0, *(stage["peak_bytes"] or 0 for stage in record["stages"])]
     shutil.rmtree(run)  # the pruned model in it is large
     return {
         "mode": mode,
         "seconds": ended.seconds,
         "stages_seconds": sum(stage["seconds"] for stage in record["stages"]),
-        "peak_bytes": max(seen),
+        "peak_bytes": max(peaks),
         "stages": {name: {key: stage[key] for key in ("seconds", "peak_bytes")} for name, stage in stages.items()},
         "written_bytes": record["checkpoint"]["bytes"],
         "plan": {key: plan[key] for key in ("blocks", "requested", "achieved")},

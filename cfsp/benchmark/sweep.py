@@ -111,12 +111,12 @@ def table(record: dict[str, Any]) -> str:
     head = ["windows", "one run, s", "twelve runs, s", "ratio (lowest to highest)", "loads", "calibrations"]
     lines = ["### Twelve runs of a sweep beside one", "", line(head), line(["---", *["--:"] * (len(head) - 1)])]
     for part in record["parts"]:
-        one, twelve = part["one"], part["twelve"]
+        single, twelve = part["one"], part["twelve"]
         spread = f"**{part['ratio']:.2f}** ({min(part['ratios']):.2f} to {max(part['ratios']):.2f})"
         lines.append(
             line(
                 [
-                    f"{part['windows']} x {SEQ_LEN}", f"{_median(one):.1f}", f"{_median(twelve):.1f}", spread,
+                    f"{part['windows']} x {SEQ_LEN}", f"{_median(single):.1f}", f"{_median(twelve):.1f}", spread,
                     str(twelve[0]["loads"]), str(twelve[0]["calibrations"]),
                 ]
             )
@@ -161,8 +161,8 @@ def _benchmark(words: Sequence[str]) -> int:
         for repeat in range(repeats):
             for name in ("one", "twelve") if repeat % 2 == 0 else ("twelve", "one"):
                 pairs[name].append(_in_a_process(model, work / "runs", windows, name))
-            one, twelve = pairs["one"][-1], pairs["twelve"][-1]
-            print(f"{windows} windows: {one['seconds']:.1f} s, {twelve['seconds']:.1f} s", flush=True)
+            single, twelve = pairs["one"][-1], pairs["twelve"][-1]
+            print(f"{windows} windows: {single['seconds']:.1f} s, {twelve['seconds']:.1f} s", flush=True)
         ratios = [b["seconds"] / a["seconds"] for a, b in zip(pairs["one"], pairs["twelve"], strict=True)]
         parts.append({"windows": windows, **pairs, "ratios": ratios, "ratio": median(ratios)})
     record = {"repeats": repeats, "parts": parts, "environment": environment.describe()}

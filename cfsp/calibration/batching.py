@@ -21,14 +21,14 @@ _TOKENS = {"cpu": 2048, "other": 16384}
 _SHARE_OF_MEMORY = 0.5
 
 
-def batch_size(asked: BatchSize, view: DecoderView, seq_len: int) -> int:
+def batch_size(requested: BatchSize, view: DecoderView, seq_len: int) -> int:
     """Return the number of sequences of ``seq_len`` tokens to run at a time, at least 1.
 
     Args:
         asked: the number, or "auto": the number that suits device and memory.
     """
-    if asked != "auto":
-        return asked
+    if requested != "auto":
+        return requested
     preferred = _TOKENS.get(view.device.type, _TOKENS["other"]) // seq_len
     # In a block at once: a few hidden states, and in the FFN gate, up and their product.
     hidden = view.model.get_input_embeddings().weight.shape[-1]

@@ -116,7 +116,7 @@ def block_by_block(
     for step in driver.steps(input_ids, "calibrate", hidden=kept if blocks else None, first=len(blocks)):
         with (
             collecting([step.block]) as sums,
-            gram_sums([step.block], None if grams is None else grams.wanted) as matrices,
+            gram_sums([step.block], None if grams is None else grams.request) as matrices,
         ):
             hidden = step.advance()
         if grams is not None:

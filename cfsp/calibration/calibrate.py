@@ -68,7 +68,7 @@ def _one_pass(
         return block_by_block(driver, input_ids, progress, visit, grams)
     with (
         collecting(driver.view.blocks) as sums,
-        gram_sums(driver.view.blocks, None if grams is None else grams.wanted) as matrices,
+        gram_sums(driver.view.blocks, None if grams is None else grams.request) as matrices,
     ):
         driver.run(input_ids)
     if grams is not None:

@@ -36,19 +36,19 @@ class FFNCapture:
 @contextmanager
 def capturing_ffn(block: BlockView, ffn: FFN) -> Iterator[FFNCapture]:
     """Capture each batch that ``ffn`` sees while ``block`` runs; the hooks always go away."""
-    seen = FFNCapture()
+    captured = FFNCapture()
 
     def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.entering = args[0].detach()
+        captured.entering = args[0].detach()
 
     def leave(_: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.hidden = args[0].detach()
+        captured.hidden = args[0].detach()
 
     removers: list[Callable[[], None]] = []
     try:
         removers += watch_inputs(block, next(iter(ffn.inputs.values())), enter)
         removers += watch_inputs(block, ffn.output, leave)
-        yield seen
+        yield captured
     finally:
         for remove in removers:
             remove()
@@ -88,13 +88,16 @@ class FFNPairs:
         self.fitted, self.held_out = Pairs(held(), held()), Pairs(held(), held())
         self._stride, self._by_token, self._seen = stride, sequences < HELD_OUT, 0
 
-    def add(self, ffn: FFN, seen: FFNCapture, missing: Tensor | None) -> None:
+    def add(self, ffn: FFN, captured: FFNCapture, missing: Tensor | None) -> None:
         """Keep a batch.
 
         Args:
             missing: added to the output of the FFN to make the target, [B, T, d_out]; None: nothing.
         """
-        entering, hidden = subsample_tokens(seen.entering, self._stride), subsample_tokens(seen.hidden, self._stride)
+        entering, hidden = (
+            subsample_tokens(captured.entering, self._stride),
+            subsample_tokens(captured.hidden, self._stride),
+        )
         given = hidden @ ffn.output.weight.detach().T
         if ffn.output.bias is not None:
             given = given + ffn.output.bias.detach()

@@ -146,11 +146,13 @@ def _compute(driver: BlockDriver, input_ids: Tensor, checkpointing: bool) -> Gra
         for block in progress(view.blocks, "forward for gradients", unit="block"):
             leaves = [state.detach().requires_grad_() for state in hidden]
             with torch.set_grad_enabled(not checkpointing):
-                left = [run_block(block, x, kw) for x, kw in zip(leaves, entry.kwargs[block.index], strict=True)]
+                block_outputs = [
+                    run_block(block, x, kw) for x, kw in zip(leaves, entry.kwargs[block.index], strict=True)
+                ]
             # Hidden states that wait for their turn do so in the memory of the CPU, which is larger.
             inputs.append([leaf.detach().cpu() for leaf in leaves] if checkpointing else leaves)
-            outputs.append([] if checkpointing else left)
-            hidden = [state.detach() for state in left]
+            outputs.append([] if checkpointing else block_outputs)
+            hidden = [state.detach() for state in block_outputs]
         grads = [_loss_gradient(driver, ids, state) for ids, state in zip(entry.ids, hidden, strict=True)]
         for block in progress(view.blocks[::-1], "backward", unit="block"):
             kwargs = entry.kwargs[block.index]

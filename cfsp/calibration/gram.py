@@ -119,7 +119,7 @@ class GramMatrices(Protocol):
 
 
 @dataclass(frozen=True)
-class GramWanted:
+class GramRequest:
     """The Gram matrices that are asked for.
 
     Attributes:
@@ -224,11 +224,11 @@ class CrossSums:
 
 
 @contextmanager
-def gram_sums(blocks: Sequence[BlockView], wanted: GramWanted | None) -> Iterator[list[dict[str, GramSums]]]:
+def gram_sums(blocks: Sequence[BlockView], request: GramRequest | None) -> Iterator[list[dict[str, GramSums]]]:
     """Collect Gram matrices while the model runs; the hooks always go away.
 
     Args:
-        wanted: matrices to collect; None: none.
+        request: matrices to collect; None: none.
 
     Yields:
         For each block, kind -> sums.
@@ -239,8 +239,8 @@ def gram_sums(blocks: Sequence[BlockView], wanted: GramWanted | None) -> Iterato
         for block in blocks:
             block_sums = {}
             for kind, channels in block.channels.items():
-                if wanted is not None and kind in wanted.kinds:
-                    kind_sums = GramSums(channels.n, channels.output.weight.device, wanted.stride)
+                if request is not None and kind in request.kinds:
+                    kind_sums = GramSums(channels.n, channels.output.weight.device, request.stride)
                     handles += watch_inputs(block, channels.output, kind_sums)
                     block_sums[kind] = kind_sums
             sums.append(block_sums)
@@ -250,37 +250,37 @@ def gram_sums(blocks: Sequence[BlockView], wanted: GramWanted | None) -> Iterato
             remove()
 
 
-def gram_bytes(blocks: Sequence[BlockView], wanted: GramWanted) -> int:
+def gram_bytes(blocks: Sequence[BlockView], request: GramRequest) -> int:
     """Return the bytes of the matrices of all blocks together."""
     channels = [
-        kind_channels for block in blocks for kind, kind_channels in block.channels.items() if kind in wanted.kinds
+        kind_channels for block in blocks for kind, kind_channels in block.channels.items() if kind in request.kinds
     ]
     return sum(4 * part.n**2 for part in channels)
 
 
-def kinds_of(block: BlockView, wanted: GramWanted) -> list[str]:
+def kinds_of(block: BlockView, request: GramRequest) -> list[str]:
     """Return the kinds of matrices that a block has."""
-    return [kind for kind in block.channels if kind in wanted.kinds]
+    return [kind for kind in block.channels if kind in request.kinds]
 
 
 class GramCollection:
     """The collection of the Gram matrices of a model's blocks."""
 
-    def __init__(self, blocks: Sequence[BlockView], wanted: GramWanted, folder: Path | None) -> None:
+    def __init__(self, blocks: Sequence[BlockView], request: GramRequest, folder: Path | None) -> None:
         """Prepare the collection.
 
         Args:
             blocks: blocks of the model.
-            wanted: matrices to collect.
+            request: matrices to collect.
             folder: where they stay for other runs; None: in memory, which must hold them.
         """
-        self.wanted, self.folder, self._blocks = wanted, folder, blocks
-        self.fits = gram_bytes(blocks, wanted) <= wanted.limit
+        self.request, self.folder, self._blocks = request, folder, blocks
+        self.fits = gram_bytes(blocks, request) <= request.limit
         self.matrices: GramMatrices = InMemory() if folder is None else OnDisk(folder)
 
     @property
     def complete(self) -> bool:
-        return all(self.matrices.has(block.index, kinds_of(block, self.wanted)) for block in self._blocks)
+        return all(self.matrices.has(block.index, kinds_of(block, self.request)) for block in self._blocks)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -13,9 +13,9 @@ from cfsp.model.driver import entering
 
 
 def watch_inputs(
-    block: BlockView, projection: Projection, seen: Callable[[nn.Module, tuple[Tensor, ...]], None]
+    block: BlockView, projection: Projection, callback: Callable[[nn.Module, tuple[Tensor, ...]], None]
 ) -> list[Callable[[], None]]:
-    """Call ``seen`` as a forward pre-hook of the projection.
+    """Call ``callback`` as a forward pre-hook of the projection.
 
     Some families give their FFN all tokens of a batch in one row (OPT). These are folded back by the shape that entered
     the block.
@@ -29,7 +29,7 @@ def watch_inputs(
         shape[:] = entering(args, kwargs).shape[:2]
 
     def fold(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen(module, args if args[0].dim() == 3 else (args[0].unflatten(0, tuple(shape)), *args[1:]))
+        callback(module, args if args[0].dim() == 3 else (args[0].unflatten(0, tuple(shape)), *args[1:]))
 
     return [
         block.module.register_forward_pre_hook(enter, with_kwargs=True).remove,

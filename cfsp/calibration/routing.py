@@ -35,8 +35,8 @@ class Routing:
         return token, self.weights[token, place]
 
 
-def watch_routing(block: BlockView, seen: Callable[[Routing, tuple[int, int]], None]) -> list[Callable[[], None]]:
-    """Call ``seen`` with the routing of each batch and its shape [B, T], before the experts run.
+def watch_routing(block: BlockView, callback: Callable[[Routing, tuple[int, int]], None]) -> list[Callable[[], None]]:
+    """Call ``callback`` with the routing of each batch and its shape [B, T], before the experts run.
 
     A module with the matrices of all experts is handed the routing. Experts that are modules of their own see their
     tokens alone: there the mixture runs twice more, with experts that cost nothing (:func:`routing_of_modules`).
@@ -58,7 +58,7 @@ def watch_routing(block: BlockView, seen: Callable[[Routing, tuple[int, int]], N
         else:
             states, chosen, weights = (value.detach() for value in entered_values[:3])
             routing = Routing(states.flatten(0, -2), chosen.flatten(0, -2), weights.flatten(0, -2))
-        seen(routing, (shape[0], shape[1]))
+        callback(routing, (shape[0], shape[1]))
 
     at = mixture.module if mixture.each else mixture.experts
     return [
@@ -80,9 +80,9 @@ def routing_of_modules(mixture: ExpertsFFN, states: Tensor) -> Routing:
     weights = torch.zeros(states.flatten(0, -2).shape[0], n, dtype=states.dtype, device=states.device)
     without = substituted(mixture, states, [None] * n)
     for start in range(0, n, hidden):  # as many at a time as there are places
-        here = range(start, min(start + hidden, n))
-        left = substituted(mixture, states, [e - start if e in here else None for e in range(n)])
-        weights[:, here.start : here.stop] = (left - without).flatten(0, -2)[:, : len(here)]
+        slots = range(start, min(start + hidden, n))
+        outputs = substituted(mixture, states, [e - start if e in slots else None for e in range(n)])
+        weights[:, slots.start : slots.stop] = (outputs - without).flatten(0, -2)[:, : len(slots)]
     k = max(1, int((weights != 0).sum(1).max()))
     largest = weights.abs().topk(k, dim=1).indices
     largest_weights = weights.gather(1, largest)

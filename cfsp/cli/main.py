@@ -317,9 +317,9 @@ def _understood(error: Exception, session: _Session) -> Exception:
 
 def _out_of_addresses(error: BaseException | None) -> str | None:
     """Return one line where a library could not be loaded for want of memory or address space; None elsewhere."""
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        seen.append(error)
+    visited: list[BaseException] = []
+    while error is not None and error not in visited:
+        visited.append(error)
         texts = ("failed to map segment", "cannot allocate memory", "static TLS")
         if isinstance(error, ImportError | OSError) and any(text.lower() in str(error).lower() for text in texts):
             reason = " ".join(str(error).split())

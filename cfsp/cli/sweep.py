@@ -55,8 +55,8 @@ def _sweep(request: Request) -> int:
     if request.status:
         _show(request, jobs, states)
         return 0
-    wanted = [job for job in jobs if request.force or states[job.run_id].name != "done"]
-    print(f"{request.experiment.name} ({request.variant}): {len(jobs)} runs, {len(jobs) - len(wanted)} done already")
+    pending = [job for job in jobs if request.force or states[job.run_id].name != "done"]
+    print(f"{request.experiment.name} ({request.variant}): {len(jobs)} runs, {len(jobs) - len(pending)} done already")
     failed: list[str] = []
     over = 0
 
@@ -67,13 +67,13 @@ def _sweep(request: Request) -> int:
             failed.append(job.run_id)
         texts = {"failed": f"FAILED: {escape.plain(outcome.reason)}", "busy": "done by another process"}
         ended = texts.get(outcome.name, f"{outcome.seconds:.1f} s")
-        print(f"[{over}/{len(wanted)}] {request.named(job.cell)}: {ended}", flush=True)
+        print(f"[{over}/{len(pending)}] {request.named(job.cell)}: {ended}", flush=True)
 
-    if wanted:
-        request.launcher.launch(wanted, report)
+    if pending:
+        request.launcher.launch(pending, report)
     if failed:
         print(
-            f"sweep: {len(failed)} of {len(wanted)} runs failed; the same command tries them again, with status=true "
+            f"sweep: {len(failed)} of {len(pending)} runs failed; the same command tries them again, with status=true "
             "it lists them",
             file=sys.stderr,
         )

@@ -126,8 +126,10 @@ def _verify(request: Request) -> int:
     computed = (reference.computed, dtype, *([weights] if format_name == "gguf" else []))
     rounded = weights if format_name != "gguf" and weights != reference.stored else "float32"
     # Asked before a model is loaded, so that a wrong python.TOOL is reported at once.
-    there = {tool.name: is_installed(tool, request.pythons.get(tool.name, sys.executable)) for tool in request.tools}
-    asked = {
+    installed = {
+        tool.name: is_installed(tool, request.pythons.get(tool.name, sys.executable)) for tool in request.tools
+    }
+    request_to_tool = {
         "path": str(request.path.resolve()),
         "file": str(request.path.resolve()),
         "token_ids": reference.token_ids.tolist(),
@@ -140,13 +142,13 @@ def _verify(request: Request) -> int:
         unread = _unread(tool, format_name, request.path)
         if unread:
             findings.append(Finding(tool.name, "another form", note=unread))
-        elif not there[tool.name]:
+        elif not installed[tool.name]:
             findings.append(Finding(tool.name, "not installed"))
         else:
             try:
-                answer = ask(tool, asked, request.pythons.get(tool.name, sys.executable))
+                response = ask(tool, request_to_tool, request.pythons.get(tool.name, sys.executable))
                 allowed = tolerance_of(tool.float32, *computed, rounded=rounded)
-                findings.append(compare(tool.name, answer, reference, *allowed))
+                findings.append(compare(tool.name, response, reference, *allowed))
             except RunError as error:
                 findings.append(Finding(tool.name, "fails", note=str(error)))
     if request.record is not None:

@@ -115,14 +115,14 @@ def declared(schema: type | None) -> dict[str, tuple[Any, Decides]]:
     if schema is None:
         return {}
     if described := fields_of(schema):
-        return {key: (one.annotation, _mark(one.metadata)) for key, one in described.items()}
+        return {key: (field.annotation, _mark(field.metadata)) for key, field in described.items()}
     if not dataclasses.is_dataclass(schema):
         return {}
     try:
         hints = get_type_hints(schema, include_extras=True)
     except NameError:  # names that only a type checker imports: no component of cfsp, and all its settings count
         return {}
-    return {one.name: _without_mark(hints[one.name]) for one in dataclasses.fields(schema)}
+    return {field.name: _without_mark(hints[field.name]) for field in dataclasses.fields(schema)}
 
 
 def _mark(metadata: Any) -> Decides:
@@ -156,7 +156,11 @@ def _part_of(annotation: Any, value: Any, lookup: Lookup | None) -> Any:
             parts.add(key, _part_of(get_args(annotation)[1], entry, lookup))
         return parts
     if len(schemas) > 1:
-        schemas = tuple(one for one in schemas if value.get("kind") in get_args(declared(one).get("kind", (None,))[0]))
+        schemas = tuple(
+            candidate
+            for candidate in schemas
+            if value.get("kind") in get_args(declared(candidate).get("kind", (None,))[0])
+        )
     return separate(schemas[0] if len(schemas) == 1 else None, value, lookup)
 
 

@@ -34,11 +34,11 @@ class Limits:
         if self.positions is not None and seq_len > self.positions:
             raise DataError(f"{key}={seq_len}: the model has {self.positions} positions; use {self.positions} or less")
 
-    def check_ids(self, what: str, ids: np.ndarray) -> None:
+    def check_ids(self, source: str, ids: np.ndarray) -> None:
         """Check token ids.
 
         Args:
-            what: name of the input, for the message.
+            source: name of the input, for the message.
             ids: token ids of any shape.
 
         Raises:
@@ -47,6 +47,6 @@ class Limits:
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= self.vocab_size:
             raise DataError(
-                f"{what}: ids from {low} to {high} are outside the model's vocabulary of {self.vocab_size}; "
+                f"{source}: ids from {low} to {high} are outside the model's vocabulary of {self.vocab_size}; "
                 "tokenise with this model's tokenizer"
             )

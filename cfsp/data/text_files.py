@@ -93,8 +93,8 @@ def locate_dataset(folder: Path, split: str | None, label: str, forms: str) -> P
     if chosen is None:
         key = label.partition("=")[0].removesuffix(".path")
         way_out = f"{label}/{splits[0]}" if split is None else f"{key}.split={splits[0]}"
-        said = "" if split is None else f"{key}.split={split}: "
-        raise DataError(f"{said}{label} holds the splits {listed(splits)}; choose one, e.g. {way_out}")
+        prefix = "" if split is None else f"{key}.split={split}: "
+        raise DataError(f"{prefix}{label} holds the splits {listed(splits)}; choose one, e.g. {way_out}")
     if not (folder / chosen / "state.json").is_file():
         raise DataError(f"{label}: the split {chosen} has no state.json; save the dataset again")
     return folder / chosen
@@ -246,7 +246,7 @@ def _check_head(path: Path, label: str) -> None:
         return
     if is_parquet:
         raise DataError(f"{label}: cannot be read: it is a parquet file; rename it to end in .parquet")
-    other = next((what for magic, what in _OTHERS.items() if head.startswith(magic)), None)
+    other = next((kind for magic, kind in _OTHERS.items() if head.startswith(magic)), None)
     other = "a tar archive" if head[257:262] == b"ustar" or _is_tar_name(path) else other
     if other is not None:
         raise DataError(f"{label}: cannot be read: it is {other}; give a file of text")

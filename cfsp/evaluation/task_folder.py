@@ -218,9 +218,9 @@ def content_of(files: list[TaskFile], folder: Path, key: str) -> str:
     return digest.hexdigest()
 
 
-def _files_of(file: TaskFile, folder: Path, key: str, seen: tuple[Path, ...]) -> Iterator[Path]:
+def _files_of(file: TaskFile, folder: Path, key: str, including_files: tuple[Path, ...]) -> Iterator[Path]:
     """Yield the YAML of a task, the YAMLs that it includes, the modules of its functions and its data files."""
-    if file.path.resolve() in seen:
+    if file.path.resolve() in including_files:
         raise DataError(f"{key}.include_path: {file.path} includes itself")
     check_task_file(file.path, folder, key)
     yield file.path
@@ -229,7 +229,7 @@ def _files_of(file: TaskFile, folder: Path, key: str, seen: tuple[Path, ...]) ->
         if not included.is_file():
             yield included  # content_of reports it as missing
             continue
-        yield from _files_of(read_task(included, key), folder, key, (*seen, file.path.resolve()))
+        yield from _files_of(read_task(included, key), folder, key, (*including_files, file.path.resolve()))
     for name in file.functions:
         yield file.path.parent / f"{name.rpartition('.')[0].replace('.', '/')}.py"
     for name in strings((_mapping(file.content.get("dataset_kwargs"))).get("data_files")):

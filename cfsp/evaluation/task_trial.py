@@ -36,9 +36,9 @@ def names_the_task(key: str, task: str, *, checking: bool) -> Iterator[None]:
         task: name of the task.
         checking: raise a DataError, not a RunError.
     """
-    what = f"{key}.tasks={task}"
+    prefix = f"{key}.tasks={task}"
     try:
-        with fetching(what, f"local tasks with {key}.include_path=FOLDER"):
+        with fetching(prefix, f"local tasks with {key}.include_path=FOLDER"):
             yield
     except (CfspError, MemoryError):
         raise
@@ -47,8 +47,10 @@ def names_the_task(key: str, task: str, *, checking: bool) -> Iterator[None]:
             raise
         reason = _reason(error)
         if checking:
-            raise DataError(f"{what}: its items cannot be rendered ({reason}); correct it, or leave it out") from error
-        raise RunError(f"{what}: lm-eval failed ({reason})") from error
+            raise DataError(
+                f"{prefix}: its items cannot be rendered ({reason}); correct it, or leave it out"
+            ) from error
+        raise RunError(f"{prefix}: lm-eval failed ({reason})") from error
 
 
 def try_task(
@@ -70,13 +72,13 @@ def try_task(
             be run here.
         Exception: whatever the task's own functions and templates raise.
     """
-    what = f"{key}.tasks={name}"
+    prefix = f"{key}.tasks={name}"
     if getattr(task, "UNSAFE_CODE", False):
         raise DataError(
-            f"{what}: it runs code that the model writes (unsafe_code), which is not done here; leave it out"
+            f"{prefix}: it runs code that the model writes (unsafe_code), which is not done here; leave it out"
         )
     if getattr(task, "MULTIMODAL", False):
-        raise DataError(f"{what}: it needs images or sound, and text alone is given to the model; leave it out")
+        raise DataError(f"{prefix}: it needs images or sound, and text alone is given to the model; leave it out")
     # lm_eval.simple_evaluate sets both in the same way.
     if num_fewshot is not None and task.get_config("num_fewshot") != 0:
         task.set_config(key="num_fewshot", value=num_fewshot)
@@ -90,7 +92,7 @@ def try_task(
     task.set_fewshot_seed(seed=1234)
     documents = task.eval_docs
     if len(documents) == 0:
-        raise DataError(f"{what}: it has no items; see its split and its data")
+        raise DataError(f"{prefix}: it has no items; see its split and its data")
     for index, document in enumerate(islice(documents, items)):
         context = task.fewshot_context(document, num_fewshot=shots, gen_prefix=task.doc_to_prefix(document))
         requests = task.construct_requests(
@@ -98,40 +100,40 @@ def try_task(
         )
         requests = requests if isinstance(requests, list) else [requests]
         if task.OUTPUT_TYPE == "multiple_choice":
-            _check_choices(task, document, f"{what}, item {index + 1}")
+            _check_choices(task, document, f"{prefix}, item {index + 1}")
         for request in requests if index == 0 else ():
-            _check_request(request, what, tokenizer, limits)
+            _check_request(request, prefix, tokenizer, limits)
 
 
-def _check_choices(task: Any, document: Any, what: str) -> None:
+def _check_choices(task: Any, document: Any, prefix: str) -> None:
     choices = task.doc_to_choice(document)
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
-        raise DataError(f"{what}: its choices are not a list of texts; see doc_to_choice")
+        raise DataError(f"{prefix}: its choices are not a list of texts; see doc_to_choice")
     if not all(f"{task.config.target_delimiter}{choice}" for choice in choices):
-        raise DataError(f"{what}: a choice is empty; give each a text, or leave the item out")
+        raise DataError(f"{prefix}: a choice is empty; give each a text, or leave the item out")
     if not task.multiple_input:
         target = task.doc_to_target(document)
         targets = target if isinstance(target, list) else [target]
         for gold in targets:
             known = gold in choices if isinstance(gold, str) else isinstance(gold, int) and 0 <= gold < len(choices)
             if not known:
-                raise DataError(f"{what}: its target {str(gold)[:60]!r} is none of its {len(choices)} choices")
+                raise DataError(f"{prefix}: its target {str(gold)[:60]!r} is none of its {len(choices)} choices")
 
 
-def _check_request(request: Any, what: str, tokenizer: Any, limits: Limits) -> None:
+def _check_request(request: Any, prefix: str, tokenizer: Any, limits: Limits) -> None:
     """Check what the harness itself would assert of a request's tokens only during the evaluation."""
     kind, arguments = request.request_type, request.args
     positions = limits.positions or _POSITIONS
     if kind == "generate_until":
         if tokenizer.eos_token_id is None:
             raise DataError(
-                f"{what}: it generates text, and the tokenizer names no EOS to end it with; name it in "
+                f"{prefix}: it generates text, and the tokenizer names no EOS to end it with; name it in "
                 "tokenizer_config.json, or leave the task out"
             )
         new = new_tokens(arguments[1], _NEW_TOKENS)
         if new >= positions:
             raise DataError(
-                f"{what}: it asks for {new} new tokens (max_gen_toks), and the model has {positions} positions in "
+                f"{prefix}: it asks for {new} new tokens (max_gen_toks), and the model has {positions} positions in "
                 "all; leave it out, or set generation_kwargs.max_gen_toks in a local task"
             )
     elif kind == "loglikelihood":
@@ -142,12 +144,12 @@ def _check_request(request: Any, what: str, tokenizer: Any, limits: Limits) -> N
         context_ids = tokenizer(stripped, verbose=False)["input_ids"] if context else []
         if (context and not context_ids) or len(all_ids) <= len(context_ids):
             raise DataError(
-                f"{what}: the tokenizer makes no tokens of "
+                f"{prefix}: the tokenizer makes no tokens of "
                 f"{(context[-30:] if context_ids == [] else continuation[:30])!r}; correct the item"
             )
         if len(all_ids) - len(context_ids) > positions:
             raise DataError(
-                f"{what}: an answer has {len(all_ids) - len(context_ids)} tokens, and the model has {positions} "
+                f"{prefix}: an answer has {len(all_ids) - len(context_ids)} tokens, and the model has {positions} "
                 "positions; leave the task out"
             )
 

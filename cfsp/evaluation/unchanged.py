@@ -53,8 +53,8 @@ def state_of(model: nn.Module) -> ModelState:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
     tied = {names[0]: tuple(names) for names in groups.values() if len(names) > 1}
-    seen = {name for names in tied.values() for name in names[1:]}
-    values = {name: _checksum(tensor.detach()) for name, tensor in model.state_dict().items() if name not in seen}
+    repeated = {name for names in tied.values() for name in names[1:]}
+    values = {name: _checksum(tensor.detach()) for name, tensor in model.state_dict().items() if name not in repeated}
     settings: Any = getattr(model, "config", None)
     config: dict[str, Any] = settings.to_dict() if hasattr(settings, "to_dict") else {}
     stated = {key: value for key, value in config.items() if not key.startswith("_")}

@@ -72,16 +72,16 @@ class ZeroShot(Evaluator):
         from cfsp.evaluation.task_folder import content_of
 
         local = self._local_tasks()
-        others = [name for name in self.tasks if name not in local]
-        for name in others:
+        remote_tasks = [name for name in self.tasks if name not in local]
+        for name in remote_tasks:
             if "/" in name or name.endswith((".yaml", ".yml")):
                 raise ConfigError(
                     f"{self.key}.tasks={name}: this is a path, and tasks are given by name; use "
                     f"{self.key}.tasks=[NAME] with {self.key}.include_path=FOLDER plugins.allow=[tasks]"
                 )
-        if others:
+        if remote_tasks:
             known = harness_tasks()
-            for name in others:
+            for name in remote_tasks:
                 if name not in known:
                     near = suggest(name, [*local, *known])
                     raise ConfigError(f"{self.key}.tasks={name}: lm-eval has no such task{near}")
@@ -191,7 +191,7 @@ class ZeroShot(Evaluator):
             config = results["configs"].get(task, {})
             shots = results.get("n-shot", {}).get(task)
             # A task that states num_fewshot: 0 keeps it.
-            asked = {} if self.num_fewshot in (None, shots) else {"num_fewshot_not_used": self.num_fewshot}
+            unused = {} if self.num_fewshot in (None, shots) else {"num_fewshot_not_used": self.num_fewshot}
             return {
                 "n": results["n-samples"].get(task, {}).get("effective"),
                 "split": config.get("test_split") or config.get("validation_split"),
@@ -199,7 +199,7 @@ class ZeroShot(Evaluator):
                 "detail": {
                     "task_hash": _task_hash(results["samples"].get(task, [])),
                     "truncated": truncated[task],
-                    **asked,
+                    **unused,
                 },
             }
         members = {leaf: self._described(leaf, results, truncated) for leaf in leaves}

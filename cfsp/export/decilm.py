@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from cfsp.errors import UnsupportedModelError
-from cfsp.export.filling import Wanted, filled_up, layer_tensors, other_tensors, sizes, up_to
+from cfsp.export.filling import TargetSizes, filled_up, layer_tensors, other_tensors, sizes, up_to
 from cfsp.export.folder import ModelFolder, check_there
 from cfsp.export.plain_folder import write_plain_folder
 from cfsp.export.result import Exported
@@ -90,11 +90,11 @@ def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, m
     """
     check(source)
     _, heads, kv_heads = sizes(source.layers)
-    wanted, blocks = [], []
+    target_widths, blocks = [], []
     for index, layer in enumerate(source.layers):
         width = up_to(max(layer.width, 1), multiple)
         attends = bool(layer.heads) or index == 0
-        wanted.append(Wanted(width, heads if attends else 0, kv_heads if attends else 0))
+        target_widths.append(TargetSizes(width, heads if attends else 0, kv_heads if attends else 0))
         attention: dict[str, Any] = {"no_op": not attends, "replace_with_linear": False}
         attention["n_heads_in_group"] = heads // kv_heads if attends else None
         ffn = {"no_op": False, "replace_with_linear": False, "ffn_mult": ffn_mult(width, source.hidden)}
@@ -107,17 +107,17 @@ def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, m
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": source.head_dim,
-        "intermediate_size": max(w.width for w in wanted),
+        "intermediate_size": max(w.width for w in target_widths),
         "block_configs": blocks,
     }
     if "self_attn.q_proj" in source.biased:
         config["qkv_bias"] = True
     tensors = [*other_tensors(source)]
-    for index, sized in enumerate(wanted):
+    for index, sized in enumerate(target_widths):
         tensors += layer_tensors(source, index, sized)
     files = {"configuration_decilm.py": _CONFIGURATION.encode()}
     size = write_plain_folder(source, to, config, tensors, dtype=dtype, format="decilm", files=files)
-    return Exported(to, "decilm", size, filled_up(source, wanted))
+    return Exported(to, "decilm", size, filled_up(source, target_widths))
 
 
 def ffn_mult(width: int, hidden: int) -> float:

@@ -16,7 +16,7 @@ from cfsp.export.folder import Layer, ModelFolder, projections
 
 
 @dataclass(frozen=True)
-class Wanted:
+class TargetSizes:
     """Sizes of a layer as it is written; with 0 neurons or heads the submodule and its norm are left out.
 
     Attributes:
@@ -60,27 +60,27 @@ class LayerTensor:
         return filled
 
 
-def layer_tensors(source: ModelFolder, index: int, wanted: Wanted) -> Iterator[LayerTensor]:
-    """Yield the tensors of layer ``index`` in the sizes of ``wanted``, which are at least the stored ones.
+def layer_tensors(source: ModelFolder, index: int, target: TargetSizes) -> Iterator[LayerTensor]:
+    """Yield the tensors of layer ``index`` in the sizes of ``target``, which are at least the stored ones.
 
     Zeros (ones for a norm) stand only for submodules and biases that the layer says it does not have.
     """
     layer, prefix = source.layers[index], f"model.layers.{index}."
     has_submodule = {"self_attn": layer.heads > 0, "mlp": layer.width > 0}
-    for name, shape in projections(source, wanted.width, wanted.heads, wanted.kv_heads).items():
+    for name, shape in projections(source, target.width, target.heads, target.kv_heads).items():
         stored = has_submodule[name.partition(".")[0]]
         yield _tensor(f"{prefix}{name}.weight", shape, stored=stored)
         always_biased = name in source.biased
-        if always_biased or name in wanted.biases:
+        if always_biased or name in target.biases:
             yield _tensor(
                 f"{prefix}{name}.bias", shape[:1], stored=stored and (always_biased or name in layer.added_bias)
             )
-    if wanted.heads and source.family == "qwen3":
+    if target.heads and source.family == "qwen3":
         for name in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
             yield _tensor(prefix + name, (source.head_dim,), stored=has_submodule["self_attn"], fill=1.0)
     for norm, submodule, n in (
-        ("input_layernorm", "self_attn", wanted.heads),
-        ("post_attention_layernorm", "mlp", wanted.width),
+        ("input_layernorm", "self_attn", target.heads),
+        ("post_attention_layernorm", "mlp", target.width),
     ):
         if n:
             yield _tensor(f"{prefix}{norm}.weight", (source.hidden,), stored=has_submodule[submodule], fill=1.0)
@@ -95,14 +95,14 @@ def other_tensors(source: ModelFolder) -> Iterator[LayerTensor]:
         yield _tensor("lm_head.weight", (vocabulary, source.hidden))
 
 
-def filled_up(source: ModelFolder, wanted: list[Wanted]) -> tuple[str, ...]:
+def filled_up(source: ModelFolder, targets: list[TargetSizes]) -> tuple[str, ...]:
     """Return sentences for the user on what is filled up with zeros."""
-    neurons = sum(max(0, w.width - layer.width) for w, layer in zip(wanted, source.layers, strict=True))
-    groups = sum(max(0, w.kv_heads - layer.kv_heads) for w, layer in zip(wanted, source.layers, strict=True))
+    neurons = sum(max(0, w.width - layer.width) for w, layer in zip(targets, source.layers, strict=True))
+    groups = sum(max(0, w.kv_heads - layer.kv_heads) for w, layer in zip(targets, source.layers, strict=True))
     notes = []
     if neurons:
-        layers = sum(w.width > layer.width for w, layer in zip(wanted, source.layers, strict=True))
-        total = sum(w.width for w in wanted)
+        layers = sum(w.width > layer.width for w, layer in zip(targets, source.layers, strict=True))
+        total = sum(w.width for w in targets)
         notes.append(f"{neurons:,} of {total:,} FFN neurons are zeros that fill up {layers} layers; they add nothing")
     if groups:
         notes.append(f"{groups} KV groups are zeros that fill up layers with fewer heads; they add nothing")

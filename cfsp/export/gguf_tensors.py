@@ -187,7 +187,7 @@ def _filled(
     """Read a tensor of the folder in its stored shape and fill it up with zeros at the ends."""
     tensor = _read(source, name, stored_shape)
     if stored_shape != shape:
-        margins = [(0, wanted - stored) for wanted, stored in zip(shape, stored_shape, strict=True)]
+        margins = [(0, target - stored) for target, stored in zip(shape, stored_shape, strict=True)]
         tensor = pad(tensor, [n for pair in reversed(margins) for n in pair])
     return interleaved(tensor, heads) if heads else tensor
 

@@ -60,15 +60,15 @@ def read_json_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def unsupported_tokenizer(file: Path, what: str) -> UnsupportedModelError:
+def unsupported_tokenizer(file: Path, feature: str) -> UnsupportedModelError:
     """Return the error for a tokenizer that llama.cpp would not reproduce.
 
     Args:
         file: the tokenizer's file.
-        what: what is special about it, as a clause without a subject.
+        feature: what is special about it, as a clause without a subject.
     """
     return UnsupportedModelError(
-        f"{file}: {what}, which llama.cpp would not reproduce; GGUF holds byte-level BPE with the pre-tokenizers of "
+        f"{file}: {feature}, which llama.cpp would not reproduce; GGUF holds byte-level BPE with the pre-tokenizers of "
         "GPT-2, LLaMA 3, Qwen2, SmolLM and Mistral's tekken, and SentencePiece BPE; use another format"
     )
 

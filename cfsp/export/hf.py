@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cfsp.export.filling import Wanted, layer_tensors, other_tensors, sizes
+from cfsp.export.filling import TargetSizes, layer_tensors, other_tensors, sizes
 from cfsp.export.folder import ModelFolder, check_there
 from cfsp.export.plain_folder import write_plain_folder
 from cfsp.export.result import Exported
@@ -43,8 +43,8 @@ def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, m
     check(source)
     tensors = [*other_tensors(source)]
     for index, layer in enumerate(source.layers):
-        wanted = Wanted(layer.width, layer.heads, layer.kv_heads, frozenset(layer.added_bias))
-        tensors += layer_tensors(source, index, wanted)
+        target = TargetSizes(layer.width, layer.heads, layer.kv_heads, frozenset(layer.added_bias))
+        tensors += layer_tensors(source, index, target)
     pruned = not _is_plain(source)
     files = {name: text.encode() for name, text in pruned_family(source.family).files.items()} if pruned else {}
     unchanged_dtype = dtype in (None, source.dtype)  # in another dtype, replaying the plan would not give these weights

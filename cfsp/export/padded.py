@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cfsp.errors import UnsupportedModelError
-from cfsp.export.filling import Wanted, filled_up, layer_tensors, other_tensors, sizes, up_to
+from cfsp.export.filling import TargetSizes, filled_up, layer_tensors, other_tensors, sizes, up_to
 from cfsp.export.folder import ModelFolder, check_there
 from cfsp.export.plain_folder import write_plain_folder
 from cfsp.export.result import Exported
@@ -83,12 +83,12 @@ def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, m
         key, projections = _BIAS_KEYS[name][family]
         config[key] = True
         biases |= set(projections)
-    wanted = [Wanted(width, heads, kv_heads, frozenset(biases)) for _ in source.layers]
+    targets = [TargetSizes(width, heads, kv_heads, frozenset(biases)) for _ in source.layers]
     tensors = [*other_tensors(source)]
-    for index, layer in enumerate(wanted):
+    for index, layer in enumerate(targets):
         tensors += layer_tensors(source, index, layer)
     size = write_plain_folder(source, to, config, tensors, dtype=dtype, format="padded")
-    return Exported(to, "padded", size, filled_up(source, wanted))
+    return Exported(to, "padded", size, filled_up(source, targets))
 
 
 _ARCHITECTURES: Mapping[str, str] = {

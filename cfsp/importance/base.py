@@ -130,8 +130,8 @@ def slot_scores(experts: Tensor, statistics: ExpertStatistics | None) -> Tensor:
         experts: scores of the neurons of every expert, [E, N].
         statistics: token counts of the experts; an expert that saw no token adds nothing.
     """
-    seen = experts if statistics is None else experts[statistics.tokens > 0]
-    return seen.sort(dim=1, descending=True).values.sum(0)
+    routed = experts if statistics is None else experts[statistics.tokens > 0]
+    return routed.sort(dim=1, descending=True).values.sum(0)
 
 
 def score_block(

@@ -43,34 +43,34 @@ def removal_order(
         raise ValueError("the Gram matrix is not finite")
     size = gram.shape[0]
     inverse, level = _damped_inverse(gram, damping)
-    left = weight.to(gram.device, torch.float64).clone()
-    alive = torch.arange(size // unit, device=gram.device)
-    there = torch.ones(size // unit, dtype=torch.bool, device=gram.device)
+    refitted = weight.to(gram.device, torch.float64).clone()
+    unit_ids = torch.arange(size // unit, device=gram.device)
+    is_kept = torch.ones(size // unit, dtype=torch.bool, device=gram.device)
     order: list[Tensor] = []
     increments: list[Tensor] = []
-    while len(alive):
-        chosen = _cheapest(left, inverse, there, step, unit)
+    while len(unit_ids):
+        chosen = _cheapest(refitted, inverse, is_kept, step, unit)
         columns = (chosen[:, None] * unit + torch.arange(unit, device=gram.device)).flatten()
         block = inverse.index_select(0, columns).index_select(1, columns)
         factor = _factor(block)
-        gone = left.index_select(1, columns)
+        removed = refitted.index_select(1, columns)
         # Squared norms of the columns of W_R L^-T: what each costs once those before it are gone.
-        costing = torch.linalg.solve_triangular(factor, gone.T, upper=False)
-        increments.append(costing.square().sum(1).reshape(len(chosen), unit).sum(1))
-        order.append(alive[chosen])
-        across = torch.linalg.solve_triangular(factor, inverse.index_select(0, columns), upper=False)
-        left.addmm_(costing.T, across, alpha=-1)
-        inverse.addmm_(across.T, across, alpha=-1)
-        left.index_fill_(1, columns, 0.0)
-        there[chosen] = False
-        if not bool(there.any()):
+        whitened = torch.linalg.solve_triangular(factor, removed.T, upper=False)
+        increments.append(whitened.square().sum(1).reshape(len(chosen), unit).sum(1))
+        order.append(unit_ids[chosen])
+        rows = torch.linalg.solve_triangular(factor, inverse.index_select(0, columns), upper=False)
+        refitted.addmm_(whitened.T, rows, alpha=-1)
+        inverse.addmm_(rows.T, rows, alpha=-1)
+        refitted.index_fill_(1, columns, 0.0)
+        is_kept[chosen] = False
+        if not bool(is_kept.any()):
             break
-        if int(there.sum()) < (1 - _COMPACT) * len(there):
-            stay = there.nonzero().flatten()
-            columns = (stay[:, None] * unit + torch.arange(unit, device=gram.device)).flatten()
+        if int(is_kept.sum()) < (1 - _COMPACT) * len(is_kept):
+            kept = is_kept.nonzero().flatten()
+            columns = (kept[:, None] * unit + torch.arange(unit, device=gram.device)).flatten()
             inverse = inverse.index_select(0, columns).index_select(1, columns)
-            left, alive = left.index_select(1, columns), alive[stay]
-            there = torch.ones(len(alive), dtype=torch.bool, device=gram.device)
+            refitted, unit_ids = refitted.index_select(1, columns), unit_ids[kept]
+            is_kept = torch.ones(len(unit_ids), dtype=torch.bool, device=gram.device)
     # An input that is always zero loses nothing; its increments come from the damping alone.
     return torch.cat(order).cpu(), torch.cat(increments).cpu() * (level > 0)
 
@@ -83,22 +83,22 @@ def _damped_inverse(gram: Tensor, damping: float) -> tuple[Tensor, float]:
     return torch.cholesky_inverse(_factor(hessian)), level
 
 
-def _cheapest(left: Tensor, inverse: Tensor, there: Tensor, step: int, unit: int) -> Tensor:
+def _cheapest(refitted: Tensor, inverse: Tensor, is_kept: Tensor, step: int, unit: int) -> Tensor:
     """Return the indices of the ``step`` units to remove next, of those that are still there.
 
     Args:
-        left: weights as refitted after the removals so far, [d, n].
+        refitted: weights as refitted after the removals so far, [d, n].
         inverse: inverse of the Gram matrix of the same channels, [n, n].
-        there: units that are not removed yet, [n / unit] bool.
+        is_kept: units that are not removed yet, [n / unit] bool.
         step: most units to remove at a time.
         unit: channels of a unit.
     """
-    costs = _costs(left, inverse, unit)
-    costs[~there] = torch.inf
-    n = min(step, int(there.sum()))
+    costs = _costs(refitted, inverse, unit)
+    costs[~is_kept] = torch.inf
+    n = min(step, int(is_kept.sum()))
     if n > 1 and unit == 1:
-        candidates = costs.topk(min(_CANDIDATES * n, int(there.sum())), largest=False).indices
-        return _together(left, inverse, candidates, n)
+        candidates = costs.topk(min(_CANDIDATES * n, int(is_kept.sum())), largest=False).indices
+        return _together(refitted, inverse, candidates, n)
     return costs.topk(n, largest=False).indices
 
 
@@ -134,31 +134,31 @@ def _isotonic(values: Tensor) -> Tensor:
     return torch.repeat_interleave(torch.tensor(means, dtype=torch.float64), torch.tensor(counts))
 
 
-def _costs(left: Tensor, inverse: Tensor, unit: int) -> Tensor:
+def _costs(refitted: Tensor, inverse: Tensor, unit: int) -> Tensor:
     """Return the error added by removing each unit alone."""
     if unit == 1:
-        return left.square().sum(0) / inverse.diagonal().clamp_min(1e-300)
+        return refitted.square().sum(0) / inverse.diagonal().clamp_min(1e-300)
     costs = []
     for start in range(0, inverse.shape[0], unit):
         span = slice(start, start + unit)
-        gone = torch.linalg.solve_triangular(_factor(inverse[span, span]), left[:, span].T, upper=False)
-        costs.append(gone.square().sum())
+        whitened = torch.linalg.solve_triangular(_factor(inverse[span, span]), refitted[:, span].T, upper=False)
+        costs.append(whitened.square().sum())
     return torch.stack(costs)
 
 
-def _together(left: Tensor, inverse: Tensor, candidates: Tensor, n: int) -> Tensor:
+def _together(refitted: Tensor, inverse: Tensor, candidates: Tensor, n: int) -> Tensor:
     """Choose ``n`` of the candidates greedily: each is the cheapest once the earlier ones are gone and refitted."""
-    weight = left.index_select(1, candidates)
+    weight = refitted.index_select(1, candidates)
     block = inverse.index_select(0, candidates).index_select(1, candidates)
     free = torch.zeros(len(candidates), dtype=block.dtype, device=block.device)
     picked: list[Tensor] = []
     for _ in range(n):
-        at = (weight.square().sum(0) / block.diagonal().clamp_min(1e-300) + free).argmin()
-        picked.append(candidates[at])
-        free[at] = torch.inf
-        row = block[at] / block[at, at].clamp_min(1e-300)
-        weight = weight - weight[:, at, None] * row
-        block = block - block[:, at, None] * row
+        cheapest = (weight.square().sum(0) / block.diagonal().clamp_min(1e-300) + free).argmin()
+        picked.append(candidates[cheapest])
+        free[cheapest] = torch.inf
+        row = block[cheapest] / block[cheapest, cheapest].clamp_min(1e-300)
+        weight = weight - weight[:, cheapest, None] * row
+        block = block - block[:, cheapest, None] * row
     return torch.stack(picked)
 
 

@@ -130,11 +130,11 @@ def parts_of(view: DecoderView) -> dict[str, int]:
     inside = {id(m): name for block in view.blocks for name, m in block.module.named_modules()}
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     counts = dict.fromkeys(PARTS, 0)
-    seen: set[int] = set()
+    counted: set[int] = set()
     for module in (embeddings, *model.modules()):
         for parameter in module.parameters(recurse=False):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
+            if id(parameter) not in counted:
+                counted.add(id(parameter))
                 part = "head" if module is head else _part(module, inside.get(id(module)))
                 counts[part] += parameter.numel()
     return counts

@@ -208,8 +208,8 @@ def _numbers_of_gguf_on_hub(section: ModelSection, name: str, scratch: Path) -> 
     repo = str(section.path)
     folder = fetch_snapshot(repo, section.revision, allow=[name], ignore=[])
     if not (folder / name).is_file():
-        here = ", ".join(gguf_files_on_hub(repo, folder)[:8]) or "none"
-        raise CheckpointError(f"gguf_file={name}: {repo} has no such file; its GGUF files: {here}")
+        available = ", ".join(gguf_files_on_hub(repo, folder)[:8]) or "none"
+        raise CheckpointError(f"gguf_file={name}: {repo} has no such file; its GGUF files: {available}")
     numbers = _numbers_of_gguf(folder / name, f"path={repo}", scratch)
     return replace(numbers, source=replace(numbers.source, origin=f"{repo}@{folder.name}/{name}"))
 

@@ -69,8 +69,8 @@ def _reason(error: Exception, source: ModelSource) -> str:
     """Return why transformers could not load a tokenizer; errors of Python itself are told by the file at fault."""
     check_tokenizer_files(source.folder, f"model.path={source.origin}")
     if isinstance(error, TypeError | AttributeError | LookupError | OverflowError):
-        there = [name for name in _FILES if (source.folder / name).is_file()]
-        return f"a value in {' or '.join(there) or 'its files'} is of a kind that transformers does not take there"
+        present = [name for name in _FILES if (source.folder / name).is_file()]
+        return f"a value in {' or '.join(present) or 'its files'} is of a kind that transformers does not take there"
     return first_line(error)
 
 

@@ -70,8 +70,8 @@ class BaseModels:
             config.model.trust_remote_code,
         )
         kept, self._kept = self._kept, None  # never two base models at a time
-        here = kept is not None and kept[0] == key
-        model: Any = kept[1] if kept is not None and here else None
+        is_current = kept is not None and kept[0] == key
+        model: Any = kept[1] if kept is not None and is_current else None
         del kept
         if model is None:
             self._probed.clear()
@@ -86,7 +86,7 @@ class BaseModels:
         weights = weights_of(model)
         weights.limit_hidden_states(partial(_spill_buffer, config))
         dense = Snapshot(model) if self._keep else None
-        yield model, here
+        yield model, is_current
         if dense is not None and not config.recovery.instance.trains and not _narrows(prepared):
             dense.restore()
             weights.follow(resolve(model), None)
@@ -114,9 +114,9 @@ class BaseModels:
 def _spill_buffer(config: RunConfig) -> SpillBuffer:
     """Memory for the hidden states: ``calibration.memory_gb``, or half of what is free now; the rest goes to disk."""
     section = config.calibration
-    asked = None if isinstance(section, SelfCalibration) else section.memory_gb
+    limit_gb = None if isinstance(section, SelfCalibration) else section.memory_gb
     free = available(torch.device("cpu"))
-    limit = int(_SHARE_OF_MEMORY * free) if asked is None else int(asked * 1e9)
+    limit = int(_SHARE_OF_MEMORY * free) if limit_gb is None else int(limit_gb * 1e9)
     return SpillBuffer(limit, Path(config.paths.cache_dir))
 
 

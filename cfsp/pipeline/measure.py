@@ -90,7 +90,7 @@ def _read_figures(file: Path) -> list[dict[str, Any]]:
     """
     rows = read_json(file, str(file))
     problem = None if isinstance(rows, list) else "no list of figures"
-    problem = problem or next((said for row in rows if (said := figure_problem(row)) is not None), None)
+    problem = problem or next((message for row in rows if (message := figure_problem(row)) is not None), None)
     if problem is not None:
         raise ValueError(problem)
     return rows

@@ -62,15 +62,15 @@ def _record_failure(error: BaseException, run: Run, unfinished: Path) -> CfspErr
     }
     log.debug("run failed", exc_info=error)
     record.finished = now()
-    gone = run.folder.is_gone
-    if record.checkpoint and not gone:
+    folder_is_gone = run.folder.is_gone
+    if record.checkpoint and not folder_is_gone:
         record.checkpoint.setdefault("place", "model")
     try:
         record.write(unfinished)
     except OSError as problem:  # the disk that stopped the run
         log.warning("%s: the record of the failure cannot be written (%s)", unfinished, problem.strerror)
     mirror_record(run.config, record, run.out)
-    return _explanation(error, run, gone=gone)
+    return _explanation(error, run, gone=folder_is_gone)
 
 
 def _explanation(error: BaseException, run: Run, *, gone: bool) -> CfspError | None:

@@ -59,14 +59,14 @@ def check_tensors(plan: PruningPlan) -> None:
         parts = _TENSOR.fullmatch(name)
         _expect(parts is not None and int(parts[1]) < len(plan.blocks), f"tensor {name[:80]!r} belongs to no block")
         assert parts is not None
-        block, kind, what = plan.blocks[int(parts[1])], parts[2], parts[3]
-        _expect(kind == "ffn" or what in ("bias", "weight"), f"tensor {name} belongs to no block")
-        _expect(tensor.dim() == (1 if what == "bias" else 2), f"tensor {name} has the shape {list(tensor.shape)}")
+        block, kind, role = plan.blocks[int(parts[1])], parts[2], parts[3]
+        _expect(kind == "ffn" or role in ("bias", "weight"), f"tensor {name} belongs to no block")
+        _expect(tensor.dim() == (1 if role == "bias" else 2), f"tensor {name} has the shape {list(tensor.shape)}")
         _expect(tensor.is_floating_point(), f"tensor {name} holds no floating-point numbers")
         kept = block.ffn_kept if kind == "ffn" else block.kv_groups_kept
-        if what == "bias" or kept is None:
+        if role == "bias" or kept is None:
             continue
-        units = tensor.shape[1 if what == "weight" else 0]
+        units = tensor.shape[1 if role == "weight" else 0]
         fits = units == len(kept) if kind == "ffn" else units % len(kept) == 0
         _expect(fits, f"tensor {name} has the shape {list(tensor.shape)} where {len(kept)} units are kept")
 

@@ -125,14 +125,14 @@ def _known_files(folder: Path, code: list[Path], model_type: str) -> set[Path]:
 
 def _files(folder: Path) -> Iterator[Path]:
     """Yield every file below the folder, behind links to folders too."""
-    seen: set[str] = set()
+    visited: set[str] = set()
     n_entries = 0
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
-        if real in seen:  # a link back to where the walk has been
+        if real in visited:  # a link back to where the walk has been
             folders.clear()
             continue
-        seen.add(real)
+        visited.add(real)
         n_entries += len(files) + len(folders)
         if n_entries > _MOST_FILES:
             raise CheckpointError(
@@ -177,8 +177,8 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _foreign(folder: Path, what: str) -> CheckpointError:
+def _foreign(folder: Path, difference: str) -> CheckpointError:
     return CheckpointError(
-        f"path={folder}: {what}, and the tools would run it; read it and give trust_remote_code=true, or write the "
-        "folder again (cfsp export format=hf)"
+        f"path={folder}: {difference}, and the tools would run it; read it and give trust_remote_code=true, or write "
+        "the folder again (cfsp export format=hf)"
     )

@@ -133,8 +133,8 @@ def norms_of_family(config_class: type, causal_lm_class: type) -> dict[str, tupl
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         model: Any = causal_lm_class(config_class(**_PROBE_SIZES)).eval()
     try:
-        with watched(model.model.layers[0]) as seen, torch.no_grad():
+        with watched(model.model.layers[0]) as inputs, torch.no_grad():
             model(torch.arange(4)[None], use_cache=False)
     except Exception:  # the family does not run like this; its norms then stay, which costs parameters and nothing else
         return dict.fromkeys(SUBMODULES, ())
-    return served(seen, {kind: (name,) for kind, name in SUBMODULES.items()})
+    return served(inputs, {kind: (name,) for kind, name in SUBMODULES.items()})

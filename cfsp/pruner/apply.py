@@ -113,11 +113,11 @@ def _check_block(block: BlockView, decision: BlockPlan) -> None:
             f"{experts.least} to choose {mixture.top_k} of"
         )
     neurons = max((kept for kept in staying), key=lambda kept: kept[-1], default=None)
-    for kept, what, there in (
+    for kept, unit, available in (
         (decision.ffn_kept, "neuron", width if mixture is None else 0),
         (neurons, "neuron", 0 if mixture is None else width),
         (decision.experts_kept, "expert", experts.n),
         (decision.kv_groups_kept, "KV group", block.units("kv_groups").n),
     ):
-        if kept is not None and kept[-1] >= there:
-            raise CheckpointError(f"block {block.index}: the plan keeps {what} {kept[-1]}, the model has {there}")
+        if kept is not None and kept[-1] >= available:
+            raise CheckpointError(f"block {block.index}: the plan keeps {unit} {kept[-1]}, the model has {available}")

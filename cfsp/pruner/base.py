@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from cfsp.calibration.calibration_set import CalibrationSet
     from cfsp.calibration.gradients import GradientTerms
-    from cfsp.calibration.gram import GramMatrices, GramWanted
+    from cfsp.calibration.gram import GramMatrices, GramRequest
     from cfsp.calibration.statistics import Statistics
     from cfsp.calibration.statistics_cache import StatisticsCache
     from cfsp.config.budget import Budget
@@ -44,7 +44,7 @@ class PlanContext:
         cache: folder for results that take long to compute; None: nothing is kept.
         gradients: gradient terms, where the metric requires them.
         grams: Gram matrices, where metric or pruner require them.
-        gram_wanted: parts and share of the tokens that the Gram matrices are of.
+        gram_request: parts and share of the tokens that the Gram matrices are of.
         scored: block index -> scores of blocks of a streamed model, computed while the block was in memory for the
             calibration pass.
     """
@@ -61,7 +61,7 @@ class PlanContext:
     cache: StatisticsCache | None = None
     gradients: GradientTerms | None = None
     grams: GramMatrices | None = None
-    gram_wanted: GramWanted | None = None
+    gram_request: GramRequest | None = None
     scored: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 

@@ -162,11 +162,11 @@ class BlockPruner(Pruner):
 
     @staticmethod
     def _blocks(view: DecoderView, removed: Sequence[Candidate]) -> list[BlockPlan]:
-        gone = set(removed)
+        removed_submodules = set(removed)
         return [
             BlockPlan(
-                attention=not block.attention_removed and (block.index, "attention") not in gone,
-                ffn=block.ffn is not None and (block.index, "ffn") not in gone,
+                attention=not block.attention_removed and (block.index, "attention") not in removed_submodules,
+                ffn=block.ffn is not None and (block.index, "ffn") not in removed_submodules,
             )
             for block in view.blocks
         ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cfsp.calibration.calibrate import calibrate
-from cfsp.calibration.gram import GRAM_VERSION, GramCollection, GramWanted
+from cfsp.calibration.gram import GRAM_VERSION, GramCollection, GramRequest
 from cfsp.calibration.statistics_cache import StatisticsCache
 from cfsp.config.identity import method_of
 from cfsp.errors import ConfigError
@@ -51,11 +51,11 @@ def plan_context(
         if structure is not None and "importance" in config.plans_with and not required(importance):
             scored[block.index] = score_block(block, statistics_of_block, importance, structure)
 
-    wanted = _gram_wanted(config, structure, driver.view)
+    gram_request = _gram_request(config, structure, driver.view)
     grams = (
         None
-        if wanted is None
-        else GramCollection(driver.view.blocks, wanted, _gram_folder(driver, calibration, wanted, cache))
+        if gram_request is None
+        else GramCollection(driver.view.blocks, gram_request, _gram_folder(driver, calibration, gram_request, cache))
     )
     statistics, cached = calibrate(driver, calibration, cache, visit, grams)
     if "gradients" in required(importance) and "importance" in config.plans_with:
@@ -78,21 +78,21 @@ def plan_context(
         cache=cache,
         gradients=gradients,
         grams=None if grams is None else grams.matrices,
-        gram_wanted=wanted,
+        gram_request=gram_request,
         scored=scored,
     )
     return context, cached
 
 
-def _gram_wanted(config: RunConfig, structure: Structure | None, view: DecoderView) -> GramWanted | None:
+def _gram_request(config: RunConfig, structure: Structure | None, view: DecoderView) -> GramRequest | None:
     """Return the Gram matrices that metric or pruner require, of the submodules that may lose units; None: none.
 
     Raises:
         ConfigError: the pruner does not state its structure, so that nobody knows which matrices.
     """
-    asked = [*(required(config.importance.instance) if "importance" in config.plans_with else ())]
-    asked += config.pruner.instance.requires
-    if "gram" not in asked:
+    requirements = [*(required(config.importance.instance) if "importance" in config.plans_with else ())]
+    requirements += config.pruner.instance.requires
+    if "gram" not in requirements:
         return None
     if structure is None:
         raise ConfigError(
@@ -105,13 +105,13 @@ def _gram_wanted(config: RunConfig, structure: Structure | None, view: DecoderVi
     limit = available(torch.device("cpu")) // 2 if memory is None else int(memory * 1e9)
     if view.device.type != "cpu":  # in one pass over the whole model they are added up where its weights are
         limit = min(limit, available(view.device) // 2)
-    return GramWanted(kinds, config.calibration.gram_share, limit)
+    return GramRequest(kinds, config.calibration.gram_share, limit)
 
 
 def _gram_folder(
-    driver: BlockDriver, calibration: CalibrationSet, wanted: GramWanted, cache: StatisticsCache | None
+    driver: BlockDriver, calibration: CalibrationSet, gram_request: GramRequest, cache: StatisticsCache | None
 ) -> Path | None:
     if cache is None:
         return None
     place = cache.path("gram", driver, calibration, GRAM_VERSION)
-    return place.with_name(f"{place.stem}-{wanted.stride:g}-{'-'.join(wanted.kinds)}")
+    return place.with_name(f"{place.stem}-{gram_request.stride:g}-{'-'.join(gram_request.kinds)}")

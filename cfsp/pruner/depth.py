@@ -91,9 +91,9 @@ class ShortGPT(DepthPruner):
         influence = self._influence(context)
         order = sorted(budget.free_blocks(len(view.blocks)), key=lambda block: influence[block])
         order = _with_attention_left(view, order)
-        gone = set(order[: _nearest([_size(view, block) for block in order], _target(view, budget))])
-        blocks = [_GONE if block.index in gone else BlockPlan() for block in view.blocks]
-        return complete(context, blocks, notes={"influence": influence, "removed_blocks": sorted(gone)})
+        removed = set(order[: _nearest([_size(view, block) for block in order], _target(view, budget))])
+        blocks = [_GONE if block.index in removed else BlockPlan() for block in view.blocks]
+        return complete(context, blocks, notes={"influence": influence, "removed_blocks": sorted(removed)})
 
     def _influence(self, context: PlanContext) -> list[float]:
         from cfsp.calibration.similarity import block_similarity
@@ -149,15 +149,15 @@ class SlidingWindow(DepthPruner):
         return complete(context, blocks, notes=notes)
 
 
-def refuse_compensation(name: str, compensation: str, what: str) -> None:
-    """Refuse a compensation for a pruner that ``what`` (a clause).
+def refuse_compensation(name: str, compensation: str, reason: str) -> None:
+    """Refuse a compensation for a pruner that ``reason`` (a clause).
 
     Raises:
         ValueError: a compensation is asked for.
     """
     if compensation != "none":
         raise ValueError(
-            f"pruner.compensation={compensation}: pruner={name} {what}, which leave no output projection to carry a "
+            f"pruner.compensation={compensation}: pruner={name} {reason}, which leave no output projection to carry a "
             "bias; use pruner.compensation=none, or a pruner that removes neurons or heads (flap, one_shot)"
         )
 

@@ -59,5 +59,6 @@ def refit_ffn(
     refitted["weight"] = best.down
     dtype = output.weight.dtype
     return {
-        tensor_name(block, "ffn", what): matrix.to(dtype).cpu().contiguous() for what, matrix in refitted.items()
+        tensor_name(block, "ffn", matrix_name): matrix.to(dtype).cpu().contiguous()
+        for matrix_name, matrix in refitted.items()
     }, errors

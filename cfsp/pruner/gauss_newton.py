@@ -183,27 +183,29 @@ def gauss_newton(
 
 def _solve(function: FFNFunction, pairs: Sequence[Pair], at: Matrices, iterations: int, damping: float) -> Matrices:
     """Return the step that solves the damped normal equations, after ``iterations`` of conjugate gradients."""
-    left, diagonal = function.gradient(pairs, at)
-    added = [damping * float(part.mean()) for part in (diagonal.enter, diagonal.down)]
+    residual, diagonal = function.gradient(pairs, at)
+    shifts = [damping * float(part.mean()) for part in (diagonal.enter, diagonal.down)]
     tiny = torch.finfo(torch.float32).tiny
-    inverse = Matrices(1 / (diagonal.enter + added[0]).clamp_min(tiny), 1 / (diagonal.down + added[1]).clamp_min(tiny))
+    inverse = Matrices(
+        1 / (diagonal.enter + shifts[0]).clamp_min(tiny), 1 / (diagonal.down + shifts[1]).clamp_min(tiny)
+    )
     step = _zeros(at)
-    scaled = left.times(inverse)
-    along, size = scaled, left.dot(scaled)
-    solved = _SOLVED * float(size)
+    scaled = residual.times(inverse)
+    direction, energy = scaled, residual.dot(scaled)
+    solved = _SOLVED * float(energy)
     for _ in range(iterations):
-        if float(size) <= solved:
+        if float(energy) <= solved:
             break
-        bent = function.curvature(pairs, at, along)
-        bent = Matrices(bent.enter + added[0] * along.enter, bent.down + added[1] * along.down)
-        curvature = float(along.dot(bent))
+        product = function.curvature(pairs, at, direction)
+        product = Matrices(product.enter + shifts[0] * direction.enter, product.down + shifts[1] * direction.down)
+        curvature = float(direction.dot(product))
         if not curvature > 0 or not math.isfinite(curvature):
             break
-        length = size / curvature
-        step, left = step.plus(along, length), left.plus(bent, -length)
-        scaled = left.times(inverse)
-        size, before = left.dot(scaled), size
-        along = scaled.plus(along, size / before)
+        length = energy / curvature
+        step, residual = step.plus(direction, length), residual.plus(product, -length)
+        scaled = residual.times(inverse)
+        energy, previous = residual.dot(scaled), energy
+        direction = scaled.plus(direction, energy / previous)
     return step
 
 

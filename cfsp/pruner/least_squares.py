@@ -37,9 +37,9 @@ def refit(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float) -> Tensor:
         W' [d, K] fp64, on the device of ``gram``.
     """
     weight, gram = weight.to(gram.device, torch.float64), gram.double()
-    gone = torch.ones(gram.shape[0], dtype=torch.bool, device=gram.device)
-    gone[kept] = False
-    removed = gone.nonzero().flatten()
+    is_removed = torch.ones(gram.shape[0], dtype=torch.bool, device=gram.device)
+    is_removed[kept] = False
+    removed = is_removed.nonzero().flatten()
     stay = weight.index_select(1, kept)
     # Removed channels that are dead add nothing to the right-hand side.
     if not len(removed) or not len(kept):
@@ -93,18 +93,18 @@ def least_squares_compensation(
         removed = removed_channels(block, decision, kind)
         if not len(removed) or len(removed) == channels.n:
             continue
-        gone = torch.ones(channels.n, dtype=torch.bool)
-        gone[removed] = False
-        kept = gone.nonzero().flatten()
+        is_removed = torch.ones(channels.n, dtype=torch.bool)
+        is_removed[removed] = False
+        kept = is_removed.nonzero().flatten()
         weight, bias = channels.output.weight.detach(), channels.output.bias
         gram = grams.read(block.index, kind)
         matrix, mean = gram.matrix.to(weight.device), gram.mean.to(weight.device).double()
-        here = kept.to(weight.device)
+        kept_indices = kept.to(weight.device)
         if bias is None:
-            fitted = refit(weight, matrix, here, ridge)
+            fitted = refit(weight, matrix, kept_indices, ridge)
         else:  # the mean is the bias's to give back, as in FLAP, and the columns fit what varies around it
-            fitted = refit(weight, matrix.double() - mean[:, None] * mean, here, ridge)
-            lost = weight.double() @ mean - fitted @ mean[here]
+            fitted = refit(weight, matrix.double() - mean[:, None] * mean, kept_indices, ridge)
+            lost = weight.double() @ mean - fitted @ mean[kept_indices]
             tensors[tensor_name(block.index, kind)] = (bias.detach().double() + lost).float().cpu()
         tensors[tensor_name(block.index, kind, "weight")] = fitted.to(weight.dtype).cpu().contiguous()
     return tensors

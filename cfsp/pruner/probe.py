@@ -65,8 +65,10 @@ def _probe_block(view: DecoderView, block: BlockView, heads: bool, seen: set[tup
 
 def _judge(view: DecoderView, block: BlockView, kind: _Kind) -> None:
     part = block.channels[kind].part
-    what, unit = ("attention", "KV group") if block.ffn is not part else (f"a {block.ffn.kind} FFN", "neuron")
-    name = f"{type(view.model).__name__}: block {block.index} looks like {what} ({type(part.module).__name__}), but"
+    submodule, unit = ("attention", "KV group") if block.ffn is not part else (f"a {block.ffn.kind} FFN", "neuron")
+    name = (
+        f"{type(view.model).__name__}: block {block.index} looks like {submodule} ({type(part.module).__name__}), but"
+    )
     try:
         entry = BlockDriver(view, 1).entry(torch.arange(4)[None])
         deviation = max(_deviation(view, block, kind, entry, removed) for removed in ("first", "last"))
@@ -103,9 +105,9 @@ def _deviation(view: DecoderView, block: BlockView, kind: _Kind, entry: Entry, r
     hidden = torch.randn(entering.shape, generator=generator).to(entering.device, entering.dtype)
 
     def leaving(clone: BlockView, zeroed: slice | None = None) -> Tensor:
-        with _Leaving(clone.channels[kind].output, zeroed) as seen:
+        with _Leaving(clone.channels[kind].output, zeroed) as output:
             run_block(clone, hidden, kwargs)
-        return seen.output
+        return output.output
 
     clone = view_block(view.model, f"block {block.index}", block.index, clone_module(block.module))
     part = clone.channels[kind].part

@@ -64,7 +64,7 @@ def prune_in_sequence(pruner: OneShotPruner, context: PlanContext, widths: Width
     """
     from cfsp.pruner.choice import best
 
-    driver, ids, wanted = context.driver, context.calibration.input_ids, context.gram_wanted
+    driver, ids, gram_request = context.driver, context.calibration.input_ids, context.gram_request
     pruned, newton = InSequence(), _NewtonReport()
     correcting = pruner.refits and pruner.correction > 0 and pruner.structure != "heads"
     dense = driver.hidden_states() if correcting else None
@@ -80,7 +80,7 @@ def prune_in_sequence(pruner: OneShotPruner, context: PlanContext, widths: Width
             if pruner.refits and isinstance(block.ffn, FFN) and widths.per_block[block.index] < block.ffn.width:
                 refit = _FFNRefit(pruner, context, step, block.ffn, dense)
             grams = InMemory()
-            with collecting([block]) as sums, gram_sums([block], wanted) as block_grams:
+            with collecting([block]) as sums, gram_sums([block], gram_request) as block_grams:
                 refit.run(step)
             statistics = sums[0].report(*ids.shape)
             grams.keep(block.index, reported(block.index, block_grams[0]))
@@ -154,8 +154,8 @@ class _FFNRefit(_NoRefit):
         self, pruner: OneShotPruner, context: PlanContext, step: BlockStep, ffn: FFN, dense: HiddenStates | None
     ) -> None:
         self._ffn, self._pruner, self._block = ffn, pruner, step.block
-        assert context.gram_wanted is not None
-        stride = context.gram_wanted.stride
+        assert context.gram_request is not None
+        stride = context.gram_request.stride
         self._dense = dense if dense is not None and _adds_as_it_is(step, ffn) else None
         self._missing = None if self._dense is None else CrossSums(step.block.channels["ffn"], stride)
         self._pairs: FFNPairs | None = None
@@ -165,24 +165,24 @@ class _FFNRefit(_NoRefit):
         self._activation: Activation | None = None
 
     def run(self, step: BlockStep) -> None:
-        with capturing_ffn(self._block, self._ffn) as seen:
-            step.run(partial(self._collect, seen))
+        with capturing_ffn(self._block, self._ffn) as captured:
+            step.run(partial(self._collect, captured))
 
-    def _collect(self, seen: FFNCapture, batch: int, output: Tensor) -> None:
+    def _collect(self, captured: FFNCapture, batch: int, output: Tensor) -> None:
         """Collect one batch that the FFN has just seen; ``output``: hidden states leaving the block [B, T, d]."""
         missing = None
         if self._dense is not None and self._missing is not None:
             missing = self._dense[batch] - output
-            self._missing.add(seen.hidden, missing)
+            self._missing.add(captured.hidden, missing)
             missing = self._pruner.correction * missing
         if self._pairs is None:
             return
         if self._activation is None:
-            self._activation = _activation(self._model, self._ffn, seen)
+            self._activation = _activation(self._model, self._ffn, captured)
         if self._activation is None:
             self._pairs = None
         else:
-            self._pairs.add(self._ffn, seen, missing)
+            self._pairs.add(self._ffn, captured, missing)
 
     def correct(self, grams: InMemory) -> None:
         if self._missing is None:
@@ -223,9 +223,9 @@ class _FFNRefit(_NoRefit):
         )
 
 
-def _activation(model: Any, ffn: FFN, seen: FFNCapture) -> Activation | None:
+def _activation(model: Any, ffn: FFN, captured: FFNCapture) -> Activation | None:
     """Identify the activation function from the first tokens of a batch."""
-    x, hidden = (values.flatten(0, 1)[:64] for values in (seen.entering, seen.hidden))
+    x, hidden = (values.flatten(0, 1)[:64] for values in (captured.entering, captured.hidden))
     return activation_of(model, ffn, x, hidden)
 
 

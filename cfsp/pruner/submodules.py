@@ -33,7 +33,7 @@ def parts(block: BlockView, kind: Kind) -> tuple[str, ...]:
     children = dict(block.module.named_children())
     if kind == "mlp" and block.ffn is not None:
         if isinstance(block.ffn, FFN) and block.ffn.module is block.module:  # OPT's has no module of its own
-            return (block.ffn.output.name, *dict.fromkeys(one.name for one in block.ffn.inputs.values()))
+            return (block.ffn.output.name, *dict.fromkeys(projection.name for projection in block.ffn.inputs.values()))
         inner: nn.Module | None = block.ffn.module
     else:
         inner = block.attention.module if kind == "attention" and block.attention is not None else None
@@ -79,9 +79,9 @@ def remove_submodule(view: DecoderView, block: BlockView, kind: Kind) -> None:
         return
     if kind == "mlp":
         check_can_be_skipped(block)
-    first, *others = parts(block, kind)
+    first, *other_projections = parts(block, kind)
     family.modeling.skip(block.module, first, kind)
-    for name in (*others, *serving):
+    for name in (*other_projections, *serving):
         setattr(block.module, name, nn.Identity())
 
 
@@ -144,9 +144,9 @@ def _alone(view: DecoderView, block: BlockView, kind: Kind, names: tuple[str, ..
     if family.form == "sizes":
         family.modeling.skip(clone, kind, shared=set(names))
     else:
-        first, *others = parts(block, kind)
+        first, *other_projections = parts(block, kind)
         family.modeling.skip(clone, first, kind)
-        for name in others:
+        for name in other_projections:
             setattr(clone, name, nn.Identity())
     kwargs = entry.kwargs[block.index][0]
     hidden = torch.randn(entry.hidden[0].shape, generator=torch.Generator().manual_seed(0)).to(entry.hidden[0])

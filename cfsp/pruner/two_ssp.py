@@ -160,8 +160,8 @@ class TwoSSP(Pruner):
         def fits(n: int) -> bool:
             # More than half a step below the smallest legal width is another budget.
             floors = (max(options[0] - budget.round_to / 2, 1) for options in legal)
-            wanted = (round(width * (1 - rate(n))) for width in view.widths)
-            return rate(n) >= 0 and all(width >= floor for width, floor in zip(wanted, floors, strict=True))
+            desired = (round(width * (1 - rate(n))) for width in view.widths)
+            return rate(n) >= 0 and all(width >= floor for width, floor in zip(desired, floors, strict=True))
 
         possible = [n for n in range(n_blocks) if fits(n)]
         n_attention = self.attention_submodules
@@ -179,7 +179,7 @@ class TwoSSP(Pruner):
     def _refusal(
         self, budget: Budget, n_attention: int, n_blocks: int, rate: float, possible: list[int], smallest: int
     ) -> str:
-        said = "pruner.attention_submodules" if self.attention_submodules is not None else "Eq. 5"
+        source = "pruner.attention_submodules" if self.attention_submodules is not None else "Eq. 5"
         if n_attention >= n_blocks:
             why = "that is every one"
         elif rate < 0:
@@ -191,7 +191,7 @@ class TwoSSP(Pruner):
             way = f"use pruner.attention_submodules={min(possible, key=lambda n: abs(n - n_attention))}"
         else:
             way = "no other number can meet it; use a smaller sparsity.ratio, min_width or round_to"
-        return f"{wish}: {said} removes {n_attention} of {n_blocks} attention submodules, {why}; {way}"
+        return f"{wish}: {source} removes {n_attention} of {n_blocks} attention submodules, {why}; {way}"
 
     def _parts(self, view: DecoderView, budget: Budget) -> tuple[int, int, int]:
         """Count the parameters of all FFNs (of mixtures: routed experts), of all attentions, and of all blocks."""
@@ -225,5 +225,5 @@ class TwoSSP(Pruner):
         return totals[0], totals[1], totals[2]
 
 
-def _nearest(wanted: int, options: Sequence[int]) -> int:
-    return min(options, key=lambda option: abs(option - wanted))
+def _nearest(desired: int, options: Sequence[int]) -> int:
+    return min(options, key=lambda option: abs(option - desired))

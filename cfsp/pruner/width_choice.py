@@ -89,8 +89,8 @@ def _starting_widths(allocations: Sequence[Allocation], part: _FreePart) -> list
     An allocation that cannot meet the budget with these KV groups is left out.
     """
     first = _round(allocations[0], part)
-    others = [_round_beside(first.kv_groups, allocation, part) for allocation in allocations[1:]]
-    return [first, *(widths for widths in others if widths.kv_groups == first.kv_groups)]
+    further = [_round_beside(first.kv_groups, allocation, part) for allocation in allocations[1:]]
+    return [first, *(widths for widths in further if widths.kv_groups == first.kv_groups)]
 
 
 def _round(allocation: Allocation, part: _FreePart) -> Widths:
@@ -153,5 +153,5 @@ def _search_widths(
 
 def _loss_key(context: PlanContext) -> dict[str, Any]:
     """Return what the kept losses depend on beside widths and windows: scores, refits, and what both are made of."""
-    stride = None if context.gram_wanted is None else context.gram_wanted.stride
+    stride = None if context.gram_request is None else context.gram_request.stride
     return {**context.method, "allocator": None, "set": context.calibration.fingerprint, "stride": stride}

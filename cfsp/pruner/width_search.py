@@ -87,13 +87,13 @@ class WidthLosses:
         for block in view.blocks[same:]:
             self._install(block, widths[block.index])
             try:
-                left = [
+                outputs = [
                     run_block(block, hidden.to(device), kwargs).cpu()
                     for hidden, kwargs in zip(self._states[-1], self._entry.kwargs[block.index], strict=True)
                 ]
             finally:
                 self._put(block, self._base[block.index])
-            self._states.append(left)
+            self._states.append(outputs)
             self._widths.append(widths[block.index])
         total, count = 0.0, 0
         for ids, hidden in zip(self._entry.ids, self._states[-1], strict=True):

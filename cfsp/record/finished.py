@@ -24,10 +24,10 @@ def lacking(record: RunRecord, out: Path, *, model: bool, hashes: bool = False) 
         return _lacking_without_sizes(out) if model else None
     if not isinstance(record.files, dict):
         return "record.json does not say which files were written"
-    wanted = within(record.files, (*PLAN_FILES, *(MODEL_FOLDERS if model else ())))
-    if model and not any(path.startswith("model/") for path in wanted):
+    expected_files = within(record.files, (*PLAN_FILES, *(MODEL_FOLDERS if model else ())))
+    if model and not any(path.startswith("model/") for path in expected_files):
         return "model is missing"
-    return damage(wanted, out, hashes=hashes)
+    return damage(expected_files, out, hashes=hashes)
 
 
 def lacking_export(record: RunRecord, out: Path, format: str, *, hashes: bool = False) -> str | None:

@@ -70,9 +70,9 @@ def check_entries(out: Path) -> None:
     for name in (*_FILES, "run.log"):
         place = out / name
         if place.exists() and not place.is_file():
-            what = "a folder" if place.is_dir() else "a FIFO, a socket or a device"
+            kind = "a folder" if place.is_dir() else "a FIFO, a socket or a device"
             raise ConfigError(
-                f"paths.output_dir={out}: {name} in it is {what}, where the run writes a file; remove it, or give "
+                f"paths.output_dir={out}: {name} in it is {kind}, where the run writes a file; remove it, or give "
                 "another folder"
             )
 

@@ -139,8 +139,8 @@ def _wrong(values: Any, checks: dict[str, Check], name: str) -> Iterator[str]:
         return
     for key, check in checks.items():
         if not check(values.get(key)):
-            what = "is missing" if values.get(key) is None else f"is {str(values[key])[:40]!r}"
-            yield f"{name}.{key} {what}"
+            problem = "is missing" if values.get(key) is None else f"is {str(values[key])[:40]!r}"
+            yield f"{name}.{key} {problem}"
 
 
 def _too_much(values: dict[str, Any]) -> Iterator[str]:

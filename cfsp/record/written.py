@@ -62,9 +62,9 @@ def damage(files: Mapping[str, Any], out: Path, *, hashes: bool = False) -> str 
 
 def within(files: Mapping[str, Any] | None, names: Iterable[str]) -> dict[str, Any]:
     """Return the entries of ``files`` that are among ``names`` or lie in a folder of such a name."""
-    wanted = tuple(names)
+    selected = tuple(names)
     listed = files.items() if isinstance(files, Mapping) else ()
-    return {path: entry for path, entry in listed if path.split("/", 1)[0] in wanted}
+    return {path: entry for path, entry in listed if path.split("/", 1)[0] in selected}
 
 
 def _files_of(place: Path) -> list[Path]:

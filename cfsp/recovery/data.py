@@ -68,13 +68,13 @@ def instructions(file: TextFile, settings: Training, tokenizer: Any) -> list[Exa
     read = list(islice(_rows(file), settings.data.n_samples))
     rows = [pair for pair in read if pair[1].strip()]
     if not rows:
-        what = "all responses are empty" if read else "holds no rows"
-        raise DataError(f"recovery.data.path={file.path}: {what}; give a file of rows with prompt and response")
+        reason = "all responses are empty" if read else "holds no rows"
+        raise DataError(f"recovery.data.path={file.path}: {reason}; give a file of rows with prompt and response")
     if len(rows) < len(read):
         log.warning(
             "recovery data: %d of %d rows left out, their responses are empty", len(read) - len(rows), len(read)
         )
-    examples = [_example(*one, settings, tokenizer.eos_token_id) for one in _encoded(rows, tokenizer)]
+    examples = [_example(*encoded, settings, tokenizer.eos_token_id) for encoded in _encoded(rows, tokenizer)]
     kept = [example for example in examples if any(label != IGNORED for label in example.labels)]
     if not kept:
         raise DataError(
@@ -131,13 +131,13 @@ def check_ids(examples: Sequence[Example], limits: Limits) -> None:
         )
 
 
-def _example(ids: list[int], answer: list[bool], settings: Training, eos_id: int | None) -> Example:
-    """``answer``: which of ``ids`` belong to the response. It ends with EOS, which is learnt with it."""
+def _example(ids: list[int], is_response: list[bool], settings: Training, eos_id: int | None) -> Example:
+    """``is_response``: which of ``ids`` belong to the response. It ends with EOS, which is learnt with it."""
     if eos_id is not None and (not ids or ids[-1] != eos_id):
-        ids, answer = [*ids, eos_id], [*answer, True]
+        ids, is_response = [*ids, eos_id], [*is_response, True]
     elif eos_id is not None:
-        answer = [*answer[:-1], True]
-    learnt = answer if settings.response_only else [True] * len(ids)
+        is_response = [*is_response[:-1], True]
+    learnt = is_response if settings.response_only else [True] * len(ids)
     labels = [token if learn and at else IGNORED for at, (token, learn) in enumerate(zip(ids, learnt, strict=True))]
     return Example(ids[: settings.cutoff], labels[: settings.cutoff])
 
@@ -177,26 +177,28 @@ def _pair(row: Any, number: int, path: Path) -> tuple[str, str]:
     where = f"recovery.data.path={path}: row {number}"
     if not isinstance(row, Mapping):
         raise DataError(f"{where} is {kind_of(row)}; an object with prompt and response is needed")
-    answer = next((key for key in _ANSWERS if key in row), None)
+    response_key = next((key for key in _ANSWERS if key in row), None)
     question = next((key for key in ("instruction", "prompt") if key in row), None)
-    if answer is None or question is None:
-        found = ", ".join(str(key)[:40] for key in islice(row, 10))
-        raise DataError(f"{where} has {found or 'nothing'}; needed: instruction, (input,) output, or prompt, response")
+    if response_key is None or question is None:
+        columns = ", ".join(str(key)[:40] for key in islice(row, 10))
+        raise DataError(
+            f"{where} has {columns or 'nothing'}; needed: instruction, (input,) output, or prompt, response"
+        )
     extra = next((key for key in ("input", "context") if row.get(key) is not None), None)
-    for key in (question, answer, extra if question == "instruction" else None):
+    for key in (question, response_key, extra if question == "instruction" else None):
         if key is not None:
             _check_text(row[key], f"{where}: {key}")
     if question == "prompt":
-        return row["prompt"], row[answer]
+        return row["prompt"], row[response_key]
     added = row[extra] if extra is not None else ""
     form = PROMPT_WITH_INPUT if added.strip() else PROMPT
-    return form.format(instruction=row["instruction"], input=added), row[answer]
+    return form.format(instruction=row["instruction"], input=added), row[response_key]
 
 
-def _check_text(value: Any, what: str) -> None:
+def _check_text(value: Any, source: str) -> None:
     if not isinstance(value, str):
-        raise DataError(f"{what} is {kind_of(value)}; text is needed")
+        raise DataError(f"{source} is {kind_of(value)}; text is needed")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"{what} holds half of a character ({error.reason}); write it as valid UTF-8") from error
+        raise DataError(f"{source} holds half of a character ({error.reason}); write it as valid UTF-8") from error

@@ -53,8 +53,8 @@ def kl_top_k(student: Tensor, values: Tensor, indices: Tensor, rest: Tensor, tem
     log_p = torch.cat([values, rest[:, None]], 1).float().log_softmax(-1)
     scaled = student.float() / temperature
     at = scaled.gather(1, indices)
-    others = scaled.scatter(1, indices, float("-inf")).logsumexp(-1, keepdim=True)
-    log_q = torch.cat([at, others], 1).log_softmax(-1)
+    log_rest = scaled.scatter(1, indices, float("-inf")).logsumexp(-1, keepdim=True)
+    log_q = torch.cat([at, log_rest], 1).log_softmax(-1)
     terms = log_p.exp() * (log_p - log_q)
     return torch.where(log_p.isfinite(), terms, 0.0).sum() * temperature**2
 
@@ -123,10 +123,10 @@ class TopKOnDisk:
             learnt = on_device["labels"][:, 1:] != IGNORED
             scaled = logits[:, :-1][learnt].float() / temperature
             top = scaled.topk(k, dim=-1)
-            others = scaled.scatter(1, top.indices, float("-inf")).logsumexp(-1)
+            log_rest = scaled.scatter(1, top.indices, float("-inf")).logsumexp(-1)
             at = slice(int(starts[begin]), int(starts[min(begin + batch_size, len(examples))]))
             values[at], indices[at] = top.values.cpu().numpy(), top.indices.cpu().numpy()
-            rest[at] = others.cpu().numpy()
+            rest[at] = log_rest.cpu().numpy()
         for array in (values, indices, rest):
             array.flush()
         seal(folder, {"run_id": run_id})

@@ -53,9 +53,9 @@ class Lora(Training, Recovery):
         """See :class:`cfsp.config.contracts.Recovery`."""
         from cfsp.recovery.train import check_training
 
-        wanted = _named(self.targets, _linears(view))
+        target_names = _named(self.targets, _linears(view))
         linears = [pair for block in view.blocks for pair in _linears_of(block.module).items()]
-        highest = max(min(layer.weight.shape) for name, layer in linears if _is_wanted(name, wanted))
+        highest = max(min(layer.weight.shape) for name, layer in linears if _is_wanted(name, target_names))
         if self.rank > highest:
             raise ConfigError(
                 f"recovery.rank={self.rank}: the largest layer to adapt has rank {highest}; use a smaller one, or "
@@ -121,13 +121,13 @@ class Lora(Training, Recovery):
 
     def _adapted(self, context: RecoveryContext, view: DecoderView) -> list[_Adapted]:
         """Return the blocks that have a layer to adapt, with their ranks."""
-        wanted = _named(self.targets, None)
+        target_names = _named(self.targets, None)
         survivors = [at for at, block in enumerate(context.plan.blocks) if block.attention or block.ffn]
         modules = {id(module): name for name, module in context.model.named_modules()}
         adapted = []
         for base, block in zip(survivors, view.blocks, strict=True):
             linears = _linears_of(block.module)
-            targets = {name: sum(m.weight.shape) for name, m in linears.items() if _is_wanted(name, wanted)}
+            targets = {name: sum(m.weight.shape) for name, m in linears.items() if _is_wanted(name, target_names)}
             if targets:
                 prefix = modules[id(block.module)]
                 names = tuple(f"{prefix}.{name}" for name in targets)
@@ -182,8 +182,8 @@ def _named(targets: Sequence[str], known: set[str] | None) -> set[str] | None:
     return None if "all-linear" in targets else set(targets)
 
 
-def _is_wanted(name: str, wanted: set[str] | None) -> bool:
-    return wanted is None or name.rpartition(".")[2] in wanted
+def _is_wanted(name: str, target_names: set[str] | None) -> bool:
+    return target_names is None or name.rpartition(".")[2] in target_names
 
 
 def _per_base_block(context: RecoveryContext, blocks: Sequence[_Adapted]) -> list[int | None]:

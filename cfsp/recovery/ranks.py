@@ -42,9 +42,9 @@ def matched(guided: Sequence[int], costs: Sequence[int]) -> list[int]:
     Returns:
         Ranks that differ by at most 1.
     """
-    wanted = sum(rank * cost for rank, cost in zip(guided, costs, strict=True))
-    base = max(1, wanted // sum(costs))
-    spare = wanted - base * sum(costs)
+    parameters = sum(rank * cost for rank, cost in zip(guided, costs, strict=True))
+    base = max(1, parameters // sum(costs))
+    spare = parameters - base * sum(costs)
     ranks = [base] * len(costs)
     for at, cost in enumerate(costs):
         if cost <= spare:

@@ -100,11 +100,11 @@ class RecoveryTrainer(Trainer):
         if processes.total(sum(int(not torch.isfinite(local(p)).all()) for p in trained)):
             raise self._not_finite("a weight is not finite", self.state.global_step)
 
-    def _not_finite(self, what: str, step: int) -> RunError:
+    def _not_finite(self, quantity: str, step: int) -> RunError:
         checkpoint = last_whole(Path(str(self.args.output_dir)), self.run_id) if processes.launched().first else None
         kept = "" if checkpoint is None else f"; the last good checkpoint is kept in {checkpoint[0]}"
         return RunError(
-            f"recovery: {what} at step {step}{kept}; give another paths.output_dir and try a smaller "
+            f"recovery: {quantity} at step {step}{kept}; give another paths.output_dir and try a smaller "
             "recovery.learning_rate, more recovery.warmup_steps, model.dtype=float32 or recovery.bf16=false"
         )
 
@@ -184,11 +184,11 @@ class _Watch(TrainerCallback):
         row = self.trainer.history()[-1]
         seconds = time.perf_counter() - self.trainer.started
         pace = processes.total(self.trainer.tokens) / max(seconds, 1e-9)
-        left = time_left(state.global_step - self.first_step, state.max_steps - self.first_step, seconds)
+        remaining = time_left(state.global_step - self.first_step, state.max_steps - self.first_step, seconds)
         self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {pace:,.0f} tokens/s")
         log.info(
             "recover: step %d of %d, loss %.4f, %s tokens/s, %s left",
-            state.global_step, state.max_steps, row["loss"], f"{pace:,.0f}", left,
+            state.global_step, state.max_steps, row["loss"], f"{pace:,.0f}", remaining,
         )  # fmt: skip
         self._report({**row, "tokens_per_second": pace})
 
@@ -221,8 +221,8 @@ def local(parameter: Tensor) -> Tensor:
 
 def time_left(done: int, total: int, seconds: float) -> str:
     """Format the time left at the pace so far: ``1:23`` minutes or ``2:03:04`` hours."""
-    left = math.ceil(seconds / max(done, 1) * (total - done))
-    hours, rest = divmod(left, 3600)
+    remaining = math.ceil(seconds / max(done, 1) * (total - done))
+    hours, rest = divmod(remaining, 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 

@@ -123,12 +123,12 @@ def keep_fraction(budget: Budget, sizes: Sizes) -> float:
     return 1 - removed / sizes.removable
 
 
-def check_scope(budget: Budget, what: str, instead: str) -> None:
+def check_scope(budget: Budget, pruner: str, instead: str) -> None:
     """Refuse to count by the FFN alone where a pruner removes more than FFN neurons.
 
     Args:
         budget: the budget that was asked for.
-        what: the setting that removes more, as on the command line.
+        pruner: the setting that removes more, as on the command line.
         instead: a setting that removes FFN neurons alone, as on the command line.
 
     Raises:
@@ -136,7 +136,7 @@ def check_scope(budget: Budget, what: str, instead: str) -> None:
     """
     if budget.scope == "ffn":
         raise ConfigError(
-            f"sparsity.scope=ffn: {what} removes attention too, which that scope does not count; use "
+            f"sparsity.scope=ffn: {pruner} removes attention too, which that scope does not count; use "
             f"sparsity.scope=decoder or model, or {instead}"
         )
 
@@ -157,16 +157,16 @@ def _unreachable(budget: Budget, sizes: Sizes, most: int) -> str:
         ways.append("sparsity.protect=none")
     if budget.scope != "ffn" and not heads:
         ways.append("sparsity.scope=ffn")
-    asked = f"sparsity.ratio={budget.ratio} of sparsity.scope={budget.scope} cannot be met"
+    target = f"sparsity.ratio={budget.ratio} of sparsity.scope={budget.scope} cannot be met"
     largest = _rounded_down(most / sizes.of_scope(budget.scope))
     if not largest:
         widest = f"{max(sizes.widths)} experts" if sizes.expert_steps else f"width {max(sizes.widths)}"
         return (
-            f"{asked}: with {' and '.join(smallest)} nothing of blocks of {widest} and {max(sizes.kv_groups)} KV "
+            f"{target}: with {' and '.join(smallest)} nothing of blocks of {widest} and {max(sizes.kv_groups)} KV "
             f"groups can go; use {' or '.join(ways)}"
         )
     other = ", ".join([f"sparsity.ratio={largest:g} or less", *ways[:-1]])
-    return f"{asked}: going down to {' and '.join(smallest)} removes {largest:.4f} at most; use {other}, or {ways[-1]}"
+    return f"{target}: going down to {' and '.join(smallest)} removes {largest:.4f} at most; use {other}, or {ways[-1]}"
 
 
 def _rounded_down(ratio: float) -> float:
@@ -251,20 +251,20 @@ def to_widths(
         counted: whether the desired numbers are whole already.
     """
     slots = _slots(budget, sizes)
-    wants = [
+    slot_widths = [
         float(desired[slot.block]) if slot.kind == "ffn" else float((groups or sizes.kv_groups)[slot.block])
         for slot in slots
     ]
     if budget.rounding == "exact":
-        wants = _with_whole_groups(wants, slots)
+        slot_widths = _with_whole_groups(slot_widths, slots)
     if budget.rounding == "nearest":
         whole = counted or bool(sizes.expert_steps)
         chosen = [
-            _released_rule(want, slot, _step(slot, budget, sizes), whole or slot.kind != "ffn")
-            for want, slot in zip(wants, slots, strict=True)
+            _released_rule(slot_width, slot, _step(slot, budget, sizes), whole or slot.kind != "ffn")
+            for slot_width, slot in zip(slot_widths, slots, strict=True)
         ]
     else:
-        chosen = _exact(wants, slots, sizes.removable - budget.ratio * sizes.of_scope(budget.scope))
+        chosen = _exact(slot_widths, slots, sizes.removable - budget.ratio * sizes.of_scope(budget.scope))
     kept = {(slot.kind, slot.block): width for slot, width in zip(slots, chosen, strict=True)}
     blocks = range(len(sizes.widths))
     return Widths(
@@ -301,8 +301,8 @@ def _with_whole_groups(wants: list[float], slots: list[_Slot]) -> list[float]:
     return adjusted
 
 
-def _nearest(want: float, legal: list[int]) -> int:
-    return min(legal, key=lambda option: abs(option - want))
+def _nearest(desired: float, legal: list[int]) -> int:
+    return min(legal, key=lambda option: abs(option - desired))
 
 
 def _exact(desired: list[float], slots: list[_Slot], target: float) -> list[int]:
@@ -310,7 +310,7 @@ def _exact(desired: list[float], slots: list[_Slot], target: float) -> list[int]
 
     A step of neurons goes before a step of KV groups, and the block that is furthest behind its desired width first.
     """
-    at = [slot.legal.index(_nearest(want, slot.legal)) for want, slot in zip(desired, slots, strict=True)]
+    at = [slot.legal.index(_nearest(width, slot.legal)) for width, slot in zip(desired, slots, strict=True)]
     missing = target - sum(slot.legal[i] * slot.cost for slot, i in zip(slots, at, strict=True))
     while True:
         direction = 1 if missing > 0 else -1

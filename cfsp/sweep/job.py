@@ -120,16 +120,16 @@ def state_of(job: Job) -> State:
     return state_in(job.out)
 
 
-def do(what: RunConfig | Sequence[str], bases: BaseModels) -> Outcome:
+def do(request: RunConfig | Sequence[str], bases: BaseModels) -> Outcome:
     """Run a job in this process; an error becomes a line of the outcome, the record holds the rest.
 
     Args:
-        what: its configuration, or the words of its command line.
+        request: its configuration, or the words of its command line.
         bases: keeps the base model between jobs.
     """
     start = time.perf_counter()
     try:
-        run(what if isinstance(what, RunConfig) else parse(compose(what)), multirun=True, bases=bases)
+        run(request if isinstance(request, RunConfig) else parse(compose(request)), multirun=True, bases=bases)
     except BusyError as error:
         return Outcome("busy", str(error))
     except Exception as error:  # whatever one run does, the others go on

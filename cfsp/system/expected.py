@@ -120,7 +120,7 @@ def words_for(annotation: Any, constraints: Sequence[Any] = ()) -> str:
             else [words_for(member, more)]
             for member, more in members
         ]
-        return _joined_by_or([word for some in words for word in some])
+        return _joined_by_or([word for several in words for word in several])
     if _is_list(annotation):
         least = _constraint(constraints, "min_length")
         return f"a list{_items_of(arguments)}" + (f", {least} or more" if least else "")
@@ -201,10 +201,10 @@ def _literal(value: Any) -> str:
 
 
 def _joined_by_or(words: Sequence[str]) -> str:
-    *others, last = dict.fromkeys(words)
-    if not others:
+    *first_words, last = dict.fromkeys(words)
+    if not first_words:
         return last
-    return f"{', '.join(others)} or {last}"
+    return f"{', '.join(first_words)} or {last}"
 
 
 def _example(annotation: Any, constraints: Sequence[Any], default: Any) -> str | None:

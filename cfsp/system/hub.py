@@ -61,10 +61,10 @@ def files_of(repo: str, snapshot: Path, suffix: str) -> list[str]:
     except Exception as error:  # the hub and the network fail in many ways
         reason = error
         names = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()]
-    found = sorted(name for name in names if name.lower().endswith(suffix))
-    if reason is not None and not found and not is_offline(reason):
+    files = sorted(name for name in names if name.lower().endswith(suffix))
+    if reason is not None and not files and not is_offline(reason):
         raise reason  # that there is none is not known
-    return found
+    return files
 
 
 def _fetch(repo: str, kind: str, revision: str | None, download: Callable[..., str]) -> Path:

@@ -47,18 +47,18 @@ def _in_a_data_set(error: BaseException) -> bool:
 
 
 def hub_error(
-    what: str, error: BaseException, local: str, *, revision: str | None = None, file: str | None = None
+    prefix: str, error: BaseException, local: str, *, revision: str | None = None, file: str | None = None
 ) -> str:
     """Describe in one line why the hub did not give something, with the way out.
 
     Args:
-        what: ``key=value`` that names the repository.
+        prefix: ``key=value`` that names the repository.
         error: error of the request.
         local: local copy to give instead, e.g. ``a local copy with calibration.path=FILE``.
         revision: requested revision; None: the main branch.
         file: requested file; None: the whole repository.
     """
-    line = f"{what}: {hub_reason(error, revision=revision, file=file)}"
+    line = f"{prefix}: {hub_reason(error, revision=revision, file=file)}"
     return f"{line}{',' if '; ' in line else ';'} {'or ' if '; ' in line else ''}give {local}"
 
 
@@ -137,8 +137,8 @@ def _known_reason(error: BaseException, revision: str | None, file: str | None) 
 def _without_commit(error: BaseException) -> bool:
     """Return whether huggingface_hub failed on an answer that lacks what every answer of a hub has."""
     frames = traceback.extract_tb(error.__traceback__)
-    here = bool(frames) and "huggingface_hub" in frames[-1].filename
-    return here and isinstance(error, KeyError | AssertionError | TypeError)
+    in_hub = bool(frames) and "huggingface_hub" in frames[-1].filename
+    return in_hub and isinstance(error, KeyError | AssertionError | TypeError)
 
 
 def _gated_reason(error: BaseException, status: int | None) -> str:

@@ -144,17 +144,17 @@ class _Outage:
         self.failures, self.last, self.began = 0, "", 0.0
         self.next_pause, self.unreachable = _FIRST_PAUSE, False
 
-    def note(self, what: str, started: float) -> None:
+    def note(self, problem: str, started: float) -> None:
         """Record a failure: its description, and when the attempt started."""
         self.began = self.began if self.failures else started
         self.failures += 1
-        self.last = what
+        self.last = problem
 
-    def wait(self, asked: float | None, request: Any) -> None:
+    def wait(self, retry_after: float | None, request: Any) -> None:
         """Sleep before the next attempt.
 
         Args:
-            asked: seconds that the server asks to wait; None: it does not say.
+            retry_after: seconds that the server asks to wait; None: it does not say.
             request: the request, for the log.
 
         Raises:
@@ -162,16 +162,16 @@ class _Outage:
         """
         now = time.monotonic()
         recently = _state.gave_up is not None and now - _state.gave_up < _MEMORY and _state.after >= _state.patience
-        pause = self.next_pause if asked is None else max(asked, self.next_pause)
+        pause = self.next_pause if retry_after is None else max(retry_after, self.next_pause)
         patience = min(_state.patience, UNREACHABLE_PATIENCE) if self.unreachable else _state.patience
-        left = self.began + (0 if recently else patience) - now
-        if asked is not None and asked > 0 and not recently and _state.patience >= PATIENCE:
-            left = max(left, LONGEST_PAUSE - (now - self.began))
-        if pause > left:
+        remaining = self.began + (0 if recently else patience) - now
+        if retry_after is not None and retry_after > 0 and not recently and _state.patience >= PATIENCE:
+            remaining = max(remaining, LONGEST_PAUSE - (now - self.began))
+        if pause > remaining:
             if not recently:
                 _state.gave_up, _state.after = now, _state.patience
             times = f" ({self.failures} attempts in {now - self.began:.0f} s)" if self.failures > 1 else ""
-            later = f", and asks to come back in {asked:.0f} s" if asked else ""
+            later = f", and asks to come back in {retry_after:.0f} s" if retry_after else ""
             raise HubFailedError(f"the hub {self.last}{times}{later}")
         log.info("%s %s: the hub %s; asked again in %.0f s", request.method, request.url, self.last, pause)
         time.sleep(pause)

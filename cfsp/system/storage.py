@@ -86,13 +86,13 @@ def free_bytes(folder: Path) -> int:
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """Yield the error, its causes and the errors that were being handled when it was raised."""
-    seen: set[int] = set()
+    visited: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:
         link = pending.pop(0)
-        if link is None or id(link) in seen:
+        if link is None or id(link) in visited:
             continue
-        seen.add(id(link))
+        visited.add(id(link))
         yield link
         pending += [link.__cause__, None if link.__suppress_context__ else link.__context__]
 

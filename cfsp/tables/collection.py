@@ -80,11 +80,11 @@ def collect(cells: Sequence[Cell], folder: Path, composer: GridComposer | None =
         by_science.setdefault(keys[record.run_id], []).append((record, parts))
     runs, missing = [], []
     for cell, config in zip(cells, configurations, strict=True):
-        wanted = configuration_parts(config.raw)
+        expected = configuration_parts(config.raw)
         records = [
             record
-            for record, parts in by_science.get(digest(wanted.values), ())
-            if wanted.places == parts.places or _same_contents(config, record)
+            for record, parts in by_science.get(digest(expected.values), ())
+            if expected.places == parts.places or _same_contents(config, record)
         ]
         current = [record for record in records if record.identity["version"] == METHOD_VERSION]
         records = current or records
@@ -153,7 +153,7 @@ def _read(folder: Path, damaged: list[str]) -> Iterator[tuple[Path, RunRecord, P
 def _one_version(records: Sequence[RunRecord]) -> None:
     versions = {record.identity.get("version"): record.run_id for record in records}
     if len(versions) > 1 or (versions and METHOD_VERSION not in versions):
-        said = ", ".join(f"{run_id} of version {version}" for version, run_id in sorted(versions.items()))
+        run_ids = ", ".join(f"{run_id} of version {version}" for version, run_id in sorted(versions.items()))
         raise ConfigError(
-            f"records of other versions of the methods than {METHOD_VERSION}: {said}; run these again (force=true)"
+            f"records of other versions of the methods than {METHOD_VERSION}: {run_ids}; run these again (force=true)"
         )

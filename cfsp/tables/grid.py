@@ -74,8 +74,8 @@ def table(
     for group in dict.fromkeys(key[:n_groups] for key in keys):
         if group not in by_group:  # none of its runs has a record, so it has no dense figures either
             continue
-        wanted = [key[n_groups:] for key in keys if key[:n_groups] == group]
-        rows = _section(name, layout, group, wanted, columns, by_group[group], reported)
+        row_keys = [key[n_groups:] for key in keys if key[:n_groups] == group]
+        rows = _section(name, layout, group, row_keys, columns, by_group[group], reported)
         sections.append((_label(layout.groups, group, layout.labels, names=True), rows))
     head = ", ".join(layout.labels.get(key, key) for key in layout.rows)
     records = list({run.record.run_id: run.record for run in runs}.values())
@@ -86,16 +86,16 @@ def _section(
     name: str,
     layout: TableLayout,
     group: tuple[str, ...],
-    wanted: Sequence[tuple[str, ...]],
+    row_keys: Sequence[tuple[str, ...]],
     columns: Sequence[Column],
     runs: Sequence[RecordedRun],
     reported: Sequence[Published],
 ) -> list[Row]:
-    """Return the rows of one group, the dense model first; ``wanted``: the values that name each row."""
+    """Return the rows of one group, the dense model first; ``row_keys``: the values that name each row."""
     rows = [_dense_row(name, group, columns, runs)]
     _add_published(rows[0], columns, runs, reported, DENSE)
     by_row = group_by(runs, layout.rows)
-    for values in wanted:
+    for values in row_keys:
         members = by_row.get(values, [])
         label = _label(layout.rows, values, layout.labels, names=False)
         entries = [_entry(column, members) for column in columns]
@@ -256,9 +256,9 @@ def _setting(row: Mapping[str, Any], name: str) -> Any:
     return row.get(name) if name in row else (row.get("detail") or {}).get(name)
 
 
-def _check_equal(name: str, group: Sequence[str], values: set[Any], what: str) -> None:
+def _check_equal(name: str, group: Sequence[str], values: set[Any], quantity: str) -> None:
     if len(values) != 1:
         raise ConfigError(
-            f"{name}, {', '.join(group)}: records of more than one {what} ({', '.join(sorted(map(str, values)))}); "
+            f"{name}, {', '.join(group)}: records of more than one {quantity} ({', '.join(sorted(map(str, values)))}); "
             "use another records folder for each"
         )

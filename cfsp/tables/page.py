@@ -185,7 +185,7 @@ def page(
         script=Markup(script),
         policy=_policy(script, style),
         done=len(collection.runs),
-        wanted=len(request.cells),
+        requested=len(request.cells),
         missing=[(state, request.named(cell)) for cell, state in missing],
         counts=sorted(Counter(state.name for _, state in missing).items()),
         damaged=collection.damaged,

@@ -204,10 +204,10 @@ def _notes_below(table: Table, command: str, text: Callable[[str], str]) -> list
 
 
 def _missing(table: Table) -> list[str]:
-    if table.done == table.wanted:
+    if table.done == table.requested:
         return []
     return [
-        f"{table.done} of {table.wanted} runs have a record; cells of the others are empty, and rows that lack a "
+        f"{table.done} of {table.requested} runs have a record; cells of the others are empty, and rows that lack a "
         "seed do not compete."
     ]
 

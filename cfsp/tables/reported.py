@@ -128,9 +128,9 @@ def _value(run: RecordedRun, key: str) -> str | None:
     return None if value is None else str(value)
 
 
-def same_value(wanted: str, value: str | None) -> bool:
+def same_value(expected: str, value: str | None) -> bool:
     """Return whether two values are equal; numbers are compared as numbers."""
     try:
-        return value is not None and float(wanted) == float(value)
+        return value is not None and float(expected) == float(value)
     except ValueError:
-        return wanted == value
+        return expected == value

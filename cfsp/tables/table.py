@@ -89,7 +89,7 @@ class Table:
         sections: a label and rows for each section; the first row is the dense model.
         records: the records that it is made of.
         done: number of runs with a record.
-        wanted: number of runs of the experiment.
+        requested: number of runs of the experiment.
     """
 
     name: str
@@ -99,7 +99,7 @@ class Table:
     sections: list[tuple[str, list[Row]]]
     records: list[RunRecord]
     done: int
-    wanted: int
+    requested: int
 
     @property
     def seeds(self) -> int:

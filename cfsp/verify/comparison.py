@@ -80,26 +80,26 @@ def tolerance_of(float32: float, *computed: str, rounded: str = "float32") -> tu
 
 
 def compare(
-    tool: str, answer: Mapping[str, Any], reference: Reference, tolerance: float, mean: float = math.inf
+    tool: str, response: Mapping[str, Any], reference: Reference, tolerance: float, mean: float = math.inf
 ) -> Finding:
     """Compare the answer of a tool with the reference.
 
     Args:
         tool: name of the tool.
-        answer: answer of its script (:mod:`cfsp.verify.tools`).
+        response: answer of its script (:mod:`cfsp.verify.tools`).
         reference: reference of the model.
         tolerance: largest difference of a log-probability that is allowed.
         mean: largest mean difference that is allowed.
     """
-    version = str(answer.get("version", ""))
-    logprobs = _matrix(answer.get("logprobs"), reference.logprobs.shape)
+    version = str(response.get("version", ""))
+    logprobs = _matrix(response.get("logprobs"), reference.logprobs.shape)
     if logprobs is None:
         expected_shape = " x ".join(map(str, reference.logprobs.shape))
         return Finding(tool, "fails", version, note=f"its answer does not hold {expected_shape} log-probabilities")
     distances = np.abs(logprobs - reference.logprobs)
     finite = bool(np.isfinite(logprobs).all())
     difference, average = (float(distances.max()), float(distances.mean())) if finite else (math.inf, math.inf)
-    tokens_equal, tokens, token_note = _tokens(answer.get("greedy") or [], reference, tolerance)
+    tokens_equal, tokens, token_note = _tokens(response.get("greedy") or [], reference, tolerance)
     notes = [] if finite else ["some log-probabilities are not finite"]
     notes += [token_note] if token_note else []
     if difference > tolerance:
@@ -110,13 +110,13 @@ def compare(
                         f"{reference.logprobs[window, at]:.6g}")  # fmt: skip
     if difference <= tolerance and average > mean:
         notes.append(f"the mean difference is {average:.3g}, {mean:.3g} are allowed")
-    for name, value in (answer.get("checks") or {}).items():
+    for name, value in (response.get("checks") or {}).items():
         if not value <= tolerance:
             tokens_equal = False
             notes.append(f"{name} changes a log-probability by {value:.3g}")
     outcome = "equal" if tokens_equal and difference <= tolerance and average <= mean else "differs"
-    if answer.get("class"):
-        notes.append(str(answer["class"]))
+    if response.get("class"):
+        notes.append(str(response["class"]))
     return Finding(tool, outcome, version, difference, average, tolerance, tokens, "; ".join(notes))
 
 

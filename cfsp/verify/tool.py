@@ -92,20 +92,20 @@ def ask(tool: Tool, request: Mapping[str, Any], python: str = sys.executable) ->
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=scratch, env=environment
         )
     log.debug("%s said:\n%s", tool.name, process.stderr)
-    answer = _answer(process.stdout)
+    response = _answer(process.stdout)
     if process.returncode:  # where a script knows why its tool does not take the model, its answer has an "error"
-        raise RunError(str(answer["error"])[-300:] if answer and answer.get("error") else _last_words(process))
-    if answer is None:
+        raise RunError(str(response["error"])[-300:] if response and response.get("error") else _last_words(process))
+    if response is None:
         raise RunError("it ended without an answer")
-    return answer
+    return response
 
 
 def _answer(stdout: str) -> dict[str, Any] | None:
     for line in reversed(stdout.splitlines()):  # a tool may print lines of its own after the answer
         if line.startswith("{"):
             with contextlib.suppress(ValueError):
-                answer: dict[str, Any] = json.loads(line)
-                return answer
+                response: dict[str, Any] = json.loads(line)
+                return response
     return None
 
 

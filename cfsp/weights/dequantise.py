@@ -316,8 +316,8 @@ def _class_of(config: Any) -> Any:
     import transformers
 
     names = getattr(config, "architectures", None) or [""]
-    found = getattr(transformers, str(names[0]), None)
-    return found if hasattr(found, "from_pretrained") else transformers.AutoModelForCausalLM
+    quantizer = getattr(transformers, str(names[0]), None)
+    return quantizer if hasattr(quantizer, "from_pretrained") else transformers.AutoModelForCausalLM
 
 
 def note_of(config: Mapping[str, Any]) -> str | None:

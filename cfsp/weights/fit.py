@@ -113,9 +113,9 @@ def check_places(fit: Fit, where: str) -> None:
     """
     if fit.unexpected:
         count = len(fit.unexpected)
-        what = "1 tensor has" if count == 1 else f"{count:,} tensors have"
+        subject = "1 tensor has" if count == 1 else f"{count:,} tensors have"
         raise CheckpointError(
-            f"{where}: {what} no place in the architecture that config.json describes, first {fit.unexpected[0]}; "
+            f"{where}: {subject} no place in the architecture that config.json describes, first {fit.unexpected[0]}; "
             "config.json lacks a setting (e.g. attention_bias=true), or the weights are another model's"
         )
 
@@ -142,7 +142,7 @@ def tied_differently(model: Any, fit: Fit, shards: Shards) -> list[tuple[str, st
     for target, parameter in model.named_parameters(remove_duplicate=False):
         if target in places:
             stored.setdefault(id(parameter), []).append(places[target])
-    return [(first, other) for first, *others in stored.values() for other in others if not shards.equal(first, other)]
+    return [(first, other) for first, *copies in stored.values() for other in copies if not shards.equal(first, other)]
 
 
 def missing_weights(model: Any, fit: Fit) -> list[str]:

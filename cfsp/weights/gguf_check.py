@@ -88,7 +88,7 @@ def _is_size(value: Any) -> bool:
 
 def _check_tensors(header: GgufHeader, where: str) -> None:
     """Refuse counts in the metadata that are not those of the tensors."""
-    blocks = {int(found[1]) for tensor in header.tensors if (found := _BLOCK.match(tensor.name))}
+    blocks = {int(match[1]) for tensor in header.tensors if (match := _BLOCK.match(tensor.name))}
     embedding = next((tensor for tensor in header.tensors if tensor.name == "token_embd.weight"), None)
     # A block of deci may have neither attention nor FFN, and so no tensors.
     facts = [("block_count", len(blocks), "blocks")] if blocks and header.architecture != "deci" else []

@@ -65,8 +65,8 @@ def gguf_file_of(path: Path, name: str | None, where: str) -> Path | None:
     if name is not None:
         file = path / name
         if Path(name).name != name or not file.is_file():
-            here = _names_in(path)
-            present = f"there {', '.join(here[:5])} can be found" if here else "there are no GGUF files"
+            available = _names_in(path)
+            present = f"there {', '.join(available[:5])} can be found" if available else "there are no GGUF files"
             raise CheckpointError(f"model.gguf_file={name}: no such file in {path}; {present}")
         return file
     names = _names_in(path)

@@ -265,6 +265,6 @@ class _Cursor:
         return name, shape, self.number("I"), self.number("Q")
 
     def _need(self, size: int, limit: int | None = None) -> None:
-        left = len(self.content) - self.position
-        if size > (left if limit is None else min(limit, left)):
-            raise struct.error(f"{size} bytes, {left} left")
+        remaining = len(self.content) - self.position
+        if size > (remaining if limit is None else min(limit, remaining)):
+            raise struct.error(f"{size} bytes, {remaining} left")

@@ -65,9 +65,9 @@ def write_shards(
         for number in range(1, len(shards) + 1)
     ]
     missing = {name: shard for name, shard in zip(names, shards, strict=True) if not _holds(folder / name, shard)}
-    wanted = [spec.name for shard in missing.values() for spec in shard]
-    with working("write weights", len(wanted), "tensor") as work:
-        source = _counted(values(wanted), work)
+    unwritten = [spec.name for shard in missing.values() for spec in shard]
+    with working("write weights", len(unwritten), "tensor") as work:
+        source = _counted(values(unwritten), work)
         for name, shard in missing.items():
             write_file(folder / f"{name}.partial", shard, source, True)
             (folder / f"{name}.partial").rename(folder / name)

@@ -263,8 +263,8 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
             header = json.loads(stream.read(length))
         metadata = header.pop("__metadata__", None)
         if len(header) > _MAX_TENSORS:
-            said = f"{len(header):,} tensors, at most {_MAX_TENSORS:,} are read"
-            raise CheckpointError(f"{file}: names {said}; {_REMEDY}")
+            count_text = f"{len(header):,} tensors, at most {_MAX_TENSORS:,} are read"
+            raise CheckpointError(f"{file}: names {count_text}; {_REMEDY}")
         claimed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         wrong = _contradiction(header) or _wrong_metadata(metadata)
     except FileNotFoundError as error:

@@ -180,11 +180,11 @@ def _plain(source: ModelSource, section: ModelSection, cache: Path | None) -> Mo
     from cfsp.weights.dequantise import check, folders_of, write_outline
 
     where = f"model.path={source.origin}"
-    found = check(source.config, source.folder, where, dequantise=section.dequantize)
-    if found is None:
+    dequantised = check(source.config, source.folder, where, dequantise=section.dequantize)
+    if dequantised is None:
         return source
     folders = (scratch_folder() if cache is None else cache / "dequantised") / folders_of(source.fingerprint)
-    quantised = replace(found, folders=folders, trust_remote_code=section.trust_remote_code)
+    quantised = replace(dequantised, folders=folders, trust_remote_code=section.trust_remote_code)
     outline = folders / "outline"
     if not (outline / "config.json").is_file():
         write_outline(quantised, outline, where)
@@ -210,9 +210,9 @@ def _from_hub_gguf(section: ModelSection, snapshot: Path, name: str, cache: Path
     origin = f"{section.path}@{snapshot.name}"
     file = snapshot / name
     if not file.is_file():
-        here = ", ".join(gguf_files_on_hub(str(section.path), snapshot)[:8]) or "none"
+        available = ", ".join(gguf_files_on_hub(str(section.path), snapshot)[:8]) or "none"
         raise CheckpointError(
-            f"model.gguf_file={name}: {origin} has no such file; its GGUF files: {here}; see the repository's list"
+            f"model.gguf_file={name}: {origin} has no such file; its GGUF files: {available}; see the repository's list"
         )
     return _from_gguf(section.name, file, origin=f"{origin}/{name}", fingerprint=f"hub:{origin}/{name}", cache=cache)
 

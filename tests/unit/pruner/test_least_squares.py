@@ -16,8 +16,8 @@ from cfsp.architecture.views import resolve
 from cfsp.calibration.gram import (
     Gram,
     GramCollection,
+    GramRequest,
     GramSums,
-    GramWanted,
     InMemory,
     OnDisk,
     gram_sums,
@@ -219,7 +219,7 @@ def test_gram_matrices_are_those_of_the_inputs() -> None:
     view, seen = resolve(model), []
     down = view.blocks[1].ffn.output
     handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
-    wanted = GramWanted(("ffn", "attention"), 0.25, 2**40)
+    wanted = GramRequest(("ffn", "attention"), 0.25, 2**40)
     with gram_sums(view.blocks, wanted) as sums:
         BlockDriver(view, 2).run(ids)
     handle.remove()
@@ -245,7 +245,7 @@ def test_wide_matrices_are_summed_panel_by_panel() -> None:
     [(1.0, range(12)), (0.25, [0, 4, 8]), (1 / 3, [0, 3, 6, 9]), (0.75, [0, 2, 3, 4, 6, 7, 8, 10, 11])],
 )
 def test_any_share_of_the_tokens_is_taken_evenly(share, expected) -> None:
-    found = subsample_tokens(torch.arange(12)[None], GramWanted(("ffn",), share, 0).stride)[0].tolist()
+    found = subsample_tokens(torch.arange(12)[None], GramRequest(("ffn",), share, 0).stride)[0].tolist()
     assert found == list(expected)
     assert len(found) == round(12 * share)
 
@@ -272,7 +272,7 @@ def test_what_a_gpu_has_free_limits_what_is_collected_at_once(monkeypatch) -> No
     monkeypatch.setattr(context, "available", lambda device: free[device.type])
     config = parse(compose(["pruner=one_shot", "importance=obs"]))
     limits = {
-        kind: context._gram_wanted(config, "ffn", SimpleNamespace(device=torch.device(kind))).limit
+        kind: context._gram_request(config, "ffn", SimpleNamespace(device=torch.device(kind))).limit
         for kind in ("cpu", "cuda")
     }
     assert limits == {"cpu": 50, "cuda": 5}
@@ -294,7 +294,7 @@ def test_two_that_want_the_same_matrices_collect_them_once(tmp_path, monkeypatch
     monkeypatch.setattr(BlockDriver, "run", lambda self, ids: (passes.append(1), run(self, ids))[1])
 
     def collect(driver: BlockDriver) -> None:
-        wanted = GramWanted(("ffn",), 1.0, 2**40)
+        wanted = GramRequest(("ffn",), 1.0, 2**40)
         collection = GramCollection(driver.view.blocks, wanted, tmp_path / "gram" / "here")
         together.wait()
         calibrate(driver, given, cache, None, collection)
@@ -340,7 +340,7 @@ def test_what_does_not_fit_is_collected_block_by_block_with_the_same_result(tmp_
     view = resolve(model)
     found = []
     for limit in (2**40, 0):
-        collection = GramCollection(view.blocks, GramWanted(("ffn",), 1.0, limit), tmp_path / str(limit))
+        collection = GramCollection(view.blocks, GramRequest(("ffn",), 1.0, limit), tmp_path / str(limit))
         assert collection.fits == bool(limit)
         statistics, _ = calibrate(BlockDriver(view, 2), given, None, None, collection)
         assert collection.complete
@@ -428,7 +428,7 @@ def test_a_native_bias_takes_the_mean() -> None:
     """With a bias of its own, the output keeps its mean exactly, whatever goes."""
     model, ids = tiny_model("llama_bias"), tokens(8)
     view = resolve(model)
-    with gram_sums(view.blocks, GramWanted(("ffn",), 1.0, 2**40)) as sums:
+    with gram_sums(view.blocks, GramRequest(("ffn",), 1.0, 2**40)) as sums:
         BlockDriver(view, 4).run(ids)
     store = InMemory()
     for at, of_block in enumerate(sums):
