@@ -113,12 +113,12 @@ def _limits(model: nn.Module) -> Limits:
 
 
 @lru_cache(maxsize=64)
-def _configuration(words: tuple[str, ...]) -> RunConfig:
+def _configuration(overrides: tuple[str, ...]) -> RunConfig:
     """Return the checked configuration.
 
     The latest ones are cached, because composing takes about as long as calibrating a small model.
     """
-    return parse(compose(list(words)))
+    return parse(compose(list(overrides)))
 
 
 def _fingerprint(view: DecoderView) -> str:
@@ -141,11 +141,11 @@ def memory_fingerprint(model: nn.Module) -> str:
         flat = tensor.detach().contiguous().reshape(-1)
         if flat.numel():
             data = flat.view(torch.uint8)
-            whole = len(data) - len(data) % _CHECKED_BYTES
+            in_rows = len(data) - len(data) % _CHECKED_BYTES
             # A slice that does not begin at a multiple of 8 bytes cannot be viewed as 64-bit words.
             aligned = data if data.storage_offset() % 8 == 0 else data.clone()
-            sums = aligned[:whole].view(torch.int64).view(-1, _CHECKED_BYTES // 8).sum(1)
-            for part in (sums.cpu().view(torch.uint8), data[whole:].cpu()):
+            sums = aligned[:in_rows].view(torch.int64).view(-1, _CHECKED_BYTES // 8).sum(1)
+            for part in (sums.cpu().view(torch.uint8), data[in_rows:].cpu()):
                 digest.update(part.numpy())
     return f"memory:{digest.hexdigest()}"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import CheckpointError, ConfigError
-from cfsp.sweep.experiment import given_values
+from cfsp.sweep.experiment import override_values
 from cfsp.system.command import command
 from cfsp.system.package import package_path
 
@@ -56,7 +56,7 @@ def written_out(model: Any) -> Any:
 def _make(words: Sequence[str]) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    given = {"source": SOURCE, "target": TARGET, **given_values(words)}
+    given = {"source": SOURCE, "target": TARGET, **override_values(words)}
     unknown = sorted(set(given) - {"source", "target"})
     if unknown:
         raise ConfigError(f"{unknown[0]}={given[unknown[0]]}: there is no such key; there are source and target")

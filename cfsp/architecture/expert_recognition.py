@@ -45,13 +45,13 @@ def _fused(module: nn.Module) -> dict[str, ExpertMatrices]:
         return {}
     transposed = bool(getattr(module, "is_transposed", False))
     gated = first == "gate_up_proj"
-    whole = ExpertMatrices(module, first, transposed)
+    matrices = ExpertMatrices(module, first, transposed)
     output = ExpertMatrices(module, "down_proj", transposed)
     n_experts, hidden, width = output.weight.shape
-    if whole.parameter.dim() != 3 or tuple(whole.weight.shape) != (n_experts, (1 + gated) * width, hidden):
+    if matrices.parameter.dim() != 3 or tuple(matrices.weight.shape) != (n_experts, (1 + gated) * width, hidden):
         return {}
     if not gated:
-        return {"up": whole, "down": output}
+        return {"up": matrices, "down": output}
     concatenated = getattr(module, "is_concatenated", True)
     rows = (slice(0, width), slice(width, None)) if concatenated else (slice(0, None, 2), slice(1, None, 2))
     gate, up = (ExpertMatrices(module, first, transposed, own) for own in rows)

@@ -52,8 +52,8 @@ def measure(settings: Settings) -> Result:
     # The record of the smallest number of windows is the one that the README cites. Other numbers have their own.
     usual = Settings.windows[0] in settings.windows
     name = "calibration" if usual else f"calibration_{'_'.join(map(str, settings.windows))}_windows"
-    words = f"windows={','.join(map(str, settings.windows))} shapes={','.join(settings.shapes)}"
-    result = Result(name, f"parts=calibration {words} dtypes={','.join(settings.dtypes)}")
+    arguments = f"windows={','.join(map(str, settings.windows))} shapes={','.join(settings.shapes)}"
+    result = Result(name, f"parts=calibration {arguments} dtypes={','.join(settings.dtypes)}")
     cases = [(name, windows, SEQ_LEN) for name in settings.shapes for windows in settings.windows]
     if device.type == "cuda":
         cases.append((GPU_SHAPE, GPU_WINDOWS, GPU_SEQ_LEN))

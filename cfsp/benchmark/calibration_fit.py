@@ -32,7 +32,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write the files; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a model folder; without it the bundled model")
@@ -41,15 +41,15 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--round-to", type=int, default=32, help="kept widths are multiples of it")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of the calibration windows")
     parser.add_argument("--results", type=Path, default=Path("results"))
-    given = parser.parse_args(words)
-    if (given.model is None) != (given.text is None) or (given.model is None) != (given.name is None):
+    options = parser.parse_args(arguments)
+    if (options.model is None) != (options.text is None) or (options.model is None) != (options.name is None):
         parser.error("--model, --text and --name belong together")
-    record = measured(given)
-    write(record, given.results)
+    record = measured(options)
+    write(record, options.results)
     return 0
 
 
-def measured(given: argparse.Namespace) -> dict[str, Any]:
+def measured(options: argparse.Namespace) -> dict[str, Any]:
     """Measure a row for each seed, number of windows and method; returns the record."""
     import torch
 
@@ -58,40 +58,42 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
     from cfsp.system.package import ROOT
 
     assets = ROOT / "assets"
-    model, tokenizer = cfsp.load(given.model or assets / "books7m", dtype="float32")
-    if given.text is None:
+    model, tokenizer = cfsp.load(options.model or assets / "books7m", dtype="float32")
+    if options.text is None:
         texts = [
             (assets / "text" / f"{half}.txt").read_text(encoding="utf-8") for half in ("calibration", "evaluation")
         ]
     else:
-        lines = given.text.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = options.text.read_text(encoding="utf-8").splitlines(keepends=True)
         cut = len(lines) * 6 // 10
         texts = ["".join(lines[:cut]), "".join(lines[cut:])]
     calibration, held_out = (torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
     n = min(HELD_OUT, len(held_out) // SEQ_LEN)
     test = held_out[: n * SEQ_LEN].view(n, SEQ_LEN)
     rows: list[dict[str, Any]] = []
-    for seed in given.seeds:
+    for seed in options.seeds:
         starts = torch.randint(
             len(calibration) - SEQ_LEN, (max(WINDOWS),), generator=torch.Generator().manual_seed(seed)
         )
         windows = torch.stack([calibration[start : start + SEQ_LEN] for start in starts])
         for number in WINDOWS:
             ids = windows[:number]
-            for method, (pruner, words) in METHODS.items():
-                plan = cfsp.prune(model, ids, pruner, RATIO, scope="ffn", round_to=given.round_to, overrides=words)
+            for method, (pruner, overrides) in METHODS.items():
+                plan = cfsp.prune(
+                    model, ids, pruner, RATIO, scope="ffn", round_to=options.round_to, overrides=overrides
+                )
                 values = perplexities(model, plan, ids, test)
                 rows.append({"method": method, "windows": number, "seed": seed, **values})
                 print(f"seed {seed}, {number} windows, {method}: {values}", file=sys.stderr, flush=True)
     dense = {"held_out": perplexity(model, test)}
-    name = given.name or "books7m"
+    name = options.name or "books7m"
     return {
         "name": name,
         "made_by": "cfsp benchmark calibration_fit"
-        + (f" --model {given.model} --text {given.text} --name {name}" if given.model else "")
-        + (f" --round-to {given.round_to}" if given.round_to != 32 else ""),
+        + (f" --model {options.model} --text {options.text} --name {name}" if options.model else "")
+        + (f" --round-to {options.round_to}" if options.round_to != 32 else ""),
         "ratio": RATIO,
-        "round_to": given.round_to,
+        "round_to": options.round_to,
         "seq_len": SEQ_LEN,
         "held_out_windows": n,
         "dense": dense,

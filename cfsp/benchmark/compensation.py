@@ -46,8 +46,8 @@ def measure(settings: Settings) -> Result:
     tried = tried_batches(model, ids)
     batch = min(tried, key=lambda size: tried[size])
     cuda = device.type == "cuda"
-    for name, words in CASES.items():
-        pruner, overrides = "cfsp_plus" if name == "cfsp_plus" else "cfsp", [*words, f"calibration.gram_share={SHARE}"]
+    for name, case in CASES.items():
+        pruner, overrides = "cfsp_plus" if name == "cfsp_plus" else "cfsp", [*case, f"calibration.gram_share={SHARE}"]
         prune = partial(cfsp.prune, model, ids, pruner, RATIO, batch_size=batch, overrides=overrides)
         repeats = 1 if name in ONCE else settings.repeats
         if repeats > 1:

@@ -31,7 +31,7 @@ from cfsp.benchmark.part import Check, Result, Settings, markdown, span, write
 from cfsp.config.components import suggest
 from cfsp.errors import ConfigError, RunError
 from cfsp.export.gguf import GgufDType
-from cfsp.sweep.experiment import given_values
+from cfsp.sweep.experiment import override_values
 from cfsp.system.command import command
 from cfsp.system.package import ROOT
 from cfsp.weights.shards import read_header, weight_files
@@ -66,20 +66,20 @@ class Request:
     results: Path = Path("results")
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(overrides: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
-    given = sys.argv[1:] if words is None else list(words)
-    return command("benchmark_llama_cpp", str(__doc__), given or ["repeats=5"], _benchmark)
+    arguments = sys.argv[1:] if overrides is None else list(overrides)
+    return command("benchmark_llama_cpp", str(__doc__), arguments or ["repeats=5"], _benchmark)
 
 
-def read(words: Sequence[str]) -> Request:
+def read(overrides: Sequence[str]) -> Request:
     """Read the command line.
 
     Raises:
         ConfigError: everything that is wrong with its keys and values.
     """
     problems, result = [], dict[str, Any]()
-    for key, value in given_values(words).items():
+    for key, value in override_values(overrides).items():
         values = [str(item) for item in value] if isinstance(value, list) else [str(value)]
         if key not in _KEYS:
             problems.append(f"{key}: there is no such key{suggest(key, _KEYS)}; there are {', '.join(_KEYS)}")
@@ -143,10 +143,10 @@ def measured(python: Path, request: Request, files: dict[str, Path]) -> dict[str
         "repeats": request.repeats,
         "threads": request.threads,
     }
-    words = [str(python), llama_cpp_job.__file__, json.dumps(job)]
-    process = subprocess.run(words, capture_output=True, text=True)
+    command_line = [str(python), llama_cpp_job.__file__, json.dumps(job)]
+    process = subprocess.run(command_line, capture_output=True, text=True)
     if process.returncode:
-        message = " ".join(process.stderr.split())[-300:] or "no word on stderr"
+        message = " ".join(process.stderr.split())[-300:] or "nothing on stderr"
         raise RunError(f"llama.cpp ended with exit code {process.returncode}: {message}")
     reply: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return reply
@@ -214,12 +214,12 @@ def table(result: Result) -> str:
         ]
         for row in result.rows
     ]
-    parameters, given = result.notes["parameters"], result.notes["widths"]
+    parameters, widths = result.notes["parameters"], result.notes["widths"]
     millions = {name: f"{count / 1e6:.0f} million" for name, count in parameters.items()}
     explained = (
         f"A randomly initialised LLaMA (hidden {SHAPE.hidden}, FFN {SHAPE.ffn}, {SHAPE.blocks} blocks, {SHAPE.heads} "
         f"heads of which {SHAPE.kv_heads} KV, vocabulary {SHAPE.vocab}; {millions['dense']} parameters) and the same "
-        f"with half of its FFN neurons ({millions['pruned']}; widths from {min(given)} to {max(given)}, multiples of "
+        f"with half of its FFN neurons ({millions['pruned']}; widths from {min(widths)} to {max(widths)}, multiples of "
         f"{STEP}), exported by cfsp. llama-cpp-python {result.notes['llama_cpp_python']}, threads: "
         f"{result.notes['threads']}, flash attention, no repacked weights (use_extra_bufts=False). Seconds of the "
         "process on the CPU; medians of repeats in alternation; prompt and generation begin without a context, as in "
@@ -228,8 +228,8 @@ def table(result: Result) -> str:
     return markdown("Pruned models in llama.cpp", head, rows, result, explained)
 
 
-def _benchmark(words: Sequence[str]) -> int:
-    request = read(words)
+def _benchmark(overrides: Sequence[str]) -> int:
+    request = read(overrides)
     result = measure(request)
     text = table(result)
     write(result, text, Settings(repeats=request.repeats, results=request.results))

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cfsp.errors import ConfigError, RunError
-from cfsp.sweep.experiment import given_values
+from cfsp.sweep.experiment import override_values
 from cfsp.system.command import command
 from cfsp.system.package import ROOT
 
@@ -43,11 +43,11 @@ def environment(folder: Path) -> Path:
         return python
     constraints = ROOT.parent / "constraints.txt"
     pinned = ["--constraint", str(constraints)] if constraints.is_file() else []
-    for words in (
+    for command_line in (
         [sys.executable, "-m", "venv", "--clear", str(folder)],
         [str(python), "-m", "pip", "install", "--no-binary", "llama-cpp-python", *pinned, *PACKAGES],
     ):
-        process = subprocess.run(words, capture_output=True, text=True)
+        process = subprocess.run(command_line, capture_output=True, text=True)
         if process.returncode:
             message = " ".join(process.stderr.split())[-300:]
             raise RunError(
@@ -57,17 +57,17 @@ def environment(folder: Path) -> Path:
     return python
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(overrides: Sequence[str] | None = None) -> int:
     """Build the environment; returns the exit code."""
-    given = sys.argv[1:] if words is None else list(words)
-    return command("llama_cpp_environment", str(__doc__), given or [f"folder={default_folder()}"], _build)
+    arguments = sys.argv[1:] if overrides is None else list(overrides)
+    return command("llama_cpp_environment", str(__doc__), arguments or [f"folder={default_folder()}"], _build)
 
 
-def _build(words: Sequence[str]) -> int:
-    given = given_values(words)
-    if set(given) != {"folder"} or isinstance(given["folder"], list):
+def _build(overrides: Sequence[str]) -> int:
+    values = override_values(overrides)
+    if set(values) != {"folder"} or isinstance(values["folder"], list):
         raise ConfigError("give folder=FOLDER alone, or nothing")
-    print(environment(Path(str(given["folder"])).expanduser()))
+    print(environment(Path(str(values["folder"])).expanduser()))
     return 0
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import CheckpointError, ConfigError
-from cfsp.sweep.experiment import given_values
+from cfsp.sweep.experiment import override_values
 from cfsp.system.command import command
 from cfsp.system.package import ROOT
 
@@ -81,9 +81,9 @@ class Shape:
         )
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Write the model that the words describe; returns the exit code."""
-    return command("make_checkpoint", str(__doc__), words, _make)
+def main(overrides: Sequence[str] | None = None) -> int:
+    """Write the model that the overrides describe; returns the exit code."""
+    return command("make_checkpoint", str(__doc__), overrides, _make)
 
 
 def make_checkpoint(folder: Path, shape: Shape, *, shard_gb: float = 1.0, seed: int = 0) -> bool:
@@ -226,24 +226,24 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _make(words: Sequence[str]) -> int:
-    given = {key: str(value) for key, value in given_values(words).items()}
-    whole = [field.name for field in fields(Shape) if field.name != "dtype"] + ["seed"]
-    known = ["path", *whole, "dtype", "shard_gb"]
-    unknown = sorted(set(given) - set(known))
+def _make(overrides: Sequence[str]) -> int:
+    values = {key: str(value) for key, value in override_values(overrides).items()}
+    integer_keys = [field.name for field in fields(Shape) if field.name != "dtype"] + ["seed"]
+    keys = ["path", *integer_keys, "dtype", "shard_gb"]
+    unknown = sorted(set(values) - set(keys))
     if unknown:
-        raise ConfigError(f"{unknown[0]}={given[unknown[0]]}: there is no such key; there are {', '.join(known)}")
-    if "path" not in given:
+        raise ConfigError(f"{unknown[0]}={values[unknown[0]]}: there is no such key; there are {', '.join(keys)}")
+    if "path" not in values:
         raise ConfigError("path is not set: give path=FOLDER, where the model is to be written")
-    path, dtype, shard_gb = Path(given.pop("path")), given.pop("dtype", "bfloat16"), given.pop("shard_gb", "1")
-    for key, value in given.items():
+    path, dtype, shard_gb = Path(values.pop("path")), values.pop("dtype", "bfloat16"), values.pop("shard_gb", "1")
+    for key, value in values.items():
         if not value.isdigit() or (key != "seed" and int(value) < 1):
             raise ConfigError(f"{key}={value}: give a whole number from {0 if key == 'seed' else 1}")
     try:
         limit = float(shard_gb)
     except ValueError:
         raise ConfigError(f"shard_gb={shard_gb}: give a number above 0, in 10^9 bytes") from None
-    numbers = {key: int(value) for key, value in given.items()}
+    numbers = {key: int(value) for key, value in values.items()}
     seed = numbers.pop("seed", 0)
     shape = Shape(dtype=dtype, **numbers)
     new = make_checkpoint(path, shape, shard_gb=limit, seed=seed)

@@ -34,7 +34,7 @@ PERPLEXITY_LIMIT = 1.03
 PERPLEXITY_WINDOWS = 8
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write the files; returns the exit code."""
     parser = argparse.ArgumentParser(
         "cfsp benchmark model_file", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -48,44 +48,44 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--work", type=Path, default=Path("outputs/benchmark"))
     parser.add_argument("--results", type=Path, default=Path("results"))
-    given = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     try:
-        result = measure(given)
+        result = measure(options)
     except CfspError as error:
         print(f"cfsp benchmark model_file: {error}", file=sys.stderr)
         return error.exit_code
     text = table(result)
-    write(result, text, Settings(repeats=given.repeats, results=given.results))
+    write(result, text, Settings(repeats=options.repeats, results=options.results))
     print(text)
     return 0 if all(check.met for check in result.checks) else 1
 
 
-def measure(given: argparse.Namespace) -> Result:
+def measure(options: argparse.Namespace) -> Result:
     """Measure a row for pruning and a row for the perplexity."""
     import cfsp
 
-    model, _ = cfsp.load(given.model, dtype=given.dtype, device=given.device)
-    name = given.name or Path(given.model).stem
-    words = (
-        f"model_file --model {given.model} --windows {given.windows} --seq-len {given.seq_len} "
-        f"--repeats {given.repeats} --dtype {given.dtype}"
+    model, _ = cfsp.load(options.model, dtype=options.dtype, device=options.device)
+    name = options.name or Path(options.model).stem
+    arguments = (
+        f"model_file --model {options.model} --windows {options.windows} --seq-len {options.seq_len} "
+        f"--repeats {options.repeats} --dtype {options.dtype}"
     )
-    result = Result(f"model_file_{name}", words)
-    ids = random_ids(given.windows, given.seq_len, model.config.vocab_size)
-    about = {"model": name, "dtype": given.dtype, "device": model.device.type}
+    result = Result(f"model_file_{name}", arguments)
+    ids = random_ids(options.windows, options.seq_len, model.config.vocab_size)
+    about = {"model": name, "dtype": options.dtype, "device": model.device.type}
     tried = calibration.tried_batches(model, ids)
     batch = min(tried, key=lambda size: tried[size])
-    settings = Settings(repeats=given.repeats, work=given.work)
+    settings = Settings(repeats=options.repeats, work=options.work)
     pruning = calibration.compared(model, ids, batch, settings, stages_alone=False)
     peaks = pruning["peak_beside_weights"]
     result.rows.append(
         {
-            **about, "what": "prune", "windows": len(ids), "seq_len": given.seq_len, "bare_batch_size": batch,
+            **about, "what": "prune", "windows": len(ids), "seq_len": options.seq_len, "bare_batch_size": batch,
             "batch_size": batch, "tried_batch_sizes": tried, **pruning,
             "peak_bytes": {"bare": peaks["bare"], "ours": max(peaks[stage] for stage in ("calibrate", "plan"))},
         }
     )  # fmt: skip
-    result.rows.append(about | perplexity_row(model, ids[:PERPLEXITY_WINDOWS], given.repeats))
+    result.rows.append(about | perplexity_row(model, ids[:PERPLEXITY_WINDOWS], options.repeats))
     for row, limit in zip(result.rows, (calibration.LIMIT, PERPLEXITY_LIMIT), strict=True):
         result.checks.append(Check(f"{row['what']} / bare forward", row["ratio"], limit))
     return result

@@ -72,7 +72,7 @@ class Result:
 
     Attributes:
         name: name of its files.
-        words: words of the command line that measures it.
+        overrides: overrides of the command line that measures it.
         rows: measurements.
         checks: limits that must hold.
         notes: further entries of the record.
@@ -80,7 +80,7 @@ class Result:
     """
 
     name: str
-    words: str
+    overrides: str
     rows: list[dict[str, Any]] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class Result:
     @property
     def made_by(self) -> str:
         """Command line that measures it."""
-        return f"{self.program} {self.words}".rstrip()
+        return f"{self.program} {self.overrides}".rstrip()
 
 
 def write(result: Result, table: str, settings: Settings) -> None:

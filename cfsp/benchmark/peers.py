@@ -76,11 +76,11 @@ def environment(work: Path) -> Path:
         return python
     constraints = ROOT.parent / "constraints.txt"
     pinned = ["--constraint", str(constraints)] if constraints.is_file() else []
-    for words in (
+    for command_line in (
         [sys.executable, "-m", "venv", "--clear", str(folder)],
         [str(python), "-m", "pip", "install", "--quiet", *pinned, "torch", "transformers", *PACKAGES],
     ):
-        process = subprocess.run(words, capture_output=True, text=True)
+        process = subprocess.run(command_line, capture_output=True, text=True)
         if process.returncode:
             message = " ".join(process.stderr.split())[-300:]
             raise RunError(
@@ -97,13 +97,17 @@ def measured(job: str, python: Path, folder: Path, ids: Path, work: Path) -> dic
         RunError: it failed; has the end of its error output.
     """
     request = {"job": job, "model": str(folder), "ids": str(ids), "batch_size": BATCH_SIZE, "percent": PERCENT}
-    words = [str(python), peer_job.__file__, json.dumps(request)]
+    command_line = [str(python), peer_job.__file__, json.dumps(request)]
     # Only our own job has the checkout on its path, so that no peer can import a module of the project.
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    given = {**kept, "PYTHONPATH": str(ROOT.parent)} if job == "cfsp" else kept
-    ended = watched(words, work / f"{job}.log", {**given, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+    variables = {**kept, "PYTHONPATH": str(ROOT.parent)} if job == "cfsp" else kept
+    ended = watched(
+        command_line,
+        work / f"{job}.log",
+        {**variables, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+    )
     if ended.code:
-        message = " ".join(ended.err.split())[-300:] or "no word on stderr"
+        message = " ".join(ended.err.split())[-300:] or "nothing on stderr"
         raise RunError(f"{job}: the process ended with exit code {ended.code}: {message}")
     reply: dict[str, Any] = json.loads(ended.out.splitlines()[-1])
     if not reply["finite"]:

@@ -31,8 +31,8 @@ class Ended:
     err: str
 
 
-def watched(words: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> Ended:
-    """Run ``words`` to the end, its output in files beside ``log``, its memory watched.
+def watched(command_line: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> Ended:
+    """Run ``command_line`` to the end, its output in files beside ``log``, its memory watched.
 
     The kernel keeps the high-water mark of a process, but the process may reset it (cfsp does so for each stage).
     Therefore the highest of all looks counts. A peak between a reset and the next look is in record.json.
@@ -43,7 +43,10 @@ def watched(words: Sequence[str], log: Path, environment: Mapping[str, str] | No
     with out.open("w") as out_stream, err.open("w") as err_stream:
         start = time.perf_counter()
         process = subprocess.Popen(
-            list(words), stdout=out_stream, stderr=err_stream, env=None if environment is None else dict(environment)
+            list(command_line),
+            stdout=out_stream,
+            stderr=err_stream,
+            env=None if environment is None else dict(environment),
         )
         try:
             while process.poll() is None:

@@ -46,10 +46,10 @@ def measure(settings: Settings) -> Result:
     # Each size has a record of its own.
     usual = shape.blocks == Settings.blocks
     name = "streaming" if usual else f"streaming_{shape.blocks}_blocks"
-    words = "parts=streaming" + ("" if usual else f" blocks={shape.blocks}")
-    words += f" modes={','.join(settings.modes)} runs={settings.runs}"
+    arguments = "parts=streaming" + ("" if usual else f" blocks={shape.blocks}")
+    arguments += f" modes={','.join(settings.modes)} runs={settings.runs}"
     notes = {"checkpoint_bytes": size, "blocks": shape.blocks, "windows": WINDOWS}
-    result = Result(name, words, notes=notes)
+    result = Result(name, arguments, notes=notes)
     plans: dict[str, Any] = {}
     for run in range(settings.runs):
         for mode in settings.modes if run % 2 == 0 else tuple(reversed(settings.modes)):
@@ -98,18 +98,18 @@ def measured(folder: Path, ids: Path, run: Path, mode: str | None) -> dict[str, 
         RunError: it failed; has the end of its error output.
     """
     shutil.rmtree(run, ignore_errors=True)
-    words = [
+    overrides = [
         "model=local", f"model.path={folder}", f"model.dtype={DTYPE}", "calibration=tokens", f"calibration.path={ids}",
         "pruner=cfsp", f"sparsity.ratio={RATIO}", "evaluation=none", "logger=none",
         f"paths.output_dir={run / 'out'}", f"paths.records_dir={run / 'records'}", f"paths.cache_dir={run / 'cache'}",
     ]  # fmt: skip
     if mode is not None:
-        words.append(f"model.streaming={mode}")
+        overrides.append(f"model.streaming={mode}")
     # The child process runs this checkout, whatever is installed.
     environment = {**os.environ, "PYTHONPATH": str(ROOT.parent)}
-    ended = watched([sys.executable, "-m", "cfsp.run", *words], run / "process.log", environment)
+    ended = watched([sys.executable, "-m", "cfsp.run", *overrides], run / "process.log", environment)
     if ended.code:
-        message = " ".join(ended.err.split())[-300:] or "no word on stderr"
+        message = " ".join(ended.err.split())[-300:] or "nothing on stderr"
         raise RunError(f"model.streaming={mode}: the run ended with exit code {ended.code}: {message}")
     record = json.loads((run / "out" / "record.json").read_text(encoding="utf-8"))
     plan = json.loads((run / "out" / "plan.json").read_text(encoding="utf-8"))
@@ -150,11 +150,11 @@ def table(result: Result) -> str:
     rows = []
     for mode in dict.fromkeys(row["mode"] for row in result.rows):
         runs = [row for row in result.rows if row["mode"] == mode]
-        whole = [row["seconds"] for row in runs]
+        run_seconds = [row["seconds"] for row in runs]
         rows.append(
             [
                 str(mode),
-                f"{median(whole):.1f} ({span(whole, 1)})",
+                f"{median(run_seconds):.1f} ({span(run_seconds, 1)})",
                 f"**{max(row['peak_bytes'] for row in runs) / 1e9:.2f}**",
                 *(f"{_stage(runs, name):.1f}" for name in names),
             ]

@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 from cfsp.errors import ConfigError, RunError
-from cfsp.sweep.experiment import Experiment, Values, given_values
+from cfsp.sweep.experiment import Experiment, Values, override_values
 from cfsp.system.command import command
 from cfsp.tables.markdown_line import line
 
@@ -40,10 +40,10 @@ SHAPE: dict[str, Any] = {
 LIMIT = 1.5
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(overrides: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code, 1 where a ratio is above the limit."""
-    given = sys.argv[1:] if words is None else list(words)
-    return command("benchmark sweep", str(__doc__), given or ["repeats=5"], _benchmark)
+    arguments = sys.argv[1:] if overrides is None else list(overrides)
+    return command("benchmark sweep", str(__doc__), arguments or ["repeats=5"], _benchmark)
 
 
 def make_model(folder: Path) -> None:
@@ -72,7 +72,7 @@ def measured(model: Path, folder: Path, windows: int, ratios: list[float], alloc
         runs=[{"pruner": "cfsp", "sparsity.ratio": list(ratios), "allocator": list(allocators)}],
         variants={"one": {}},
     )
-    words: dict[str, Values] = {
+    overrides: dict[str, Values] = {
         "model": "local", "model.path": str(model), "calibration": "bundled", "calibration.seq_len": SEQ_LEN,
         "calibration.n_samples": windows, "evaluation": "none", "save.model": False, "logger": "none",
         **{f"paths.{key}": str(folder / key) for key in ("output_dir", "records_dir", "cache_dir")},
@@ -84,7 +84,7 @@ def measured(model: Path, folder: Path, windows: int, ratios: list[float], alloc
     import cfsp.pipeline.run  # noqa: F401
 
     start = time.perf_counter()
-    jobs = jobs_of(experiment.cells("one", words))
+    jobs = jobs_of(experiment.cells("one", overrides))
     checked = time.perf_counter()
     Sequential().launch(jobs, lambda job, outcome: failed.extend([outcome.reason] if outcome.name != "done" else []))
     seconds = time.perf_counter() - start
@@ -140,18 +140,18 @@ def _median(rows: Sequence[dict[str, Any]]) -> float:
     return median(row["seconds"] for row in rows)
 
 
-def _benchmark(words: Sequence[str]) -> int:
+def _benchmark(overrides: Sequence[str]) -> int:
     from cfsp.record import environment
 
-    given = {"repeats": "5", "work": "outputs/benchmark_sweep", "results": "results", **given_values(words)}
-    unknown = sorted(set(given) - {"repeats", "work", "results"})
+    values = {"repeats": "5", "work": "outputs/benchmark_sweep", "results": "results", **override_values(overrides)}
+    unknown = sorted(set(values) - {"repeats", "work", "results"})
     if unknown:
         raise ConfigError(
-            f"{unknown[0]}={given[unknown[0]]}: there is no such key; there are repeats, work and results"
+            f"{unknown[0]}={values[unknown[0]]}: there is no such key; there are repeats, work and results"
         )
-    if not str(given["repeats"]).isdigit() or int(str(given["repeats"])) < 1:
-        raise ConfigError(f"repeats={given['repeats']}: give a whole number from 1")
-    work, results, repeats = Path(str(given["work"])), Path(str(given["results"])), int(str(given["repeats"]))
+    if not str(values["repeats"]).isdigit() or int(str(values["repeats"])) < 1:
+        raise ConfigError(f"repeats={values['repeats']}: give a whole number from 1")
+    work, results, repeats = Path(str(values["work"])), Path(str(values["results"])), int(str(values["repeats"]))
     model = work / "model"
     if not (model / "config.json").is_file():
         make_model(model)

@@ -98,19 +98,19 @@ class FFNPairs:
             subsample_tokens(captured.entering, self._stride),
             subsample_tokens(captured.hidden, self._stride),
         )
-        given = hidden @ ffn.output.weight.detach().T
+        targets = hidden @ ffn.output.weight.detach().T
         if ffn.output.bias is not None:
-            given = given + ffn.output.bias.detach()
+            targets = targets + ffn.output.bias.detach()
         if missing is not None:
-            given = given + subsample_tokens(missing, self._stride).to(given.dtype)
+            targets = targets + subsample_tokens(missing, self._stride).to(targets.dtype)
         if self._by_token:
-            entering, given = entering.flatten(0, 1), given.flatten(0, 1)
+            entering, targets = entering.flatten(0, 1), targets.flatten(0, 1)
         out = torch.arange(self._seen, self._seen + len(entering), device=entering.device) % HELD_OUT == HELD_OUT - 1
         self._seen += len(entering)
         # Picked by a mask, they are copies: a share of the tokens does not hold on to all of them.
         for pairs, which in ((self.fitted, ~out), (self.held_out, out)):
             if bool(which.any()):
-                pairs.append(_rows(entering[which]), _rows(given[which]))
+                pairs.append(_rows(entering[which]), _rows(targets[which]))
 
 
 def _rows(values: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from cfsp.benchmark.part import Result, Settings, write
 from cfsp.benchmark.shapes import SHAPES
 from cfsp.config.components import suggest
 from cfsp.errors import ConfigError
-from cfsp.sweep.experiment import given_values
+from cfsp.sweep.experiment import override_values
 from cfsp.system.command import command
 
 #: Measurements with a command line of their own: ``cfsp benchmark NAME --help``.
@@ -54,22 +54,22 @@ _NUMBERS = ("repeats", "blocks", "runs")
 _KEYS = ("parts", "repeats", "device", "shapes", "dtypes", "windows", "blocks", "modes", "runs", "work", "results")
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Run the parts that the words name; returns the exit code."""
-    given = sys.argv[1:] if words is None else list(words)
-    if given and given[0] in OTHERS:
-        return int(importlib.import_module(f"cfsp.benchmark.{given[0]}").main(given[1:]))
-    return command("benchmark", str(__doc__), given or [f"parts={','.join(PARTS)}"], _benchmark)
+def main(overrides: Sequence[str] | None = None) -> int:
+    """Run the parts that the overrides name; returns the exit code."""
+    arguments = sys.argv[1:] if overrides is None else list(overrides)
+    if arguments and arguments[0] in OTHERS:
+        return int(importlib.import_module(f"cfsp.benchmark.{arguments[0]}").main(arguments[1:]))
+    return command("benchmark", str(__doc__), arguments or [f"parts={','.join(PARTS)}"], _benchmark)
 
 
-def read(words: Sequence[str]) -> tuple[tuple[str, ...], Settings]:
+def read(overrides: Sequence[str]) -> tuple[tuple[str, ...], Settings]:
     """Read the command line; returns the parts to run, and the settings of all.
 
     Raises:
         ConfigError: everything that is wrong with the command line.
     """
     problems, settings = [], dict[str, Any]()
-    for key, value in given_values(words).items():
+    for key, value in override_values(overrides).items():
         values = [str(item) for item in value] if isinstance(value, list) else [str(value)]
         if key not in _KEYS:
             problems.append(
@@ -103,10 +103,10 @@ def read(words: Sequence[str]) -> tuple[tuple[str, ...], Settings]:
 _KEYS_TEXT = ", ".join(_KEYS)
 
 
-def _benchmark(words: Sequence[str]) -> int:
+def _benchmark(overrides: Sequence[str]) -> int:
     from cfsp.model.device import resolve_device
 
-    parts, settings = read(words)
+    parts, settings = read(overrides)
     device = resolve_device(settings.device)
     if device.index is not None:  # the clock waits for the current device
         import torch

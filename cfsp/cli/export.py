@@ -31,29 +31,29 @@ cannot hold.
 """
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(overrides: Sequence[str] | None = None) -> int:
     """Export; returns the exit code."""
-    return command("cfsp", USAGE, words, lambda given: _export(request_of(given)), verb="export")
+    return command("cfsp", USAGE, overrides, lambda arguments: _export(request_of(arguments)), verb="export")
 
 
-def request_of(words: Sequence[str]) -> Request:
+def request_of(overrides: Sequence[str]) -> Request:
     """Read the command line.
 
     Raises:
         ConfigError: everything that is wrong with its keys and values.
     """
-    given, problems = plain_values(words, _KEYS, "export")
-    format_name = given.get("format", "")
-    if "format" in given and format_name not in FORMATS:
+    values, problems = plain_values(overrides, _KEYS, "export")
+    format_name = values.get("format", "")
+    if "format" in values and format_name not in FORMATS:
         problems.append(
             f"format={format_name}: there is no such format{suggest(format_name, FORMATS)}; formats: "
             f"{', '.join(FORMATS)}"
         )
-    dtype = given.get("dtype")
+    dtype = values.get("dtype")
     if dtype is not None and dtype not in DTYPES and (dtype != "q8_0" or format_name != "gguf"):
         remark = " (q8_0 is one of format=gguf)" if dtype == "q8_0" else ""
         problems.append(f"dtype={dtype}: use float32, float16 or bfloat16{remark}")
-    multiple = given.get("multiple")
+    multiple = values.get("multiple")
     # isdigit alone is true of "²" too
     if multiple is not None and (not (multiple.isascii() and multiple.isdigit()) or int(multiple) < 1):
         problems.append(f"multiple={multiple}: give a whole number from 1")
@@ -65,17 +65,17 @@ def request_of(words: Sequence[str]) -> Request:
         )
     elif multiple is not None and format_name == "hf":
         problems.append("multiple: format=hf fills nothing up; use format=padded, or leave it out")
-    if format_name == "gguf" and "to" in given and not given["to"].endswith(".gguf"):
-        problems.append(f"to={given['to']}: a GGUF file is named *.gguf; use to={given['to'].rstrip('/')}.gguf")
+    if format_name == "gguf" and "to" in values and not values["to"].endswith(".gguf"):
+        problems.append(f"to={values['to']}: a GGUF file is named *.gguf; use to={values['to'].rstrip('/')}.gguf")
     for key in ("path", "format"):
-        if key not in given and not problems:
+        if key not in values and not problems:
             problems.append(f"{key} is not set: give path=DIR format=FORMAT; see cfsp export --help")
     if problems:
         raise ConfigError(*problems)
     return Request(
-        Path(given["path"]).expanduser(),
+        Path(values["path"]).expanduser(),
         format_name,
-        Path(given["to"]).expanduser() if "to" in given else None,
+        Path(values["to"]).expanduser() if "to" in values else None,
         None if dtype is None else DTYPES.get(dtype, dtype),
         None if multiple is None else int(multiple),
     )

@@ -63,39 +63,39 @@ class Request:
     allow: tuple[str, ...] = ()
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(overrides: Sequence[str] | None = None) -> int:
     """Inspect; returns the exit code."""
-    return command("cfsp", USAGE, words, lambda given: _inspect(request_of(given)), verb="inspect")
+    return command("cfsp", USAGE, overrides, lambda arguments: _inspect(request_of(arguments)), verb="inspect")
 
 
-def request_of(words: Sequence[str]) -> Request:
+def request_of(overrides: Sequence[str]) -> Request:
     """Read the command line.
 
     Raises:
         ConfigError: everything that is wrong with its keys and values.
     """
-    given, problems = plain_values(words, _KEYS, "inspect")
+    values, problems = plain_values(overrides, _KEYS, "inspect")
     flags = {}
     for key in ("json", "trust_remote_code"):
-        value = given.get(key, "false").lower()
+        value = values.get(key, "false").lower()
         flags[key] = value == "true"
         if value not in ("true", "false"):
-            problems.append(f"{key}={given[key]}: use true or false")
-    if "model" in given and "path" in given:
+            problems.append(f"{key}={values[key]}: use true or false")
+    if "model" in values and "path" in values:
         problems.append(
-            f"model={given['model']} path={given['path']}: two models; give one of them, model=NAME or path=DIR"
+            f"model={values['model']} path={values['path']}: two models; give one of them, model=NAME or path=DIR"
         )
-    elif "model" not in given and "path" not in given and not problems:
+    elif "model" not in values and "path" not in values and not problems:
         problems.append("neither model nor path is set: give model=NAME or path=DIR; see cfsp inspect --help")
-    if "gguf_file" in given and "path" not in given and not problems:
-        problems.append(f"gguf_file={given['gguf_file']}: names a file of path=DIR; give both, or leave it out")
-    folder = Path(given["config_dir"]) if "config_dir" in given else None
+    if "gguf_file" in values and "path" not in values and not problems:
+        problems.append(f"gguf_file={values['gguf_file']}: names a file of path=DIR; give both, or leave it out")
+    folder = Path(values["config_dir"]) if "config_dir" in values else None
     if folder is not None and not folder.is_dir():
         problems.append(f"config_dir={folder}: there is no such folder; give the folder that has pruner/NAME.yaml")
     if problems:
         raise ConfigError(*problems)
-    allow = tuple(name.strip() for name in given.get("plugins.allow", "").strip("[]").split(",") if name.strip())
-    model, path, file = (given.get(key) for key in ("model", "path", "gguf_file"))
+    allow = tuple(name.strip() for name in values.get("plugins.allow", "").strip("[]").split(",") if name.strip())
+    model, path, file = (values.get(key) for key in ("model", "path", "gguf_file"))
     return Request(model, path, file, flags["json"], flags["trust_remote_code"], folder, allow)
 
 
@@ -111,8 +111,8 @@ def inspected(request: Request) -> Report:
 
     trust = request.trust_remote_code
     try:
-        given = numbers_of(request.model, request.path, trust_remote_code=trust, gguf_file=request.gguf_file)
-        with _silent(), given as numbers:
+        context = numbers_of(request.model, request.path, trust_remote_code=trust, gguf_file=request.gguf_file)
+        with _silent(), context as numbers:
             return report_of(numbers, trust_remote_code=trust, plugins=Plugins(request.config_dir, request.allow))
     except CfspError as error:
         raise _with_own_keys(error) from error

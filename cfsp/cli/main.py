@@ -37,12 +37,12 @@ from cfsp.config.parse import parse
 from cfsp.errors import CfspError, ConfigError, RunError, at_most, one_line, printable
 from cfsp.system import interrupts, processes
 from cfsp.system.names import RULE, is_name
+from cfsp.system.override_check import check_overrides
 from cfsp.system.package import config_folder
-from cfsp.system.words_check import check_words
 from cfsp.system.yaml_files import check_yaml
 
-#: First words that name a command -> the function that takes the words after it and returns the exit code. None stands
-#: for a run, which Hydra composes.
+#: First words that name a command -> the function that takes the arguments after it and returns the exit code. None
+#: stands for a run, which Hydra composes.
 COMMANDS = {
     "prune": None,
     "export": "cfsp.cli.export:main",
@@ -64,7 +64,7 @@ class _Session:
     """A call of the command line.
 
     Attributes:
-        words: the overrides.
+        overrides: the overrides of the command line.
         folder: the folder of --config-dir.
         sweep: whether -m is given.
         debug: whether debug=true is given.
@@ -72,7 +72,7 @@ class _Session:
         codes: exit code of each run so far.
     """
 
-    words: Sequence[str] = ()
+    overrides: Sequence[str] = ()
     folder: Path | None = None
     sweep: bool = False
     debug: bool = False
@@ -159,10 +159,10 @@ def _main(argv: list[str]) -> int:
         if command is not None:
             return _other(command, argv[2:], session)
         flags = _arguments(argv)
-        session.words, session.sweep = list(flags.overrides), flags.multirun
+        session.overrides, session.sweep = list(flags.overrides), flags.multirun
         session.folder = Path(flags.config_dir) if flags.config_dir else None
-        _check_names(session.words)
-        check_words(session.words, sweep=session.sweep)
+        _check_names(session.overrides)
+        check_overrides(session.overrides, sweep=session.sweep)
         _check_folder(session.folder)
         _task()
     except Exception as error:
@@ -185,7 +185,7 @@ def _command(argv: list[str]) -> str | None:
         return None
     if argv[1] not in COMMANDS:
         word = argv[1]
-        check_words([word])
+        check_overrides([word])
         if "." in word:
             raise explain(ValueError(word), [word])
         raise ConfigError(
@@ -210,7 +210,7 @@ def _check_folder(folder: Path | None) -> None:
             check_yaml(file, f"--config-dir {folder}: {file.relative_to(folder)}")
 
 
-def _other(command: str, words: list[str], session: _Session) -> int:
+def _other(command: str, overrides: list[str], session: _Session) -> int:
     """Run a command other than a run. It reports its own errors; errors of its import are reported here."""
     module, _, function = str(COMMANDS[command]).partition(":")
     if session.debug:
@@ -218,7 +218,7 @@ def _other(command: str, words: list[str], session: _Session) -> int:
     try:
         body = getattr(importlib.import_module(module), function)
         interrupts.raise_again()
-        code: int = body(words)
+        code: int = body(overrides)
         return code
     except CfspError as error:
         return _report(error, session)
@@ -240,27 +240,27 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = get_args_parser()
     parser.exit_on_error = False
     try:
-        known, unknown = parser.parse_known_args(argv[1:])
+        arguments, unknown = parser.parse_known_args(argv[1:])
     except argparse.ArgumentError as error:
         raise ConfigError(f"{error}; see cfsp --help") from error
-    if known.experimental_rerun:  # it loads a pickle, which runs what is in it
-        raise ConfigError("--experimental-rerun: not taken here; give the key=value words of that run again")
+    if arguments.experimental_rerun:  # it loads a pickle, which runs what is in it
+        raise ConfigError("--experimental-rerun: not taken here; give the key=value overrides of that run again")
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         way_out = "" if unknown[0].startswith("-") else "; write every key=value in one place, after the flags"
         raise ConfigError(f"{unknown[0]}: not understood here{suggest(unknown[0], flags)}{way_out}; see cfsp --help")
-    return known
+    return arguments
 
 
-def _check_names(words: Sequence[str]) -> None:
+def _check_names(overrides: Sequence[str]) -> None:
     """Refuse names that cannot be folders before Hydra makes the folders of a multirun."""
     problems = []
-    for word in words:
+    for word in overrides:
         if word.partition("=")[0].lstrip("+") not in _NAMES:
             continue
         try:
             override = OverridesParser.create().parse_override(word)
-        except (HydraException, ValueError):  # reported when all words are explained
+        except (HydraException, ValueError):  # reported when all overrides are explained
             continue
         several = override.is_discrete_sweep()
         for value in [*override.sweep_iterator()] if several else [override.value()]:
@@ -303,11 +303,11 @@ def _understood(error: Exception, session: _Session) -> Exception:
     if libraries := _out_of_addresses(error):
         return RunError(libraries)
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return explain(error, session.words, session.folder, sweep=session.sweep)
+        return explain(error, session.overrides, session.folder, sweep=session.sweep)
     if getattr(error, _OF_A_RUN, False):
         return error
     if isinstance(error, ValueError | TypeError | AttributeError | LookupError | RecursionError):
-        return explain(error, session.words, session.folder, sweep=session.sweep)
+        return explain(error, session.overrides, session.folder, sweep=session.sweep)
     if isinstance(error, OSError) and error.filename:
         return ConfigError(
             f"paths.output_dir: {error.filename} cannot be written ({error.strerror}); give another folder"
@@ -339,8 +339,8 @@ def _job_label(session: _Session) -> str:
     """Return the overrides that tell this run from the others of a multirun; empty outside of one."""
     if not _is_multirun():
         return ""
-    given = OverridesParser.create().parse_overrides(list(session.words))
-    same = {override.key_or_group for override in given if not override.is_sweep_override()}
+    parsed = OverridesParser.create().parse_overrides(list(session.overrides))
+    same = {override.key_or_group for override in parsed if not override.is_sweep_override()}
     own = [word for word in HydraConfig.get().overrides.task if word.partition("=")[0].lstrip("+~") not in same]
     return f"[{' '.join(own)}] " if own else ""
 

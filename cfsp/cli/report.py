@@ -32,26 +32,26 @@ out, or a table or figure that cannot be made while runs are missing; 2 wrong in
 _OWN = ("report", "results")
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(overrides: Sequence[str] | None = None) -> int:
     """Write the report; returns the exit code."""
-    return command("report", USAGE, words, _report)
+    return command("report", USAGE, overrides, _report)
 
 
-def _report(words: Sequence[str]) -> int:
-    own = {key: value for key, _, value in (word.partition("=") for word in words) if key in _OWN}
-    words = [word for word in words if word.partition("=")[0] not in _OWN]
+def _report(overrides: Sequence[str]) -> int:
+    own = {key: value for key, _, value in (word.partition("=") for word in overrides) if key in _OWN}
+    overrides = [word for word in overrides if word.partition("=")[0] not in _OWN]
     for key in own:
         if not own[key]:
             raise ConfigError(f"{key}= is empty: give a {'file' if key == 'report' else 'folder'}")
-    request, layout, collection = gather("report", words, empty=True)
+    request, layout, collection = gather("report", overrides, empty=True)
     unfinished = states(collection.missing)
     if not collection.runs and all(state.name == "missing" for _, state in unfinished):
-        raise no_record(request, records_of(request, words))
+        raise no_record(request, records_of(request, overrides))
     file = _file(own, request.experiment.name, request.variant)
     shown = contents(layout, collection, request.cells)
     for line in shown.refused:
         print(f"report: warning: {line}; left out while runs are missing", file=sys.stderr)
-    content = page(request, shown, collection, unfinished, file.parent, words)
+    content = page(request, shown, collection, unfinished, file.parent, overrides)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)

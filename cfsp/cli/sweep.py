@@ -36,10 +36,10 @@ Launchers: {launchers}
 """
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(overrides: Sequence[str] | None = None) -> int:
     """Run the sweep or list its state; returns the exit code."""
     usage = USAGE.format(experiments=", ".join(experiment_names()), launchers=options("launcher"))
-    return command("sweep", usage, words, lambda given: _sweep(request_of(given)))
+    return command("sweep", usage, overrides, lambda arguments: _sweep(request_of(arguments)))
 
 
 def _sweep(request: Request) -> int:
@@ -84,7 +84,7 @@ def _with_origin(problem: str, request: Request) -> str:
     """Add to a problem of the runs that the experiment sets its key, where the command line does not."""
     key = problem.partition(":")[0].partition("=")[0]
     entries = [*request.experiment.runs, request.experiment.variants[request.variant]]
-    if not any(key in entry for entry in entries) or key in request.given:
+    if not any(key in entry for entry in entries) or key in request.fixed:
         return problem
     return f"{problem} (experiment={request.experiment.name} says {key}; ~{key} on the command line leaves it out)"
 

@@ -14,7 +14,7 @@ from cfsp.config.compose import compose
 from cfsp.config.parse import parse
 from cfsp.errors import ConfigError
 from cfsp.sweep.composer import GridComposer
-from cfsp.sweep.experiment import experiment_folder, given_values
+from cfsp.sweep.experiment import experiment_folder, override_values
 from cfsp.sweep.request import Request, records_folder, request_of
 from cfsp.system import escape
 from cfsp.system.command import command
@@ -37,19 +37,19 @@ input.
 """
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(overrides: Sequence[str] | None = None) -> int:
     """Make the tables and figures; returns the exit code."""
-    return command("tables", USAGE, words, _tables)
+    return command("tables", USAGE, overrides, _tables)
 
 
-def _tables(words: Sequence[str]) -> int:
-    values = given_values(words)
+def _tables(overrides: Sequence[str]) -> int:
+    values = override_values(overrides)
     results = Path(str(values.get("results", "results")))
     if not values.get("results", "results"):
         raise ConfigError("results= is empty: give a folder")
-    words = [word for word in words if not word.startswith("results=")]
-    request, layout, collection = gather("tables", words)
-    shown = contents(request, layout, collection, "cfsp tables " + " ".join(words))
+    overrides = [word for word in overrides if not word.startswith("results=")]
+    request, layout, collection = gather("tables", overrides)
+    shown = contents(request, layout, collection, "cfsp tables " + " ".join(overrides))
     for line in shown.left_out:
         print(f"tables: {line}; left out", file=sys.stderr)
     for path, content in shown.files.items():
@@ -64,7 +64,7 @@ def _tables(words: Sequence[str]) -> int:
             print(content.decode())
     print("Written: " + " ".join(str(results / path) for path in shown.files))
     if values.get("logger", "none") != "none":
-        logger = parse(compose(request.cells[0].words)).logger.instance
+        logger = parse(compose(request.cells[0].overrides)).logger.instance
         artifact = {"/".join(path.parts): (results / path) for path in shown.files}
         folder = Path("outputs") / "tables" / request.experiment.name / request.variant
         logger.files(f"tables-{request.experiment.name}-{request.variant}", folder, artifact)
@@ -73,19 +73,19 @@ def _tables(words: Sequence[str]) -> int:
     return 1 if collection.damaged else 0
 
 
-def gather(tool: str, words: Sequence[str], *, empty: bool = False) -> tuple[Request, Layout, Collection]:
+def gather(tool: str, overrides: Sequence[str], *, empty: bool = False) -> tuple[Request, Layout, Collection]:
     """Read the command line, the layout of its experiment, and its records. Damaged records are named on stderr.
 
     Args:
         tool: name of the command, for messages.
-        words: words of the command line.
+        overrides: overrides of the command line.
         empty: whether there may be no record.
 
     Raises:
-        ConfigError: the words are wrong, there is no layout, or there is no record.
+        ConfigError: the overrides are wrong, there is no layout, or there is no record.
     """
-    request = request_of(words)
-    records = records_of(request, words)
+    request = request_of(overrides)
+    records = records_of(request, overrides)
     layout = load_layout(experiment_folder(request.experiment.name, "tables.yaml")).of_variant(request.variant)
     if empty and not records.is_dir():
         return request, layout, Collection([], list(request.cells), [], {})
@@ -120,10 +120,10 @@ def _outside_collector() -> Iterator[None]:
             gc.enable()
 
 
-def records_of(request: Request, words: Sequence[str]) -> Path:
-    """Return the folder with the records that the words ask for."""
+def records_of(request: Request, overrides: Sequence[str]) -> Path:
+    """Return the folder with the records that the overrides name."""
     default = records_folder(request.experiment.name, request.variant)
-    return Path(str(given_values(words).get("paths.records_dir", default)))
+    return Path(str(override_values(overrides).get("paths.records_dir", default)))
 
 
 def no_record(request: Request, records: Path) -> ConfigError:

@@ -55,37 +55,37 @@ class Request:
     trust_remote_code: bool = False
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(overrides: Sequence[str] | None = None) -> int:
     """Verify; returns the exit code."""
-    return command("cfsp", USAGE, words, lambda given: _verify(request_of(given)), verb="verify")
+    return command("cfsp", USAGE, overrides, lambda arguments: _verify(request_of(arguments)), verb="verify")
 
 
-def request_of(words: Sequence[str]) -> Request:
+def request_of(overrides: Sequence[str]) -> Request:
     """Read the command line.
 
     Raises:
         ConfigError: everything that is wrong with its keys and values.
     """
-    given, problems = plain_values(words, _KEYS, "verify")
-    names = [name.strip() for name in given.get("tools", ",".join(TOOLS)).strip("[]").split(",")]
+    values, problems = plain_values(overrides, _KEYS, "verify")
+    names = [name.strip() for name in values.get("tools", ",".join(TOOLS)).strip("[]").split(",")]
     problems += [
         f"tools={name}: there is no such tool{suggest(name, TOOLS)}; tools: {', '.join(TOOLS)}"
         for name in names
         if name not in TOOLS
     ]
-    trust = given.get("trust_remote_code", "false").lower()
+    trust = values.get("trust_remote_code", "false").lower()
     if trust not in ("true", "false"):
         problems.append(f"trust_remote_code={shown(trust)}: use true or false")
-    if "path" not in given and not problems:
+    if "path" not in values and not problems:
         problems.append("path is not set: give path=DIR, the folder of a saved model; see cfsp verify --help")
     if problems:
         raise ConfigError(*problems)
-    pythons = {key.removeprefix("python."): value for key, value in given.items() if key.startswith("python.")}
+    pythons = {key.removeprefix("python."): value for key, value in values.items() if key.startswith("python.")}
     return Request(
-        _model_at(Path(given["path"]).expanduser()),
+        _model_at(Path(values["path"]).expanduser()),
         tuple(TOOLS[name] for name in dict.fromkeys(names)),
         {name: str(Path(python).expanduser()) for name, python in pythons.items()},
-        Path(given["record"]).expanduser() if "record" in given else None,
+        Path(values["record"]).expanduser() if "record" in values else None,
         trust == "true",
     )
 

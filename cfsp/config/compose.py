@@ -18,8 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from cfsp.config.problems import shown, suggest
 from cfsp.errors import ConfigError, printable
+from cfsp.system.override_check import check_overrides
 from cfsp.system.package import config_folder
-from cfsp.system.words_check import check_words
 
 #: Groups that describe a sweep and not a run.
 OF_A_SWEEP = ("experiment", "launcher")
@@ -31,34 +31,36 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         ConfigError: an override is malformed, or a key, a group or an option is unknown.
     """
-    check_words(overrides)
+    check_overrides(overrides)
     try:
         return _compose(overrides)
-    except Exception as error:  # Hydra raises many classes for malformed words, TypeError among them
+    except Exception as error:  # Hydra raises many classes for malformed overrides, TypeError among them
         raise explain(error, overrides) from error
 
 
-def explain(error: Exception, words: Sequence[str], folder: Path | None = None, *, sweep: bool = False) -> ConfigError:
+def explain(
+    error: Exception, overrides: Sequence[str], folder: Path | None = None, *, sweep: bool = False
+) -> ConfigError:
     """Explain why Hydra refused a command line, with one line for each finding.
 
-    Hydra stops at the first word that it cannot apply and says so in many lines; here every word is checked.
+    Hydra stops at the first override that it cannot apply, and says so in many lines; here every override is checked.
 
     Args:
         error: error of Hydra.
-        words: words of the command line.
+        overrides: overrides of the command line, as given.
         folder: folder with further groups and options, from ``--config-dir``.
         sweep: whether it is the command line of a multirun, in which a key may have several values.
     """
     folders = [config_folder(), *([folder] if folder is not None and folder.is_dir() else [])]
-    problems = list(_findings(words, folders, sweep=sweep))
-    return ConfigError(*problems) if problems else ConfigError(_hydra_reason(error, words))
+    problems = list(_findings(overrides, folders, sweep=sweep))
+    return ConfigError(*problems) if problems else ConfigError(_hydra_reason(error, overrides))
 
 
-def _hydra_reason(error: Exception, words: Sequence[str]) -> str:
-    """Return Hydra's message on one line, with the word that caused it if that can be told."""
+def _hydra_reason(error: Exception, overrides: Sequence[str]) -> str:
+    """Return Hydra's message on one line, with the override that caused it if that can be told."""
     reason = printable(str(error).partition("Config search path")[0]) or type(error).__name__
     reason = re.sub(r"^In '[^']*': ", "", reason)
-    causes = [word for word in words if word in reason or _key_of(word) in reason]
+    causes = [word for word in overrides if word in reason or _key_of(word) in reason]
     if len(causes) != 1 or causes[0] in reason:
         return f"{reason}; all keys: cfsp --cfg job"
     return f"{causes[0]}: not applied ({reason}); all keys: cfsp --cfg job"
@@ -78,9 +80,9 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
         GlobalHydra.instance().hydra = outer
 
 
-def _findings(words: Sequence[str], folders: Sequence[Path], *, sweep: bool) -> Iterator[str]:
+def _findings(overrides: Sequence[str], folders: Sequence[Path], *, sweep: bool) -> Iterator[str]:
     parser, malformed, choices, values = OverridesParser.create(), [], [], []
-    for word in words:
+    for word in overrides:
         try:
             override = parser.parse_override(word)
         except Exception:  # a RecursionError among them
@@ -202,7 +204,7 @@ def _nearest(key: str, known: Iterable[str], prefix: str = "", suffix: str = "")
 
 
 def _way_out(word: str, parser: OverridesParser) -> str:
-    """Describe how to write a word that Hydra cannot parse; suggest quotes only if Hydra parses the word with them."""
+    """Describe how to write an override that Hydra cannot parse; suggest quotes only if Hydra parses it with them."""
     key, equals, value = word.partition("=")
     if re.match(r"(range|choice|interval|glob|sort|shuffle|tag)\(", value):
         return "a sweep is written with -m as key=a,b,c, key=range(FIRST,END,STEP) or key=choice(a,b)"

@@ -1,4 +1,4 @@
-"""Command lines that Hydra does not parse: plain ``key=value`` words."""
+"""Command lines that Hydra does not parse: plain ``key=value`` overrides."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from cfsp.config.problems import suggest
 from cfsp.errors import one_line
 
 
-def plain_values(words: Sequence[str], keys: Collection[str], command: str) -> tuple[dict[str, str], list[str]]:
-    """Parse the words after ``cfsp COMMAND``.
+def plain_values(overrides: Sequence[str], keys: Collection[str], command: str) -> tuple[dict[str, str], list[str]]:
+    """Parse the overrides after ``cfsp COMMAND``.
 
     Args:
-        words: words of the command line.
+        overrides: overrides of the command line, as given.
         keys: keys that the command knows.
         command: name of the command, for messages.
 
@@ -21,7 +21,7 @@ def plain_values(words: Sequence[str], keys: Collection[str], command: str) -> t
     """
     given: dict[str, str] = {}
     problems = []
-    for word in words:
+    for word in overrides:
         key, equals, value = word.partition("=")
         if not equals:
             problems.append(f"{word}: is not key=value; see cfsp {command} --help")

@@ -107,8 +107,8 @@ def _json_rows(path: Path, label: str) -> Iterator[tuple[str, Any]]:
                 f"{label}: an array of more than {MAX_ARRAY:,} characters, which would be parsed as a whole; write one "
                 "row a line (.jsonl), which has no such limit"
             )
-        whole = parse_row(text, label, "the array")
-        yield from ((f"row {number}", row) for number, row in enumerate(whole, 1))
+        array = parse_row(text, label, "the array")
+        yield from ((f"row {number}", row) for number, row in enumerate(array, 1))
         return
     for number, line in chain([first], source):
         if line.strip():

@@ -162,9 +162,9 @@ def _txt_documents(path: Path, label: str, txt_rows: str) -> Iterator[str]:
 def added_before(tokenizer: Any) -> list[int]:
     """Return the ids that a tokenizer itself adds before a text: BOS for Gemma and LLaMA, none for Qwen and GPT-2."""
     plain = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
-    whole = list(tokenizer("a", verbose=False)["input_ids"])
-    starts = range(len(whole) - len(plain) + 1) if plain else ()
-    return next((whole[:start] for start in starts if whole[start : start + len(plain)] == plain), [])
+    ids = list(tokenizer("a", verbose=False)["input_ids"])
+    starts = range(len(ids) - len(plain) + 1) if plain else ()
+    return next((ids[:start] for start in starts if ids[start : start + len(plain)] == plain), [])
 
 
 def settled(section: Section, tokenizer: Any) -> Section:

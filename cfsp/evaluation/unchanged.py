@@ -90,12 +90,12 @@ def _checksum(tensor: Tensor) -> str:
     data = tensor.contiguous().reshape(-1).view(torch.uint8)
     if data.storage_offset() % 8:  # 64-bit words begin at multiples of 8 bytes
         data = data.clone()
-    words = data[: len(data) // 8 * 8].view(torch.int64)
-    whole = len(words) // _ROW * _ROW
-    rows = words[:whole].view(-1, _ROW)
+    integers = data[: len(data) // 8 * 8].view(torch.int64)
+    in_rows = len(integers) // _ROW * _ROW
+    rows = integers[:in_rows].view(-1, _ROW)
     # Weighting row and column sums by position notices moved values without a temporary of the tensor's size.
-    sums = [_position_weighted_sum(part) for part in (rows.sum(1), rows.sum(0), words[whole:])]
-    return label + f"{sums} {data[len(words) * 8 :].tolist()}"
+    sums = [_position_weighted_sum(part) for part in (rows.sum(1), rows.sum(0), integers[in_rows:])]
+    return label + f"{sums} {data[len(integers) * 8 :].tolist()}"
 
 
 def _position_weighted_sum(values: Tensor) -> int:

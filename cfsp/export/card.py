@@ -283,8 +283,8 @@ def _lacks_attention(facts: Mapping[str, Any]) -> bool:
 
 
 def _calibration_text(calibration: Mapping[str, Any]) -> str:
-    known = {"n_samples", "seq_len"} <= calibration.keys()
-    sizes = f"{calibration['n_samples']} windows of {calibration['seq_len']} tokens" if known else ""
+    has_size = {"n_samples", "seq_len"} <= calibration.keys()
+    sizes = f"{calibration['n_samples']} windows of {calibration['seq_len']} tokens" if has_size else ""
     return ", ".join(part for part in (str(calibration.get("name", "")), sizes) if part) or "none"
 
 

@@ -131,10 +131,10 @@ class Submitit(Launcher):
         # Ids of jobs come again (process ids; a Slurm that was set up anew), so each submission has a folder of its own
         # and never reads the result of an earlier job.
         folder = Path(self.submitit_folder) / f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
-        words = [job.cell.words for job in jobs]
+        commands = [job.cell.overrides for job in jobs]
         try:
             with environment(self.variables()):
-                handles = self._executor(folder, places).map_array(Run(str(Path.cwd())), words)
+                handles = self._executor(folder, places).map_array(Run(str(Path.cwd())), commands)
         except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
             raise ConfigError(f"launcher={self.option}: the runs were not submitted ({error})") from error
         submitted = [Submitted(job, handle) for job, handle in zip(jobs, handles, strict=True)]
@@ -146,11 +146,11 @@ class Submitit(Launcher):
         from submitit import AutoExecutor
 
         shared = {field.name for field in fields(BaseQueueConf)}
-        given = {key: value for key, value in self.settings(places).items() if value is not None}
-        creating = {f"{self.executor}_{key}": given.pop(key) for key in ("max_num_timeout",) if key in given}
+        settings = {key: value for key, value in self.settings(places).items() if value is not None}
+        creating = {f"{self.executor}_{key}": settings.pop(key) for key in ("max_num_timeout",) if key in settings}
         executor = AutoExecutor(folder=folder, cluster=self.executor, **creating)
-        names = {key: key if key in shared else f"{self.executor}_{key}" for key in given}
-        executor.update_parameters(**{names[key]: value for key, value in given.items()})
+        names = {key: key if key in shared else f"{self.executor}_{key}" for key in settings}
+        executor.update_parameters(**{names[key]: value for key, value in settings.items()})
         return executor
 
     def settings(self, places: int) -> dict[str, Any]:
@@ -221,25 +221,25 @@ class SubmititLocal(Submitit):
 
 
 class Run:
-    """Callable that submitit sends to a job, with the words of a run's command line."""
+    """Callable that submitit sends to a job, with the overrides of a run's command line."""
 
     def __init__(self, folder: str) -> None:
         """Run in ``folder``, the working folder of the sweep command."""
         self.folder = folder
 
-    def __call__(self, words: Sequence[str]) -> Outcome:
-        """Run the job, whose command line has the ``words``."""
+    def __call__(self, overrides: Sequence[str]) -> Outcome:
+        """Run the job, whose command line has these overrides."""
         from cfsp.system.logs import quiet
 
         os.chdir(self.folder)
         quiet()
-        return do(words, BaseModels())
+        return do(overrides, BaseModels())
 
-    def checkpoint(self, words: Sequence[str]) -> Any:
+    def checkpoint(self, overrides: Sequence[str]) -> Any:
         """Return the job that submitit starts again where the time was up and ``max_num_timeout`` allows it."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self, words)
+        return DelayedSubmission(self, overrides)
 
 
 def _is_planned(job: Job) -> bool:

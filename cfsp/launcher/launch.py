@@ -157,7 +157,7 @@ class _Worker:
         """Start a job."""
         self.job = job
         with contextlib.suppress(OSError):  # it has died: result() says so
-            self.connection.send(job.cell.words)
+            self.connection.send(job.cell.overrides)
 
     def result(self) -> tuple[Job, Outcome]:
         """Return the job that has ended, and how it ended."""
@@ -224,8 +224,10 @@ def _shares(number: int, of: int) -> dict[str, str]:
     """Return the environment of a worker: its GPU, or its share of the cores where there are no GPUs."""
     import torch
 
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = [name for name in given.split(",") if name] if given else [str(n) for n in range(torch.cuda.device_count())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = (
+        [name for name in visible.split(",") if name] if visible else [str(n) for n in range(torch.cuda.device_count())]
+    )
     if gpus:
         return {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
     if "OMP_NUM_THREADS" in os.environ:

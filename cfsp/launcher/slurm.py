@@ -119,7 +119,7 @@ class Slurm(Submitit):
         """Note the job of each run in its folder, and print the name of the array."""
         for run in runs:
             run.job.out.mkdir(parents=True, exist_ok=True)
-            note = {"folder": str(folder), "id": run.handle.job_id, "words": run.job.cell.words}
+            note = {"folder": str(folder), "id": run.handle.job_id, "words": run.job.cell.overrides}
             (run.job.out / NOTE).write_text(json.dumps(note), encoding="utf-8")
         (name,) = _arrays([run.handle for run in runs])
         print(f"{len(runs)} runs submitted to Slurm, job {name}; what the jobs write: {folder}", flush=True)
@@ -168,10 +168,10 @@ class SlurmQueue:
 
 
 def _note(job: Job) -> dict[str, str] | None:
-    """Return the note of the run's submission, where it was submitted with the same words."""
+    """Return the note of the run's submission, where it was submitted with the same overrides."""
     try:
         note = json.loads((job.out / NOTE).read_text(encoding="utf-8"))
-        return note if tuple(note["words"]) == job.cell.words else None
+        return note if tuple(note["words"]) == job.cell.overrides else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -42,11 +42,11 @@ def load_model(
 
     source = with_weights(source)
     config = decided_config(source, trust_remote_code=trust_remote_code)
-    whole = source.part == "whole"
+    is_text_model = source.part == "whole"
     try:
-        loaded: Any = (AutoModelForCausalLM if whole else AutoModelForImageTextToText).from_pretrained(
+        loaded: Any = (AutoModelForCausalLM if is_text_model else AutoModelForImageTextToText).from_pretrained(
             readable_by_transformers(source.folder),
-            config=config if whole else None,
+            config=config if is_text_model else None,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
@@ -69,7 +69,7 @@ def load_model(
             f"model.path={source.origin}: {len(lost)} stored tensors have no place in {type(model).__name__}, first "
             f"{lost[0]}; the folder's config.json and safetensors do not belong together"
         )
-    if not whole:
+    if not is_text_model:
         model = language_model_of(model, config, source)
     name = first_non_finite(model)
     if name is not None:

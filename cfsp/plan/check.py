@@ -169,8 +169,8 @@ def _check_kept(where: str, kept: Any) -> None:
 
 def _check_numbers(values: Mapping[str, Any]) -> None:
     for name, number in values.get("parameters", {}).items():
-        whole = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**63
-        _expect(whole, f"parameters.{name[:60]} must be a whole number")
+        is_index = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**63
+        _expect(is_index, f"parameters.{name[:60]} must be a whole number")
     for name, number in values["achieved"].items():
         finite = isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
         _expect(finite, f"achieved.{name[:60]} must be a number")

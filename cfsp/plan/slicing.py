@@ -116,8 +116,8 @@ def set_input_weights(weights: Sequence[tuple[Projection, Tensor]]) -> None:
         module: Any = projection.module
         stored = projection.parameter.detach().clone()
         rows = projection.rows_of(torch.arange(projection.out_features, device=stored.device))
-        whole = stored.T if is_transposed(module) else stored
-        whole[rows] = weight.to(stored.device, stored.dtype)
+        matrix = stored.T if is_transposed(module) else stored
+        matrix[rows] = weight.to(stored.device, stored.dtype)
         bias = None if module.bias is None else module.bias.detach()
         setattr(projection.owner, projection.name, _like(module, stored, bias))
 

@@ -56,11 +56,11 @@ def check_folder_code(folder: Path) -> bool:
     model_type = config.get("model_type") if isinstance(config, dict) else None
     files = sorted(_files(folder))
     code = [file for file in files if file.suffix.lower() == ".py"]
-    known = _known_files(folder, code, str(model_type))
+    shipped = _known_files(folder, code, str(model_type))
     for file in code:
-        if file not in known:
+        if file not in shipped:
             raise _foreign(folder, f"{file.relative_to(folder)} is not a file as cfsp writes it")
-    modules = {file.stem for file in known}
+    modules = {file.stem for file in shipped}
     for file in files:
         # transformers takes config.4.0.0.json for config.json where that says so.
         if file.suffix.lower() != ".json" or "config" not in file.name:
@@ -101,7 +101,7 @@ def is_shipped(text: str, names: Mapping[str, str]) -> bool:
 
 def _known_files(folder: Path, code: list[Path], model_type: str) -> set[Path]:
     """Return the files whose name and text are those that cfsp ships for the model type."""
-    known = set()
+    files = set()
     names: Mapping[str, str] = {}
     if code and model_type.startswith(PRUNED_PREFIX):
         from cfsp.pruned_model.family import family_names
@@ -119,8 +119,8 @@ def _known_files(folder: Path, code: list[Path], model_type: str) -> set[Path]:
             continue
         named_like_family = names and file.stem in (names["configuration_module"], names["modeling_module"])
         if (named_like_family and is_shipped(text, names)) or (file.name == _DECILM and _digest(text) in SHIPPED):
-            known.add(file)
-    return known
+            files.add(file)
+    return files
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -44,8 +44,8 @@ class Matrices:
     enter: Tensor
     down: Tensor
 
-    def plus(self, other: Matrices, scale: float | Tensor) -> Matrices:
-        return Matrices(self.enter + scale * other.enter, self.down + scale * other.down)
+    def plus(self, addend: Matrices, scale: float | Tensor) -> Matrices:
+        return Matrices(self.enter + scale * addend.enter, self.down + scale * addend.down)
 
     def times(self, other: Matrices) -> Matrices:
         return Matrices(self.enter * other.enter, self.down * other.down)

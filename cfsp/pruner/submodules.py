@@ -109,10 +109,10 @@ def _count(block: BlockView, names: tuple[str, ...]) -> int:
 
 def _seen_norms(view: DecoderView) -> dict[Kind, tuple[str, ...]]:
     """Seen in one pass of four tokens through the first block that has both submodules."""
-    whole = [b for b in view.blocks if b.ffn is not None and not b.attention_removed]
-    if not whole:
+    complete_blocks = [b for b in view.blocks if b.ffn is not None and not b.attention_removed]
+    if not complete_blocks:
         return dict.fromkeys(KINDS, ())
-    block = whole[0]
+    block = complete_blocks[0]
     of_kind = {kind: parts(block, kind) for kind in KINDS}
     with _Answered(), _experts_aside(view):
         entry = BlockDriver(view, 1).entry(torch.arange(4)[None])
@@ -151,14 +151,14 @@ def _alone(view: DecoderView, block: BlockView, kind: Kind, names: tuple[str, ..
     kwargs = entry.kwargs[block.index][0]
     hidden = torch.randn(entry.hidden[0].shape, generator=torch.Generator().manual_seed(0)).to(entry.hidden[0])
     try:
-        whole = hidden_of(clone(hidden.clone(), **kwargs))
+        expected = hidden_of(clone(hidden.clone(), **kwargs))
     except (ValueError, TypeError):  # GPT-OSS asks its mixture for two values: it cannot go, and is refused elsewhere
         return names
     alone = []
     for name in names:
         norm = getattr(clone, name)
         setattr(clone, name, nn.Identity())
-        if torch.equal(hidden_of(clone(hidden.clone(), **kwargs)), whole):
+        if torch.equal(hidden_of(clone(hidden.clone(), **kwargs)), expected):
             alone.append(name)
         setattr(clone, name, norm)
     return tuple(alone)

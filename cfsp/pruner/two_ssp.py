@@ -147,11 +147,11 @@ class TwoSSP(Pruner):
             UnsupportedModelError: blocks are unequal.
             BudgetError: the target cannot be met.
         """
-        ffn, attention, whole = self._parts(view, budget)
+        ffn, attention, block_size = self._parts(view, budget)
         n_blocks, sizes = len(view.blocks), Sizes.of(view)
         target = budget.ratio * sizes.of_scope(budget.scope) / sizes.decoder_parameters
         # The paper's s * B * P with the mean P. It is not simplified to s times the total, which could round otherwise.
-        removed = round(target * n_blocks * (whole / n_blocks))
+        removed = round(target * n_blocks * (block_size / n_blocks))
         legal = legal_widths(budget, sizes)
 
         def rate(n: int) -> float:

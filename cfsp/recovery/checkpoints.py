@@ -38,22 +38,22 @@ def read_seal(folder: Path, run_id: str) -> dict[str, Any] | None:
     """Return the content that this run sealed into ``folder``; None where it is not whole, or another run's."""
     try:
         content = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
-        whole = all((folder / name).stat().st_size == size for name, size in content["files"].items())
-        return content if whole and content["run_id"] == run_id else None
+        is_complete = all((folder / name).stat().st_size == size for name, size in content["files"].items())
+        return content if is_complete and content["run_id"] == run_id else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
 def last_whole(folder: Path, run_id: str) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest whole checkpoint of this run with the content of its seal; others are removed."""
-    whole: dict[int, tuple[Path, dict[str, Any]]] = {}
+    complete: dict[int, tuple[Path, dict[str, Any]]] = {}
     for path in folder.glob("checkpoint-*"):
         content = read_seal(path, run_id)
         if content is None:
             shutil.rmtree(path)
         else:
-            whole[int(content["step"])] = path, content
-    return whole[max(whole)] if whole else None
+            complete[int(content["step"])] = path, content
+    return complete[max(complete)] if complete else None
 
 
 def seal_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -68,13 +68,13 @@ def save_trained(model: nn.Module, folder: Path, run_id: str, record: dict[str, 
     """Keep what was trained of ``model``, and what the record says of it."""
     from safetensors.torch import save_file
 
-    whole = folder / "trained"
-    shutil.rmtree(whole, ignore_errors=True)
-    whole.mkdir(parents=True)
+    place = folder / "trained"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
     trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    with replacing(whole / "weights.safetensors") as partial:
+    with replacing(place / "weights.safetensors") as partial:
         save_file(trained, partial)
-    seal(whole, {"run_id": run_id, "record": record})
+    seal(place, {"run_id": run_id, "record": record})
 
 
 def load_trained(model: nn.Module, folder: Path, run_id: str) -> dict[str, Any] | None:

@@ -35,29 +35,29 @@ class GridComposer:
         self._by_choices: dict[tuple[str, ...], dict[str, Any]] = {}
         self._configs: dict[tuple[str, ...], RunConfig] = {}
 
-    def config(self, words: Sequence[str]) -> RunConfig:
-        """Return ``parse(compose(words))``.
+    def config(self, overrides: Sequence[str]) -> RunConfig:
+        """Return ``parse(compose(overrides))``.
 
         Raises:
-            ConfigError: the words cannot be composed, or the configuration is wrong.
+            ConfigError: the overrides cannot be composed, or the configuration is wrong.
         """
-        key = tuple(words)
+        key = tuple(overrides)
         if key not in self._configs:
             values = self._values(key)
             self._configs[key] = parse(compose(key) if values is None else values)
         return self._configs[key]
 
-    def _values(self, words: tuple[str, ...]) -> dict[str, Any] | None:
+    def _values(self, overrides: tuple[str, ...]) -> dict[str, Any] | None:
         """Return the whole configuration as plain values; None where only Hydra can compose it."""
-        overrides = [_parsed(word) for word in words]
-        choices = tuple(word for word, override in zip(words, overrides, strict=True) if _is_choice(override))
+        parsed = [_parsed(word) for word in overrides]
+        choices = tuple(word for word, override in zip(overrides, parsed, strict=True) if _is_choice(override))
         if choices not in self._by_choices:
             try:
                 self._by_choices[choices] = _plain(choices)
-            except ConfigError:  # Hydra's error about all the words says more
+            except ConfigError:  # Hydra's error about all overrides says more
                 return None
         values = _copied(self._by_choices[choices])
-        for override in overrides:
+        for override in parsed:
             if override is None or (not _is_choice(override) and not _put(values, override)):
                 return None
         return values if _fill_in(values) else None

@@ -18,8 +18,8 @@ from pydantic import Field, ValidationError, model_validator
 from cfsp.config.components import problems_of, suggest
 from cfsp.config.sections import Section
 from cfsp.errors import ConfigError
+from cfsp.system.override_check import check_overrides
 from cfsp.system.package import experiments_folder
-from cfsp.system.words_check import check_words
 from cfsp.system.yaml_files import check_yaml
 
 #: File of an experiment that holds its grid of runs.
@@ -34,15 +34,15 @@ class Cell:
     """A run of the grid.
 
     Attributes:
-        words: words of its command line.
+        overrides: overrides of its command line.
         point: its place in the grid, by key and value, as tables show it.
     """
 
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     point: Mapping[str, str]
 
     def __str__(self) -> str:
-        return " ".join(self.words)
+        return " ".join(self.overrides)
 
 
 class Experiment(Section):
@@ -69,12 +69,12 @@ class Experiment(Section):
             raise ValueError(f"variant_runs.{unknown[0]}: no such variant; variants: {', '.join(self.variants)}")
         return self
 
-    def cells(self, variant: str, given: Mapping[str, Values] | None = None) -> list[Cell]:
+    def cells(self, variant: str, fixed: Mapping[str, Values] | None = None) -> list[Cell]:
         """Return every run once, in order.
 
         Args:
             variant: name of the variant.
-            given: keys of the command line, which replace those of the experiment.
+            fixed: keys of the command line, which replace those of the experiment.
 
         Raises:
             ConfigError: there is no such variant.
@@ -86,9 +86,9 @@ class Experiment(Section):
             )
         cells: dict[tuple[str, ...], Cell] = {}
         for entry in self.variant_runs.get(variant, self.runs):
-            merged = {**entry, **self.variants[variant], **(given or {})}
+            merged = {**entry, **self.variants[variant], **(fixed or {})}
             for cell in _product({key: values for key, values in merged.items() if values != []}):
-                cells.setdefault(tuple(sorted(cell.words)), cell)
+                cells.setdefault(tuple(sorted(cell.overrides)), cell)
         return list(cells.values())
 
 
@@ -138,19 +138,19 @@ def read_experiment(path: Path) -> Experiment:
         raise ConfigError(*(f"experiment={path.parent.name}: {line}" for line in lines)) from error
 
 
-def given_values(words: Sequence[str]) -> dict[str, Values]:
+def override_values(overrides: Sequence[str]) -> dict[str, Values]:
     """Parse ``key=value``, ``key=a,b,c`` and ``~key`` (leave the experiment's key out) of a command line.
 
     Returns:
         The value of each key: a string, a list of strings, or an empty list for ``~key``.
 
     Raises:
-        ConfigError: a word of another form.
+        ConfigError: an override of another form.
     """
-    check_words(words)
+    check_overrides(overrides)
     values_by_key: dict[str, Values] = {}
     parser = OverridesParser.create()
-    for word in words:
+    for word in overrides:
         try:
             override = parser.parse_override(word)
             if not override.key_or_group or (not word.partition("=")[1] and not override.is_delete()):
@@ -169,14 +169,14 @@ def given_values(words: Sequence[str]) -> dict[str, Values]:
 def _product(entry: Mapping[str, Values]) -> Iterator[Cell]:
     axes = [_choices(key, values) for key, values in entry.items()]
     for choice in product(*axes):
-        words = tuple(word for _, _, given in choice for word in given)
-        yield Cell(words, {key: label for key, label, _ in choice})
+        overrides = tuple(word for _, _, given in choice for word in given)
+        yield Cell(overrides, {key: label for key, label, _ in choice})
 
 
 def _choices(key: str, values: Values) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Return key, label and words for each value."""
+    """Return key, label and overrides for each value."""
     if isinstance(values, dict):
-        return [(key, label, tuple(words)) for label, words in values.items()]
+        return [(key, label, tuple(overrides)) for label, overrides in values.items()]
     texts = [_text(value) for value in (values if isinstance(values, list) else [values])]
     return [(key, text, (f"{key}={text}",)) for text in texts]
 

@@ -88,7 +88,7 @@ def jobs_of(cells: Iterable[Cell]) -> list[Job]:
     configs: list[tuple[Cell, RunConfig]] = []
     for cell in cells:
         try:
-            configs.append((cell, parse(compose(cell.words))))
+            configs.append((cell, parse(compose(cell.overrides))))
         except CfspError as error:
             problems.update(dict.fromkeys(error.problems))
     jobs: dict[str, Job] = {}
@@ -124,7 +124,7 @@ def do(request: RunConfig | Sequence[str], bases: BaseModels) -> Outcome:
     """Run a job in this process; an error becomes a line of the outcome, the record holds the rest.
 
     Args:
-        request: its configuration, or the words of its command line.
+        request: its configuration, or the overrides of its command line.
         bases: keeps the base model between jobs.
     """
     start = time.perf_counter()

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from cfsp.config.components import build, suggest
 from cfsp.config.contracts import Launcher
 from cfsp.errors import ConfigError
-from cfsp.sweep.experiment import Cell, Experiment, Values, experiment_names, given_values, load_experiment
+from cfsp.sweep.experiment import Cell, Experiment, Values, experiment_names, load_experiment, override_values
 from cfsp.system.package import config_folder
 
 #: Keys of the sweep itself. All other keys go to the runs.
@@ -32,7 +32,7 @@ class Request:
         launcher: what starts the runs.
         status: list the state of the runs and run nothing.
         force: repeat finished runs.
-        given: keys of the command line that go to the runs.
+        fixed: overrides of the command line, which go to all runs.
     """
 
     experiment: Experiment
@@ -42,26 +42,26 @@ class Request:
     launcher: Launcher
     status: bool
     force: bool
-    given: Mapping[str, Values]
+    fixed: Mapping[str, Values]
 
     def named(self, cell: Cell) -> str:
         """Name a run by the keys that tell it from the others of the grid."""
         return " ".join(f"{key}={cell.point[key]}" for key in self.varying if key in cell.point) or str(cell)
 
 
-def request_of(words: Sequence[str]) -> Request:
+def request_of(overrides: Sequence[str]) -> Request:
     """Read a command line of a sweep or of its tables.
 
     Raises:
         ConfigError: a key or a value is wrong.
     """
-    given = given_values(words)
-    own = {key: given.pop(key) for key in [*given] if key in _OWN or key.startswith("launcher.")}
+    values = override_values(overrides)
+    own = {key: values.pop(key) for key in [*values] if key in _OWN or key.startswith("launcher.")}
     if "experiment" not in own:
         raise ConfigError(f"experiment is not set: give experiment=NAME; experiments: {', '.join(experiment_names())}")
     experiment = load_experiment(str(own["experiment"]))
     variant = str(own.get("variant", "bundled"))
-    cells = experiment.cells(variant, {**_default_overrides(experiment.name, variant, given), **given})
+    cells = experiment.cells(variant, {**_default_overrides(experiment.name, variant, values), **values})
     points = [cell.point for cell in cells]
     keys = dict.fromkeys(key for point in points for key in point)
     varying = [key for key in keys if len({point[key] for point in points if key in point}) > 1]
@@ -70,10 +70,10 @@ def request_of(words: Sequence[str]) -> Request:
         variant,
         cells,
         varying,
-        _launcher(own, _allowed(given)),
+        _launcher(own, _allowed(values)),
         status=_flag(own, "status"),
-        force=str(given.get("force", "false")).lower() == "true",
-        given=given,
+        force=str(values.get("force", "false")).lower() == "true",
+        fixed=values,
     )
 
 
@@ -82,16 +82,16 @@ def records_folder(name: str, variant: str) -> Path:
     return Path("results") / "records" / name / variant
 
 
-def _default_overrides(name: str, variant: str, given: Mapping[str, Values]) -> dict[str, Values]:
+def _default_overrides(name: str, variant: str, values: Mapping[str, Values]) -> dict[str, Values]:
     """Return the keys that a sweep sets unless the command line does."""
     defaults: dict[str, Values] = {
         "save.model": "false",
         "paths.output_dir": f"outputs/sweeps/{name}/{variant}",
         "paths.records_dir": str(records_folder(name, variant)),
     }
-    if given.get("logger", "wandb") == "wandb":
+    if values.get("logger", "wandb") == "wandb":
         defaults["logger.group"] = f"{name}-{variant}"
-    return {key: value for key, value in defaults.items() if key not in given}
+    return {key: value for key, value in defaults.items() if key not in values}
 
 
 def _launcher(own: Mapping[str, Values], allowed: Sequence[str] = ()) -> Launcher:
@@ -109,11 +109,11 @@ def _launcher(own: Mapping[str, Values], allowed: Sequence[str] = ()) -> Launche
     return build("launcher", values, allowed, Launcher).instance
 
 
-def _allowed(given: Mapping[str, Values]) -> list[str]:
+def _allowed(values: Mapping[str, Values]) -> list[str]:
     """Return the packages of ``plugins.allow``, whose launchers may be built too."""
-    if "plugins.allow" not in given:
+    if "plugins.allow" not in values:
         return []
-    packages = _value("plugins.allow", given["plugins.allow"])
+    packages = _value("plugins.allow", values["plugins.allow"])
     return [str(package) for package in packages] if isinstance(packages, list) else []
 
 

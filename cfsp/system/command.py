@@ -14,23 +14,23 @@ from cfsp.system.logs import quiet
 
 
 def command(
-    name: str, usage: str, words: Sequence[str] | None, body: Callable[[list[str]], int], *, verb: str = ""
+    name: str, usage: str, overrides: Sequence[str] | None, body: Callable[[list[str]], int], *, verb: str = ""
 ) -> int:
-    """Call ``body`` with the words of the command line; every error becomes one line on stderr and an exit code.
+    """Call ``body`` with the arguments of the command line; every error becomes one line on stderr and an exit code.
 
-    ``debug=true`` is removed from the words; it prints the traceback of an error.
+    ``debug=true`` is removed from the arguments; it prints the traceback of an error.
 
     Args:
         name: name of the program, which begins each line on stderr.
-        usage: text that ``--help``, or no words at all, prints.
-        words: words of the command line; None: those of this process.
-        body: does the work with the words; returns the exit code.
+        usage: text that ``--help``, or no argument at all, prints.
+        overrides: arguments of the command line; None: those of this process.
+        body: does the work with the arguments; returns the exit code.
         verb: command of ``name``, for the line about an unexpected error.
 
     Returns:
         The exit code.
     """
-    arguments = sys.argv[1:] if words is None else list(words)
+    arguments = sys.argv[1:] if overrides is None else list(overrides)
     if not arguments or any(word in ("-h", "--help") for word in arguments):
         try:
             print(usage, flush=True)

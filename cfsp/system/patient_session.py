@@ -180,10 +180,10 @@ class _Outage:
 
 def _set_timeout(request: Any, seconds: float) -> None:
     """Raise the time limits of a request to ``seconds``; a request without a limit gets one."""
-    given = dict(request.extensions.get("timeout") or {})
+    timeouts = dict(request.extensions.get("timeout") or {})
     for kind in ("connect", "read", "write", "pool"):
-        given[kind] = max(given.get(kind) or 0, TIMEOUT if kind == "connect" else seconds)
-    request.extensions = {**request.extensions, "timeout": given}
+        timeouts[kind] = max(timeouts.get(kind) or 0, TIMEOUT if kind == "connect" else seconds)
+    request.extensions = {**request.extensions, "timeout": timeouts}
 
 
 def _is_final(error: Exception) -> bool:

@@ -69,7 +69,7 @@ def collect(cells: Sequence[Cell], folder: Path, composer: GridComposer | None =
         )
     composer = composer or GridComposer()
     # First: this imports the classes of other packages that the cells name, which the records' settings are read by.
-    configurations = [composer.config(cell.words) for cell in cells]
+    configurations = [composer.config(cell.overrides) for cell in cells]
     damaged: list[str] = []
     by_science: dict[str, list[tuple[RunRecord, Parts]]] = {}
     files: dict[str, Path] = {}
@@ -116,7 +116,7 @@ def _same_contents(config: RunConfig, record: RunRecord) -> bool:
 
 def science_of(cell: Cell, composer: GridComposer | None = None) -> str:
     """:func:`science` of the run that a cell asks for."""
-    return science((composer or GridComposer()).config(cell.words).raw)
+    return science((composer or GridComposer()).config(cell.overrides).raw)
 
 
 def science(configuration: Mapping[str, Any]) -> str:

@@ -158,7 +158,7 @@ def page(
     collection: Collection,
     missing: Sequence[tuple[Cell, State]],
     folder: Path,
-    words: Sequence[str],
+    overrides: Sequence[str],
 ) -> bytes:
     """Render the page. The same records give the same bytes.
 
@@ -168,7 +168,7 @@ def page(
         collection: records of the experiment.
         missing: the runs without a record, with the state of each.
         folder: the folder that the page will be in, from which its links lead.
-        words: words of the command line, for the commands that the page names.
+        overrides: the overrides of the command line, for the commands that the page names.
     """
     columns = list({column.metric.label: column for table in shown.tables for column in table.columns}.values())
     columns = [column for column in columns if column != PRUNING_TIME]  # the page has a column for it already
@@ -208,7 +208,7 @@ def page(
         provenance=provenance(list({run.record.run_id: run.record for run in collection.runs}.values()))
         if collection.runs
         else [],
-        words=shlex.join(words),
+        overrides=shlex.join(overrides),
     )
     return (html + "\n").encode()
 

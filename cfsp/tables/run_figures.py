@@ -49,10 +49,10 @@ def columns_of(name: str, spec: MetricSpec, runs: Sequence[RecordedRun]) -> Iter
         yield OF_THE_RUN[spec]
         return
     pattern = spec if isinstance(spec, str) else spec.mean if isinstance(spec, MeanOf) else spec.gap
-    known = {key: None for run in runs for key in figures_of(run.record, result_side(run.record))}
-    members = [key for key in known if any(fnmatchcase("/".join(key), part.strip()) for part in pattern.split("|"))]
+    columns = {key: None for run in runs for key in figures_of(run.record, result_side(run.record))}
+    members = [key for key in columns if any(fnmatchcase("/".join(key), part.strip()) for part in pattern.split("|"))]
     if not members:
-        have = ", ".join("/".join(key) for key in known)
+        have = ", ".join("/".join(key) for key in columns)
         raise ConfigError(f"{name}: metrics={pattern}: no record has such a figure; there are {have}")
     if isinstance(spec, MeanOf):
         first = describe(*members[0])
@@ -74,8 +74,8 @@ def value_of(record: RunRecord, column: Column, side: str | None = None) -> floa
     if column.members == PEAK_MEMORY.members:
         return _pruning_peak(record) if side is None else None
     if column.gap:
-        whole = replace(column, gap=False)
-        dense, own = value_of(record, whole, "dense"), value_of(record, whole, side)
+        without_gap = replace(column, gap=False)
+        dense, own = value_of(record, without_gap, "dense"), value_of(record, without_gap, side)
         return log(own) - log(dense) if dense and own and min(dense, own) > 0 else None
     rows = figures_of(record, side or result_side(record))
     values = [rows[key]["value"] for key in column.members if key in rows]

@@ -74,9 +74,9 @@ def tolerance_of(float32: float, *computed: str, rounded: str = "float32") -> tu
         rounded: dtype to which only the weights were rounded since the reference.
     """
     coarsest = max(COARSE.values())
-    known = {"float32": (float32, float32), "float64": (float32, float32)}
-    weights = {**known, **ROUNDED}.get(rounded, coarsest)
-    return max(weights, *({**known, **COARSE}.get(dtype, coarsest) for dtype in computed))
+    tolerances = {"float32": (float32, float32), "float64": (float32, float32)}
+    weights = {**tolerances, **ROUNDED}.get(rounded, coarsest)
+    return max(weights, *({**tolerances, **COARSE}.get(dtype, coarsest) for dtype in computed))
 
 
 def compare(

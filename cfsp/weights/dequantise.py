@@ -113,9 +113,9 @@ def unable(settings: Any) -> str | None:
     """Return why transformers cannot dequantise weights of these settings on this machine; None where it can."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    known = _dequantised_by()
-    if not isinstance(settings, Mapping) or _name_of(settings) not in known:
-        return f"transformers does not dequantise this method; it does {', '.join(sorted(known))}"
+    supported = _dequantised_by()
+    if not isinstance(settings, Mapping) or _name_of(settings) not in supported:
+        return f"transformers does not dequantise this method; it does {', '.join(sorted(supported))}"
     try:
         with quiet():
             quantiser = AutoHfQuantizer.from_config(_to_dequantise(settings), pre_quantized=True)

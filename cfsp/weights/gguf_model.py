@@ -128,14 +128,16 @@ def unread_settings(header: GgufHeader) -> tuple[str, ...]:
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
     mapping: Mapping[str, Any] = GGUF_CONFIG_MAPPING
-    known = mapping.get(header.architecture)
-    if known is None:  # architectures with a reader of their own, or another name in transformers
+    read_keys = mapping.get(header.architecture)
+    if read_keys is None:  # architectures with a reader of their own, or another name in transformers
         return ()
     prefix = f"{header.architecture}."
     return tuple(
         f"{key}={value}"
         for key, value in header.metadata.items()
-        if key.startswith(prefix) and key.removeprefix(prefix) not in (*known, *_NEUTRAL) and value not in (0, False)
+        if key.startswith(prefix)
+        and key.removeprefix(prefix) not in (*read_keys, *_NEUTRAL)
+        and value not in (0, False)
     )
 
 

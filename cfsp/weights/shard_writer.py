@@ -127,9 +127,9 @@ def write_file(
             for spec in tensors:
                 name, tensor = next(source)
                 assert (name, tuple(tensor.shape)) == (spec.name, spec.shape)
-                whole = tensor.detach().to(device="cpu", dtype=spec.dtype).contiguous()
-                if whole.numel():
-                    writer.write(whole.reshape(-1).view(torch.uint8).numpy().data)
+                contiguous = tensor.detach().to(device="cpu", dtype=spec.dtype).contiguous()
+                if contiguous.numel():
+                    writer.write(contiguous.reshape(-1).view(torch.uint8).numpy().data)
             # The content must be on the disk before the file gets its name: after a power failure a file of the right
             # size without content would be taken for a finished one.
             stream.flush()

@@ -16,7 +16,7 @@ from cfsp.cli.sweep import main
 from cfsp.launcher.cluster import SubmititLocal
 from cfsp.launcher.slurm import Slurm
 from cfsp.record.run_record import RunRecord
-from cfsp.sweep.experiment import given_values
+from cfsp.sweep.experiment import override_values
 from cfsp.sweep.request import _launcher
 from cfsp.system.package import config_folder
 from tests.conftest import ROOT
@@ -124,7 +124,7 @@ def test_the_keys_are_the_plugins_and_the_files():
 
 
 def _sbatch(folder, *words: str) -> str:
-    launcher = _launcher({"launcher": "slurm", **given_values(words)})
+    launcher = _launcher({"launcher": "slurm", **override_values(words)})
     return launcher._executor(folder, 5)._executor._make_submission_file_text("true", "x")
 
 

@@ -44,7 +44,7 @@ def record_of(cell: Cell, perplexity: float, acc: float = 0.5, dense: float = 40
     values = {
         "run_id": re.sub(r"[^\w.-]", "_", "-".join(cell.point.values()))[:100],
         "status": "success",
-        "configuration": parse(compose(cell.words)).raw,
+        "configuration": parse(compose(cell.overrides)).raw,
         "identity": {"version": METHOD_VERSION},
         "environment": ENVIRONMENT,
         "model": {"fingerprint": "sha256:1", "dtype": "float32"},

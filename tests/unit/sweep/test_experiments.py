@@ -15,8 +15,8 @@ from cfsp.sweep.experiment import (
     Experiment,
     experiment_folder,
     experiment_names,
-    given_values,
     load_experiment,
+    override_values,
     read_experiment,
 )
 from cfsp.system.package import config_folder
@@ -41,9 +41,9 @@ def test_every_word_of_every_variant_composes_and_parses(name):
         assert len({str(cell) for cell in cells}) == len(cells)
         seen: set[str] = set()
         for cell in cells:
-            if not seen.issuperset(cell.words):  # every word once: the rest are combinations of these
-                parse(compose(cell.words))
-                seen.update(cell.words)
+            if not seen.issuperset(cell.overrides):  # every word once: the rest are combinations of these
+                parse(compose(cell.overrides))
+                seen.update(cell.overrides)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -81,16 +81,21 @@ def test_a_grid_is_the_product_of_each_entry_and_variants_replace():
 def test_values_reach_the_runs_as_they_are():
     long = "/" + "x" * 300
     experiment = Experiment(name="x", title="x", runs=[{"a": 1, "b": True, "c": None, "d": 0.5}], variants={"v": {}})
-    (cell,) = experiment.cells("v", given_values([f"e={long}", "f='two  words'"]))
-    assert cell.words == ("a=1", "b=true", "c=null", "d=0.5", f"e={long}", "f='two  words'")
+    (cell,) = experiment.cells("v", override_values([f"e={long}", "f='two  words'"]))
+    assert cell.overrides == ("a=1", "b=true", "c=null", "d=0.5", f"e={long}", "f='two  words'")
 
 
 def test_words_of_the_command_line():
-    assert given_values(["a=1", "b=x,y", "c=[1,2]", "d=null"]) == {"a": "1", "b": ["x", "y"], "c": "[1,2]", "d": "null"}
-    assert given_values(["~a"]) == {"a": []}
+    assert override_values(["a=1", "b=x,y", "c=[1,2]", "d=null"]) == {
+        "a": "1",
+        "b": ["x", "y"],
+        "c": "[1,2]",
+        "d": "null",
+    }
+    assert override_values(["~a"]) == {"a": []}
     for wrong in ("a", "a=[", "=3"):
         with pytest.raises(ConfigError, match="write key=value"):
-            given_values([wrong])
+            override_values([wrong])
 
 
 def _refused(capsys, *words: str) -> str:

@@ -105,7 +105,7 @@ def test_a_grid_is_composed_as_hydra_composes_each_run(name):
 
     cells, composer = request_of([f"experiment={name}"]).cells, GridComposer()
     for cell in cells[:: max(1, len(cells) // 4)]:
-        ours, theirs = composer.config(cell.words), parse(compose(cell.words))
+        ours, theirs = composer.config(cell.overrides), parse(compose(cell.overrides))
         assert json.dumps(ours.raw) == json.dumps(theirs.raw)
         assert ours == theirs
         assert science(ours.raw) == science(theirs.raw)

@@ -47,7 +47,7 @@ def test_records_are_found_by_what_they_decide_not_by_name_or_place(folder):
     assert elsewhere is not None
     elsewhere.configuration["paths"]["cache_dir"] = "/other"
     elsewhere.configuration["model"]["path"] = "/a/copy/of/the/model"
-    elsewhere.identity |= {**prepare(parse(compose(cells[0].words))).identity, "dtype": "another machine's"}
+    elsewhere.identity |= {**prepare(parse(compose(cells[0].overrides))).identity, "dtype": "another machine's"}
     elsewhere.configuration["logger"] = {}
     elsewhere.configuration["evaluation"]["perplexity"]["texts"]["another"] = {"path": "that was not measured"}
     elsewhere.write(path / "9.json")
@@ -198,7 +198,7 @@ def test_what_follows_from_the_model_may_differ_between_models():
 def test_alternatives_of_a_metric_and_two_rows_of_one_configuration(folder):
     path, cells = folder
     both = LAYOUT.model_copy(update={"metrics": ["zero_shot/none/acc | zero_shot/t*/acc"], "rows": ["arm"]})
-    same = [Cell(cells[0].words, {**cells[0].point, "arm": arm}) for arm in ("a", "b")]
+    same = [Cell(cells[0].overrides, {**cells[0].point, "arm": arm}) for arm in ("a", "b")]
     made = table("main", both, collect(same, path).runs)
     assert [column.metric.label for column in made.columns] == ["two, acc"]
     assert [row.label for row in made.sections[0][1]] == ["dense", "a", "b"]
@@ -397,7 +397,7 @@ def test_a_record_of_another_text_or_model_is_not_taken(tmp_path):
         cell_of("cfsp", 0, **small, **{"calibration.path": str(tmp_path / f"{name}.txt")})
         for name in ("a", "b", "c", "gone")
     )
-    record_of(a, 50.0, identity=prepare(parse(compose(a.words))).identity).write(tmp_path / "records" / "a.json")
+    record_of(a, 50.0, identity=prepare(parse(compose(a.overrides))).identity).write(tmp_path / "records" / "a.json")
     found = collect([a, b, c, gone], tmp_path / "records")
     assert [one.cell for one in found.runs] == [a, c], "the same file, and one with the same content"
     assert found.missing == [b, gone]

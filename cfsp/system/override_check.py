@@ -1,4 +1,4 @@
-"""Words of a command line that are refused before Hydra parses them.
+"""Overrides of a command line that are refused before Hydra parses them.
 
 Hydra's parser is recursive and takes seconds for a few kilobytes. It expands ranges in memory, and it merges a list of
 options into one group silently.
@@ -13,25 +13,25 @@ from math import isfinite, prod
 from cfsp.errors import ConfigError, printable
 from cfsp.system.package import config_folder
 
-#: Most characters of a word, levels of brackets and digits of a number.
+#: Most characters of an override, levels of brackets and digits of a number.
 MAX_LENGTH, MAX_DEPTH, MAX_DIGITS = 8_000, 16, 400
 #: Most runs of one sweep.
 MAX_RUNS = 10_000
 
 
-def check_words(words: Sequence[str], *, sweep: bool = False) -> None:
-    """Refuse words for which Hydra needs unbounded time or memory, or which it misreads.
+def check_overrides(overrides: Sequence[str], *, sweep: bool = False) -> None:
+    """Refuse overrides for which Hydra needs unbounded time or memory, or which it misreads.
 
     Args:
-        words: ``key=value``, as given.
+        overrides: ``key=value``, as given.
         sweep: whether several values mean several runs.
 
     Raises:
-        ConfigError: such words, one line each.
+        ConfigError: such overrides, one line each.
     """
-    problems = [problem for word in words if (problem := _problem(word)) is not None]
+    problems = [problem for word in overrides if (problem := _problem(word)) is not None]
     if not problems and sweep:
-        problems = [*_sweep_problems(words)]
+        problems = [*_sweep_problems(overrides)]
     if problems:
         raise ConfigError(*problems)
 
@@ -70,10 +70,10 @@ def _depth(word: str) -> int:
     return deepest
 
 
-def _sweep_problems(words: Sequence[str]) -> Iterator[str]:
+def _sweep_problems(overrides: Sequence[str]) -> Iterator[str]:
     """Yield a line for each sweep without a run, and for a sweep of more than MAX_RUNS runs."""
     counts = []
-    for word in words:
+    for word in overrides:
         key, _, value = word.partition("=")
         ranged = re.fullmatch(r"range\(([^()]*)\)", value.strip())
         if ranged is not None:
