@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 from tests.helpers.documents import FENCES, PAGES, TEXT, code_spans, command_lines, words_of
 
 #: Commands of other projects, whose words are not ours to check.
-_OF_OTHERS = {"vllm", "llama-server", "lm_eval", "jupyter", "source", "export", "git", "ruff", "mypy"}
+_OF_OTHERS = {"vllm", "llama-server", "llama-quantize", "lm_eval", "jupyter", "source", "export", "git", "ruff", "mypy"}
 #: Keys of tables and reports that are none of a sweep.
 _OF_TABLES = ("results=", "report=", "logger=")
 _GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())

@@ -267,6 +267,40 @@ def test_the_other_dtypes_load_and_are_near(python, tmp_path, dtype, tolerance):
     assert (ours - theirs).abs().max() <= tolerance
 
 
+#: Quantises FILE to OUT with llama.cpp's own quantiser; TYPE is the name of a file type in its Python binding.
+QUANTISE = """
+import ctypes, sys, llama_cpp
+settings = llama_cpp.llama_model_quantize_default_params()
+settings.ftype = getattr(llama_cpp, sys.argv[3])
+sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(settings)))
+"""
+
+
+@pytest.mark.parametrize(("kind", "largest"), [("Q4_K_M", 0.10), ("Q6_K", 0.02), ("Q8_0", 0.02)])
+def test_llama_cpp_quantises_a_pruned_file_whose_widths_are_in_256s(python, tmp_path, kind, largest):
+    """The mean NLL moves by what such types cost a dense model of this size, and every FFN matrix is a K-quant."""
+    from gguf import GGMLQuantizationType, GGUFReader
+
+    folder = shared("models", "books7m")
+    model = pruned(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), "ffn_to_1", 4096)
+    save_checkpoint(model, tmp_path / "model", source=folder)
+    file = export(read_folder(tmp_path / "model"), tmp_path / "f16.gguf", dtype="f16", multiple=256).place
+    words = [str(python), "-c", QUANTISE, str(file), str(tmp_path / "q.gguf"), f"LLAMA_FTYPE_MOSTLY_{kind}"]
+    process = subprocess.run(words, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-2000:]
+    used = {tensor.tensor_type for tensor in GGUFReader(tmp_path / "q.gguf").tensors if "ffn_" in tensor.name}
+    wide = {GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q6_K} if kind == "Q4_K_M" else {GGMLQuantizationType[kind]}
+    assert used - {GGMLQuantizationType.F32} == wide
+    ids = AutoTokenizer.from_pretrained(folder)(
+        shared("data", "text", "books_heldout.txt").read_text()[:4000]
+    ).input_ids
+    losses = []
+    for quantised in (file, tmp_path / "q.gguf"):
+        _, (logits,) = answered(python, tmp_path, quantised, [ids[:256]], greedy=0)
+        losses.append(float(torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(ids[1:256]))))
+    assert abs(losses[1] - losses[0]) < largest
+
+
 def test_a_file_that_llama_cpp_does_not_take_is_an_error_in_words(python, tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"no model")
     request = {"file": str(tmp_path / "model.gguf"), "token_ids": [[1]]}
