@@ -16,7 +16,8 @@ from torch import Tensor
 
 from cfsp.architecture.views import BlockView
 from cfsp.calibration.collectors import collecting
-from cfsp.calibration.gram import GramCollection, gram_sums
+from cfsp.calibration.gram import gram_sums
+from cfsp.calibration.gram_store import GramCollection
 from cfsp.calibration.statistics import BlockStatistics, Statistics
 from cfsp.model.driver import BlockDriver
 from cfsp.model.hidden_states import HiddenStates

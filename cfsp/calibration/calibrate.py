@@ -10,7 +10,8 @@ from cfsp.calibration.block_pass import Visit, block_by_block
 from cfsp.calibration.calibration_set import CalibrationSet
 from cfsp.calibration.collectors import COLLECTOR_VERSION, collecting, report
 from cfsp.calibration.expert_collectors import EXPERTS_VERSION
-from cfsp.calibration.gram import GramCollection, gram_sums
+from cfsp.calibration.gram import gram_sums
+from cfsp.calibration.gram_store import GramCollection
 from cfsp.calibration.statistics import Statistics
 from cfsp.calibration.statistics_cache import StatisticsCache
 from cfsp.model.driver import BlockDriver

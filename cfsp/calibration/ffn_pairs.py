@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cfsp.calibration.gram import subsample_tokens
+from cfsp.calibration.gram import HELD_OUT, subsample_tokens
 from cfsp.calibration.inputs import watch_inputs
 
 if TYPE_CHECKING:
     from cfsp.architecture.ffn import FFN
     from cfsp.architecture.views import BlockView
     from cfsp.model.hidden_states import HiddenStates
-
-#: One sequence (or token) of so many is held out.
-HELD_OUT = 4
 
 
 class FFNCapture:

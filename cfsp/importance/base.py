@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cfsp.architecture.ffn import FFN
     from cfsp.architecture.views import BlockView, Channels, DecoderView
     from cfsp.calibration.gradients import GradientTerms
-    from cfsp.calibration.gram import GramMatrices
+    from cfsp.calibration.gram_store import GramMatrices
     from cfsp.calibration.statistics import BlockStatistics, ExpertStatistics, InputStatistics, Statistics
     from cfsp.config.budget import Structure
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from cfsp.calibration.calibration_set import CalibrationSet
     from cfsp.calibration.gradients import GradientTerms
-    from cfsp.calibration.gram import GramMatrices, GramRequest
+    from cfsp.calibration.gram import GramRequest
+    from cfsp.calibration.gram_store import GramMatrices
     from cfsp.calibration.statistics import Statistics
     from cfsp.calibration.statistics_cache import StatisticsCache
     from cfsp.config.budget import Budget

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from cfsp.calibration.calibrate import calibrate
-from cfsp.calibration.gram import GRAM_VERSION, GramCollection, GramRequest
+from cfsp.calibration.gram import GRAM_VERSION, HELD_OUT, GramRequest, HoldOut
+from cfsp.calibration.gram_store import GramCollection
 from cfsp.calibration.statistics_cache import StatisticsCache
 from cfsp.config.identity import method_of
 from cfsp.errors import ConfigError
@@ -51,7 +53,7 @@ def plan_context(
         if structure is not None and "importance" in config.plans_with and not required(importance):
             scored[block.index] = score_block(block, statistics_of_block, importance, structure)
 
-    gram_request = _gram_request(config, structure, driver.view)
+    gram_request = _gram_request(config, structure, driver.view, len(calibration.input_ids))
     grams = (
         None
         if gram_request is None
@@ -84,7 +86,16 @@ def plan_context(
     return context, cached
 
 
-def _gram_request(config: RunConfig, structure: Structure | None, view: DecoderView) -> GramRequest | None:
+def _hold_out(requirements: Sequence[str], sequences: int) -> HoldOut:
+    """Choose what is held out: sequences where there are enough, because the tokens of one sequence are alike."""
+    if "held_out" not in requirements:
+        return "nothing"
+    return "sequences" if sequences >= HELD_OUT else "tokens"
+
+
+def _gram_request(
+    config: RunConfig, structure: Structure | None, view: DecoderView, sequences: int
+) -> GramRequest | None:
     """Return the Gram matrices that metric or pruner require, of the submodules that may lose units; None: none.
 
     Raises:
@@ -100,12 +111,12 @@ def _gram_request(config: RunConfig, structure: Structure | None, view: DecoderV
             "pruner, so that nobody knows of which projections; state it, or use a metric without them "
             "(importance=cfsp, wanda, flap)"
         )
-    kinds = submodules_of(structure)
+    kinds, hold_out = submodules_of(structure), _hold_out(requirements, sequences)
     memory = getattr(config.calibration, "memory_gb", None)
     limit = available(torch.device("cpu")) // 2 if memory is None else int(memory * 1e9)
     if view.device.type != "cpu":  # in one pass over the whole model they are added up where its weights are
         limit = min(limit, available(view.device) // 2)
-    return GramRequest(kinds, config.calibration.gram_share, limit)
+    return GramRequest(kinds, config.calibration.gram_share, limit, hold_out)
 
 
 def _gram_folder(
@@ -114,4 +125,5 @@ def _gram_folder(
     if cache is None:
         return None
     place = cache.path("gram", driver, calibration, GRAM_VERSION)
-    return place.with_name(f"{place.stem}-{gram_request.stride:g}-{'-'.join(gram_request.kinds)}")
+    held_out = "" if gram_request.hold_out == "nothing" else f"-held_out_{gram_request.hold_out}"
+    return place.with_name(f"{place.stem}-{gram_request.stride:g}-{'-'.join(gram_request.kinds)}{held_out}")

@@ -3,23 +3,28 @@
 With G = X^T X / tokens of the layer's inputs, K the kept and R the removed columns of W [d, N], the new columns
 minimise ||X W^T - X_K W'^T||^2 / tokens + ridge * mean(diag G) * ||W' - W_K||^2, whose solution is
 W' = W_K + W_R G_RK (G_KK + ridge mean(diag G) I)^-1. The columns are shrunk towards the ORIGINAL ones, so that a
-removal of nothing changes nothing, and the error on the tokens of G is never above that of the plain columns.
+removal of nothing changes nothing, and the error on the tokens of G is never above that of the plain columns. With
+ridge=auto the strength is chosen for each projection by tokens that are held out (:mod:`cfsp.pruner.ridge_path`).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from cfsp.plan.pruning_plan import BlockPlan, tensor_name
 from cfsp.pruner.compensation import removed_channels
+from cfsp.pruner.ridge_path import NormalEquations, choose_ridge
 
 if TYPE_CHECKING:
     from cfsp.architecture.views import BlockView
-    from cfsp.calibration.gram import GramMatrices
+    from cfsp.calibration.gram import Gram
+    from cfsp.calibration.gram_store import GramMatrices
 
+#: Strength of the pull towards the original columns; auto: chosen by tokens that are held out.
+Ridge = float | Literal["auto"]
 #: How often the ridge is raised tenfold where a Gram matrix is too ill-conditioned to be factored.
 _TRIES = 8
 
@@ -47,6 +52,39 @@ def refit(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float) -> Tensor:
     right = gram.index_select(0, kept).index_select(1, removed) @ weight.index_select(1, removed).T
     system = gram.index_select(0, kept).index_select(1, kept)
     return stay + solve(system, right, ridge * float(gram.diagonal().mean())).T
+
+
+def chosen_ridge(weight: Tensor, gram: Gram, kept: Tensor, *, centred: bool) -> float | None:
+    """Choose the ridge of :func:`refit` by the tokens that are held out.
+
+    Args:
+        weight: W [d, N].
+        gram: moments with those of the tokens that are held out.
+        kept: indices of K, ascending.
+        centred: whether a bias carries the mean, so that the columns fit what varies around it.
+
+    Returns:
+        The ridge; None where the columns should stay as they are.
+    """
+    fitted, held_out = gram.fitted(), gram.held_out
+    assert held_out is not None
+    matrices = [part.matrix.to(weight.device).double() for part in (fitted, held_out)]
+    if centred:  # the bias is that of the fitted tokens, so held-out moments are around the fitted mean too
+        mean, other = (part.mean.to(weight.device).double() for part in (fitted, held_out))
+        matrices[0] = matrices[0] - torch.outer(mean, mean)
+        matrices[1] = matrices[1] - torch.outer(other, mean) - torch.outer(mean, other) + torch.outer(mean, mean)
+    equations = [_equations(weight, matrix, kept) for matrix in matrices]
+    ridge, _ = choose_ridge(equations[0], equations[1], float(matrices[0].diagonal().mean()))
+    return ridge
+
+
+def _equations(weight: Tensor, gram: Tensor, kept: Tensor) -> NormalEquations:
+    """Return the normal equations of the change of the kept columns."""
+    is_removed = torch.ones(gram.shape[0], dtype=torch.bool, device=gram.device)
+    is_removed[kept] = False
+    rows, removed = gram.index_select(0, kept), is_removed.nonzero().flatten()
+    right = rows.index_select(1, removed) @ weight.double().index_select(1, removed).T
+    return NormalEquations(rows.index_select(1, kept), right)
 
 
 def corrected(weight: Tensor, gram: Tensor, cross: Tensor, share: float, ridge: float) -> Tensor:
@@ -84,10 +122,38 @@ def solve(system: Tensor, right: Tensor, damping: float) -> Tensor:
     return torch.zeros_like(right)  # such a matrix tells nothing: the columns stay as they are
 
 
+def chosen_correction_ridge(gram: Gram, cross: tuple[Tensor, Tensor]) -> float | None:
+    """Choose the ridge of :func:`corrected`; None where the weights should stay as they are.
+
+    Args:
+        gram: moments with those of the tokens that are held out.
+        cross: X^T E / tokens [N, d] of the tokens to fit to, and of those that are held out.
+    """
+    assert gram.held_out is not None
+    systems = [part.matrix.to(cross[0].device).double() for part in (gram.fitted(), gram.held_out)]
+    equations = [NormalEquations(system, right.double()) for system, right in zip(systems, cross, strict=True)]
+    return choose_ridge(equations[0], equations[1], float(systems[0].diagonal().mean()))[0]
+
+
 def least_squares_compensation(
-    block: BlockView, decision: BlockPlan, grams: GramMatrices, ridge: float
+    block: BlockView,
+    decision: BlockPlan,
+    grams: GramMatrices,
+    ridge: Ridge,
+    chosen: dict[str, Any] | None = None,
+    *,
+    fitted_alone: bool = False,
 ) -> dict[str, Tensor]:
-    """Return the refitted weights of one block, by their names in the plan; empty where nothing is removed."""
+    """Return the refitted weights of one block, by their names in the plan; empty where nothing is removed.
+
+    Args:
+        block: the block, dense.
+        decision: units of it that stay.
+        grams: Gram matrices of the model.
+        ridge: strength, or auto.
+        chosen: takes note of the ridges that auto has chosen: kind -> block -> ridge, None for no change.
+        fitted_alone: fit to the tokens that are not held out, so that the others can judge what starts from here.
+    """
     tensors = {}
     for kind, channels in block.channels.items():
         removed = removed_channels(block, decision, kind)
@@ -97,13 +163,23 @@ def least_squares_compensation(
         is_removed[removed] = False
         kept = is_removed.nonzero().flatten()
         weight, bias = channels.output.weight.detach(), channels.output.bias
-        gram = grams.read(block.index, kind)
-        matrix, mean = gram.matrix.to(weight.device), gram.mean.to(weight.device).double()
-        kept_indices = kept.to(weight.device)
-        if bias is None:
-            fitted = refit(weight, matrix, kept_indices, ridge)
-        else:  # the mean is the bias's to give back, as in FLAP, and the columns fit what varies around it
-            fitted = refit(weight, matrix.double() - mean[:, None] * mean, kept_indices, ridge)
+        gram, kept_indices = grams.read(block.index, kind), kept.to(weight.device)
+        strength: float | None
+        if ridge == "auto":
+            strength = chosen_ridge(weight, gram, kept_indices, centred=bias is not None)
+            if chosen is not None:
+                chosen.setdefault(kind, {})[str(block.index)] = strength
+        else:
+            strength = ridge
+        part = gram.fitted() if fitted_alone else gram
+        matrix, mean = part.matrix.to(weight.device), part.mean.to(weight.device).double()
+        if bias is not None:  # the mean is the bias's to give back, as in FLAP; columns fit what varies around it
+            matrix = matrix.double() - mean[:, None] * mean
+        if strength is None:
+            fitted = weight.double().index_select(1, kept_indices)
+        else:
+            fitted = refit(weight, matrix, kept_indices, strength)
+        if bias is not None:
             lost = weight.double() @ mean - fitted @ mean[kept_indices]
             tensors[tensor_name(block.index, kind)] = (bias.detach().double() + lost).float().cpu()
         tensors[tensor_name(block.index, kind, "weight")] = fitted.to(weight.dtype).cpu().contiguous()

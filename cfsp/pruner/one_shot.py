@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from cfsp.architecture.latent import has_latent_attention
 from cfsp.config.budget import Structure
 from cfsp.config.components import component
 from cfsp.config.contracts import Pruner, Unit
@@ -20,7 +19,7 @@ from cfsp.plan.pruning_plan import BlockPlan
 from cfsp.pruner.choice import best
 from cfsp.pruner.expert_choice import ExpertScore, Unseen, best_experts, score_whole_experts, with_unseen_kept
 from cfsp.pruner.expert_limits import RANKED_BY_WEIGHTS, check_expert_settings, check_expert_widths, expert_notes
-from cfsp.pruner.units import count_experts, count_kv_groups, count_neurons
+from cfsp.pruner.units import count_experts, count_kv_groups, count_neurons, heads_stay
 from cfsp.sparsity.budget import (
     Sizes,
     SubmoduleKind,
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cfsp.architecture.views import BlockView, DecoderView
-    from cfsp.calibration.gram import GramMatrices
+    from cfsp.calibration.gram_store import GramMatrices
     from cfsp.calibration.statistics import BlockStatistics
     from cfsp.config.budget import Budget
     from cfsp.config.components import Component
@@ -64,7 +63,8 @@ class OneShotPruner(Pruner):
             ``sequential``: each FFN is then refitted whole, gate and up too (:mod:`cfsp.pruner.gauss_newton`).
         sequential: whether the units of a block are chosen (and compensated) on the hidden states of the pruned blocks
             before it, as in FLAP's repository for Wanda-SP. The widths still come from the dense pass.
-        ridge: strength that holds refitted columns at the original ones, relative to the mean square of the inputs.
+        ridge: strength that holds refitted columns at the original ones, relative to the mean square of the inputs;
+            auto: chosen for each projection by the error on every fourth sequence, which is held out.
         correction: share of the change by earlier pruned blocks that each FFN makes up for, where blocks are refitted
             in sequence; 0: the FFN gives its own dense output, 1: the dense model's hidden state leaves the block.
         newton_steps: steps of gauss_newton, at most.
@@ -77,7 +77,7 @@ class OneShotPruner(Pruner):
     structure: Structure = "ffn"
     compensation: Literal["none", "bias", "least_squares", "gauss_newton"] = "none"
     sequential: bool = False
-    ridge: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
+    ridge: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = 1e-3
     correction: Annotated[float, Field(ge=0, le=1)] = 0.5
     newton_steps: Annotated[int, Field(ge=1)] = 2
     cg_iterations: Annotated[int, Field(ge=1)] = 20
@@ -121,7 +121,8 @@ class OneShotPruner(Pruner):
     @property
     def requires(self) -> tuple[str, ...]:  # type: ignore[override]
         """Items of the calibration that the compensation needs."""
-        return ("gram",) if self.refits else ()
+        held_out = ("held_out",) if self.ridge == "auto" else ()
+        return ("gram", *held_out) if self.refits else ()
 
     @property
     def refits(self) -> bool:
@@ -249,8 +250,10 @@ class OneShotPruner(Pruner):
         if self.structure == "experts" and self.unseen_experts == "keep":
             sizes = with_unseen_kept(view, sizes, statistics)
 
+        ridges: dict[str, Any] = {}
+
         def compensate(block: BlockView, decision: BlockPlan) -> dict[str, Tensor]:
-            return self.compensate(block, decision, statistics.blocks[block.index], context.grams)
+            return self.compensate(block, decision, statistics.blocks[block.index], context.grams, ridges)
 
         chosen = choose_widths(context, scores, sizes, self._with_biases(view, context.budget), compensate)
         notes = dict(chosen.notes)
@@ -262,6 +265,7 @@ class OneShotPruner(Pruner):
             notes |= pruned.notes
         else:
             decisions, tensors = self._decide(context, scores, chosen.widths, compensate)
+            notes |= {"chosen_ridge": ridges} if ridges else {}
         unseen = RANKED_BY_WEIGHTS
         if self.structure == "experts":
             unseen = f"{'stay' if self.unseen_experts == 'keep' else 'go first'} (pruner.unseen_experts)"
@@ -319,29 +323,24 @@ class OneShotPruner(Pruner):
         return replace(budget, ratio=budget.ratio + added / Sizes.of(view).of_scope(budget.scope))
 
     def compensate(
-        self, block: BlockView, decision: BlockPlan, statistics: BlockStatistics, grams: GramMatrices | None
+        self,
+        block: BlockView,
+        decision: BlockPlan,
+        statistics: BlockStatistics,
+        grams: GramMatrices | None,
+        ridges: dict[str, Any],
+        *,
+        fitted_alone: bool = False,
     ) -> dict[str, Tensor]:
-        """Compensate the outputs of one block for the units that go, in closed form; gauss_newton starts from there."""
+        """Compensate the outputs of one block for the units that go, in closed form; gauss_newton starts from there.
+
+        ``ridges`` and ``fitted_alone``: see :func:`cfsp.pruner.least_squares.least_squares_compensation`.
+        """
         from cfsp.pruner.compensation import bias_compensation
         from cfsp.pruner.least_squares import least_squares_compensation
 
         if self.compensation == "bias":
             return bias_compensation(block, decision, statistics)
         if self.refits and grams is not None:
-            return least_squares_compensation(block, decision, grams, self.ridge)
+            return least_squares_compensation(block, decision, grams, self.ridge, ridges, fitted_alone=fitted_alone)
         return {}
-
-
-def heads_stay(view: DecoderView) -> str | None:
-    """Say why KV groups cannot be removed from a model; None where they can."""
-    for block in view.blocks:
-        if block.attention is not None and block.attention.fixed:
-            return f"the heads of block {block.index} cannot be taken apart: {block.attention.fixed}"
-        if block.attention is None and not block.attention_removed:
-            if has_latent_attention(block.module):
-                return f"block {block.index} has multi-head latent attention, whose heads share one latent"
-            return (
-                f"block {block.index} has no attention that is recognised (q_proj, k_proj, v_proj or a fused qkv, and "
-                "an output projection, of whole heads)"
-            )
-    return None

@@ -15,14 +15,15 @@ from cfsp.architecture.activation import activation_of
 from cfsp.architecture.ffn import FFN, ffn_of
 from cfsp.calibration.collectors import collecting
 from cfsp.calibration.ffn_pairs import FFNPairs, capturing_ffn
-from cfsp.calibration.gram import CrossSums, InMemory, gram_sums, reported
+from cfsp.calibration.gram import HELD_OUT, CrossSums, gram_sums, reported
+from cfsp.calibration.gram_store import InMemory
 from cfsp.importance.base import score_block
 from cfsp.model.snapshot import restored
 from cfsp.plan.pruning_plan import BlockPlan
 from cfsp.plan.slice_block import slice_block
 from cfsp.plan.slicing import set_output_weight
 from cfsp.pruner.ffn_refit import refit_ffn
-from cfsp.pruner.least_squares import corrected
+from cfsp.pruner.least_squares import chosen_correction_ridge, corrected
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +40,13 @@ log = logging.getLogger(__name__)
 
 #: How much half of a block's outputs may move beside the shift of its FFN's output, relative to the shift.
 _ROUNDING = 0.02
+#: After so many blocks in a row whose Gauss-Newton refit raised the error on held-out tokens, no further one is tried.
+_MOST_REFUSED = 3
+#: Damping of Gauss-Newton's steps where the ridge of least squares is chosen by held-out tokens.
+_DAMPING = 1e-3
+#: Fitted tokens for each neuron below which a refit of whole FFNs is unlikely to hold on other tokens: with 10 of them
+#: every refit of SmolLM2-135M was refused, with 85 and more those of the small models were taken.
+_TOKENS_PER_NEURON = 32
 
 
 @dataclass
@@ -65,7 +73,9 @@ def prune_in_sequence(pruner: OneShotPruner, context: PlanContext, widths: Width
     from cfsp.pruner.choice import best
 
     driver, ids, gram_request = context.driver, context.calibration.input_ids, context.gram_request
-    pruned, newton = InSequence(), _NewtonReport()
+    pruned, newton, ridges = InSequence(), _NewtonReport(), dict[str, Any]()
+    if pruner.compensation == "gauss_newton":
+        _warn_of_few_tokens(context)
     correcting = pruner.refits and pruner.correction > 0 and pruner.structure != "heads"
     dense = driver.hidden_states() if correcting else None
     with restored(driver.view.model):
@@ -78,7 +88,8 @@ def prune_in_sequence(pruner: OneShotPruner, context: PlanContext, widths: Width
                         dense.append(state.clone())
                 step.run_alongside(dense)
             if pruner.refits and isinstance(block.ffn, FFN) and widths.per_block[block.index] < block.ffn.width:
-                refit = _FFNRefit(pruner, context, step, block.ffn, dense)
+                newton_is_tried = pruner.compensation == "gauss_newton" and not newton.gave_up
+                refit = _FFNRefit(pruner, context, step, block.ffn, dense, newton=newton_is_tried)
             grams = InMemory()
             with collecting([block]) as sums, gram_sums([block], gram_request) as block_grams:
                 refit.run(step)
@@ -88,15 +99,36 @@ def prune_in_sequence(pruner: OneShotPruner, context: PlanContext, widths: Width
             terms = None if context.gradients is None else context.gradients.blocks[block.index]
             neurons, groups = score_block(block, statistics, context.importance, pruner.structure, terms, grams)
             decision = best(block, neurons, groups, widths)
-            replaced = pruner.compensate(block, decision, statistics, grams)
+            replaced = pruner.compensate(block, decision, statistics, grams, ridges)
             if decision != BlockPlan():
-                slice_block(block, decision, replaced)
-                replaced |= refit.solve(newton)
+                start = replaced
+                if refit.holds_out:  # held-out tokens judge the steps, so that the start must not have seen them
+                    start = pruner.compensate(block, decision, statistics, grams, ridges, fitted_alone=True)
+                slice_block(block, decision, start)
+                refitted = refit.solve(newton)
+                if refitted:
+                    replaced = start | refitted
+                elif start is not replaced:
+                    slice_block(block, BlockPlan(), replaced)
                 step.run()
             pruned.decisions.append(decision)
             pruned.tensors |= replaced
-    pruned.notes |= newton.notes()
+    pruned.notes |= newton.notes() | ({"chosen_ridge": ridges} if ridges else {})
     return pruned
+
+
+def _warn_of_few_tokens(context: PlanContext) -> None:
+    """Say before the work starts that whole FFNs are refitted to few tokens."""
+    assert context.gram_request is not None
+    widths, tokens = context.driver.view.widths, context.calibration.input_ids.numel()
+    each = tokens * context.gram_request.share * (1 - 1 / HELD_OUT) / max(widths)
+    if each < _TOKENS_PER_NEURON:
+        log.warning(
+            "pruner.compensation=gauss_newton: %d calibration tokens give %.0f to fit for each of %d neurons; below %d "
+            "most refits raise the error on held-out tokens and are dropped; use more calibration.n_samples, or "
+            "pruner.compensation=least_squares with pruner.ridge=auto",
+            tokens, each, max(widths), _TOKENS_PER_NEURON,
+        )  # fmt: skip
 
 
 class _NewtonReport:
@@ -105,11 +137,27 @@ class _NewtonReport:
     def __init__(self) -> None:
         self._errors: dict[str, list[float]] = {}
         self._plain: list[int] = []
+        self._refused_in_a_row = 0
+        self._gave_up_after: int | None = None
+
+    @property
+    def gave_up(self) -> bool:
+        """Tell whether so many refits in a row were refused that none is tried any more."""
+        return self._gave_up_after is not None
 
     def add(self, block: int, errors: Sequence[float]) -> None:
         """Note the errors of one block; without a finite one, its FFN keeps its least-squares refit."""
         if finite := [error for error in errors if math.isfinite(error)]:
             self._errors[str(block)] = finite
+            if len(finite) > 1:  # a step was taken, and the tokens that were held out judged it
+                self._refused_in_a_row = 0 if min(finite) < finite[0] else self._refused_in_a_row + 1
+            if self._refused_in_a_row == _MOST_REFUSED:
+                self._gave_up_after = block
+                log.warning(
+                    "pruner.compensation=gauss_newton: the refits of %d blocks in a row raised the error on held-out "
+                    "tokens, so that blocks after %d are refitted by least squares alone; use more calibration tokens",
+                    _MOST_REFUSED, block,
+                )  # fmt: skip
         else:
             self._plain.append(block)
 
@@ -118,6 +166,8 @@ class _NewtonReport:
         notes: dict[str, Any] = {}
         if self._errors:
             notes["gauss_newton"] = self._errors
+        if self._gave_up_after is not None:
+            notes["gauss_newton_ended_after"] = self._gave_up_after
         if self._plain:
             notes["least_squares_alone"] = self._plain
             log.warning(
@@ -129,7 +179,13 @@ class _NewtonReport:
 
 
 class _NoRefit:
-    """The refit of a block whose FFN is not refitted: it collects nothing and changes nothing."""
+    """The refit of a block whose FFN is not refitted: it collects nothing and changes nothing.
+
+    Attributes:
+        holds_out: whether some tokens are kept from its closed-form start, to judge the steps that follow.
+    """
+
+    holds_out = False
 
     def run(self, step: BlockStep) -> None:
         """Run the whole block on all batches, and collect the data that its FFN is refitted to."""
@@ -151,15 +207,24 @@ class _FFNRefit(_NoRefit):
     """The refits of one FFN that loses neurons, from batches collected while its whole block runs."""
 
     def __init__(
-        self, pruner: OneShotPruner, context: PlanContext, step: BlockStep, ffn: FFN, dense: HiddenStates | None
+        self,
+        pruner: OneShotPruner,
+        context: PlanContext,
+        step: BlockStep,
+        ffn: FFN,
+        dense: HiddenStates | None,
+        *,
+        newton: bool,
     ) -> None:
         self._ffn, self._pruner, self._block = ffn, pruner, step.block
         assert context.gram_request is not None
-        stride = context.gram_request.stride
+        stride, hold_out = context.gram_request.stride, context.gram_request.hold_out
+        self._newton = newton
+        self.holds_out = newton and hold_out != "nothing"
         self._dense = dense if dense is not None and _adds_as_it_is(step, ffn) else None
-        self._missing = None if self._dense is None else CrossSums(step.block.channels["ffn"], stride)
+        self._missing = None if self._dense is None else CrossSums(step.block.channels["ffn"], stride, hold_out)
         self._pairs: FFNPairs | None = None
-        if pruner.compensation == "gauss_newton":
+        if newton:
             self._pairs = FFNPairs(len(context.calibration.input_ids), stride, context.driver.hidden_states)
         self._model = context.driver.view.model
         self._activation: Activation | None = None
@@ -187,13 +252,21 @@ class _FFNRefit(_NoRefit):
     def correct(self, grams: InMemory) -> None:
         if self._missing is None:
             return
-        channels, gram = self._block.channels["ffn"], grams.read(self._block.index, "ffn").matrix
-        weight = channels.output.weight.detach()
-        shifted = corrected(weight, gram, self._missing.report(), self._pruner.correction, self._pruner.ridge)
-        set_output_weight(channels, shifted)
+        channels, gram = self._block.channels["ffn"], grams.read(self._block.index, "ffn")
+        weight, cross = channels.output.weight.detach(), self._missing.report()
+        ridge: float | None
+        if self._pruner.ridge == "auto":
+            ridge = chosen_correction_ridge(gram, self._missing.report_parts())
+        else:
+            ridge = self._pruner.ridge
+        if ridge is None:
+            return
+        if self.holds_out:
+            gram, cross = gram.fitted(), self._missing.report_parts()[0]
+        set_output_weight(channels, corrected(weight, gram.matrix, cross, self._pruner.correction, ridge))
 
     def solve(self, report: _NewtonReport) -> dict[str, Tensor]:
-        if self._pruner.compensation != "gauss_newton":
+        if not self._newton:
             return {}
         weights, errors = self._solve()
         if weights is not None:
@@ -219,7 +292,7 @@ class _FFNRefit(_NoRefit):
             self._activation,
             steps=self._pruner.newton_steps,
             cg_iterations=self._pruner.cg_iterations,
-            damping=self._pruner.ridge,
+            damping=_DAMPING if self._pruner.ridge == "auto" else self._pruner.ridge,
         )
 
 

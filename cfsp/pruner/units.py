@@ -1,8 +1,10 @@
-"""Counts of the units that pruners remove, in the blocks that a budget leaves free."""
+"""Units that pruners remove: their counts in the blocks that a budget leaves free, and why heads may have to stay."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from cfsp.architecture.latent import has_latent_attention
 
 if TYPE_CHECKING:
     from cfsp.architecture.views import BlockView, DecoderView
@@ -41,3 +43,18 @@ def block_sizes(view: DecoderView) -> list[int]:
 def blocks_with_attention(view: DecoderView) -> set[int]:
     """Return the indices of the blocks whose attention was not removed earlier; one of them has to stay."""
     return {block.index for block in view.blocks if not block.attention_removed}
+
+
+def heads_stay(view: DecoderView) -> str | None:
+    """Say why KV groups cannot be removed from a model; None where they can."""
+    for block in view.blocks:
+        if block.attention is not None and block.attention.fixed:
+            return f"the heads of block {block.index} cannot be taken apart: {block.attention.fixed}"
+        if block.attention is None and not block.attention_removed:
+            if has_latent_attention(block.module):
+                return f"block {block.index} has multi-head latent attention, whose heads share one latent"
+            return (
+                f"block {block.index} has no attention that is recognised (q_proj, k_proj, v_proj or a fused qkv, and "
+                "an output projection, of whole heads)"
+            )
+    return None

@@ -12,7 +12,7 @@ from cfsp.architecture.views import resolve
 from cfsp.checkpoint.save import save_checkpoint
 from cfsp.errors import UnsupportedModelError
 from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
-from cfsp.pruner.one_shot import heads_stay
+from cfsp.pruner.units import heads_stay
 from tests.helpers.architectures import ARCHITECTURES, VOCABULARY, randomise
 from tests.helpers.masking import masked
 from tests.helpers.tiny import tokens

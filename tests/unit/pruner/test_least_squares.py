@@ -13,16 +13,8 @@ import cfsp
 from cfsp.allocator.reconstruction import Reconstruction
 from cfsp.allocator.search import Search
 from cfsp.architecture.views import resolve
-from cfsp.calibration.gram import (
-    Gram,
-    GramCollection,
-    GramRequest,
-    GramSums,
-    InMemory,
-    OnDisk,
-    gram_sums,
-    subsample_tokens,
-)
+from cfsp.calibration.gram import Gram, GramRequest, GramSums, gram_sums, subsample_tokens
+from cfsp.calibration.gram_store import GramCollection, InMemory, OnDisk
 from cfsp.config.budget import Budget
 from cfsp.errors import DataError, RunError
 from cfsp.importance.base import Scores
@@ -272,7 +264,7 @@ def test_what_a_gpu_has_free_limits_what_is_collected_at_once(monkeypatch) -> No
     monkeypatch.setattr(context, "available", lambda device: free[device.type])
     config = parse(compose(["pruner=one_shot", "importance=obs"]))
     limits = {
-        kind: context._gram_request(config, "ffn", SimpleNamespace(device=torch.device(kind))).limit
+        kind: context._gram_request(config, "ffn", SimpleNamespace(device=torch.device(kind)), 8).limit
         for kind in ("cpu", "cuda")
     }
     assert limits == {"cpu": 50, "cuda": 5}
