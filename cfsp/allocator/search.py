@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Transfers that are tried, the most promising first, before the step is halved.
+#: Most transfers to try, the most promising first, before the step is halved.
 _TRIED = 4
 
 
@@ -29,14 +29,14 @@ _TRIED = 4
 class Search(Allocator):
     """Search for the widths with the lowest loss on calibration windows.
 
-    Each of the starts is measured. From the best one on, neurons move from one block to another: an eighth of the
+    Every start is measured. From the best one on, neurons move from one block to another: an eighth of the
     width at first, halved when no transfer helps, down to one legal step. The change in loss when a single block gets
     smaller or larger tells which transfers to try. A loss is the mean NLL of the model with these widths, compensated
     as the pruner says (by least squares where the pruner goes on with Gauss-Newton).
 
     Attributes:
         starts: closed-form allocations to start from.
-        evaluations: number of candidates that are measured, at most.
+        evaluations: largest number of measured candidates.
         n_samples: calibration windows that a loss is measured on, from the first; None: all.
     """
 
@@ -95,7 +95,7 @@ class Search(Allocator):
 
 
 class _EvaluationBudget:
-    """Measures losses, each once, and counts how many may still be measured."""
+    """Counter of the remaining evaluations; measures each loss once."""
 
     def __init__(self, loss: Callable[[tuple[int, ...]], float], evaluations: int) -> None:
         self._loss, self._known = loss, dict[tuple[int, ...], float]()
@@ -128,7 +128,7 @@ class _Transfers:
         self._slack = max(gaps, default=0) / 2
 
     def moved(self, widths: tuple[int, ...], block: int, steps: int) -> tuple[int, ...] | None:
-        """Give one block ``steps`` legal steps more (fewer, if negative); None where it has not so many."""
+        """Return the widths with ``steps`` legal steps more in one block (fewer, if negative); None if impossible."""
         row = self._legal[block]
         position = row.index(widths[block]) + steps if widths[block] in row else -1
         if not 0 <= position < len(row):
@@ -136,7 +136,7 @@ class _Transfers:
         return (*widths[:block], row[position], *widths[block + 1 :])
 
     def transferred(self, widths: tuple[int, ...], giver: int, taker: int, steps: int) -> tuple[int, ...] | None:
-        """Move ``steps`` legal steps from one block to another; None where a block or the budget does not allow it."""
+        """Return the widths after moving ``steps`` legal steps from one block to another; None if impossible."""
         smaller = self.moved(widths, giver, -steps)
         candidate = None if smaller is None else self.moved(smaller, taker, steps)
         if candidate is None or abs(_parameters(candidate, self._costs) - self._target) > self._slack:
@@ -152,7 +152,7 @@ def _best_transfer(
     A transfer promises the sum of the changes in loss that its two moves make alone.
 
     Returns:
-        The first one with a loss below ``lowest``, and its loss; None where none of the tried ones has.
+        The first transfer with a loss below ``lowest``, and its loss; None if no tried transfer lowers the loss.
     """
     change_if_smaller: dict[int, float] = {}
     change_if_larger: dict[int, float] = {}

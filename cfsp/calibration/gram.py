@@ -1,7 +1,7 @@
 """Gram matrices of the inputs of down_proj and o_proj, for least squares and second-order selection.
 
-They are an item of their own beside the core statistics: collected only when asked, in fp32, on a share of the tokens,
-and kept in a file that is read one matrix at a time, since those of a large model do not fit into memory together.
+They are collected only when required, in fp32, on a share of the tokens. The matrices of a large model do not fit into
+memory together, so they are kept in files that are read one matrix at a time.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Part of the cache key: raise it whenever what is collected, or how, changes.
+#: Part of the cache key: raise it whenever the collected values or their computation change.
 GRAM_VERSION = 1
-#: Rows of the product that are computed at a time: only blocks on and right of the diagonal are.
+#: Rows of the product in one tile; only tiles on and right of the diagonal are computed.
 _PANEL = 512
 
 
@@ -54,7 +54,7 @@ def subsample_tokens(values: Tensor, stride: float) -> Tensor:
     """Take every ``stride``-th token of each sequence of ``values`` [B, T, ...]; positions are rounded up."""
     if float(stride).is_integer():
         return values[:, :: int(stride)]
-    # The subtraction keeps a whole number that came out of a division from being rounded up to the next one.
+    # The subtraction prevents that a whole number with a rounding error is rounded up to the next one.
     positions = [math.ceil(k * stride - 1e-9) for k in range(math.ceil(values.shape[1] / stride))]
     return values[:, [index for index in positions if index < values.shape[1]]]
 
@@ -76,7 +76,7 @@ class GramSums:
             self.matrix[panel, start:].addmm_(rows[:, panel].T, rows[:, start:])
 
     def report(self) -> Gram:
-        """Return the matrix; sums that are added after a report do not count.
+        """Return the Gram matrix; batches added after the call do not count.
 
         The lower triangle is filled from the upper one, in place, and on a CPU the sums become the matrix: the sums of
         all blocks may take half of the free memory, so there is no room for a second set.
@@ -96,7 +96,7 @@ def reported(block: int, sums: Mapping[str, GramSums]) -> dict[str, Gram]:
     """Return the matrices of one block: kind -> matrix.
 
     Raises:
-        RunError: a matrix is not finite, so that nothing can be selected or refitted by it.
+        RunError: a matrix is not finite, so selection and refits are impossible.
     """
     grams = {kind: kind_sums.report() for kind, kind_sums in sums.items()}
     for kind, gram in grams.items():
@@ -109,7 +109,7 @@ def reported(block: int, sums: Mapping[str, GramSums]) -> dict[str, Gram]:
 
 
 class GramMatrices(Protocol):
-    """The Gram matrices of every block; ``kind`` is ffn or attention."""
+    """Interface to the Gram matrices of every block; ``kind`` is ffn or attention."""
 
     def read(self, block: int, kind: str) -> Gram: ...
 
@@ -120,7 +120,7 @@ class GramMatrices(Protocol):
 
 @dataclass(frozen=True)
 class GramRequest:
-    """The Gram matrices that are asked for.
+    """Request for Gram matrices.
 
     Attributes:
         kinds: ffn, attention, or both.
@@ -134,7 +134,7 @@ class GramRequest:
 
     @property
     def stride(self) -> float:
-        """Return the distance between two tokens that are taken; a whole number where 1 / share is one."""
+        """Return the distance between two collected tokens: 1 / share, which may be fractional."""
         stride = 1 / self.share
         return round(stride) if math.isclose(stride, round(stride), rel_tol=1e-6) else stride
 
@@ -179,7 +179,7 @@ class OnDisk:
         """Read the matrices of a block.
 
         Raises:
-            RunError: somebody has deleted or damaged them since they were collected.
+            RunError: the files were deleted or damaged after they were collected.
         """
         place = self._place(block)
         try:
@@ -193,12 +193,12 @@ class OnDisk:
             ) from error
 
     def has(self, block: int, kinds: Sequence[str]) -> bool:
-        """Tell whether the matrices of a block are there, whole."""
+        """Return whether the matrices of a block exist and are undamaged."""
         try:
             return all(kind in Shards(self._place(block)) for kind in kinds) and bool(
                 json.loads((self._place(block) / "tokens.json").read_text(encoding="utf-8")) or not kinds
             )
-        except Exception:  # any damage: they are collected again
+        except Exception:  # Whatever the damage: the matrices are collected again.
             return False
 
     def _place(self, block: int) -> Path:
@@ -225,7 +225,7 @@ class CrossSums:
 
 @contextmanager
 def gram_sums(blocks: Sequence[BlockView], request: GramRequest | None) -> Iterator[list[dict[str, GramSums]]]:
-    """Collect Gram matrices while the model runs; the hooks always go away.
+    """Collect Gram matrices inside ``with`` while the model runs; the hooks are removed afterwards.
 
     Args:
         request: matrices to collect; None: none.
@@ -251,7 +251,7 @@ def gram_sums(blocks: Sequence[BlockView], request: GramRequest | None) -> Itera
 
 
 def gram_bytes(blocks: Sequence[BlockView], request: GramRequest) -> int:
-    """Return the bytes of the matrices of all blocks together."""
+    """Return the size in bytes of the matrices of all blocks together."""
     channels = [
         kind_channels for block in blocks for kind, kind_channels in block.channels.items() if kind in request.kinds
     ]
@@ -259,12 +259,12 @@ def gram_bytes(blocks: Sequence[BlockView], request: GramRequest) -> int:
 
 
 def kinds_of(block: BlockView, request: GramRequest) -> list[str]:
-    """Return the kinds of matrices that a block has."""
+    """Return the requested kinds of matrices that the block has."""
     return [kind for kind in block.channels if kind in request.kinds]
 
 
 class GramCollection:
-    """The collection of the Gram matrices of a model's blocks."""
+    """Collection of the Gram matrices of a model, in memory or in a folder."""
 
     def __init__(self, blocks: Sequence[BlockView], request: GramRequest, folder: Path | None) -> None:
         """Prepare the collection.
@@ -272,7 +272,7 @@ class GramCollection:
         Args:
             blocks: blocks of the model.
             request: matrices to collect.
-            folder: where they stay for other runs; None: in memory, which must hold them.
+            folder: folder that keeps them for other runs; None: memory, which must hold all of them.
         """
         self.request, self.folder, self._blocks = request, folder, blocks
         self.fits = gram_bytes(blocks, request) <= request.limit
@@ -284,7 +284,7 @@ class GramCollection:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Be the only process that collects these matrices; another one waits, and finds them there."""
+        """Lock the folder inside ``with``, so that a second process waits and then reads the matrices."""
         if self.folder is None:
             yield
             return

@@ -1,4 +1,4 @@
-"""Calibration without data: windows sampled from the dense model itself, seeded."""
+"""Self-generated calibration: windows sampled from the dense model itself, with a seed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def sampled(
     cache: Path,
     fingerprint: str,
 ) -> CalibrationSet:
-    """:func:`sample_windows`, kept in ``cache`` by the model's ``fingerprint``, dtype, settings and seed."""
+    """Sample windows, or read them from ``cache``; the key is the model's ``fingerprint``, dtype, settings and seed."""
     from cfsp.config.identity import METHOD_VERSION, digest
     from cfsp.system.cache import read_or_compute
 
@@ -82,5 +82,5 @@ def sampled(
 
 
 def _write_ids(calibration: CalibrationSet, path: Path) -> None:
-    with path.open("wb") as stream:  # given a name, numpy would add its own ending
+    with path.open("wb") as stream:  # Given a file name, numpy would append its own suffix.
         np.save(stream, calibration.input_ids.numpy())

@@ -1,4 +1,4 @@
-"""Optimal brain surgeon for neurons: the growth of the output error when one goes and the others are refitted."""
+"""Optimal brain surgeon for neurons: growth of the output error when a neuron is removed and the rest refitted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Obs(NeuronImportance):
 
     Attributes:
         damping: added to the diagonal of the Gram matrix, relative to its mean.
-        step: channels that go at a time; 1: exact greedy; None: 1 up to 1024 channels, beyond that N / 1024.
+        step: channels removed at a time; 1: exact greedy; None: 1 up to 1024 channels, beyond that N / 1024.
     """
 
     requires = ("gram",)

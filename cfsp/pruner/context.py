@@ -1,4 +1,4 @@
-"""The calibration stage as a pruner needs it: statistics, and the items that metric and pruner require beside them."""
+"""Preparing the planning context: calibration, and the gradients or Gram matrices that metric and pruner require."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def plan_context(
     base_fingerprint: str,
     cache: StatisticsCache | None = None,
 ) -> tuple[PlanContext, bool]:
-    """Calibrate, or read the results of an earlier run.
+    """Collect everything that the pruner needs for planning, or read it from the cache.
 
     Returns:
-        The context, and whether everything was read.
+        The context, and whether everything came from the cache.
     """
     pruner, importance, gradients = config.pruner.instance, config.importance.instance, None
     pruner.check_choices(driver.view, config.importance, config.allocator)
@@ -85,10 +85,10 @@ def plan_context(
 
 
 def _gram_request(config: RunConfig, structure: Structure | None, view: DecoderView) -> GramRequest | None:
-    """Return the Gram matrices that metric or pruner require, of the submodules that may lose units; None: none.
+    """Return the request for the Gram matrices that metric or pruner require; None where neither does.
 
     Raises:
-        ConfigError: the pruner does not state its structure, so that nobody knows which matrices.
+        ConfigError: the pruner does not state its structure, so the required matrices are unknown.
     """
     requirements = [*(required(config.importance.instance) if "importance" in config.plans_with else ())]
     requirements += config.pruner.instance.requires
@@ -103,7 +103,7 @@ def _gram_request(config: RunConfig, structure: Structure | None, view: DecoderV
     kinds = submodules_of(structure)
     memory = getattr(config.calibration, "memory_gb", None)
     limit = available(torch.device("cpu")) // 2 if memory is None else int(memory * 1e9)
-    if view.device.type != "cpu":  # in one pass over the whole model they are added up where its weights are
+    if view.device.type != "cpu":  # In one pass over the whole model, the sums are held on the device of the weights.
         limit = min(limit, available(view.device) // 2)
     return GramRequest(kinds, config.calibration.gram_share, limit)
 

@@ -2,8 +2,8 @@
 
 With G = X^T X / tokens of the layer's inputs, K the kept and R the removed columns of W [d, N], the new columns
 minimise ||X W^T - X_K W'^T||^2 / tokens + ridge * mean(diag G) * ||W' - W_K||^2, whose solution is
-W' = W_K + W_R G_RK (G_KK + ridge mean(diag G) I)^-1. The columns are shrunk towards the ORIGINAL ones, so that a
-removal of nothing changes nothing, and the error on the tokens of G is never above that of the plain columns.
+W' = W_K + W_R G_RK (G_KK + ridge mean(diag G) I)^-1. The columns are shrunk towards the ORIGINAL ones, so that removing
+no column changes nothing, and the error on the tokens of G is never above that of the plain columns.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TRIES = 8
 
 
 def refit(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float) -> Tensor:
-    """Refit the kept columns.
+    """Refit the kept columns of W to the output of all columns.
 
     Args:
         weight: W [d, N].
@@ -50,7 +50,7 @@ def refit(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float) -> Tensor:
 
 
 def corrected(weight: Tensor, gram: Tensor, cross: Tensor, share: float, ridge: float) -> Tensor:
-    """Change W so that its output on X grows by a share of E, in the least-squares sense.
+    """Change W so that its output on X grows by a share of the missing output E, in the least-squares sense.
 
     Args:
         weight: W [d, N].
@@ -81,7 +81,7 @@ def solve(system: Tensor, right: Tensor, damping: float) -> Tensor:
             if bool(solution.isfinite().all()):
                 return solution
         added = max(10 * added, 1e-12 * level)
-    return torch.zeros_like(right)  # such a matrix tells nothing: the columns stay as they are
+    return torch.zeros_like(right)  # Such a matrix has no usable information, so the columns stay unchanged.
 
 
 def least_squares_compensation(
@@ -102,7 +102,7 @@ def least_squares_compensation(
         kept_indices = kept.to(weight.device)
         if bias is None:
             fitted = refit(weight, matrix, kept_indices, ridge)
-        else:  # the mean is the bias's to give back, as in FLAP, and the columns fit what varies around it
+        else:  # As in FLAP, the bias restores the mean; the columns fit the deviations from it.
             fitted = refit(weight, matrix.double() - mean[:, None] * mean, kept_indices, ridge)
             lost = weight.double() @ mean - fitted @ mean[kept_indices]
             tensors[tensor_name(block.index, kind)] = (bias.detach().double() + lost).float().cpu()

@@ -50,18 +50,19 @@ if TYPE_CHECKING:
 
 @component
 class OneShotPruner(Pruner):
-    """Score the units, allocate the budget over the blocks, and keep the best units of each block.
+    """Score the units, split the budget over the blocks, and keep the best units of each block.
 
     Each expert of a mixture keeps its own best neurons, all experts of a block the same number; shared experts stay
     whole.
 
     Attributes:
         name: name of the method.
-        structure: units that may go: FFN neurons (ffn), whole KV groups of attention heads (heads), both (heads_ffn),
-            or whole experts of mixtures (experts), which ``expert_score`` ranks in the place of a metric.
+        structure: units that may be removed: FFN neurons (ffn), whole KV groups of attention heads (heads), both
+            (heads_ffn), or whole experts of mixtures (experts), which ``expert_score`` ranks instead of a metric.
         compensation: bias: the mean output of the removed units goes to the biases of down_proj and o_proj;
             least_squares: their kept columns are refitted to the output of all columns; gauss_newton, which needs
-            ``sequential``: each FFN is then refitted whole, gate and up too (:mod:`cfsp.pruner.gauss_newton`).
+            ``sequential``: all matrices of each FFN are then refitted, gate and up too
+            (:mod:`cfsp.pruner.gauss_newton`).
         sequential: whether the units of a block are chosen (and compensated) on the hidden states of the pruned blocks
             before it, as in FLAP's repository for Wanda-SP. The widths still come from the dense pass.
         ridge: strength that holds refitted columns at the original ones, relative to the mean square of the inputs.
@@ -115,7 +116,7 @@ class OneShotPruner(Pruner):
 
     @property
     def plans_with(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Configuration groups that it draws on: the metric scores neurons and heads, not experts."""
+        """Configuration groups that the method uses: whole experts need no metric."""
         return ("allocator",) if self.structure == "experts" else ("importance", "allocator")
 
     @property
@@ -125,7 +126,7 @@ class OneShotPruner(Pruner):
 
     @property
     def refits(self) -> bool:
-        """Tell whether the columns that stay are refitted."""
+        """Return whether the kept columns are refitted."""
         return self.compensation in ("least_squares", "gauss_newton")
 
     def removed_units(self) -> tuple[Unit, ...]:
@@ -144,7 +145,7 @@ class OneShotPruner(Pruner):
         return neurons | groups
 
     def most_removable(self, view: DecoderView, budget: Budget) -> int:
-        """See :class:`cfsp.config.contracts.Pruner`. The smallest legal width of each block and one KV group stay."""
+        """See :class:`cfsp.config.contracts.Pruner`. Each block keeps its smallest legal width and one KV group."""
         part = Sizes.of(view, self.structure).only(budget.free_blocks(len(view.blocks)))
         legal = zip(part.widths, legal_widths(budget, part), part.neuron_parameters, strict=True)
         neurons = sum((width - options[0]) * cost for width, options, cost in legal)
@@ -165,14 +166,14 @@ class OneShotPruner(Pruner):
         sizes = Sizes.of(view, self.structure)
         try:
             keep = keep_fraction(budget, sizes)
-        except BudgetError:  # which check() says
+        except BudgetError:  # check() reports this error.
             return True
         groups = [keep * n for n in sizes.kv_groups]
         widths = to_widths([keep * n for n in sizes.widths], budget, sizes, groups=groups)
         return len(set(widths.per_block)) == len(set(widths.kv_groups)) == 1
 
     def objections(self, importance: Component[NeuronImportance], allocator: Component[Allocator]) -> Iterator[str]:
-        """Object to gradients, which are those of the dense model, where pruned blocks change what is scored."""
+        """Object to metrics of gradients with ``sequential``: gradients are computed on the dense model only."""
         if self.sequential and "gradients" in importance.instance.requires:
             yield (
                 f"pruner.sequential=true: importance._target_={importance.target} goes by gradients of the dense "
@@ -285,7 +286,7 @@ class OneShotPruner(Pruner):
     def _decide(
         self, context: PlanContext, scores: Scores, widths: Widths, compensate: Compensate
     ) -> tuple[list[BlockPlan], dict[str, Tensor]]:
-        """Keep the best units of each block, on the statistics of the dense model.
+        """Choose the kept units of each block by the statistics of the dense model.
 
         Returns:
             The decision on each block, and the tensors that compensate for it.
@@ -306,10 +307,10 @@ class OneShotPruner(Pruner):
         return decisions, tensors
 
     def _with_biases(self, view: DecoderView, budget: Budget) -> Budget:
-        """Return the budget of the units alone: the parameters of added biases (d each) go in units too.
+        """Raise the ratio of the budget by the parameters of the added biases (d each).
 
-        Every block is assumed to get them; a block that loses nothing of a kind will not. The scope ffn counts only the
-        parameters that go with the neurons, so nothing is added there.
+        Every block is assumed to get them; a block that loses no unit of a kind gets none. Nothing is added for
+        the scope ffn, which counts only the parameters that are removed with the neurons.
         """
         if self.compensation != "bias" or budget.scope == "ffn":
             return budget
@@ -321,7 +322,7 @@ class OneShotPruner(Pruner):
     def compensate(
         self, block: BlockView, decision: BlockPlan, statistics: BlockStatistics, grams: GramMatrices | None
     ) -> dict[str, Tensor]:
-        """Compensate the outputs of one block for the units that go, in closed form; gauss_newton starts from there."""
+        """Compensate one block for the removed units in closed form; gauss_newton starts from the result."""
         from cfsp.pruner.compensation import bias_compensation
         from cfsp.pruner.least_squares import least_squares_compensation
 
@@ -333,7 +334,7 @@ class OneShotPruner(Pruner):
 
 
 def heads_stay(view: DecoderView) -> str | None:
-    """Say why KV groups cannot be removed from a model; None where they can."""
+    """Return the reason why KV groups cannot be removed from a model; None where they can."""
     for block in view.blocks:
         if block.attention is not None and block.attention.fixed:
             return f"the heads of block {block.index} cannot be taken apart: {block.attention.fixed}"

@@ -28,14 +28,14 @@ _Kind = Literal["ffn", "attention"]
 
 @torch.no_grad()
 def probe(view: DecoderView, *, heads: bool = False, experts: bool = False) -> None:
-    """Check one block of each distinct shape. Copies run, so no hook on the model sees a token.
+    """Check one block of each distinct shape. Only copies of blocks run, so that no hook on the model is called.
 
     Args:
         heads: check the removal of KV groups too.
         experts: check the removal of whole experts too.
 
     Raises:
-        UnsupportedModelError: names the block and the deviation.
+        UnsupportedModelError: a block fails; the message names it and the deviation.
     """
     seen: set[tuple[object, ...]] = set()
     for block in view.blocks:
@@ -100,7 +100,7 @@ def _deviation(view: DecoderView, block: BlockView, kind: _Kind, entry: Entry, r
         its largest value.
     """
     kwargs, entering = entry.kwargs[block.index][0], entry.hidden[0]
-    # Of the order of one, whatever the embeddings give: what is looked at must be seen to work.
+    # Inputs of the order of one, so that the output is far above rounding whatever the scale of the embeddings.
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(entering.shape, generator=generator).to(entering.device, entering.dtype)
 
@@ -124,7 +124,7 @@ def _deviation(view: DecoderView, block: BlockView, kind: _Kind, entry: Entry, r
 
 
 class _Leaving:
-    """The output of a projection in one run of its block, with the input channels ``zeroed`` at zero."""
+    """Record the output of a projection in one run of its block, with the input channels ``zeroed`` set to zero."""
 
     def __init__(self, output: Projection, zeroed: slice | None) -> None:
         self._outputs: list[Tensor] = []
