@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cfsp.sparsity.budget import Sizes
 
 
-def filled(neurons: Sequence[Tensor], groups: Sequence[Tensor], sizes: Sizes, keep: float) -> Allocation:
+def fill_budget(neurons: Sequence[Tensor], groups: Sequence[Tensor], sizes: Sizes, keep: float) -> Allocation:
     """Keep the highest-ranked units until their parameters fill the fraction ``keep`` of the removable ones.
 
     Args:

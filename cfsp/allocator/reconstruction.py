@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from cfsp.allocator.filling import filled
+from cfsp.allocator.filling import fill_budget
 from cfsp.config.components import component
 from cfsp.config.contracts import Allocator
 
@@ -38,4 +38,4 @@ class Reconstruction(Allocator):
         groups = [
             s.sum(1) / c / cost for s, c, cost in zip(scores.kv_groups, change, sizes.group_parameters, strict=True)
         ]
-        return filled(neurons, groups, sizes, keep)
+        return fill_budget(neurons, groups, sizes, keep)

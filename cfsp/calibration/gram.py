@@ -258,7 +258,7 @@ def gram_bytes(blocks: Sequence[BlockView], request: GramRequest) -> int:
     return sum(4 * part.n**2 for part in channels)
 
 
-def kinds_of(block: BlockView, request: GramRequest) -> list[str]:
+def collected_kinds(block: BlockView, request: GramRequest) -> list[str]:
     """Return the requested kinds of matrices that the block has."""
     return [kind for kind in block.channels if kind in request.kinds]
 
@@ -280,7 +280,7 @@ class GramCollection:
 
     @property
     def complete(self) -> bool:
-        return all(self.matrices.has(block.index, kinds_of(block, self.request)) for block in self._blocks)
+        return all(self.matrices.has(block.index, collected_kinds(block, self.request)) for block in self._blocks)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

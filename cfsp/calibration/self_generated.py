@@ -1,4 +1,4 @@
-"""Self-generated calibration: windows sampled from the dense model itself, with a seed."""
+"""Self-generated calibration: windows load_or_sample_windows from the dense model itself, with a seed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _sample(
     return ids
 
 
-def sampled(
+def load_or_sample_windows(
     model: nn.Module,
     tokenizer: Any,
     section: SelfCalibration,
@@ -71,7 +71,7 @@ def sampled(
 
     decides = section.model_dump() | {"model": fingerprint, "seed": seed}
     decides |= {"dtype": str(next(model.parameters()).dtype), "version": METHOD_VERSION}
-    path = cache / "sampled" / f"{digest(decides)[:32]}.npy"
+    path = cache / "load_or_sample_windows" / f"{digest(decides)[:32]}.npy"
     calibration, _ = read_or_compute(
         path,
         lambda file: CalibrationSet(torch.from_numpy(np.load(file)), section.name, "self", seed),

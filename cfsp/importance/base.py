@@ -77,7 +77,7 @@ class Scores:
         return self.neurons[block] if experts is None else experts
 
 
-def required(importance: NeuronImportance) -> tuple[str, ...]:
+def required_items(importance: NeuronImportance) -> tuple[str, ...]:
     """Return the calibration items that a metric requires beside the core statistics."""
     return importance.requires
 
@@ -115,10 +115,10 @@ def score(
         experts.append(neurons_of if neurons_of.dim() == 2 else None)
         neurons.append(neurons_of if neurons_of.dim() == 1 else slot_scores(neurons_of, block_statistics.experts))
         kv_groups.append(groups_of)
-    return Scores(tuple(neurons), tuple(kv_groups), distances_of(statistics), tuple(experts))
+    return Scores(tuple(neurons), tuple(kv_groups), block_distances_by_name(statistics), tuple(experts))
 
 
-def distances_of(statistics: Statistics) -> dict[str, Tensor]:
+def block_distances_by_name(statistics: Statistics) -> dict[str, Tensor]:
     """Return the block distances by name, each [L]."""
     return {metric: statistics.distance(metric) for metric in statistics.blocks[0].distances}
 
@@ -188,8 +188,8 @@ def score_experts(
     mixture, inputs = block.experts, statistics.ffn
     assert mixture is not None
     assert inputs is not None
-    if "gram" in required(importance):
-        raise UnsupportedModelError(no_grams(block, importance))
+    if "gram" in required_items(importance):
+        raise UnsupportedModelError(why_grams_unsupported(block, importance))
     unseen = set(statistics.experts.unseen) if statistics.experts is not None else set()
     alike = torch.ones(mixture.width, dtype=torch.float64)
     rows = []
@@ -198,14 +198,14 @@ def score_experts(
         own, metric = inputs.expert(expert), importance
         if expert in unseen:
             own = InputStatistics(torch.zeros_like(alike), alike, alike)
-            metric = WeightNorm() if "gradients" in required(importance) else importance
+            metric = WeightNorm() if "gradients" in required_items(importance) else importance
         terms = None if gradients is None else {name: values[:, expert] for name, values in gradients.items()
                                                 if values.dim() == 3}  # fmt: skip
         rows.append(_scored(channels, own, metric, terms, None))
     return torch.stack(rows)
 
 
-def no_grams(block: BlockView, importance: NeuronImportance) -> str:
+def why_grams_unsupported(block: BlockView, importance: NeuronImportance) -> str:
     """Return the message for a metric of Gram matrices, which cannot score experts."""
     return (
         f"block {block.index} is a mixture of experts: {option_of('importance', importance)} goes by Gram "
@@ -224,7 +224,7 @@ def _scored(
     rms, mean, variance, mean_norm = (
         value.to(device).float() for value in (inputs.rms, inputs.mean, inputs.variance, inputs.mean_norm)
     )
-    needs_gram = grams is not None and "gram" in required(importance)
+    needs_gram = grams is not None and "gram" in required_items(importance)
     gram = grams.read(channels.block, channels.kind).matrix.to(device) if needs_gram and grams is not None else None
     activation = Activation(rms, mean, variance, mean_norm, gradients, gram)
     values = importance.score(channels, activation).double().cpu()

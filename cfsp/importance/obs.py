@@ -8,7 +8,7 @@ from pydantic import Field
 
 from cfsp.config.components import component
 from cfsp.config.contracts import NeuronImportance
-from cfsp.importance.second_order import removal_order, scores_of
+from cfsp.importance.second_order import removal_order, scores_from_increments
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,4 +41,4 @@ class Obs(NeuronImportance):
         step = 1 if unit > 1 else self.step or max(1, channels.n // 1024)
         weight = channels.output.weight.detach()
         order, increments = removal_order(weight, gram, damping=self.damping, step=step, unit=unit)
-        return (scores_of(order, increments) / unit).repeat_interleave(unit)
+        return (scores_from_increments(order, increments) / unit).repeat_interleave(unit)

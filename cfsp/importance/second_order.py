@@ -102,7 +102,7 @@ def _cheapest(refitted: Tensor, inverse: Tensor, is_kept: Tensor, step: int, uni
     return costs.topk(n, largest=False).indices
 
 
-def scores_of(order: Tensor, increments: Tensor) -> Tensor:
+def scores_from_increments(order: Tensor, increments: Tensor) -> Tensor:
     """Convert increments of the error into scores that rise in the order of removal.
 
     Increments are not monotone. Where they fall, neighbours share their mean (the nearest rising sequence), and a ramp

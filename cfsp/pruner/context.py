@@ -12,9 +12,9 @@ from cfsp.calibration.gram import GRAM_VERSION, GramCollection, GramRequest
 from cfsp.calibration.statistics_cache import StatisticsCache
 from cfsp.config.identity import method_of
 from cfsp.errors import ConfigError
-from cfsp.importance.base import required, score_block
+from cfsp.importance.base import required_items, score_block
 from cfsp.pruner.base import PlanContext
-from cfsp.sparsity.budget import submodules_of
+from cfsp.sparsity.budget import removable_submodules
 from cfsp.system.memory import available
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def plan_context(
     scored: dict[int, tuple[Tensor, Tensor]] = {}
 
     def visit(block: BlockView, statistics_of_block: BlockStatistics) -> None:
-        if structure is not None and "importance" in config.plans_with and not required(importance):
+        if structure is not None and "importance" in config.plans_with and not required_items(importance):
             scored[block.index] = score_block(block, statistics_of_block, importance, structure)
 
     gram_request = _gram_request(config, structure, driver.view)
@@ -58,7 +58,7 @@ def plan_context(
         else GramCollection(driver.view.blocks, gram_request, _gram_folder(driver, calibration, gram_request, cache))
     )
     statistics, cached = calibrate(driver, calibration, cache, visit, grams)
-    if "gradients" in required(importance) and "importance" in config.plans_with:
+    if "gradients" in required_items(importance) and "importance" in config.plans_with:
         from cfsp.calibration.gradients import gradient_terms
 
         gradients, gradients_cached = gradient_terms(
@@ -90,7 +90,7 @@ def _gram_request(config: RunConfig, structure: Structure | None, view: DecoderV
     Raises:
         ConfigError: the pruner does not state its structure, so the required matrices are unknown.
     """
-    requirements = [*(required(config.importance.instance) if "importance" in config.plans_with else ())]
+    requirements = [*(required_items(config.importance.instance) if "importance" in config.plans_with else ())]
     requirements += config.pruner.instance.requires
     if "gram" not in requirements:
         return None
@@ -100,7 +100,7 @@ def _gram_request(config: RunConfig, structure: Structure | None, view: DecoderV
             "pruner, so that nobody knows of which projections; state it, or use a metric without them "
             "(importance=cfsp, wanda, flap)"
         )
-    kinds = submodules_of(structure)
+    kinds = removable_submodules(structure)
     memory = getattr(config.calibration, "memory_gb", None)
     limit = available(torch.device("cpu")) // 2 if memory is None else int(memory * 1e9)
     if view.device.type != "cpu":  # In one pass over the whole model, the sums are held on the device of the weights.

@@ -171,7 +171,7 @@ def check_blocks(view: DecoderView, budget: Budget) -> None:
     free = _with_attention_left(view, budget.free_blocks(len(view.blocks)))
     sizes, target = [_size(view, block) for block in free], _target(view, budget)
     wish = f"sparsity.ratio={budget.ratio} of sparsity.scope={budget.scope}"
-    scope = Sizes.of(view).of_scope(budget.scope)
+    scope = Sizes.of(view).scope_parameters(budget.scope)
     if sizes and target < min(sizes) / 2:
         raise BudgetError(
             f"{wish}: whole blocks are removed, and one is {min(sizes) / scope:.4f} of it; use "
@@ -218,7 +218,7 @@ def check_window(view: DecoderView, budget: Budget) -> None:
     sizes = [sum(blocks[run.start : run.stop]) for run in _runs(view, budget)]
     unit = max(blocks)
     if _target(view, budget) > max(sizes) + unit / 2:
-        scope = Sizes.of(view).of_scope(budget.scope)
+        scope = Sizes.of(view).scope_parameters(budget.scope)
         raise BudgetError(
             f"sparsity.ratio={budget.ratio} of sparsity.scope={budget.scope} cannot be met: the largest run of blocks "
             f"that leaves one with attention is {max(sizes) / scope:.4f} of it; use a smaller ratio, or pruner=shortgpt"
@@ -248,7 +248,7 @@ def _size(view: DecoderView, block: int) -> int:
 
 def _target(view: DecoderView, budget: Budget) -> float:
     """Return the number of parameters to remove."""
-    return budget.ratio * Sizes.of(view).of_scope(budget.scope)
+    return budget.ratio * Sizes.of(view).scope_parameters(budget.scope)
 
 
 def _nearest(sizes: Sequence[int], target: float) -> int:

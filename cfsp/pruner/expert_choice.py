@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from cfsp.importance.base import Scores, distances_of
+from cfsp.importance.base import Scores, block_distances_by_name
 from cfsp.plan.pruning_plan import BlockPlan
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ def score_whole_experts(view: DecoderView, statistics: Statistics, kind: ExpertS
         return experts.tokens / tokens if kind == "routed_share" else experts.contribution
 
     scores = [score_of(block, block_statistics.experts) for block, block_statistics in _pairs(view, statistics)]
-    return Scores(tuple(scores), tuple(nothing.reshape(0, 1) for _ in scores), distances_of(statistics))
+    return Scores(tuple(scores), tuple(nothing.reshape(0, 1) for _ in scores), block_distances_by_name(statistics))
 
 
-def with_unseen_kept(view: DecoderView, sizes: Sizes, statistics: Statistics) -> Sizes:
+def keep_unseen_experts(view: DecoderView, sizes: Sizes, statistics: Statistics) -> Sizes:
     """Raise the fewest experts in ``sizes`` so that experts that saw no token stay.
 
     Every group of experts keeps the same number.

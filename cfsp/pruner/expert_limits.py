@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import BudgetError, ConfigError, UnsupportedModelError
-from cfsp.importance.base import no_grams
+from cfsp.importance.base import why_grams_unsupported
 
 if TYPE_CHECKING:
     from cfsp.architecture.views import DecoderView
@@ -58,7 +58,7 @@ def check_expert_settings(
             "experts removes whole experts; use allocator=coarse, uniform or global_rank"
         )
     if view.mixtures and structure in ("ffn", "heads_ffn") and "gram" in importance.instance.requires:
-        raise UnsupportedModelError(no_grams(view.mixtures[0], importance.instance))
+        raise UnsupportedModelError(why_grams_unsupported(view.mixtures[0], importance.instance))
 
 
 def expert_notes(

@@ -18,7 +18,7 @@ from cfsp.errors import BudgetError, UnsupportedModelError
 from cfsp.importance.base import Scores, score
 from cfsp.plan.pruning_plan import BlockPlan
 from cfsp.pruner.choice import best
-from cfsp.pruner.expert_choice import ExpertScore, Unseen, best_experts, score_whole_experts, with_unseen_kept
+from cfsp.pruner.expert_choice import ExpertScore, Unseen, best_experts, keep_unseen_experts, score_whole_experts
 from cfsp.pruner.expert_limits import RANKED_BY_WEIGHTS, check_expert_settings, check_expert_widths, expert_notes
 from cfsp.pruner.units import count_experts, count_kv_groups, count_neurons
 from cfsp.sparsity.budget import (
@@ -28,7 +28,7 @@ from cfsp.sparsity.budget import (
     check_scope,
     keep_fraction,
     legal_widths,
-    submodules_of,
+    removable_submodules,
     to_widths,
 )
 
@@ -134,7 +134,7 @@ class OneShotPruner(Pruner):
         if self.structure == "experts":
             return ("experts",)
         units: dict[SubmoduleKind, Unit] = {"ffn": "neurons", "attention": "kv_groups"}
-        return tuple(units[kind] for kind in submodules_of(self.structure))
+        return tuple(units[kind] for kind in removable_submodules(self.structure))
 
     def units(self, view: DecoderView, budget: Budget) -> dict[str, int]:
         """See :class:`cfsp.config.contracts.Pruner`."""
@@ -157,7 +157,7 @@ class OneShotPruner(Pruner):
         if self.compensation != "bias":
             return ()
         names = {"ffn": "mlp.down_proj", "attention": "self_attn.o_proj"}
-        return tuple(names[kind] for kind in submodules_of(self.structure))
+        return tuple(names[kind] for kind in removable_submodules(self.structure))
 
     def keeps_blocks_equal(self, view: DecoderView, budget: Budget, allocator: Allocator) -> bool:
         """See :class:`cfsp.config.contracts.Pruner`. Rounding may still make equal shares unequal widths."""
@@ -214,7 +214,7 @@ class OneShotPruner(Pruner):
         """See :class:`cfsp.config.contracts.Pruner`."""
         if self.structure in ("heads", "heads_ffn"):
             check_scope(budget, f"pruner.structure={self.structure}", "pruner.structure=ffn")
-            if reason := heads_stay(view):
+            if reason := why_heads_stay(view):
                 raise UnsupportedModelError(
                     f"{type(view.model).__name__}: pruner.structure={self.structure} removes KV groups, but {reason}; "
                     "use pruner.structure=ffn"
@@ -248,7 +248,7 @@ class OneShotPruner(Pruner):
         scores = self._score(context)
         sizes = Sizes.of(view, self.structure)
         if self.structure == "experts" and self.unseen_experts == "keep":
-            sizes = with_unseen_kept(view, sizes, statistics)
+            sizes = keep_unseen_experts(view, sizes, statistics)
 
         def compensate(block: BlockView, decision: BlockPlan) -> dict[str, Tensor]:
             return self.compensate(block, decision, statistics.blocks[block.index], context.grams)
@@ -315,9 +315,11 @@ class OneShotPruner(Pruner):
         if self.compensation != "bias" or budget.scope == "ffn":
             return budget
         channels = [view.blocks[block].channels for block in budget.free_blocks(len(view.blocks))]
-        outputs = [block[kind].output for block in channels for kind in submodules_of(self.structure) if kind in block]
+        outputs = [
+            block[kind].output for block in channels for kind in removable_submodules(self.structure) if kind in block
+        ]
         added = sum(output.out_features for output in outputs if output.bias is None)
-        return replace(budget, ratio=budget.ratio + added / Sizes.of(view).of_scope(budget.scope))
+        return replace(budget, ratio=budget.ratio + added / Sizes.of(view).scope_parameters(budget.scope))
 
     def compensate(
         self, block: BlockView, decision: BlockPlan, statistics: BlockStatistics, grams: GramMatrices | None
@@ -333,7 +335,7 @@ class OneShotPruner(Pruner):
         return {}
 
 
-def heads_stay(view: DecoderView) -> str | None:
+def why_heads_stay(view: DecoderView) -> str | None:
     """Return the reason why KV groups cannot be removed from a model; None where they can."""
     for block in view.blocks:
         if block.attention is not None and block.attention.fixed:

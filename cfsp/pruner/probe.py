@@ -37,18 +37,18 @@ def probe(view: DecoderView, *, heads: bool = False, experts: bool = False) -> N
     Raises:
         UnsupportedModelError: a block fails; the message names it and the deviation.
     """
-    seen: set[tuple[object, ...]] = set()
+    checked_shapes: set[tuple[object, ...]] = set()
     for block in view.blocks:
-        _probe_block(view, block, heads, seen)
+        _probe_block(view, block, heads, checked_shapes)
         if block.experts is not None:
             mixture = (type(block.experts.module), block.experts.n_experts, block.experts.width)
-            if mixture not in seen:
+            if mixture not in checked_shapes:
                 dtype = block.experts.expert(0).output.weight.dtype
                 check_mixture(view, block, _TOLERANCE.get(dtype, _LOW_PRECISION_TOLERANCE), whole=experts)
-            seen.add(mixture)
+            checked_shapes.add(mixture)
 
 
-def _probe_block(view: DecoderView, block: BlockView, heads: bool, seen: set[tuple[object, ...]]) -> None:
+def _probe_block(view: DecoderView, block: BlockView, heads: bool, checked_shapes: set[tuple[object, ...]]) -> None:
     shapes: dict[_Kind, tuple[object, ...]] = {}
     ffn, attention = block.ffn, block.attention
     if isinstance(ffn, FFN):
@@ -57,10 +57,10 @@ def _probe_block(view: DecoderView, block: BlockView, heads: bool, seen: set[tup
         shapes["attention"] = (type(attention.module), attention.n_heads, attention.n_kv_heads)
     with ExitStack() as weights:
         for kind, shape in shapes.items():
-            if (kind, *shape) not in seen:
+            if (kind, *shape) not in checked_shapes:
                 weights.enter_context(view.weights.resident(block))
                 _judge(view, block, kind)
-            seen.add((kind, *shape))
+            checked_shapes.add((kind, *shape))
 
 
 def _judge(view: DecoderView, block: BlockView, kind: _Kind) -> None:

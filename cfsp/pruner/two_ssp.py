@@ -149,7 +149,7 @@ class TwoSSP(Pruner):
         """
         ffn, attention, block_size = self._parts(view, budget)
         n_blocks, sizes = len(view.blocks), Sizes.of(view)
-        target = budget.ratio * sizes.of_scope(budget.scope) / sizes.decoder_parameters
+        target = budget.ratio * sizes.scope_parameters(budget.scope) / sizes.decoder_parameters
         # The paper's s * B * P with the mean P. It is not simplified to s times the total, which could round otherwise.
         removed = round(target * n_blocks * (block_size / n_blocks))
         legal = legal_widths(budget, sizes)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SubmoduleKind = Literal["ffn", "attention"]
 
 
-def submodules_of(structure: Structure) -> tuple[SubmoduleKind, ...]:
+def removable_submodules(structure: Structure) -> tuple[SubmoduleKind, ...]:
     """Return the kinds of submodules whose units are removed in a structure."""
     kinds: dict[Structure, tuple[SubmoduleKind, ...]] = {"heads": ("attention",), "heads_ffn": ("ffn", "attention")}
     return kinds.get(structure, ("ffn",))
@@ -67,7 +67,7 @@ class Sizes:
             expert_steps=tuple((units.least, units.step) for units in removable) if whole else (),
         )
 
-    def of_scope(self, scope: Scope) -> int:
+    def scope_parameters(self, scope: Scope) -> int:
         """Return the number of parameters of a scope."""
         totals = {"ffn": self.ffn_parameters, "decoder": self.decoder_parameters, "model": self.model_parameters}
         return totals[scope]
@@ -114,7 +114,7 @@ def keep_fraction(budget: Budget, sizes: Sizes) -> float:
     Raises:
         BudgetError: even the smallest legal widths remove less than that; names the largest ratio that can be met.
     """
-    removed = budget.ratio * sizes.of_scope(budget.scope)
+    removed = budget.ratio * sizes.scope_parameters(budget.scope)
     slots = _slots(budget, sizes)
     most = sum((slot.n - slot.legal[0]) * slot.cost for slot in slots)
     step = max((slot.widest_step * slot.cost for slot in slots), default=0)
@@ -158,7 +158,7 @@ def _unreachable(budget: Budget, sizes: Sizes, most: int) -> str:
     if budget.scope != "ffn" and not heads:
         ways.append("sparsity.scope=ffn")
     target = f"sparsity.ratio={budget.ratio} of sparsity.scope={budget.scope} cannot be met"
-    largest = _rounded_down(most / sizes.of_scope(budget.scope))
+    largest = _rounded_down(most / sizes.scope_parameters(budget.scope))
     if not largest:
         widest = f"{max(sizes.widths)} experts" if sizes.expert_steps else f"width {max(sizes.widths)}"
         return (
@@ -264,7 +264,7 @@ def to_widths(
             for slot_width, slot in zip(slot_widths, slots, strict=True)
         ]
     else:
-        chosen = _exact(slot_widths, slots, sizes.removable - budget.ratio * sizes.of_scope(budget.scope))
+        chosen = _exact(slot_widths, slots, sizes.removable - budget.ratio * sizes.scope_parameters(budget.scope))
     kept = {(slot.kind, slot.block): width for slot, width in zip(slots, chosen, strict=True)}
     blocks = range(len(sizes.widths))
     return Widths(
