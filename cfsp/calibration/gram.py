@@ -54,7 +54,7 @@ def subsample_tokens(values: Tensor, stride: float) -> Tensor:
     """Take every ``stride``-th token of each sequence of ``values`` [B, T, ...]; positions are rounded up."""
     if float(stride).is_integer():
         return values[:, :: int(stride)]
-    # The subtraction prevents that a whole number with a rounding error is rounded up to the next one.
+    # The subtraction keeps a whole number with a rounding error from being rounded up.
     positions = [math.ceil(k * stride - 1e-9) for k in range(math.ceil(values.shape[1] / stride))]
     return values[:, [index for index in positions if index < values.shape[1]]]
 

@@ -1,4 +1,4 @@
-"""Self-generated calibration: windows load_or_sample_windows from the dense model itself, with a seed."""
+"""Self-generated calibration: windows sampled from the dense model itself, with a seed."""
 
 from __future__ import annotations
 
