@@ -1,1 +1,1 @@
-"""Allocators: from scores and a budget to the sparsity of each block."""
+"""Allocators: from scores and a budget to the keep ratio of each block."""

@@ -1,4 +1,4 @@
-"""The result of an allocator: how much each block would keep, before rounding."""
+"""The result of an allocator: the keep ratio of each block, before rounding."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["Allocation", "Allocator"]
 
 @dataclass(frozen=True)
 class Allocation:
-    """The share of its units that each block keeps.
+    """Keep ratios of the blocks.
 
     Attributes:
         keep: share of the neurons (or whole experts) of each block, [L] fp64.
-        counted: whether share times number is a whole number already.
+        counted: whether keep ratio times number of units is already a whole number.
         keep_groups: share of the KV groups of each block, [L] fp64; None: the same as ``keep``.
     """
 

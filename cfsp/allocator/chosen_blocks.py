@@ -1,4 +1,4 @@
-"""Allocation to the most, or to the least, important blocks alone: a check of what a block distance says."""
+"""Pruning only the most, or only the least, important blocks: a test of a block distance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @component
 class ChosenBlocks(Allocator):
-    """Take the whole budget from a share of the blocks, equally; the other blocks lose nothing.
+    """Prune a share of the blocks equally, and keep the other blocks whole.
 
     Attributes:
         choose: whether the blocks with the highest (most) or lowest (least) distance are pruned.

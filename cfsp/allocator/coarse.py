@@ -38,7 +38,7 @@ class Coarse(Allocator):
         return {"none": "angular", "euclidean": "mse"}.get(self.metric, self.metric)
 
     def block_importance(self, scores: Scores) -> Tensor:
-        """Return s_l [L], before any shrinking (IG-LoRA's ranks follow it)."""
+        """Return the sigmoid s_l [L] of each block, before any shrinking; IG-LoRA sets its ranks by it."""
         if self.metric == "none":
             alike = scores.distances["angular"]
             return alike.new_full(alike.shape, 0.5)
@@ -47,7 +47,8 @@ class Coarse(Allocator):
 
     def allocate(self, scores: Scores, sizes: Sizes, keep: float) -> Allocation:
         share = self.block_importance(scores)
-        weight = share.new_tensor(sizes.parameters) / sizes.removable  # all alike in a dense model
+        # All blocks have the same weight in a dense model.
+        weight = share.new_tensor(sizes.parameters) / sizes.removable
         mean, highest = (share * weight).sum(), share.max()
         if highest / mean * keep >= 1 and highest > mean:
             share = mean + (share - mean) * (mean * (1 / keep - 1) / (highest - mean) / 1.05)

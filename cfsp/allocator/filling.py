@@ -1,4 +1,4 @@
-"""Filling a budget with the units of all blocks in one order: the shared part of allocators that rank."""
+"""Filling a budget with the highest-ranked units of all blocks: shared by the allocators that rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cfsp.sparsity.budget import Sizes
 
 
-def filled(neurons: Sequence[Tensor], groups: Sequence[Tensor], sizes: Sizes, keep: float) -> Allocation:
+def fill_budget(neurons: Sequence[Tensor], groups: Sequence[Tensor], sizes: Sizes, keep: float) -> Allocation:
     """Keep the highest-ranked units until their parameters fill the fraction ``keep`` of the removable ones.
 
     Args:
@@ -27,7 +27,7 @@ def filled(neurons: Sequence[Tensor], groups: Sequence[Tensor], sizes: Sizes, ke
     owner = torch.repeat_interleave(torch.arange(len(ranked)), torch.tensor([ranks.numel() for ranks in ranked]))
     order = torch.cat(ranked).argsort(descending=True, stable=True)
     total = costs[owner[order]].cumsum(0)
-    # Half a unit more than the budget is nearer to it than half a unit less.
+    # A unit that crosses the budget is kept if that is nearer to it.
     n_kept = int((total - costs[owner[order]] / 2 <= keep * sizes.removable).cumprod(0).sum())
     counts = torch.bincount(owner[order[:n_kept]], minlength=len(ranked)).double()
     kept, kept_groups = counts.split(len(neurons))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cfsp.allocator.filling import filled
+from cfsp.allocator.filling import fill_budget
 from cfsp.config.components import component
 from cfsp.config.contracts import Allocator
 
@@ -25,7 +25,7 @@ class GlobalRank(Allocator):
 
     def allocate(self, scores: Scores, sizes: Sizes, keep: float) -> Allocation:
         neurons = [_standard(scores) for scores in scores.neurons]
-        return filled(neurons, [_standard(scores).mean(1) for scores in scores.kv_groups], sizes, keep)
+        return fill_budget(neurons, [_standard(scores).mean(1) for scores in scores.kv_groups], sizes, keep)
 
 
 def _standard(scores: Tensor) -> Tensor:

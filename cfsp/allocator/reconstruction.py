@@ -1,10 +1,10 @@
-"""Allocation by reconstruction error: the units that add least to it go, in whichever block they are."""
+"""Allocation by reconstruction error: removes the units of all blocks that add least to it."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from cfsp.allocator.filling import filled
+from cfsp.allocator.filling import fill_budget
 from cfsp.config.components import component
 from cfsp.config.contracts import Allocator
 
@@ -32,10 +32,10 @@ class Reconstruction(Allocator):
 
         change = scores.distances["mse"] if self.weighted == "mse" else torch.ones(len(scores.neurons)).double()
         positive = change[change > 0]
-        # A block that changes nothing counts as the one that changes least.
+        # A block that changes nothing would divide by 0; it counts as the block that changes least.
         change = change.clamp_min(float(positive.min()) if len(positive) else 1.0)
         neurons = [s / c / cost for s, c, cost in zip(scores.neurons, change, sizes.neuron_parameters, strict=True)]
         groups = [
             s.sum(1) / c / cost for s, c, cost in zip(scores.kv_groups, change, sizes.group_parameters, strict=True)
         ]
-        return filled(neurons, groups, sizes, keep)
+        return fill_budget(neurons, groups, sizes, keep)

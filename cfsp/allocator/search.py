@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Transfers that are tried, the most promising first, before the step is halved.
+#: Most transfers to try, the most promising first, before the step is halved.
 _TRIED = 4
 
 
@@ -29,14 +29,14 @@ _TRIED = 4
 class Search(Allocator):
     """Search for the widths with the lowest loss on calibration windows.
 
-    Each of the starts is measured. From the best one on, neurons move from one block to another: an eighth of the
+    Every start is measured. From the best one on, neurons move from one block to another: an eighth of the
     width at first, halved when no transfer helps, down to one legal step. The change in loss when a single block gets
     smaller or larger tells which transfers to try. A loss is the mean NLL of the model with these widths, compensated
     as the pruner says (by least squares where the pruner goes on with Gauss-Newton).
 
     Attributes:
         starts: closed-form allocations to start from.
-        evaluations: number of candidates that are measured, at most.
+        evaluations: largest number of measured candidates.
         n_samples: calibration windows that a loss is measured on, from the first; None: all.
     """
 
@@ -81,7 +81,7 @@ class Search(Allocator):
         history: list[dict[str, Any]] = [{"widths": list(best), "nll": lowest}]
         transfers = _Transfers(legal, costs, target=_parameters(best, costs))
         steps = max(1, max(len(row) for row in legal) // 8)
-        while budget.left > 0:
+        while budget.remaining > 0:
             better = _best_transfer(transfers, budget, best, lowest, steps)
             if better is not None:
                 best, lowest = better
@@ -90,25 +90,25 @@ class Search(Allocator):
                 break
             else:
                 steps //= 2
-        log.info("search: %d candidates, NLL %.4f to %.4f", budget.asked, history[0]["nll"], lowest)
+        log.info("search: %d candidates, NLL %.4f to %.4f", budget.measured, history[0]["nll"], lowest)
         return best, history
 
 
 class _EvaluationBudget:
-    """Measures losses, each once, and counts how many may still be measured."""
+    """Counter of the remaining evaluations; measures each loss once."""
 
     def __init__(self, loss: Callable[[tuple[int, ...]], float], evaluations: int) -> None:
-        self._loss, self._known = loss, dict[tuple[int, ...], float]()
-        self.left, self.asked = evaluations, 0
+        self._loss, self._losses = loss, dict[tuple[int, ...], float]()
+        self.remaining, self.measured = evaluations, 0
 
     def loss(self, widths: tuple[int, ...]) -> float:
         """Return the loss of the model with these widths; infinity where it is not finite."""
-        if widths not in self._known:
+        if widths not in self._losses:
             value = self._loss(widths)
-            self._known[widths] = value if math.isfinite(value) else math.inf
-            self.left -= 1
-            self.asked += 1
-        return self._known[widths]
+            self._losses[widths] = value if math.isfinite(value) else math.inf
+            self.remaining -= 1
+            self.measured += 1
+        return self._losses[widths]
 
 
 class _Transfers:
@@ -127,18 +127,20 @@ class _Transfers:
         ]
         self._slack = max(gaps, default=0) / 2
 
-    def moved(self, widths: tuple[int, ...], block: int, steps: int) -> tuple[int, ...] | None:
-        """Give one block ``steps`` legal steps more (fewer, if negative); None where it has not so many."""
+    def with_moved_steps(self, widths: tuple[int, ...], block: int, steps: int) -> tuple[int, ...] | None:
+        """Return the widths with ``steps`` legal steps more in one block (fewer, if negative); None if impossible."""
         row = self._legal[block]
         position = row.index(widths[block]) + steps if widths[block] in row else -1
         if not 0 <= position < len(row):
             return None
         return (*widths[:block], row[position], *widths[block + 1 :])
 
-    def transferred(self, widths: tuple[int, ...], giver: int, taker: int, steps: int) -> tuple[int, ...] | None:
-        """Move ``steps`` legal steps from one block to another; None where a block or the budget does not allow it."""
-        smaller = self.moved(widths, giver, -steps)
-        candidate = None if smaller is None else self.moved(smaller, taker, steps)
+    def with_transferred_steps(
+        self, widths: tuple[int, ...], giver: int, taker: int, steps: int
+    ) -> tuple[int, ...] | None:
+        """Return the widths after moving ``steps`` legal steps from one block to another; None if impossible."""
+        smaller = self.with_moved_steps(widths, giver, -steps)
+        candidate = None if smaller is None else self.with_moved_steps(smaller, taker, steps)
         if candidate is None or abs(_parameters(candidate, self._costs) - self._target) > self._slack:
             return None
         return candidate
@@ -152,14 +154,14 @@ def _best_transfer(
     A transfer promises the sum of the changes in loss that its two moves make alone.
 
     Returns:
-        The first one with a loss below ``lowest``, and its loss; None where none of the tried ones has.
+        The first transfer with a loss below ``lowest``, and its loss; None if no tried transfer lowers the loss.
     """
     change_if_smaller: dict[int, float] = {}
     change_if_larger: dict[int, float] = {}
     for block in range(len(best)):
         for direction, changes in ((-steps, change_if_smaller), (steps, change_if_larger)):
-            candidate = transfers.moved(best, block, direction)
-            if candidate is not None and budget.left > 0:
+            candidate = transfers.with_moved_steps(best, block, direction)
+            if candidate is not None and budget.remaining > 0:
                 changes[block] = budget.loss(candidate) - lowest
     promises = [
         (change_if_smaller[giver] + change_if_larger[taker], giver, taker)
@@ -168,9 +170,9 @@ def _best_transfer(
         if giver != taker
     ]
     for _, giver, taker in sorted(promises)[:_TRIED]:
-        if budget.left <= 0:
+        if budget.remaining <= 0:
             break
-        candidate = transfers.transferred(best, giver, taker, steps)
+        candidate = transfers.with_transferred_steps(best, giver, taker, steps)
         if candidate is not None and (loss := budget.loss(candidate)) < lowest:
             return candidate, loss
     return None

@@ -1,1 +1,1 @@
-"""Calibration sets, one pass over them, and the statistics it collects."""
+"""Calibration sets, one pass over them, and the statistics that the pass collects."""

@@ -1,4 +1,4 @@
-"""The number of sequences that go through the model at a time: as many as run fastest, and as the memory holds.
+"""Batch size of the calibration pass: the fastest number of sequences that fits into memory.
 
 The number is the same whenever the same model is calibrated on the same machine. It is part of the name under which
 results, and the remains of a killed calibration, are kept, so it must not depend on the memory that happens to be free.
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 BatchSize = int | Literal["auto"]
 
-#: More tokens at a time are no faster: on a CPU the activations leave its caches, a GPU is busy already.
+#: Most tokens in a batch. More are no faster: activations no longer fit into CPU caches, and a GPU is already busy.
 _TOKENS = {"cpu": 2048, "other": 16384}
-#: The share of the memory beside the weights that one batch may take.
+#: Share of the memory beside the weights that one batch may take.
 _SHARE_OF_MEMORY = 0.5
 
 
@@ -25,7 +25,7 @@ def batch_size(requested: BatchSize, view: DecoderView, seq_len: int) -> int:
     """Return the number of sequences of ``seq_len`` tokens to run at a time, at least 1.
 
     Args:
-        asked: the number, or "auto": the number that suits device and memory.
+        requested: the number of sequences, or "auto" for one that suits device and memory.
     """
     if requested != "auto":
         return requested

@@ -1,6 +1,6 @@
-"""Block distances: how far a block moves the hidden state (CFSP's coarse importance).
+"""Block distances: how far a block moves the hidden state (the coarse importance of CFSP).
 
-Between x entering and y leaving a block, per token, in fp32, no S x S matrix: angular = arccos(cos) / pi with the
+The distances lie between x entering and y leaving a block, per token, in fp32: angular = arccos(cos) / pi with the
 cosine clamped to [-1, 1]; cosine = 1 - cos; mse and mae are means over the hidden dimension.
 """
 

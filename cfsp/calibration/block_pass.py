@@ -1,4 +1,4 @@
-"""The calibration pass over a streamed model, block by block; its state is kept on disk in case the run is killed."""
+"""The calibration pass over a streamed model, block by block; its state on disk lets a killed run resume."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Visit = Callable[[BlockView, BlockStatistics], None]
 class _Progress:
     """The state of a pass: a folder ``<number of blocks done>/`` with statistics and the last hidden states.
 
-    The states are written and read batch by batch, like a checkpoint, so that they are not in memory once more.
+    The states are written and read batch by batch, like a checkpoint, so that memory never holds a second copy.
     """
 
     folder: Path | None
@@ -45,7 +45,7 @@ class _Progress:
         """Read the state of a pass that was killed; its hidden states are appended to ``hidden``.
 
         Returns:
-            The statistics of the blocks that are done; [] where there is no state.
+            The statistics of the finished blocks; [] where there is no state.
         """
         if self.folder is None or not self.folder.is_dir():
             return []
@@ -57,7 +57,7 @@ class _Progress:
             states = Shards(self.folder / str(done) / "hidden")
             for batch in range(batches):
                 hidden.append(states.read(str(batch)))
-        except Exception as error:  # any damage: the pass begins anew
+        except Exception as error:  # Whatever the damage: the pass starts again.
             log.warning("what a killed calibration left cannot be read (%s); beginning anew", error)
             hidden.clear()
             return []
@@ -68,7 +68,7 @@ class _Progress:
         """Replace the state of the pass.
 
         Raises:
-            OSError, SafetensorError: it cannot be written; the earlier state is still there.
+            OSError, SafetensorError: the state cannot be written; the earlier state remains.
         """
         if self.folder is None:
             return
@@ -129,7 +129,7 @@ def block_by_block(
             start = time.perf_counter()
             try:
                 progress.write(blocks, hidden, input_ids.shape)
-            except (OSError, SafetensorError) as error:  # the pass itself does not need it
+            except (OSError, SafetensorError) as error:  # The pass itself does not need the saved state.
                 keeping = False
                 log.warning("%s: the state of the calibration cannot be kept (%s); it goes on without", folder, error)
             last = time.perf_counter()

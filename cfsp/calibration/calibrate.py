@@ -1,4 +1,4 @@
-"""The calibration stage: model, calibration set -> Statistics; one forward pass, cached on disk by content."""
+"""The calibration stage: the statistics of one forward pass over a calibration set, cached on disk by content."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def calibrate(
     visit: Visit | None = None,
     grams: GramCollection | None = None,
 ) -> tuple[Statistics, bool]:
-    """Run the decoder once over the set, or read what an earlier run left.
+    """Collect the statistics of one pass over the calibration set, or read them from the cache.
 
     The pass sees each token of ``calibration`` exactly once in every block, and never the LM head.
 
     Args:
         cache: where statistics are kept for other runs; None: nowhere.
         visit: called with each block of a streamed model and its statistics, while its weights are in memory.
-        grams: matrices to be collected on the way. Where statistics are there already and some matrices are not, they
-            get a pass of their own.
+        grams: matrices to be collected in the same pass. If the cache has the statistics but not all matrices, a
+            separate pass collects the matrices.
 
     Returns:
         The statistics, and whether nothing had to be computed.
     """
-    # Mixtures of experts have a version of their own, beside which what was kept of dense models stays valid.
+    # Mixtures of experts have a separate version, so that cached statistics of dense models stay valid.
     version = COLLECTOR_VERSION + (1000 * EXPERTS_VERSION if driver.view.mixtures else 0)
     header = {"name": calibration.name, "collectors": version}
     path = None if cache is None else cache.path("statistics", driver, calibration, version)
@@ -60,10 +60,10 @@ def calibrate(
 def _one_pass(
     driver: BlockDriver, input_ids: Tensor, progress: Path | None, visit: Visit | None, grams: GramCollection | None
 ) -> Statistics:
-    """Run the decoder once over ids [n, T]: all at once, or block by block where memory asks for it.
+    """Run the decoder once over ids [n, T]: whole batches, or block by block if the weights are streamed.
 
     Args:
-        progress: folder for the state of a pass block by block until it ends; None: it is not kept.
+        progress: folder for the state of a pass block by block, removed at its end; None: no state is kept.
     """
     if driver.view.weights.is_streamed or (grams is not None and not grams.fits):
         return block_by_block(driver, input_ids, progress, visit, grams)

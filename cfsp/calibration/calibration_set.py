@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """``input_ids`` [n, T] int64 on CPU, and where they come from.
+    """Windows of token ids ``input_ids`` [n, T], int64 on CPU, and their source.
 
-    ``bos``: of windows of a text, as settled (never auto).
+    ``bos`` is the setting that was used for windows of a text (never auto).
     """
 
     input_ids: Tensor
@@ -41,13 +41,13 @@ class CalibrationSet:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the shape and the ids."""
+        """SHA-256 of the shape and the ids."""
         digest = hashlib.sha256(repr(tuple(self.input_ids.shape)).encode())
         digest.update(self.input_ids.contiguous().numpy().tobytes())
         return f"sha256:{digest.hexdigest()}"
 
     def describe(self) -> dict[str, Any]:
-        """Return what the record says about this calibration set."""
+        """Return the description of this calibration set for the record."""
         n, length = self.input_ids.shape
         return {
             "name": self.name,
@@ -62,10 +62,11 @@ class CalibrationSet:
 
 
 def from_ids(input_ids: Tensor, limits: Limits, name: str = "input_ids", seed: int = 0) -> CalibrationSet:
-    """A calibration set from ids [n, T] that the caller already has.
+    """Make a calibration set from existing token ids [n, T].
 
     Raises:
-        DataError: not a non-empty integer matrix, ids outside the vocabulary, windows too long.
+        DataError: the ids are not a non-empty integer matrix, or lie outside the vocabulary, or the windows are too
+            long.
     """
     integers = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
     if input_ids.dim() != 2 or input_ids.dtype not in integers or input_ids.numel() == 0:
@@ -80,7 +81,7 @@ def from_ids(input_ids: Tensor, limits: Limits, name: str = "input_ids", seed: i
 
 
 def from_text(section: TextCalibration, tokenizer: Any, limits: Limits, seed: int) -> CalibrationSet:
-    """Windows of a text, tokenised once: at random starts (Python's ``random``, as the authors do) or in order.
+    """Cut windows from a text: at random starts (Python's ``random``, as CFSP's released code does) or in order.
 
     Raises:
         DataError: the text is missing, unreadable or too short, or the windows are too long for the model.
@@ -121,10 +122,11 @@ def from_text(section: TextCalibration, tokenizer: Any, limits: Limits, seed: in
 
 
 def from_tokens(section: TokensCalibration, limits: Limits, seed: int) -> CalibrationSet:
-    """Frozen ids of a .npy file, untouched but for ``n_samples`` and ``seq_len``.
+    """Read frozen ids from a .npy file, and cut them to ``n_samples`` and ``seq_len``.
 
     Raises:
-        DataError: missing, empty, not integers, not [n, T], ids outside the vocabulary, or too few.
+        DataError: the file is missing or empty, its ids are not integers of shape [n, T] within the vocabulary, or too
+            few.
     """
     key = f"calibration.path={section.path}"
     ids = open_ids(package_path(str(section.path)), key)

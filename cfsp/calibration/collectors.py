@@ -17,7 +17,7 @@ from cfsp.calibration.routing import watch_routing
 from cfsp.calibration.statistics import DISTANCES, BlockStatistics, InputStatistics, Statistics
 from cfsp.model.driver import entering, hidden_of
 
-#: Part of the cache key: raise it whenever what is collected, or how, changes.
+#: Part of the cache key: raise it whenever the collected values or their computation change.
 COLLECTOR_VERSION = 2
 
 
@@ -45,16 +45,17 @@ def _sums_of_squares(activation: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum the squares over the tokens of each sequence: [B, T, N] -> [B, N]."""
     if activation.device.type != "cpu":
         return torch.linalg.vector_norm(activation, dim=1, dtype=dtype).square()
-    # A norm along a strided dimension is not vectorised there; one sequence at a time stays in the processor's cache.
+    # A norm along a strided dimension is not vectorised on a CPU; one sequence at a time stays in its cache.
     return torch.stack([sequence.to(dtype).square().sum(0) for sequence in activation])
 
 
 class BlockSums:
-    """The collectors of one block."""
+    """Collectors of the core statistics of one block."""
 
     def __init__(self, block: BlockView) -> None:
         self.block = block
-        device = next(block.module.parameters()).device  # of a streamed block too, while it is in memory
+        # This covers a streamed block too, while its weights are in memory.
+        device = next(block.module.parameters()).device
         self.distances = torch.zeros(len(DISTANCES), dtype=torch.float64, device=device)
         self.inputs = {kind: InputSums(channels.n, device) for kind, channels in block.channels.items()}
         self.experts = None if block.experts is None else ExpertSums(block.experts, device)
@@ -92,7 +93,7 @@ class BlockSums:
 
 @contextmanager
 def collecting(blocks: Sequence[BlockView]) -> Iterator[list[BlockSums]]:
-    """Collect the core statistics of ``blocks`` while the model runs; the hooks always go away."""
+    """Collect the core statistics of ``blocks`` inside ``with``; the hooks are removed afterwards."""
     sums = [BlockSums(block) for block in blocks]
     removers = [remover for block in sums for remover in block.attach()]
     try:
@@ -103,5 +104,5 @@ def collecting(blocks: Sequence[BlockView]) -> Iterator[list[BlockSums]]:
 
 
 def report(sums: list[BlockSums], n_sequences: int, seq_len: int) -> Statistics:
-    """Return the statistics of the collected sums."""
+    """Return the statistics, computed from the collected sums."""
     return Statistics(tuple(block.report(n_sequences, seq_len) for block in sums), n_sequences, seq_len)

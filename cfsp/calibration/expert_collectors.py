@@ -9,15 +9,15 @@ from cfsp.architecture.experts import ExpertsFFN
 from cfsp.calibration.routing import Routing
 from cfsp.calibration.statistics import ExpertStatistics, InputStatistics
 
-#: Part of the cache key of models with mixtures: raise it whenever what is collected of them, or how, changes.
+#: Part of the cache key of models with mixtures: raise it whenever the collected values or their computation change.
 EXPERTS_VERSION = 1
 
 
 class ExpertSums:
     """Add up the inputs of every expert's down matrix over the tokens that are routed to it, in fp64.
 
-    The pass itself does not show these inputs (all experts run in one kernel), so each expert runs once more here on
-    its tokens. Each sequence is added on its own, in order.
+    Hooks cannot see these inputs, because all experts run in one kernel. So each expert runs once more here on its
+    tokens. Each sequence is added on its own, in order.
     """
 
     def __init__(self, mixture: ExpertsFFN, device: torch.device) -> None:
@@ -32,7 +32,7 @@ class ExpertSums:
 
         Args:
             routing: routing of the tokens of the batch.
-            shape: its shape [B, T].
+            shape: shape [B, T] of the batch.
         """
         sequences, length = shape
         for expert in range(self.mixture.n_experts):
@@ -43,7 +43,8 @@ class ExpertSums:
             self.tokens[expert] += len(token)
             self.contribution[expert] += (output.float().norm(dim=1) * weight.float().abs()).double().sum()
             in_each = (token // length).bincount(minlength=sequences).tolist()
-            for part in activation.split(in_each):  # tokens are ascending, so a sequence's stand together
+            # Token indices are ascending, so the tokens of one sequence are adjacent.
+            for part in activation.split(in_each):
                 if len(part):
                     self.sums[:, expert] += _sequence_sums(part)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class FFNCapture:
-    """The last batch that an FFN has seen.
+    """Activations of an FFN in the last batch.
 
     Attributes:
         entering: input of the FFN [B, T, d].
@@ -32,7 +32,7 @@ class FFNCapture:
 
 @contextmanager
 def capturing_ffn(block: BlockView, ffn: FFN) -> Iterator[FFNCapture]:
-    """Capture each batch that ``ffn`` sees while ``block`` runs; the hooks always go away."""
+    """Capture the activations of ``ffn`` inside ``with`` while ``block`` runs; the hooks are removed afterwards."""
     captured = FFNCapture()
 
     def enter(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -75,18 +75,18 @@ class FFNPairs:
     """
 
     def __init__(self, sequences: int, stride: float, held: Callable[[], HiddenStates]) -> None:
-        """Prepare for the pairs of some sequences.
+        """Prepare to collect pairs from a number of sequences.
 
         Args:
             sequences: number of sequences to come.
             stride: distance between two tokens that are kept.
-            held: makes an empty set of states, which bounds the memory that it takes.
+            held: makes an empty container of hidden states with bounded memory.
         """
         self.fitted, self.held_out = Pairs(held(), held()), Pairs(held(), held())
         self._stride, self._by_token, self._seen = stride, sequences < HELD_OUT, 0
 
     def add(self, ffn: FFN, captured: FFNCapture, missing: Tensor | None) -> None:
-        """Keep a batch.
+        """Add the pairs of one batch.
 
         Args:
             missing: added to the output of the FFN to make the target, [B, T, d_out]; None: nothing.
@@ -104,7 +104,7 @@ class FFNPairs:
             entering, targets = entering.flatten(0, 1), targets.flatten(0, 1)
         out = torch.arange(self._seen, self._seen + len(entering), device=entering.device) % HELD_OUT == HELD_OUT - 1
         self._seen += len(entering)
-        # Picked by a mask, they are copies: a share of the tokens does not hold on to all of them.
+        # Selection by a mask copies, so that the kept tokens do not hold the memory of all tokens.
         for pairs, which in ((self.fitted, ~out), (self.held_out, out)):
             if bool(which.any()):
                 pairs.append(_rows(entering[which]), _rows(targets[which]))

@@ -1,6 +1,6 @@
 """Gradient terms of the language-model loss, reduced to one number per row or column of each matrix (LLM-Pruner).
 
-The backward pass goes block by block, so that full weight gradients exist for one block at a time.
+The backward pass goes block by block, so that full weight gradients exist for only one block at a time.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ log = logging.getLogger(__name__)
 
 #: Part of the cache key: raise it whenever what is collected, or how, changes.
 GRADIENT_VERSION = 1
-#: Share of the free memory that the values which backward needs may take; the rest is for gradients and logits.
+#: Share of the free memory for the values saved for the backward pass; the rest is for gradients and logits.
 _SHARE_OF_MEMORY = 0.5
-#: The rows of every term.
+#: Names of the rows of every term.
 VARIANTS = ("element1", "element2", "mix", "vector")
 
 
@@ -86,13 +86,13 @@ def gradient_terms(
     *,
     checkpointing: bool = False,
 ) -> tuple[GradientTerms, bool]:
-    """Compute the gradient terms of every block, or read those that an earlier run left.
+    """Compute the gradient terms of every block, or read them from the cache.
 
     Sequences run one at a time, because F needs per-sequence gradients. The model, its ``requires_grad`` and ``grad``
-    are left as they were.
+    are restored.
 
     Args:
-        checkpointing: keep only the hidden states that enter each block and run the block again when its turn comes,
+        checkpointing: keep only the hidden states that enter each block and run the block again in the backward pass,
             instead of keeping all values that backward needs; the same result in less memory and more time. False:
             only where these values do not fit into the free memory.
 
@@ -102,11 +102,11 @@ def gradient_terms(
     Raises:
         ConfigError: some weights are not in memory.
         DataError: windows of one token, which leave nothing to predict.
-        RunError: a gradient is not finite; names the block.
+        RunError: a gradient is not finite; the message names the block.
     """
     _check_in_memory(driver.view.model)
     if calibration.input_ids.shape[1] < 2:
-        # The mean over no tokens is NaN, but its gradient is 0: every score would be equal, and nobody would notice.
+        # The mean over no tokens is NaN, but its gradient is 0: all scores would silently be equal.
         raise DataError(
             f"{calibration.name}: windows of one token have no next token to predict; gradients need at least 2, "
             "or use a metric without gradients, e.g. importance=wanda"
@@ -149,7 +149,7 @@ def _compute(driver: BlockDriver, input_ids: Tensor, checkpointing: bool) -> Gra
                 block_outputs = [
                     run_block(block, x, kw) for x, kw in zip(leaves, entry.kwargs[block.index], strict=True)
                 ]
-            # Hidden states that wait for their turn do so in the memory of the CPU, which is larger.
+            # Hidden states of other sequences wait in CPU memory, which is larger.
             inputs.append([leaf.detach().cpu() for leaf in leaves] if checkpointing else leaves)
             outputs.append([] if checkpointing else block_outputs)
             hidden = [state.detach() for state in block_outputs]
@@ -173,7 +173,7 @@ def _compute(driver: BlockDriver, input_ids: Tensor, checkpointing: bool) -> Gra
 
 
 def _fits(driver: BlockDriver, entry: Entry) -> bool:
-    """Return whether the values that backward needs of all sequences and blocks fit into the free memory.
+    """Return whether the values saved for the backward pass of all blocks fit into the free memory.
 
     They are measured on one sequence in one block, the widest one; parameters are not counted.
     """
@@ -189,7 +189,7 @@ def _fits(driver: BlockDriver, entry: Entry) -> bool:
         return tensor
 
     sequence = entry.hidden[0].detach().requires_grad_()
-    quiet = without_hooks([*block.module.modules()])  # whoever watches the model does not see this pass
+    quiet = without_hooks([*block.module.modules()])  # Hooks of the user must not be called in this trial pass.
     with quiet, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = run_block(block, sequence, entry.kwargs[block.index][0])
     del output
@@ -263,7 +263,7 @@ def _experts_together(terms_by_name: dict[str, Tensor]) -> dict[str, Tensor]:
 def projections(block: BlockView) -> dict[str, Projection | ExpertMatrices]:
     """Return the matrices of a block that make its coupled groups, by the names of :class:`GradientTerms`.
 
-    Experts that are modules have the expert's number behind the name, as in "gate.3".
+    For experts that are modules, the name ends with the expert's number, as in "gate.3".
     """
     matrices: dict[str, Projection | ExpertMatrices] = {}
     if isinstance(block.ffn, FFN):
@@ -277,7 +277,7 @@ def projections(block: BlockView) -> dict[str, Projection | ExpertMatrices]:
 
 @contextmanager
 def _weights_require_grad(blocks: list[BlockView]) -> Iterator[None]:
-    """Make every matrix differentiable, whatever the user froze; afterwards all is as it was."""
+    """Make every matrix differentiable inside ``with``, even frozen ones, and restore ``requires_grad`` afterwards."""
     weights = list({projection.parameter: None for block in blocks for projection in projections(block).values()})
     before = [weight.requires_grad for weight in weights]
     for weight in weights:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Part of the cache key: raise it whenever what is collected, or how, changes.
+#: Part of the cache key: raise it whenever the collected values or their computation change.
 GRAM_VERSION = 1
 #: One sequence (or token) of so many is held out.
 HELD_OUT = 4
@@ -69,7 +69,7 @@ def subsample_tokens(values: Tensor, stride: float) -> Tensor:
     """Take every ``stride``-th token of each sequence of ``values`` [B, T, ...]; positions are rounded up."""
     if float(stride).is_integer():
         return values[:, :: int(stride)]
-    # The subtraction keeps a whole number that came out of a division from being rounded up to the next one.
+    # The subtraction keeps a whole number with a rounding error from being rounded up.
     positions = [math.ceil(k * stride - 1e-9) for k in range(math.ceil(values.shape[1] / stride))]
     return values[:, [index for index in positions if index < values.shape[1]]]
 
@@ -125,7 +125,7 @@ class GramSums:
             self.matrix[panel, start:].addmm_(rows[:, panel].T, rows[:, start:])
 
     def report(self) -> Gram:
-        """Return the matrix; sums that are added after a report do not count.
+        """Return the Gram matrix; batches added after the call do not count.
 
         The lower triangle is filled from the upper one, in place, and on a CPU the sums become the matrix: the sums of
         all blocks may take half of the free memory, so there is no room for a second set.
@@ -151,7 +151,7 @@ def reported(block: int, sums: Mapping[str, GramSums]) -> dict[str, Gram]:
     """Return the matrices of one block: kind -> matrix.
 
     Raises:
-        RunError: a matrix is not finite, so that nothing can be selected or refitted by it.
+        RunError: a matrix is not finite, so selection and refits are impossible.
     """
     grams = {kind: kind_sums.report() for kind, kind_sums in sums.items()}
     for kind, gram in grams.items():
@@ -165,7 +165,7 @@ def reported(block: int, sums: Mapping[str, GramSums]) -> dict[str, Gram]:
 
 @dataclass(frozen=True)
 class GramRequest:
-    """The Gram matrices that are asked for.
+    """Request for Gram matrices.
 
     Attributes:
         kinds: ffn, attention, or both.
@@ -181,7 +181,7 @@ class GramRequest:
 
     @property
     def stride(self) -> float:
-        """Return the distance between two tokens that are taken; a whole number where 1 / share is one."""
+        """Return the distance between two collected tokens: 1 / share, which may be fractional."""
         stride = 1 / self.share
         return round(stride) if math.isclose(stride, round(stride), rel_tol=1e-6) else stride
 
@@ -219,7 +219,7 @@ class CrossSums:
 
 @contextmanager
 def gram_sums(blocks: Sequence[BlockView], request: GramRequest | None) -> Iterator[list[dict[str, GramSums]]]:
-    """Collect Gram matrices while the model runs; the hooks always go away.
+    """Collect Gram matrices inside ``with`` while the model runs; the hooks are removed afterwards.
 
     Args:
         request: matrices to collect; None: none.

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class GramMatrices(Protocol):
-    """The Gram matrices of every block; ``kind`` is ffn or attention."""
+    """Interface to the Gram matrices of every block; ``kind`` is ffn or attention."""
 
     def read(self, block: int, kind: str) -> Gram: ...
 
@@ -91,7 +91,7 @@ class OnDisk:
             ) from error
 
     def has(self, block: int, kinds: Sequence[str]) -> bool:
-        """Tell whether the matrices of a block are there, whole."""
+        """Return whether the matrices of a block exist and are undamaged."""
         try:
             return all(kind in Shards(self._place(block)) for kind in kinds) and bool(
                 json.loads((self._place(block) / "tokens.json").read_text(encoding="utf-8")) or not kinds
@@ -112,13 +112,13 @@ def gram_bytes(blocks: Sequence[BlockView], request: GramRequest) -> int:
     return sum(4 * copies * part.n**2 for part in channels)
 
 
-def kinds_of(block: BlockView, request: GramRequest) -> list[str]:
-    """Return the kinds of matrices that a block has."""
+def collected_kinds(block: BlockView, request: GramRequest) -> list[str]:
+    """Return the requested kinds of matrices that the block has."""
     return [kind for kind in block.channels if kind in request.kinds]
 
 
 class GramCollection:
-    """The collection of the Gram matrices of a model's blocks."""
+    """Collection of the Gram matrices of a model, in memory or in a folder."""
 
     def __init__(self, blocks: Sequence[BlockView], request: GramRequest, folder: Path | None) -> None:
         """Prepare the collection.
@@ -134,11 +134,11 @@ class GramCollection:
 
     @property
     def complete(self) -> bool:
-        return all(self.matrices.has(block.index, kinds_of(block, self.request)) for block in self._blocks)
+        return all(self.matrices.has(block.index, collected_kinds(block, self.request)) for block in self._blocks)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Be the only process that collects these matrices; another one waits, and finds them there."""
+        """Lock the folder inside ``with``, so that a second process waits and then reads the matrices."""
         if self.folder is None:
             yield
             return

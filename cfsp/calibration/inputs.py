@@ -1,4 +1,4 @@
-"""Watching the inputs of a projection while a model runs, as [B, T, N] whatever shape the block works in."""
+"""Hooks on the inputs of a projection, which give them as [B, T, N] whatever shape the block works in."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from cfsp.model.driver import entering
 def watch_inputs(
     block: BlockView, projection: Projection, callback: Callable[[nn.Module, tuple[Tensor, ...]], None]
 ) -> list[Callable[[], None]]:
-    """Call ``callback`` as a forward pre-hook of the projection.
+    """Call ``callback`` with the input of the projection, as a forward pre-hook.
 
     Some families give their FFN all tokens of a batch in one row (OPT). These are folded back by the shape that entered
     the block.
 
     Returns:
-        Functions that end it.
+        Functions that remove the hooks.
     """
     shape: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Watching the routing of a mixture while a model runs: which expert sees which tokens, and with which weight."""
+"""Hooks on the routing of a mixture: the tokens of each expert, and the weights of its outputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Routing:
     """The routing of one batch.
 
     Attributes:
-        states: hidden states of all its tokens [S, d].
+        states: hidden states of all tokens of the batch [S, d].
         chosen: experts of each token [S, k].
         weights: weights of their outputs [S, k].
     """
@@ -38,11 +38,11 @@ class Routing:
 def watch_routing(block: BlockView, callback: Callable[[Routing, tuple[int, int]], None]) -> list[Callable[[], None]]:
     """Call ``callback`` with the routing of each batch and its shape [B, T], before the experts run.
 
-    A module with the matrices of all experts is handed the routing. Experts that are modules of their own see their
-    tokens alone: there the mixture runs twice more, with experts that cost nothing (:func:`routing_of_modules`).
+    A module with the matrices of all experts receives the routing as an argument. Experts that are modules receive only
+    their tokens: there the mixture runs twice more, with experts that cost nothing (:func:`routing_of_modules`).
 
     Returns:
-        Functions that end it.
+        Functions that remove the hooks.
     """
     mixture = block.experts
     assert mixture is not None
@@ -79,7 +79,7 @@ def routing_of_modules(mixture: ExpertsFFN, states: Tensor) -> Routing:
     n, hidden = mixture.n_experts, mixture.hidden
     weights = torch.zeros(states.flatten(0, -2).shape[0], n, dtype=states.dtype, device=states.device)
     without = substituted(mixture, states, [None] * n)
-    for start in range(0, n, hidden):  # as many at a time as there are places
+    for start in range(0, n, hidden):  # A unit vector has d places, so d experts are identified at a time.
         slots = range(start, min(start + hidden, n))
         outputs = substituted(mixture, states, [e - start if e in slots else None for e in range(n)])
         weights[:, slots.start : slots.stop] = (outputs - without).flatten(0, -2)[:, : len(slots)]

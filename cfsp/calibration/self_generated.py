@@ -1,4 +1,4 @@
-"""Calibration without data: windows sampled from the dense model itself, seeded."""
+"""Self-generated calibration: windows sampled from the dense model itself, with a seed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _sample(
     return ids
 
 
-def sampled(
+def load_or_sample_windows(
     model: nn.Module,
     tokenizer: Any,
     section: SelfCalibration,
@@ -65,13 +65,13 @@ def sampled(
     cache: Path,
     fingerprint: str,
 ) -> CalibrationSet:
-    """:func:`sample_windows`, kept in ``cache`` by the model's ``fingerprint``, dtype, settings and seed."""
+    """Sample windows, or read them from ``cache``; the key is the model's ``fingerprint``, dtype, settings and seed."""
     from cfsp.config.identity import METHOD_VERSION, digest
     from cfsp.system.cache import read_or_compute
 
     decides = section.model_dump() | {"model": fingerprint, "seed": seed}
     decides |= {"dtype": str(next(model.parameters()).dtype), "version": METHOD_VERSION}
-    path = cache / "sampled" / f"{digest(decides)[:32]}.npy"
+    path = cache / "load_or_sample_windows" / f"{digest(decides)[:32]}.npy"
     calibration, _ = read_or_compute(
         path,
         lambda file: CalibrationSet(torch.from_numpy(np.load(file)), section.name, "self", seed),
@@ -82,5 +82,5 @@ def sampled(
 
 
 def _write_ids(calibration: CalibrationSet, path: Path) -> None:
-    with path.open("wb") as stream:  # given a name, numpy would add its own ending
+    with path.open("wb") as stream:  # Given a file name, numpy would append its own suffix.
         np.save(stream, calibration.input_ids.numpy())

@@ -1,4 +1,4 @@
-"""Similarity of the hidden states between any two blocks, for depth pruning. One pass, cached."""
+"""Similarity of the hidden states between any two blocks, for depth pruning; one pass, cached on disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cfsp.calibration.calibration_set import CalibrationSet
     from cfsp.calibration.statistics_cache import StatisticsCache
 
-#: Part of the cache key: raise it whenever what is collected, or how, changes.
+#: Part of the cache key: raise it whenever the collected values or their computation change.
 SIMILARITY_VERSION = 1
 
 
@@ -35,7 +35,7 @@ class BlockSimilarity:
 def block_similarity(
     driver: BlockDriver, calibration: CalibrationSet, cache: StatisticsCache | None = None
 ) -> tuple[BlockSimilarity, bool]:
-    """Compute the similarities in one pass over the set, or read those that an earlier run left.
+    """Compute the similarities in one pass over the set, or read them from the cache.
 
     The pass holds the hidden states of one batch. Cosines are taken in fp32 and summed per sequence in fp64.
 

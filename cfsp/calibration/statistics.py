@@ -1,4 +1,4 @@
-"""The core statistics of one forward pass over the calibration set, whichever of them are needed later.
+"""Core statistics of one forward pass over the calibration set; all are collected, whichever metric is used.
 
 They are accumulated per sequence in fp64 in a fixed order and reported per token, so that nothing depends on the number
 of tokens except through noise.
@@ -20,10 +20,10 @@ DISTANCES = ("angular", "cosine", "mse", "mae")
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Statistics of the input channels of one linear, [N] fp64 each.
+    """Statistics of the input channels of one linear layer, [N] fp64 each.
 
-    In a mixture of experts they are [E, N]: of the inputs of each expert's down matrix, before the routing weight. A
-    token that is not routed to an expert counts there as 0, so that neurons which few tokens use weigh less.
+    In a mixture of experts they are [E, N] and describe the inputs of each expert's down matrix before the routing
+    weight. A token that is not routed to an expert counts there as 0, so that neurons which few tokens use weigh less.
 
     Attributes:
         mean: over all tokens.
@@ -75,9 +75,9 @@ class BlockStatistics:
 
     Attributes:
         distances: name -> mean block distance.
-        ffn: inputs of down_proj, in a mixture of every expert; None: there is none, or it was not recognised.
-        attention: inputs of o_proj; None: there is none, or it was not recognised.
-        experts: statistics of the experts of a mixture.
+        ffn: inputs of down_proj, in a mixture those of every expert; None: no FFN was recognised.
+        attention: inputs of o_proj; None: no attention was recognised.
+        experts: statistics of the experts of a mixture; None for another block.
     """
 
     distances: dict[str, float]
@@ -88,7 +88,7 @@ class BlockStatistics:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics of every block, from ``n_sequences`` sequences of ``seq_len`` tokens."""
+    """Statistics of every block, collected on ``n_sequences`` sequences of ``seq_len`` tokens."""
 
     blocks: tuple[BlockStatistics, ...]
     n_sequences: int

@@ -13,7 +13,7 @@ from cfsp.model.driver import BlockDriver
 
 @dataclass(frozen=True)
 class StatisticsCache:
-    """Files by the content of model and tokens, dtype, and the version of what collected them."""
+    """Cache whose keys are the content of model and tokens, the dtype, and the version of the collector."""
 
     folder: Path
     model_fingerprint: str
@@ -21,7 +21,7 @@ class StatisticsCache:
     def path(
         self, kind: str, driver: BlockDriver, calibration: CalibrationSet, version: int, *, batched: bool = True
     ) -> Path:
-        """Return the file of a ``kind`` of result; ``batched``: the batch size counts, because it moves sums."""
+        """Return the file of a ``kind`` of result; ``batched`` adds the batch size to the key, which changes sums."""
         key = {
             "model": self.model_fingerprint,
             "tokens": calibration.fingerprint,

@@ -1,1 +1,1 @@
-"""Neuron metrics, one file each, and block distances. Metrics import the ground, never a stage above them."""
+"""Neuron metrics, one file each. Metrics import the lower layers only, never a stage above them."""

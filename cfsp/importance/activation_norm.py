@@ -1,4 +1,4 @@
-"""Activation norm: how strongly a channel fires on the calibration set, weights aside."""
+"""Activation norm: RMS activation of a channel on the calibration set, without its weights."""
 
 from __future__ import annotations
 

@@ -44,14 +44,14 @@ class Activation:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of the removable units of each block, fp64 on CPU; empty where nothing is pruned.
+    """Scores of the removable units of each block, fp64 on CPU; empty for kinds that are not pruned.
 
     All experts of a mixture keep the same number of neurons, so allocators see slots there: slot i is the i-th best
     neuron of every expert, and its score is their sum.
 
     Attributes:
         neurons: scores [N] of the neurons of each block; of a mixture those of its slots; with structure experts those
-            of its experts [E].
+            of the experts [E].
         kv_groups: scores [groups, channels of a group] of each block.
         distances: name -> block distances [L].
         experts: scores [E, N] of the neurons of each expert of a mixture; None for other blocks.
@@ -77,8 +77,8 @@ class Scores:
         return self.neurons[block] if experts is None else experts
 
 
-def required(importance: NeuronImportance) -> tuple[str, ...]:
-    """Return the items of the calibration that a metric needs beside the core set of statistics."""
+def required_items(importance: NeuronImportance) -> tuple[str, ...]:
+    """Return the calibration items that a metric requires beside the core statistics."""
     return importance.requires
 
 
@@ -91,16 +91,16 @@ def score(
     scored: Mapping[int, tuple[Tensor, Tensor]] | None = None,
     grams: GramMatrices | None = None,
 ) -> Scores:
-    """Score every block.
+    """Score the units of every block.
 
     Args:
         structure: kinds of units to score.
         gradients: gradient terms of every block, where the metric requires them.
-        scored: block index -> scores of blocks that were scored earlier, which are taken as they are.
+        scored: block index -> scores computed earlier, which are used unchanged.
         grams: Gram matrices, where the metric requires them.
 
     Raises:
-        RunError: a score is not finite; names the block.
+        RunError: a score is not finite; the message names the block.
     """
     neurons: list[Tensor] = []
     kv_groups: list[Tensor] = []
@@ -115,16 +115,16 @@ def score(
         experts.append(neurons_of if neurons_of.dim() == 2 else None)
         neurons.append(neurons_of if neurons_of.dim() == 1 else slot_scores(neurons_of, block_statistics.experts))
         kv_groups.append(groups_of)
-    return Scores(tuple(neurons), tuple(kv_groups), distances_of(statistics), tuple(experts))
+    return Scores(tuple(neurons), tuple(kv_groups), block_distances_by_name(statistics), tuple(experts))
 
 
-def distances_of(statistics: Statistics) -> dict[str, Tensor]:
-    """Return the block distances: name -> [L]."""
+def block_distances_by_name(statistics: Statistics) -> dict[str, Tensor]:
+    """Return the block distances by name, each [L]."""
     return {metric: statistics.distance(metric) for metric in statistics.blocks[0].distances}
 
 
 def slot_scores(experts: Tensor, statistics: ExpertStatistics | None) -> Tensor:
-    """Return the scores [N] of the slots of a mixture.
+    """Sum the sorted scores of all experts of a mixture into scores [N] of its slots.
 
     Args:
         experts: scores of the neurons of every expert, [E, N].
@@ -146,7 +146,7 @@ def score_block(
 
     Returns:
         Scores of neurons [N], in a mixture of every expert's [E, N], and of KV groups [groups, channels of a group];
-        empty where the structure asks for none.
+        empty for kinds outside the structure.
     """
     import torch
 
@@ -170,7 +170,7 @@ def score_experts(
 ) -> Tensor:
     """Score the neurons of the experts of a mixture, each on its own matrices and statistics.
 
-    Neither activations nor gradients tell anything of an expert that saw no token. Its neurons are ranked by their
+    An expert that saw no token has neither activations nor gradients. Its neurons are ranked by their
     weights, as if all of them were equally active.
 
     Returns:
@@ -188,8 +188,8 @@ def score_experts(
     mixture, inputs = block.experts, statistics.ffn
     assert mixture is not None
     assert inputs is not None
-    if "gram" in required(importance):
-        raise UnsupportedModelError(no_grams(block, importance))
+    if "gram" in required_items(importance):
+        raise UnsupportedModelError(why_grams_unsupported(block, importance))
     unseen = set(statistics.experts.unseen) if statistics.experts is not None else set()
     alike = torch.ones(mixture.width, dtype=torch.float64)
     rows = []
@@ -198,15 +198,15 @@ def score_experts(
         own, metric = inputs.expert(expert), importance
         if expert in unseen:
             own = InputStatistics(torch.zeros_like(alike), alike, alike)
-            metric = WeightNorm() if "gradients" in required(importance) else importance
+            metric = WeightNorm() if "gradients" in required_items(importance) else importance
         terms = None if gradients is None else {name: values[:, expert] for name, values in gradients.items()
                                                 if values.dim() == 3}  # fmt: skip
         rows.append(_scored(channels, own, metric, terms, None))
     return torch.stack(rows)
 
 
-def no_grams(block: BlockView, importance: NeuronImportance) -> str:
-    """Say why a metric of Gram matrices cannot score experts, and the way out."""
+def why_grams_unsupported(block: BlockView, importance: NeuronImportance) -> str:
+    """Return the message for a metric of Gram matrices, which cannot score experts."""
     return (
         f"block {block.index} is a mixture of experts: {option_of('importance', importance)} goes by Gram "
         "matrices, which are not collected for experts; use importance=cfsp, wanda, flap or another without them"
@@ -224,7 +224,7 @@ def _scored(
     rms, mean, variance, mean_norm = (
         value.to(device).float() for value in (inputs.rms, inputs.mean, inputs.variance, inputs.mean_norm)
     )
-    needs_gram = grams is not None and "gram" in required(importance)
+    needs_gram = grams is not None and "gram" in required_items(importance)
     gram = grams.read(channels.block, channels.kind).matrix.to(device) if needs_gram and grams is not None else None
     activation = Activation(rms, mean, variance, mean_norm, gradients, gram)
     values = importance.score(channels, activation).double().cpu()

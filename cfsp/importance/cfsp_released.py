@@ -23,7 +23,7 @@ class CfspReleased(NeuronImportance):
 
     That code divides each |W| by its own neuron's sum and averages over the hidden dimension d. A neuron's shares of
     itself sum to 1, so in the first four variants every weight cancels, and ``matrices / d * X_i ** exponent`` is left.
-    It is written in that form here, because that is what the code computes. ``wanda_base`` is mean |Wd| X_i,
+    It is written in that form here, because this is what the code computes. ``wanda_base`` is mean |Wd| X_i,
     ``mag_base`` the column norm of Wd.
     """
 

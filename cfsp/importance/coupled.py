@@ -1,4 +1,4 @@
-"""Sums over the weights that leave together: a neuron, or the channels of a KV group."""
+"""Sums over coupled weights, which are removed together with a neuron or a KV group."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def coupled(channels: Channels, terms: Mapping[str, Tensor]) -> Tensor:
-    """Sum ``terms`` over the weights that leave with each channel.
+    """Sum ``terms`` over the weights that are removed with each channel.
 
     A row of k or v is shared out among the query heads that read it, so that the sum over a KV group counts each
     weight once.

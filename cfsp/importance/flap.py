@@ -1,4 +1,4 @@
-"""FLAP's fluctuation metrics (arXiv 2312.11983): how much a channel's activation varies, and its output weights."""
+"""FLAP's fluctuation metrics (arXiv 2312.11983): variance of a channel's activation times its output weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimal brain surgeon for neurons: the growth of the output error when one goes and the others are refitted."""
+"""Optimal brain surgeon for neurons: growth of the output error when a neuron is removed and the rest refitted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field
 
 from cfsp.config.components import component
 from cfsp.config.contracts import NeuronImportance
-from cfsp.importance.second_order import removal_order, scores_of
+from cfsp.importance.second_order import removal_order, scores_from_increments
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ class Obs(NeuronImportance):
 
     Attributes:
         damping: added to the diagonal of the Gram matrix, relative to its mean.
-        step: channels that go at a time; 1: exact greedy; None: 1 up to 1024 channels, beyond that N / 1024.
+        step: channels removed at a time; 1: exact greedy; None: 1 up to 1024 channels, beyond that N / 1024.
     """
 
     requires = ("gram",)
@@ -41,4 +41,4 @@ class Obs(NeuronImportance):
         step = 1 if unit > 1 else self.step or max(1, channels.n // 1024)
         weight = channels.output.weight.detach()
         order, increments = removal_order(weight, gram, damping=self.damping, step=step, unit=unit)
-        return (scores_of(order, increments) / unit).repeat_interleave(unit)
+        return (scores_from_increments(order, increments) / unit).repeat_interleave(unit)

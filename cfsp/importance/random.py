@@ -1,4 +1,4 @@
-"""Random scores: the control that every metric must beat."""
+"""Random scores: the control experiment, which every metric must beat."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from cfsp.importance.base import Activation
 
 
-#: Apart from any block's index and each other, so that the experts of a block are drawn independently too.
+#: Offset of the seed between experts, larger than any block index, so that experts are drawn independently.
 _EXPERT = 10_007
-#: Apart from any block's own seed, so that a block's heads and neurons are drawn independently.
+#: Offset of the seed for heads, unlike that of any block, so that heads and neurons are drawn independently.
 _ATTENTION = 500_009
 
 

@@ -1,7 +1,7 @@
-"""Greedy second-order removal: the order in which channels go, and the output error that each adds.
+"""Greedy second-order removal: the order of removal of the channels, and the output error that each adds.
 
-Optimal brain surgeon for whole columns of a linear: with H = G + damping * mean(diag G) * I and the columns W that are
-left (already refitted for those that went), removing column j and refitting the rest costs ||w_j||^2 / (H^-1)_jj.
+Optimal brain surgeon for whole columns of a linear: with H = G + damping * mean(diag G) * I and the remaining columns W
+(refitted after each removal), removing column j and refitting the rest costs ||w_j||^2 / (H^-1)_jj.
 """
 
 from __future__ import annotations
@@ -9,31 +9,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: The matrices are cut to what is left whenever this share of them is gone.
+#: The matrices are cut to the remaining channels whenever this share of them has been removed.
 _COMPACT = 0.25
-#: Of those that go together each is the cheapest of so many times as many.
+#: Candidates for one step, as a multiple of the number of units that are removed together.
 _CANDIDATES = 4
 
 
 def removal_order(
     weight: Tensor, gram: Tensor, *, damping: float = 1e-3, step: int = 1, unit: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Remove units one after another, each time the one that adds least to the squared output error.
+    """Order the units by greedy removal: each time the unit that adds least to the squared output error.
 
-    The greedy removal is exact at ``step=1``. With more, ``step`` of the cheapest units go together and the rest is
-    refitted once. Among the cheapest the choice is greedy too, so that of two channels that stand in for each other
-    one stays, and increments take each other into account. Costs about N^3 multiplications for the inverse and its
+    The greedy removal is exact at ``step=1``. With more, ``step`` of the cheapest units are removed together and the
+    rest is refitted once. Among the cheapest the choice is greedy too, so that one of two redundant channels stays, and
+    increments take each other into account. Costs about N^3 multiplications for the inverse and its
     updates and d N^2 / 2 for the weights, in N / (step * unit) passes over the matrices.
 
     Args:
         weight: W [d, N].
         gram: X^T X per token [N, N].
         damping: added to the diagonal, relative to its mean.
-        step: units that go at a time.
-        unit: channels that go together; N is a multiple of it.
+        step: units removed at a time.
+        unit: channels of a unit, which are removed together; N is a multiple of it.
 
     Returns:
-        Indices of the units in the order in which they go, [N / unit] int64, and the error that each adds, per token
+        Indices of the units in the order of removal, [N / unit] int64, and the error that each adds, per token
         and summed over the d outputs, [N / unit] fp64.
 
     Raises:
@@ -54,7 +54,7 @@ def removal_order(
         block = inverse.index_select(0, columns).index_select(1, columns)
         factor = _factor(block)
         removed = refitted.index_select(1, columns)
-        # Squared norms of the columns of W_R L^-T: what each costs once those before it are gone.
+        # Squared norms of the columns of W_R L^-T: the cost of each after the removal of those before it.
         whitened = torch.linalg.solve_triangular(factor, removed.T, upper=False)
         increments.append(whitened.square().sum(1).reshape(len(chosen), unit).sum(1))
         order.append(unit_ids[chosen])
@@ -84,7 +84,7 @@ def _damped_inverse(gram: Tensor, damping: float) -> tuple[Tensor, float]:
 
 
 def _cheapest(refitted: Tensor, inverse: Tensor, is_kept: Tensor, step: int, unit: int) -> Tensor:
-    """Return the indices of the ``step`` units to remove next, of those that are still there.
+    """Return the indices of the ``step`` remaining units to remove next.
 
     Args:
         refitted: weights as refitted after the removals so far, [d, n].
@@ -102,8 +102,8 @@ def _cheapest(refitted: Tensor, inverse: Tensor, is_kept: Tensor, step: int, uni
     return costs.topk(n, largest=False).indices
 
 
-def scores_of(order: Tensor, increments: Tensor) -> Tensor:
-    """Turn increments of the error into scores.
+def scores_from_increments(order: Tensor, increments: Tensor) -> Tensor:
+    """Convert increments of the error into scores that rise in the order of removal.
 
     Increments are not monotone. Where they fall, neighbours share their mean (the nearest rising sequence), and a ramp
     far below rounding keeps the order among equals.
@@ -147,7 +147,7 @@ def _costs(refitted: Tensor, inverse: Tensor, unit: int) -> Tensor:
 
 
 def _together(refitted: Tensor, inverse: Tensor, candidates: Tensor, n: int) -> Tensor:
-    """Choose ``n`` of the candidates greedily: each is the cheapest once the earlier ones are gone and refitted."""
+    """Choose ``n`` candidates greedily: each is the cheapest after the earlier ones are removed and refitted."""
     weight = refitted.index_select(1, candidates)
     block = inverse.index_select(0, candidates).index_select(1, candidates)
     free = torch.zeros(len(candidates), dtype=block.dtype, device=block.device)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @component
 class WeightNorm(NeuronImportance):
-    """Score a channel by sum |W|^p over its coupled group: all weights that leave with it."""
+    """Score a channel by sum |W|^p over its coupled group: all weights that are removed with it."""
 
     p: Literal[1, 2] = 1
 

@@ -99,15 +99,15 @@ def _preset(pruner: str, overrides: tuple[str, ...]) -> RunConfig:
 def _reach(name: str, pruner: Pruner, budget: Budget, view: DecoderView, reason: str) -> Reach:
     if reason:
         return Reach(name, budget.scope, reason=reason)
-    of_scope = Sizes.of(view).of_scope(budget.scope)
-    if not of_scope:
+    scope_parameters = Sizes.of(view).scope_parameters(budget.scope)
+    if not scope_parameters:
         return Reach(name, budget.scope, reason=f"sparsity.scope={budget.scope}: the model has no parameters in it")
     try:
         units, most = pruner.units(view, budget), pruner.most_removable(view, budget)
-        ratio = min(int(_FINEST * (most or 0) / of_scope), _FINEST - 1) / _FINEST
+        ratio = min(int(_FINEST * (most or 0) / scope_parameters), _FINEST - 1) / _FINEST
         if most is None or not ratio or refusal(pruner, budget, view, ratio) is not None:
             ratio = largest_ratio(pruner, budget, view)
-            most = round(ratio * of_scope)
+            most = round(ratio * scope_parameters)
     except CfspError as error:
         return Reach(name, budget.scope, reason=_line(error))
     return Reach(name, budget.scope, units, ratio, most)

@@ -15,7 +15,7 @@ import torch
 from cfsp.config.run_config import RunConfig
 from cfsp.config.sections import SelfCalibration
 from cfsp.errors import CfspError, RunError
-from cfsp.importance.base import required
+from cfsp.importance.base import required_items
 from cfsp.pipeline.current_run import Run
 from cfsp.record.out_folder import OutFolder, OutputGoneError
 from cfsp.record.run_record import RunRecord
@@ -121,7 +121,7 @@ def _out_of_memory_hint(config: RunConfig, record: RunRecord) -> str:
         stated = recovery.memory_advice()
         return f"out of memory: {stated or f'use model.dtype=bfloat16; more is not stated by recovery={recovery.name}'}"
     hint = "out of memory: lower calibration.batch_size and the evaluation's batch_size (e.g. 1), or use "
-    if "gradients" in required(config.importance.instance):
+    if "gradients" in required_items(config.importance.instance):
         return f"{hint}importance.gradient_checkpointing=true, fewer calibration.n_samples or model.dtype=bfloat16"
     sampled = isinstance(config.calibration, SelfCalibration) and config.pruner.instance.prunes
     # What streaming refuses is no way out.

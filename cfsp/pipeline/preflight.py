@@ -22,7 +22,7 @@ from cfsp.data.limits import Limits
 from cfsp.errors import CfspError, ConfigError, DataError
 from cfsp.evaluation.base import under_its_key
 from cfsp.export.check import check_exportable
-from cfsp.importance.base import required
+from cfsp.importance.base import required_items
 from cfsp.model.device import resolve_device, resolve_dtype
 from cfsp.model.outline import changed_by_tensors, outline
 from cfsp.model.tokenizer import load_tokenizer
@@ -252,7 +252,7 @@ def streams(config: RunConfig, view: DecoderView, dtype: torch.dtype, device: to
             "halves the memory)"
         )
     pruner, importance = config.pruner.instance, config.importance.instance
-    if pruner.prunes and "gradients" in required(importance) and "importance" in config.plans_with:
+    if pruner.prunes and "gradients" in required_items(importance) and "importance" in config.plans_with:
         raise ConfigError(
             f"{why}: gradients ({option_of('importance', importance)}) need the whole model in memory; use a "
             "metric of activations (importance=cfsp, wanda, flap), or model.streaming=off"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cfsp.allocator.coarse import Coarse
 from cfsp.errors import RunError
-from cfsp.importance.base import Scores, distances_of
+from cfsp.importance.base import Scores, block_distances_by_name
 from cfsp.model.finite import round_to_stored
 from cfsp.model.load import load_model
 from cfsp.model.snapshot import Snapshot
@@ -81,7 +81,7 @@ def coarse_importance(planned: PlanContext) -> Tensor:
 
     An allocator that states none gets that of ``Coarse()``.
     """
-    scores = Scores((), (), distances_of(planned.statistics))
+    scores = Scores((), (), block_distances_by_name(planned.statistics))
     importance = planned.allocator.block_importance(scores)
     return Coarse().block_importance(scores) if importance is None else importance
 

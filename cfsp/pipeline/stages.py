@@ -14,7 +14,7 @@ from torch import nn
 from cfsp.architecture.views import DecoderView
 from cfsp.calibration.batching import batch_size
 from cfsp.calibration.calibration_set import CalibrationSet
-from cfsp.calibration.self_generated import sampled
+from cfsp.calibration.self_generated import load_or_sample_windows
 from cfsp.calibration.statistics_cache import StatisticsCache
 from cfsp.config.run_config import RunConfig
 from cfsp.config.sections import SelfCalibration
@@ -246,7 +246,7 @@ def _sampled(prepared: Prepared, model: nn.Module) -> CalibrationSet:
     section, config = prepared.config.calibration, prepared.config
     assert isinstance(section, SelfCalibration)
     cache, fingerprint = Path(config.paths.cache_dir), prepared.source.fingerprint
-    return sampled(model, prepared.tokenizer, section, prepared.limits, config.seed, cache, fingerprint)
+    return load_or_sample_windows(model, prepared.tokenizer, section, prepared.limits, config.seed, cache, fingerprint)
 
 
 def _record_plan(record: RunRecord, plan: PruningPlan) -> None:

@@ -23,7 +23,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def apply(model: Model, plan: PruningPlan) -> Model:
-    """Slice ``model`` in place; its configuration and class follow.
+    """Slice ``model`` in place, and give it the configuration and the class that describe its new shapes.
 
     Args:
         model: the plan's base model.
@@ -55,7 +55,7 @@ def apply(model: Model, plan: PruningPlan) -> Model:
 
 @contextmanager
 def sliced(view: DecoderView, decisions: Sequence[BlockPlan]) -> Iterator[None]:
-    """Slice the blocks of ``view`` for a while; no block goes as a whole."""
+    """Slice the blocks of ``view`` inside ``with``, and restore them afterwards; whole blocks are never removed."""
     weights = view.weights
     with restored(view.model):
         for block, decision in zip(view.blocks, decisions, strict=True):
@@ -71,7 +71,7 @@ def check_fits(view: DecoderView, plan: PruningPlan) -> None:
     """Refuse a plan that was not made for the model of ``view``.
 
     Raises:
-        CheckpointError: another model, or the plan's tensors are not there.
+        CheckpointError: the plan was made for another model, or its tensors are missing.
         UnsupportedModelError: the plan leaves no attention.
     """
     if len(plan.blocks) != len(view.blocks):

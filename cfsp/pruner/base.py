@@ -1,4 +1,4 @@
-"""The planning context of a pruner, and the units whose removal is tried on a model before it plans."""
+"""The planning context of a pruner, and the units whose removal the numeric check tries first."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class PlanContext:
     """Everything that a pruner may use while it plans.
 
     Attributes:
-        driver: runs the model, for methods that must do so while planning.
+        driver: runs the model, for methods that measure losses while they plan.
         calibration: the calibration set.
         statistics: statistics of the calibration pass.
-        budget: the sparsity that is asked for.
+        budget: the requested sparsity.
         importance: the metric.
         allocator: the allocation.
         method: the settings that decide the plan, for the plan's file.
@@ -44,8 +44,8 @@ class PlanContext:
         base_fingerprint: content of the dense model.
         cache: folder for results that take long to compute; None: nothing is kept.
         gradients: gradient terms, where the metric requires them.
-        grams: Gram matrices, where metric or pruner require them.
-        gram_request: parts and share of the tokens that the Gram matrices are of.
+        grams: Gram matrices, where the metric or the pruner requires them.
+        gram_request: submodules that the Gram matrices cover, and the share of the tokens.
         scored: block index -> scores of blocks of a streamed model, computed while the block was in memory for the
             calibration pass.
     """
@@ -67,7 +67,7 @@ class PlanContext:
 
 
 def removes_heads(pruner: Pruner) -> bool:
-    """Tell whether KV groups may go, so that the numeric check must try it; say so where that is not stated."""
+    """Return whether the pruner may remove KV groups, which the numeric check then tries; log an unstated answer."""
     units = pruner.removed_units()
     if units is None:
         log.warning(
@@ -79,5 +79,5 @@ def removes_heads(pruner: Pruner) -> bool:
 
 
 def removes_experts(pruner: Pruner) -> bool:
-    """Tell whether whole experts may go, so that the numeric check must try it."""
+    """Return whether the pruner may remove whole experts, which the numeric check then tries."""
     return "experts" in (pruner.removed_units() or ())

@@ -1,4 +1,4 @@
-"""BlockPruner (arXiv 2406.10594): attention and FFN submodules, one after another, by the perplexity without them."""
+"""BlockPruner (arXiv 2406.10594): greedy removal of attention and FFN submodules by the perplexity without them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class BlockPruner(Pruner):
 
     Attributes:
         name: name of the method.
-        submodules: kinds that may go.
+        submodules: kinds of submodules that may be removed.
         search_sequences: calibration sequences that the NLL is measured on, from the first; None: all.
-        compensation: "none" alone: there is no output projection left to carry a bias.
+        compensation: only "none", because no output projection remains to carry a bias.
     """
 
     name: str
@@ -58,15 +58,15 @@ class BlockPruner(Pruner):
                 f"{type(view.model).__name__}: the attention of block {lacking[0]} was not recognised; use "
                 "pruner.submodules=ffn"
             )
-        scope = Sizes.of(view).of_scope(budget.scope)
+        scope = Sizes.of(view).scope_parameters(budget.scope)
         target = budget.ratio * scope
         everything = self._submodules(view, budget)
         attentions = [(b.index, "attention") for b in view.blocks if b.attention is not None]
-        if attentions and set(attentions) <= set(everything):  # one must stay; the blocks' attentions are alike
+        if attentions and set(attentions) <= set(everything):  # One must stay; all have the same size.
             everything.remove(attentions[-1])
-        largest = max((self._removed(view, [candidate]) for candidate in everything), default=0)
-        smallest = min((self._removed(view, [candidate]) for candidate in everything), default=0)
-        most = self._removed(view, everything)
+        largest = max((self._count_parameters(view, [candidate]) for candidate in everything), default=0)
+        smallest = min((self._count_parameters(view, [candidate]) for candidate in everything), default=0)
+        most = self._count_parameters(view, everything)
         wish = f"sparsity.ratio={budget.ratio} of sparsity.scope={budget.scope}"
         if target > most + largest / 2:
             raise BudgetError(
@@ -90,7 +90,7 @@ class BlockPruner(Pruner):
         return {"attention": attentions, "ffn": ffns, "both": attentions | ffns}[self.submodules]
 
     def most_removable(self, view: DecoderView, budget: Budget) -> int:
-        """See :class:`cfsp.config.contracts.Pruner`. One attention stays."""
+        """See :class:`cfsp.config.contracts.Pruner`. One attention is always kept."""
         from cfsp.pruner.build_plan import removed_parameters
 
         free = free_blocks(view, budget)
@@ -110,7 +110,7 @@ class BlockPruner(Pruner):
         return ()
 
     def keeps_blocks_equal(self, view: DecoderView, budget: Budget, allocator: Allocator) -> bool:
-        """Some blocks lose a submodule and others do not."""
+        """Return False: some blocks lose a submodule and others do not."""
         return False
 
     def plan(self, context: PlanContext) -> PruningPlan:
@@ -120,48 +120,52 @@ class BlockPruner(Pruner):
 
         view, budget = context.driver.view, context.budget
         ids = context.calibration.input_ids[: self.search_sequences]
-        target = budget.ratio * Sizes.of(view).of_scope(budget.scope)
+        target = budget.ratio * Sizes.of(view).scope_parameters(budget.scope)
         everything = self._submodules(view, budget)
 
         def allowed(removed: Sequence[Candidate]) -> list[Candidate]:
-            missing = abs(target - self._removed(view, removed))
+            missing = abs(target - self._count_parameters(view, removed))
             return [
                 candidate
                 for candidate in everything
                 if candidate not in removed
-                and abs(target - self._removed(view, [*removed, candidate])) < missing
-                and self._attention_left(view, [*removed, candidate])
+                and abs(target - self._count_parameters(view, [*removed, candidate])) < missing
+                and self._keeps_attention(view, [*removed, candidate])
             ]
 
         with SubmoduleSearch(context.driver, ids, KnownLosses.of(context, ids, {})) as search:
             search.greedy(allowed)
         return complete(
-            context, self._blocks(view, search.removed), notes={"search_sequences": len(ids), "removed": search.history}
+            context,
+            self._block_plans(view, search.removed),
+            notes={"search_sequences": len(ids), "removed": search.history},
         )
 
     def _submodules(self, view: DecoderView, budget: Budget) -> list[Candidate]:
-        """Return every submodule that may go."""
+        """Return every submodule that may be removed."""
         kinds = {"both": ("attention", "ffn"), "attention": ("attention",), "ffn": ("ffn",)}[self.submodules]
         free = set(budget.free_blocks(len(view.blocks)))
-        return [(b.index, kind) for b in view.blocks if b.index in free for kind in self._there(b) if kind in kinds]
+        return [
+            (b.index, kind) for b in view.blocks if b.index in free for kind in self._present_kinds(b) if kind in kinds
+        ]
 
     @staticmethod
-    def _there(block: BlockView) -> list[str]:
+    def _present_kinds(block: BlockView) -> list[str]:
         return [*(["ffn"] if block.ffn is not None else []), *(["attention"] if block.attention is not None else [])]
 
     @staticmethod
-    def _attention_left(view: DecoderView, removed: Sequence[Candidate]) -> bool:
+    def _keeps_attention(view: DecoderView, removed: Sequence[Candidate]) -> bool:
         return any(not b.attention_removed and (b.index, "attention") not in removed for b in view.blocks)
 
-    def _removed(self, view: DecoderView, removed: Sequence[Candidate]) -> int:
-        """Count the parameters that leave with these submodules, their norms included."""
+    def _count_parameters(self, view: DecoderView, removed: Sequence[Candidate]) -> int:
+        """Count the parameters of these submodules and of the norms that serve them alone."""
         from cfsp.pruner.build_plan import removed_parameters
 
-        blocks = zip(view.blocks, self._blocks(view, removed), strict=True)
+        blocks = zip(view.blocks, self._block_plans(view, removed), strict=True)
         return sum(sum(removed_parameters(view, block, plan).values()) for block, plan in blocks)
 
     @staticmethod
-    def _blocks(view: DecoderView, removed: Sequence[Candidate]) -> list[BlockPlan]:
+    def _block_plans(view: DecoderView, removed: Sequence[Candidate]) -> list[BlockPlan]:
         removed_submodules = set(removed)
         return [
             BlockPlan(

@@ -1,4 +1,4 @@
-"""The plan that the decisions on all blocks make: their parameters are counted on the real shapes."""
+"""Building the plan from the decisions on all blocks, with parameters counted on the real shapes."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def complete(
     notes: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> PruningPlan:
-    """Return the plan of these decisions.
+    """Build the plan from the decisions on all blocks.
 
     Args:
         blocks: the decision on each block.
-        keep_ratios: share of each block that an allocator asked for before rounding; None: the share that is kept.
+        keep_ratios: share of each block that an allocator asked for before rounding; None: the kept share.
         notes: facts on how the method decided.
-        tensors: weights and biases in the place of the base model's; added biases count in the wider scopes' ratios.
+        tensors: weights and biases that replace those of the base model; added biases count in wider scopes.
     """
     view, budget = context.driver.view, context.budget
     removed = [removed_parameters(view, block, plan) for block, plan in zip(view.blocks, blocks, strict=True)]
@@ -44,7 +44,7 @@ def complete(
         "decoder": view.decoder_parameters,
         "model": view.model_parameters,
     }
-    # The FFN's scope counts what goes with the neurons; the wider ones everything, so that added biases count there.
+    # The scope ffn counts only the parameters removed with the neurons. Wider scopes count all, added biases too.
     achieved = {
         "ratio": (total if budget.scope == "ffn" else net) / scopes[budget.scope],
         "removed_parameters": total,
@@ -104,7 +104,7 @@ def _kept_width(width: int, plan: BlockPlan) -> int:
 
 
 def _added(view: DecoderView, name: str, tensor: Tensor) -> int:
-    """Count the parameters that a replaced tensor adds: those of a bias that the base model has not."""
+    """Count the parameters that a replaced tensor adds: those of a bias that the base model lacks."""
     key = TensorKey.parse(name)
     if key.what != "bias" or view.blocks[key.block].channels[key.kind].output.bias is not None:
         return 0
@@ -138,7 +138,7 @@ def _details(
 
 
 def _expert_details(block: BlockView, plan: BlockPlan, statistics: BlockStatistics) -> dict[str, Any]:
-    """Describe a mixture: experts kept and there before; calibration tokens and contribution of each expert."""
+    """Describe a mixture: experts kept and experts before; calibration tokens and contribution of each expert."""
     if block.experts is None:
         return {}
     n = block.experts.n_experts

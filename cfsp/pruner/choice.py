@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def best(block: BlockView, neurons: Tensor, groups: Tensor, widths: Widths) -> BlockPlan:
-    """Keep the highest scores of a block; a KV group counts with the sum of its channels' scores."""
+    """Keep the units with the highest scores; the score of a KV group is the sum over its channels."""
     neurons_kept = best_neurons(block, neurons, widths.per_block[block.index])
     return replace(neurons_kept, kv_groups_kept=_top(groups.sum(1), widths.kv_groups[block.index]))
 
 
 def best_neurons(block: BlockView, scores: Tensor, width: int) -> BlockPlan:
-    """Keep the neurons with the highest scores [N]; in a mixture the same number of each expert [E, N]."""
+    """Keep the neurons with the highest scores [N]; of a mixture, equally many neurons of each expert [E, N]."""
     if scores.dim() == 1:
         return BlockPlan(_top(scores, width))
     kept = [_top(row, width) for row in scores]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from cfsp.calibration.statistics import BlockStatistics
 
 
-def bias_of(channels: Channels, mean: Tensor, removed: Tensor) -> Tensor:
+def compensated_bias(channels: Channels, mean: Tensor, removed: Tensor) -> Tensor:
     """Return the new bias [d], fp32 on CPU: the old one + W[:, removed] @ mean(X[removed]).
 
     Args:
@@ -34,7 +34,7 @@ def bias_compensation(block: BlockView, decision: BlockPlan, statistics: BlockSt
         inputs = statistics.ffn if kind == "ffn" else statistics.attention
         removed = removed_channels(block, decision, kind)
         if inputs is not None and len(removed):
-            tensors[tensor_name(block.index, kind)] = bias_of(channels, inputs.mean, removed)
+            tensors[tensor_name(block.index, kind)] = compensated_bias(channels, inputs.mean, removed)
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""The calibration stage as a pruner needs it: statistics, and the items that metric and pruner require beside them."""
+"""Preparing the planning context: calibration, and the gradients or Gram matrices that metric and pruner require."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from cfsp.calibration.gram_store import GramCollection
 from cfsp.calibration.statistics_cache import StatisticsCache
 from cfsp.config.identity import method_of
 from cfsp.errors import ConfigError
-from cfsp.importance.base import required, score_block
+from cfsp.importance.base import required_items, score_block
 from cfsp.pruner.base import PlanContext
-from cfsp.sparsity.budget import submodules_of
+from cfsp.sparsity.budget import removable_submodules
 from cfsp.system.memory import available
 
 if TYPE_CHECKING:
@@ -39,10 +39,10 @@ def plan_context(
     base_fingerprint: str,
     cache: StatisticsCache | None = None,
 ) -> tuple[PlanContext, bool]:
-    """Calibrate, or read the results of an earlier run.
+    """Collect everything that the pruner needs for planning, or read it from the cache.
 
     Returns:
-        The context, and whether everything was read.
+        The context, and whether everything came from the cache.
     """
     pruner, importance, gradients = config.pruner.instance, config.importance.instance, None
     pruner.check_choices(driver.view, config.importance, config.allocator)
@@ -50,7 +50,7 @@ def plan_context(
     scored: dict[int, tuple[Tensor, Tensor]] = {}
 
     def visit(block: BlockView, statistics_of_block: BlockStatistics) -> None:
-        if structure is not None and "importance" in config.plans_with and not required(importance):
+        if structure is not None and "importance" in config.plans_with and not required_items(importance):
             scored[block.index] = score_block(block, statistics_of_block, importance, structure)
 
     gram_request = _gram_request(config, structure, driver.view, len(calibration.input_ids))
@@ -60,7 +60,7 @@ def plan_context(
         else GramCollection(driver.view.blocks, gram_request, _gram_folder(driver, calibration, gram_request, cache))
     )
     statistics, cached = calibrate(driver, calibration, cache, visit, grams)
-    if "gradients" in required(importance) and "importance" in config.plans_with:
+    if "gradients" in required_items(importance) and "importance" in config.plans_with:
         from cfsp.calibration.gradients import gradient_terms
 
         gradients, gradients_cached = gradient_terms(
@@ -99,9 +99,9 @@ def _gram_request(
     """Return the Gram matrices that metric or pruner require, of the submodules that may lose units; None: none.
 
     Raises:
-        ConfigError: the pruner does not state its structure, so that nobody knows which matrices.
+        ConfigError: the pruner does not state its structure, so the required matrices are unknown.
     """
-    requirements = [*(required(config.importance.instance) if "importance" in config.plans_with else ())]
+    requirements = [*(required_items(config.importance.instance) if "importance" in config.plans_with else ())]
     requirements += config.pruner.instance.requires
     if "gram" not in requirements:
         return None
@@ -111,10 +111,10 @@ def _gram_request(
             "pruner, so that nobody knows of which projections; state it, or use a metric without them "
             "(importance=cfsp, wanda, flap)"
         )
-    kinds, hold_out = submodules_of(structure), _hold_out(requirements, sequences)
+    kinds, hold_out = removable_submodules(structure), _hold_out(requirements, sequences)
     memory = getattr(config.calibration, "memory_gb", None)
     limit = available(torch.device("cpu")) // 2 if memory is None else int(memory * 1e9)
-    if view.device.type != "cpu":  # in one pass over the whole model they are added up where its weights are
+    if view.device.type != "cpu":  # In one pass over the whole model, the sums are held on the device of the weights.
         limit = min(limit, available(view.device) // 2)
     return GramRequest(kinds, config.calibration.gram_share, limit, hold_out)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @component
 class Dense(Pruner):
-    """Keeps everything; a run with it neither calibrates nor writes a model."""
+    """Keep the whole model; such a run neither calibrates nor writes a model."""
 
     name: str = "none"
 

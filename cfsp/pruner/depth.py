@@ -1,4 +1,4 @@
-"""Depth pruning in one shot: whole blocks by their influence (ShortGPT), or a run of blocks (sliding window)."""
+"""Depth pruning in one shot: single blocks by influence (ShortGPT), or consecutive blocks (sliding window)."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ class DepthPruner(Pruner):
         return ()
 
     def keeps_blocks_equal(self, view: DecoderView, budget: Budget, allocator: Allocator) -> bool:
-        """Whole blocks go, so the others stay as they are."""
+        """Return True: whole blocks are removed, and the others do not change."""
         return True
 
 
 @component
 class ShortGPT(DepthPruner):
-    """Remove the blocks of least influence, all at once (arXiv 2403.03853): influence = 1 - cos(entering, leaving).
+    """Remove the blocks of least influence in one shot (arXiv 2403.03853): influence = 1 - cos(entering, leaving).
 
-    As many blocks go as come nearest to the budget.
+    The number of removed blocks is the one that comes nearest to the budget.
 
     Attributes:
         name: name of the method.
@@ -106,7 +106,7 @@ class ShortGPT(DepthPruner):
 
 @component
 class SlidingWindow(DepthPruner):
-    """Remove the run of n blocks whose entering and leaving hidden states are most similar (arXiv 2403.17887).
+    """Remove n consecutive blocks whose entering and leaving hidden states are most similar (arXiv 2403.17887).
 
     n is the number of blocks that comes nearest to the budget.
 
@@ -150,10 +150,10 @@ class SlidingWindow(DepthPruner):
 
 
 def refuse_compensation(name: str, compensation: str, reason: str) -> None:
-    """Refuse a compensation for a pruner that ``reason`` (a clause).
+    """Refuse a compensation for a pruner that cannot carry one; ``reason`` is a clause for the message.
 
     Raises:
-        ValueError: a compensation is asked for.
+        ValueError: ``compensation`` is not "none".
     """
     if compensation != "none":
         raise ValueError(
@@ -163,7 +163,7 @@ def refuse_compensation(name: str, compensation: str, reason: str) -> None:
 
 
 def check_blocks(view: DecoderView, budget: Budget) -> None:
-    """Refuse a budget that no number of whole blocks comes near.
+    """Refuse a budget that cannot be met by removing whole blocks.
 
     Raises:
         BudgetError: names the ratio that can be met.
@@ -171,7 +171,7 @@ def check_blocks(view: DecoderView, budget: Budget) -> None:
     free = _with_attention_left(view, budget.free_blocks(len(view.blocks)))
     sizes, target = [_size(view, block) for block in free], _target(view, budget)
     wish = f"sparsity.ratio={budget.ratio} of sparsity.scope={budget.scope}"
-    scope = Sizes.of(view).of_scope(budget.scope)
+    scope = Sizes.of(view).scope_parameters(budget.scope)
     if sizes and target < min(sizes) / 2:
         raise BudgetError(
             f"{wish}: whole blocks are removed, and one is {min(sizes) / scope:.4f} of it; use "
@@ -185,7 +185,7 @@ def check_blocks(view: DecoderView, budget: Budget) -> None:
 
 
 def _with_attention_left(view: DecoderView, order: Sequence[int]) -> list[int]:
-    """Drop the blocks at the end of ``order`` that must stay, so that one block with attention is left."""
+    """Drop blocks from the end of ``order`` until one block with attention remains in the model."""
     staying = [b.index for b in view.blocks if b.index not in set(order) and not b.attention_removed]
     if staying:
         return list(order)
@@ -194,7 +194,7 @@ def _with_attention_left(view: DecoderView, order: Sequence[int]) -> list[int]:
 
 
 def _best_window(view: DecoderView, budget: Budget, similarity: Tensor) -> tuple[int, int]:
-    """Find the run of blocks with the most similar ends among the runs of the right length.
+    """Find the consecutive blocks with the most similar ends, among all runs of the right length.
 
     Where blocks differ in size, a run that misses the budget by more than half of the largest block does not count.
 
@@ -209,16 +209,16 @@ def _best_window(view: DecoderView, budget: Budget, similarity: Tensor) -> tuple
 
 
 def check_window(view: DecoderView, budget: Budget) -> None:
-    """Refuse a budget for which no run of blocks is long enough, although as many blocks could go one by one.
+    """Refuse a budget that needs more consecutive blocks than can be removed.
 
     Raises:
-        BudgetError: names the largest run.
+        BudgetError: the message names the largest run of blocks.
     """
-    blocks = [_size(view, block.index) for block in view.blocks]  # once: there are thousands of runs
+    blocks = [_size(view, block.index) for block in view.blocks]  # Computed once, because there are thousands of runs.
     sizes = [sum(blocks[run.start : run.stop]) for run in _runs(view, budget)]
     unit = max(blocks)
     if _target(view, budget) > max(sizes) + unit / 2:
-        scope = Sizes.of(view).of_scope(budget.scope)
+        scope = Sizes.of(view).scope_parameters(budget.scope)
         raise BudgetError(
             f"sparsity.ratio={budget.ratio} of sparsity.scope={budget.scope} cannot be met: the largest run of blocks "
             f"that leaves one with attention is {max(sizes) / scope:.4f} of it; use a smaller ratio, or pruner=shortgpt"
@@ -235,7 +235,7 @@ def _run_size(view: DecoderView, run: range) -> int:
 
 
 def _starts(view: DecoderView, budget: Budget, n: int) -> list[int]:
-    """Return the first blocks of the runs of ``n`` free blocks that leave a block with attention."""
+    """Return the start of each run of ``n`` unprotected blocks whose removal leaves a block with attention."""
     free = set(budget.free_blocks(len(view.blocks)))
     runs = [range(start, start + n) for start in range(len(view.blocks) - n + 1)]
     attention = {block.index for block in view.blocks if not block.attention_removed}
@@ -248,7 +248,7 @@ def _size(view: DecoderView, block: int) -> int:
 
 def _target(view: DecoderView, budget: Budget) -> float:
     """Return the number of parameters to remove."""
-    return budget.ratio * Sizes.of(view).of_scope(budget.scope)
+    return budget.ratio * Sizes.of(view).scope_parameters(budget.scope)
 
 
 def _nearest(sizes: Sequence[int], target: float) -> int:

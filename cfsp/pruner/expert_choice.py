@@ -1,11 +1,11 @@
-"""Choosing whole experts of a mixture: their scores, how few may stay, and the best of each group of the router."""
+"""Choosing whole experts of a mixture: scores, the fewest that may stay, and the best of each router group."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from cfsp.importance.base import Scores, distances_of
+from cfsp.importance.base import Scores, block_distances_by_name
 from cfsp.plan.pruning_plan import BlockPlan
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def score_whole_experts(view: DecoderView, statistics: Statistics, kind: ExpertS
             calibration tokens of the L2 norm of routing weight * output (0 where the expert does not see the token).
 
     Returns:
-        Scores with a block's experts [E] in the place of its neurons; empty for a block that is no mixture.
+        Scores whose ``neurons`` hold the experts [E] of each block; empty for a block that is not a mixture.
     """
     import torch
 
@@ -40,11 +40,11 @@ def score_whole_experts(view: DecoderView, statistics: Statistics, kind: ExpertS
         return experts.tokens / tokens if kind == "routed_share" else experts.contribution
 
     scores = [score_of(block, block_statistics.experts) for block, block_statistics in _pairs(view, statistics)]
-    return Scores(tuple(scores), tuple(nothing.reshape(0, 1) for _ in scores), distances_of(statistics))
+    return Scores(tuple(scores), tuple(nothing.reshape(0, 1) for _ in scores), block_distances_by_name(statistics))
 
 
-def with_unseen_kept(view: DecoderView, sizes: Sizes, statistics: Statistics) -> Sizes:
-    """Return ``sizes`` with the experts that saw no token among those that must stay.
+def keep_unseen_experts(view: DecoderView, sizes: Sizes, statistics: Statistics) -> Sizes:
+    """Raise the fewest experts in ``sizes`` so that experts that saw no token stay.
 
     Every group of experts keeps the same number.
     """
@@ -65,7 +65,7 @@ def with_unseen_kept(view: DecoderView, sizes: Sizes, statistics: Statistics) ->
 def best_experts(
     block: BlockView, scores: Tensor, n: int, statistics: ExpertStatistics | None, unseen: Unseen
 ) -> BlockPlan:
-    """Keep the ``n`` experts with the highest scores, as many of each group; equal scores keep the lower index."""
+    """Keep the ``n`` experts with the highest scores, equally many of each router group."""
     mixture = block.experts
     if mixture is None or n == mixture.n_experts:
         return BlockPlan()

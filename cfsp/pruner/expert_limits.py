@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import BudgetError, ConfigError, UnsupportedModelError
-from cfsp.importance.base import no_grams
+from cfsp.importance.base import why_grams_unsupported
 
 if TYPE_CHECKING:
     from cfsp.architecture.views import DecoderView
@@ -29,7 +29,7 @@ def check_expert_widths(view: DecoderView, budget: Budget) -> None:
     """Refuse widths of fused experts that transformers' default implementation (grouped_mm) cannot run.
 
     Raises:
-        BudgetError: ``round_to`` is no multiple of 8.
+        BudgetError: ``round_to`` is not a multiple of 8.
     """
     fused = [block for block in view.mixtures if block.experts is not None and block.experts.fused]
     if fused and budget.round_to % GROUPED:
@@ -46,11 +46,11 @@ def check_expert_settings(
     importance: Component[NeuronImportance],
     allocator: Component[Allocator],
 ) -> None:
-    """Refuse a metric or an allocator that cannot do with experts what is asked, before anything is calibrated.
+    """Refuse a metric or an allocator that does not support mixtures of experts, before calibration.
 
     Raises:
         UnsupportedModelError: the metric needs Gram matrices, which are not collected for experts.
-        ConfigError: a search over widths is asked for whole experts.
+        ConfigError: the allocator searches over widths, but whole experts are removed.
     """
     if structure == "experts" and allocator.instance.needs_model:
         raise ConfigError(
@@ -58,16 +58,16 @@ def check_expert_settings(
             "experts removes whole experts; use allocator=coarse, uniform or global_rank"
         )
     if view.mixtures and structure in ("ffn", "heads_ffn") and "gram" in importance.instance.requires:
-        raise UnsupportedModelError(no_grams(view.mixtures[0], importance.instance))
+        raise UnsupportedModelError(why_grams_unsupported(view.mixtures[0], importance.instance))
 
 
 def expert_notes(
     view: DecoderView, statistics: Statistics, blocks: Sequence[BlockPlan], compensation: str, unseen: str
 ) -> dict[str, Any]:
-    """Note the experts that saw no token, and the mixtures that got no compensation; both are also logged.
+    """Return and log notes on experts that saw no token and on mixtures without compensation.
 
     Args:
-        unseen: clause that says what became of the experts that saw no token.
+        unseen: clause for the note that says how experts that saw no token were treated.
     """
     notes: dict[str, Any] = {}
     lists = {

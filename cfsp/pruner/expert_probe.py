@@ -1,4 +1,4 @@
-"""The numeric check of a mixture: its parts add up to what it computes, and zeroing a unit equals slicing it away."""
+"""The numeric check of a mixture: its parts sum to its output, and zeroing a unit equals slicing it away."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TOKENS = 16
 
 @torch.no_grad()
 def deviation(view: DecoderView, block: BlockView, *, whole: bool) -> float:
-    """Measure how far slicing a mixture differs from masking it, relative to its largest output.
+    """Measure the largest difference between slicing and masking a mixture, relative to its largest output.
 
     Copies run in the order of the class's own loop (a width that the grouped product cannot run must not matter). They
     compare the sum of the recomputed experts with the mixture's output, and the mixture with one neuron less in each
@@ -34,21 +34,21 @@ def deviation(view: DecoderView, block: BlockView, *, whole: bool) -> float:
             experts are -inf.
 
     Raises:
-        RuntimeError and the like: the mixture does not run in this way.
+        Exception: whatever the mixture itself raises where it cannot run on the probe.
     """
     assert block.experts is not None
     with view.weights.resident(block):
-        mixture = _twin(view, block)
+        mixture = _clone_mixture(view, block)
         generator = torch.Generator().manual_seed(0)
         example = mixture.expert(0).output.weight
         states = torch.randn(1, _TOKENS * mixture.n_experts, mixture.hidden, generator=generator)
         states = states.to(example.device, example.dtype)
         output = hidden_of(mixture.module(states))
         scale = output.abs().max().clamp_min(1e-30)
-        worst = (_added_up(mixture, states) - output).abs().max() / scale
+        worst = (_summed_experts(mixture, states) - output).abs().max() / scale
         for first in (True, False):
-            cut = _twin(view, block)
-            # Another neuron in each expert, so that mixing them up is seen.
+            cut = _clone_mixture(view, block)
+            # A different neuron in each expert, so that confused experts are detected.
             removed_neurons = [
                 0 if (expert % 2 == 0) == first else mixture.width - 1 for expert in range(mixture.n_experts)
             ]
@@ -57,20 +57,20 @@ def deviation(view: DecoderView, block: BlockView, *, whole: bool) -> float:
             slice_mixture(cut, None, [[n for n in range(mixture.width) if n != neuron] for neuron in removed_neurons])
             zeroed = hidden_of(mixture.module(states))
             worst = max(worst, (hidden_of(cut.module(states)) - zeroed).abs().max() / scale)
-            mixture = _twin(view, block)
+            mixture = _clone_mixture(view, block)
         if whole and mixture.n_experts > mixture.least_experts:
             per_group = mixture.n_experts // mixture.groups
             for at in (0, per_group - 1):
                 lost = {group * per_group + at for group in range(mixture.groups)}
-                cut = _twin(view, block)
+                cut = _clone_mixture(view, block)
                 slice_mixture(cut, [expert for expert in range(mixture.n_experts) if expert not in lost])
-                masked = masked_output(_twin(view, block), sorted(lost), states)
+                masked = masked_output(_clone_mixture(view, block), sorted(lost), states)
                 worst = max(worst, (hidden_of(cut.module(states)) - masked).abs().max() / scale)
     return float(worst)
 
 
 def masked_output(mixture: ExpertsFFN, removed_experts: list[int], states: Tensor) -> Tensor:
-    """Run a mixture with the router's logits of the experts ``gone`` at -inf; the mixture is changed."""
+    """Run a mixture with the router's logits of ``removed_experts`` set to -inf; this changes the mixture."""
     for module, name in mixture.per_expert():
         buffer = module._buffers.get(name)
         if buffer is not None and buffer.is_floating_point():  # added to scores that -inf leaves at 0 (DeepSeek-V3)
@@ -80,7 +80,7 @@ def masked_output(mixture: ExpertsFFN, removed_experts: list[int], states: Tenso
 
 
 class _Masked(TorchFunctionMode):
-    """Set the rows ``gone`` of the output of linears of the router's shape to -inf."""
+    """Set the logits of the removed experts to -inf in every linear of the router's shape."""
 
     def __init__(self, shape: tuple[int, int], removed_experts: list[int]) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class _Masked(TorchFunctionMode):
         return result
 
 
-def _added_up(mixture: ExpertsFFN, states: Tensor) -> Tensor:
+def _summed_experts(mixture: ExpertsFFN, states: Tensor) -> Tensor:
     """Recompute the mixture's output from its experts one by one, their routing weights, and the shared experts."""
     total = substituted(mixture, states, [None] * mixture.n_experts).clone()
     routing = _routing(mixture, states)
@@ -111,19 +111,19 @@ def _added_up(mixture: ExpertsFFN, states: Tensor) -> Tensor:
 def _routing(mixture: ExpertsFFN, states: Tensor) -> Routing:
     if mixture.each:
         return routing_of_modules(mixture, states)
-    seen: list[Routing] = []
+    routings: list[Routing] = []
 
-    def look(states: Tensor, chosen: Tensor, weights: Tensor, *_: Any) -> Tensor:
-        seen.append(Routing(states.flatten(0, -2), chosen.flatten(0, -2), weights.flatten(0, -2)))
+    def record_routing(states: Tensor, chosen: Tensor, weights: Tensor, *_: Any) -> Tensor:
+        routings.append(Routing(states.flatten(0, -2), chosen.flatten(0, -2), weights.flatten(0, -2)))
         return torch.zeros_like(states)
 
-    with forward_replaced(mixture.experts, look):
+    with forward_replaced(mixture.experts, record_routing):
         mixture.module(states)
-    return seen[0]
+    return routings[0]
 
 
-def _twin(view: DecoderView, block: BlockView) -> ExpertsFFN:
-    """Copy the mixture, with values of its own that may be zeroed."""
+def _clone_mixture(view: DecoderView, block: BlockView) -> ExpertsFFN:
+    """Copy the mixture with its own weights, which may be zeroed."""
     module = clone_module(block.module, own_values=True)
     for child in module.modules():
         config: Any = getattr(child, "config", None)
@@ -135,7 +135,7 @@ def _twin(view: DecoderView, block: BlockView) -> ExpertsFFN:
 
 
 def check_mixture(view: DecoderView, block: BlockView, tolerance: float, *, whole: bool) -> None:
-    """Refuse a mixture whose structure is not understood.
+    """Refuse a mixture where slicing and masking differ, so that its structure is not understood.
 
     Raises:
         UnsupportedModelError: names the block and the deviation.

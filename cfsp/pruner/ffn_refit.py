@@ -1,4 +1,4 @@
-"""Gauss-Newton refit of one pruned FFN: from the pairs of the calibration to the weights that a plan replaces."""
+"""Gauss-Newton refit of one pruned FFN: from calibration pairs to the replaced weights of a plan."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 def refit_ffn(
     block: int, ffn: FFN, pairs: FFNPairs, activation: Activation, *, steps: int, cg_iterations: int, damping: float
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """Refit the matrices of a sliced FFN; its biases stay as they are.
+    """Refit the matrices of a sliced FFN to its target outputs; biases do not change.
 
     Args:
         block: index of the block.
-        pairs: inputs and targets, to fit to and held out.
+        pairs: inputs and target outputs; one part to fit to, one part held out.
         steps: number of Gauss-Newton steps, at most.
         cg_iterations: iterations of conjugate gradients in each step.
         damping: relative to the mean of the diagonal of J^T J.
 
     Returns:
         The replaced weights by their names in the plan (empty where no step lowered the error), and the errors on the
-        pairs that were held out.
+        held-out pairs.
     """
     projections, output = ffn.inputs, ffn.output
     biases = [projection.bias for projection in projections.values()]

@@ -1,11 +1,11 @@
-"""Gauss-Newton refit of the neurons that stay in an FFN: rows of gate and up are fitted along with columns of down.
+"""Gauss-Newton refit of the kept neurons of an FFN: rows of gate and up are fitted along with columns of down.
 
-Least squares (:mod:`cfsp.pruner.least_squares`) solves for down_proj alone, exactly. The neurons that stay can move
-too: with f(x) = down(act(gate x) * up x) and targets t, each step linearises f in all three matrices and solves the
+Least squares (:mod:`cfsp.pruner.least_squares`) solves for down_proj alone, exactly. Here the kept neurons change too:
+with f(x) = down(act(gate x) * up x) and targets t, each step linearises f in all three matrices and solves the
 damped normal equations (J^T J + damping) s = J^T (t - f) by preconditioned conjugate gradients, which never form a
-matrix larger than the FFN's own. Tokens that were held out decide which step is the last, so that overfitting does not
-count. No gradient leaves the block: this is layer-wise reconstruction, as for quantisation in BRECQ
-(arXiv 2102.05426), and no training of the model.
+matrix larger than the FFN's own. Held-out tokens decide which step is the last, to avoid overfitting. Gradients stay
+inside the block: this is layer-wise reconstruction, as for quantisation in BRECQ
+(arXiv 2102.05426), not training of the model.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 
 from cfsp.architecture.activation import Activation
 
-#: A step is halved so often while it does not lower the error.
+#: Largest number of halvings of a step that does not lower the error.
 _HALVINGS = 4
-#: Conjugate gradients end where the squared residual has fallen to this share. The rest is rounding, which without
-#: damping grows along directions that change nothing.
+#: Conjugate gradients end where the squared residual has fallen to this share. What remains is
+#: rounding error. Without damping it would grow along directions that do not change the output.
 _SOLVED = 1e-12
 #: Tokens at a time: this many, or as many as give this number of neuron values, so that the intermediate values of a
 #: large model take little memory beside the pairs.
@@ -104,7 +104,7 @@ class FFNFunction:
         return Matrices(steepest.enter / tokens, steepest.down / tokens), diagonal
 
     def curvature(self, pairs: Sequence[Pair], at: Matrices, along: Matrices) -> Matrices:
-        """Return J^T J along a direction, per token."""
+        """Return the product of J^T J with a direction, per token."""
         product, tokens = _zeros(at), 0
         both = torch.cat([at.down, along.down], dim=1)
         for x, _ in _pieces(pairs, at):
@@ -144,14 +144,14 @@ def gauss_newton(
     cg_iterations: int,
     damping: float,
 ) -> tuple[Matrices, list[float]]:
-    """Take Gauss-Newton steps while the error on the pairs that were held out falls.
+    """Take Gauss-Newton steps while the error on the held-out pairs falls.
 
-    The error on ``fitted`` falls with every step. An error that is not finite ends the steps. Where nothing is held
-    out no step can be judged, so that none is taken.
+    The error on ``fitted`` falls with every step. An error that is not finite ends the steps. Without held-out pairs no
+    step is taken.
 
     Args:
         start: matrices to start from.
-        fitted: pairs to fit to, in parts that are gone through again and again.
+        fitted: pairs to fit to, in parts that are read in every iteration.
         held_out: pairs that judge the steps.
         steps: number of steps, at most.
         cg_iterations: iterations of conjugate gradients in each step.

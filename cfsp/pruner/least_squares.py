@@ -30,7 +30,7 @@ _TRIES = 8
 
 
 def refit(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float) -> Tensor:
-    """Refit the kept columns.
+    """Refit the kept columns of W to the output of all columns.
 
     Args:
         weight: W [d, N].
@@ -88,7 +88,7 @@ def _equations(weight: Tensor, gram: Tensor, kept: Tensor) -> NormalEquations:
 
 
 def corrected(weight: Tensor, gram: Tensor, cross: Tensor, share: float, ridge: float) -> Tensor:
-    """Change W so that its output on X grows by a share of E, in the least-squares sense.
+    """Change W so that its output on X grows by a share of the missing output E, in the least-squares sense.
 
     Args:
         weight: W [d, N].
@@ -119,7 +119,7 @@ def solve(system: Tensor, right: Tensor, damping: float) -> Tensor:
             if bool(solution.isfinite().all()):
                 return solution
         added = max(10 * added, 1e-12 * level)
-    return torch.zeros_like(right)  # such a matrix tells nothing: the columns stay as they are
+    return torch.zeros_like(right)  # Such a matrix has no usable information, so the columns stay unchanged.
 
 
 def chosen_correction_ridge(gram: Gram, cross: tuple[Tensor, Tensor]) -> float | None:

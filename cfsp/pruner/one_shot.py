@@ -17,9 +17,9 @@ from cfsp.errors import BudgetError, UnsupportedModelError
 from cfsp.importance.base import Scores, score
 from cfsp.plan.pruning_plan import BlockPlan
 from cfsp.pruner.choice import best
-from cfsp.pruner.expert_choice import ExpertScore, Unseen, best_experts, score_whole_experts, with_unseen_kept
+from cfsp.pruner.expert_choice import ExpertScore, Unseen, best_experts, keep_unseen_experts, score_whole_experts
 from cfsp.pruner.expert_limits import RANKED_BY_WEIGHTS, check_expert_settings, check_expert_widths, expert_notes
-from cfsp.pruner.units import count_experts, count_kv_groups, count_neurons, heads_stay
+from cfsp.pruner.units import count_experts, count_kv_groups, count_neurons, why_heads_stay
 from cfsp.sparsity.budget import (
     Sizes,
     SubmoduleKind,
@@ -27,7 +27,7 @@ from cfsp.sparsity.budget import (
     check_scope,
     keep_fraction,
     legal_widths,
-    submodules_of,
+    removable_submodules,
     to_widths,
 )
 
@@ -49,18 +49,19 @@ if TYPE_CHECKING:
 
 @component
 class OneShotPruner(Pruner):
-    """Score the units, allocate the budget over the blocks, and keep the best units of each block.
+    """Score the units, split the budget over the blocks, and keep the best units of each block.
 
     Each expert of a mixture keeps its own best neurons, all experts of a block the same number; shared experts stay
     whole.
 
     Attributes:
         name: name of the method.
-        structure: units that may go: FFN neurons (ffn), whole KV groups of attention heads (heads), both (heads_ffn),
-            or whole experts of mixtures (experts), which ``expert_score`` ranks in the place of a metric.
+        structure: units that may be removed: FFN neurons (ffn), whole KV groups of attention heads (heads), both
+            (heads_ffn), or whole experts of mixtures (experts), which ``expert_score`` ranks instead of a metric.
         compensation: bias: the mean output of the removed units goes to the biases of down_proj and o_proj;
             least_squares: their kept columns are refitted to the output of all columns; gauss_newton, which needs
-            ``sequential``: each FFN is then refitted whole, gate and up too (:mod:`cfsp.pruner.gauss_newton`).
+            ``sequential``: all matrices of each FFN are then refitted, gate and up too
+            (:mod:`cfsp.pruner.gauss_newton`).
         sequential: whether the units of a block are chosen (and compensated) on the hidden states of the pruned blocks
             before it, as in FLAP's repository for Wanda-SP. The widths still come from the dense pass.
         ridge: strength that holds refitted columns at the original ones, relative to the mean square of the inputs;
@@ -115,7 +116,7 @@ class OneShotPruner(Pruner):
 
     @property
     def plans_with(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Configuration groups that it draws on: the metric scores neurons and heads, not experts."""
+        """Configuration groups that the method uses: whole experts need no metric."""
         return ("allocator",) if self.structure == "experts" else ("importance", "allocator")
 
     @property
@@ -126,7 +127,7 @@ class OneShotPruner(Pruner):
 
     @property
     def refits(self) -> bool:
-        """Tell whether the columns that stay are refitted."""
+        """Return whether the kept columns are refitted."""
         return self.compensation in ("least_squares", "gauss_newton")
 
     def removed_units(self) -> tuple[Unit, ...]:
@@ -134,7 +135,7 @@ class OneShotPruner(Pruner):
         if self.structure == "experts":
             return ("experts",)
         units: dict[SubmoduleKind, Unit] = {"ffn": "neurons", "attention": "kv_groups"}
-        return tuple(units[kind] for kind in submodules_of(self.structure))
+        return tuple(units[kind] for kind in removable_submodules(self.structure))
 
     def units(self, view: DecoderView, budget: Budget) -> dict[str, int]:
         """See :class:`cfsp.config.contracts.Pruner`."""
@@ -145,7 +146,7 @@ class OneShotPruner(Pruner):
         return neurons | groups
 
     def most_removable(self, view: DecoderView, budget: Budget) -> int:
-        """See :class:`cfsp.config.contracts.Pruner`. The smallest legal width of each block and one KV group stay."""
+        """See :class:`cfsp.config.contracts.Pruner`. Each block keeps its smallest legal width and one KV group."""
         part = Sizes.of(view, self.structure).only(budget.free_blocks(len(view.blocks)))
         legal = zip(part.widths, legal_widths(budget, part), part.neuron_parameters, strict=True)
         neurons = sum((width - options[0]) * cost for width, options, cost in legal)
@@ -157,7 +158,7 @@ class OneShotPruner(Pruner):
         if self.compensation != "bias":
             return ()
         names = {"ffn": "mlp.down_proj", "attention": "self_attn.o_proj"}
-        return tuple(names[kind] for kind in submodules_of(self.structure))
+        return tuple(names[kind] for kind in removable_submodules(self.structure))
 
     def keeps_blocks_equal(self, view: DecoderView, budget: Budget, allocator: Allocator) -> bool:
         """See :class:`cfsp.config.contracts.Pruner`. Rounding may still make equal shares unequal widths."""
@@ -166,14 +167,14 @@ class OneShotPruner(Pruner):
         sizes = Sizes.of(view, self.structure)
         try:
             keep = keep_fraction(budget, sizes)
-        except BudgetError:  # which check() says
+        except BudgetError:  # check() reports this error.
             return True
         groups = [keep * n for n in sizes.kv_groups]
         widths = to_widths([keep * n for n in sizes.widths], budget, sizes, groups=groups)
         return len(set(widths.per_block)) == len(set(widths.kv_groups)) == 1
 
     def objections(self, importance: Component[NeuronImportance], allocator: Component[Allocator]) -> Iterator[str]:
-        """Object to gradients, which are those of the dense model, where pruned blocks change what is scored."""
+        """Object to metrics of gradients with ``sequential``: gradients are computed on the dense model only."""
         if self.sequential and "gradients" in importance.instance.requires:
             yield (
                 f"pruner.sequential=true: importance._target_={importance.target} goes by gradients of the dense "
@@ -214,7 +215,7 @@ class OneShotPruner(Pruner):
         """See :class:`cfsp.config.contracts.Pruner`."""
         if self.structure in ("heads", "heads_ffn"):
             check_scope(budget, f"pruner.structure={self.structure}", "pruner.structure=ffn")
-            if reason := heads_stay(view):
+            if reason := why_heads_stay(view):
                 raise UnsupportedModelError(
                     f"{type(view.model).__name__}: pruner.structure={self.structure} removes KV groups, but {reason}; "
                     "use pruner.structure=ffn"
@@ -248,7 +249,7 @@ class OneShotPruner(Pruner):
         scores = self._score(context)
         sizes = Sizes.of(view, self.structure)
         if self.structure == "experts" and self.unseen_experts == "keep":
-            sizes = with_unseen_kept(view, sizes, statistics)
+            sizes = keep_unseen_experts(view, sizes, statistics)
 
         ridges: dict[str, Any] = {}
 
@@ -289,7 +290,7 @@ class OneShotPruner(Pruner):
     def _decide(
         self, context: PlanContext, scores: Scores, widths: Widths, compensate: Compensate
     ) -> tuple[list[BlockPlan], dict[str, Tensor]]:
-        """Keep the best units of each block, on the statistics of the dense model.
+        """Choose the kept units of each block by the statistics of the dense model.
 
         Returns:
             The decision on each block, and the tensors that compensate for it.
@@ -310,17 +311,19 @@ class OneShotPruner(Pruner):
         return decisions, tensors
 
     def _with_biases(self, view: DecoderView, budget: Budget) -> Budget:
-        """Return the budget of the units alone: the parameters of added biases (d each) go in units too.
+        """Raise the ratio of the budget by the parameters of the added biases (d each).
 
-        Every block is assumed to get them; a block that loses nothing of a kind will not. The scope ffn counts only the
-        parameters that go with the neurons, so nothing is added there.
+        Every block is assumed to get them; a block that loses no unit of a kind gets none. Nothing is added for
+        the scope ffn, which counts only the parameters that are removed with the neurons.
         """
         if self.compensation != "bias" or budget.scope == "ffn":
             return budget
         channels = [view.blocks[block].channels for block in budget.free_blocks(len(view.blocks))]
-        outputs = [block[kind].output for block in channels for kind in submodules_of(self.structure) if kind in block]
+        outputs = [
+            block[kind].output for block in channels for kind in removable_submodules(self.structure) if kind in block
+        ]
         added = sum(output.out_features for output in outputs if output.bias is None)
-        return replace(budget, ratio=budget.ratio + added / Sizes.of(view).of_scope(budget.scope))
+        return replace(budget, ratio=budget.ratio + added / Sizes.of(view).scope_parameters(budget.scope))
 
     def compensate(
         self,

@@ -28,27 +28,27 @@ _Kind = Literal["ffn", "attention"]
 
 @torch.no_grad()
 def probe(view: DecoderView, *, heads: bool = False, experts: bool = False) -> None:
-    """Check one block of each distinct shape. Copies run, so no hook on the model sees a token.
+    """Check one block of each distinct shape. Only copies of blocks run, so that no hook on the model is called.
 
     Args:
         heads: check the removal of KV groups too.
         experts: check the removal of whole experts too.
 
     Raises:
-        UnsupportedModelError: names the block and the deviation.
+        UnsupportedModelError: a block fails; the message names it and the deviation.
     """
-    seen: set[tuple[object, ...]] = set()
+    checked_shapes: set[tuple[object, ...]] = set()
     for block in view.blocks:
-        _probe_block(view, block, heads, seen)
+        _probe_block(view, block, heads, checked_shapes)
         if block.experts is not None:
             mixture = (type(block.experts.module), block.experts.n_experts, block.experts.width)
-            if mixture not in seen:
+            if mixture not in checked_shapes:
                 dtype = block.experts.expert(0).output.weight.dtype
                 check_mixture(view, block, _TOLERANCE.get(dtype, _LOW_PRECISION_TOLERANCE), whole=experts)
-            seen.add(mixture)
+            checked_shapes.add(mixture)
 
 
-def _probe_block(view: DecoderView, block: BlockView, heads: bool, seen: set[tuple[object, ...]]) -> None:
+def _probe_block(view: DecoderView, block: BlockView, heads: bool, checked_shapes: set[tuple[object, ...]]) -> None:
     shapes: dict[_Kind, tuple[object, ...]] = {}
     ffn, attention = block.ffn, block.attention
     if isinstance(ffn, FFN):
@@ -57,10 +57,10 @@ def _probe_block(view: DecoderView, block: BlockView, heads: bool, seen: set[tup
         shapes["attention"] = (type(attention.module), attention.n_heads, attention.n_kv_heads)
     with ExitStack() as weights:
         for kind, shape in shapes.items():
-            if (kind, *shape) not in seen:
+            if (kind, *shape) not in checked_shapes:
                 weights.enter_context(view.weights.resident(block))
                 _judge(view, block, kind)
-            seen.add((kind, *shape))
+            checked_shapes.add((kind, *shape))
 
 
 def _judge(view: DecoderView, block: BlockView, kind: _Kind) -> None:
@@ -100,7 +100,7 @@ def _deviation(view: DecoderView, block: BlockView, kind: _Kind, entry: Entry, r
         its largest value.
     """
     kwargs, entering = entry.kwargs[block.index][0], entry.hidden[0]
-    # Of the order of one, whatever the embeddings give: what is looked at must be seen to work.
+    # Inputs of the order of one, so that the output is far above rounding whatever the scale of the embeddings.
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(entering.shape, generator=generator).to(entering.device, entering.dtype)
 
@@ -124,7 +124,7 @@ def _deviation(view: DecoderView, block: BlockView, kind: _Kind, entry: Entry, r
 
 
 class _Leaving:
-    """The output of a projection in one run of its block, with the input channels ``zeroed`` at zero."""
+    """Record the output of a projection in one run of its block, with the input channels ``zeroed`` set to zero."""
 
     def __init__(self, output: Projection, zeroed: slice | None) -> None:
         self._outputs: list[Tensor] = []

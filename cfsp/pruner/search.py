@@ -1,7 +1,7 @@
-"""Greedy search for submodules that the model loses least by, in the loaded model, which is never rebuilt.
+"""Greedy search for the submodules whose removal raises the loss least, without rebuilding the model.
 
 A removed submodule is nulled by shadowing its forward, so that nothing of it is computed. A candidate in block b runs
-from block b on, on the cached hidden states of the unchanged prefix. Every loss that was measured is kept on disk.
+from block b on, on the cached hidden states of the unchanged prefix. Every measured loss is kept on disk.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class KnownLosses:
                 self.values = {str(key): (float(loss), float(seconds)) for key, (loss, seconds) in kept}
                 if any(math.isnan(number) for pair in self.values.values() for number in pair):
                     raise ValueError("a loss is no number")
-            except Exception as error:  # any damage: they can be measured again
+            except Exception as error:  # Whatever the damage: the losses can be measured again.
                 self.values = {}
                 log.warning("kept losses %s cannot be read (%s); measuring them again", path.name, error)
 
@@ -66,7 +66,7 @@ class KnownLosses:
 
         Args:
             input_ids: ids that the losses are measured on, [n, T].
-            before: everything that was done to the model before the search.
+            before: all changes made to the model before the search, as part of the key.
         """
         if context.cache is None:
             return KnownLosses()
@@ -83,7 +83,7 @@ class KnownLosses:
         return KnownLosses(context.cache.folder / "search" / f"{digest[:32]}.json")
 
     def get(self, removed: Sequence[Candidate]) -> float | None:
-        """Return a loss that this search or an earlier one measured; None: it was not measured."""
+        """Return the loss if this search or an earlier one has measured it, otherwise None."""
         kept = self.values.get(self._key(removed))
         if kept is None:
             return None
@@ -93,7 +93,7 @@ class KnownLosses:
         return kept[0]
 
     def put(self, removed: Sequence[Candidate], loss: float, seconds: float) -> None:
-        """Keep a loss, on disk at once, so that a search that is killed goes on from here."""
+        """Keep a loss and write it to disk immediately, so that a killed search can resume."""
         self.values[self._key(removed)] = (loss, seconds)
         self._own.add(self._key(removed))
         if self.path is not None:
@@ -123,7 +123,7 @@ class SubmoduleSearch:
         self.history: list[dict[str, Any]] = []
         self.block_runs = 0
         self._entry: Entry | None = None
-        #: Per block that was reached, the hidden states entering it; after the last one, those leaving it.
+        #: Hidden states entering each block reached so far; behind the last block, those leaving it.
         self._states: list[list[Tensor]] = []
         self._nulled = ExitStack()
 
@@ -134,12 +134,12 @@ class SubmoduleSearch:
         self._nulled.close()
 
     def greedy(self, allowed: Callable[[Sequence[Candidate]], Sequence[Candidate]]) -> None:
-        """Remove the candidate with the lowest loss, again and again, until there is none.
+        """Remove the candidate with the lowest loss repeatedly, until no candidate remains.
 
         Of equal losses the lower block goes first, then the attention.
 
         Args:
-            allowed: returns the candidates that may go, given the removed ones.
+            allowed: returns the candidates for the next removal, from the submodules removed so far.
 
         Raises:
             RunError: no candidate's loss is finite.
@@ -171,7 +171,7 @@ class SubmoduleSearch:
         return kept
 
     def remove(self, candidate: Candidate) -> None:
-        """Null ``candidate`` for the rest of the search; hidden states behind it are dropped."""
+        """Null ``candidate`` for the rest of the search, and drop the cached hidden states behind it."""
         self._nulled.enter_context(nulled(self.driver.view.blocks[candidate[0]], candidate[1]))
         self.removed.append(candidate)
         del self._states[candidate[0] + 1 :]
@@ -190,7 +190,7 @@ class SubmoduleSearch:
         return total / count if math.isfinite(total) else math.inf
 
     def _reach(self, block: int) -> Entry:
-        """Compute the states entering ``block``, from the last ones known."""
+        """Compute the states entering ``block``, starting from the last cached ones."""
         if self._entry is None:
             self._entry = self.driver.entry(self.input_ids)
         if not self._states:
@@ -210,7 +210,7 @@ class SubmoduleSearch:
 
 @contextmanager
 def nulled(block: BlockView, kind: str) -> Iterator[None]:
-    """Let the attention or FFN of ``block`` add nothing to the residual stream, and cost nothing, for a while."""
+    """Skip the attention or FFN of ``block`` inside ``with``, so that it adds nothing to the residual stream."""
     part = block.attention if kind == "attention" else block.ffn
     width: int | None = None
     if part is None or isinstance(part, ExpertsFFN):  # an attention without KV groups, or a mixture

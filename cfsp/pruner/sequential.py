@@ -1,4 +1,4 @@
-"""Sequential pruning: each block is chosen, and compensated, on the hidden states of the pruned blocks before it."""
+"""Sequential pruning: the units of each block are chosen on the hidden states of the pruned blocks before it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: How much half of a block's outputs may move beside the shift of its FFN's output, relative to the shift.
+#: Tolerance, relative to the shift of the FFN's output, within which half of the block's outputs must follow it.
 _ROUNDING = 0.02
 #: After so many blocks in a row whose Gauss-Newton refit raised the error on held-out tokens, no further one is tried.
 _MOST_REFUSED = 3
@@ -51,7 +51,7 @@ _TOKENS_PER_NEURON = 32
 
 @dataclass
 class InSequence:
-    """Decisions that were made block after block.
+    """Decisions of sequential pruning.
 
     Attributes:
         decisions: the decision on each block.
@@ -65,10 +65,10 @@ class InSequence:
 
 
 def prune_in_sequence(pruner: OneShotPruner, context: PlanContext, widths: Widths) -> InSequence:
-    """Decide block after block; the model is put back at the end.
+    """Choose the units of one block after another, and restore the model at the end.
 
-    Where FFNs make up for a share of what the pruned blocks before them have changed (``pruner.correction``), the dense
-    model's hidden states go along beside those of the pruned one.
+    Where FFNs correct a share of the error of earlier pruned blocks (``pruner.correction``), the hidden states of the
+    dense model are computed beside those of the pruned one.
     """
     from cfsp.pruner.choice import best
 
@@ -132,7 +132,7 @@ def _warn_of_few_tokens(context: PlanContext) -> None:
 
 
 class _NewtonReport:
-    """The errors of the Gauss-Newton refits of a model, and the blocks that were refitted by least squares alone."""
+    """Held-out errors of the Gauss-Newton refits, and the blocks that were refitted by least squares alone."""
 
     def __init__(self) -> None:
         self._errors: dict[str, list[float]] = {}
@@ -192,10 +192,10 @@ class _NoRefit:
         step.run()
 
     def correct(self, grams: InMemory) -> None:
-        """Refit the whole output projection to make up for its share of the missing output."""
+        """Refit the whole output projection to correct its share of the missing output."""
 
     def solve(self, report: _NewtonReport) -> dict[str, Tensor]:
-        """Refit the sliced FFN by Gauss-Newton, where that is asked for.
+        """Refit the sliced FFN by Gauss-Newton, where the compensation is gauss_newton.
 
         Returns:
             Tensor name -> replaced weight.
@@ -303,9 +303,9 @@ def _activation(model: Any, ffn: FFN, captured: FFNCapture) -> Activation | None
 
 
 def _adds_as_it_is(step: BlockStep, ffn: FFN) -> bool:
-    """Tell whether a block adds the output of its FFN as it is: no norm and no factor comes in between."""
+    """Return whether a block adds the output of its FFN unchanged, without a norm or a factor in between."""
     before = step.first()
-    # A shift that alternates, so that a norm's mean does not take it away; of the size of what is there.
+    # The shift alternates in sign, so that a norm cannot subtract it as a mean. Its size is that of the output.
     signs = 1 - 2 * (torch.arange(before.shape[-1], device=before.device) % 2)
     shift = (before.abs().float().median() * signs).to(before.dtype)
     handle = ffn.output.module.register_forward_hook(lambda _, args, output: output + shift)

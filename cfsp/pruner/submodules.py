@@ -1,4 +1,4 @@
-"""Attention and FFN as parts of their block: what stands for them, the norms that serve them alone, taking them out."""
+"""Removing a whole attention or FFN from a block: its modules, and the norms that serve it alone."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from cfsp.model.snapshot import clone_module
 from cfsp.pruned_model.family import pruned_family
 from cfsp.pruned_model.names import stock_type
 
-#: Of models whose norms were looked at.
+#: Cache of the norms of each model.
 _NORMS: weakref.WeakKeyDictionary[nn.Module, dict[Kind, tuple[str, ...]]] = weakref.WeakKeyDictionary()
 
 
 def parts(block: BlockView, kind: Kind) -> tuple[str, ...]:
-    """Names, within the block, of the modules that a submodule is made of; the first one's output is the submodule's.
+    """Return the names, within the block, of the modules of a submodule; the first one gives its output.
 
     Raises:
-        UnsupportedModelError: there is no such submodule, or it is not recognised.
+        UnsupportedModelError: the block has no such submodule, or it is not recognised.
     """
     children = dict(block.module.named_children())
     if kind == "mlp" and block.ffn is not None:
-        if isinstance(block.ffn, FFN) and block.ffn.module is block.module:  # OPT's has no module of its own
+        if isinstance(block.ffn, FFN) and block.ffn.module is block.module:  # The FFN of OPT has no module of its own.
             return (block.ffn.output.name, *dict.fromkeys(projection.name for projection in block.ffn.inputs.values()))
         inner: nn.Module | None = block.ffn.module
     else:
@@ -49,29 +49,30 @@ def parts(block: BlockView, kind: Kind) -> tuple[str, ...]:
 
 
 def submodule_parameters(block: BlockView, kind: Kind) -> int:
-    """Parameters of a block's attention or FFN, without its norms."""
+    """Return the parameters of a block's attention or FFN, without its norms."""
     return _count(block, parts(block, kind))
 
 
 def norm_parameters(view: DecoderView, block: BlockView, kind: Kind) -> int:
-    """Parameters of the norms that serve a block's attention or FFN alone."""
+    """Return the parameters of the norms that serve a block's attention or FFN alone."""
     return _count(block, norms(view, kind))
 
 
 def norms(view: DecoderView, kind: Kind) -> tuple[str, ...]:
-    """Names, within a block, of the norms that serve the submodule alone; they go with it.
+    """Return the names, within a block, of the norms that serve the submodule alone and are removed with it.
 
-    A norm whose output enters the submodule, or whose input left it, belongs to it; one that feeds both to neither.
+    A norm belongs to the submodule if its output enters the submodule, or its input comes from it. A norm that feeds
+    both submodules belongs to neither.
     """
     if view.model not in _NORMS:
-        if not view.weights.is_streamed and next(view.model.parameters()).is_meta:  # nothing can be run
+        if not view.weights.is_streamed and next(view.model.parameters()).is_meta:  # No block can be run.
             return pruned_family(stock_type(view.model.config.model_type)).norms.get(kind, ())
         _NORMS[view.model] = _seen_norms(view)
     return _NORMS[view.model][kind]
 
 
 def remove_submodule(view: DecoderView, block: BlockView, kind: Kind) -> None:
-    """Take the attention or the FFN out of a block, with the norms that serve it alone, in place."""
+    """Remove the attention or the FFN from a block in place, with the norms that serve it alone."""
     family = pruned_family(stock_type(view.model.config.model_type))
     serving = norms(view, kind)
     if family.form == "sizes":
@@ -87,7 +88,7 @@ def remove_submodule(view: DecoderView, block: BlockView, kind: Kind) -> None:
 
 @torch.no_grad()
 def check_can_be_skipped(block: BlockView) -> None:
-    """Refuse an FFN that cannot go as a whole.
+    """Refuse an FFN that cannot be removed as a whole.
 
     Raises:
         UnsupportedModelError: the block expects more of its mixture of experts than a hidden state (GPT-OSS).
@@ -108,7 +109,7 @@ def _count(block: BlockView, names: tuple[str, ...]) -> int:
 
 
 def _seen_norms(view: DecoderView) -> dict[Kind, tuple[str, ...]]:
-    """Seen in one pass of four tokens through the first block that has both submodules."""
+    """Find the norms by one pass of four tokens through the first block that has both submodules."""
     complete_blocks = [b for b in view.blocks if b.ffn is not None and not b.attention_removed]
     if not complete_blocks:
         return dict.fromkeys(KINDS, ())
@@ -125,17 +126,17 @@ def _seen_norms(view: DecoderView) -> dict[Kind, tuple[str, ...]]:
     ):
         run_block(block, entry.hidden[0], entry.kwargs[block.index][0])
     norms_by_kind = served(seen, of_kind)
-    if entry.hidden[0].is_meta:  # nothing has a value
+    if entry.hidden[0].is_meta:  # Meta tensors have no values.
         return norms_by_kind
     with torch.no_grad(), view.weights.resident(block), _experts_aside(view):
         return {kind: _alone(view, block, kind, names, entry) for kind, names in norms_by_kind.items()}
 
 
 def _alone(view: DecoderView, block: BlockView, kind: Kind, names: tuple[str, ...], entry: Entry) -> tuple[str, ...]:
-    """Return the norms of ``names`` that change nothing once the submodule is removed.
+    """Return the norms of ``names`` whose removal changes nothing once the submodule is removed.
 
-    BLOOM and MiniMax may add the residual behind a norm: that one serves more than the submodule it feeds. In a post-
-    norm a bias outlives the submodule.
+    BLOOM and MiniMax may add the residual behind a norm: such a norm serves more than the submodule that it feeds. The
+    bias of a post-norm still has an effect after the submodule is removed.
     """
     if not names:
         return ()
@@ -152,7 +153,8 @@ def _alone(view: DecoderView, block: BlockView, kind: Kind, names: tuple[str, ..
     hidden = torch.randn(entry.hidden[0].shape, generator=torch.Generator().manual_seed(0)).to(entry.hidden[0])
     try:
         expected = hidden_of(clone(hidden.clone(), **kwargs))
-    except (ValueError, TypeError):  # GPT-OSS asks its mixture for two values: it cannot go, and is refused elsewhere
+    except (ValueError, TypeError):
+        # The mixture of GPT-OSS returns two values. It cannot be removed, and check_can_be_skipped refuses it.
         return names
     alone = []
     for name in names:
@@ -165,7 +167,7 @@ def _alone(view: DecoderView, block: BlockView, kind: Kind, names: tuple[str, ..
 
 
 class _Answered(TorchFunctionMode):
-    """Answer True where a model asks for the truth of a tensor on the meta device, such as ``mask.all()``."""
+    """Make the truth value of meta tensors True, because models test conditions such as ``mask.all()``."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -177,7 +179,7 @@ class _Answered(TorchFunctionMode):
 
 @contextmanager
 def _experts_aside(view: DecoderView) -> Iterator[None]:
-    """The experts of mixtures give zeros: which tokens they see cannot be told on the meta device."""
+    """Let the experts of mixtures return zeros, because the meta device has no values to route tokens by."""
     with ExitStack() as stack:
         for mixture in (block.experts for block in view.blocks if block.experts is not None):
             # Experts that are modules are called by the mixture's own loop over them.

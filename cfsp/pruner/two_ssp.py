@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Share:
-    """The two parts that the target splits into.
+    """Split of the target between attention submodules and FFN neurons.
 
     Attributes:
         n_attention: attention submodules to remove.
         ffn_rate: share of the neurons to remove.
-        widths: neurons kept in each block.
+        widths: kept neurons of each block.
     """
 
     n_attention: int
@@ -41,7 +41,7 @@ class _Share:
 
     @property
     def width(self) -> int:
-        """Return the width of the first block, which is that of all where they are alike."""
+        """Return the width of the first block, which is the width of all blocks of a dense model."""
         return self.widths[0]
 
 
@@ -50,19 +50,19 @@ class TwoSSP(Pruner):
     """Remove FFN neurons, then attention submodules, as in the authors' code.
 
     With s the target share of the decoder's parameters, B blocks of P parameters, F of them in the FFN and A in the
-    attention (norms in neither), N* = round(B s^((F/A)/alpha)) attentions go (Eq. 5). Every block keeps
+    attention (norms in neither), N* = round(B s^((F/A)/alpha)) attentions are removed (Eq. 5). Every block keeps
     K = round(N (1 - r)) neurons, r = (round(s B P) - N* A) / (B F): the K with the largest mean L2 norm over a
-    calibration sequence. Then, N* times, the attention goes without which the NLL is lowest. Because K is the same
-    everywhere, the unit of the budget is one step of ``sparsity.round_to`` in every block. Where dense blocks stand
-    beside mixtures of experts, P, F and A are means over the blocks, K follows each block's own N, and F of a mixture
-    counts the routed experts.
+    calibration sequence. Then, N* times, the attention without which the NLL is lowest is removed. Because K is the
+    same everywhere, the unit of the budget is one step of ``sparsity.round_to`` in every block. Where dense blocks
+    stand beside mixtures of experts, P, F and A are means over the blocks, K follows each block's own N, and F of a
+    mixture counts the routed experts.
 
     Attributes:
         name: name of the method.
         alpha: exponent of Eq. 5.
-        attention_submodules: N*, where it is not to follow Eq. 5.
+        attention_submodules: N*; None: N* follows Eq. 5.
         search_sequences: calibration sequences that the NLL is measured on, from the first.
-        compensation: "none" alone: a removed attention leaves no output projection to carry a bias.
+        compensation: only "none", because a removed attention leaves no output projection to carry a bias.
     """
 
     name: str
@@ -98,7 +98,7 @@ class TwoSSP(Pruner):
         return ()
 
     def keeps_blocks_equal(self, view: DecoderView, budget: Budget, allocator: Allocator) -> bool:
-        """Some blocks lose their attention and others do not."""
+        """Return False: some blocks lose their attention and others do not."""
         return False
 
     def plan(self, context: PlanContext) -> PruningPlan:
@@ -140,7 +140,7 @@ class TwoSSP(Pruner):
         return complete(context, blocks, notes=notes)
 
     def _share(self, view: DecoderView, budget: Budget) -> _Share:
-        """Split the target.
+        """Split the target between attention submodules and FFN neurons.
 
         Raises:
             ConfigError: blocks are protected.
@@ -149,7 +149,7 @@ class TwoSSP(Pruner):
         """
         ffn, attention, block_size = self._parts(view, budget)
         n_blocks, sizes = len(view.blocks), Sizes.of(view)
-        target = budget.ratio * sizes.of_scope(budget.scope) / sizes.decoder_parameters
+        target = budget.ratio * sizes.scope_parameters(budget.scope) / sizes.decoder_parameters
         # The paper's s * B * P with the mean P. It is not simplified to s times the total, which could round otherwise.
         removed = round(target * n_blocks * (block_size / n_blocks))
         legal = legal_widths(budget, sizes)
@@ -158,7 +158,7 @@ class TwoSSP(Pruner):
             return (removed - n * attention / n_blocks) / ffn
 
         def fits(n: int) -> bool:
-            # More than half a step below the smallest legal width is another budget.
+            # A width more than half a step below the smallest legal one would miss the budget.
             floors = (max(options[0] - budget.round_to / 2, 1) for options in legal)
             desired = (round(width * (1 - rate(n))) for width in view.widths)
             return rate(n) >= 0 and all(width >= floor for width, floor in zip(desired, floors, strict=True))

@@ -21,7 +21,7 @@ def free_blocks(view: DecoderView, budget: Budget) -> list[BlockView]:
 
 
 def count_neurons(view: DecoderView, budget: Budget) -> int:
-    """Count FFN neurons; of a mixture those of every expert."""
+    """Count FFN neurons; a mixture counts the neurons of every expert."""
     return sum(block.units("neurons").n * max(1, block.units("experts").n) for block in free_blocks(view, budget))
 
 
@@ -41,11 +41,11 @@ def block_sizes(view: DecoderView) -> list[int]:
 
 
 def blocks_with_attention(view: DecoderView) -> set[int]:
-    """Return the indices of the blocks whose attention was not removed earlier; one of them has to stay."""
+    """Return the indices of the blocks that still have attention; at least one of them must stay."""
     return {block.index for block in view.blocks if not block.attention_removed}
 
 
-def heads_stay(view: DecoderView) -> str | None:
+def why_heads_stay(view: DecoderView) -> str | None:
     """Say why KV groups cannot be removed from a model; None where they can."""
     for block in view.blocks:
         if block.attention is not None and block.attention.fixed:

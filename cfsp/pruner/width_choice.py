@@ -1,4 +1,4 @@
-"""The widths that the one-shot engine keeps: an allocation, rounded to the budget, or a search that starts from some.
+"""Choosing the widths of the one-shot engine: an allocation rounded to the budget, or a search.
 
 Only the blocks that the budget leaves free take part; protected blocks keep everything.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cfsp.importance.base import Scores
     from cfsp.pruner.base import PlanContext
 
-#: Compensates the outputs of one block for the units that a decision removes: tensor name -> tensor.
+#: Function that compensates one block for the units that a decision removes: tensor name -> tensor.
 Compensate = Callable[["BlockView", BlockPlan], dict[str, "Tensor"]]
 
 
@@ -33,7 +33,7 @@ class ChosenWidths:
     Attributes:
         widths: kept neurons (or whole experts) and KV groups of every block of the model.
         keep_ratios: share of each block that the allocator asked for, before rounding.
-        notes: facts for the plan on how a search got there.
+        notes: facts for the plan on the steps of a search.
     """
 
     widths: Widths
@@ -43,7 +43,7 @@ class ChosenWidths:
 
 @dataclass(frozen=True)
 class _FreePart:
-    """The blocks that may be pruned, their sizes, and the budget that they have to meet."""
+    """Unprotected blocks, their sizes, and the budget that they have to meet."""
 
     blocks: list[int]
     sizes: Sizes
@@ -53,7 +53,7 @@ class _FreePart:
 def choose_widths(
     context: PlanContext, scores: Scores, sizes: Sizes, budget: Budget, compensate: Compensate
 ) -> ChosenWidths:
-    """Allocate the budget, round it to legal widths, and search on from there where the allocator searches.
+    """Allocate the budget, round it to legal widths, and improve them by search where the allocator searches.
 
     Args:
         scores: scores of the units of every block.
@@ -84,7 +84,7 @@ def choose_widths(
 
 
 def _starting_widths(allocations: Sequence[Allocation], part: _FreePart) -> list[Widths]:
-    """Round every allocation to legal widths; all keep the KV groups that the first one gets.
+    """Round every allocation to legal widths; all use the KV groups of the first one.
 
     An allocation that cannot meet the budget with these KV groups is left out.
     """
@@ -105,7 +105,7 @@ def _round(allocation: Allocation, part: _FreePart) -> Widths:
 
 
 def _round_beside(kv_groups: tuple[int, ...], allocation: Allocation, part: _FreePart) -> Widths:
-    """Round an allocation whose KV groups are settled: its neurons alone follow ``allocation``.
+    """Round the neurons of an allocation to legal widths beside fixed KV groups.
 
     Exact rounding moves neurons between blocks until they make up for what the allocation's own groups had weighed.
     """
@@ -152,6 +152,6 @@ def _search_widths(
 
 
 def _loss_key(context: PlanContext) -> dict[str, Any]:
-    """Return what the kept losses depend on beside widths and windows: scores, refits, and what both are made of."""
+    """Return the key of the kept losses: everything beside widths and windows that they depend on."""
     stride = None if context.gram_request is None else context.gram_request.stride
     return {**context.method, "allocator": None, "set": context.calibration.fingerprint, "stride": stride}

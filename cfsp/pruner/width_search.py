@@ -1,4 +1,4 @@
-"""The loss of candidate widths: FFNs are cut and compensated in the loaded model, then put back for the next one."""
+"""Measuring the loss of candidate widths: FFNs are cut and compensated in the loaded model, then restored."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class WidthLosses:
     """
 
     def __init__(self, context: PlanContext, input_ids: Tensor, cut: Cut, before: dict[str, Any]) -> None:
-        """Prepare the losses of widths.
+        """Prepare the measurement of candidate widths.
 
         Args:
             cut: block, width -> the decision on the block, and its compensation.
-            before: everything that decides the losses beside widths and ids, for losses that are kept on disk.
+            before: everything beside widths and ids that decides the losses; the key of losses on disk.
 
         Raises:
             ConfigError: the model is streamed.

@@ -287,7 +287,7 @@ def _recompute_activations(model: Any, on: bool) -> None:
 def _examples(settings: Training, context: RecoveryContext) -> Sequence[Example]:
     if settings.data.kind != "self":
         return read_examples(settings, context.tokenizer, context.limits)
-    from cfsp.calibration.self_generated import sampled
+    from cfsp.calibration.self_generated import load_or_sample_windows
 
     data = settings.data
     assert data.n_samples is not None
@@ -296,7 +296,7 @@ def _examples(settings: Training, context: RecoveryContext) -> Sequence[Example]
         sampling_temperature=data.sampling_temperature, batch_size=data.sampling_batch_size,
     )  # fmt: skip
     with context.dense():
-        windows = sampled(
+        windows = load_or_sample_windows(
             context.model, context.tokenizer, section, context.limits, context.seed, context.cache, context.fingerprint
         )
     return recovery_data.of_windows(windows.input_ids.tolist())

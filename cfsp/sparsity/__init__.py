@@ -1,1 +1,1 @@
-"""The sparsity budget: the number of units that a ratio of a scope leaves, and widths that meet it."""
+"""The sparsity budget: the keep fraction for a ratio of a scope, and widths that meet it."""

@@ -1,4 +1,4 @@
-"""The sparsity budget: the number of units that a ratio of a scope leaves, and legal widths that meet it."""
+"""The sparsity budget: the keep fraction for a ratio of a scope, and legal widths that meet it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 SubmoduleKind = Literal["ffn", "attention"]
 
 
-def submodules_of(structure: Structure) -> tuple[SubmoduleKind, ...]:
-    """Return the kinds of submodules that lose units."""
+def removable_submodules(structure: Structure) -> tuple[SubmoduleKind, ...]:
+    """Return the kinds of submodules whose units are removed in a structure."""
     kinds: dict[Structure, tuple[SubmoduleKind, ...]] = {"heads": ("attention",), "heads_ffn": ("ffn", "attention")}
     return kinds.get(structure, ("ffn",))
 
@@ -30,14 +30,14 @@ class Sizes:
     Attributes:
         widths: FFN neurons of each block; of a mixture a neuron of every expert counts as one. With structure experts
             these are whole experts instead. 0 where there are none, or none may go.
-        neuron_parameters: parameters that go with one of these units.
+        neuron_parameters: parameters removed with one of these units.
         kv_groups: KV groups of each block; 0 where there are none, or none may go.
-        group_parameters: parameters that go with one KV group.
+        group_parameters: parameters removed with one KV group.
         ffn_parameters: size of the scope ffn.
         decoder_parameters: size of the scope decoder.
         model_parameters: size of the scope model.
-        expert_steps: with structure experts, for each block the fewest experts that may stay, and the number that
-            leave at a time; (0, 0) where the block is no mixture.
+        expert_steps: with structure experts, for each block the fewest experts that may stay, and the number removed at
+            a time; (0, 0) where the block is no mixture.
     """
 
     widths: tuple[int, ...]
@@ -67,8 +67,8 @@ class Sizes:
             expert_steps=tuple((units.least, units.step) for units in removable) if whole else (),
         )
 
-    def of_scope(self, scope: Scope) -> int:
-        """Return the parameters of a scope."""
+    def scope_parameters(self, scope: Scope) -> int:
+        """Return the number of parameters of a scope."""
         totals = {"ffn": self.ffn_parameters, "decoder": self.decoder_parameters, "model": self.model_parameters}
         return totals[scope]
 
@@ -85,13 +85,13 @@ class Sizes:
 
     @property
     def parameters(self) -> list[int]:
-        """Removable parameters of each block."""
+        """Number of removable parameters of each block."""
         rows = zip(self.widths, self.neuron_parameters, self.kv_groups, self.group_parameters, strict=True)
         return [n * cost + groups * group_cost for n, cost, groups, group_cost in rows]
 
     @property
     def removable(self) -> int:
-        """Removable parameters of all blocks."""
+        """Number of removable parameters of all blocks."""
         return sum(self.parameters)
 
 
@@ -114,7 +114,7 @@ def keep_fraction(budget: Budget, sizes: Sizes) -> float:
     Raises:
         BudgetError: even the smallest legal widths remove less than that; names the largest ratio that can be met.
     """
-    removed = budget.ratio * sizes.of_scope(budget.scope)
+    removed = budget.ratio * sizes.scope_parameters(budget.scope)
     slots = _slots(budget, sizes)
     most = sum((slot.n - slot.legal[0]) * slot.cost for slot in slots)
     step = max((slot.widest_step * slot.cost for slot in slots), default=0)
@@ -127,7 +127,7 @@ def check_scope(budget: Budget, pruner: str, instead: str) -> None:
     """Refuse to count by the FFN alone where a pruner removes more than FFN neurons.
 
     Args:
-        budget: the budget that was asked for.
+        budget: the requested budget.
         pruner: the setting that removes more, as on the command line.
         instead: a setting that removes FFN neurons alone, as on the command line.
 
@@ -158,7 +158,7 @@ def _unreachable(budget: Budget, sizes: Sizes, most: int) -> str:
     if budget.scope != "ffn" and not heads:
         ways.append("sparsity.scope=ffn")
     target = f"sparsity.ratio={budget.ratio} of sparsity.scope={budget.scope} cannot be met"
-    largest = _rounded_down(most / sizes.of_scope(budget.scope))
+    largest = _rounded_down(most / sizes.scope_parameters(budget.scope))
     if not largest:
         widest = f"{max(sizes.widths)} experts" if sizes.expert_steps else f"width {max(sizes.widths)}"
         return (
@@ -182,7 +182,7 @@ class _Slot:
         kind: neurons (or experts) of the FFN, or KV groups of the attention.
         block: index of the block.
         n: number of units.
-        cost: parameters that go with one unit.
+        cost: parameters removed with one unit.
         legal: numbers of units that may stay, ascending.
     """
 
@@ -264,7 +264,7 @@ def to_widths(
             for slot_width, slot in zip(slot_widths, slots, strict=True)
         ]
     else:
-        chosen = _exact(slot_widths, slots, sizes.removable - budget.ratio * sizes.of_scope(budget.scope))
+        chosen = _exact(slot_widths, slots, sizes.removable - budget.ratio * sizes.scope_parameters(budget.scope))
     kept = {(slot.kind, slot.block): width for slot, width in zip(slots, chosen, strict=True)}
     blocks = range(len(sizes.widths))
     return Widths(
@@ -274,7 +274,7 @@ def to_widths(
 
 
 def _step(slot: _Slot, budget: Budget, sizes: Sizes) -> int:
-    """Return the number of units that leave at a time."""
+    """Return the number of units that are removed at a time."""
     if slot.kind != "ffn":
         return 1
     return sizes.expert_steps[slot.block][1] if sizes.expert_steps else budget.round_to
@@ -306,7 +306,7 @@ def _nearest(desired: float, legal: list[int]) -> int:
 
 
 def _exact(desired: list[float], slots: list[_Slot], target: float) -> list[int]:
-    """Round to the nearest legal widths, then move single steps until the sum is as near to ``target`` as it can be.
+    """Round to the nearest legal widths, then move single steps until the sum is as near to ``target`` as possible.
 
     A step of neurons goes before a step of KV groups, and the block that is furthest behind its desired width first.
     """

@@ -12,7 +12,7 @@ from cfsp.architecture.views import resolve
 from cfsp.checkpoint.save import save_checkpoint
 from cfsp.errors import UnsupportedModelError
 from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
-from cfsp.pruner.units import heads_stay
+from cfsp.pruner.units import why_heads_stay
 from tests.helpers.architectures import ARCHITECTURES, VOCABULARY, randomise
 from tests.helpers.masking import masked
 from tests.helpers.tiny import tokens
@@ -89,4 +89,4 @@ def test_square_gates_of_a_recurrent_mixer_are_no_experts(tmp_path):
 def test_as_many_sinks_as_a_head_has_channels_are_of_the_heads():
     settings = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
     model = built("gpt_oss", **{**ARCHITECTURES["gpt_oss"].settings, **settings})
-    assert "sinks" in heads_stay(resolve(model))
+    assert "sinks" in why_heads_stay(resolve(model))

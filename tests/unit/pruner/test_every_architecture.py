@@ -162,9 +162,9 @@ def test_what_is_no_decoder_is_refused_in_one_line(model_type, settings, said, t
     ],
 )
 def test_why_heads_stay_is_said(name, said):
-    from cfsp.pruner.units import heads_stay
+    from cfsp.pruner.units import why_heads_stay
 
-    assert said in heads_stay(resolve(built(name)))
+    assert said in why_heads_stay(resolve(built(name)))
 
 
 @pytest.mark.parametrize("pruner", ["cfsp", "two_ssp"])

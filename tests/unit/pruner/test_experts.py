@@ -29,7 +29,7 @@ from cfsp.importance.magnitude import Magnitude
 from cfsp.importance.random import RandomImportance
 from cfsp.model.driver import BlockDriver
 from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
-from cfsp.pruner.expert_choice import best_experts, with_unseen_kept
+from cfsp.pruner.expert_choice import best_experts, keep_unseen_experts
 from cfsp.pruner.probe import probe
 from tests.helpers.architectures import ARCHITECTURES, BLOCKS, EXPERT_WIDTH, VOCABULARY, Architecture
 from tests.helpers.matrix import in_turn
@@ -503,7 +503,7 @@ def test_unseen_experts_that_stay_bound_what_can_go():
     assert sizes.expert_steps[1] == (4, 2)
     rows = [of_experts([1] * 8, [1.0] * 8), of_experts([0, 0, 0, 5, 5, 5, 5, 5], [1.0] * 8)]
     found = Statistics((rows[0], rows[1], rows[0], rows[0]), 1, 40)
-    assert with_unseen_kept(view, sizes, found).expert_steps == ((0, 0), (6, 2), (4, 2), (4, 2))
+    assert keep_unseen_experts(view, sizes, found).expert_steps == ((0, 0), (6, 2), (4, 2), (4, 2))
 
 
 # Folders

@@ -18,7 +18,7 @@ from cfsp.calibration.gram_store import GramCollection, InMemory, OnDisk
 from cfsp.config.budget import Budget
 from cfsp.errors import DataError, RunError
 from cfsp.importance.base import Scores
-from cfsp.importance.second_order import removal_order, scores_of
+from cfsp.importance.second_order import removal_order, scores_from_increments
 from cfsp.model.driver import BlockDriver, hidden_of
 from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
 from cfsp.plan.slice_block import slice_block
@@ -159,7 +159,7 @@ def test_inputs_that_are_never_there_cost_nothing() -> None:
     order, increments = removal_order(torch.randn(3, 8, generator=generator(15)), torch.zeros(8, 8))
     assert sorted(order.tolist()) == list(range(8))
     assert not increments.any()
-    assert scores_of(order, increments).argsort().tolist() == order.tolist()
+    assert scores_from_increments(order, increments).argsort().tolist() == order.tolist()
 
 
 def test_a_matrix_that_is_not_finite_is_refused() -> None:
@@ -190,7 +190,7 @@ def test_groups_of_channels_go_together() -> None:
 
 def test_scores_keep_order_and_totals() -> None:
     order, increments = torch.tensor([3, 0, 2, 1]), torch.tensor([1.0, 4.0, 2.0, 9.0], dtype=torch.float64)
-    scores = scores_of(order, increments)
+    scores = scores_from_increments(order, increments)
     assert scores.argsort().tolist() == order.tolist()
     assert float(scores[order][:3].sum()) == pytest.approx(7.0)
 
@@ -198,9 +198,11 @@ def test_scores_keep_order_and_totals() -> None:
 def test_a_score_that_reads_weights_and_inputs_changes_with_both() -> None:
     x, weight = inputs(100, 12), torch.randn(6, 12, dtype=torch.float64, generator=generator(10))
     gram = x.T @ x / 100
-    first = scores_of(*removal_order(weight, gram))
-    assert not torch.equal(first.argsort(), scores_of(*removal_order(weight.flip(1), gram)).argsort())
-    assert not torch.equal(first.argsort(), scores_of(*removal_order(weight, gram.flip(0).flip(1))).argsort())
+    first = scores_from_increments(*removal_order(weight, gram))
+    assert not torch.equal(first.argsort(), scores_from_increments(*removal_order(weight.flip(1), gram)).argsort())
+    assert not torch.equal(
+        first.argsort(), scores_from_increments(*removal_order(weight, gram.flip(0).flip(1))).argsort()
+    )
 
 
 # Gram matrices
