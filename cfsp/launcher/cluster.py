@@ -106,7 +106,7 @@ class Submitit(Launcher):
         queue = Queue([job for job in jobs if job.run_id not in running])
         first_jobs: dict[str, Job] = {}
         for job in [*(submitted.job for submitted in running.values()), *queue.waiting]:
-            first_jobs.setdefault(job.shares, job)
+            first_jobs.setdefault(job.calibration_key, job)
         places, end_reason = 0, self.end_reason_function()
         try:
             while queue.waiting or running:

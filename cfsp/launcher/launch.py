@@ -108,11 +108,11 @@ class Queue:
 
         A job that failed in the other sweep since this sweep began is not repeated: it would fail in the same way.
         """
-        from cfsp.sweep.job import Outcome, state_of
+        from cfsp.sweep.job import Outcome, job_state
 
         if job.run_id not in self._retry_times:
             return None
-        state, record = state_of(job), job.out / "record.json"
+        state, record = job_state(job), job.out / "record.json"
         if state.name == "failed" and record.is_file() and record.stat().st_mtime >= self._start_time:
             return Outcome("failed", state.reason)
         return None
@@ -123,8 +123,8 @@ class Queue:
         ready = [job for job in self.waiting if self._retry_times.get(job.run_id, 0) <= now]
         if not ready:
             return None
-        first = next((job for job in ready if job.shares not in self._started_calibrations), ready[0])
-        self._started_calibrations.add(first.shares)
+        first = next((job for job in ready if job.calibration_key not in self._started_calibrations), ready[0])
+        self._started_calibrations.add(first.calibration_key)
         self.waiting.remove(first)
         return first
 
