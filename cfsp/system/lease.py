@@ -120,7 +120,7 @@ def holder(path: Path) -> str | None:
 
 
 @contextmanager
-def waited(path: Path, announce: Callable[[str], object], every: float = 0.2) -> Iterator[None]:
+def hold_lease(path: Path, announce: Callable[[str], object], every: float = 0.2) -> Iterator[None]:
     """Hold the lease at ``path`` inside the context; wait for it as long as necessary.
 
     Args:

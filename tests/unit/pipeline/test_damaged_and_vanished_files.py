@@ -496,7 +496,7 @@ def test_the_next_run_removes_what_a_dead_one_left(run_cfsp, sound_words, tmp_pa
     alive = out / ".model.00000000"
     alive.mkdir()
     (out / f".record.json.{os.getppid()}").write_text("being written")
-    with leftovers.held(alive):
+    with leftovers.hold_lock(alive):
         assert run_cfsp(*sound_words, "save.model=true")[0] == 0
     hidden = sorted(path.name for path in tmp_path.rglob(".*"))
     assert hidden == sorted([".mine.62f7da1b", ".model.00000000", f".record.json.{os.getppid()}"])

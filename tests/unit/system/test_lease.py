@@ -12,7 +12,7 @@ import time
 import pytest
 
 from cfsp.system import lease
-from cfsp.system.lease import holder, take, waited
+from cfsp.system.lease import hold_lease, holder, take
 
 HOLD = "import sys, time; from pathlib import Path; from cfsp.system.lease import take; l = take(Path(sys.argv[1])); " \
     "print('held' if l else 'no', flush=True); time.sleep(60)"  # fmt: skip
@@ -59,7 +59,7 @@ def test_waiting_ends_when_the_other_does(tmp_path, other):
     told = []
     other.send_signal(signal.SIGSTOP)  # asleep it still has its lock
     subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(1); os.kill({other.pid}, 9)"])
-    with waited(tmp_path / "work", told.append):
+    with hold_lease(tmp_path / "work", told.append):
         assert holder(tmp_path / "work")
     assert len(told) == 1
     assert str(other.pid) in told[0]
@@ -110,10 +110,10 @@ def test_a_lease_that_was_taken_over_meanwhile_is_not_set_aside(tmp_path):
 def test_many_processes_take_turns(tmp_path):
     """Eight processes count up a number in a file, each twenty times: without mutual exclusion some are lost."""
     code = (
-        "import sys; from pathlib import Path; from cfsp.system.lease import waited\n"
+        "import sys; from pathlib import Path; from cfsp.system.lease import hold_lease\n"
         "folder = Path(sys.argv[1])\n"
         "for _ in range(20):\n"
-        "    with waited(folder / 'lease', lambda who: None, every=0.001):\n"
+        "    with hold_lease(folder / 'lease', lambda who: None, every=0.001):\n"
         "        count = int((folder / 'n').read_text()); (folder / 'n').write_text(str(count + 1))\n"
     )
     (tmp_path / "n").write_text("0")
