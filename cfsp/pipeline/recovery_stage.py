@@ -73,7 +73,7 @@ def recover(
             saves no model.
     """
     job = _Training(run.prepared.run_id, plan, coarse_importance(planned), run.out)
-    processes.shared(lambda: job)
+    processes.from_first(lambda: job)
     return _train(run.prepared, dense, job, base, run.report)
 
 
@@ -97,7 +97,7 @@ def join_training(config: RunConfig) -> int:
         RunError: the inputs of this process differ from those of the first process.
     """
     while True:
-        job: Any = processes.shared(lambda: None)
+        job: Any = processes.from_first(lambda: None)
         if isinstance(job, _RunOver):
             return job.code
         prepared = prepare(config)
@@ -116,7 +116,7 @@ def join_training(config: RunConfig) -> int:
 
 def end_other_processes(code: int) -> None:
     """Send the exit code of the run to the other processes, which then end."""
-    processes.shared(lambda: _RunOver(code))
+    processes.from_first(lambda: _RunOver(code))
 
 
 def _train(

@@ -1,4 +1,4 @@
-"""Hidden files and folders that killed processes left behind: recognising and removing them."""
+"""Recognise and remove hidden files and folders that killed processes left behind."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def remove_scratch(folder: Path, names: Iterable[str]) -> None:
     If a process died while it replaced a folder and the new folder does not exist, the old folder gets its name back.
 
     Args:
-        folder: where the copies lie.
+        folder: folder that contains the copies.
         names: names of the files and folders that have such copies.
     """
     pattern = re.compile(_SCRATCH.format(names="|".join(map(re.escape, names))))

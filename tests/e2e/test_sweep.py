@@ -306,7 +306,7 @@ def test_reasons_are_shown_as_they_are(tmp_path, capsys):
     assert re.search("interrupted .*it was stopped; the next launch goes on", capsys.readouterr().out)
 
 
-def test_what_fails_under_another_sweeps_hands_is_not_tried_again(tmp_path):
+def test_a_run_that_failed_in_another_sweep_is_not_repeated(tmp_path):
     (job,) = prepare_jobs(command.request_of([*SMALL, "sparsity.ratio=0.5", *_places(tmp_path)]).cells)
     mark_failed(job, "before this sweep began")
     time.sleep(0.1)
