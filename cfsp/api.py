@@ -158,5 +158,5 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, was in training.items():
-            module.training = was
+        for module, mode in training.items():
+            module.training = mode

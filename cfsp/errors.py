@@ -101,7 +101,7 @@ def one_line(text: str, longest: int = LONGEST) -> str:
 
 
 def at_most(problems: Sequence[str], lines: int = MOST_LINES) -> list[str]:
-    """Return the findings that are shown at once; the last line counts those that are not."""
+    """Return at most ``lines`` findings; if some are left out, the last line counts them."""
     if len(problems) <= lines:
         return list(problems)
     return [*problems[: lines - 1], f"and {len(problems) - lines + 1} more of this kind; mend these first"]

@@ -64,7 +64,7 @@ def measured(model: Path, folder: Path, windows: int, ratios: list[float], alloc
     """Run a sweep in this process; returns its seconds, and how often its runs loaded and calibrated."""
     from cfsp.launcher.launch import Sequential
     from cfsp.record.run_record import RunRecord
-    from cfsp.sweep.job import jobs_of
+    from cfsp.sweep.job import prepare_jobs
 
     experiment = Experiment(
         name="benchmark",
@@ -84,7 +84,7 @@ def measured(model: Path, folder: Path, windows: int, ratios: list[float], alloc
     import cfsp.pipeline.run  # noqa: F401
 
     start = time.perf_counter()
-    jobs = jobs_of(experiment.cells("one", overrides))
+    jobs = prepare_jobs(experiment.cells("one", overrides))
     checked = time.perf_counter()
     Sequential().launch(jobs, lambda job, outcome: failed.extend([outcome.reason] if outcome.name != "done" else []))
     seconds = time.perf_counter() - start

@@ -15,11 +15,11 @@ from torch import Tensor
 from cfsp.config.deciding import deciding_settings
 from cfsp.config.sections import CalibrationSection, TextCalibration, TokensCalibration
 from cfsp.data.limits import Limits
-from cfsp.data.text import bos_of, cut_windows, locate_text, read_text, settled, tokenise, with_bos
+from cfsp.data.text import cut_windows, locate_text, read_text, resolve_bos, tokenise, window_bos_id, with_bos
 from cfsp.data.token_file import open_ids
 from cfsp.errors import DataError
 from cfsp.system.digest import file_digest
-from cfsp.system.magnitude import LARGEST_TOKENS
+from cfsp.system.number_bounds import LARGEST_TOKENS
 from cfsp.system.package import package_path
 
 log = logging.getLogger(__name__)
@@ -87,9 +87,9 @@ def from_text(section: TextCalibration, tokenizer: Any, limits: Limits, seed: in
         DataError: the text is missing, unreadable or too short, or the windows are too long for the model.
     """
     limits.check_length("calibration.seq_len", section.seq_len)
-    section = settled(section, tokenizer)
+    section = resolve_bos(section, tokenizer)
     text = locate_text(section, "calibration")
-    bos_id = bos_of(tokenizer, section.bos, "calibration")
+    bos_id = window_bos_id(tokenizer, section.bos, "calibration")
     ids = tokenise(read_text(text), tokenizer, section.bos)
     length = section.seq_len if bos_id is None else section.seq_len - 1
     needed = length if section.sampling == "random" else length * section.n_samples
@@ -153,7 +153,7 @@ def identity(section: CalibrationSection, tokenizer: Any = None) -> dict[str, An
     Without a ``tokenizer``, ``bos=auto`` stays unsettled.
     """
     if isinstance(section, TextCalibration) and tokenizer is not None:
-        section = settled(section, tokenizer)
+        section = resolve_bos(section, tokenizer)
     settings = deciding_settings(section)
     if isinstance(section, TextCalibration):
         settings |= locate_text(section, "calibration").identity

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from cfsp.calibration.gram import Gram, GramRequest, GramSums, reported
 from cfsp.errors import CheckpointError, RunError
-from cfsp.system.lease import waited
+from cfsp.system.lease import hold_lease
 from cfsp.weights.shard_writer import TensorSpec, write_file
 from cfsp.weights.shards import Shards
 
@@ -143,7 +143,7 @@ class GramCollection:
             yield
             return
         place = self.folder.with_name(f".{self.folder.name}.lease")
-        with waited(place, lambda who: log.info("waiting for Gram matrices (%s)", who)):
+        with hold_lease(place, lambda who: log.info("waiting for Gram matrices (%s)", who)):
             yield
 
     def keep(self, sums: Sequence[Mapping[str, GramSums]], first: int = 0) -> None:

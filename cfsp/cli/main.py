@@ -97,9 +97,9 @@ def _task(config: DictConfig) -> None:
     except Exception as error:
         _session.codes.append(_report(error, _session, _job_label(_session)))
     if processes.launched().first and processes.launched().several:
-        from cfsp.pipeline.recovery_stage import release
+        from cfsp.pipeline.recovery_stage import end_other_processes
 
-        release(_session.codes[-1])
+        end_other_processes(_session.codes[-1])
 
 
 def _run(config: DictConfig) -> int:
@@ -123,10 +123,10 @@ def _run_unmarked(config: DictConfig) -> int:
     checked = parse(config)
     processes.connect()
     if not processes.launched().first:
-        from cfsp.pipeline.recovery_stage import assist
+        from cfsp.pipeline.recovery_stage import join_training
 
         interrupts.raise_again()
-        return assist(checked)
+        return join_training(checked)
     from cfsp.pipeline.run import run
     from cfsp.tables.terminal import show
 

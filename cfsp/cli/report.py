@@ -11,7 +11,7 @@ from cfsp.errors import CheckpointError, ConfigError
 from cfsp.record.run_record import RunRecord
 from cfsp.sweep.composer import GridComposer
 from cfsp.sweep.experiment import Cell
-from cfsp.sweep.state import State, state_in
+from cfsp.sweep.state import State, folder_state
 from cfsp.system.command import command
 from cfsp.tables.collection import science, science_of
 from cfsp.tables.page import contents, page
@@ -76,7 +76,7 @@ def states(cells: Sequence[Cell]) -> list[tuple[Cell, State]]:
     result, composer = [], GridComposer()
     for cell in cells:
         folder = folders.get(science_of(cell, composer)) if folders else None
-        result.append((cell, State("missing") if folder is None else state_in(folder)))
+        result.append((cell, State("missing") if folder is None else folder_state(folder)))
     return result
 
 

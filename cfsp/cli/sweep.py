@@ -43,15 +43,15 @@ def main(overrides: Sequence[str] | None = None) -> int:
 
 
 def _sweep(request: Request) -> int:
-    from cfsp.sweep.job import Job, Outcome, jobs_of, state_of
+    from cfsp.sweep.job import Job, Outcome, job_state, prepare_jobs
 
     if not request.status:
         request.launcher.check()
     try:
-        jobs = jobs_of(request.cells)
+        jobs = prepare_jobs(request.cells)
     except CfspError as error:
         raise ConfigError(*(_with_origin(problem, request) for problem in error.problems)) from error
-    states = {job.run_id: state_of(job) for job in jobs}
+    states = {job.run_id: job_state(job) for job in jobs}
     if request.status:
         _show(request, jobs, states)
         return 0

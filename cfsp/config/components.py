@@ -1,4 +1,4 @@
-"""Building components: a ``_target_`` and its keys become an instance, typed by the signature of its class.
+"""Build components from a ``_target_`` and its settings, which are checked against the signature of the class.
 
 A new metric, allocator, recovery, evaluator or logger is one class, decorated with :func:`component`, and one YAML
 file; no central list is edited. Of cfsp's own classes only those that :func:`component` marks are built. Classes of
@@ -55,7 +55,7 @@ def component(cls: type[_T]) -> type[_T]:
 
 @dataclass(frozen=True)
 class Component(Generic[Contract]):
-    """Instance together with the configuration from which it was built, which the record states.
+    """Instance of a component together with the configuration from which it was built.
 
     Attributes:
         instance: the component itself.
@@ -123,8 +123,8 @@ def build(name: str, values: Any, allowed: Iterable[str] = (), contract: type[An
         raise ConfigError(f"{name}._target_={shown(values['_target_'])}: expected the name of a class, module.Class")
     target = values["_target_"]
     cls = _resolve(name, target, allowed)
-    needs = () if contract is None else required_members(contract)
-    _check_attributes(name, target, cls, needs)
+    required = () if contract is None else required_members(contract)
+    _check_attributes(name, target, cls, required)
     wrong = [*booleans_for_numbers(cls, settings, name)]
     if wrong:
         raise ConfigError(*wrong)
@@ -138,15 +138,15 @@ def build(name: str, values: Any, allowed: Iterable[str] = (), contract: type[An
         raise ConfigError(f"{name}: {target} does not accept these keys: {error}") from error
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from error
-    _check_attributes(name, target, instance, needs)
+    _check_attributes(name, target, instance, required)
     known = asdict(instance) if hasattr(instance, "__dataclass_fields__") else settings
     return Component(instance, target, known)
 
 
 def _with_own_key(line: str, cls: type, name: str) -> str:
-    """Write the key ``name`` in a message of a class that knows only the key where it usually stands.
+    """Replace the usual key of a class in a message by the key ``name``, under which this instance is configured.
 
-    ``evaluation`` may hold two evaluators of one class, and :func:`placed` tells them their keys after they are built.
+    ``evaluation`` may hold two evaluators of one class, and :func:`with_key` sets their keys only after they are built.
     """
     usual = getattr(cls, "key", None)
     return re.sub(rf"{re.escape(usual)}(?!\w)", name, line) if isinstance(usual, str) else line
@@ -167,17 +167,19 @@ def _with_defaults(cls: type, contract: type[Any]) -> type:
     return type(cls)(cls.__name__, (cls,), described | lacking)
 
 
-def _check_attributes(name: str, target: str, candidate: Any, needs: Iterable[str]) -> None:
+def _check_attributes(name: str, target: str, candidate: Any, required: Iterable[str]) -> None:
     """Refuse a class or an instance without the members that its group requires.
 
     Classes of cfsp are checked before they are called. A foreign class may add members to its instances, so only the
     instance is checked.
     """
     abstract = getattr(candidate, "__abstractmethods__", ()) if isinstance(candidate, type) else ()
-    lacking = [attribute for attribute in needs if attribute in abstract]
+    lacking = [attribute for attribute in required if attribute in abstract]
     if not isinstance(candidate, type) or _is_component(candidate):
         declared = getattr(candidate, "__dataclass_fields__", {})
-        lacking += [attribute for attribute in needs if not hasattr(candidate, attribute) and attribute not in declared]
+        lacking += [
+            attribute for attribute in required if not hasattr(candidate, attribute) and attribute not in declared
+        ]
     if lacking:
         group = name.split(".", 1)[0]
         raise ConfigError(f"{name}._target_={target}: no class for {group}, it has no {', '.join(lacking)}")
@@ -231,7 +233,7 @@ def _resolve(name: str, target: str, allowed: Iterable[str]) -> type:
 
 
 def _import_failure(module_name: str, error: Exception) -> str:
-    """Return why a module could not be imported; empty where it was, or where there is none of this name."""
+    """Return a clause on why importing a module failed; empty if it was imported or does not exist."""
     if not module_name or module_name in sys.modules:
         return ""
     if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
@@ -272,7 +274,7 @@ def _known_targets() -> set[str]:
 Evaluator = TypeVar("Evaluator")
 
 
-def placed(evaluator: Evaluator, key: str) -> Evaluator:
-    """Set the key of an evaluator, for its messages: ``evaluation`` may hold two evaluators of one class."""
+def with_key(evaluator: Evaluator, key: str) -> Evaluator:
+    """Set the key that an evaluator names in its messages, because ``evaluation`` may hold two of one class."""
     object.__setattr__(evaluator, "key", key)  # the instance is frozen, and the key is not a setting
     return evaluator

@@ -1,4 +1,4 @@
-"""Composing the configuration outside the command line, and explaining overrides that Hydra refuses."""
+"""Compose the configuration outside the command line, and explain overrides that Hydra refuses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cfsp.system.override_check import check_overrides
 from cfsp.system.package import config_folder
 
 #: Groups that describe a sweep and not a run.
-OF_A_SWEEP = ("experiment", "launcher")
+SWEEP_GROUPS = ("experiment", "launcher")
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
@@ -43,7 +43,8 @@ def explain(
 ) -> ConfigError:
     """Explain why Hydra refused a command line, with one line for each finding.
 
-    Hydra stops at the first override that it cannot apply, and says so in many lines; here every override is checked.
+    Hydra stops at the first override that it cannot apply and reports it in many lines. This function checks every
+    override.
 
     Args:
         error: error of Hydra.
@@ -57,17 +58,17 @@ def explain(
 
 
 def _hydra_reason(error: Exception, overrides: Sequence[str]) -> str:
-    """Return Hydra's message on one line, with the override that caused it if that can be told."""
+    """Return Hydra's message on one line, with the override that caused it if exactly one matches."""
     reason = printable(str(error).partition("Config search path")[0]) or type(error).__name__
     reason = re.sub(r"^In '[^']*': ", "", reason)
-    causes = [word for word in overrides if word in reason or _key_of(word) in reason]
+    causes = [text for text in overrides if text in reason or _key_of(text) in reason]
     if len(causes) != 1 or causes[0] in reason:
         return f"{reason}; all keys: cfsp --cfg job"
     return f"{causes[0]}: not applied ({reason}); all keys: cfsp --cfg job"
 
 
-def _key_of(word: str) -> str:
-    return word.partition("=")[0].lstrip("+~") or word
+def _key_of(text: str) -> str:
+    return text.partition("=")[0].lstrip("+~") or text
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
@@ -82,32 +83,32 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
 
 def _findings(overrides: Sequence[str], folders: Sequence[Path], *, sweep: bool) -> Iterator[str]:
     parser, malformed, choices, values = OverridesParser.create(), [], [], []
-    for word in overrides:
+    for text in overrides:
         try:
-            override = parser.parse_override(word)
+            override = parser.parse_override(text)
         except Exception:  # a RecursionError among them
-            malformed.append(word)
+            malformed.append(text)
             continue
         key = override.key_or_group
         if not key:
-            malformed.append(word)
-        elif key in OF_A_SWEEP:
-            yield f"{word}: this is a sweep's, not one run's: cfsp sweep {word}"
+            malformed.append(text)
+        elif key in SWEEP_GROUPS:
+            yield f"{text}: this is a sweep's, not one run's: cfsp sweep {text}"
         elif _options(key, folders):
             problem = _option_problem(override, sorted(_options(key, folders)))
             if problem is None and override.is_sweep_override() and not sweep:
-                problem = f"{word}: several options need a sweep: add -m (one run each)"
+                problem = f"{text}: several options need a sweep: add -m (one run each)"
             if problem is None:
-                choices.append(word)
+                choices.append(text)
             else:
                 yield problem
         elif key.split(".", 1)[0].split("/", 1)[0] != "hydra":
             values.append(override)
     tree = _tree(choices, folders)
-    for word in malformed:
-        key = word.partition("=")[0]
+    for text in malformed:
+        key = text.partition("=")[0]
         meant = "" if _exists(tree, key) else _nearest(key, _keys(tree))
-        yield f"{word}: not a valid override{meant}; {_way_out(word, parser)}"
+        yield f"{text}: not a valid override{meant}; {_way_out(text, parser)}"
     for override in values:
         key, node = override.key_or_group, _value_at(tree, override.key_or_group)
         if isinstance(node, Mapping) and isinstance(override.value(), list):
@@ -148,8 +149,8 @@ def _options(group: str, folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def _tree(choices: Sequence[str], folders: Sequence[Path]) -> Any:
-    """Return the whole configuration with these choices of groups, values unresolved."""
-    single = [word for word in choices if "," not in word]
+    """Return the whole configuration with the chosen options of groups; references stay unresolved."""
+    single = [text for text in choices if "," not in text]
     search = [f"hydra.searchpath=[{','.join(f'file://{folder.resolve()}' for folder in folders[1:])}]"]
     try:
         return OmegaConf.to_container(_compose([*single, *search]), resolve=False)
@@ -160,9 +161,9 @@ def _tree(choices: Sequence[str], folders: Sequence[Path]) -> Any:
 def _unknown_key(key: str, tree: Any, folders: Sequence[Path]) -> str:
     group, _, rest = key.partition(".")
     contents = {option: _content(path, group) for option, path in _options(group, folders).items()} if rest else {}
-    having = [f"{group}={option}" for option, content in contents.items() if _exists(content, rest)]
-    if having:
-        return f"{key}: there is no such key here; there is with {' or '.join(having)}"
+    options_with_key = [f"{group}={option}" for option, content in contents.items() if _exists(content, rest)]
+    if options_with_key:
+        return f"{key}: there is no such key here; there is with {' or '.join(options_with_key)}"
     near = _nearest(key, [name for name in _keys(tree) if "." in name or not rest])
     for option, content in contents.items():
         near = near or _nearest(rest, _keys(content), f"{group}.", f" with {group}={option}")
@@ -170,9 +171,9 @@ def _unknown_key(key: str, tree: Any, folders: Sequence[Path]) -> str:
 
 
 def _content(path: Path, group: str) -> Any:
-    """Return the keys of an option: of its file, the options that it inherits from and the nested options.
+    """Return the keys of an option from its file, the options that it inherits from, and its nested options.
 
-    A preset (package _global_) has its own keys one level down.
+    A preset (package _global_) holds the keys of its group one level deeper.
     """
     content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     if not isinstance(content, dict):
@@ -203,9 +204,9 @@ def _nearest(key: str, known: Iterable[str], prefix: str = "", suffix: str = "")
     return f"; did you mean {prefix}{near}{suffix}?" if near else ""
 
 
-def _way_out(word: str, parser: OverridesParser) -> str:
+def _way_out(text: str, parser: OverridesParser) -> str:
     """Describe how to write an override that Hydra cannot parse; suggest quotes only if Hydra parses it with them."""
-    key, equals, value = word.partition("=")
+    key, equals, value = text.partition("=")
     if re.match(r"(range|choice|interval|glob|sort|shuffle|tag)\(", value):
         return "a sweep is written with -m as key=a,b,c, key=range(FIRST,END,STEP) or key=choice(a,b)"
     bare = value.strip("'\"")

@@ -3,10 +3,10 @@
 Each contract is a protocol without state. A member without a value is required:
 :func:`cfsp.config.components.build` refuses a class that lacks it, by its name. Every other member has a default
 here. A class that inherits from its contract inherits these defaults; a class that does not (in a package that does not
-import cfsp) gets them when it is built. So the rest of cfsp can ask every component for every member of its contract,
-and never looks at its class.
+import cfsp) gets them when it is built. So the rest of cfsp can use every member of the contract on
+any component without looking at its class.
 
-``None`` as an answer means "not stated"; the caller then says so instead of guessing.
+A method returns ``None`` for "not stated". The caller then reports that, and does not guess.
 
 The module is longer than others because an author of a component should have all contracts on one page.
 
@@ -152,7 +152,7 @@ class SearchingAllocator(Protocol):
 
 
 class Pruner(Protocol):
-    """Pruner: turns a planning context into a plan. It never changes weights while it plans.
+    """Pruning method, which turns a planning context into a plan. It never changes weights while it plans.
 
     Attributes:
         name: name of the method, for plans, records and tables.
@@ -248,7 +248,7 @@ class Pruner(Protocol):
 
 
 class Recovery(Protocol):
-    """Recovery: trains the pruned model, whose structure stays the same.
+    """Recovery method, which trains the pruned model without changing its structure.
 
     Attributes:
         name: name of the recovery, for records and tables.
@@ -338,7 +338,7 @@ class Evaluator(Protocol):
 
 
 class RunLogger(Protocol):
-    """Logger: mirrors the record. It is started once for each run and always finished."""
+    """Logger that mirrors the record. It is started once for each run and always finished."""
 
     @abstractmethod
     def start(self, run_id: str, folder: Path, configuration: dict[str, Any]) -> None:
@@ -368,7 +368,7 @@ class RunLogger(Protocol):
 
 
 class Launcher(Protocol):
-    """Launcher: starts the runs of a sweep. A launcher is one class and one YAML under ``conf/launcher``."""
+    """Launcher that executes the runs of a sweep. A launcher is one class and one YAML under ``conf/launcher``."""
 
     def check(self) -> None:
         """Check before any work that everything is available that the launcher needs.

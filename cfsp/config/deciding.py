@@ -1,4 +1,4 @@
-"""Marks on the fields of settings that say what each of them decides.
+"""Marks on configuration fields, which state what a setting decides: figures, a name, or nothing.
 
 A field without a mark decides the figures by its value. Any other meaning is a :class:`Decides` among the metadata of
 its annotation, in the sections of cfsp and in every component::
@@ -7,7 +7,7 @@ its annotation, in the sections of cfsp and in every component::
     table: Annotated[str, Decides("content")]
     gram_share: Annotated[float, Decides(before=1.0)] = 1.0
 
-:func:`separate` reads the marks. The identity of a run and the key by which tables find its record are made of it.
+:func:`separate` reads the marks. The identity of a run and the key by which tables match its record use its result.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from cfsp.system.expected import fields_of
 
-#: The value of :attr:`Decides.before` where the setting was always there.
+#: Default of :attr:`Decides.before`: every version has had the setting.
 _ALWAYS: Any = object()
 
 
 @dataclass(frozen=True)
 class Decides:
-    """Metadata of a field: what its setting decides.
+    """Mark of a field, which states what its setting decides.
 
     Attributes:
         what: "figures": the value decides figures. "nothing": no figure depends on it. "content": it names where an
             input lies, and the content decides. "name": it names a run or an input; tables tell runs apart by it, and
             no figure depends on it.
-        before: of a setting that came later, the value that stands for what was done before. With this value the
-            setting is left out, as in runs from before.
-        alike: (value, other): tables take a run with ``value`` for a run with ``other``. Their identities differ.
-        chosen_by: of a dictionary, the field that lists which of its entries are used; the others decide nothing.
+        before: value that reproduces versions without this setting. With this value the setting is left out of the
+            identity, so that runs of those versions keep theirs.
+        alike: (value, other): tables match a run with ``value`` as if it had ``other``. The identities differ.
+        chosen_by: name of the field that lists the used entries of a dictionary; other entries decide nothing.
     """
 
     what: Literal["figures", "nothing", "content", "name"] = "figures"
@@ -47,7 +47,7 @@ class Decides:
 
 @dataclass
 class Parts:
-    """The settings of a group by what they decide.
+    """Settings of a group, separated by what they decide.
 
     Attributes:
         values: settings that decide by their value, nested as they were.
@@ -66,7 +66,7 @@ class Parts:
         self.places |= {f"{key}.{name}": place for name, place in value.places.items()}
 
 
-#: ``_target_`` -> the class where it is known, and the name that stands for it.
+#: Function: ``_target_`` -> the class (None if unknown), and the name of the component.
 Lookup = Callable[[str], tuple[type | None, str]]
 
 
@@ -75,8 +75,8 @@ def separate(schema: type | None, settings: Mapping[str, Any], lookup: Lookup | 
 
     Args:
         schema: section, component or dataclass that declares the settings. Settings that it does not declare decide
-            by their value, and all do where it is None.
-        settings: as a configuration or an earlier record has them; some may be missing.
+            by their value; with None all settings do.
+        settings: settings from a configuration or an earlier record; some may be missing.
         lookup: opens components by ``_target_``. With it the settings are those that tables match runs by: names
             count, and one of two alike values stands for both. Without it they are those of the identity.
     """
@@ -86,7 +86,7 @@ def separate(schema: type | None, settings: Mapping[str, Any], lookup: Lookup | 
     for key, (_, mark) in fields.items():
         if mark.chosen_by is not None and {key, mark.chosen_by} <= set(settings):
             settings = {**settings, key: {name: settings[key].get(name) for name in settings[mark.chosen_by]}}
-            left_out.add(mark.chosen_by)  # the names of the entries say it
+            left_out.add(mark.chosen_by)  # the names of the remaining entries replace this list
     parts = Parts()
     for key, value in settings.items():
         annotation, mark = fields.get(key, (Any, Decides()))
@@ -104,7 +104,7 @@ def separate(schema: type | None, settings: Mapping[str, Any], lookup: Lookup | 
 def deciding_settings(instance: Any) -> dict[str, Any]:
     """Return what an instance of a section or of a component adds to the identity of a run, by its marks.
 
-    Inputs are left out; who reads them adds their content.
+    Inputs are left out; the code that reads an input adds its content to the identity.
     """
     return separate(type(instance), {key: getattr(instance, key) for key in fields_of(type(instance))}).values
 
@@ -137,7 +137,7 @@ def _without_mark(annotation: Any) -> tuple[Any, Decides]:
 
 
 def _part_of(annotation: Any, value: Any, lookup: Lookup | None) -> Any:
-    """Return the :class:`Parts` of a group, and any other value as it is.
+    """Separate the value if it is a group of keys (:class:`Parts`); return other values unchanged.
 
     Raises:
         TypeError: a value stands where the keys of a section are expected, as in a damaged record.

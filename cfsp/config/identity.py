@@ -1,4 +1,4 @@
-"""Run identity and the key that tables match runs by, both made of what the fields of the settings say they decide.
+"""Run identity, and the settings by which tables match runs. Both follow the marks on the configuration fields.
 
 Contents go into the identity; locations, device, logger and paths stay out. See :mod:`cfsp.config.deciding`.
 """
@@ -40,7 +40,7 @@ def method_of(config: RunConfig) -> dict[str, Any]:
 def _with_contents(component: Component[Any]) -> dict[str, Any]:
     """Return the identity of a component, with the sha256 of each file that its settings name.
 
-    Other inputs (a folder, an id, None) stand as they were given.
+    Other inputs (a folder, an id, None) keep their value.
     """
     contents = {}
     for key, place in separate(type(component.instance), component.settings).places.items():
@@ -50,7 +50,7 @@ def _with_contents(component: Component[Any]) -> dict[str, Any]:
 
 
 def configuration_parts(configuration: Mapping[str, Any]) -> Parts:
-    """Separate a configuration of today or of an earlier record: what tables match runs by, and where inputs lie.
+    """Separate a configuration, also of an earlier record, into settings that tables match and locations of inputs.
 
     Reading a record imports no foreign code: settings of a class that this process does not know all count.
     """

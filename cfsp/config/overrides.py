@@ -1,4 +1,4 @@
-"""Command lines that Hydra does not parse: plain ``key=value`` overrides."""
+"""Parser for command lines without Hydra, which hold plain ``key=value`` overrides."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ def plain_values(overrides: Sequence[str], keys: Collection[str], command: str) 
     """Parse the overrides after ``cfsp COMMAND``.
 
     Args:
-        overrides: overrides of the command line, as given.
+        overrides: overrides of the command line, as values.
         keys: keys that the command knows.
         command: name of the command, for messages.
 
     Returns:
-        Key -> value, and a line for each wrong word.
+        Key -> value, and a line for each wrong override.
     """
-    given: dict[str, str] = {}
+    values: dict[str, str] = {}
     problems = []
-    for word in overrides:
-        key, equals, value = word.partition("=")
+    for override in overrides:
+        key, equals, value = override.partition("=")
         if not equals:
-            problems.append(f"{word}: is not key=value; see cfsp {command} --help")
+            problems.append(f"{override}: is not key=value; see cfsp {command} --help")
         elif key not in keys:
             problems.append(f"{key}: unknown key{suggest(key, keys)}; keys: {', '.join(keys)}")
         elif not value:
             problems.append(f"{key}=: has no value; see cfsp {command} --help")
         else:
-            given[key] = value
-    return given, [one_line(problem) for problem in problems]
+            values[key] = value
+    return values, [one_line(problem) for problem in problems]

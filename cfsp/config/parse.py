@@ -1,4 +1,4 @@
-"""Checking a composed configuration: all wrong values are reported together, before any heavy import.
+"""Check a composed configuration; all wrong values are reported together, before any heavy import.
 
 The groups of plain keys become frozen, typed sections (:mod:`cfsp.config.sections`). Components with a ``_target_``
 (importance, allocator, pruner, recovery, evaluators, logger) are typed by the signature of their class
@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import Field, PlainValidator, ValidationError
 
-from cfsp.config.components import Component, build, placed
+from cfsp.config.components import Component, build, with_key
 from cfsp.config.contracts import Allocator, Evaluator, NeuronImportance, Pruner, Recovery, RunLogger
 from cfsp.config.problems import booleans_for_numbers, problems_of, shown, suggest
 from cfsp.config.run_config import RunConfig
@@ -34,8 +34,8 @@ from cfsp.config.sections import (
     checked_force,
 )
 from cfsp.errors import ConfigError, printable
-from cfsp.system.magnitude import LARGEST_TOKENS, too_large
 from cfsp.system.names import RULE, is_name
+from cfsp.system.number_bounds import LARGEST_TOKENS, too_large
 from cfsp.system.package import config_folder, is_packaged, package_path
 
 _SECTIONS: dict[str, type[Section]] = {
@@ -70,7 +70,7 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         for key, value in _leaves(str(root), raw[root])
     ]
     large = [f"{key}={shown(value)}: too large; expected at most {most:,}" for key, value, most in too_large(raw)]
-    if large:  # before they are computed with
+    if large:  # refused before any check computes with them
         raise ConfigError(*problems, *large)
     absent = [name for name in ("model", "calibration", "sparsity", "paths") if name not in raw]
     if absent:
@@ -92,10 +92,10 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         for name, value in evaluation.items()
         if value is not None
     }
-    problems.extend(_no_sides(parts["evaluation"]))
+    problems.extend(_missing_measure_sides(parts["evaluation"]))
     for name, evaluator in parts["evaluation"].items():
         if evaluator is not None and "key" not in evaluator.settings:
-            placed(evaluator.instance, f"evaluation.{name}")
+            with_key(evaluator.instance, f"evaluation.{name}")
     problems.extend(_task_folders(parts["evaluation"], allowed))
     scalars = _section("", _Scalars, {key: raw[key] for key in _Scalars.model_fields if key in raw}, problems)
     problems.extend(_conflicts(parts, raw))
@@ -131,7 +131,7 @@ def _conflicts(parts: Mapping[str, Any], raw: Mapping[str, Any]) -> Iterator[str
             f"model.path={shown(parts['model'].path)}: model={parts['model'].name} needs it: give a folder "
             "or a hub id, e.g. model.path=meta-llama/Llama-3.1-8B"
         )
-    yield from _unused(parts["pruner"], raw)
+    yield from _unused_choices(parts["pruner"], raw)
     if None not in (parts["pruner"], parts["importance"], parts["allocator"]):
         yield from parts["pruner"].instance.objections(parts["importance"], parts["allocator"])
     yield from _nothing_to_recover(parts["pruner"], parts["recovery"])
@@ -149,7 +149,7 @@ def _unsafe_names(evaluation_name: str, parts: Mapping[str, Any]) -> Iterator[st
 
 
 def unresolved(error: OmegaConfBaseException) -> str:
-    """Return the line about a key whose value is missing (???) or refers (${...}) to something that does not exist."""
+    """Describe a key whose value is missing (???) or refers (${...}) to a key that does not exist."""
     key = error.full_key or "configuration"
     if isinstance(error, MissingMandatoryValue):
         return f"{key}=???: has no value; give one, {key}=VALUE"
@@ -157,7 +157,7 @@ def unresolved(error: OmegaConfBaseException) -> str:
     return f"{key}: its value refers with ${{...}} to what cannot be resolved ({reason}); write the value itself"
 
 
-def _unused(pruner: Component[Pruner] | None, raw: Mapping[str, Any]) -> Iterator[str]:
+def _unused_choices(pruner: Component[Pruner] | None, raw: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for a chosen metric or allocator that the chosen pruner does not use."""
     if pruner is None or not pruner.instance.prunes:
         return
@@ -168,7 +168,7 @@ def _unused(pruner: Component[Pruner] | None, raw: Mapping[str, Any]) -> Iterato
             yield f"{group}._target_={shown(raw[group].get('_target_'))}: {pruner.instance.why_unused(group)}"
 
 
-def _no_sides(evaluators: Mapping[str, Component[Evaluator] | None]) -> Iterator[str]:
+def _missing_measure_sides(evaluators: Mapping[str, Component[Evaluator] | None]) -> Iterator[str]:
     """Yield a line for each evaluator that states side_by_side but cannot measure sides."""
     for name, evaluator in evaluators.items():
         if evaluator is None or not evaluator.instance.side_by_side:

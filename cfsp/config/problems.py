@@ -41,7 +41,7 @@ def booleans_for_numbers(schema: type, values: Mapping[str, Any], prefix: str) -
         key, value = _key(prefix, (name,)), values.get(name)
         if isinstance(value, bool) and takes_numbers_only(field.annotation):
             expected = expected_at(schema, (name,))
-            yield f"{key}={shown(value)}: expected {expected.words}{expected.example(key)}"
+            yield f"{key}={shown(value)}: expected {expected.description}{expected.example(key)}"
         elif isinstance(value, Mapping) and isinstance(field.annotation, type) and fields_of(field.annotation):
             yield from booleans_for_numbers(field.annotation, value, key)
 
@@ -62,17 +62,17 @@ def _problem(finding: Any, key: str, expected: Expected, prefix: str, schema: ty
     if not location:
         return f"{prefix or 'configuration'}={shown(value)}: expected a group of keys: {', '.join(fields_of(schema))}"
     described = expected.field.description if expected.field is not None else None
-    needed = f"{expected.words}{expected.example(key)}" + (f" ({described})" if described else "")
+    needed = f"{expected.description}{expected.example(key)}" + (f" ({described})" if described else "")
     if kind.startswith("missing") and isinstance(location[-1], int):
         whole = expected_at(schema, location[:-1])
         list_key = _key(prefix, whole.key)
         return (
-            f"{list_key}={shown(value)}: item {location[-1] + 1} is missing; expected {whole.words}"
+            f"{list_key}={shown(value)}: item {location[-1] + 1} is missing; expected {whole.description}"
             f"{whole.example(list_key)}"
         )
     if kind.startswith("missing"):
         return f"{key} is not set: give it a value, {key}=...; expected {needed}"
-    near = suggest(str(value)[:100], _words_of(expected.annotation)) if isinstance(value, str) else ""
+    near = suggest(str(value)[:100], _literal_values(expected.annotation)) if isinstance(value, str) else ""
     quotes = ""
     if kind == "string_type" and _is_scalar(value):
         whole_word = isinstance(expected.key[-1], str)
@@ -80,8 +80,8 @@ def _problem(finding: Any, key: str, expected: Expected, prefix: str, schema: ty
     return f"{key}={shown(value)}: expected {needed}{near}{quotes}"
 
 
-def _words_of(annotation: Any) -> list[str]:
-    """Return the words that a key accepts, if it accepts only some words."""
+def _literal_values(annotation: Any) -> list[str]:
+    """Return the values of a Literal annotation as texts; an empty list for other annotations."""
     members = [annotation, *get_args(annotation)]
     return [str(word) for member in members if get_origin(member) is Literal for word in get_args(member)]
 

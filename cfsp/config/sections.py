@@ -71,9 +71,10 @@ def checked_force(value: Any) -> bool | Literal["check"]:
         ) from None
 
 
-#: Before there was auto, 8 was the default. How many sequences at a time moves sums in their last digits alone.
+#: Older records hold the former default 8. The batch size changes sums only in their last digits, so tables treat the
+#: two values alike.
 BatchSize = Annotated[int | Literal["auto"], PlainValidator(_batch_size), Decides(alike=(8, "auto"))]
-#: Share of the tokens that Gram matrices are made of.
+#: Share of the tokens from which Gram matrices are computed.
 GramShare = Annotated[float, Field(gt=0, le=1), Decides(before=1.0)]
 Gigabytes = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -95,7 +96,7 @@ class ModelSection(Section):
     gguf_file: Annotated[str | None, Decides("content", before=None)] = Field(
         default=None, description="the GGUF file in the folder or repository, where there are several"
     )
-    #: Decides nothing of its own: without it a quantised checkpoint is refused.
+    #: It decides no figure, because a quantised checkpoint is refused without it.
     dequantize: Annotated[bool, Decides("nothing")] = False
     dtype: DType = "auto"
     device: Annotated[str, AfterValidator(_device), Decides("nothing")] = "auto"

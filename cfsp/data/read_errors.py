@@ -1,4 +1,4 @@
-"""Answers to the errors that damaged text files cause in the libraries that read them."""
+"""One-line messages for the errors that damaged text files cause in the libraries that read them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def reading(label: str) -> Iterator[None]:
         ) from error
     except CfspError:
         raise
-    except Exception as error:  # damaged bytes reach every kind of error of Arrow, whose words are no answer
+    except Exception as error:  # damaged bytes can raise any error of Arrow, whose messages help no user
         known = isinstance(error, OSError) and error.errno is not None and error.strerror
         reason = (
             printable(str(known))[:160] if known else "its content is damaged, or of a kind that pyarrow cannot read"

@@ -34,8 +34,8 @@ def rows(path: Path, label: str, column: str | None = None, key: str = "") -> It
     elif form in ("csv", "tsv"):
         yield from _csv_rows(path, label, column, key, "\t" if form == "tsv" else ",")
     else:
-        opened = _parquet_batches if form == "parquet" else _arrow_batches
-        yield from _batch_rows(opened(path, label, column, key), label, most_row_bytes(path))
+        read_batches = _parquet_batches if form == "parquet" else _arrow_batches
+        yield from _batch_rows(read_batches(path, label, column, key), label, most_row_bytes(path))
 
 
 def text_of(row: Any, field: str, key: str, place: str, path: Path) -> str:
@@ -158,13 +158,13 @@ def _check_column(column: str | None, names: list[str], key: str, path: Path) ->
         raise DataError(f"{key}={column}: {path} has no such column; it has {listed(names)}")
 
 
-def _batch_rows(batches: Iterable[Any], label: str, most: int) -> Iterator[tuple[str, Any]]:
+def _batch_rows(batches: Iterable[Any], label: str, max_bytes: int) -> Iterator[tuple[str, Any]]:
     number = total = 0
     for batch in batches:
         total += batch.nbytes
-        if total > most:
+        if total > max_bytes:
             raise DataError(
-                f"{label}: its rows hold more than {most:,} bytes, too many for this file; give a smaller one"
+                f"{label}: its rows hold more than {max_bytes:,} bytes, too many for this file; give a smaller one"
             )
         for row in batch.to_pylist():
             number += 1

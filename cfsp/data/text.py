@@ -167,7 +167,7 @@ def added_before(tokenizer: Any) -> list[int]:
     return next((ids[:start] for start in starts if ids[start : start + len(plain)] == plain), [])
 
 
-def settled(section: Section, tokenizer: Any) -> Section:
+def resolve_bos(section: Section, tokenizer: Any) -> Section:
     """Replace ``bos=auto`` by its meaning for this tokenizer; other values stay unchanged.
 
     It means ``window`` if the tokenizer itself adds one BOS before a text, and ``none`` otherwise. The run identity
@@ -180,7 +180,7 @@ def settled(section: Section, tokenizer: Any) -> Section:
 
 
 def lacks_added_tokens(section: TextSection, tokenizer: Any) -> bool:
-    """Return whether windows of a settled section lack the tokens that the tokenizer itself adds before a text."""
+    """Return whether windows lack the tokens that the tokenizer itself adds before a text; ``bos`` must be resolved."""
     before = added_before(tokenizer)
     return bool(before) and not (section.bos == "window" and before == [_bos_id(tokenizer)])
 
@@ -255,7 +255,7 @@ def with_bos(windows: np.ndarray, bos_id: int) -> np.ndarray:
     return np.concatenate([np.full((len(windows), 1), bos_id, dtype=np.int64), windows], axis=1)
 
 
-def bos_of(tokenizer: Any, bos: str, key: str) -> int | None:
+def window_bos_id(tokenizer: Any, bos: str, key: str) -> int | None:
     """Return the BOS id if ``bos="window"``; otherwise None.
 
     Raises:

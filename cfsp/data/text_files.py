@@ -84,7 +84,7 @@ def locate_dataset(folder: Path, split: str | None, label: str, forms: str) -> P
     if (folder / "state.json").is_file():
         return folder
     if not (folder / "dataset_dict.json").is_file():
-        raise DataError(f"{label}: this is a folder; {_choice(folder, forms)}")
+        raise DataError(f"{label}: this is a folder; {_files_to_choose(folder, forms)}")
     listing = read_json(folder / "dataset_dict.json", f"{label}: dataset_dict.json", limit=1_000_000, error=DataError)
     splits = listing.get("splits") if isinstance(listing, dict) else None
     if not isinstance(splits, list) or not splits or not all(_is_plain(name) for name in splits):
@@ -149,7 +149,7 @@ def open_text(path: Path, label: str, *, newline: str | None = None) -> Iterator
     Raises:
         DataError: reading gives more than MAX_TEXT_BYTES, or far more than the compressed file can hold.
     """
-    with _opened(path) as stream:
+    with _open_binary(path) as stream:
         raw = _Bounded(stream, label, path.stat().st_size if _compression(path) else None)
         with io.TextIOWrapper(io.BufferedReader(raw, 1 << 20), encoding="utf-8-sig", newline=newline) as text:
             yield text
@@ -201,7 +201,7 @@ def _compression(path: Path) -> str | None:
     return _COMPRESSIONS.get(path.suffix.lower())
 
 
-def _opened(path: Path) -> Any:
+def _open_binary(path: Path) -> Any:
     compression = _compression(path)
     if compression == "gzip":
         return gzip.open(path, "rb")
@@ -230,7 +230,7 @@ def _check_head(path: Path, label: str) -> None:
         ending = next(ending for ending, name in _COMPRESSIONS.items() if name == packed)
         raise DataError(f"{label}: cannot be read: it is compressed with {packed}; rename it to {path.name}{ending}")
     if named is not None:
-        with reading(label), _opened(path) as stream:
+        with reading(label), _open_binary(path) as stream:
             head = stream.read(_HEAD)
         if not head:
             raise DataError(f"{label}: the file is empty; give one that holds text")
@@ -270,7 +270,7 @@ def _too_large(label: str, size: int, remedy: str) -> str:
     return f"{label}: it has {size:,} bytes, at most {MAX_TEXT_BYTES:,} are read into memory; {remedy}"
 
 
-def _choice(folder: Path, forms: str) -> str:
+def _files_to_choose(folder: Path, forms: str) -> str:
     """Return a clause about the files in a folder that could have been meant."""
     texts = []
     for file in islice(folder.rglob("*"), 2_000):
@@ -301,7 +301,7 @@ class _Bounded(io.RawIOBase):
             label: how messages name the file.
             size: bytes of the compressed file; None if it is not compressed.
         """
-        self._stream, self._label, self._size, self._given = stream, label, size, 0
+        self._stream, self._label, self._size, self._bytes_read = stream, label, size, 0
 
     def readable(self) -> bool:
         return True
@@ -309,12 +309,12 @@ class _Bounded(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         content = self._stream.read(min(len(buffer), 1 << 20))
         buffer[: len(content)] = content
-        self._given += len(content)
-        if self._size is not None and self._given > max(MAX_FREE_BYTES, MAX_RATIO * self._size):
+        self._bytes_read += len(content)
+        if self._size is not None and self._bytes_read > max(MAX_FREE_BYTES, MAX_RATIO * self._size):
             raise DataError(
                 f"{self._label}: {self._size:,} compressed bytes stand for more than {MAX_RATIO} times as many; "
                 "no text is like that"
             )
-        if self._given > MAX_TEXT_BYTES:
+        if self._bytes_read > MAX_TEXT_BYTES:
             raise DataError(f"{self._label}: more than {MAX_TEXT_BYTES:,} bytes of text; give a smaller file")
         return len(content)

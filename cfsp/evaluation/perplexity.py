@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from pydantic import Field, PlainValidator
 
-from cfsp.config.components import component, placed, suggest
+from cfsp.config.components import component, suggest, with_key
 from cfsp.config.contracts import Evaluator
 from cfsp.config.deciding import Decides, deciding_settings
 from cfsp.config.sections import TextSection
@@ -81,7 +81,7 @@ class Perplexity(Evaluator):
 
     def parts(self) -> dict[str, Perplexity]:
         """Divide the evaluator by text."""
-        return {name: placed(replace(cast(Any, self), datasets=[name]), self.key) for name in self.datasets}
+        return {name: with_key(replace(cast(Any, self), datasets=[name]), self.key) for name in self.datasets}
 
     def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
         """Measure the perplexity on each text."""
@@ -109,11 +109,11 @@ class Perplexity(Evaluator):
         )  # fmt: skip
 
     def _windows(self, name: str, tokenizer: Any) -> tuple[np.ndarray, int]:
-        from cfsp.data.text import bos_of, cut_windows, locate_text, read_text, tokenise
+        from cfsp.data.text import cut_windows, locate_text, read_text, tokenise, window_bos_id
 
         section, key = self._section(name, tokenizer), self._key(name)
         ids = tokenise(read_text(locate_text(section, key)), tokenizer, section.bos)
-        windows = cut_windows(ids, self.seq_len, bos_id=bos_of(tokenizer, section.bos, key))
+        windows = cut_windows(ids, self.seq_len, bos_id=window_bos_id(tokenizer, section.bos, key))
         first, end = self.windows or (0, len(windows))
         if not len(windows) or end > len(windows):
             requested = "" if self.windows is None else f" for {self.key}.windows=[{first},{end}]"
@@ -124,9 +124,9 @@ class Perplexity(Evaluator):
         return windows[first:end], first
 
     def _section(self, name: str, tokenizer: Any) -> TextSection:
-        from cfsp.data.text import settled
+        from cfsp.data.text import resolve_bos
 
-        return settled(self.texts[name], tokenizer)
+        return resolve_bos(self.texts[name], tokenizer)
 
     def _key(self, name: str) -> str:
         return f"{self.key}.texts.{name}"

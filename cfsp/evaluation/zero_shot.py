@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from pydantic import Field, PlainValidator
 
-from cfsp.config.components import component, placed, suggest
+from cfsp.config.components import component, suggest, with_key
 from cfsp.config.contracts import Evaluator
 from cfsp.config.deciding import Decides, deciding_settings
 from cfsp.errors import ConfigError, DataError
@@ -126,7 +126,7 @@ class ZeroShot(Evaluator):
 
     def parts(self) -> dict[str, ZeroShot]:
         """Divide the evaluator by task."""
-        return {task: placed(replace(cast(Any, self), tasks=[task]), self.key) for task in self.tasks}
+        return {task: with_key(replace(cast(Any, self), tasks=[task]), self.key) for task in self.tasks}
 
     def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
         """Run the tasks."""

@@ -19,7 +19,7 @@ from cfsp.export.gguf_layout import CHUNK, Layout, lay_out, model_config
 from cfsp.export.gguf_tensors import GgufTensor
 from cfsp.export.gguf_vocabulary import Vocabulary, read_vocabulary
 from cfsp.export.result import Exported
-from cfsp.system.leftovers import held
+from cfsp.system.leftovers import hold_lock
 from cfsp.system.progress import progress
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def export(source: ModelFolder, to: Path, *, dtype: GgufDType = "auto", multiple
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         scratch.touch()
-        with held(scratch):
+        with hold_lock(scratch):
             _write(scratch, to.stem, source, layout, vocabulary, tensors, stored)
             copy_reference(source.folder, to)  # before the rename, so that a full disk leaves the earlier file
             os.replace(scratch, to)

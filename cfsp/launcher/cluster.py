@@ -1,7 +1,7 @@
-"""Launchers that use submitit: the common part of a cluster and of processes of this machine.
+"""Launchers that use submitit: the part common to all of them, and the launcher for processes of this machine.
 
 The keys of a launcher are those of hydra-submitit-launcher's configuration. The plugin's own launch() is not used,
-because it waits for the jobs in their order and gives up at the first that failed.
+because it waits for the jobs in their order and stops at the first failure.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from pydantic import Field
 from cfsp.config.components import component
 from cfsp.config.contracts import Launcher
 from cfsp.errors import ConfigError
-from cfsp.launcher.launch import LOOK, Queue, Report, environment
+from cfsp.launcher.launch import POLL_SECONDS, Queue, Report, environment
 from cfsp.pipeline.base_models import BaseModels
 from cfsp.pipeline.run import LEASE
 from cfsp.record.environment import cores
 from cfsp.sweep.job import Job, Outcome, do, mark_failed
 from cfsp.system.lease import holder
 
-#: Tells why a submitit job without a result is over; None while it is not over.
-Ended = Callable[[Any], str | None]
+#: Function that returns why a submitit job ended without a result; None while the job may still give one.
+EndReason = Callable[[Any], str | None]
 Count = Annotated[int, Field(ge=1, strict=True)]
 CountOrNone = Annotated[int, Field(ge=0, strict=True)]
 Text = Annotated[str, Field(min_length=1)]
@@ -37,11 +37,11 @@ Text = Annotated[str, Field(min_length=1)]
 
 @dataclass(frozen=True)
 class Submitted:
-    """A run that was submitted.
+    """Run that was submitted to submitit.
 
     Attributes:
         job: the run.
-        handle: submitit's job that does it.
+        handle: the submitit job that executes it.
     """
 
     job: Job
@@ -50,18 +50,19 @@ class Submitted:
 
 @component
 class Submitit(Launcher):
-    """Submits every run as a job of its own and waits for the results.
+    """Launcher that submits every run as a separate submitit job and waits for the results.
 
-    Runs that calibrate for others come first. Until their plans are there, no more jobs run at a time than there are
-    such runs, because a job that waits for another's statistics would hold a machine for nothing.
+    The first run of each calibration is submitted before runs that share its statistics. Until all these first runs
+    have a plan, no more jobs run at a time than there are first runs, because a job that waits for the statistics of
+    another job would occupy a machine without working.
 
     Attributes:
-        submitit_folder: where submitit keeps its files.
-        timeout_min: minutes that a run may take.
-        gpus: GPUs of each run.
-        gpus_per_node: the same; give one of the two.
+        submitit_folder: folder for the files of submitit.
+        timeout_min: time limit of a run, in minutes.
+        gpus: number of GPUs of each run.
+        gpus_per_node: another name of ``gpus``; only one of the two may be set.
         stderr_to_stdout: write both streams of a job into one file.
-        array_parallelism: how many jobs run at a time.
+        array_parallelism: largest number of jobs that run at a time.
     """
 
     option: ClassVar[str]
@@ -79,10 +80,10 @@ class Submitit(Launcher):
             raise ValueError("launcher.gpus and launcher.gpus_per_node are the same; give one of them")
 
     def check(self) -> None:
-        """See that submitit is installed.
+        """Check that submitit is installed.
 
         Raises:
-            ConfigError: it is not; says how to install it.
+            ConfigError: submitit is missing; the message says how to install it.
         """
         try:
             import hydra_plugins.hydra_submitit_launcher.config  # noqa: F401
@@ -94,42 +95,42 @@ class Submitit(Launcher):
             ) from error
 
     def launch(self, jobs: Sequence[Job], report: Report) -> None:
-        """Submit the jobs that no earlier command has submitted, wait for all, and report how each ended.
+        """Submit the jobs that no earlier command submitted, wait for all, and report the outcome of each.
 
         Raises:
-            ConfigError: the jobs are refused.
+            ConfigError: submitit or Slurm refuses the jobs.
         """
-        flying = {submitted.job.run_id: submitted for submitted in self.earlier(jobs)}
-        if flying:
-            print(f"{len(flying)} runs were submitted before; waiting for them", flush=True)
-        queue = Queue([job for job in jobs if job.run_id not in flying])
-        first: dict[str, Job] = {}
-        for job in [*(submitted.job for submitted in flying.values()), *queue.waiting]:
-            first.setdefault(job.shares, job)
-        places, ended = 0, self.watch()
+        running = {submitted.job.run_id: submitted for submitted in self.find_submitted(jobs)}
+        if running:
+            print(f"{len(running)} runs were submitted before; waiting for them", flush=True)
+        queue = Queue([job for job in jobs if job.run_id not in running])
+        first_jobs: dict[str, Job] = {}
+        for job in [*(submitted.job for submitted in running.values()), *queue.waiting]:
+            first_jobs.setdefault(job.calibration_key, job)
+        places, end_reason = 0, self.end_reason_function()
         try:
-            while queue.waiting or flying:
-                unfinished = {*flying, *(job.run_id for job in queue.waiting)}
-                calibrated = all(_is_planned(job) or job.run_id not in unfinished for job in first.values())
-                before, places = places, min(self.array_parallelism, len(jobs) if calibrated else len(first))
-                if flying and places != before:
-                    self.allow(places, [submitted.handle for submitted in flying.values()])
-                free = list(_free(queue, report, self.room(places - len(flying))))
-                if free:
-                    flying |= {submitted.job.run_id: submitted for submitted in self._submit(free, places)}
-                for run_id, outcome in _over(flying, ended):
-                    job = flying.pop(run_id).job
-                    if queue.ended(job, outcome):
+            while queue.waiting or running:
+                unfinished = {*running, *(job.run_id for job in queue.waiting)}
+                all_planned = all(_is_planned(job) or job.run_id not in unfinished for job in first_jobs.values())
+                before, places = places, min(self.array_parallelism, len(jobs) if all_planned else len(first_jobs))
+                if running and places != before:
+                    self.set_parallelism(places, [submitted.handle for submitted in running.values()])
+                startable = list(_startable_jobs(queue, report, self.submission_limit(places - len(running))))
+                if startable:
+                    running |= {submitted.job.run_id: submitted for submitted in self._submit(startable, places)}
+                for run_id, outcome in _ended_runs(running, end_reason):
+                    job = running.pop(run_id).job
+                    if queue.settle(job, outcome):
                         report(job, outcome)
-                if queue.waiting or flying:
-                    time.sleep(LOOK)
+                if queue.waiting or running:
+                    time.sleep(POLL_SECONDS)
         except BaseException:
-            self.left([submitted.handle for submitted in flying.values()])
+            self.leave([submitted.handle for submitted in running.values()])
             raise
 
     def _submit(self, jobs: Sequence[Job], places: int) -> list[Submitted]:
-        # Ids of jobs come again (process ids; a Slurm that was set up anew), so each submission has a folder of its own
-        # and never reads the result of an earlier job.
+        # Job ids repeat (process ids, or a Slurm that was set up again), so each submission has its own folder. Then it
+        # cannot read the result of an earlier job.
         folder = Path(self.submitit_folder) / f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
         commands = [job.cell.overrides for job in jobs]
         try:
@@ -138,7 +139,7 @@ class Submitit(Launcher):
         except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
             raise ConfigError(f"launcher={self.option}: the runs were not submitted ({error})") from error
         submitted = [Submitted(job, handle) for job, handle in zip(jobs, handles, strict=True)]
-        self.submitted(submitted, folder)
+        self.record_submission(submitted, folder)
         return submitted
 
     def _executor(self, folder: Path, places: int) -> Any:
@@ -147,8 +148,10 @@ class Submitit(Launcher):
 
         shared = {field.name for field in fields(BaseQueueConf)}
         settings = {key: value for key, value in self.settings(places).items() if value is not None}
-        creating = {f"{self.executor}_{key}": settings.pop(key) for key in ("max_num_timeout",) if key in settings}
-        executor = AutoExecutor(folder=folder, cluster=self.executor, **creating)
+        constructor_settings = {
+            f"{self.executor}_{key}": settings.pop(key) for key in ("max_num_timeout",) if key in settings
+        }
+        executor = AutoExecutor(folder=folder, cluster=self.executor, **constructor_settings)
         names = {key: key if key in shared else f"{self.executor}_{key}" for key in settings}
         executor.update_parameters(**{names[key]: value for key, value in settings.items()})
         return executor
@@ -164,35 +167,40 @@ class Submitit(Launcher):
         """Return the environment variables of the jobs."""
         return {}
 
-    def earlier(self, jobs: Sequence[Job]) -> list[Submitted]:
-        """Return the runs among ``jobs`` that an earlier command submitted and that are not over."""
+    def find_submitted(self, jobs: Sequence[Job]) -> list[Submitted]:
+        """Return the runs among ``jobs`` that an earlier command submitted and that have not ended."""
         return []
 
-    def submitted(self, runs: Sequence[Submitted], folder: Path) -> None:
-        """Take note of runs that have just been submitted; ``folder``: where submitit keeps their files."""
+    def record_submission(self, runs: Sequence[Submitted], folder: Path) -> None:
+        """Record runs that have just been submitted.
 
-    def watch(self) -> Ended:
-        """Return the function that tells why a job without a result is over."""
+        Args:
+            runs: the runs.
+            folder: folder in which submitit keeps their files.
+        """
+
+    def end_reason_function(self) -> EndReason:
+        """Return the function that says why a job ended without a result."""
         raise NotImplementedError
 
-    def room(self, places: int) -> int | None:
-        """Return how many jobs to submit where ``places`` are free; None for all."""
+    def submission_limit(self, places: int) -> int | None:
+        """Return how many jobs may be submitted if ``places`` more can run; None: all of them."""
         return places
 
-    def allow(self, places: int, handles: Sequence[Any]) -> None:
-        """Let ``places`` of these jobs run at a time from now on."""
+    def set_parallelism(self, places: int, handles: Sequence[Any]) -> None:
+        """Set how many of these jobs run at a time from now on."""
 
-    def left(self, handles: Sequence[Any]) -> None:
-        """Take leave of jobs that go on when the sweep command ends."""
+    def leave(self, handles: Sequence[Any]) -> None:
+        """Handle jobs that are still running when the sweep command ends."""
         raise NotImplementedError
 
 
 @component
 class SubmititLocal(Submitit):
-    """Runs in processes of this machine that submitit starts, to try what goes to Slurm.
+    """Launcher that executes the runs in processes of this machine through submitit, to test a sweep before Slurm.
 
-    They end with the sweep command. Where that is killed, they go on, and the next command waits for them. ``gpus`` is
-    how many GPUs each run sees, the same ones for all; None: it sees none.
+    The processes end with the sweep command. If the command is killed, they continue, and the next command waits for
+    them. ``gpus`` is the number of GPUs that every run sees, the same ones for all runs; None: no GPU.
     """
 
     option: ClassVar[str] = "submitit_local"
@@ -201,20 +209,20 @@ class SubmititLocal(Submitit):
     array_parallelism: Count = 2
 
     def settings(self, places: int) -> dict[str, Any]:
-        """Return the plugin's keys. Processes of this machine have no array."""
+        """Return the plugin's keys without ``array_parallelism``, because local processes are not an array."""
         return {key: value for key, value in super().settings(places).items() if key != "array_parallelism"}
 
     def variables(self) -> Mapping[str, str]:
-        """Return each job's share of the cores, unless the user has set one."""
+        """Return the number of threads of each job: its share of the cores, unless OMP_NUM_THREADS is set."""
         if "OMP_NUM_THREADS" in os.environ:
             return {}
         return {"OMP_NUM_THREADS": str(max(1, cores() // self.array_parallelism))}
 
-    def watch(self) -> Ended:
-        """Return a function that tells whether the process of a job has ended."""
+    def end_reason_function(self) -> EndReason:
+        """Return a function that says whether the process of a job ended without a result."""
         return lambda handle: f"process {handle.job_id} ended without a result" if handle.done() else None
 
-    def left(self, handles: Sequence[Any]) -> None:
+    def leave(self, handles: Sequence[Any]) -> None:
         """End the processes."""
         for handle in handles:
             handle.cancel()
@@ -224,11 +232,11 @@ class Run:
     """Callable that submitit sends to a job, with the overrides of a run's command line."""
 
     def __init__(self, folder: str) -> None:
-        """Run in ``folder``, the working folder of the sweep command."""
+        """Set the working folder of the sweep command, in which the job runs."""
         self.folder = folder
 
     def __call__(self, overrides: Sequence[str]) -> Outcome:
-        """Run the job, whose command line has these overrides."""
+        """Execute the run with these overrides and return its outcome."""
         from cfsp.system.logs import quiet
 
         os.chdir(self.folder)
@@ -236,7 +244,7 @@ class Run:
         return do(overrides, BaseModels())
 
     def checkpoint(self, overrides: Sequence[str]) -> Any:
-        """Return the job that submitit starts again where the time was up and ``max_num_timeout`` allows it."""
+        """Return the job that submitit submits again after a timeout, if ``max_num_timeout`` allows it."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, overrides)
@@ -247,47 +255,50 @@ def _is_planned(job: Job) -> bool:
     return (job.out / "plan.json").is_file()
 
 
-def _free(queue: Queue, report: Report, room: int | None) -> Iterator[Job]:
-    """Yield the next ``room`` jobs that no other process is at. A job whose run is busy would cost a place."""
-    while (room is None or room > 0) and (job := queue.next()) is not None:
-        who = holder(job.out / LEASE)
-        if (over := queue.elsewhere(job)) is not None:
-            report(job, over)
-        elif who is None:
-            room = None if room is None else room - 1
+def _startable_jobs(queue: Queue, report: Report, limit: int | None) -> Iterator[Job]:
+    """Yield the next ``limit`` jobs that no other process is executing; None: all of them.
+
+    A job whose run is busy is not submitted, because it would occupy a place without working.
+    """
+    while (limit is None or limit > 0) and (job := queue.take_next()) is not None:
+        owner = holder(job.out / LEASE)
+        if (outcome := queue.outcome_elsewhere(job)) is not None:
+            report(job, outcome)
+        elif owner is None:
+            limit = None if limit is None else limit - 1
             yield job
-        elif queue.ended(job, busy := Outcome("busy", f"{who} is at it")):
+        elif queue.settle(job, busy := Outcome("busy", f"{owner} is executing this run")):
             report(job, busy)
 
 
-def _over(flying: Mapping[str, Submitted], ended: Ended) -> list[tuple[str, Outcome]]:
-    """Return the runs that are over, and how each ended."""
-    over = []
-    for run_id, submitted in flying.items():
+def _ended_runs(running: Mapping[str, Submitted], end_reason: EndReason) -> list[tuple[str, Outcome]]:
+    """Return the id and the outcome of each run that has ended."""
+    ended = []
+    for run_id, submitted in running.items():
         folder, result = submitted.handle.paths.folder, submitted.handle.paths.result_pickle
         if folder.is_dir():
-            folder.chmod(folder.stat().st_mode)  # makes a network file system look again, as submitit does
+            folder.chmod(folder.stat().st_mode)  # refreshes the listing on a network file system, as submitit does
         if result.exists():
-            over.append((run_id, _outcome(submitted)))
-        elif (reason := ended(submitted.handle)) is not None and not result.exists():
-            over.append((run_id, Outcome("done") if submitted.job.is_done else _failed(submitted, reason)))
-    return over
+            ended.append((run_id, _read_outcome(submitted)))
+        elif (reason := end_reason(submitted.handle)) is not None and not result.exists():
+            ended.append((run_id, Outcome("done") if submitted.job.is_done else _failed_outcome(submitted, reason)))
+    return ended
 
 
-def _outcome(submitted: Submitted) -> Outcome:
+def _read_outcome(submitted: Submitted) -> Outcome:
     try:
         outcome: Outcome = submitted.handle.result()
-    except Exception as error:  # whatever the job raised comes out here
-        return _failed(submitted, f"job {submitted.handle.job_id}: {_cause(str(error))}")
-    if outcome.reason.startswith("UncompletedJobError"):  # what submitit raises in a run whose time is up
-        return _failed(submitted, "its time was up (raise launcher.timeout_min)")
+    except Exception as error:  # submitit raises whatever the job raised
+        return _failed_outcome(submitted, f"job {submitted.handle.job_id}: {_cause(str(error))}")
+    if outcome.reason.startswith("UncompletedJobError"):  # submitit raises it in a run that reached its time limit
+        return _failed_outcome(submitted, "its time was up (raise launcher.timeout_min)")
     return outcome
 
 
-def _failed(submitted: Submitted, reason: str) -> Outcome:
-    written = submitted.handle.paths.stderr
-    if written.is_file():
-        reason = f"{reason}; see {os.path.relpath(written)}"
+def _failed_outcome(submitted: Submitted, reason: str) -> Outcome:
+    error_log = submitted.handle.paths.stderr
+    if error_log.is_file():
+        reason = f"{reason}; see {os.path.relpath(error_log)}"
     mark_failed(submitted.job, reason)
     return Outcome("failed", reason)
 

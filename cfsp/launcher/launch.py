@@ -1,4 +1,4 @@
-"""Launchers for this machine: one run after the other in this process, or several processes."""
+"""Launchers for this machine: runs in this process one after the other, or in several processes."""
 
 from __future__ import annotations
 
@@ -23,65 +23,65 @@ if TYPE_CHECKING:
     # Imported where they are used, for start-up time: tables and reports read the keys of this module without torch.
     from cfsp.sweep.job import Job, Outcome
 
-#: Called with every job that is over.
+#: Function that a launcher calls with every job that has ended.
 Report = Callable[["Job", "Outcome"], None]
-#: Seconds between two looks at runs that another sweep is at.
-LOOK = 1.0
+#: Seconds between two checks of runs that another sweep is executing.
+POLL_SECONDS = 1.0
 #: Seconds that an interrupted process may take to write its record.
-_PATIENCE = 5.0
+_INTERRUPT_SECONDS = 5.0
 
 
 @component
 class Sequential(Launcher):
-    """Runs in this process, in order. The base model is loaded once."""
+    """Launcher that executes the runs in this process, in order. The base model is loaded once."""
 
     def launch(self, jobs: Sequence[Job], report: Report) -> None:
-        """Run all jobs and report how each ended."""
+        """Run all jobs and report the outcome of each."""
         from cfsp.pipeline.base_models import BaseModels
         from cfsp.sweep.job import do
 
-        queue, bases = Queue(jobs), BaseModels(keep=True)
+        queue, base_models = Queue(jobs), BaseModels(keep=True)
         while queue.waiting:
-            job = queue.next()
+            job = queue.take_next()
             if job is None:
-                time.sleep(LOOK)
+                time.sleep(POLL_SECONDS)
                 continue
-            outcome = queue.elsewhere(job) or do(job.config, bases)
-            if queue.ended(job, outcome):
+            outcome = queue.outcome_elsewhere(job) or do(job.config, base_models)
+            if queue.settle(job, outcome):
                 report(job, outcome)
 
 
 @component
 class Local(Launcher):
-    """Runs in several processes of this machine.
+    """Launcher that executes the runs in several processes of this machine.
 
-    Each process takes a GPU in turn, or its share of the cores where there are no GPUs. A process that dies is
-    replaced, and only its own run has failed.
+    GPUs are assigned to the processes in turn. Without GPUs each process gets an equal share of the cores. A process
+    that dies is replaced, and only its own run fails.
 
     Attributes:
-        processes: how many there are.
+        processes: number of processes.
     """
 
     processes: Annotated[int, Field(ge=1)] = 2
 
     def launch(self, jobs: Sequence[Job], report: Report) -> None:
-        """Run all jobs and report how each ended."""
+        """Run all jobs and report the outcome of each."""
         queue = Queue(jobs)
         workers = [_Worker(number, self.processes) for number in range(min(self.processes, len(jobs)))]
         try:
             while queue.waiting or any(worker.job for worker in workers):
                 for worker in workers:
-                    if worker.job is None and (job := queue.next()) is not None:
-                        if (over := queue.elsewhere(job)) is not None:
-                            report(job, over)
+                    if worker.job is None and (job := queue.take_next()) is not None:
+                        if (outcome := queue.outcome_elsewhere(job)) is not None:
+                            report(job, outcome)
                         else:
-                            worker.give(job)
+                            worker.start_job(job)
                 busy = [worker for worker in workers if worker.job]
                 if not busy:
-                    time.sleep(LOOK)
-                for worker in _heard(busy):
+                    time.sleep(POLL_SECONDS)
+                for worker in _workers_with_result(busy):
                     job, outcome = worker.result()
-                    if queue.ended(job, outcome):
+                    if queue.settle(job, outcome):
                         report(job, outcome)
         finally:
             for worker in workers:
@@ -89,78 +89,78 @@ class Local(Launcher):
 
 
 class Queue:
-    """Jobs that are not done, in the order in which they start.
+    """Jobs that have not ended, in the order in which they start.
 
-    Jobs that calibrate for others come first. A job that needs what another one is calibrating comes after other work.
-    Where there is no other work it starts, and waits for the statistics alone (their lease). A job that another sweep
-    is at comes back until it is done or free.
+    The first job of each calibration starts before jobs that share its statistics, so that the statistics are computed
+    once. If only such jobs remain, they start too and wait for the lease of the statistics. A job that another sweep is
+    executing returns to the queue until that sweep has finished or released it.
     """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         """Queue ``jobs``."""
         self.waiting = list(jobs)
-        self._begun: set[str] = set()
-        self._again: dict[str, float] = {}
-        self._began = time.time()
+        self._started_calibrations: set[str] = set()
+        self._retry_times: dict[str, float] = {}
+        self._start_time = time.time()
 
-    def elsewhere(self, job: Job) -> Outcome | None:
-        """Return how another sweep has ended a job that came back; None where this sweep has to do it.
+    def outcome_elsewhere(self, job: Job) -> Outcome | None:
+        """Return the outcome of a requeued job that another sweep has finished; None if this sweep must execute it.
 
-        A job that failed there since this sweep began is not tried again, because it would fail in the same way.
+        A job that failed in the other sweep since this sweep began is not repeated: it would fail in the same way.
         """
-        from cfsp.sweep.job import Outcome, state_of
+        from cfsp.sweep.job import Outcome, job_state
 
-        if job.run_id not in self._again:
+        if job.run_id not in self._retry_times:
             return None
-        state, record = state_of(job), job.out / "record.json"
-        if state.name == "failed" and record.is_file() and record.stat().st_mtime >= self._began:
+        state, record = job_state(job), job.out / "record.json"
+        if state.name == "failed" and record.is_file() and record.stat().st_mtime >= self._start_time:
             return Outcome("failed", state.reason)
         return None
 
-    def next(self) -> Job | None:
-        """Return the next job to start now; None where every job has to wait."""
+    def take_next(self) -> Job | None:
+        """Remove and return the next job to start; None if every job has to wait."""
         now = time.monotonic()
-        ready = [job for job in self.waiting if self._again.get(job.run_id, 0) <= now]
+        ready = [job for job in self.waiting if self._retry_times.get(job.run_id, 0) <= now]
         if not ready:
             return None
-        first = next((job for job in ready if job.shares not in self._begun), ready[0])
-        self._begun.add(first.shares)
+        first = next((job for job in ready if job.calibration_key not in self._started_calibrations), ready[0])
+        self._started_calibrations.add(first.calibration_key)
         self.waiting.remove(first)
         return first
 
-    def ended(self, job: Job, outcome: Outcome) -> bool:
-        """Return whether a job is over. A job that another sweep is still at goes back into the queue."""
+    def settle(self, job: Job, outcome: Outcome) -> bool:
+        """Return whether the job has ended; otherwise another sweep is executing it, and it returns to the queue."""
         if outcome.name != "busy" or job.is_done:
             return True
-        self._again[job.run_id] = time.monotonic() + LOOK
+        self._retry_times[job.run_id] = time.monotonic() + POLL_SECONDS
         self.waiting.append(job)
         return False
 
 
 class _Worker:
-    """A process that does one job at a time. Where it dies, another one takes its place."""
+    """Process that executes one job at a time; a process that dies is replaced by a new one."""
 
-    def __init__(self, number: int, of: int) -> None:
-        self._number, self._of = number, of
+    def __init__(self, number: int, count: int) -> None:
+        self._number, self._count = number, count
         self.job: Job | None = None
         self._start()
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-        self.connection, theirs = context.Pipe()
-        self.process: SpawnProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
-        with environment(_shares(self._number, self._of)):
+        self.connection, child_end = context.Pipe()
+        self.process: SpawnProcess = context.Process(target=_serve, args=(child_end,), daemon=True)
+        with environment(_worker_variables(self._number, self._count)):
             self.process.start()
-        theirs.close()
+        child_end.close()
 
-    def give(self, job: Job) -> None:
-        """Start a job."""
+    def start_job(self, job: Job) -> None:
+        """Send a job to the process, which starts it."""
         self.job = job
-        with contextlib.suppress(OSError):  # it has died: result() says so
+        with contextlib.suppress(OSError):  # the process has died, which result() reports
             self.connection.send(job.cell.overrides)
 
     def result(self) -> tuple[Job, Outcome]:
-        """Return the job that has ended, and how it ended."""
+        """Return the job that has ended and its outcome. The job of a process that died has failed."""
         from cfsp.sweep.job import Outcome, mark_failed
 
         job, self.job = self.job, None
@@ -169,21 +169,21 @@ class _Worker:
             return job, self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
-            reason = _death(self.process.exitcode)
+            reason = _death_reason(self.process.exitcode)
             mark_failed(job, reason)
             self._start()
             return job, Outcome("failed", reason)
 
     def close(self) -> None:
-        """End the process. A job that it is at is interrupted, and the next launch goes on with it."""
+        """End the process. Its job is interrupted, and the next launch resumes it."""
         self.connection.close()
         if self.job is not None:
-            # Ctrl-C has reached the process too, or reaches it now. It then releases its leases and its semaphores.
+            # The process receives Ctrl-C too, or gets SIGINT here, so that it releases its leases and semaphores.
             self.process.join(1)
             if self.process.is_alive() and self.process.pid is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self.process.pid, signal.SIGINT)
-                self.process.join(_PATIENCE)
+                self.process.join(_INTERRUPT_SECONDS)
             self.process.terminate()
         self.process.join(10)
         if self.process.is_alive():
@@ -201,18 +201,18 @@ def _serve(connection: Connection) -> None:
 
     quiet()
     tqdm.set_lock(threading.RLock())  # tqdm's own lock is a semaphore, which leaks when this process is ended
-    bases = BaseModels(keep=True)
+    base_models = BaseModels(keep=True)
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         while True:
-            connection.send(do(connection.recv(), bases))
+            connection.send(do(connection.recv(), base_models))
 
 
-def _heard(workers: Sequence[_Worker]) -> list[_Worker]:
-    ready: list[Any] = wait([worker.connection for worker in workers], timeout=LOOK) if workers else []
+def _workers_with_result(workers: Sequence[_Worker]) -> list[_Worker]:
+    ready: list[Any] = wait([worker.connection for worker in workers], timeout=POLL_SECONDS) if workers else []
     return [worker for worker in workers if worker.connection in ready]
 
 
-def _death(code: int | None) -> str:
+def _death_reason(code: int | None) -> str:
     if code is not None and code < 0:
         name = signal.Signals(-code).name
         memory = " (often: out of memory; fewer launcher.processes or smaller batches)" if name == "SIGKILL" else ""
@@ -220,8 +220,13 @@ def _death(code: int | None) -> str:
     return f"its process ended with exit code {code}"
 
 
-def _shares(number: int, of: int) -> dict[str, str]:
-    """Return the environment of a worker: its GPU, or its share of the cores where there are no GPUs."""
+def _worker_variables(number: int, count: int) -> dict[str, str]:
+    """Return the environment variables of a worker: its GPU, or without GPUs its share of the cores.
+
+    Args:
+        number: index of the worker, from 0.
+        count: number of workers.
+    """
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -232,12 +237,12 @@ def _shares(number: int, of: int) -> dict[str, str]:
         return {"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
     if "OMP_NUM_THREADS" in os.environ:
         return {}
-    return {"OMP_NUM_THREADS": str(max(1, cores() // of))}
+    return {"OMP_NUM_THREADS": str(max(1, cores() // count))}
 
 
 @contextlib.contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for processes that are started inside."""
+    """Set environment variables inside the context, for processes that are started there; restore them afterwards."""
     before = {key: os.environ.get(key) for key in values}
     os.environ.update(values)
     try:

@@ -17,7 +17,7 @@ __all__ = ["NullLogger", "RunLogger"]
 
 @component
 class NullLogger(RunLogger):
-    """Logger that keeps nothing."""
+    """Logger that does nothing."""
 
     def start(self, run_id: str, folder: Path, configuration: dict[str, Any]) -> None:
         """Do nothing."""

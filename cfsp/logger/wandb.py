@@ -1,4 +1,4 @@
-"""Weights & Biases as a mirror of the record: online where a key is there, otherwise an offline run on disk."""
+"""Logger that mirrors the record to Weights & Biases: online if an API key is configured, otherwise offline."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class WandbLogger(RunLogger):
         entity: W&B user or team; None: the default of the account.
         group: W&B group; None: no group.
         tags: tags of the run.
-        mode: online or offline; auto: online where W&B has a key.
+        mode: online or offline; auto: online if an API key is configured.
     """
 
     project: str = "cfsp"
@@ -44,7 +44,7 @@ class WandbLogger(RunLogger):
     mode: Literal["auto", "online", "offline"] = "auto"
 
     def start(self, run_id: str, folder: Path, configuration: dict[str, Any]) -> None:
-        """Begin an online run; an offline one is written at the end."""
+        """Start an online run; an offline run is written only by :meth:`finish`."""
         if self._mode() == "online":
             self._init(run_id, folder, configuration)
 
@@ -79,17 +79,17 @@ class WandbLogger(RunLogger):
             if (folder / f"{image}.png").is_file():
                 wandb.log({image: wandb.Image(str(folder / f"{image}.png"))})
         present = {name: folder / name for name in _FILES if (folder / name).is_file()}
-        self._keep(record.run_id, "run", present)
+        self._log_artifact(record.run_id, "run", present)
         wandb.finish(exit_code=0 if record.status == "success" else 1)
 
     def files(self, name: str, folder: Path, files: Mapping[str, Path]) -> None:
-        """Log tables and figures that were made from several runs as a W&B run of their own."""
+        """Log tables and figures of several runs as a separate W&B run."""
         if self._mode() == "disabled":
             return
         import wandb
 
         self._init(name, folder, {"files": sorted(files)}, job_type="tables")
-        self._keep(name, "tables", files)
+        self._log_artifact(name, "tables", files)
         for file, path in files.items():
             if path.suffix == ".png":
                 wandb.log({file.removesuffix(".png"): wandb.Image(str(path))})
@@ -110,7 +110,7 @@ class WandbLogger(RunLogger):
             settings=wandb.Settings(silent=True, console="off", save_code=False),
         )  # fmt: skip
 
-    def _keep(self, name: str, kind: str, files: Mapping[str, Path]) -> None:
+    def _log_artifact(self, name: str, kind: str, files: Mapping[str, Path]) -> None:
         import wandb
 
         artifact = wandb.Artifact(name, type=kind)

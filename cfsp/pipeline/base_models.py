@@ -1,4 +1,4 @@
-"""The base model that several runs of one process start from. It is loaded once and restored after each run."""
+"""Pool with the base model that several runs of one process prune. It is loaded once and restored after each run."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ class BaseModels:
         self._tried = False
 
     @property
-    def held(self) -> int:
-        """Size in bytes of the weights that are kept in memory."""
+    def weight_bytes(self) -> int:
+        """Bytes of the weights that the pool keeps in memory."""
         if self._kept is None:
             return 0
         return sum(p.numel() * p.element_size() for p in self._kept[1].parameters() if not p.is_meta)
 
     @contextmanager
     def acquire(self, prepared: Prepared) -> Iterator[tuple[Any, bool]]:
-        """Give a run its base model and take it back afterwards.
+        """Yield the base model of a run inside the context and restore the model afterwards.
 
-        Slicing swaps modules and parameters, which a snapshot undoes. The model is not kept where values are written
-        into shared parameters (a recovery, or rounding to a narrower dtype), or where the run failed.
+        Slicing replaces modules and parameters, which a snapshot undoes. The pool drops the model if the run failed or
+        if values were written into shared parameters (a recovery, or rounding to a narrower dtype).
 
         Yields:
             The model, and whether it was in the pool already.
@@ -69,9 +69,9 @@ class BaseModels:
             prepared.streaming,
             config.model.trust_remote_code,
         )
-        kept, self._kept = self._kept, None  # never two base models at a time
-        is_current = kept is not None and kept[0] == key
-        model: Any = kept[1] if kept is not None and is_current else None
+        kept, self._kept = self._kept, None  # the memory must never hold two base models
+        is_same = kept is not None and kept[0] == key
+        model: Any = kept[1] if kept is not None and is_same else None
         del kept
         if model is None:
             self._probed.clear()
@@ -86,7 +86,7 @@ class BaseModels:
         weights = weights_of(model)
         weights.limit_hidden_states(partial(_spill_buffer, config))
         dense = Snapshot(model) if self._keep else None
-        yield model, is_current
+        yield model, is_same
         if dense is not None and not config.recovery.instance.trains and not _narrows(prepared):
             dense.restore()
             weights.follow(resolve(model), None)
@@ -102,7 +102,7 @@ class BaseModels:
             prunes: whether the run prunes the model. A model that is only evaluated may have blocks of any form.
         """
         if not prunes and not self._tried:
-            try_model(view)  # the next run of the pool may prune, so its blocks are still to be tried
+            try_model(view)  # a later run of the pool may prune, so try_blocks is still due
         elif not self._tried:
             try_blocks(view)
             self._tried = True
@@ -112,7 +112,10 @@ class BaseModels:
 
 
 def _spill_buffer(config: RunConfig) -> SpillBuffer:
-    """Memory for the hidden states: ``calibration.memory_gb``, or half of what is free now; the rest goes to disk."""
+    """Return a buffer for hidden states that keeps a limited number of bytes in memory and the rest on disk.
+
+    The limit is ``calibration.memory_gb``, or half of the memory that is free now.
+    """
     section = config.calibration
     limit_gb = None if isinstance(section, SelfCalibration) else section.memory_gb
     free = available(torch.device("cpu"))
@@ -121,6 +124,6 @@ def _spill_buffer(config: RunConfig) -> SpillBuffer:
 
 
 def _narrows(prepared: Prepared) -> bool:
-    """Return whether rounding to the stored dtype, which is narrower than the dtype in memory, changes the weights."""
+    """Return whether rounding to the stored dtype, which is narrower than the one in memory, changes the weights."""
     narrower = torch.finfo(prepared.stored_dtype).bits < torch.finfo(prepared.dtype).bits
     return narrower and prepared.stored_dtype != getattr(torch, prepared.source.stored_dtype)

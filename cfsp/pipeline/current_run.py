@@ -1,4 +1,4 @@
-"""The run that is under way: its checked inputs, its record, its folder and its stages, in one object."""
+"""State of the current run: its checked inputs, its record, its folder and its stages, in one object."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """One run under way, handed from stage to stage.
+    """State of the current run, which every stage receives.
 
     Attributes:
         prepared: the checked inputs.
-        record: what becomes record.json; each stage writes its part of it.
+        record: content of record.json; each stage adds its part.
         folder: OUT, as it was when the run began.
-        stages: times each stage into the record, and sees after each that OUT is still there.
+        stages: records the duration of each stage, and checks after each that OUT still exists.
     """
 
     prepared: Prepared
@@ -48,6 +48,6 @@ class Run:
 
     @property
     def report(self) -> Callable[[dict[str, Any]], None]:
-        """Send a step of the training to the logger."""
+        """Function that sends the figures of a training step to the logger."""
         report: Callable[[dict[str, Any]], None] = self.config.logger.instance.log
         return report

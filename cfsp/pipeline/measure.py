@@ -1,4 +1,4 @@
-"""Evaluating the sides of a run, with figures that were measured before read back."""
+"""Evaluation of the sides of a run (dense, selected, pruned, recovered), with a cache of measured figures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ from cfsp.system.reading import read_json
 
 
 def evaluate_dense(prepared: Prepared, model: nn.Module) -> tuple[list[dict[str, Any]], bool]:
-    """Return the figures of the model as given, and whether all of them were measured before and read back."""
+    """Evaluate the dense model.
+
+    Returns:
+        The figures, one row for each, and whether all of them came from the cache.
+    """
     rows: list[dict[str, Any]] = []
     all_cached = True
     for name, evaluator in prepared.config.evaluation.items():
@@ -44,31 +48,34 @@ def evaluate_dense(prepared: Prepared, model: nn.Module) -> tuple[list[dict[str,
             }
         )
         folder = Path(prepared.config.paths.cache_dir) / "dense"
-        for part, alone in parts_of(evaluator.instance).items():
+        for part, part_evaluator in parts_of(evaluator.instance).items():
             path = folder / f"{digest([key, part])[:32]}.json"
             if prepared.config.force:
                 path.unlink(missing_ok=True)
             with under_its_key(name, evaluator.instance):
-                figures, cached = _figures(path, name, alone, model, prepared.tokenizer)
+                figures, cached = _cached_figures(path, name, part_evaluator, model, prepared.tokenizer)
             all_cached &= cached
             rows += figures
     return rows, all_cached and bool(rows)
 
 
 def evaluate_side(prepared: Prepared, model: nn.Module, side: str) -> list[dict[str, Any]]:
-    """Return the figures of one side. Figures that a killed run of this id had measured are read back."""
+    """Evaluate one side and return its figures, one row for each.
+
+    Figures that a killed run of the same id measured come from the cache.
+    """
     rows: list[dict[str, Any]] = []
     for name, evaluator in prepared.config.evaluation.items():
         if evaluator.instance.side_by_side:
             continue
-        for part, alone in parts_of(evaluator.instance).items():
+        for part, part_evaluator in parts_of(evaluator.instance).items():
             path = prepared.progress / "measured" / f"{digest([side, name, part])[:32]}.json"
             with under_its_key(name, evaluator.instance):
-                rows += _figures(path, name, alone, model, prepared.tokenizer)[0]
+                rows += _cached_figures(path, name, part_evaluator, model, prepared.tokenizer)[0]
     return rows
 
 
-def _figures(
+def _cached_figures(
     path: Path, name: str, evaluator: Any, model: nn.Module, tokenizer: Any
 ) -> tuple[list[dict[str, Any]], bool]:
     return read_or_compute(
@@ -86,7 +93,7 @@ def _read_figures(file: Path) -> list[dict[str, Any]]:
     """Read cached figures.
 
     Raises:
-        CfspError, ValueError: they are damaged, so that they are measured again.
+        CfspError, ValueError: the file is damaged. The caller then measures the figures again.
     """
     rows = read_json(file, str(file))
     problem = None if isinstance(rows, list) else "no list of figures"
@@ -97,7 +104,7 @@ def _read_figures(file: Path) -> list[dict[str, Any]]:
 
 
 def evaluate_side_by_side(prepared: Prepared, model: nn.Module, sides: list[Side]) -> dict[str, list[Measurement]]:
-    """Return the figures of evaluators that compare sides in alternation, by the name of the side."""
+    """Run the evaluators that measure sides in alternation; return name of the side -> its measurements."""
     measurements: dict[str, list[Measurement]] = {}
     for name, evaluator in prepared.config.evaluation.items():
         if evaluator.instance.side_by_side:
@@ -107,12 +114,12 @@ def evaluate_side_by_side(prepared: Prepared, model: nn.Module, sides: list[Side
     return measurements
 
 
-def side_of(name: str, prepared: Prepared) -> Side:
-    """Return the side that is the model in its present state."""
+def current_side(name: str, prepared: Prepared) -> Side:
+    """Return a side that stands for the model in its current state."""
     return Side(name, contextlib.nullcontext, prepared.stored_dtype)
 
 
 def add_measurements(record: dict[str, list[dict[str, Any]]], measurements: dict[str, list[Measurement]]) -> None:
-    """Append ``measurements`` to those of the record, side by side."""
+    """Append the measurements of each side to those in the record."""
     for side, rows in measurements.items():
         record.setdefault(side, []).extend(row.as_dict() for row in rows)

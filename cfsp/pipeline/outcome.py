@@ -1,4 +1,4 @@
-"""End of a run: its record, and the way out that the error of a failure names."""
+"""Outcome of a run: the final record, and errors of a failure that name a way out."""
 
 from __future__ import annotations
 
@@ -26,11 +26,15 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def recorded(run: Run, unfinished: Path) -> Iterator[None]:
-    """Write how the run inside ended: to ``unfinished`` until it ends well, then to record.json.
+def record_outcome(run: Run, unfinished: Path) -> Iterator[None]:
+    """Write the outcome of the run inside the context into its record.
+
+    Args:
+        run: the current run.
+        unfinished: path of the record until the run succeeds. A successful run writes record.json.
 
     Raises:
-        CfspError: the run failed for a reason that has a way out, or left a model that is kept.
+        CfspError: the run failed, and there is a way out or a saved model to name.
     """
     record = run.record
     try:
@@ -44,7 +48,7 @@ def recorded(run: Run, unfinished: Path) -> Iterator[None]:
     record.finished = now()
     record.write(run.out / "record.json")
     run.folder.check()
-    mirror_record(run.config, record, run.out)  # before the copy, whose absence says that this is still to be done
+    mirror_record(run.config, record, run.out)  # before the copy: a missing copy means that the mirror is still due
     shutil.rmtree(run.prepared.progress, ignore_errors=True)
     if unfinished.name != "record.json":
         unfinished.unlink()
@@ -52,7 +56,7 @@ def recorded(run: Run, unfinished: Path) -> Iterator[None]:
 
 
 def _record_failure(error: BaseException, run: Run, unfinished: Path) -> CfspError | None:
-    """Write the record of a failed run; returns the error to be shown in the place of ``error``, or None."""
+    """Write the record of a failed run; return the error to raise instead of ``error``, or None to keep it."""
     record = run.record
     record.status = "failed"
     record.error = {
@@ -67,28 +71,28 @@ def _record_failure(error: BaseException, run: Run, unfinished: Path) -> CfspErr
         record.checkpoint.setdefault("place", "model")
     try:
         record.write(unfinished)
-    except OSError as problem:  # the disk that stopped the run
+    except OSError as problem:  # the disk error that stopped the run may stop this too
         log.warning("%s: the record of the failure cannot be written (%s)", unfinished, problem.strerror)
     mirror_record(run.config, record, run.out)
     return _explanation(error, run, gone=folder_is_gone)
 
 
 def _explanation(error: BaseException, run: Run, *, gone: bool) -> CfspError | None:
-    """Return the error to be shown in the place of ``error``; None where that says all there is to say."""
+    """Return the error to raise instead of ``error``; None if ``error`` itself says enough."""
     config, record, folder, code = run.config, run.record, run.folder, 1
     if not isinstance(error, Exception):
         return None
     if gone and not isinstance(error, OutputGoneError):
         try:
             OutFolder.check(folder)
-        except OutputGoneError as lost:
-            return lost
+        except OutputGoneError as missing:
+            return missing
         return OutputGoneError(f"paths.output_dir={folder.path}: was removed while the run went on; start it again")
     message: str | None
     if _out_of_memory(error):
         message = _out_of_memory_hint(config, record)
     else:
-        message = storage_problem(error, places_of(config, folder.path))
+        message = storage_problem(error, output_folders(config, folder.path))
     if not record.checkpoint or gone or isinstance(error, OutputGoneError):
         return None if message is None else RunError(message)
     if message is None and isinstance(error, CfspError):
@@ -102,8 +106,8 @@ def _explanation(error: BaseException, run: Run, *, gone: bool) -> CfspError | N
     return explained
 
 
-def places_of(config: RunConfig, out: Path) -> dict[str, Path]:
-    """Return the folders that a run writes to, by the key that names each."""
+def output_folders(config: RunConfig, out: Path) -> dict[str, Path]:
+    """Return the folders that a run writes: configuration key -> folder."""
     return {
         "paths.output_dir": out,
         "paths.cache_dir": Path(config.paths.cache_dir),
@@ -118,13 +122,13 @@ def _out_of_memory(error: BaseException) -> bool:
 def _out_of_memory_hint(config: RunConfig, record: RunRecord) -> str:
     if record.stages and record.stages[-1]["name"] == "recover":
         recovery = config.recovery.instance
-        stated = recovery.memory_advice()
-        return f"out of memory: {stated or f'use model.dtype=bfloat16; more is not stated by recovery={recovery.name}'}"
+        advice = recovery.memory_advice()
+        return f"out of memory: {advice or f'use model.dtype=bfloat16; more is not stated by recovery={recovery.name}'}"
     hint = "out of memory: lower calibration.batch_size and the evaluation's batch_size (e.g. 1), or use "
     if "gradients" in required_items(config.importance.instance):
         return f"{hint}importance.gradient_checkpointing=true, fewer calibration.n_samples or model.dtype=bfloat16"
     sampled = isinstance(config.calibration, SelfCalibration) and config.pruner.instance.prunes
-    # What streaming refuses is no way out.
+    # Streaming is suggested only where a streamed run would not be refused.
     streams = config.model.streaming != "on" and not sampled and not config.recovery.instance.trains
     return f"{hint}{'model.streaming=on (the weights stay on disk) or ' if streams else ''}model.dtype=bfloat16"
 
@@ -137,7 +141,7 @@ def write_config(config: RunConfig, out: Path) -> None:
 
 
 def mirror_record(config: RunConfig, record: RunRecord, out: Path) -> None:
-    """Send the record to the logger. The record is the truth, so a fault of its mirror costs no run."""
+    """Send the record to the logger. An error of the logger is logged only, because the record itself is complete."""
     try:
         config.logger.instance.finish(record, out)
     except Exception as error:
@@ -150,5 +154,5 @@ def mirror_record(config: RunConfig, record: RunRecord, out: Path) -> None:
 
 
 def now() -> str:
-    """Return the time in UTC, in seconds, as ISO 8601."""
+    """Return the current time in UTC as an ISO 8601 text with seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")

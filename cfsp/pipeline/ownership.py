@@ -15,12 +15,12 @@ from cfsp.system.atomic import write_text
 
 
 def check_owner(out: Path, run_id: str, *, force: bool = False) -> None:
-    """Make OUT, or see that it belongs to this run.
+    """Create OUT, or check that it belongs to this run.
 
     Args:
         out: the folder OUT.
         run_id: id of this run.
-        force: set a record aside that cannot be read.
+        force: rename an unreadable record instead of refusing it.
 
     Raises:
         CheckpointError: the folder cannot be written, or its record cannot be read.
@@ -50,7 +50,7 @@ def check_owner(out: Path, run_id: str, *, force: bool = False) -> None:
 
 
 def is_copied(copy: Path) -> bool:
-    """Return whether the copy of the record is there, whole, and of a success."""
+    """Return whether the copy of the record exists, is readable, and states success."""
     try:
         record = RunRecord.read(copy)
     except CheckpointError:
@@ -58,18 +58,20 @@ def is_copied(copy: Path) -> bool:
     return record is not None and record.succeeded
 
 
-def wants_model(config: RunConfig) -> bool:
+def saves_pruned_model(config: RunConfig) -> bool:
     """Return whether the run saves a pruned model."""
     return bool(config.save.model and config.pruner.instance.prunes)
 
 
-def allow_replacing(out: Path) -> None:
-    """Write the marker of a damaged model folder of this run anew, without which it could not be replaced."""
+def restore_model_markers(out: Path) -> None:
+    """Restore the missing marker of this run's damaged model folders, so that saving may replace them."""
     earlier = RunRecord.read(out / "record.json")
     for name in MODEL_FOLDERS[:2]:
         folder, listed = out / name, within(None if earlier is None else earlier.files, [name])
         if f"{name}/{MARKER}" not in listed or not folder.is_dir() or (folder / MARKER).exists():
             continue
         files = [path for path in folder.rglob("*") if not path.is_dir()]
-        if all(path.relative_to(out).as_posix() in listed for path in files):  # no file of anybody else is in it
+        if all(
+            path.relative_to(out).as_posix() in listed for path in files
+        ):  # the folder holds no file of another origin
             write_text(folder / MARKER, json.dumps({"schema": 1, "state": "damaged"}) + "\n")

@@ -1,4 +1,4 @@
-"""Check everything that can be refused cheaply: model folder, structure, budget, data, tasks. No weight is loaded."""
+"""Cheap checks before a run: model folder, structure, budget, data and tasks. No weight is loaded."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ class Prepared:
         stored_dtype: dtype of the weights in the saved folder.
         streaming: whether the weights stay on disk.
         calibration: the calibration set; None where it is sampled from the model, or not needed.
-        evaluation: for each evaluator, what identifies its inputs.
-        identity: what decides the figures of the run.
+        evaluation: name of each evaluator -> the facts that identify its inputs.
+        identity: everything that decides the figures of the run.
         run_id: hash of ``identity``.
-        notes: sentences on weights that contradict config.json or were dequantised. They go into the record.
+        notes: sentences for the record, on weights that contradict config.json or were dequantised.
     """
 
     config: RunConfig
@@ -74,13 +74,13 @@ class Prepared:
 
     @property
     def progress(self) -> Path:
-        """Folder of what a killed run need not repeat: plan, figures, training. It does not depend on OUT."""
+        """Folder from which a killed run resumes: plan, figures, training. It does not depend on OUT."""
         return Path(self.config.paths.cache_dir) / "progress" / self.run_id
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """The inputs that the checks of a run look at.
+    """Inputs of the checks.
 
     Attributes:
         config: the configuration.
@@ -99,16 +99,16 @@ class _Inputs:
     device: torch.device
 
 
-def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
-    """Find and check every input of a run.
+def prepare(config: RunConfig, *, reclaimable_bytes: int = 0) -> Prepared:
+    """Locate and check every input of a run.
 
     Args:
-        config: the composed configuration.
-        held: bytes of memory that a base model kept from an earlier run takes, which this run may have.
+        config: the checked configuration.
+        reclaimable_bytes: memory of a base model that an earlier run left in the pool; it is freed for this run.
 
     Raises:
-        CfspError: an input is wrong, with the key and the way out. Inputs that do not depend on each other are
-            all looked at before one is refused.
+        CfspError: an input is wrong; the message names the key and the way out. Inputs that do not depend on each other
+            are all checked before one is refused.
     """
     device, source = _locate(config)
     trust = config.model.trust_remote_code
@@ -126,8 +126,8 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
             check_exportable(source, config, view)
     streaming = False
     with _collected(problems):
-        streaming = streams(config, view, dtype, device, held)
-    _refuse(problems)
+        streaming = must_stream(config, view, dtype, device, reclaimable_bytes)
+    _raise_problems(problems)
     stored_dtype = config.save.dtype or source.stored_dtype
     changes = changed_by_tensors(source, trust_remote_code=trust)
     origin = source.dequantised
@@ -150,16 +150,16 @@ def prepare(config: RunConfig, *, held: int = 0) -> Prepared:
 
 
 def _locate(config: RunConfig) -> tuple[torch.device, ModelSource]:
-    """Return the device and the model folder, after seeing that the run's own folders can be written."""
+    """Return the device and the model folder; check that the folders of the run can be written."""
     problems: list[CfspError] = []
     device = source = None
     folders = {f"paths.{key}": Path(getattr(config.paths, key)) for key in ("cache_dir", "records_dir")}
     model = package_path(str(config.model.path))
-    if model.is_dir():  # before anything is looked up in the cache, which writes there
+    if model.is_dir():  # before locate(), which writes into the cache
         for key, folder in folders.items():
             with _collected(problems):
                 check_outside(key, folder, model)
-        _refuse(problems)
+        _raise_problems(problems)
     with _collected(problems):
         device = resolve_device(config.model.device)
     with _collected(problems):
@@ -167,14 +167,18 @@ def _locate(config: RunConfig) -> tuple[torch.device, ModelSource]:
     for key, folder in folders.items():
         with _collected(problems):
             check_writable(key, folder)
-    _refuse(problems)
+    _raise_problems(problems)
     assert device is not None
     assert source is not None
     return device, source
 
 
 def _check_method(inputs: _Inputs, problems: list[CfspError]) -> tuple[CalibrationSet | None, dict[str, Any] | None]:
-    """Check the pruner, its choices and the calibration set; returns the set and its identity, where there is one."""
+    """Check the pruner, its metric and allocator, and the calibration set.
+
+    Returns:
+        The calibration set and its identity; None for each if the run does not prune or a check failed.
+    """
     config, view = inputs.config, inputs.view
     calibration, identity = None, None
     if not config.pruner.instance.prunes:
@@ -189,12 +193,12 @@ def _check_method(inputs: _Inputs, problems: list[CfspError]) -> tuple[Calibrati
         config.pruner.instance.check_choices(view, config.importance, config.allocator)
     with _collected(problems):
         identity = calibration_data.identity(config.calibration, inputs.tokenizer)
-        calibration = _calibration(config, inputs.tokenizer, inputs.limits)
+        calibration = _calibration_set(config, inputs.tokenizer, inputs.limits)
     return calibration, identity
 
 
 def _check_recovery(inputs: _Inputs, problems: list[CfspError]) -> dict[str, Any]:
-    """Check the recovery; returns what identifies it."""
+    """Check the recovery; return the facts that identify it and its data."""
     recovery = inputs.config.recovery
     identity = {key: value for key, value in recovery.identity().items() if key in NAMING}
     if inputs.config.pruner.instance.prunes:
@@ -204,12 +208,12 @@ def _check_recovery(inputs: _Inputs, problems: list[CfspError]) -> dict[str, Any
 
 
 def _check_evaluation(inputs: _Inputs, problems: list[CfspError]) -> dict[str, dict[str, Any]]:
-    """Check every evaluator; returns what identifies the inputs of each."""
+    """Check every evaluator; return its name -> the facts that identify its code and inputs."""
     evaluation = {}
     for name, evaluator in inputs.config.evaluation.items():
         with _collected(problems), under_its_key(name, evaluator.instance):
             code = {key: value for key, value in evaluator.identity().items() if key in NAMING}
-            # Checks that take long are made only where nothing else is wrong.
+            # Checks that take long run only if no other input is wrong.
             facts = evaluator.instance.check_settings() if problems else None
             evaluation[name] = code | (
                 evaluator.instance.check(inputs.tokenizer, inputs.limits) if facts is None else facts
@@ -217,25 +221,27 @@ def _check_evaluation(inputs: _Inputs, problems: list[CfspError]) -> dict[str, d
     return evaluation
 
 
-def streams(config: RunConfig, view: DecoderView, dtype: torch.dtype, device: torch.device, held: int = 0) -> bool:
-    """Return whether the weights stay on disk: as ``model.streaming`` says, or (auto) because they do not fit.
+def must_stream(
+    config: RunConfig, view: DecoderView, dtype: torch.dtype, device: torch.device, reclaimable_bytes: int = 0
+) -> bool:
+    """Return whether the weights must stay on disk: by ``model.streaming``, or (auto) because they do not fit.
 
     Args:
         config: the configuration.
         view: view of the model, without weights.
         dtype: dtype of the weights in memory.
         device: where the model will compute.
-        held: bytes of memory that a base model kept from an earlier run takes, which this run may have.
+        reclaimable_bytes: memory of a base model that an earlier run left in the pool; it is freed for this run.
 
     Raises:
         ConfigError: the weights must stay on disk, but the run needs the whole model in memory.
     """
     needed = view.model_parameters * dtype.itemsize
-    free = {str(device): available(device) + held}
+    free = {str(device): available(device) + reclaimable_bytes}
     if device.type != "cpu":  # the weights are read into host memory before they go to the device
         free["cpu"] = available(torch.device("cpu"))
-    least = min(free, key=lambda name: free[name])
-    fits = needed < _SHARE_OF_MEMORY * free[least]
+    tightest = min(free, key=lambda name: free[name])
+    fits = needed < _SHARE_OF_MEMORY * free[tightest]
     if config.model.streaming == "off" or (config.model.streaming == "auto" and fits):
         return False
     if config.model.streaming == "on":
@@ -243,7 +249,7 @@ def streams(config: RunConfig, view: DecoderView, dtype: torch.dtype, device: to
     else:
         why = (
             f"model.streaming=auto: the weights take {needed / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')} and "
-            f"{free[least] / 1e9:.1f} GB are free on {least}"
+            f"{free[tightest] / 1e9:.1f} GB are free on {tightest}"
         )
     if view.mixtures:
         raise ConfigError(
@@ -280,7 +286,7 @@ def streams(config: RunConfig, view: DecoderView, dtype: torch.dtype, device: to
 
 @contextmanager
 def _collected(problems: list[CfspError]) -> Iterator[None]:
-    """Add the error about one input to ``problems`` and go on to the next."""
+    """Add an error raised inside the context to ``problems``, so that the next input is checked too."""
     try:
         yield
     except CfspError as error:
@@ -289,7 +295,7 @@ def _collected(problems: list[CfspError]) -> Iterator[None]:
         problems.append(DataError(f"an input cannot be read ({error}); see that it is there and readable"))
 
 
-def _refuse(problems: list[CfspError]) -> None:
+def _raise_problems(problems: list[CfspError]) -> None:
     if len(problems) == 1:
         raise problems[0]
     if problems:
@@ -297,10 +303,10 @@ def _refuse(problems: list[CfspError]) -> None:
 
 
 def check_writable(key: str, folder: Path) -> None:
-    """See that files can be written in ``folder``, which need not exist; leaves no trace.
+    """Check that files can be written in ``folder``, which need not exist; leave nothing behind.
 
     Raises:
-        ConfigError: names the key and the folder.
+        ConfigError: the folder cannot be written; the message names the key and the folder.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -311,12 +317,12 @@ def check_writable(key: str, folder: Path) -> None:
         raise ConfigError(f"{key}={folder}: cannot be written ({error.strerror}); give another folder") from error
     finally:
         for path in missing:
-            # Another run may have put something there meanwhile.
+            # Another run may have written a file there in the meantime.
             with suppress(OSError):
                 path.rmdir()
 
 
-def _calibration(config: RunConfig, tokenizer: Any, limits: Limits) -> CalibrationSet | None:
+def _calibration_set(config: RunConfig, tokenizer: Any, limits: Limits) -> CalibrationSet | None:
     section = config.calibration
     if isinstance(section, TextCalibration):
         return calibration_data.from_text(section, tokenizer, limits, config.seed)

@@ -1,4 +1,4 @@
-"""The recovery stage: the context of a recovery, in the first process and in those that train with it."""
+"""Recovery stage: it builds the recovery context in the first process and in the processes that train with it."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Training:
-    """The facts that the first process sends to the others, so that all train the same model.
+    """Inputs that the first process sends to the others, so that all processes train the same model.
 
     Attributes:
         run_id: id of the first process's run.
-        plan: the plan that every process cuts its model by.
+        plan: plan by which every process prunes its model.
         importance: block importance [L] of the base model.
         out: OUT of the first process.
     """
@@ -49,7 +49,7 @@ class _Training:
 
 
 @dataclass(frozen=True)
-class _Ended:
+class _RunOver:
     """Message to the other processes that the run is over.
 
     Attributes:
@@ -65,39 +65,40 @@ def recover(
     """Train the pruned model with all processes of this run.
 
     Args:
-        run: the run under way.
+        run: the current run.
         dense: snapshot of the dense model before it was pruned.
-        planned: the context that the plan was made in.
-        plan: the plan that the model was cut by.
-        base: saves the pruned model that an adapter stands on; returns its folder, or None where none is saved.
+        planned: the context in which the plan was made.
+        plan: the plan by which the model was pruned.
+        base: function that saves the pruned model to which an adapter belongs, and returns its folder; None if the run
+            saves no model.
     """
     job = _Training(run.prepared.run_id, plan, coarse_importance(planned), run.out)
-    processes.shared(lambda: job)
+    processes.from_first(lambda: job)
     return _train(run.prepared, dense, job, base, run.report)
 
 
 def coarse_importance(planned: PlanContext) -> Tensor:
     """Return the block importance s_l [L] of the base model.
 
-    An allocator that states none gets that of ``Coarse()``.
+    ``Coarse()`` computes it if the allocator states none.
     """
     scores = Scores((), (), block_distances_by_name(planned.statistics))
     importance = planned.allocator.block_importance(scores)
     return Coarse().block_importance(scores) if importance is None else importance
 
 
-def assist(config: RunConfig) -> int:
-    """Run as any process but the first.
+def join_training(config: RunConfig) -> int:
+    """Train with the first process until it ends the run; every process but the first calls this function.
 
     Returns:
         The exit code of the first process.
 
     Raises:
-        RunError: this process has other inputs than the first.
+        RunError: the inputs of this process differ from those of the first process.
     """
     while True:
-        job: Any = processes.shared(lambda: None)
-        if isinstance(job, _Ended):
+        job: Any = processes.from_first(lambda: None)
+        if isinstance(job, _RunOver):
             return job.code
         prepared = prepare(config)
         if prepared.run_id != job.run_id:
@@ -113,9 +114,9 @@ def assist(config: RunConfig) -> int:
         _train(prepared, dense, job, lambda: None, lambda _: None)
 
 
-def release(code: int) -> None:
-    """Tell the other processes that the run is over, with its exit code."""
-    processes.shared(lambda: _Ended(code))
+def end_other_processes(code: int) -> None:
+    """Send the exit code of the run to the other processes, which then end."""
+    processes.from_first(lambda: _RunOver(code))
 
 
 def _train(
@@ -144,6 +145,6 @@ def _train(
         report=report,
     )
     with warnings.catch_warnings(), processes.together():
-        # peft still uses a name that transformers has renamed
+        # peft uses a name that transformers has deprecated
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         return config.recovery.instance.recover(context)

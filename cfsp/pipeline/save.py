@@ -1,4 +1,4 @@
-"""Saving the pruned model of a run, its card and its export."""
+"""Save the pruned model of a run with its model card, and export it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def export_model(format_name: str, out: Path) -> dict[str, Any]:
-    """Export OUT/model in a format; returns the entry of the record that says where it is."""
+    """Export OUT/model in a format; return the entry of the record that describes the export."""
     result = exported(Request(out / "model", format_name))
     for note in result.notes:
         log.info("%s: %s", format_name, note)
@@ -57,10 +57,10 @@ def save_model(
     Args:
         prepared: the checked inputs of the run.
         model: the pruned model.
-        plan: the plan that the model was cut by.
-        folder: the folder to be written.
+        plan: the plan by which the model was pruned.
+        folder: folder to write.
         state: "pruned", "compensated" or "recovered".
-        facts: facts of the card, of :func:`facts_of_run`.
+        facts: facts of the card, from :func:`facts_of_run`.
     """
     files = _plan_in_folder(plan, prepared).files(tensors=COMPENSATION_IN_FOLDER)
     form = "remote_code" if model.config.model_type.startswith(PRUNED_PREFIX) else "plain"
@@ -70,20 +70,20 @@ def save_model(
 
 
 def save_base(run: Run, model: Any, plan: PruningPlan, facts: dict[str, Any]) -> Path | None:
-    """Save the pruned model that an adapter stands on; returns its folder, or None where no model is to be saved."""
+    """Save the pruned model to which an adapter belongs; return its folder, or None if the run saves no model."""
     if not run.config.save.model:
         return None
     return save_model(run.prepared, model, plan, run.out / "pruned", state_of_plan(plan), facts).folder
 
 
 def state_of_plan(plan: PruningPlan) -> str:
-    """Return the state of a model that was cut by ``plan`` and not trained."""
+    """Return the state of a model that was pruned by ``plan`` and not trained: compensated or pruned."""
     return "compensated" if plan.tensors else "pruned"
 
 
 def _plan_in_folder(plan: PruningPlan, prepared: Prepared) -> PruningPlan:
-    """Return the plan from the first dense model. Pruning a pruned folder composes the two plans."""
-    if prepared.source.state == "recovered":  # its weights are not those that the earlier plan gives
+    """Return the plan relative to the original dense model; pruning a pruned folder composes the two plans."""
+    if prepared.source.state == "recovered":  # after training the earlier plan no longer gives its weights
         return plan
     earlier = history_of(prepared.source.folder)
     return plan if earlier is None else plan.compose(earlier)

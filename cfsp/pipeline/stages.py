@@ -1,4 +1,4 @@
-"""The stages of one run in their order."""
+"""Stages of one run, in their order."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cfsp.model.finite import round_to_stored
 from cfsp.model.snapshot import Snapshot
 from cfsp.model.trial import model_code_refused
 from cfsp.pipeline.current_run import Run
-from cfsp.pipeline.measure import add_measurements, evaluate_dense, evaluate_side, evaluate_side_by_side, side_of
+from cfsp.pipeline.measure import add_measurements, current_side, evaluate_dense, evaluate_side, evaluate_side_by_side
 from cfsp.pipeline.preflight import Prepared
 from cfsp.pipeline.recovery_stage import recover
 from cfsp.pipeline.save import export_model, facts_of_run, save_base, save_model, state_of_plan
@@ -43,15 +43,15 @@ log = logging.getLogger(__name__)
 
 
 def run_stages(run: Run, model: Any, view: DecoderView) -> None:
-    """Run the stages that follow on loading, in order; each writes its part of the record.
+    """Run the stages after loading, in order; each adds its part to the record.
 
     Args:
-        run: the run under way.
+        run: the current run.
         model: the dense model. It is pruned in place.
         view: the view of ``model``.
 
     Raises:
-        CfspError: a stage failed. Where an evaluation failed, the pruned model has been saved before.
+        CfspError: a stage failed. If it was an evaluation, the pruned model has been saved first.
     """
     config = run.config
     if not config.pruner.instance.prunes:
@@ -93,22 +93,22 @@ def _evaluate_unpruned(run: Run, model: nn.Module) -> None:
     measurements = run.record.measurements
     with run.stages("evaluate") as stage:
         measurements["dense"], stage["cached"] = evaluate_dense(run.prepared, model)
-        sides = [side_of("dense", run.prepared)]
+        sides = [current_side("dense", run.prepared)]
         add_measurements(measurements, evaluate_side_by_side(run.prepared, model, sides))
 
 
 def _calibrate(run: Run, view: DecoderView) -> PlanContext:
-    with run.stages("calibrate") as stage, saved_seconds(stage), model_code(run.prepared):
-        context, stage["cached"] = _context(run.prepared, view)
+    with run.stages("calibrate") as stage, saved_seconds(stage), model_code_errors(run.prepared):
+        context, stage["cached"] = _plan_context(run.prepared, view)
         run.record.calibration = {**context.calibration.describe(), "batch_size": context.driver.batch_size}
     return context
 
 
 def _plan(run: Run, view: DecoderView, context: PlanContext) -> PruningPlan:
-    with run.stages("plan") as stage, saved_seconds(stage), model_code(run.prepared):
+    with run.stages("plan") as stage, saved_seconds(stage), model_code_errors(run.prepared):
         plan, stage["cached"] = read_or_compute(
             run.prepared.progress / "plan.json",
-            lambda file: _resumable(PruningPlan.load(file), run.prepared, view),
+            lambda file: _check_resumed_plan(PruningPlan.load(file), run.prepared, view),
             lambda: run.config.pruner.instance.plan(context),
             PruningPlan.save,
         )
@@ -120,7 +120,7 @@ def _plan(run: Run, view: DecoderView, context: PlanContext) -> PruningPlan:
 def _evaluate_before_pruning(
     run: Run, model: nn.Module, view: DecoderView, plan: PruningPlan, failures: list[Exception]
 ) -> None:
-    """Evaluate the dense model, and the plan without its compensation where the configuration asks for it."""
+    """Evaluate the dense model and, with ``evaluate_selection``, the pruned model before compensation."""
     if not run.prepared.evaluation:
         return
     measurements = run.record.measurements
@@ -133,7 +133,7 @@ def _evaluate_before_pruning(
 
 
 def _recover(run: Run, model: Any, dense: Snapshot, context: PlanContext, plan: PruningPlan) -> Any:
-    """Train the pruned model; returns the trained one."""
+    """Train the pruned model and return the trained model."""
     with run.stages("recover"):
         base = partial(save_base, run, model, plan, facts_of_run(run, plan))
         recovered = recover(run, dense, context, plan, base=base)
@@ -150,21 +150,21 @@ def _save(run: Run, model: Any, plan: PruningPlan) -> None:
 
 
 def _evaluate_result(run: Run, model: nn.Module, dense: Snapshot | None, sides: list[str]) -> None:
-    """Evaluate what the run ends with, and time its sides beside each other."""
+    """Evaluate the final model, then measure the cost of all sides in alternation."""
     measurements, prepared = run.record.measurements, run.prepared
     with run.stages(f"evaluate {sides[-1]}"):
         measurements[sides[-1]] = evaluate_side(prepared, model, sides[-1])
     with run.stages("measure cost"):
-        # A recovery trains weights that the sides share. Their cost does not depend on the values.
+        # A recovery changes weights that the sides share, but the cost does not depend on their values.
         compared = [Side("dense", dense.active, prepared.stored_dtype)] if dense is not None else []
-        compared += [side_of(side, prepared) for side in sides]
+        compared += [current_side(side, prepared) for side in sides]
         add_measurements(measurements, evaluate_side_by_side(prepared, model, compared))
 
 
 def _complete_folder(run: Run, plan: PruningPlan) -> None:
     """Write the model card with the figures, then the export.
 
-    The export comes last because its card shows the figures and its failure must not cost them.
+    The export comes last, because its card shows the figures and its failure must not lose them.
     """
     assert run.record.checkpoint is not None
     card.write_card(run.out / "model", facts_of_run(run, plan), run.record.checkpoint["form"])
@@ -183,7 +183,7 @@ def _draw(run: Run, plan: PruningPlan) -> None:
 
 @contextlib.contextmanager
 def _postponed(failures: list[Exception], config: RunConfig) -> Iterator[None]:
-    """Add the error of an evaluation to ``failures``, so that the pruned model is saved before the run ends with it."""
+    """Add an error of an evaluation to ``failures``, so that the pruned model is saved before the run fails."""
     try:
         yield
     except OutputGoneError:
@@ -196,7 +196,7 @@ def _postponed(failures: list[Exception], config: RunConfig) -> Iterator[None]:
 
 
 def _save_despite_failure(run: Run, model: Any, plan: PruningPlan, folder: Path) -> None:
-    """Save the pruned model of a run whose evaluation has failed; the record says where it is."""
+    """Save the pruned model of a run whose evaluation failed, and record its folder."""
     state = state_of_plan(plan)
     try:
         saved = save_model(run.prepared, model, plan, folder, state, facts_of_run(run, plan))
@@ -208,11 +208,11 @@ def _save_despite_failure(run: Run, model: Any, plan: PruningPlan, folder: Path)
     }  # fmt: skip
 
 
-def _resumable(plan: PruningPlan, prepared: Prepared, view: DecoderView) -> PruningPlan:
-    """Return a plan that a killed run of this id has left.
+def _check_resumed_plan(plan: PruningPlan, prepared: Prepared, view: DecoderView) -> PruningPlan:
+    """Check the plan that a killed run of the same id stored, and return it.
 
     Raises:
-        ValueError, CfspError: it is not a plan for this model.
+        ValueError, CfspError: the plan does not belong to this model, or is incomplete.
     """
     if plan.base_fingerprint != prepared.source.fingerprint:
         raise ValueError("it is the plan of another model")
@@ -222,14 +222,14 @@ def _resumable(plan: PruningPlan, prepared: Prepared, view: DecoderView) -> Prun
     return plan
 
 
-def model_code(prepared: Prepared) -> contextlib.AbstractContextManager[None]:
-    """Context in which an error of the model's own code is raised as an error about that model."""
+def model_code_errors(prepared: Prepared) -> contextlib.AbstractContextManager[None]:
+    """Return a context that turns errors of the model's own code into errors about that model."""
     return model_code_refused(str(prepared.source.config.get("model_type")), prepared.source.origin)
 
 
-def _context(prepared: Prepared, view: DecoderView) -> tuple[PlanContext, bool]:
+def _plan_context(prepared: Prepared, view: DecoderView) -> tuple[PlanContext, bool]:
     config = prepared.config
-    calibration = prepared.calibration or _sampled(prepared, view.model)
+    calibration = prepared.calibration or _sample_calibration(prepared, view.model)
     driver = BlockDriver(view, batch_size(config.calibration.batch_size, view, calibration.input_ids.shape[1]))
     cache = StatisticsCache(Path(config.paths.cache_dir), prepared.source.fingerprint)
     return plan_context(
@@ -242,7 +242,7 @@ def _context(prepared: Prepared, view: DecoderView) -> tuple[PlanContext, bool]:
     )
 
 
-def _sampled(prepared: Prepared, model: nn.Module) -> CalibrationSet:
+def _sample_calibration(prepared: Prepared, model: nn.Module) -> CalibrationSet:
     section, config = prepared.config.calibration, prepared.config
     assert isinstance(section, SelfCalibration)
     cache, fingerprint = Path(config.paths.cache_dir), prepared.source.fingerprint

@@ -12,7 +12,7 @@ from pathlib import Path
 from cfsp.errors import ConfigError, RunError
 from cfsp.record.written import MODEL_FOLDERS, PLAN_FILES
 from cfsp.system.leftovers import remove_partials, remove_scratch
-from cfsp.system.library_logs import write_waiting
+from cfsp.system.library_logs import write_early_records
 
 #: Formats whose export lies in OUT beside the model, as ``model-FORMAT``.
 _EXPORTS = ("model-padded", "model-decilm", "model.gguf")
@@ -153,7 +153,7 @@ def log_file(path: Path) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger()
     logger.addHandler(handler)
-    write_waiting(handler)
+    write_early_records(handler)
     try:
         yield
     finally:

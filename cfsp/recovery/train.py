@@ -154,7 +154,7 @@ def _checkpoint_to_resume(context: RecoveryContext) -> tuple[Path, dict[str, Any
     """
     from cfsp.recovery.trainer import sharded
 
-    resumed = processes.shared(lambda: last_whole(context.folder, context.run_id))
+    resumed = processes.from_first(lambda: last_whole(context.folder, context.run_id))
     if resumed is not None and resumed[1]["sharded"] != sharded():
         how = "with FSDP (accelerate launch --use_fsdp)" if resumed[1]["sharded"] else "without FSDP"
         raise RunError(
@@ -177,11 +177,11 @@ def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dic
 
     from cfsp.recovery.trainer import make_trainer, sharded
 
-    done = processes.shared(lambda: load_trained(model, context.folder, context.run_id))
+    done = processes.from_first(lambda: load_trained(model, context.folder, context.run_id))
     if done is not None:
         log.info("recovery: %d steps were done before", done["steps"])
         return done
-    examples = processes.shared(lambda: _examples(settings, context))
+    examples = processes.from_first(lambda: _examples(settings, context))
     teacher = _teacher(settings, context, examples, trained=model is context.model)
     context.folder.mkdir(parents=True, exist_ok=True)
     resumed = _checkpoint_to_resume(context)
@@ -319,7 +319,7 @@ def _teacher(settings: Training, context: RecoveryContext, examples: Sequence[Ex
         folder = context.folder / "teacher"
         sizes = {"k": settings.top_k, "batch_size": settings.micro_batch_size}
         temperature = settings.distill_temperature
-        processes.shared(
+        processes.from_first(
             lambda: TopKOnDisk.write(context.model, examples, folder, context.run_id, temperature=temperature, **sizes)
         )
         return TopKOnDisk(folder, examples)

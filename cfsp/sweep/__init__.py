@@ -1,1 +1,1 @@
-"""Experiments: grids of runs, their composed configurations, and the state of each run."""
+"""Experiments as grids of runs: composed configurations, jobs and their states."""

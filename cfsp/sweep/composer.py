@@ -1,4 +1,4 @@
-"""Configurations of a grid: Hydra composes each choice of groups once, and single values are set afterwards."""
+"""Fast composition of the configurations of a grid: Hydra composes each choice of groups only once."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from cfsp.config.run_config import RunConfig
 from cfsp.errors import ConfigError
 from cfsp.system.package import config_folder
 
-#: An interpolation that names another key from the root, and nothing else.
+#: Interpolation that consists of a reference to another key from the root.
 _ANOTHER_KEY = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
 
 
 class GridComposer:
-    """Compose many command lines that differ in a few values.
+    """Composer of many command lines that differ in a few values.
 
-    Hydra takes 0.1 s for each command line. Almost all of it goes into the groups, which most runs of a grid share.
-    Hydra itself composes every command line that has more than plain ``key=value`` of existing keys, so the results are
-    the same.
+    Hydra needs 0.1 s for each command line, almost all of it for the groups, which most runs of a grid share. So Hydra
+    composes each choice of groups once, and plain ``key=value`` overrides of existing keys are set in a copy. Any other
+    command line is composed by Hydra, so the results are the same.
     """
 
     def __init__(self) -> None:
@@ -48,30 +48,30 @@ class GridComposer:
         return self._configs[key]
 
     def _values(self, overrides: tuple[str, ...]) -> dict[str, Any] | None:
-        """Return the whole configuration as plain values; None where only Hydra can compose it."""
-        parsed = [_parsed(word) for word in overrides]
-        choices = tuple(word for word, override in zip(overrides, parsed, strict=True) if _is_choice(override))
+        """Return the whole configuration as plain values; None if only Hydra can compose it."""
+        parsed = [_parse(text) for text in overrides]
+        choices = tuple(text for text, override in zip(overrides, parsed, strict=True) if _is_choice(override))
         if choices not in self._by_choices:
             try:
-                self._by_choices[choices] = _plain(choices)
+                self._by_choices[choices] = _compose_groups(choices)
             except ConfigError:  # Hydra's error about all overrides says more
                 return None
-        values = _copied(self._by_choices[choices])
+        values = _copy_plain(self._by_choices[choices])
         for override in parsed:
-            if override is None or (not _is_choice(override) and not _put(values, override)):
+            if override is None or (not _is_choice(override) and not _set_value(values, override)):
                 return None
-        return values if _fill_in(values) else None
+        return values if _resolve_references(values) else None
 
 
 @cache
-def _parsed(word: str) -> Override | None:
+def _parse(text: str) -> Override | None:
     try:
-        return OverridesParser.create().parse_override(word)
+        return OverridesParser.create().parse_override(text)
     except (HydraException, ValueError):
         return None
 
 
-def _plain(choices: Sequence[str]) -> dict[str, Any]:
+def _compose_groups(choices: Sequence[str]) -> dict[str, Any]:
     values: Any = OmegaConf.to_container(compose(choices), resolve=False)
     return values
 
@@ -86,11 +86,11 @@ def _is_group(key: str) -> bool:
     return re.fullmatch(r"\w+(/\w+)*", key) is not None and (config_folder() / key).is_dir()
 
 
-def _put(values: dict[str, Any], override: Override) -> bool:
-    """Set an existing key to a plain value; returns whether that was possible."""
-    word = str(override.input_line)
+def _set_value(values: dict[str, Any], override: Override) -> bool:
+    """Set an existing key to a plain value; return whether that was possible."""
+    text = str(override.input_line)
     simple = not (override.is_delete() or override.is_add() or override.is_force_add() or override.is_sweep_override())
-    if not simple or override.package is not None or "$" in word or "?" in word:
+    if not simple or override.package is not None or "$" in text or "?" in text:
         return False
     value = override.value()
     if not _is_plain(value):
@@ -101,26 +101,26 @@ def _put(values: dict[str, Any], override: Override) -> bool:
         place = place.get(parent) if isinstance(place, dict) else None
     if not isinstance(place, dict) or last not in place or (isinstance(place[last], Mapping) and value is not None):
         return False
-    place[last] = _copied(value)
+    place[last] = _copy_plain(value)
     return True
 
 
-def _copied(value: Any) -> Any:
+def _copy_plain(value: Any) -> Any:
     """Copy plain values; :func:`copy.deepcopy` takes several times as long, once for each run of a grid."""
     if isinstance(value, dict):
-        return {key: _copied(inner) for key, inner in value.items()}
-    return [_copied(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _copy_plain(inner) for key, inner in value.items()}
+    return [_copy_plain(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _is_plain(value: Any) -> bool:
-    """Return whether Hydra sets the value as it is. Mappings are merged instead."""
+    """Return whether Hydra sets the value unchanged. Hydra merges mappings instead."""
     if isinstance(value, list):
         return all(_is_plain(item) for item in value)
     return value is None or type(value) in (bool, int, float, str)
 
 
-def _fill_in(values: dict[str, Any]) -> bool:
-    """Replace interpolations of another key by its value; returns whether nothing is left for OmegaConf to resolve."""
+def _resolve_references(values: dict[str, Any]) -> bool:
+    """Replace references to other keys by their values; return False if OmegaConf has to resolve a value."""
     for place, key, text in list(_unresolved(values)):
         reference = _ANOTHER_KEY.fullmatch(text)
         value: Any = values if reference is not None else text

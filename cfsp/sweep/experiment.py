@@ -24,18 +24,18 @@ from cfsp.system.yaml_files import check_yaml
 
 #: File of an experiment that holds its grid of runs.
 GRID = "grid.yaml"
-#: Value of a key in an entry of the grid: a single value, a list (an axis; an empty list leaves the key out), or names
-#: for lists of overrides (an axis of arms).
+#: Value of a key in an entry of the grid. A list is an axis, and an empty list leaves the key out. A mapping is an axis
+#: of labels, each with its list of overrides.
 Values = str | int | float | bool | None | list[str | int | float | bool | None] | dict[str, list[str]]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A run of the grid.
+    """One run of the grid.
 
     Attributes:
         overrides: overrides of its command line.
-        point: its place in the grid, by key and value, as tables show it.
+        point: its coordinates in the grid, key -> value, as tables show them.
     """
 
     overrides: tuple[str, ...]
@@ -46,14 +46,14 @@ class Cell:
 
 
 class Experiment(Section):
-    """A grid of runs.
+    """Grid of runs in several variants.
 
     Attributes:
-        name: name of its folder.
-        title: what it compares.
-        runs: entries, each the product of its axes.
-        variants: keys that a variant sets in every entry. They replace those of the entry.
-        variant_runs: entries of a variant that take the place of ``runs`` there, by name of the variant.
+        name: name of the folder of the experiment.
+        title: what the experiment compares.
+        runs: entries of the grid; an entry stands for the product of its axes.
+        variants: name of each variant -> keys that it sets in every entry, in place of those of the entry.
+        variant_runs: name of a variant -> entries that it uses instead of ``runs``.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Experiment(Section):
         return self
 
     def cells(self, variant: str, fixed: Mapping[str, Values] | None = None) -> list[Cell]:
-        """Return every run once, in order.
+        """Return every run of a variant once, in order.
 
         Args:
             variant: name of the variant.
@@ -93,7 +93,7 @@ class Experiment(Section):
 
 
 def load_experiment(name: str) -> Experiment:
-    """Load the experiment ``name``.
+    """Load the experiment with this name.
 
     Raises:
         ConfigError: there is no such experiment, or a key of its file is wrong.
@@ -107,25 +107,25 @@ def load_experiment(name: str) -> Experiment:
 
 
 def experiment_names() -> list[str]:
-    """Return the names of the experiments in the working folder and of those that ship with cfsp, sorted."""
-    return sorted({path.parent.name for home in _homes() for path in home.glob(f"*/{GRID}")})
+    """Return the names of the experiments in the working folder and in cfsp, sorted."""
+    return sorted({path.parent.name for root in _experiment_roots() for path in root.glob(f"*/{GRID}")})
 
 
 def experiment_folder(name: str, file: str = GRID) -> Path:
-    """Return the folder of an experiment that holds ``file``: in the working folder, else the one that ships."""
-    own, shipped = (home / name for home in _homes())
-    return own if (own / file).is_file() else shipped
+    """Return the folder of an experiment that holds ``file``: in the working folder, otherwise in cfsp."""
+    local, packaged = (root / name for root in _experiment_roots())
+    return local if (local / file).is_file() else packaged
 
 
-def _homes() -> tuple[Path, Path]:
+def _experiment_roots() -> tuple[Path, Path]:
     return Path("experiments"), experiments_folder()
 
 
 def read_experiment(path: Path) -> Experiment:
-    """Read the experiment in a file.
+    """Read the grid file of an experiment.
 
     Raises:
-        ConfigError: it is no YAML file, or one of its keys is wrong.
+        ConfigError: the file is not a YAML file, or one of its keys is wrong.
     """
     try:
         values: Any = OmegaConf.to_container(OmegaConf.create(check_yaml(path, path.name)))
@@ -150,39 +150,39 @@ def override_values(overrides: Sequence[str]) -> dict[str, Values]:
     check_overrides(overrides)
     values_by_key: dict[str, Values] = {}
     parser = OverridesParser.create()
-    for word in overrides:
+    for text in overrides:
         try:
-            override = parser.parse_override(word)
-            if not override.key_or_group or (not word.partition("=")[1] and not override.is_delete()):
-                raise ValueError(word)
+            override = parser.parse_override(text)
+            if not override.key_or_group or (not text.partition("=")[1] and not override.is_delete()):
+                raise ValueError(text)
             if override.is_delete():
                 values_by_key[override.key_or_group] = []
                 continue
             several = override.is_discrete_sweep()
-            values = [*override.sweep_string_iterator()] if several else [word.partition("=")[2]]
+            values = [*override.sweep_string_iterator()] if several else [text.partition("=")[2]]
         except (HydraException, ValueError, TypeError) as error:
-            raise ConfigError(f"{word}: write key=value, key=a,b,c for several, ~key to leave one out") from error
-        values_by_key[word.partition("=")[0]] = list(values) if several else values[0]
+            raise ConfigError(f"{text}: write key=value, key=a,b,c for several, ~key to leave one out") from error
+        values_by_key[text.partition("=")[0]] = list(values) if several else values[0]
     return values_by_key
 
 
 def _product(entry: Mapping[str, Values]) -> Iterator[Cell]:
     axes = [_choices(key, values) for key, values in entry.items()]
     for choice in product(*axes):
-        overrides = tuple(word for _, _, given in choice for word in given)
+        overrides = tuple(override for _, _, chosen in choice for override in chosen)
         yield Cell(overrides, {key: label for key, label, _ in choice})
 
 
 def _choices(key: str, values: Values) -> list[tuple[str, str, tuple[str, ...]]]:
-    """Return key, label and overrides for each value."""
+    """Return (key, label, overrides) for each value of an axis."""
     if isinstance(values, dict):
         return [(key, label, tuple(overrides)) for label, overrides in values.items()]
-    texts = [_text(value) for value in (values if isinstance(values, list) else [values])]
+    texts = [_command_line_text(value) for value in (values if isinstance(values, list) else [values])]
     return [(key, text, (f"{key}={text}",)) for text in texts]
 
 
-def _text(value: str | float | bool | None) -> str:
-    """Write a value as Hydra reads it on the command line. A string is taken as it is, with its quotes or brackets."""
+def _command_line_text(value: str | float | bool | None) -> str:
+    """Return a value in the notation of the command line. Strings stay unchanged, with their quotes or brackets."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return str(value)

@@ -1,4 +1,4 @@
-"""The checked command line of a sweep, of its tables or of its report."""
+"""Checked command line of a sweep, of its tables or of its report."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from cfsp.errors import ConfigError
 from cfsp.sweep.experiment import Cell, Experiment, Values, experiment_names, load_experiment, override_values
 from cfsp.system.package import config_folder
 
-#: Keys of the sweep itself. All other keys go to the runs.
-_OWN = ("experiment", "variant", "status", "launcher")
+#: Keys of the sweep itself. All other keys are overrides of the runs.
+_SWEEP_KEYS = ("experiment", "variant", "status", "launcher")
 
 
 @dataclass(frozen=True)
 class Request:
-    """A checked command line.
+    """Checked command line of a sweep, of its tables or of its report.
 
     Attributes:
         experiment: the experiment.
-        variant: its variant.
-        cells: its runs.
+        variant: variant of the experiment.
+        cells: runs of the variant.
         varying: keys whose values differ between runs.
-        launcher: what starts the runs.
-        status: list the state of the runs and run nothing.
-        force: repeat finished runs.
-        fixed: overrides of the command line, which go to all runs.
+        launcher: launcher of the runs.
+        status: whether the states of the runs are listed and nothing is executed.
+        force: whether finished runs are repeated.
+        fixed: overrides of the command line, which apply to all runs.
     """
 
     experiment: Experiment
@@ -45,7 +45,7 @@ class Request:
     fixed: Mapping[str, Values]
 
     def named(self, cell: Cell) -> str:
-        """Name a run by the keys that tell it from the others of the grid."""
+        """Return a name for a run: the keys whose values differ between runs, with its values."""
         return " ".join(f"{key}={cell.point[key]}" for key in self.varying if key in cell.point) or str(cell)
 
 
@@ -56,11 +56,11 @@ def request_of(overrides: Sequence[str]) -> Request:
         ConfigError: a key or a value is wrong.
     """
     values = override_values(overrides)
-    own = {key: values.pop(key) for key in [*values] if key in _OWN or key.startswith("launcher.")}
-    if "experiment" not in own:
+    sweep_values = {key: values.pop(key) for key in [*values] if key in _SWEEP_KEYS or key.startswith("launcher.")}
+    if "experiment" not in sweep_values:
         raise ConfigError(f"experiment is not set: give experiment=NAME; experiments: {', '.join(experiment_names())}")
-    experiment = load_experiment(str(own["experiment"]))
-    variant = str(own.get("variant", "bundled"))
+    experiment = load_experiment(str(sweep_values["experiment"]))
+    variant = str(sweep_values.get("variant", "bundled"))
     cells = experiment.cells(variant, {**_default_overrides(experiment.name, variant, values), **values})
     points = [cell.point for cell in cells]
     keys = dict.fromkeys(key for point in points for key in point)
@@ -70,20 +70,20 @@ def request_of(overrides: Sequence[str]) -> Request:
         variant,
         cells,
         varying,
-        _launcher(own, _allowed(values)),
-        status=_flag(own, "status"),
+        _launcher(sweep_values, _allowed_packages(values)),
+        status=_flag(sweep_values, "status"),
         force=str(values.get("force", "false")).lower() == "true",
         fixed=values,
     )
 
 
 def records_folder(name: str, variant: str) -> Path:
-    """Return the folder with the records of an experiment, seen from the working folder."""
+    """Return the folder with the records of an experiment, relative to the working folder."""
     return Path("results") / "records" / name / variant
 
 
 def _default_overrides(name: str, variant: str, values: Mapping[str, Values]) -> dict[str, Values]:
-    """Return the keys that a sweep sets unless the command line does."""
+    """Return the overrides that a sweep adds unless the command line sets the same keys."""
     defaults: dict[str, Values] = {
         "save.model": "false",
         "paths.output_dir": f"outputs/sweeps/{name}/{variant}",
@@ -94,30 +94,30 @@ def _default_overrides(name: str, variant: str, values: Mapping[str, Values]) ->
     return {key: value for key, value in defaults.items() if key not in values}
 
 
-def _launcher(own: Mapping[str, Values], allowed: Sequence[str] = ()) -> Launcher:
-    name = str(own.get("launcher", "sequential"))
+def _launcher(sweep_values: Mapping[str, Values], allowed: Sequence[str] = ()) -> Launcher:
+    name = str(sweep_values.get("launcher", "sequential"))
     path = config_folder() / "launcher" / f"{name}.yaml"
     if not path.is_file():
-        known = options("launcher")
+        names = options("launcher")
         raise ConfigError(
-            f"launcher={name}: there is no such launcher{suggest(name, known.split(', '))}; there are {known}"
+            f"launcher={name}: there is no such launcher{suggest(name, names.split(', '))}; there are {names}"
         )
     values: Any = OmegaConf.to_container(OmegaConf.load(path))
-    for key, value in own.items():
+    for key, value in sweep_values.items():
         if key.startswith("launcher."):
-            values[key.removeprefix("launcher.")] = _value(key, value)
+            values[key.removeprefix("launcher.")] = _parse_value(key, value)
     return build("launcher", values, allowed, Launcher).instance
 
 
-def _allowed(values: Mapping[str, Values]) -> list[str]:
-    """Return the packages of ``plugins.allow``, whose launchers may be built too."""
+def _allowed_packages(values: Mapping[str, Values]) -> list[str]:
+    """Return the packages of ``plugins.allow``, whose launchers may be used too."""
     if "plugins.allow" not in values:
         return []
-    packages = _value("plugins.allow", values["plugins.allow"])
+    packages = _parse_value("plugins.allow", values["plugins.allow"])
     return [str(package) for package in packages] if isinstance(packages, list) else []
 
 
-def _value(key: str, value: Values) -> Any:
+def _parse_value(key: str, value: Values) -> Any:
     """Parse a value of the command line as Hydra does.
 
     Raises:
@@ -128,8 +128,8 @@ def _value(key: str, value: Values) -> Any:
     return OverridesParser.create().parse_override(f"{key}={value}").value()
 
 
-def _flag(own: Mapping[str, Values], key: str) -> bool:
-    value = str(own.get(key, "false")).lower()
+def _flag(sweep_values: Mapping[str, Values], key: str) -> bool:
+    value = str(sweep_values.get(key, "false")).lower()
     if value not in ("true", "false"):
         raise ConfigError(f"{key}={value}: use true or false")
     return value == "true"

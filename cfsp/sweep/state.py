@@ -1,4 +1,4 @@
-"""State of a run, read off its folder without importing anything that computes."""
+"""State of a run, read from its folder; the module imports nothing that computes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ class State:
 
     Attributes:
         name: done, running, failed, interrupted or missing.
-        reason: why it is in that state, where there is more to say.
+        reason: explanation of the state; empty if the name says everything.
     """
 
     name: str
     reason: str = ""
 
 
-def state_in(out: Path) -> State:
-    """Return the state of a run without a record of a success in the records' folder, read off its own folder."""
+def folder_state(out: Path) -> State:
+    """Return the state of an unfinished run, read from its folder OUT.
+
+    Args:
+        out: folder OUT of a run that has no record of success in the records' folder.
+    """
     from cfsp.pipeline.run import LEASE
     from cfsp.system.lease import holder
 
@@ -31,19 +35,19 @@ def state_in(out: Path) -> State:
         record = RunRecord.read(out / "record.json")
     except CheckpointError as error:
         return State("failed", str(error))
-    who = holder(out / LEASE)
-    if who is not None:
-        return State("running", who)
-    if record is None or record.status == "success":  # or one of its files is gone
+    owner = holder(out / LEASE)
+    if owner is not None:
+        return State("running", owner)
+    if record is None or record.status == "success":  # in the second case a file of the run is missing
         return State("missing")
-    ways = {UNFINISHED["type"]: "killed", "KeyboardInterrupt": "stopped"}
+    interruptions = {UNFINISHED["type"]: "killed", "KeyboardInterrupt": "stopped"}
     kind = (record.error or {}).get("type")
-    if kind in ways:
-        return State("interrupted", f"it was {ways[kind]}; the next launch goes on with it")
-    return State("failed", error_of(record))
+    if kind in interruptions:
+        return State("interrupted", f"it was {interruptions[kind]}; the next launch goes on with it")
+    return State("failed", error_line(record))
 
 
-def error_of(record: RunRecord) -> str:
-    """Return the type and message of a failed run's error, in one line."""
+def error_line(record: RunRecord) -> str:
+    """Return the type and the message of a failed run's error on one line."""
     error = record.error or {}
     return f"{error.get('type')}: {' '.join(str(error.get('message', '')).split())}"

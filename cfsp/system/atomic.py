@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, and disk errors that name the file.
+"""Write files atomically, and make disk errors name the file.
 
 Records, plans, cards and cached values are written with these functions. The content is written to a file beside its
 place, which is then renamed. So a reader never sees half a file, and a symbolic link is replaced, never followed.

@@ -1,4 +1,4 @@
-"""sha256 digests of files, computed while the files are written so that they need not be read again."""
+"""Compute sha256 digests of files while they are written, so that the files need not be read again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class HashingWriter:
             hashed: False for files whose digest is not needed.
         """
         self._stream, self._hashed, self._digest = stream, hashed, hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1)  # starts no thread until it is given work
+        self._thread = ThreadPoolExecutor(1)  # starts its thread with the first task
 
     def write(self, data: bytes | memoryview) -> None:
         """Write and hash ``data``; the caller may change the buffer afterwards."""
@@ -59,7 +59,7 @@ class HashingWriter:
 def sha256_of(file: Path) -> str:
     """Return the sha256 of a file in hexadecimal.
 
-    The digest is reused where this process wrote the file through :class:`HashingWriter` and it has not changed since.
+    The digest is reused if this process wrote the file through :class:`HashingWriter` and the file is unchanged.
 
     Raises:
         OSError: the file cannot be read.

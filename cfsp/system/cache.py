@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from cfsp.system.atomic import replacing, write_text
 from cfsp.system.background_hash import sha256_of
-from cfsp.system.lease import waited
+from cfsp.system.lease import hold_lease
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def read_or_compute(
     compute: Callable[[], Value],
     write: Callable[[Value, Path], object],
 ) -> tuple[Value, bool]:
-    """Return the value stored at ``path``; compute and store it where there is none.
+    """Return the value stored at ``path``; compute and store it if there is none.
 
     If several processes need the value at the same time, one computes it and the others wait and read. A damaged file
     (it does not match the sha256 stored beside it), or one that ``read`` refuses, is computed again. The seconds that
@@ -50,7 +50,7 @@ def read_or_compute(
         _note_saved(path)
         return stored[0], True
     kind, requested = path.parent.name, time.perf_counter()
-    with waited(path.with_name(f".{path.stem}.lease"), lambda who: log.info("waiting for %s (%s)", kind, who)):
+    with hold_lease(path.with_name(f".{path.stem}.lease"), lambda who: log.info("waiting for %s (%s)", kind, who)):
         stored = _read_stored(path, read, quiet=True)
         if stored:
             _note_saved(path, waited=time.perf_counter() - requested)
@@ -58,12 +58,12 @@ def read_or_compute(
         remove_partials(path)
         start = time.perf_counter()
         value = compute()
-        write_text(_cost_of(path), f"{time.perf_counter() - start:.6f}\n")  # creates its folder again
-        _digest_of(path).unlink(missing_ok=True)
+        write_text(_seconds_file(path), f"{time.perf_counter() - start:.6f}\n")  # creates its folder again
+        _digest_file(path).unlink(missing_ok=True)
         with replacing(path) as partial:
             write(value, partial)
             digest = sha256_of(partial)
-        write_text(_digest_of(path), f"{digest}\n")
+        write_text(_digest_file(path), f"{digest}\n")
     return value, False
 
 
@@ -89,11 +89,11 @@ def saved_seconds(entry: dict[str, Any]) -> Iterator[None]:
         entry["saved_seconds"] = sum(known) if len(known) == len(costs) else None
 
 
-def _cost_of(path: Path) -> Path:
+def _seconds_file(path: Path) -> Path:
     return path.with_suffix(".seconds")
 
 
-def _digest_of(path: Path) -> Path:
+def _digest_file(path: Path) -> Path:
     """Return the file with the sha256 of ``path``; earlier versions of cfsp wrote none."""
     return path.with_suffix(".sha256")
 
@@ -114,7 +114,7 @@ def _note_saved(path: Path, *, waited: float = 0.0) -> None:
     """
     cost = None
     with suppress(OSError, ValueError):
-        cost = max(0.0, float(_cost_of(path).read_text(encoding="utf-8")) - waited)
+        cost = max(0.0, float(_seconds_file(path).read_text(encoding="utf-8")) - waited)
     note_saved(cost)
 
 
@@ -123,7 +123,7 @@ def _read_stored(path: Path, read: Callable[[Path], Value], *, quiet: bool = Fal
         return None
     try:
         with suppress(FileNotFoundError):
-            if _digest_of(path).read_text(encoding="ascii").strip() != sha256_of(path):
+            if _digest_file(path).read_text(encoding="ascii").strip() != sha256_of(path):
                 raise ValueError("its content is not what was written")
         return (read(path),)
     except Exception as error:  # any damage: the value can be computed again

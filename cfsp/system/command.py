@@ -1,4 +1,4 @@
-"""Frame of every command: it turns errors into lines on stderr and an exit code."""
+"""Common frame of all commands, which turns errors into lines on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -24,21 +24,23 @@ def command(
         name: name of the program, which begins each line on stderr.
         usage: text that ``--help``, or no argument at all, prints.
         overrides: arguments of the command line; None: those of this process.
-        body: does the work with the arguments; returns the exit code.
+        body: function that executes the command with the arguments and returns the exit code.
         verb: command of ``name``, for the line about an unexpected error.
 
     Returns:
         The exit code.
     """
     arguments = sys.argv[1:] if overrides is None else list(overrides)
-    if not arguments or any(word in ("-h", "--help") for word in arguments):
+    if not arguments or any(argument in ("-h", "--help") for argument in arguments):
         try:
             print(usage, flush=True)
         except BrokenPipeError:
             _forget_stdout()
         return 0 if arguments else 2
-    debug = any(word.lower().lstrip("+") == "debug=true" for word in arguments)
-    arguments = [word for word in arguments if word.lower().lstrip("+") not in ("debug=true", "debug=false")]
+    debug = any(argument.lower().lstrip("+") == "debug=true" for argument in arguments)
+    arguments = [
+        argument for argument in arguments if argument.lower().lstrip("+") not in ("debug=true", "debug=false")
+    ]
     quiet()
     interrupts.raise_again()
     try:
@@ -57,7 +59,7 @@ def command(
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on", file=sys.stderr)
         return 1
-    except SystemExit as error:  # code that a model brings called sys.exit(0): no success
+    except SystemExit as error:  # code shipped with a model called sys.exit(0), which must not count as success
         reason = escape.plain(str(error.code))[:100]
         print(f"{name}: {verb} ended itself (SystemExit: {reason}), by code of the model", file=sys.stderr)
         return 1
@@ -70,12 +72,12 @@ def command(
 
 
 def _forget_stdout() -> None:
-    """Send what is still written to a closed pipe nowhere, so that Python ends without a line about it."""
+    """Redirect stdout to the null device, so that Python prints no error about the closed pipe when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _path_problem(error: Exception) -> str | None:
-    """Describe a path that no system call takes; None for another error."""
+    """Describe the error of a path that is too long or a loop of links; return None for other errors."""
     code = error.errno if isinstance(error, OSError) else None
     if code == errno.ENAMETOOLONG:
         return f"{str(getattr(error, 'filename', ''))[:80]}...: too long for a path; give a shorter one"

@@ -1,8 +1,8 @@
-"""Plain words for the values that a key accepts, derived from the type annotation of its field.
+"""Descriptions of the values that a key accepts, derived from the type annotation of its field.
 
 Validation libraries name their own types ("input should be a valid tuple"). A user needs to know what to write instead:
-``expected a whole number from 1, or null, e.g. calibration.n_samples=48``. The words depend only on the annotation and
-its constraints, so that every kind of wrong value gets the same answer.
+``expected a whole number from 1, or null, e.g. calibration.n_samples=48``. The description depends only on the
+annotation and its constraints, so that every kind of wrong value gets the same answer.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Expected:
     field: FieldInfo | None
 
     @property
-    def words(self) -> str:
-        """The accepted values, e.g. ``a whole number from 1 or null``; the field's title if it has one."""
+    def description(self) -> str:
+        """Description of the accepted values: the title of the field, or e.g. ``a whole number from 1 or null``."""
         if self.field is not None and self.field.title:
             return self.field.title
-        return words_for(self.annotation, self.constraints)
+        return describe_type(self.annotation, self.constraints)
 
     def example(self, key: str) -> str:
         """Return ``, e.g. KEY=VALUE``, or an empty string if no value is an obvious example."""
@@ -59,7 +59,7 @@ def fields_of(schema: Any) -> Mapping[str, FieldInfo]:
 
 
 def expected_at(schema: Any, location: Iterable[int | str]) -> Expected:
-    """Follow a location of a validation error through the annotations of ``schema``.
+    """Return the values expected at the location of a validation error.
 
     Parts of the location that stand for a member of a union are not keys of the configuration; the path ends there.
 
@@ -94,7 +94,7 @@ def expected_at(schema: Any, location: Iterable[int | str]) -> Expected:
     return Expected(tuple(key), annotation, tuple(constraints), field)
 
 
-def words_for(annotation: Any, constraints: Sequence[Any] = ()) -> str:
+def describe_type(annotation: Any, constraints: Sequence[Any] = ()) -> str:
     """Describe the values that a type accepts: ``a whole number from 1``, ``a list of names``."""
     annotation, constraints = _plain(annotation, constraints)
     origin, arguments = get_origin(annotation), get_args(annotation)
@@ -117,7 +117,7 @@ def words_for(annotation: Any, constraints: Sequence[Any] = ()) -> str:
         words = [
             [_literal(value) for value in get_args(member)]
             if get_origin(member) is Literal
-            else [words_for(member, more)]
+            else [describe_type(member, more)]
             for member, more in members
         ]
         return _joined_by_or([word for several in words for word in several])
@@ -125,7 +125,7 @@ def words_for(annotation: Any, constraints: Sequence[Any] = ()) -> str:
         least = _constraint(constraints, "min_length")
         return f"a list{_items_of(arguments)}" + (f", {least} or more" if least else "")
     if origin is tuple:
-        return f"a list of {len(arguments)}: [{', '.join(words_for(member) for member in arguments)}]"
+        return f"a list of {len(arguments)}: [{', '.join(describe_type(member) for member in arguments)}]"
     if origin is dict or annotation is dict:
         return "keys with values, {key: value}"
     if fields_of(annotation):
@@ -213,7 +213,7 @@ def _example(annotation: Any, constraints: Sequence[Any], default: Any) -> str |
     if get_origin(annotation) in (Union, types.UnionType):
         return None
     if annotation is bool or get_origin(annotation) is Literal:
-        return None  # the words name every value
+        return None  # the description names every value
     if annotation in (int, float) and isinstance(default, int | float) and not isinstance(default, bool):
         return f"{default:g}" if isinstance(default, float) else str(default)
     if annotation is int:

@@ -1,4 +1,4 @@
-"""Fetching from the Hugging Face hub, with its local cache as the fallback."""
+"""Fetch files from the Hugging Face hub, with its local cache as fallback."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cfsp.errors import CfspError, DataError
 from cfsp.system.hub_errors import FULL, hub_error, hub_reason, is_fetching_error, is_offline
-from cfsp.system.library_logs import off_the_console
+from cfsp.system.library_logs import only_to_run_log
 from cfsp.system.patient_session import TIMEOUT, HubFailedError, patient_session
 
 log = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 _Key = tuple[str, str, str | None, str, str]
 
 #: Seconds for which requests to a failing hub are repeated before the local cache is consulted.
-_BRIEF = 4
+_BRIEF_PATIENCE = 4
 #: Errors of a connection that broke within a file.
 _WITHIN_A_FILE = ("ReadError", "WriteError", "CloseError")
 
@@ -56,14 +56,14 @@ def files_of(repo: str, snapshot: Path, suffix: str) -> list[str]:
 
     reason: Exception | None = None
     try:
-        with off_the_console(), patient_session():
+        with only_to_run_log(), patient_session():
             names = HfApi().list_repo_files(repo, revision=snapshot.name)
     except Exception as error:  # the hub and the network fail in many ways
         reason = error
         names = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()]
     files = sorted(name for name in names if name.lower().endswith(suffix))
     if reason is not None and not files and not is_offline(reason):
-        raise reason  # that there is none is not known
+        raise reason  # without an answer of the hub an empty list would be wrong
     return files
 
 
@@ -77,18 +77,18 @@ def _fetch(repo: str, kind: str, revision: str | None, download: Callable[..., s
 
     key = (kind, repo, revision, constants.ENDPOINT, constants.HF_HUB_CACHE)
     reason: Exception | None = None
-    for patience in (_BRIEF, None):
+    for patience in (_BRIEF_PATIENCE, None):
         try:
-            with off_the_console(), patient_session(patience):
+            with only_to_run_log(), patient_session(patience):
                 return _from_hub(key, download)
         except Exception as error:
             if _is_definite(error):
                 raise
             reason = error
         try:
-            with off_the_console():
+            with only_to_run_log():
                 path = Path(download(revision=_commits.get(key) or revision, local_files_only=True))
-        except Exception as error:  # the hub's own error, above, is the better reason
+        except Exception as error:  # the error of the hub, caught above, explains more
             if is_offline(reason):
                 reason = error
         else:
@@ -119,7 +119,7 @@ def _from_hub(key: _Key, download: Callable[..., str]) -> Path:
 
 
 def _download_whole(download: Callable[..., str], attempts: int = 3) -> Path:
-    """Download, and repeat where the connection broke within a file in a way that huggingface_hub does not repeat."""
+    """Download; repeat if the connection broke within a file and huggingface_hub itself does not repeat it."""
     for _ in range(attempts - 1):
         try:
             return Path(download())
@@ -134,10 +134,10 @@ def _write_ref(path: Path, revision: str, commit: str) -> None:
 
     Files are fetched by commit, so that all of them belong to the same commit; offline they are looked up by name.
     """
-    at = _snapshots_at(path)
-    if revision == commit or at is None or ".." in Path(revision).parts:
+    index = _snapshots_index(path)
+    if revision == commit or index is None or ".." in Path(revision).parts:
         return
-    ref = Path(*path.parts[:at]) / "refs" / revision
+    ref = Path(*path.parts[:index]) / "refs" / revision
     with suppress(OSError):  # a read-only cache works too
         if not ref.is_file() or ref.read_text(encoding="utf-8") != commit:
             ref.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ def _write_ref(path: Path, revision: str, commit: str) -> None:
             os.replace(partial_ref, ref)
 
 
-def _snapshots_at(path: Path) -> int | None:
+def _snapshots_index(path: Path) -> int | None:
     """Return the index of the folder ``snapshots`` among the parts of a path in the hub's cache; None: no such part."""
     if "snapshots" not in path.parts[:-1]:
         return None
@@ -154,8 +154,8 @@ def _snapshots_at(path: Path) -> int | None:
 
 
 def _commit_of(path: Path) -> str | None:
-    at = _snapshots_at(path)
-    return None if at is None else path.parts[at + 1]
+    index = _snapshots_index(path)
+    return None if index is None else path.parts[index + 1]
 
 
 def _warn_of_cached_copy(repo: str, path: Path, reason: Exception) -> None:
@@ -182,12 +182,12 @@ def fetching(key: str, way_out: str) -> Iterator[None]:
 
     Args:
         key: ``key=value`` that needs the data, e.g. ``evaluation.zero_shot.tasks=boolq``.
-        way_out: local data to give instead, e.g. ``local tasks with evaluation.zero_shot.include_path=FOLDER``.
+        way_out: local replacement of the data, e.g. ``local tasks with evaluation.zero_shot.include_path=FOLDER``.
 
     Raises:
         DataError: the data could not be fetched. Errors that do not come from fetching pass unchanged.
     """
-    with off_the_console(), patient_session():
+    with only_to_run_log(), patient_session():
         try:
             yield
         except CfspError:

@@ -1,4 +1,4 @@
-"""Reasons why the Hugging Face hub did not give something, and the way out, in one line."""
+"""One-line messages for failed requests to the Hugging Face hub: the reason and the way out."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def is_fetching_error(error: BaseException) -> bool:
         return True
     frames = traceback.extract_tb(error.__traceback__)
     fetch = ("load_dataset", "snapshot_download", "hf_hub_download")
-    return any(frame.name in fetch for frame in frames) or (isinstance(error, KeyError) and _in_a_data_set(error))
+    return any(frame.name in fetch for frame in frames) or (isinstance(error, KeyError) and _raised_by_data_set(error))
 
 
-def _in_a_data_set(error: BaseException) -> bool:
-    """Return whether an error was raised where a split is taken out of a data set."""
+def _raised_by_data_set(error: BaseException) -> bool:
+    """Return whether an error was raised while a split was selected from a data set."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and frames[-1].filename.replace(os.sep, "/").endswith("/datasets/dataset_dict.py")
 
@@ -49,12 +49,12 @@ def _in_a_data_set(error: BaseException) -> bool:
 def hub_error(
     prefix: str, error: BaseException, local: str, *, revision: str | None = None, file: str | None = None
 ) -> str:
-    """Describe in one line why the hub did not give something, with the way out.
+    """Describe a failed request to the hub in one line, with the way out.
 
     Args:
         prefix: ``key=value`` that names the repository.
         error: error of the request.
-        local: local copy to give instead, e.g. ``a local copy with calibration.path=FILE``.
+        local: local copy that can replace the hub, e.g. ``a local copy with calibration.path=FILE``.
         revision: requested revision; None: the main branch.
         file: requested file; None: the whole repository.
     """
@@ -63,7 +63,7 @@ def hub_error(
 
 
 def hub_reason(error: BaseException, *, revision: str | None = None, file: str | None = None) -> str:
-    """Describe why the hub did not give something in a clause, with the remedy, if any, after a semicolon."""
+    """Return a clause with the reason of a failed request, and after a semicolon the remedy if there is one."""
     chain = _chain(error)
     for link in chain:
         reason = _known_reason(link, revision, file)
@@ -127,15 +127,15 @@ def _known_reason(error: BaseException, revision: str | None, file: str | None) 
         reason = _disk_reason(error)
     elif _is_connection_error(error):
         reason = _connection_reason(error)
-    elif type(error).__name__ in ("JSONDecodeError", "FileMetadataError") or _without_commit(error):
+    elif type(error).__name__ in ("JSONDecodeError", "FileMetadataError") or _is_incomplete_answer(error):
         reason = f"what answers at HF_ENDPOINT={constants.ENDPOINT} is not a hub's ({_short(error)}); see the network"
     else:
         reason = _datasets_reason(error)
     return reason
 
 
-def _without_commit(error: BaseException) -> bool:
-    """Return whether huggingface_hub failed on an answer that lacks what every answer of a hub has."""
+def _is_incomplete_answer(error: BaseException) -> bool:
+    """Return whether huggingface_hub failed on an answer without the fields that every answer of a hub has."""
     frames = traceback.extract_tb(error.__traceback__)
     in_hub = bool(frames) and "huggingface_hub" in frames[-1].filename
     return in_hub and isinstance(error, KeyError | AssertionError | TypeError)
@@ -192,7 +192,7 @@ def _datasets_reason(error: BaseException) -> str | None:
         name = re.search(r"Dataset '(.+?)'", text)
         where = f"its page ({constants.ENDPOINT}/datasets/{name[1]})" if name else "the hub"
         return f"the data set is gated: accept its licence on {where} and set HF_TOKEN (or `hf auth login`)"
-    if isinstance(error, KeyError) and _in_a_data_set(error):
+    if isinstance(error, KeyError) and _raised_by_data_set(error):
         return f"the data set has no split {text}"
     if "offline" in text.lower() or (flag and ("find cache" in text or "reach" in text)):
         cause = f"{flag} is set" if flag else "there is no network, or the hub is down"

@@ -1,4 +1,4 @@
-"""Ctrl-C while a command imports its libraries: one line instead of a traceback from the middle of an import.
+"""Handling of Ctrl-C while a command imports its libraries: one line instead of a traceback.
 
 This module imports nothing heavy, because entry points call :func:`quiet` before everything else.
 """
@@ -47,7 +47,7 @@ def quiet(name: str = "cfsp") -> None:
 
 
 def raise_again() -> None:
-    """Let Ctrl-C raise KeyboardInterrupt again, because from now on there is something to clean up."""
+    """Let Ctrl-C raise KeyboardInterrupt again, because from now on the command has work to clean up."""
     try:
         if signal.getsignal(signal.SIGINT) is _end:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -56,10 +56,10 @@ def raise_again() -> None:
 
 
 def _ignore() -> None:
-    """Ignore Ctrl-C while Python takes itself down, which takes a second with these libraries.
+    """Ignore Ctrl-C while Python shuts down, which takes a second with these libraries.
 
-    All is written by then, and Python would end by the signal, without a word and with another exit code. It is
-    registered first, so that it is called last: what other libraries still wait for can be interrupted.
+    Everything is written by then, and the signal would change the exit code. The function is registered first and
+    therefore called last, so that the exit functions of other libraries can still be interrupted.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Leases: one worker for each piece of work, by an OS lock within a machine and a heartbeat among machines.
+"""Leases, which give work to one process at a time: an OS lock within a machine, a heartbeat between machines.
 
 On one machine a lock ends with its process, so the leases of a killed process are free at once. Machines that share a
 file system may not share locks. There a lease file names the worker, who touches it every few seconds; a lease that was
@@ -31,7 +31,7 @@ BEAT, STALE = 5.0, 60.0
 
 
 class Lease:
-    """Exclusive right to the work that ``path`` stands for, until :meth:`release` or the end of the process."""
+    """Exclusive right to the work named by ``path``, until :meth:`release` or the end of the process."""
 
     def __init__(self, path: Path, lock: int, token: str) -> None:
         self.path, self._lock, self._token = path, lock, token
@@ -108,7 +108,7 @@ def _lock(path: Path) -> int | None:
 
 
 def holder(path: Path) -> str | None:
-    """Return who has the lease now, as ``process N on HOST``; None if it is free."""
+    """Return the current holder of the lease, as ``process N on HOST``; None if it is free."""
     lease = _read(path)
     if not lease:
         return None
@@ -120,7 +120,7 @@ def holder(path: Path) -> str | None:
 
 
 @contextmanager
-def waited(path: Path, announce: Callable[[str], object], every: float = 0.2) -> Iterator[None]:
+def hold_lease(path: Path, announce: Callable[[str], object], every: float = 0.2) -> Iterator[None]:
     """Hold the lease at ``path`` inside the context; wait for it as long as necessary.
 
     Args:
@@ -154,13 +154,13 @@ def _claim(path: Path, token: str) -> bool:
             current = _read(path)
             if current.get("machine") != _machine() and not _is_stale(path):
                 return False
-            _set_aside(path, current.get("token"), token)
+            _remove_lost(path, current.get("token"), token)
         return False
     finally:
         mine.unlink(missing_ok=True)
 
 
-def _set_aside(path: Path, over: str | None, token: str) -> None:
+def _remove_lost(path: Path, over: str | None, token: str) -> None:
     """Remove a lost lease; a new lease that has replaced it meanwhile is put back.
 
     Args:

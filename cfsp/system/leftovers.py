@@ -1,4 +1,4 @@
-"""Hidden files and folders that killed processes left behind: recognising and removing them."""
+"""Recognise and remove hidden files and folders that killed processes left behind."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _PARTIAL = r"\.(?P<name>{names})\.(?P<process>\d{{1,10}})"
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Hold a lock on a file or folder inside the context (:func:`is_held`); it ends with this process at the latest."""
+def hold_lock(path: Path) -> Iterator[None]:
+    """Hold a lock on a file or folder inside the context (:func:`is_locked`). It also ends with this process."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
@@ -33,8 +33,8 @@ def held(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def is_held(path: Path) -> bool:
-    """Return whether a process of this machine is inside :func:`held` with ``path``."""
+def is_locked(path: Path) -> bool:
+    """Return whether a process of this machine is inside :func:`hold_lock` with ``path``."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
@@ -56,12 +56,12 @@ def remove_scratch(folder: Path, names: Iterable[str]) -> None:
     If a process died while it replaced a folder and the new folder does not exist, the old folder gets its name back.
 
     Args:
-        folder: where the copies lie.
+        folder: folder that contains the copies.
         names: names of the files and folders that have such copies.
     """
     pattern = re.compile(_SCRATCH.format(names="|".join(map(re.escape, names))))
     for path, match in _matches(folder, pattern):
-        if is_held(path):
+        if is_locked(path):
             continue
         if match["old"] and not (folder / match["name"]).exists():
             with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Log lines of libraries that belong into run.log and not on the console, such as each attempt of a download."""
+"""Redirection of library log messages, such as each attempt of a download, from the console to run.log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 FETCHING = ("huggingface_hub", "httpx", "httpx2", "httpcore", "datasets", "fsspec", "cfsp.system.patient_session")
 
 #: The latest log records from before run.log was opened.
-_waiting: deque[logging.LogRecord] = deque(maxlen=200)
+_early_records: deque[logging.LogRecord] = deque(maxlen=200)
 
 
 class _ToFiles(logging.Handler):
@@ -24,27 +24,27 @@ class _ToFiles(logging.Handler):
         for handler in files:
             handler.handle(record)
         if not files:
-            _waiting.append(record)
+            _early_records.append(record)
 
 
 @contextmanager
-def off_the_console(names: tuple[str, ...] = FETCHING) -> Iterator[None]:
+def only_to_run_log(names: tuple[str, ...] = FETCHING) -> Iterator[None]:
     """Send the records of the loggers ``names`` only to run.log inside the context."""
-    before = []
+    original_settings = []
     for name in names:
         logger = logging.getLogger(name)
         if any(isinstance(handler, _ToFiles) for handler in logger.handlers):
             continue  # an outer context has redirected it already
-        before.append((logger, logger.handlers[:], logger.propagate))
+        original_settings.append((logger, logger.handlers[:], logger.propagate))
         logger.handlers, logger.propagate = [_ToFiles()], False
     try:
         yield
     finally:
-        for logger, handlers, propagate in before:
+        for logger, handlers, propagate in original_settings:
             logger.handlers, logger.propagate = handlers, propagate
 
 
-def write_waiting(handler: logging.Handler) -> None:
-    """Write the records from before the log file was opened to ``handler``, and forget them."""
-    while _waiting:
-        handler.handle(_waiting.popleft())
+def write_early_records(handler: logging.Handler) -> None:
+    """Write the records kept from before run.log was opened to ``handler``, and drop them."""
+    while _early_records:
+        handler.handle(_early_records.popleft())

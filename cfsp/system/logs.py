@@ -15,5 +15,5 @@ def quiet() -> None:
     handler = logging.StreamHandler()
     handler.setLevel(logging.WARNING)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    ours = logging.getLogger("cfsp")
-    ours.setLevel(ours.level or logging.INFO)  # debug=true may have set it
+    cfsp_logger = logging.getLogger("cfsp")
+    cfsp_logger.setLevel(cfsp_logger.level or logging.INFO)  # debug=true may have set it

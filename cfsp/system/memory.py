@@ -1,4 +1,4 @@
-"""Memory that this process may still allocate, on the machine or in its container.
+"""Memory that this process may still allocate, within the limits of the machine and its container.
 
 This is written by hand because psutil does not know the limits of control groups (containers, Slurm).
 """

@@ -1,8 +1,8 @@
-"""Requests to the Hugging Face hub that survive a short outage: repeated with growing pauses, for a bounded time.
+"""Retries of requests to the Hugging Face hub after short outages, with growing pauses and for a bounded time.
 
-huggingface_hub repeats some of its requests (files) and not others (the API: model_info, the listing of files), and it
-sleeps as long as a server asks it to. All requests, also those of ``datasets``, share one session. Here this session
-repeats every request in the same way and gives up with one exception, which no caller repeats.
+huggingface_hub repeats requests for files but not requests to the API (model_info, lists of files), and it sleeps as
+long as a server requests. All requests, also those of ``datasets``, share one session. This module makes the session
+repeat every request in the same way and raise one exception at the end, after which no caller repeats the request.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _patient(send: Callable[..., Any]) -> Callable[..., Any]:
             except passing as error:
                 if _is_final(error):
                     raise
-                outage.note(_words(error, time.monotonic() - started), started)
+                outage.note(_describe_failure(error, time.monotonic() - started), started)
                 pause = None
                 if isinstance(error, httpx.TimeoutException):  # later requests get more time too
                     _state.timeout = min(_state.timeout + TIMEOUT, 3 * TIMEOUT)
@@ -118,7 +118,7 @@ def _patient(send: Callable[..., Any]) -> Callable[..., Any]:
                     return response
                 outage.unreachable = False
                 outage.note(f"answered {response.status_code} ({response.reason_phrase})", started)
-                pause = _asked_pause(response.headers)
+                pause = _requested_pause(response.headers)
                 response.close()
             outage.wait(pause, request)
 
@@ -191,7 +191,7 @@ def _is_final(error: Exception) -> bool:
     return "CERTIFICATE" in str(error).upper()
 
 
-def _words(error: Exception, seconds: float) -> str:
+def _describe_failure(error: Exception, seconds: float) -> str:
     """Describe an error as the end of a sentence that begins with "the hub"."""
     name = type(error).__name__
     if name == "ConnectError":
@@ -201,7 +201,7 @@ def _words(error: Exception, seconds: float) -> str:
     return f"broke the connection off ({name}: {error})"
 
 
-def _asked_pause(headers: Any) -> float | None:
+def _requested_pause(headers: Any) -> float | None:
     """Return the seconds that the server asks to wait.
 
     They are stated by Retry-After (seconds or a date), or by the time until a used-up rate limit is reset.

@@ -1,4 +1,6 @@
-"""Processes of ``accelerate launch`` or ``torchrun``: the first runs every stage, the others join it for training.
+"""Communication between the processes of ``accelerate launch`` or ``torchrun``.
+
+The first process runs every stage, and the others join it for training.
 
 All processes call each function at the same point; with a single process the functions do nothing. Messages go through
 a separate gloo group, so that the others can wait for hours without a deadline and without a busy GPU.
@@ -21,7 +23,7 @@ _PATIENCE = timedelta(days=30)
 
 @dataclass(frozen=True)
 class Launched:
-    """Place of this process among the launched ones.
+    """Rank of this process among the launched ones.
 
     Attributes:
         rank: index of this process, from 0.
@@ -45,7 +47,7 @@ class Launched:
 
 
 def launched() -> Launched:
-    """Return the place that the launcher gave this process; a single process if no launcher started it."""
+    """Return the rank of this process among the launched ones; a single process if no launcher started it."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count <= 1:
         return Launched(0, 1, 0)
@@ -86,7 +88,7 @@ def disconnect() -> None:
     distributed.destroy_process_group()
 
 
-def shared(make: Callable[[], T]) -> T:
+def from_first(make: Callable[[], T]) -> T:
     """Call ``make`` in the first process alone, and return its result in all processes."""
     if _group is None:
         return make()
@@ -119,9 +121,9 @@ def wait() -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Run work that all processes do at the same time.
+    """Start and end the work inside the context in all processes at the same time.
 
-    A process that fails inside does not wait for the others, which may be at any point: the launcher ends them.
+    A process that fails inside does not wait for the others, because the launcher then ends them.
     """
     global _group
     wait()

@@ -1,7 +1,7 @@
-"""Position, rate and time left of long work: bars on a terminal, a line a minute elsewhere.
+"""Progress of long work with rate and remaining time: a bar on a terminal, otherwise one log line a minute.
 
-Where stderr is no terminal (a log of a cluster's job, a pipe), bars would bury what matters. There a thread writes one
-line every :data:`INTERVAL` seconds for as long as work is going on, also while a single item takes longer than that:
+If stderr is not a terminal (the log of a cluster job, a pipe), bars would hide the messages. Then a thread writes one
+line every :data:`INTERVAL` seconds while work is going on, also while a single item takes longer than that:
 ``plan: 3 min; prune in sequence: block 12 of 30, 14.1 s each, 4 min left``.
 """
 
@@ -101,7 +101,7 @@ def watched() -> bool:
 
 @contextmanager
 def working(label: str, total: int | None = None, unit: str = "it") -> Iterator[Work]:
-    """Yield the state of work whose items the caller counts; lines are written where nobody watches.
+    """Yield a counter of work; the caller advances it, and log lines are written if stderr is not a terminal.
 
     Args:
         label: what is done.
@@ -120,7 +120,7 @@ def working(label: str, total: int | None = None, unit: str = "it") -> Iterator[
 
 
 def progress(items: Collection[T], label: str, unit: str = "it") -> Iterator[T]:
-    """Iterate over ``items`` with a bar on a terminal, which disappears at the end, and with lines elsewhere."""
+    """Iterate over ``items`` with a progress bar on a terminal, otherwise with log lines."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 

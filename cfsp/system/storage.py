@@ -1,4 +1,4 @@
-"""One-line errors for runs that a full, read-only or broken disk has stopped: the folder, its key, the free bytes."""
+"""One-line errors for runs stopped by a full, read-only or broken disk: the folder, its key and the free bytes."""
 
 from __future__ import annotations
 

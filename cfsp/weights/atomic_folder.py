@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from cfsp.errors import CheckpointError
 from cfsp.system.atomic import disk_error_code
-from cfsp.system.leftovers import held, is_held
+from cfsp.system.leftovers import hold_lock, is_locked
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def atomic_folder(folder: Path, key: str | None = None) -> Iterator[Path]:
     scratch = folder.with_name(f".{folder.name}.{key or uuid.uuid4().hex[:8]}")
     try:
         scratch.mkdir(parents=True, exist_ok=True)
-        with held(scratch):
+        with hold_lock(scratch):
             yield scratch
             _replace(scratch, folder)
         _remove_others(folder)
@@ -74,10 +74,10 @@ def _being_written(scratch: Path, error: Exception) -> Path | None:
 
 
 def _remove_others(folder: Path) -> None:
-    """Remove the scratch folders that stopped saves to ``folder`` left; those of living processes are held."""
+    """Remove the scratch folders that stopped saves to ``folder`` left; scratch folders of running processes stay."""
     pattern = re.compile(rf"\.{re.escape(folder.name)}\.([0-9a-f]{{8}}|[0-9a-f]{{16}})")
     for path in folder.parent.iterdir():
-        if pattern.fullmatch(path.name) and not is_held(path):
+        if pattern.fullmatch(path.name) and not is_locked(path):
             shutil.rmtree(path, ignore_errors=True)
 
 

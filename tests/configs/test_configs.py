@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cfsp.config import parse as schema
 from cfsp.config import sections
-from cfsp.config.compose import OF_A_SWEEP, compose
+from cfsp.config.compose import SWEEP_GROUPS, compose
 from cfsp.config.parse import parse
 from cfsp.config.run_config import RunConfig
 from cfsp.config.sections import Section, TextSection
@@ -38,7 +38,7 @@ PARTS = {"text"}
 STATED = {"kind", "structure", "compensation", "sequential", "format"}
 
 GROUPS = sorted(
-    path.name for path in config_folder().iterdir() if path.is_dir() and path.name not in {*PARTS, *OF_A_SWEEP}
+    path.name for path in config_folder().iterdir() if path.is_dir() and path.name not in {*PARTS, *SWEEP_GROUPS}
 )
 OPTIONS = [f"{group}={path.stem}" for group in GROUPS for path in sorted((config_folder() / group).glob("*.yaml"))]
 

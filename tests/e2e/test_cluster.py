@@ -87,7 +87,7 @@ def _refused(sweep, *words: str) -> str:
     return line
 
 
-def test_what_is_refused_in_one_line(sweep, monkeypatch):
+def test_wrong_command_lines_are_refused_in_one_line(sweep, monkeypatch):
     line = _refused(sweep, "launcher=slurm", "launcher.partitoin=x")
     assert "launcher.partitoin=x: unknown key; did you mean partition?" in line
     assert "launcher.timeout_min=soon" in _refused(sweep, "launcher=slurm", "launcher.timeout_min=soon")

@@ -95,7 +95,7 @@ def test_the_papers_evaluation_by_lm_evals_own_names(cfsp, server, tmp_path):
 
 
 @pytest.mark.slow
-def test_task_data_that_cannot_be_had(cfsp, server, tmp_path):
+def test_task_data_that_cannot_be_fetched(cfsp, server, tmp_path):
     """Each line names the key that the task stands under, the task, the cause and the way out."""
     server.gated, server.token = {"google-research-datasets/nq_open"}, "hf_right"
     words = ["calibration=bundled", "evaluation=tables", "evaluation.perplexity=null", "evaluation.cost=null"]

@@ -17,7 +17,7 @@ import pytest
 from cfsp.cli import sweep as command
 from cfsp.launcher.launch import Queue
 from cfsp.record.run_record import SCHEMA, RunRecord
-from cfsp.sweep.job import Outcome, jobs_of, mark_failed
+from cfsp.sweep.job import Outcome, mark_failed, prepare_jobs
 from tests.conftest import ROOT
 
 SMALL = (
@@ -296,7 +296,7 @@ def test_a_damaged_record_is_written_again_and_another_schema_with_force(tmp_pat
 
 def test_reasons_are_shown_as_they_are(tmp_path, capsys):
     words = [*SMALL, "sparsity.ratio=0.5", *_places(tmp_path)]
-    job = jobs_of(command.request_of(words).cells)[0]
+    job = prepare_jobs(command.request_of(words).cells)[0]
     mark_failed(job, "size [3, 4] of [layer] at [/data/x]")
     assert command.main([*words, "status=true"]) == 0
     assert "ProcessDied: size [3, 4] of [layer] at [/data/x]" in capsys.readouterr().out
@@ -306,17 +306,17 @@ def test_reasons_are_shown_as_they_are(tmp_path, capsys):
     assert re.search("interrupted .*it was stopped; the next launch goes on", capsys.readouterr().out)
 
 
-def test_what_fails_under_another_sweeps_hands_is_not_tried_again(tmp_path):
-    (job,) = jobs_of(command.request_of([*SMALL, "sparsity.ratio=0.5", *_places(tmp_path)]).cells)
+def test_a_run_that_failed_in_another_sweep_is_not_repeated(tmp_path):
+    (job,) = prepare_jobs(command.request_of([*SMALL, "sparsity.ratio=0.5", *_places(tmp_path)]).cells)
     mark_failed(job, "before this sweep began")
     time.sleep(0.1)
     queue = Queue([job])
-    assert queue.next() is job
-    assert queue.elsewhere(job) is None
-    assert not queue.ended(job, Outcome("busy"))
-    assert queue.elsewhere(job) is None, "it failed before: it is to be tried"
+    assert queue.take_next() is job
+    assert queue.outcome_elsewhere(job) is None
+    assert not queue.settle(job, Outcome("busy"))
+    assert queue.outcome_elsewhere(job) is None, "it failed before: it is to be tried"
     mark_failed(job, "after")
-    assert queue.elsewhere(job) == Outcome("failed", "ProcessDied: after")
+    assert queue.outcome_elsewhere(job) == Outcome("failed", "ProcessDied: after")
 
 
 def test_a_key_of_the_experiment_is_named_as_such(tmp_path, capsys):

@@ -82,7 +82,7 @@ def test_every_key_of_every_group_with_a_wrong_value(compositions, wrong):
         ("calibration.n_samples=10000000", "calibration.n_samples=10000000: with calibration.seq_len=256 these are "),
     ],
 )
-def test_what_is_expected_is_said(word, line):
+def test_messages_describe_the_expected_values(word, line):
     with pytest.raises(ConfigError) as found:
         parse(compose([word]))
     assert found.value.problems[0].startswith(line)
@@ -140,7 +140,7 @@ def test_what_is_expected_is_said(word, line):
     ],
     ids=lambda value: " ".join(value)[:40] if value else "",
 )
-def test_a_word_is_answered_in_one_line(refused, given, parts):
+def test_a_wrong_override_is_answered_in_one_line(refused, given, parts):
     lines = refused(*given)
     check_lines(lines)
     mentions(lines, *parts)

@@ -56,7 +56,7 @@ def prepared(base, model="one", tokens="a.npy", *words):
     )  # fmt: skip
 
 
-def test_what_decides_the_result_changes_the_id(folders):
+def test_settings_that_decide_the_result_change_the_id(folders):
     base = prepared(folders)
     others = {
         "another model": prepared(folders, "two"),
@@ -101,7 +101,7 @@ def test_committed_records_keep_their_identity(path):
     assert json.loads(json.dumps(identity)) == stored
 
 
-def test_place_device_logger_and_paths_do_not(folders):
+def test_location_device_logger_and_paths_do_not_change_the_id(folders):
     base = prepared(folders).run_id
     assert prepared(folders, "deep/copy").run_id == base
     assert prepared(folders, "one", "deep/elsewhere.npy").run_id == base
@@ -200,7 +200,7 @@ def test_settings_are_separated_by_the_marks_of_their_fields():
     }  # fmt: skip
 
 
-def test_tables_match_by_names_and_take_one_of_two_alike_values_for_the_other():
+def test_tables_match_by_names_and_treat_alike_values_as_equal():
     group = {"a": {"_target_": "Marked", "label": "y", "batch": 8}, "b": {"_target_": "other.Class", "batch": 8}}
     assert separate(None, group, _lookup).values == {
         "a": {"_target_": "named Marked", "label": "y", "batch": "auto"},
@@ -251,7 +251,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("word", CHANGES)
-def test_tables_match_a_run_by_what_its_keys_decide(word):
+def test_tables_match_a_run_by_its_deciding_keys(word):
     base = configuration_parts(parse(compose(["recovery=lora"])).raw)
     other = configuration_parts(parse(compose(["recovery=lora", word])).raw)
     changed = [name for name in ("values", "places") if getattr(base, name) != getattr(other, name)]

@@ -122,7 +122,7 @@ def test_an_allocator_decides_the_widths(record):
     assert made["method"]["allocator"]["class"] == "outside_package.allocator.Rising"
 
 
-def test_a_metric_decides_what_stays(record, tmp_path):
+def test_a_metric_decides_the_kept_units(record, tmp_path):
     record("pruner=uniform", "importance._target_=outside_package.metric.LastFirst")
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert [block["ffn_kept"] for block in plan["blocks"]] == [list(range(32, 64))] * 2

@@ -71,14 +71,14 @@ def _check_words(given_words: list[str]) -> None:
 
 @few
 @given(st.lists(words, min_size=1, max_size=3))
-def test_random_words(given_words):
+def test_random_overrides(given_words):
     _check_words(given_words)
 
 
 @pytest.mark.slow
 @many
 @given(st.lists(words, min_size=1, max_size=4))
-def test_many_random_words(given_words):
+def test_many_random_overrides(given_words):
     _check_words(given_words)
 
 

@@ -185,7 +185,7 @@ def _renamed(path: Path, name: str) -> Path:
         (lambda d: _written(d / "a.txt", b"PK\x03\x04"), ["ZIP"]),
     ],
 )
-def test_a_file_that_is_no_text(tmp_path, make, parts):
+def test_files_that_hold_no_text_are_refused(tmp_path, make, parts):
     (tmp_path / "near.txt").write_text("near")
     path = make(tmp_path)
     start = time.monotonic()
@@ -289,7 +289,7 @@ def _header(text: str):
         (lambda p: p.mkdir(), ["folder"]),
     ],
 )
-def test_token_ids_that_are_none(tmp_path, write, parts):
+def test_invalid_token_id_files_are_refused(tmp_path, write, parts):
     path = tmp_path / "ids.npy"
     write(path)
     section = TokensCalibration(kind="tokens", name="tokens", path=str(path))
@@ -331,7 +331,7 @@ def test_token_ids_given_to_the_library(ids):
     ],
     ids=["bomb", "nesting", "loop", "syntax", "control", "size"],
 )
-def test_a_yaml_file_that_no_loader_should_get(tmp_path, content, part):
+def test_unsafe_yaml_files_are_refused(tmp_path, content, part):
     path = tmp_path / "a.yaml"
     path.write_text(content)
     start = time.monotonic()
@@ -402,7 +402,7 @@ def test_a_damaged_byte_of_a_parquet_file_is_never_answered_in_the_words_of_arro
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_an_error_of_a_library_is_answered_in_our_words(error):
+def test_errors_of_libraries_become_messages_of_cfsp(error):
     with pytest.raises(DataError) as found, reading("calibration.path=FILE"):
         raise error
     assert str(found.value).startswith("calibration.path=FILE: cannot be read")

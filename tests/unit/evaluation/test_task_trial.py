@@ -356,7 +356,7 @@ def test_marks_stand_in_the_table_of_a_run():
 
 def test_a_tokenizer_is_asked_what_it_adds():
     from cfsp.config.sections import TextSection
-    from cfsp.data.text import added_before, bos_of, lacks_added_tokens, settled
+    from cfsp.data.text import added_before, lacks_added_tokens, resolve_bos, window_bos_id
 
     def fake(before: list[int], after: list[int], bos_id: int | None):
         def ids(text, add_special_tokens=True, **_):
@@ -378,11 +378,11 @@ def test_a_tokenizer_is_asked_what_it_adds():
     for arguments, expected, lacking in cases:
         one = fake(*arguments)
         assert added_before(one) == arguments[0]
-        assert settled(section, one).bos == expected
-        assert lacks_added_tokens(settled(section, one), one) is lacking
+        assert resolve_bos(section, one).bos == expected
+        assert lacks_added_tokens(resolve_bos(section, one), one) is lacking
         if expected == "window":
-            assert bos_of(one, "window", "key") == 1
-        assert settled(section.model_copy(update={"bos": "start"}), one).bos == "start"
+            assert window_bos_id(one, "window", "key") == 1
+        assert resolve_bos(section.model_copy(update={"bos": "start"}), one).bos == "start"
 
 
 @pytest.mark.parametrize("name", ["tasks/x.yaml", "x.yml", "folder/task"])

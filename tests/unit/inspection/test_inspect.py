@@ -324,7 +324,7 @@ def test_a_folder_that_was_pruned_twice(run_cfsp, sound_words, tmp_path):
     assert {block.ffn.width_before for block in report.blocks} == {None}
 
 
-def test_a_plan_that_nobody_vouches_for_is_no_history(model_folder, run_cfsp, caplog):
+def test_an_unconfirmed_plan_is_no_history(model_folder, run_cfsp, caplog):
     (model_folder / "plan.json").write_text('{"schema": 1}')
     code, out, err = run_cfsp("inspect", f"path={model_folder}", defaults=False)
     assert code == 0, err

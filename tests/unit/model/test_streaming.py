@@ -264,7 +264,7 @@ def test_auto_looks_at_the_memory_that_weights_pass_on_their_way_to_a_gpu(
     monkeypatch.setattr(prepare, "available", lambda device: weights * (cpu if device.type == "cpu" else gpu))
 
     def streams(*more: str) -> bool:
-        return prepare.streams(parse(compose([*words, *more])), view, torch.float32, torch.device("cuda"))
+        return prepare.must_stream(parse(compose([*words, *more])), view, torch.float32, torch.device("cuda"))
 
     assert streams() is expected
     if expected:
@@ -282,7 +282,7 @@ def test_the_base_model_that_a_sweep_keeps_is_not_counted_against_its_next_run(w
 
     bases = BaseModels(keep=True)
     total = 10_000_000
-    monkeypatch.setattr(prepare, "available", lambda device: total - bases.held)
+    monkeypatch.setattr(prepare, "available", lambda device: total - bases.weight_bytes)
     monkeypatch.setattr(base_models, "load_streamed", lambda *args, **keys: pytest.fail("it fits"))
     for ratio in (0.3, 0.5):
         more = [
@@ -293,9 +293,9 @@ def test_the_base_model_that_a_sweep_keeps_is_not_counted_against_its_next_run(w
         ]
         folders = {"output_dir": str(ratio), "cache_dir": "c", "records_dir": "r"}
         places = [f"paths.{key}={tmp_path / name}" for key, name in folders.items()]
-        run(parse(compose([*words, *more, *places])), bases=bases)
-        total = int(bases.held / 0.7)  # the weights fit, beside themselves they do not
-    assert bases.held
+        run(parse(compose([*words, *more, *places])), base_models=bases)
+        total = int(bases.weight_bytes / 0.7)  # the weights fit, beside themselves they do not
+    assert bases.weight_bytes
 
 
 @pytest.fixture

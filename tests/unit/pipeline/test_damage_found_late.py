@@ -58,7 +58,7 @@ def test_an_adapter_that_is_no_file(model_folder, refused, sound_words):
 
 
 @pytest.mark.parametrize("header", ["[]", "3", '{"a": 3}', '{"a": {"dtype": []}}', "{", '{"a": {"data_offsets": [0]}}'])
-def test_a_header_that_is_none_is_told_in_plain_words(tmp_path, header):
+def test_an_invalid_header_is_described_in_plain_words(tmp_path, header):
     file = tmp_path / "model.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header.encode())
     with pytest.raises(CheckpointError, match="header cannot be read") as caught:
@@ -127,7 +127,7 @@ def test_a_configuration_with_labels_without_end(model_folder, refused, sound_wo
         ({"eos_token_id": True}, "eos_token_id=True, where the key takes a token id"),
     ],
 )
-def test_a_value_that_transformers_refuses_is_told(model_folder, refused, sound_words, settings, said):
+def test_a_value_that_transformers_refuses_is_reported(model_folder, refused, sound_words, settings, said):
     _set(model_folder / "config.json", **settings)
     lines = refused(*sound_words)
     mentions(lines, "model.path=", said)

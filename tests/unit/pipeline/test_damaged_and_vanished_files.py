@@ -126,7 +126,7 @@ def test_a_plan_beyond_the_model_is_refused_by_apply(plan_file) -> None:
 
 
 @pytest.mark.parametrize("content", ['{"steps": ["buy milk"]}', "{", None], ids=["foreign", "cut", "another's"])
-def test_a_plan_that_nobody_vouches_for_is_no_history(
+def test_an_unconfirmed_plan_is_no_history(
     run_cfsp, sound_words, model_folder, plan_file, tmp_path, caplog, content
 ) -> None:
     (model_folder / "plan.json").write_text(content or plan_file.read_text())
@@ -262,7 +262,7 @@ def test_a_damaged_folder_is_not_finished(run_cfsp, sound_words, tmp_path, caplo
     assert again("force=check") == []
 
 
-def test_old_records_count_by_what_can_be_seen(run_cfsp, sound_words, tmp_path, caplog) -> None:
+def test_old_records_are_checked_by_the_existing_files(run_cfsp, sound_words, tmp_path, caplog) -> None:
     out = pruned(run_cfsp, sound_words, tmp_path)
     edited(out / "record.json", lambda record: record.pop("files"))
     assert run_cfsp(*sound_words, "save.model=true")[0] == 0
@@ -346,9 +346,7 @@ class _Failing:
 
 
 @pytest.mark.parametrize("calls", [0, 1], ids=["dense", "pruned"])
-def test_an_evaluation_that_fails_costs_no_model(
-    run_cfsp, sound_words, prose_file, tmp_path, monkeypatch, calls
-) -> None:
+def test_a_failed_evaluation_loses_no_model(run_cfsp, sound_words, prose_file, tmp_path, monkeypatch, calls) -> None:
     from cfsp.evaluation.perplexity import Perplexity
 
     failing = _Failing(calls)
@@ -483,7 +481,7 @@ def dead_process() -> int:
     return process.pid
 
 
-def test_the_next_run_removes_what_a_dead_one_left(run_cfsp, sound_words, tmp_path) -> None:
+def test_the_next_run_removes_leftovers_of_a_killed_run(run_cfsp, sound_words, tmp_path) -> None:
     out = pruned(run_cfsp, sound_words, tmp_path)
     run_id, dead = RunRecord.read(out / "record.json").run_id, dead_process()
     for folder in (".model.62f7da1b", ".pruned.62f7da1c", ".model-padded.62f7da1d", ".model.62f7da1e.old"):
@@ -496,7 +494,7 @@ def test_the_next_run_removes_what_a_dead_one_left(run_cfsp, sound_words, tmp_pa
     alive = out / ".model.00000000"
     alive.mkdir()
     (out / f".record.json.{os.getppid()}").write_text("being written")
-    with leftovers.held(alive):
+    with leftovers.hold_lock(alive):
         assert run_cfsp(*sound_words, "save.model=true")[0] == 0
     hidden = sorted(path.name for path in tmp_path.rglob(".*"))
     assert hidden == sorted([".mine.62f7da1b", ".model.00000000", f".record.json.{os.getppid()}"])
@@ -532,7 +530,7 @@ def test_a_damaged_cache_entry_is_computed_again(tmp_path, caplog) -> None:
     assert value(6) == ([5], True)
 
 
-def test_a_cache_that_is_deleted_while_it_computes_is_no_matter(tmp_path) -> None:
+def test_a_cache_deleted_during_a_computation_does_no_harm(tmp_path) -> None:
     path = tmp_path / "cache" / "plan" / "x.json"
 
     def compute():
@@ -589,7 +587,7 @@ def test_an_interrupt_during_imports_is_one_line() -> None:
     assert process.returncode == 1
 
 
-def test_libraries_that_find_no_address_space_are_one_line() -> None:
+def test_a_lack_of_address_space_for_libraries_is_reported_in_one_line() -> None:
     from cfsp.cli.main import _out_of_addresses
 
     error = RuntimeError("Failed to import transformers")
@@ -598,7 +596,7 @@ def test_libraries_that_find_no_address_space_are_one_line() -> None:
     assert _out_of_addresses(ImportError("No module named x")) is None
 
 
-def test_a_log_line_that_finds_no_room_is_dropped(tmp_path, capsys) -> None:
+def test_a_log_line_that_does_not_fit_on_the_disk_is_dropped(tmp_path, capsys) -> None:
     import logging
 
     if not Path("/dev/full").exists():

@@ -98,7 +98,7 @@ def test_importance_variant(refused):
     mentions(lines, "importance.variant=one_w: ", "wanda_base or mag_base", "did you mean one_wa?")
 
 
-def test_value_errors_come_all_together(refused):
+def test_wrong_values_are_reported_together(refused):
     lines = refused("sparsity.ratio=2", "sparsity.round_to=0", "model.dtype=int8", "allocator.temperature=-1", "seed=x")
     keys = {line.partition("=")[0] for line in lines}
     assert keys == {"sparsity.ratio", "sparsity.round_to", "model.dtype", "allocator.temperature", "seed"}
@@ -457,7 +457,7 @@ def test_task_whose_data_file_is_missing(refused, zero_shot, tmp_path):
     mentions(lines, "river_cloze", "river.jsonl", "does not exist")
 
 
-def test_inputs_are_all_looked_at_before_one_is_refused(refused, perplexity, tmp_path):
+def test_all_inputs_are_checked_before_one_is_refused(refused, perplexity, tmp_path):
     lines = refused(
         *perplexity,
         "sparsity.ratio=0.99",
@@ -503,7 +503,7 @@ def test_no_network_says_how_to_give_a_local_path(refused, sound_words, replaced
 
 
 @pytest.mark.usefixtures("offline")
-def test_what_the_hubs_cache_holds_serves_without_a_network(run_cfsp, sound_words, model_folder, tmp_path):
+def test_cached_hub_files_are_used_without_a_network(run_cfsp, sound_words, model_folder, tmp_path):
     def cached(repository: str) -> Path:
         folder, commit = tmp_path / "hub" / repository, "0123456789" * 4
         (folder / "refs").mkdir(parents=True)
@@ -532,7 +532,7 @@ def test_what_the_hubs_cache_holds_serves_without_a_network(run_cfsp, sound_word
     [lambda: hub.fetch_file("a/b", "c.txt", None), lambda: _snapshot("a/b")],
     ids=["file", "snapshot"],
 )
-def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, fetch):
+def test_a_hub_without_an_answer_gets_one_request(monkeypatch, fetch):
     """The downloads of huggingface_hub retry for half a minute; they are told to look into the cache only."""
     asked = []
 
@@ -568,7 +568,7 @@ def _snapshot(repo: str) -> Path:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_why_the_hub_did_not_give_it(error, reason):
+def test_reasons_of_failed_hub_requests(error, reason):
     line = hub.hub_error("model.path=a/b", error.__new__(error), "a local folder")
     mentions([line], "model.path=a/b: ", reason, "give a local folder")
 

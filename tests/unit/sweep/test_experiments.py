@@ -33,7 +33,7 @@ def test_experiments_and_their_folders_are_the_same():
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_word_of_every_variant_composes_and_parses(name):
+def test_every_override_of_every_variant_composes_and_parses(name):
     experiment = load_experiment(name)
     assert {"bundled", "paper"} <= set(experiment.variants)
     for variant in experiment.variants:
@@ -78,14 +78,14 @@ def test_a_grid_is_the_product_of_each_entry_and_variants_replace():
     assert [str(cell) for cell in experiment.cells("w", {"a": ["5", "6"]})][:2] == ["a=5 b=c", "a=6 b=c"]
 
 
-def test_values_reach_the_runs_as_they_are():
+def test_values_reach_the_runs_unchanged():
     long = "/" + "x" * 300
     experiment = Experiment(name="x", title="x", runs=[{"a": 1, "b": True, "c": None, "d": 0.5}], variants={"v": {}})
     (cell,) = experiment.cells("v", override_values([f"e={long}", "f='two  words'"]))
     assert cell.overrides == ("a=1", "b=true", "c=null", "d=0.5", f"e={long}", "f='two  words'")
 
 
-def test_words_of_the_command_line():
+def test_overrides_of_the_command_line():
     assert override_values(["a=1", "b=x,y", "c=[1,2]", "d=null"]) == {
         "a": "1",
         "b": ["x", "y"],
@@ -105,7 +105,7 @@ def _refused(capsys, *words: str) -> str:
     return line
 
 
-def test_what_is_refused_in_one_line(capsys, tmp_path):
+def test_wrong_command_lines_are_refused_in_one_line(capsys, tmp_path):
     places = [f"paths.{key}={tmp_path / key}" for key in ("output_dir", "records_dir", "cache_dir")]
     assert "experiment=singel_shot: there is no such experiment; did you mean single_shot?" in _refused(
         capsys, "experiment=singel_shot"
@@ -138,7 +138,7 @@ def test_what_is_refused_in_one_line(capsys, tmp_path):
         ("- 1", "mapping"),
     ],
 )
-def test_a_file_that_is_no_experiment(tmp_path, text, said):
+def test_an_invalid_grid_file_is_refused(tmp_path, text, said):
     (tmp_path / "x").mkdir()
     (tmp_path / "x/grid.yaml").write_text(text)
     with pytest.raises(ConfigError, match=said):

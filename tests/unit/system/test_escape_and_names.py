@@ -41,7 +41,7 @@ def test_formulas_are_text_in_a_spreadsheet_and_numbers_stay(text, shown):
     assert escape.cell(text) == shown
 
 
-def test_nothing_of_a_record_is_live_in_a_table(tmp_path):
+def test_texts_of_a_record_are_escaped_in_tables(tmp_path):
     cells = [cell_of(pruner, 0) for pruner in ("cfsp", "flap", "uniform")]
     for cell in cells:
         record = record_of(cell, 50.0, environment={**ENVIRONMENT, "cpu": HOSTILE, "packages": {"torch": HOSTILE}})
@@ -71,11 +71,11 @@ def test_nothing_of_a_record_is_live_in_a_table(tmp_path):
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "...", "a/b", "../x", "a b", "a\nb", "\u00e9", "x" * 101, "a\\b", None, 1]
 )
-def test_what_cannot_be_a_folder_is_no_name(name):
+def test_invalid_folder_names_are_refused(name):
     assert not is_name(name)
 
 
-def test_names_as_there_are_pass():
+def test_usual_names_are_accepted():
     assert all(map(is_name, ("qwen2.5_7b", "stories260K", "a-b.c_d", "x" * 100)))
 
 

@@ -42,7 +42,7 @@ def server(models, cache, monkeypatch):
     monkeypatch.setattr(patient_session, "_FIRST_PAUSE", 0.01)
     monkeypatch.setattr(patient_session, "_LONGEST_OWN_PAUSE", 0.05)
     monkeypatch.setattr(patient_session, "PATIENCE", 1.0)
-    monkeypatch.setattr(hub, "_BRIEF", 0.05)
+    monkeypatch.setattr(hub, "_BRIEF_PATIENCE", 0.05)
     patient_session.forget_outage()
     gated = ["org/gated", "org/closed"]
     with local.module("serve").LocalHub(models, shared("hub"), gated=gated, token="hf_right") as running:
@@ -100,7 +100,7 @@ def test_a_text_is_found_again_offline(server, cache, monkeypatch, revision):
     mentions([str(refused.value)], "calibration.hub.repo=Salesforce/wikitext", "HF_HUB_OFFLINE=0", "calibration.path=")
 
 
-def test_a_cache_in_part_is_said_to_be_one(server, cache, monkeypatch):
+def test_a_partial_cache_is_reported_as_partial(server, cache, monkeypatch):
     hub.fetch_snapshot(MODEL, None, allow=["config.json"], ignore=[])
     offline(server, cache, monkeypatch)
     with pytest.raises(CheckpointError) as refused:
@@ -150,14 +150,14 @@ def test_links_of_the_cache_stay_within_it(server):
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 @pytest.mark.parametrize("where", ["/api/models/local/stories260K$", "/tree/", "/resolve/"])
-def test_api_listing_and_files_are_asked_again(server, status, where):
+def test_requests_for_the_api_lists_and_files_are_repeated(server, status, where):
     server.fault(status=status, times=3, match=where)
     model()
     assert [answer for *_, answer in server.requests].count(status) == 3
 
 
 @pytest.mark.parametrize("where", ["/api/datasets/", "/resolve/"])
-def test_texts_are_asked_for_again(server, where):
+def test_requests_for_texts_are_repeated(server, where):
     server.fault(status=503, times=3, match=where)
     assert text().path.stat().st_size > 100_000
 
@@ -175,7 +175,7 @@ def test_a_hub_that_keeps_failing_is_given_up(server):
     assert len(server.requests) - asked <= 4
 
 
-def test_a_hub_that_is_away_gives_way_to_the_cache(server, models, monkeypatch, caplog):
+def test_the_cache_is_used_if_the_hub_is_unreachable(server, models, monkeypatch, caplog):
     before = model()
     renewed(models)
     monkeypatch.setattr(hub, "_commits", {})
@@ -188,7 +188,7 @@ def test_a_hub_that_is_away_gives_way_to_the_cache(server, models, monkeypatch, 
     assert model() == before  # this process keeps to what it has begun with
 
 
-def test_a_hub_that_comes_back_is_waited_for(server, monkeypatch):
+def test_requests_wait_for_a_hub_that_comes_back(server, monkeypatch):
     server.stop()
     pauses = []
 
@@ -198,18 +198,18 @@ def test_a_hub_that_comes_back_is_waited_for(server, monkeypatch):
             server.start()
 
     monkeypatch.setattr(patient_session.time, "sleep", sleep)
-    monkeypatch.setattr(hub, "_BRIEF", 0)
+    monkeypatch.setattr(hub, "_BRIEF_PATIENCE", 0)
     model()
     assert len(pauses) == 4
 
 
-def test_files_that_break_off_go_on(server):
+def test_interrupted_downloads_are_resumed(server):
     server.fault(fail_after=100_000, match="safetensors", times=2)
     assert len(list(model().folder.glob("*.safetensors"))) == 3
 
 
-def test_noise_of_attempts_goes_to_the_log_file(server, tmp_path, capfd, caplog):
-    from cfsp.system.library_logs import write_waiting
+def test_messages_of_attempts_go_to_the_log_file(server, tmp_path, capfd, caplog):
+    from cfsp.system.library_logs import write_early_records
 
     caplog.set_level(logging.INFO, "cfsp")  # as the command line does
     server.fault(status=503, times=2, match="/api/models")
@@ -217,7 +217,7 @@ def test_noise_of_attempts_goes_to_the_log_file(server, tmp_path, capfd, caplog)
     captured = capfd.readouterr()
     assert "503" not in captured.err + captured.out
     handler = logging.FileHandler(tmp_path / "run.log")
-    write_waiting(handler)
+    write_early_records(handler)
     handler.close()
     assert "the hub answered 503 (Service Unavailable); asked again" in (tmp_path / "run.log").read_text()
 
@@ -265,14 +265,14 @@ def test_pauses_grow_and_end(monkeypatch, clock):
     [({"Retry-After": "7"}, 7), ({"RateLimit": '"api";r=0;t=55'}, 55), ({"RateLimit": '"api";r=3;t=55'}, 1), ({}, 1)],
     ids=["seconds", "rate limit", "rate limit with some left", "not said"],
 )
-def test_a_server_is_given_the_time_that_it_asks_for(monkeypatch, clock, headers, pause):
+def test_the_pause_that_a_server_requests_is_respected(monkeypatch, clock, headers, pause):
     client = session(monkeypatch, [(429, headers), (200, {})])
     with patient_session.patient_session():
         assert client.get("http://hub/").status_code == 200
     assert clock == [pause]
 
 
-def test_a_server_that_asks_for_too_much_is_given_up_at_once(monkeypatch, clock):
+def test_a_request_is_given_up_if_the_server_requests_too_long_a_pause(monkeypatch, clock):
     client = session(monkeypatch, [(429, {"Retry-After": "3600"})])
     with patient_session.patient_session(), pytest.raises(HubFailedError, match="asks to come back in 3600 s"):
         client.get("http://hub/")
@@ -289,7 +289,7 @@ def test_broken_connections_are_opened_again(monkeypatch, clock, name):
     assert clock == [1]
 
 
-def test_nobody_waits_for_what_is_only_counted(monkeypatch, clock):
+def test_requests_without_a_needed_answer_are_not_repeated(monkeypatch, clock):
     client = session(monkeypatch, [(503, {})])
     with patient_session.patient_session():
         assert client.head("http://elsewhere/count").status_code == 503
@@ -385,7 +385,7 @@ def test_a_full_disk_names_the_folder(server, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("body", ["<html>please sign in</html>", "{}"], ids=["html", "json"])
-def test_an_answer_that_is_no_hubs(monkeypatch, tmp_path, body):
+def test_an_answer_that_does_not_come_from_a_hub(monkeypatch, tmp_path, body):
     """A captive portal, or an HF_ENDPOINT that is another server's."""
     from huggingface_hub.utils import httpx
 
@@ -399,7 +399,7 @@ def test_an_answer_that_is_no_hubs(monkeypatch, tmp_path, body):
 
 
 @pytest.mark.parametrize("place", ["missing", "file"])
-def test_a_cache_folder_that_cannot_be(server, tmp_path, monkeypatch, place):
+def test_a_cache_folder_that_cannot_be_created(server, tmp_path, monkeypatch, place):
     (tmp_path / "file").write_text("")
     folder = Path("/proc/nowhere") if place == "missing" else tmp_path / "file"
     local.use(server.endpoint, folder, monkeypatch)
@@ -469,7 +469,7 @@ def data_sets(server, models, cache, monkeypatch):
     ],
     ids=["gated", "missing", "configuration", "no files"],
 )
-def test_task_data_that_cannot_be_had(data_sets, repo, name, parts):
+def test_task_data_that_cannot_be_fetched(data_sets, repo, name, parts):
     with pytest.raises(DataError) as refused:
         data_sets(repo, name)
     mentions([str(refused.value)], "evaluation.zero_shot.tasks=task: ", "give local tasks", *parts)
@@ -484,7 +484,7 @@ def test_task_data_without_the_split(data_sets):
 
 
 @pytest.mark.parametrize("where", ["/api/", "README", "jsonl"])
-def test_task_data_are_asked_for_again(data_sets, server, where):
+def test_requests_for_task_data_are_repeated(data_sets, server, where):
     server.fault(status=503, times=3, match=f"datasets/org/parts.*{where}|{where}datasets/org/parts")
     assert len(data_sets("org/parts")["train"]) == 1
     assert [status for *_, status in server.requests].count(503) == 3
@@ -497,12 +497,12 @@ def test_task_data_of_a_hub_that_keeps_failing(data_sets, server):
     mentions([str(refused.value)], "evaluation.zero_shot.tasks=task: the hub answered 503", "try again later")
 
 
-def test_errors_that_are_not_of_fetching_pass():
+def test_errors_that_do_not_come_from_fetching_pass_unchanged():
     with pytest.raises(KeyError), hub.fetching("evaluation.zero_shot.tasks=task", "local tasks"):
         raise KeyError("choice")
 
 
-def test_errors_name_the_key_that_the_evaluator_stands_under():
+def test_errors_name_the_key_of_the_evaluator():
     from cfsp.evaluation.base import under_its_key
     from cfsp.evaluation.zero_shot import ZeroShot
 

@@ -71,7 +71,7 @@ def server(running, tmp_path, monkeypatch) -> Iterator[Any]:
     monkeypatch.setattr(patient_session, "_FIRST_PAUSE", 0.01)
     monkeypatch.setattr(patient_session, "_LONGEST_OWN_PAUSE", 0.05)
     monkeypatch.setattr(patient_session, "PATIENCE", 1.0)
-    monkeypatch.setattr(hub, "_BRIEF", 0.05)
+    monkeypatch.setattr(hub, "_BRIEF_PATIENCE", 0.05)
     monkeypatch.setattr(hub, "_commits", {})
     patient_session.forget_outage()
     running.requests.clear()
@@ -184,7 +184,7 @@ def test_gguf_files_that_cannot_be_chosen(server):
     mentions([refused(GGUF, gguf_file="tiny.gguf", revision="v9")], f"model.path={GGUF}", "no such revision (v9)")
 
 
-def test_a_list_of_files_that_cannot_be_had_is_not_an_empty_one(server, monkeypatch):
+def test_a_failed_list_of_files_is_not_an_empty_list(server, monkeypatch):
     def failing(*_: Any, **__: Any) -> None:
         raise patient_session.HubFailedError("the hub answered 503, after 5 attempts")
 
@@ -225,7 +225,7 @@ def test_inspect_reads_the_header_of_the_gguf_file(server, run_cfsp):
     assert "GGUF, F32" in out.splitlines()[1]
 
 
-def test_inspect_of_gguf_files_that_cannot_be_had(server, run_cfsp):
+def test_inspect_of_gguf_files_that_cannot_be_fetched(server, run_cfsp):
     code, _, err = run_cfsp("inspect", f"path={SEVERAL}", defaults=False)
     assert code == 2
     mentions(err.splitlines(), f"path={SEVERAL}", "tiny-f32.gguf, tiny-q8_0.gguf", " gguf_file=NAME")

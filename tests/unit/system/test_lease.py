@@ -12,7 +12,7 @@ import time
 import pytest
 
 from cfsp.system import lease
-from cfsp.system.lease import holder, take, waited
+from cfsp.system.lease import hold_lease, holder, take
 
 HOLD = "import sys, time; from pathlib import Path; from cfsp.system.lease import take; l = take(Path(sys.argv[1])); " \
     "print('held' if l else 'no', flush=True); time.sleep(60)"  # fmt: skip
@@ -29,7 +29,7 @@ def other(tmp_path):
     process.wait()
 
 
-def test_one_has_it_until_it_gives_it_back(tmp_path):
+def test_a_lease_has_one_holder_until_its_release(tmp_path):
     path = tmp_path / "a" / "work"
     first = take(path)
     assert first is not None
@@ -43,7 +43,7 @@ def test_one_has_it_until_it_gives_it_back(tmp_path):
     again.release()
 
 
-def test_a_killed_process_holds_nothing(tmp_path, other):
+def test_a_killed_process_holds_no_lease(tmp_path, other):
     path = tmp_path / "work"
     assert take(path) is None
     assert str(other.pid) in str(holder(path))
@@ -55,11 +55,11 @@ def test_a_killed_process_holds_nothing(tmp_path, other):
     mine.release()
 
 
-def test_waiting_ends_when_the_other_does(tmp_path, other):
+def test_waiting_ends_when_the_holder_releases(tmp_path, other):
     told = []
     other.send_signal(signal.SIGSTOP)  # asleep it still has its lock
     subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(1); os.kill({other.pid}, 9)"])
-    with waited(tmp_path / "work", told.append):
+    with hold_lease(tmp_path / "work", told.append):
         assert holder(tmp_path / "work")
     assert len(told) == 1
     assert str(other.pid) in told[0]
@@ -70,7 +70,7 @@ def _of_another_machine(path, age):
     os.utime(path, (time.time() - age,) * 2)
 
 
-def test_another_machine_keeps_it_while_its_heart_beats(tmp_path, monkeypatch):
+def test_another_machine_keeps_the_lease_while_its_heartbeat_continues(tmp_path, monkeypatch):
     path = tmp_path / "work"
     _of_another_machine(path, age=lease.STALE / 2)
     assert take(path) is None
@@ -84,7 +84,7 @@ def test_another_machine_keeps_it_while_its_heart_beats(tmp_path, monkeypatch):
     mine.release()
 
 
-def test_the_heart_beats(tmp_path, monkeypatch):
+def test_the_holder_renews_its_heartbeat(tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "BEAT", 0.05)
     path = tmp_path / "work"
     mine = take(path)
@@ -97,23 +97,23 @@ def test_the_heart_beats(tmp_path, monkeypatch):
     mine.release()
 
 
-def test_a_lease_that_was_taken_over_meanwhile_is_not_set_aside(tmp_path):
+def test_a_lease_that_was_replaced_meanwhile_is_not_removed(tmp_path):
     path = tmp_path / "work"
     _of_another_machine(path, age=0)
-    lease._set_aside(path, over="an older one", token="mine")
+    lease._remove_lost(path, over="an older one", token="mine")
     assert json.loads(path.read_text())["token"] == "theirs"
-    lease._set_aside(path, over="theirs", token="mine")
+    lease._remove_lost(path, over="theirs", token="mine")
     assert not path.exists()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_many_processes_take_turns(tmp_path):
+def test_many_processes_hold_the_lease_in_turn(tmp_path):
     """Eight processes count up a number in a file, each twenty times: without mutual exclusion some are lost."""
     code = (
-        "import sys; from pathlib import Path; from cfsp.system.lease import waited\n"
+        "import sys; from pathlib import Path; from cfsp.system.lease import hold_lease\n"
         "folder = Path(sys.argv[1])\n"
         "for _ in range(20):\n"
-        "    with waited(folder / 'lease', lambda who: None, every=0.001):\n"
+        "    with hold_lease(folder / 'lease', lambda who: None, every=0.001):\n"
         "        count = int((folder / 'n').read_text()); (folder / 'n').write_text(str(count + 1))\n"
     )
     (tmp_path / "n").write_text("0")
@@ -122,7 +122,7 @@ def test_many_processes_take_turns(tmp_path):
     assert (tmp_path / "n").read_text() == "160"
 
 
-def test_who_has_lost_it_does_not_keep_it_alive_for_the_next(tmp_path, monkeypatch, caplog):
+def test_a_former_holder_does_not_renew_the_lease_of_its_successor(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(lease, "BEAT", 0.02)
     first = take(tmp_path / "work")
     assert first is not None

@@ -35,13 +35,13 @@ def system(tmp_path, monkeypatch):
     return write
 
 
-def test_no_group_leaves_what_the_machine_has(system) -> None:
+def test_without_control_groups_the_memory_of_the_machine_counts(system) -> None:
     system(None, {})
     assert memory.available(CPU) == pytest.approx(64 * GB, abs=1024)
     assert memory.capacity(CPU) == pytest.approx(128 * GB, abs=1024)
 
 
-def test_the_group_of_the_process_and_those_above_it_limit(system) -> None:
+def test_the_control_group_of_the_process_and_its_parents_limit_memory(system) -> None:
     system(
         "0::/user.slice/job\n",
         {
@@ -61,7 +61,7 @@ def test_the_group_of_the_process_and_those_above_it_limit(system) -> None:
     assert memory.available(CPU) == 0
 
 
-def test_the_batch_size_does_not_go_with_what_happens_to_be_free(system) -> None:
+def test_the_batch_size_does_not_depend_on_the_momentary_free_memory(system) -> None:
     """A killed calibration is found under its batch size, so the rerun must come to the same one."""
     view = resolve(tiny_model(width=64))
     asked = partial(batch_size, "auto", view, 256)
@@ -78,12 +78,12 @@ def test_the_batch_size_does_not_go_with_what_happens_to_be_free(system) -> None
 
 
 @pytest.mark.parametrize("path", ["/", "/../..", "/seen/by/the/machine/only"])
-def test_the_root_that_a_container_sees_limits(system, path) -> None:
+def test_the_root_group_of_a_container_limits_memory(system, path) -> None:
     system(f"0::{path}\n", {"memory.max": 8 * GB, "memory.current": 2 * GB})
     assert memory.available(CPU) == 6 * GB
 
 
-def test_groups_of_version_1_limit(system) -> None:
+def test_control_groups_of_version_1_limit_memory(system) -> None:
     system(
         "12:cpu,cpuacct:/job\n9:memory:/docker/abc\n0::/docker/abc\n",
         {
