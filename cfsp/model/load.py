@@ -109,24 +109,35 @@ def language_model_of(model: Any, config: Any, source: ModelSource) -> Any:
     return alone
 
 
-def load(path: str | Path, *, dtype: DType = "auto", device: str = "auto") -> tuple[Any, Any]:
+def load(
+    path: str | Path,
+    *,
+    dtype: DType = "auto",
+    device: str = "auto",
+    dequantize: bool = False,
+    gguf_file: str | None = None,
+) -> tuple[Any, Any]:
     """Load a model, pruned or not, from a folder or the hub.
 
     Example:
         >>> model, tokenizer = cfsp.load("out/pruned")
 
     Args:
-        path: a model folder or a hub id.
+        path: a model folder, a GGUF file or a hub id.
         dtype: dtype of the weights; auto is float32 on CPU, else the checkpoint's.
         device: device of the model; auto is cuda where there is a GPU, else cpu.
+        dequantize: dequantise the weights of a quantised checkpoint to float32, as ``model.dequantize=true`` does.
+        gguf_file: name of the GGUF file in a folder or repository that holds several.
 
     Returns:
         The model in eval mode, and its tokenizer.
 
     Raises:
-        CheckpointError: the folder is missing, incomplete or damaged.
+        CheckpointError: the folder is missing, incomplete or damaged, or its weights are quantised and ``dequantize``
+            is false.
     """
-    source = locate(ModelSection(name=Path(path).name, path=str(path)))
+    section = ModelSection(name=Path(path).name, path=str(path), dequantize=dequantize, gguf_file=gguf_file)
+    source = locate(section)
     place = resolve_device(device)
     model = load_model(source, dtype=resolve_dtype(dtype, place, source), device=place)
     return model, load_tokenizer(source)

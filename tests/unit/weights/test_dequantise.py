@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import cfsp
 from cfsp.checkpoint.save import save_checkpoint
 from cfsp.config.sections import ModelSection
 from cfsp.errors import CheckpointError
@@ -173,6 +174,15 @@ def test_a_package_that_is_missing(tmp_path, package, settings, name):
     folder = quantised.marked(tmp_path / "model", tiny_model("llama", blocks=2), **settings)
     message = refused(folder)
     mentions([message], f"quantised ({name})", "pip install", package.replace("_", "-"), "before quantisation")
+
+
+def test_load_dequantises_in_python_too(tmp_path):
+    values = fp8_dense(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="quantised"):
+        cfsp.load(tmp_path / "model")
+    model, _ = cfsp.load(tmp_path / "model", dtype="float32", dequantize=True)
+    weights = model.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in values.items())
 
 
 def test_a_checkpoint_is_dequantised_only_where_it_is_asked_for(tmp_path):
