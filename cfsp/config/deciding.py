@@ -35,7 +35,8 @@ class Decides:
             no figure depends on it.
         before: value that reproduces versions without this setting. With this value the setting is left out of the
             identity, so that runs of those versions keep theirs.
-        alike: (value, other): tables match a run with ``value`` as if it had ``other``. The identities differ.
+        alike: (value, other): two values that stand for the same. The identity has ``value`` for both, tables have
+            ``other`` for both.
         chosen_by: name of the field that lists the used entries of a dictionary; other entries decide nothing.
     """
 
@@ -94,8 +95,8 @@ def separate(schema: type | None, settings: Mapping[str, Any], lookup: Lookup | 
             continue
         if mark.what == "content":
             parts.places[key] = value
-        elif lookup is not None and mark.alike is not None and value == mark.alike[0]:
-            parts.values[key] = mark.alike[1]
+        elif mark.alike is not None and value in mark.alike:
+            parts.values[key] = mark.alike[0 if lookup is None else 1]
         elif lookup is not None or mark.what != "name":
             parts.add(key, _part_of(annotation, value, lookup))
     return parts

@@ -9,7 +9,9 @@ import pytest
 
 from cfsp.benchmark import calibration_fit
 from cfsp.benchmark import sweep as benchmark_sweep
+from cfsp.cli import sweep
 from cfsp.cli.tables import contents
+from cfsp.config.identity import digest
 from cfsp.sweep.experiment import experiment_names
 from cfsp.sweep.request import request_of
 from cfsp.tables.collection import collect
@@ -53,6 +55,23 @@ def test_tables_and_figures_are_those_of_the_records(name, variant):
     assert made == {path: (RESULTS / path).read_bytes() for path in made}
     kept = [path for kind in ("tables", "figures") for path in (RESULTS / kind / name / variant).glob("*")]
     assert {path.relative_to(RESULTS) for path in kept} == set(made)
+
+
+@pytest.mark.parametrize("name", ["block_metric", "speed", "ig_lora_check"])
+def test_a_sweep_finds_what_was_committed(name, monkeypatch, capsys):
+    """Whoever gives the command again pays for nothing: the run ids of today are those of the committed records."""
+    monkeypatch.chdir(ROOT)
+    assert sweep.main([f"experiment={name}", "status=true"]) == 0
+    records = len(list((RESULTS / "records" / name / "bundled").glob("*.json")))
+    assert f"{records} runs: {records} done, 0 running, 0 failed, 0 interrupted, 0 missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "variant"), RECORDED)
+def test_run_ids_are_those_of_the_identities(name, variant):
+    for file in (RESULTS / "records" / name / variant).glob("*.json"):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        assert record["run_id"] == file.stem
+        assert record["run_id"].endswith(digest(record["identity"])[:12])
 
 
 @pytest.mark.parametrize(("name", "variant"), RECORDED)
