@@ -14,14 +14,19 @@ if TYPE_CHECKING:
     from cfsp.weights.source import ModelSource
 
 
+#: Types of Python that libraries name -> what a user has to write.
+_TYPES = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "list": "a list"}
+
+
 def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     """Return the transformers configuration of a model folder; pruned folders need no remote code.
 
     Raises:
         ConfigError: the model needs code that may not run, or has no language model inside.
+        CheckpointError: a value in config.json cannot be used.
         UnsupportedModelError: transformers does not know the model.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     model_type = str(source.config.get("model_type", ""))
     if model_type.startswith(PRUNED_PREFIX):
@@ -39,6 +44,11 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     except ConfigError:
         raise
     except Exception as error:  # the checks in transformers raise many types
+        if model_type in CONFIG_MAPPING:
+            raise CheckpointError(
+                f"model.path={source.origin}: config.json cannot be used (model_type={model_type}): "
+                f"{first_line(error)}{suspects(source.config, error)}; correct the value, or fetch the file again"
+            ) from error
         raise UnsupportedModelError(
             f"model.path={source.origin}: transformers does not know this model (model_type={model_type or None}): "
             f"{first_line(error)}{suspects(source.config, error)}"
@@ -78,15 +88,23 @@ def first_line(error: Exception) -> str:
     """Return the line of an error that says what is wrong; "Validation error for field ...:" says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = next((line for line in lines if not line.endswith(":")), type(error).__name__)
+    reason = re.sub(r"^\w+Error: ", "", reason)
     reason = re.sub(r" doesn't match any type in .*", " is of another type than the key takes", reason)
-    return re.sub(r"^\w+Error: ", "", reason)
+    # Libraries name types of Python, where a user has written JSON.
+    expected = re.match(r"Field '(\w+)' expected (\w+), got \w+ \(value: (.*)\)$", reason)
+    if expected:
+        value = {"None": "null", "True": "true", "False": "false"}.get(expected[3], expected[3][:60])
+        reason = f"{expected[1]} is {value}, and {_TYPES.get(expected[2], expected[2])} is expected"
+    if re.search(r"by zero$|0.0 cannot be raised to a negative power", reason):
+        reason = "it divides by a value that is zero"
+    return reason
 
 
 def suspects(config: Mapping[str, Any], error: Exception) -> str:
     """Name the keys of config.json that hold the value an error is about: an unknown word, or a zero divided by."""
     if isinstance(error, KeyError):
         wrong: Any = error.args[0] if error.args else None
-    elif "by zero" in str(error):
+    elif re.search(r"by (a value that is )?zero|0.0 cannot be raised to a negative power", str(error)):
         wrong = 0
     else:
         return ""

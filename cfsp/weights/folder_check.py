@@ -150,6 +150,12 @@ def read_config(folder: Path, where: str) -> dict[str, Any]:
                 f"{where}: config.json asks for {key}={count:,}, more than the {limit:,} that are taken; fetch the "
                 "model again"
             )
+    for key in ("max_position_embeddings", "n_positions"):
+        if isinstance(config.get(key), int) and config[key] < 1:
+            raise CheckpointError(
+                f"{where}: config.json says {key}={config[key]}, and a whole number from 1 is expected; correct it, or "
+                "fetch the file again"
+            )
     named = config.get("transformers_weights")
     if named is not None:  # transformers would read this file instead of those that were checked
         raise CheckpointError(

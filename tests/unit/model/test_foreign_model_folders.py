@@ -410,6 +410,24 @@ def test_counts_without_end_are_refused(model_folder, settings, refused, sound_w
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"num_attention_heads": 0}, ("it divides by a value that is zero", "num_attention_heads")),
+        ({"vocab_size": None}, ("vocab_size is null, and a whole number is expected",)),
+        ({"hidden_size": "x"}, ("hidden_size is 'x', and a whole number is expected",)),
+        ({"rms_norm_eps": None}, ("rms_norm_eps is null, and a number is expected",)),
+        ({"head_dim": 0}, ("it divides by a value that is zero", "head_dim")),
+        ({"max_position_embeddings": -1}, ("max_position_embeddings=-1", "a whole number from 1")),
+    ],
+)
+def test_a_value_of_the_configuration_is_named_in_plain_words(model_folder, settings, said, refused, sound_words):
+    change(model_folder, **settings)
+    (line,) = refused(*sound_words)
+    mentions([line], "model.path=", *said)
+    assert "does not know this model" not in line
+
+
 def test_a_pile_of_layers_is_refused_without_weights_too(model_folder, refused):
     (model_folder / "model.safetensors").unlink()
     change(model_folder, num_hidden_layers=10_000_000)
