@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from cfsp.allocator.base import Allocation
+from cfsp.allocator.coarse import Coarse
+from cfsp.allocator.reconstruction import Reconstruction
+from cfsp.allocator.uniform import Uniform
 from cfsp.config.components import component
 from cfsp.config.contracts import Allocator
 from cfsp.errors import RunError
@@ -51,10 +54,6 @@ class Search(Allocator):
         return self.allocators()[0].allocate(scores, sizes, keep)
 
     def allocators(self) -> list[Allocator]:
-        from cfsp.allocator.coarse import Coarse
-        from cfsp.allocator.reconstruction import Reconstruction
-        from cfsp.allocator.uniform import Uniform
-
         known: dict[str, Callable[[], Allocator]] = {
             "coarse": Coarse, "uniform": Uniform, "reconstruction": Reconstruction,
         }  # fmt: skip

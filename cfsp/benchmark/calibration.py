@@ -22,6 +22,11 @@ from cfsp.benchmark.shapes import (
     in_memory,
     random_ids,
 )
+from cfsp.config.compose import compose
+from cfsp.config.parse import parse
+from cfsp.evaluation.cost import peak_beside
+from cfsp.importance.base import score
+from cfsp.record.stages import Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +51,7 @@ def measure(settings: Settings) -> Result:
     """
     import torch
 
+    # Start-up time: loads torch.
     from cfsp.model.device import resolve_device
 
     device = resolve_device(settings.device)
@@ -171,8 +177,6 @@ def compared(
 
 def stages(model: Any, ids: Tensor, batch_size: int, folder: Path) -> dict[str, dict[str, Any]]:
     """Return seconds and peak memory of each stage; plan scores too. The model is restored at the end."""
-    from cfsp.record.stages import Stages
-
     recorded = Stages()
     try:
         for name, call in _stage_calls(model, ids, batch_size, folder):
@@ -189,8 +193,6 @@ def stages(model: Any, ids: Tensor, batch_size: int, folder: Path) -> dict[str, 
 
 def peak_bytes(model: Any, ids: Tensor, batch_size: int, folder: Path) -> tuple[dict[str, int], int]:
     """Return the peak bytes beside the weights of the bare pass and of each stage, and the calls of the LM head."""
-    from cfsp.evaluation.cost import peak_beside
-
     weights, on_device = [*model.parameters(), *model.buffers()], ids.to(model.device)
     peaks = {"bare": peak_beside(weights, on_device, lambda: bare(model, on_device, batch_size))}
     calls: list[object] = []
@@ -213,13 +215,11 @@ def weights_bytes(model: Any) -> int:
 
 def _stage_calls(model: Any, ids: Tensor, batch_size: int, folder: Path) -> Any:
     """Yield the stages in order. Each must be called before the next is taken."""
+    # Start-up time: loads numpy, safetensors, torch.
     from cfsp.architecture.views import resolve
     from cfsp.calibration.calibration_set import from_ids
     from cfsp.checkpoint.save import save_checkpoint
-    from cfsp.config.compose import compose
-    from cfsp.config.parse import parse
     from cfsp.data.limits import Limits
-    from cfsp.importance.base import score
     from cfsp.model.driver import BlockDriver
     from cfsp.model.snapshot import restored
     from cfsp.pruner.apply import apply

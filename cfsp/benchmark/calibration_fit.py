@@ -20,6 +20,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from cfsp.evaluation.perplexity import negative_log_likelihood
+from cfsp.record import environment
+from cfsp.system.package import ROOT
+
 WINDOWS, SEQ_LEN, HELD_OUT, SEEDS, RATIO = (2, 4, 8, 16, 32, 64, 128, 256), 256, 80, (0, 1, 2), 0.5
 #: Pruner and overrides of each method.
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -54,8 +58,6 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     import cfsp
-    from cfsp.record import environment
-    from cfsp.system.package import ROOT
 
     assets = ROOT / "assets"
     model, tokenizer = cfsp.load(options.model or assets / "books7m", dtype="float32")
@@ -104,6 +106,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
 
 def perplexities(model: Any, plan: Any, ids: Any, test: Any) -> dict[str, float]:
     """Return the perplexities of the pruned model on its calibration windows and on held-out ones."""
+    # Start-up time: loads torch.
     import cfsp
     from cfsp.model.snapshot import restored
 
@@ -114,8 +117,6 @@ def perplexities(model: Any, plan: Any, ids: Any, test: Any) -> dict[str, float]
 
 def perplexity(model: Any, windows: Any) -> float:
     """Return exp of the mean NLL per predicted token."""
-    from cfsp.evaluation.perplexity import negative_log_likelihood
-
     total, count = negative_log_likelihood(model, windows, 8, "windows")
     return math.exp(total / count)
 

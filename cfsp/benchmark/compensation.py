@@ -36,6 +36,7 @@ def measure(settings: Settings) -> Result:
     """Measure a row for each way of pruning, then the kernels."""
     import torch
 
+    # Start-up time: loads torch.
     import cfsp
     from cfsp.model.device import resolve_device
 
@@ -68,6 +69,7 @@ def wide(device: torch.device) -> dict[str, Any]:
     """Measure seconds and bytes of the kernels at the FFN width of ``WIDE``, and estimate those of a whole model."""
     import torch
 
+    # Start-up time: loads torch.
     from cfsp.calibration.ffn_pairs import HELD_OUT
     from cfsp.calibration.gram import GramSums
     from cfsp.pruner.least_squares import refit
@@ -108,6 +110,7 @@ def newton_iteration(kept: int, hidden: int, device: torch.device) -> float:
     """Return the seconds per token of a conjugate-gradients iteration in a gated FFN that keeps ``kept`` neurons."""
     import torch
 
+    # Start-up time: loads torch.
     from cfsp.pruner.gauss_newton import FFNFunction, Matrices
 
     tokens = 256
@@ -124,6 +127,7 @@ def newton_iteration(kept: int, hidden: int, device: torch.device) -> float:
 
 def table(result: Result) -> str:
     """Render the table as Markdown."""
+    # Start-up time: loads torch.
     from cfsp.calibration.ffn_pairs import HELD_OUT
 
     rows = [

@@ -28,6 +28,7 @@ def measure(settings: Settings) -> Result:
     """Measure a row for each size that grows."""
     import torch
 
+    # Start-up time: loads torch.
     from cfsp.model.device import resolve_device
 
     device = resolve_device(settings.device)
@@ -66,6 +67,7 @@ def measured(grows: str, cases: list[tuple[int, Any, int]], repeats: int) -> dic
         cases: value of the size, model, and number of windows.
         repeats: how often each is timed. Only the calibration stage is timed.
     """
+    # Start-up time: loads numpy, safetensors, torch.
     from cfsp.architecture.views import resolve
     from cfsp.calibration.calibrate import calibrate
     from cfsp.calibration.calibration_set import from_ids

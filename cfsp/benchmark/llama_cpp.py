@@ -28,9 +28,12 @@ from cfsp.benchmark.alternation import pairwise
 from cfsp.benchmark.llama_cpp_environment import default_folder, environment
 from cfsp.benchmark.make_checkpoint import Shape, make_checkpoint
 from cfsp.benchmark.part import Check, Result, Settings, markdown, span, write
+from cfsp.checkpoint.save import save_checkpoint
 from cfsp.config.components import suggest
 from cfsp.errors import ConfigError, RunError
-from cfsp.export.gguf import GgufDType
+from cfsp.export.folder import read_folder
+from cfsp.export.gguf import GgufDType, export
+from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
 from cfsp.sweep.experiment import override_values
 from cfsp.system.command import command
 from cfsp.system.package import ROOT
@@ -117,8 +120,6 @@ def folders(work: Path, shape: Shape) -> dict[str, Path]:
     from transformers import AutoModelForCausalLM
 
     import cfsp
-    from cfsp.checkpoint.save import save_checkpoint
-    from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
 
     dense, pruned = work / "dense", work / "pruned"
     make_checkpoint(dense, shape)
@@ -154,9 +155,6 @@ def measured(python: Path, request: Request, files: dict[str, Path]) -> dict[str
 
 def measure(request: Request, shape: Shape = SHAPE) -> Result:
     """Measure a row for each dtype, of prompt and of generation."""
-    from cfsp.export.folder import read_folder
-    from cfsp.export.gguf import export
-
     python = environment(request.environment)
     result = Result("llama_cpp", "", program="cfsp benchmark llama_cpp")
     models = folders(request.work, shape)

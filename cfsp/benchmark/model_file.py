@@ -23,7 +23,10 @@ from cfsp.benchmark import calibration
 from cfsp.benchmark.alternation import alternated, pairwise
 from cfsp.benchmark.part import Check, Result, Settings, markdown, span, write
 from cfsp.benchmark.shapes import random_ids
+from cfsp.config.compose import compose
 from cfsp.errors import CfspError
+from cfsp.evaluation.cost import peak_beside
+from cfsp.evaluation.perplexity import negative_log_likelihood
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,10 +96,6 @@ def measure(options: argparse.Namespace) -> Result:
 
 def perplexity_row(model: Any, ids: Tensor, repeats: int) -> dict[str, Any]:
     """Time the perplexity, at the batch size of its preset, beside the forward pass with head at its best one."""
-    from cfsp.config.compose import compose
-    from cfsp.evaluation.cost import peak_beside
-    from cfsp.evaluation.perplexity import negative_log_likelihood
-
     batch = int(compose(["evaluation=perplexity"]).evaluation.perplexity.batch_size)
     passes: dict[int, Callable[[], object]] = {
         size: partial(with_head, model, ids, size) for size in (1, 2, 4, 8) if size <= len(ids)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cfsp.record import environment
 from cfsp.tables.markdown_line import line
 
 
@@ -94,8 +95,6 @@ class Result:
 
 def write(result: Result, table: str, settings: Settings) -> None:
     """Write the record benchmarks/NAME.json and the table tables/benchmark_NAME.md under results."""
-    from cfsp.record import environment
-
     checks = [{**asdict(check), "met": check.met} for check in result.checks]
     record = {
         "part": result.name,
@@ -116,8 +115,6 @@ def write(result: Result, table: str, settings: Settings) -> None:
 
 def markdown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], result: Result, explained: str) -> str:
     """Render a table with its explanation, its limits and its environment. The first column is text."""
-    from cfsp.record import environment
-
     host = environment.describe()
     packages, git = host["packages"], host["git"] or {"commit": "an installed wheel", "dirty": False}
     gpus = f", {', '.join(host['gpus'])}" if host["gpus"] else ""

@@ -9,6 +9,7 @@ from typing import Any
 from cfsp.benchmark.alternation import pairwise
 from cfsp.benchmark.part import Check, Result, Settings, markdown, span
 from cfsp.benchmark.shapes import SHAPES, describe, dtypes_on, in_memory, random_ids
+from cfsp.evaluation.cost import time_sides
 
 #: Smallest ratio of measured to predicted speed-up.
 LIMIT = 0.90
@@ -50,6 +51,7 @@ def measure(settings: Settings) -> Result:
     """Measure a row for each shape, dtype and pruned model."""
     import torch
 
+    # Start-up time: loads torch.
     from cfsp.model.device import resolve_device
 
     device = resolve_device(settings.device)
@@ -70,9 +72,9 @@ def measure(settings: Settings) -> Result:
 
 def compared(model: Any, group: tuple[Variant, ...], repeats: int) -> list[dict[str, Any]]:
     """Return a row for each variant: speeds of dense and pruned, the measured speed-up, and the predicted one."""
+    # Start-up time: loads torch.
     import cfsp
     from cfsp.evaluation.base import Side
-    from cfsp.evaluation.cost import time_sides
     from cfsp.model.snapshot import Snapshot
 
     dense = Snapshot(model)
@@ -123,6 +125,7 @@ def predicted(model: Any, prompt_tokens: int, new_tokens: int) -> dict[str, int]
     """
     from torch import nn
 
+    # Start-up time: loads torch.
     from cfsp.architecture.views import resolve
 
     view = resolve(model)

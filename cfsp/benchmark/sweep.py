@@ -22,8 +22,11 @@ from statistics import median
 from typing import Any
 
 from cfsp.errors import ConfigError, RunError
+from cfsp.launcher.launch import Sequential
+from cfsp.record.run_record import RunRecord
 from cfsp.sweep.experiment import Experiment, Values, override_values
 from cfsp.system.command import command
+from cfsp.system.package import ROOT
 from cfsp.tables.markdown_line import line
 
 RATIOS = [0.2, 0.3, 0.4, 0.5]
@@ -51,8 +54,6 @@ def make_model(folder: Path) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from cfsp.system.package import ROOT
-
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "assets" / "books7m")
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=2 * SEQ_LEN, **SHAPE)
@@ -62,8 +63,7 @@ def make_model(folder: Path) -> None:
 
 def measured(model: Path, folder: Path, windows: int, ratios: list[float], allocators: list[str]) -> dict[str, Any]:
     """Run a sweep in this process; returns its seconds, and how often its runs loaded and calibrated."""
-    from cfsp.launcher.launch import Sequential
-    from cfsp.record.run_record import RunRecord
+    # Start-up time: loads numpy, safetensors, torch.
     from cfsp.sweep.job import prepare_jobs
 
     experiment = Experiment(

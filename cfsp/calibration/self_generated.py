@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.calibration.calibration_set import CalibrationSet
+from cfsp.config.identity import METHOD_VERSION, digest
 from cfsp.config.sections import SelfCalibration
 from cfsp.data.limits import Limits
+from cfsp.system.cache import read_or_compute
 from cfsp.system.progress import progress
 
 
@@ -66,9 +68,6 @@ def load_or_sample_windows(
     fingerprint: str,
 ) -> CalibrationSet:
     """Sample windows, or read them from ``cache``; the key is the model's ``fingerprint``, dtype, settings and seed."""
-    from cfsp.config.identity import METHOD_VERSION, digest
-    from cfsp.system.cache import read_or_compute
-
     decides = section.model_dump() | {"model": fingerprint, "seed": seed}
     decides |= {"dtype": str(next(model.parameters()).dtype), "version": METHOD_VERSION}
     path = cache / "load_or_sample_windows" / f"{digest(decides)[:32]}.npy"

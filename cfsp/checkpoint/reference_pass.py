@@ -48,6 +48,7 @@ def reference_of(model: Any, *, dtype: torch.dtype | None = None, tokenizer: Pat
     """
     import torch
 
+    # Start-up time: loads torch.
     from cfsp.architecture.weights import weights_of
 
     ids = torch.from_numpy(token_windows(model, tokenizer))
@@ -68,6 +69,7 @@ class StreamedReference:
     def __init__(self, model: Any, *, dtype: torch.dtype | None = None, tokenizer: Path | None = None) -> None:
         import torch
 
+        # Start-up time: loads torch.
         from cfsp.architecture.views import resolve
         from cfsp.model.driver import BlockDriver
 
@@ -83,6 +85,7 @@ class StreamedReference:
         """Run ``block`` over the windows; blocks have to come in order."""
         import torch
 
+        # Start-up time: loads torch.
         from cfsp.model.driver import run_block
 
         if block.index == self._seen:
@@ -243,6 +246,7 @@ def _as_stored(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """
     import torch
 
+    # Start-up time: loads torch.
     from cfsp.model.driver import forward_replaced
 
     exact = partial(_stored_value, dtype=dtype)

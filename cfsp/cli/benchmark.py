@@ -104,6 +104,7 @@ _KEYS_TEXT = ", ".join(_KEYS)
 
 
 def _benchmark(overrides: Sequence[str]) -> int:
+    # Start-up time: loads torch.
     from cfsp.model.device import resolve_device
 
     parts, settings = read(overrides)

@@ -105,6 +105,7 @@ def inspected(request: Request) -> Report:
     Raises:
         CfspError: there is no such model, or it cannot be pruned.
     """
+    # Start-up time: loads numpy, safetensors, torch.
     from cfsp.inspection.numbers import numbers_of
     from cfsp.inspection.reach import Plugins
     from cfsp.inspection.report import report_of
@@ -143,6 +144,7 @@ def _inspect(request: Request) -> int:
         content: dict[str, Any] = report.as_dict()
         print(json.dumps(content, indent=2))
     else:
+        # Start-up time: loads rich.
         from cfsp.inspection.show import show
 
         show(report)

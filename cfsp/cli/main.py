@@ -97,6 +97,7 @@ def _task(config: DictConfig) -> None:
     except Exception as error:
         _session.codes.append(_report(error, _session, _job_label(_session)))
     if processes.launched().first and processes.launched().several:
+        # Start-up time: loads numpy, safetensors, torch.
         from cfsp.pipeline.recovery_stage import end_other_processes
 
         end_other_processes(_session.codes[-1])
@@ -123,6 +124,7 @@ def _run_unmarked(config: DictConfig) -> int:
     checked = parse(config)
     processes.connect()
     if not processes.launched().first:
+        # Start-up time: loads numpy, rich, safetensors, torch.
         from cfsp.pipeline.recovery_stage import join_training
 
         interrupts.raise_again()

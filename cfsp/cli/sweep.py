@@ -43,6 +43,7 @@ def main(overrides: Sequence[str] | None = None) -> int:
 
 
 def _sweep(request: Request) -> int:
+    # Start-up time: loads numpy, safetensors, torch.
     from cfsp.sweep.job import Job, Outcome, job_state, prepare_jobs
 
     if not request.status:

@@ -12,7 +12,11 @@ from typing import Any
 from cfsp.config.components import shown, suggest
 from cfsp.config.overrides import plain_values
 from cfsp.errors import CfspError, CheckpointError, ConfigError, RunError
+from cfsp.pruned_model.shipped_code import check_folder_code
+from cfsp.record.run_record import RunRecord
+from cfsp.record.written import damage, within
 from cfsp.system.command import command
+from cfsp.system.progress import progress
 from cfsp.system.reading import read_json
 from cfsp.verify.tool import TOOLS, Tool, ask, is_installed
 
@@ -109,9 +113,8 @@ def _model_at(path: Path) -> Path:
 
 
 def _verify(request: Request) -> int:
+    # Start-up time: loads numpy.
     from cfsp.checkpoint.reference import place_of, read_reference
-    from cfsp.pruned_model.shipped_code import check_folder_code
-    from cfsp.system.progress import progress
     from cfsp.verify.comparison import Finding, compare, tolerance_of
 
     damaged = damage_of(request.path)
@@ -168,9 +171,6 @@ def damage_of(path: Path) -> str | None:
     Returns:
         A clause on the first file that is not as the run wrote it; None where all are, or where there is no record.
     """
-    from cfsp.record.run_record import RunRecord
-    from cfsp.record.written import damage, within
-
     folder = path.resolve().parent
     try:
         record = RunRecord.read(folder / "record.json")
@@ -213,6 +213,7 @@ def _dtype(folder: Path, weights: str) -> str:
         return weights
     import torch
 
+    # Start-up time: loads torch.
     from cfsp.system.memory import available
     from cfsp.weights.shards import weight_files
 

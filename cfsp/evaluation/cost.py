@@ -59,6 +59,7 @@ class Cost(Evaluator):
 
     def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
         """Measure one model; see :meth:`measure_sides`."""
+        # Start-up time: loads torch.
         from cfsp.evaluation.base import Side
 
         side = Side("model", contextlib.nullcontext, next(model.parameters()).dtype)
@@ -72,6 +73,7 @@ class Cost(Evaluator):
         """
         import torch
 
+        # Start-up time: loads torch.
         from cfsp.architecture.weights import weights_of
 
         measurements = {}
@@ -266,6 +268,7 @@ def peak_beside(weights: Sequence[Tensor], prompt: Tensor, call: Callable[[], ob
         for device in devices:
             torch.cuda.synchronize(device)
         return sum(torch.cuda.max_memory_allocated(device) for device in devices) - before
+    # Start-up time: loads torch.
     from cfsp.evaluation.live_tensors import LiveTensors
 
     with LiveTensors([*weights, prompt]) as live:
@@ -280,6 +283,7 @@ def size_of(model: nn.Module, storage_dtype: torch.dtype) -> list[Measurement]:
         model: the model.
         storage_dtype: dtype of the checkpoint.
     """
+    # Start-up time: loads torch.
     from cfsp.architecture.projection import is_matrix
 
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -63,6 +63,7 @@ class Perplexity(Evaluator):
 
     def check(self, tokenizer: Any, limits: Limits) -> dict[str, Any]:
         """Check texts, windows and token ids; see :meth:`cfsp.config.contracts.Evaluator.check`."""
+        # Start-up time: loads numpy.
         from cfsp.data.text import lacks_added_tokens, locate_text
 
         limits.check_length(f"{self.key}.seq_len", self.seq_len)
@@ -90,6 +91,7 @@ class Perplexity(Evaluator):
     def _measure(self, name: str, model: nn.Module, tokenizer: Any) -> Measurement:
         import torch
 
+        # Start-up time: loads numpy.
         from cfsp.data.text import lacks_added_tokens, locate_text
 
         windows, first = self._windows(name, tokenizer)
@@ -109,6 +111,7 @@ class Perplexity(Evaluator):
         )  # fmt: skip
 
     def _windows(self, name: str, tokenizer: Any) -> tuple[np.ndarray, int]:
+        # Start-up time: loads numpy.
         from cfsp.data.text import cut_windows, locate_text, read_text, tokenise, window_bos_id
 
         section, key = self._section(name, tokenizer), self._key(name)
@@ -124,6 +127,7 @@ class Perplexity(Evaluator):
         return windows[first:end], first
 
     def _section(self, name: str, tokenizer: Any) -> TextSection:
+        # Start-up time: loads numpy.
         from cfsp.data.text import resolve_bos
 
         return resolve_bos(self.texts[name], tokenizer)
@@ -146,6 +150,7 @@ def negative_log_likelihood(model: nn.Module, windows: Tensor, batch_size: int, 
     """
     import torch
 
+    # Start-up time: loads torch.
     from cfsp.architecture.weights import weights_of
     from cfsp.model.nll import sequence_nll
 

@@ -16,7 +16,17 @@ from cfsp.config.components import component, suggest, with_key
 from cfsp.config.contracts import Evaluator
 from cfsp.config.deciding import Decides, deciding_settings
 from cfsp.errors import ConfigError, DataError
+from cfsp.evaluation.harness import (
+    count_truncated,
+    counted_requests,
+    harness_tasks,
+    quiet_harness,
+    task_manager,
+    with_special_tokens,
+)
 from cfsp.evaluation.measurement import Measurement
+from cfsp.evaluation.task_folder import content_of, local_tasks, with_absolute_data
+from cfsp.evaluation.task_trial import TRIED_ITEMS, names_the_task, try_task
 from cfsp.evaluation.values import checked_batch_size, checked_limit
 from cfsp.system.package import package_path
 from cfsp.system.progress import watched
@@ -68,9 +78,6 @@ class ZeroShot(Evaluator):
 
     def check_settings(self) -> dict[str, Any]:
         """Run the part of :meth:`check` that builds no task and fetches no data."""
-        from cfsp.evaluation.harness import harness_tasks
-        from cfsp.evaluation.task_folder import content_of
-
         local = self._local_tasks()
         remote_tasks = [name for name in self.tasks if name not in local]
         for name in remote_tasks:
@@ -94,9 +101,6 @@ class ZeroShot(Evaluator):
 
         Equal requests are tried once in a process.
         """
-        from cfsp.evaluation.harness import quiet_harness, with_special_tokens
-        from cfsp.evaluation.task_trial import TRIED_ITEMS, names_the_task, try_task
-
         tokenizer = with_special_tokens(tokenizer)
         if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
             raise DataError(
@@ -132,9 +136,8 @@ class ZeroShot(Evaluator):
         """Run the tasks."""
         import lm_eval
 
-        from cfsp.evaluation.harness import count_truncated, counted_requests, quiet_harness, with_special_tokens
+        # Start-up time: loads lm_eval, torch.
         from cfsp.evaluation.streamed_harness import harness_of
-        from cfsp.evaluation.task_trial import names_the_task
 
         names = ",".join(self.tasks)
         with quiet_harness(self._folder(), self.key), names_the_task(self.key, names, checking=False):
@@ -229,21 +232,17 @@ class ZeroShot(Evaluator):
         return package_path(self.include_path) if self.include_path is not None else None
 
     def _local_tasks(self) -> dict[str, list[TaskFile]]:
-        from cfsp.evaluation.task_folder import local_tasks
 
         return local_tasks(self.include_path, self.key)
 
     def _given(self, name: str, local: dict[str, list[TaskFile]]) -> str | dict[str, Any]:
         """Return a task as the harness takes it: a plain one with absolute paths of its data, otherwise its name."""
-        from cfsp.evaluation.task_folder import with_absolute_data
-
         files = local.get(name, [])
         if len(files) != 1 or not files[0].is_plain or files[0].content["task"] != name:
             return name
         return copy.deepcopy(with_absolute_data(files[0].content, files[0].path.parent))
 
     def _task_manager(self, local: dict[str, list[TaskFile]]) -> Any:
-        from cfsp.evaluation.harness import task_manager
 
         chosen = {file for name in self.tasks for file in local.get(name, [])}
         requested = {*self.tasks, *(member for file in chosen for member in file.members)}

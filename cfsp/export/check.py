@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from cfsp.errors import ConfigError
+from cfsp.export.folder import read_source
 from cfsp.weights.source import ModelSource
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ def check_exportable(source: ModelSource, config: RunConfig, view: DecoderView) 
     format, pruner = config.save.format, config.pruner.instance
     if format == "hf":
         return
+    # Start-up time: loads numpy.
     from cfsp.export import decilm, gguf, padded
-    from cfsp.export.folder import read_source
 
     folder = read_source(source)
     biases = pruner.biased_projections()

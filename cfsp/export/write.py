@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import CfspError, CheckpointError
+from cfsp.plan.check import BlockSizes
+from cfsp.plan.history import check_history
 
 if TYPE_CHECKING:
     from cfsp.export.folder import ModelFolder
@@ -71,6 +73,7 @@ def check_place(to: Path, format: str) -> None:
         CheckpointError: something is there that cfsp did not write.
     """
     if format == "gguf":
+        # Start-up time: loads numpy, safetensors, torch.
         from cfsp.export.gguf import check_file
 
         check_file(to)
@@ -88,10 +91,9 @@ def exported(request: Request) -> Exported:
     """
     import torch
 
+    # Start-up time: loads numpy, safetensors, torch.
     from cfsp.checkpoint.reference import place_of
     from cfsp.export.folder import read_folder
-    from cfsp.plan.check import BlockSizes
-    from cfsp.plan.history import check_history
 
     source = read_folder(request.path)
     module = importlib.import_module(FORMATS[request.format])
@@ -124,6 +126,7 @@ def _write_reference(source: ModelFolder, export: Path) -> None:
     """
     import torch
 
+    # Start-up time: loads numpy, safetensors, torch.
     from cfsp.checkpoint.reference import place_of
     from cfsp.checkpoint.reference_pass import reference_of
     from cfsp.model.load import load_model, load_streamed

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 from cfsp.config.components import option_of
 from cfsp.config.contracts import NeuronImportance
 from cfsp.errors import RunError, UnsupportedModelError
+from cfsp.importance.weight_norm import WeightNorm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -181,9 +182,9 @@ def score_experts(
     """
     import torch
 
+    # Start-up time: loads torch.
     from cfsp.architecture.views import Channels
     from cfsp.calibration.statistics import InputStatistics
-    from cfsp.importance.weight_norm import WeightNorm
 
     mixture, inputs = block.experts, statistics.ffn
     assert mixture is not None

@@ -34,6 +34,7 @@ class Taylor(NeuronImportance):
     requires = ("gradients",)
 
     def score(self, channels: Channels, activation: Activation) -> Tensor:
+        # Start-up time: loads torch.
         from cfsp.calibration.gradients import VARIANTS
         from cfsp.importance.coupled import coupled
 

@@ -21,6 +21,7 @@ class WeightNorm(NeuronImportance):
     p: Literal[1, 2] = 1
 
     def score(self, channels: Channels, activation: Activation) -> Tensor:
+        # Start-up time: loads torch.
         from cfsp.importance.coupled import coupled
 
         projections = channels.part.projections

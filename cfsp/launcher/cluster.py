@@ -27,6 +27,7 @@ from cfsp.pipeline.run import LEASE
 from cfsp.record.environment import cores
 from cfsp.sweep.job import Job, Outcome, do, mark_failed
 from cfsp.system.lease import holder
+from cfsp.system.logs import quiet
 
 #: Function that returns why a submitit job ended without a result; None while the job may still give one.
 EndReason = Callable[[Any], str | None]
@@ -237,8 +238,6 @@ class Run:
 
     def __call__(self, overrides: Sequence[str]) -> Outcome:
         """Execute the run with these overrides and return its outcome."""
-        from cfsp.system.logs import quiet
-
         os.chdir(self.folder)
         quiet()
         return do(overrides, BaseModels())

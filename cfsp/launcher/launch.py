@@ -16,6 +16,7 @@ from pydantic import Field
 from cfsp.config.components import component
 from cfsp.config.contracts import Launcher
 from cfsp.record.environment import cores
+from cfsp.system.logs import quiet
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnProcess
@@ -37,6 +38,7 @@ class Sequential(Launcher):
 
     def launch(self, jobs: Sequence[Job], report: Report) -> None:
         """Run all jobs and report the outcome of each."""
+        # Start-up time: loads numpy, safetensors, torch.
         from cfsp.pipeline.base_models import BaseModels
         from cfsp.sweep.job import do
 
@@ -108,6 +110,7 @@ class Queue:
 
         A job that failed in the other sweep since this sweep began is not repeated: it would fail in the same way.
         """
+        # Start-up time: loads numpy, safetensors, torch.
         from cfsp.sweep.job import Outcome, job_state
 
         if job.run_id not in self._retry_times:
@@ -161,6 +164,7 @@ class _Worker:
 
     def result(self) -> tuple[Job, Outcome]:
         """Return the job that has ended and its outcome. The job of a process that died has failed."""
+        # Start-up time: loads numpy, safetensors, torch.
         from cfsp.sweep.job import Outcome, mark_failed
 
         job, self.job = self.job, None
@@ -195,9 +199,9 @@ def _serve(connection: Connection) -> None:
 
     from tqdm import tqdm
 
+    # Start-up time: loads numpy, safetensors, torch.
     from cfsp.pipeline.base_models import BaseModels
     from cfsp.sweep.job import do
-    from cfsp.system.logs import quiet
 
     quiet()
     tqdm.set_lock(threading.RLock())  # tqdm's own lock is a semaphore, which leaks when this process is ended

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cfsp.architecture.block_sample import block_sample
 from cfsp.architecture.views import BlockView, DecoderView, resolve, view_block
 from cfsp.architecture.weights import Weights
 from cfsp.errors import CheckpointError, RunError
 from cfsp.model.driver import BlockDriver
 from cfsp.model.parameter_names import parameter_places, stored_names
 from cfsp.model.snapshot import clone_module
+from cfsp.plan.slice_block import slice_block
 from cfsp.system.memory import return_freed
 from cfsp.weights.shards import Shards
 
@@ -300,9 +302,6 @@ class StreamedWeights(Weights):
 
     def _read(self, at: int) -> dict[str, Tensor]:
         """Read the block with the index ``at`` in the model, slice it by the plan, and return its parameters."""
-        from cfsp.architecture.block_sample import block_sample
-        from cfsp.plan.slice_block import slice_block
-
         origin = self._origins[at]
         self.reads[origin.index] += 1
         prefix = self._prefixes[origin.index]

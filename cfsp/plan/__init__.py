@@ -1,1 +1,4 @@
-"""The pruning plan, and slicing of one block by it."""
+"""The pruning plan, and slicing of one block by it.
+
+It may import architecture and the packages below; weights and the packages above may import it.
+"""

@@ -11,6 +11,7 @@ from torch import nn
 
 from cfsp.errors import UnsupportedModelError
 from cfsp.pruned_model.family import PrunedFamily, pruned_family, replace_config
+from cfsp.pruned_model.layer_changes import adopt_by_shapes
 from cfsp.pruned_model.names import SUBMODULES, stock_type
 from cfsp.pruned_model.stock import gated_linears, stock_classes
 
@@ -38,8 +39,6 @@ def adopt(model: PreTrainedModel) -> None:
     base_config, base_model, base_causal_lm = stock_classes(base_type)
     family = pruned_family(base_type)
     if family.form == "shapes":
-        from cfsp.pruned_model.layer_changes import adopt_by_shapes
-
         adopt_by_shapes(model, family)
         return
     shapes = [_shape(model, index) for index in range(len(model.model.layers))]

@@ -104,6 +104,7 @@ def _known_files(folder: Path, code: list[Path], model_type: str) -> set[Path]:
     files = set()
     names: Mapping[str, str] = {}
     if code and model_type.startswith(PRUNED_PREFIX):
+        # Start-up time: loads torch.
         from cfsp.pruned_model.family import family_names
 
         try:

@@ -91,6 +91,7 @@ class BlockPruner(Pruner):
 
     def most_removable(self, view: DecoderView, budget: Budget) -> int:
         """See :class:`cfsp.config.contracts.Pruner`. One attention is always kept."""
+        # Start-up time: loads torch.
         from cfsp.pruner.build_plan import removed_parameters
 
         free = free_blocks(view, budget)
@@ -115,6 +116,7 @@ class BlockPruner(Pruner):
 
     def plan(self, context: PlanContext) -> PruningPlan:
         """See :class:`cfsp.config.contracts.Pruner`."""
+        # Start-up time: loads torch.
         from cfsp.pruner.build_plan import complete
         from cfsp.pruner.search import KnownLosses, SubmoduleSearch
 
@@ -159,6 +161,7 @@ class BlockPruner(Pruner):
 
     def _count_parameters(self, view: DecoderView, removed: Sequence[Candidate]) -> int:
         """Count the parameters of these submodules and of the norms that serve them alone."""
+        # Start-up time: loads torch.
         from cfsp.pruner.build_plan import removed_parameters
 
         blocks = zip(view.blocks, self._block_plans(view, removed), strict=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cfsp.calibration.calibrate import calibrate
+from cfsp.calibration.gradients import gradient_terms
 from cfsp.calibration.gram import GRAM_VERSION, HELD_OUT, GramRequest, HoldOut
 from cfsp.calibration.gram_store import GramCollection
 from cfsp.calibration.statistics_cache import StatisticsCache
@@ -61,8 +62,6 @@ def plan_context(
     )
     statistics, cached = calibrate(driver, calibration, cache, visit, grams)
     if "gradients" in required_items(importance) and "importance" in config.plans_with:
-        from cfsp.calibration.gradients import gradient_terms
-
         gradients, gradients_cached = gradient_terms(
             driver, calibration, cache, checkpointing=importance.gradient_checkpointing
         )

@@ -31,6 +31,7 @@ class Dense(Pruner):
 
     def plan(self, context: PlanContext) -> PruningPlan:
         """Return the plan that keeps everything."""
+        # Start-up time: loads torch.
         from cfsp.pruner.build_plan import complete
 
         return complete(context, [BlockPlan() for _ in context.driver.view.blocks])

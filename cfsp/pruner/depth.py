@@ -85,6 +85,7 @@ class ShortGPT(DepthPruner):
 
     def plan(self, context: PlanContext) -> PruningPlan:
         """See :class:`cfsp.config.contracts.Pruner`."""
+        # Start-up time: loads torch.
         from cfsp.pruner.build_plan import complete
 
         view, budget = context.driver.view, context.budget
@@ -96,6 +97,7 @@ class ShortGPT(DepthPruner):
         return complete(context, blocks, notes={"influence": influence, "removed_blocks": sorted(removed)})
 
     def _influence(self, context: PlanContext) -> list[float]:
+        # Start-up time: loads torch.
         from cfsp.calibration.similarity import block_similarity
 
         if self.tokens == "mean":
@@ -134,6 +136,7 @@ class SlidingWindow(DepthPruner):
 
     def plan(self, context: PlanContext) -> PruningPlan:
         """See :class:`cfsp.config.contracts.Pruner`."""
+        # Start-up time: loads torch.
         from cfsp.calibration.similarity import block_similarity
         from cfsp.pruner.build_plan import complete
 

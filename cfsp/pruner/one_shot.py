@@ -20,6 +20,7 @@ from cfsp.pruner.choice import best
 from cfsp.pruner.expert_choice import ExpertScore, Unseen, best_experts, keep_unseen_experts, score_whole_experts
 from cfsp.pruner.expert_limits import RANKED_BY_WEIGHTS, check_expert_settings, check_expert_widths, expert_notes
 from cfsp.pruner.units import count_experts, count_kv_groups, count_neurons, why_heads_stay
+from cfsp.pruner.width_choice import choose_widths
 from cfsp.sparsity.budget import (
     Sizes,
     SubmoduleKind,
@@ -242,8 +243,8 @@ class OneShotPruner(Pruner):
 
     def plan(self, context: PlanContext) -> PruningPlan:
         """See :class:`cfsp.config.contracts.Pruner`."""
+        # Start-up time: loads torch.
         from cfsp.pruner.build_plan import complete
-        from cfsp.pruner.width_choice import choose_widths
 
         view, statistics = context.driver.view, context.statistics
         scores = self._score(context)
@@ -339,6 +340,7 @@ class OneShotPruner(Pruner):
 
         ``ridges`` and ``fitted_alone``: see :func:`cfsp.pruner.least_squares.least_squares_compensation`.
         """
+        # Start-up time: loads torch.
         from cfsp.pruner.compensation import bias_compensation
         from cfsp.pruner.least_squares import least_squares_compensation
 

@@ -22,6 +22,7 @@ from cfsp.model.snapshot import restored
 from cfsp.plan.pruning_plan import BlockPlan
 from cfsp.plan.slice_block import slice_block
 from cfsp.plan.slicing import set_output_weight
+from cfsp.pruner.choice import best
 from cfsp.pruner.ffn_refit import refit_ffn
 from cfsp.pruner.least_squares import chosen_correction_ridge, corrected
 
@@ -70,8 +71,6 @@ def prune_in_sequence(pruner: OneShotPruner, context: PlanContext, widths: Width
     Where FFNs correct a share of the error of earlier pruned blocks (``pruner.correction``), the hidden states of the
     dense model are computed beside those of the pruned one.
     """
-    from cfsp.pruner.choice import best
-
     driver, ids, gram_request = context.driver, context.calibration.input_ids, context.gram_request
     pruned, newton, ridges = InSequence(), _NewtonReport(), dict[str, Any]()
     if pruner.compensation == "gauss_newton":

@@ -13,7 +13,10 @@ from cfsp.config.budget import Budget
 from cfsp.config.components import component
 from cfsp.config.contracts import Allocator, Pruner, Unit
 from cfsp.errors import BudgetError, ConfigError, UnsupportedModelError
+from cfsp.importance.base import score
+from cfsp.importance.sequence_norm import SequenceNorm
 from cfsp.pruner.choice import best_neurons
+from cfsp.pruner.depth import refuse_compensation
 from cfsp.pruner.expert_limits import RANKED_BY_WEIGHTS, check_expert_widths, expert_notes
 from cfsp.pruner.units import count_neurons, free_blocks
 from cfsp.sparsity.budget import Sizes, check_scope, legal_widths
@@ -75,7 +78,6 @@ class TwoSSP(Pruner):
     plans_with = ()
 
     def __post_init__(self) -> None:
-        from cfsp.pruner.depth import refuse_compensation
 
         refuse_compensation(self.name, self.compensation, "also removes attention submodules")
 
@@ -103,8 +105,7 @@ class TwoSSP(Pruner):
 
     def plan(self, context: PlanContext) -> PruningPlan:
         """See :class:`cfsp.config.contracts.Pruner`."""
-        from cfsp.importance.base import score
-        from cfsp.importance.sequence_norm import SequenceNorm
+        # Start-up time: loads torch.
         from cfsp.pruner.apply import sliced
         from cfsp.pruner.build_plan import complete
         from cfsp.pruner.search import KnownLosses, SubmoduleSearch
@@ -195,6 +196,7 @@ class TwoSSP(Pruner):
 
     def _parts(self, view: DecoderView, budget: Budget) -> tuple[int, int, int]:
         """Count the parameters of all FFNs (of mixtures: routed experts), of all attentions, and of all blocks."""
+        # Start-up time: loads torch.
         from cfsp.pruner.submodules import submodule_parameters
 
         if budget.protect != "none":

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cfsp.config.budget import Budget
 from cfsp.config.contracts import SearchingAllocator
 from cfsp.plan.pruning_plan import BlockPlan
+from cfsp.pruner.choice import best_neurons
 from cfsp.sparsity.budget import Sizes, Widths, keep_fraction, legal_widths, to_widths
 
 if TYPE_CHECKING:
@@ -126,8 +127,8 @@ def _search_widths(
     Returns:
         The widths of the free blocks, and the steps of the search.
     """
+    # Start-up time: loads torch.
     from cfsp.model.snapshot import restored
-    from cfsp.pruner.choice import best_neurons
     from cfsp.pruner.width_search import WidthLosses
 
     view = context.driver.view

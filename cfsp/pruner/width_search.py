@@ -16,6 +16,7 @@ from cfsp.errors import ConfigError, DataError
 from cfsp.model.driver import run_block
 from cfsp.model.nll import total_nll
 from cfsp.plan.pruning_plan import BlockPlan
+from cfsp.plan.slice_block import slice_block
 from cfsp.pruner.search import KnownLosses
 from cfsp.system.memory import available
 
@@ -102,7 +103,6 @@ class WidthLosses:
         return total / count if math.isfinite(total) else math.inf
 
     def _install(self, block: BlockView, width: int) -> None:
-        from cfsp.plan.slice_block import slice_block
 
         if block.ffn is None or width == block.ffn.width:
             return

@@ -53,6 +53,7 @@ def export_files(place: str) -> tuple[str, ...]:
 
 
 def _lacking_without_sizes(out: Path) -> str | None:
+    # Start-up time: loads torch.
     from cfsp.weights.shards import check_safetensors
 
     for name in ("plan.json", "model/config.json"):

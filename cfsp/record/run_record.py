@@ -10,6 +10,7 @@ from typing import Any
 
 from cfsp.errors import CheckpointError
 from cfsp.record.schema1 import upgraded
+from cfsp.record.validation import problem_of
 from cfsp.system.atomic import write_text
 from cfsp.system.reading import read_json
 
@@ -79,8 +80,6 @@ class RunRecord:
 
     def problem(self) -> str | None:
         """Return what the record of a success lacks that every reader of records needs; None where it is whole."""
-        from cfsp.record.validation import problem_of
-
         return problem_of(self) if self.status == "success" else None
 
     @staticmethod

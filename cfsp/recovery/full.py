@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from cfsp.config.components import component
 from cfsp.config.contracts import Recovery
+from cfsp.recovery.base import Recovered
 from cfsp.recovery.settings import Name, Training
 
 if TYPE_CHECKING:
@@ -25,13 +26,14 @@ class Full(Training, Recovery):
 
     def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: torch.device) -> dict[str, Any]:
         """See :class:`cfsp.config.contracts.Recovery`."""
+        # Start-up time: loads numpy.
         from cfsp.recovery.train import check_training
 
         return check_training(self, tokenizer, limits, device)
 
     def recover(self, context: RecoveryContext) -> Recovered:
         """See :class:`cfsp.config.contracts.Recovery`."""
-        from cfsp.recovery.base import Recovered
+        # Start-up time: loads numpy.
         from cfsp.recovery.train import train
 
         context.model.requires_grad_(True)

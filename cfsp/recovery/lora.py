@@ -12,8 +12,10 @@ from pydantic import BeforeValidator, Field
 from cfsp.config.components import component, suggest
 from cfsp.config.contracts import Recovery
 from cfsp.errors import ConfigError, RunError
+from cfsp.recovery.base import Recovered
 from cfsp.recovery.ranks import importance_guided, matched
 from cfsp.recovery.settings import Name, Positive, Training
+from cfsp.system.atomic import naming
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +53,7 @@ class Lora(Training, Recovery):
 
     def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: torch.device) -> dict[str, Any]:
         """See :class:`cfsp.config.contracts.Recovery`."""
+        # Start-up time: loads numpy.
         from cfsp.recovery.train import check_training
 
         target_names = _named(self.targets, _linears(view))
@@ -68,10 +71,9 @@ class Lora(Training, Recovery):
         import torch
         from peft import LoraConfig, get_peft_model
 
+        # Start-up time: loads numpy, torch.
         from cfsp.architecture.views import resolve
-        from cfsp.recovery.base import Recovered
         from cfsp.recovery.train import train
-        from cfsp.system.atomic import naming
 
         view = resolve(context.model)
         blocks = self._adapted(context, view)
@@ -160,6 +162,7 @@ def _linears(view: DecoderView) -> set[str]:
 
 
 def _linears_of(block: Any) -> Mapping[str, Any]:
+    # Start-up time: loads torch.
     from cfsp.architecture.projection import is_matrix
 
     return {name: module for name, module in block.named_modules() if is_matrix(module)}

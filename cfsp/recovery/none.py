@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from cfsp.config.components import component
 from cfsp.config.contracts import Recovery
+from cfsp.recovery.base import Recovered
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,5 @@ class NoRecovery(Recovery):
         return {}
 
     def recover(self, context: RecoveryContext) -> Recovered:
-        from cfsp.recovery.base import Recovered
 
         return Recovered(context.model)

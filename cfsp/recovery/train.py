@@ -152,6 +152,7 @@ def _checkpoint_to_resume(context: RecoveryContext) -> tuple[Path, dict[str, Any
     Raises:
         RunError: the checkpoint was written with FSDP and this run is without it, or the other way round.
     """
+    # Start-up time: loads accelerate, torch, transformers.
     from cfsp.recovery.trainer import sharded
 
     resumed = processes.from_first(lambda: last_whole(context.folder, context.run_id))
@@ -175,6 +176,7 @@ def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dic
     """
     import torch
 
+    # Start-up time: loads accelerate, torch, transformers.
     from cfsp.recovery.trainer import make_trainer, sharded
 
     done = processes.from_first(lambda: load_trained(model, context.folder, context.run_id))
@@ -287,6 +289,7 @@ def _recompute_activations(model: Any, on: bool) -> None:
 def _examples(settings: Training, context: RecoveryContext) -> Sequence[Example]:
     if settings.data.kind != "self":
         return read_examples(settings, context.tokenizer, context.limits)
+    # Start-up time: loads torch.
     from cfsp.calibration.self_generated import load_or_sample_windows
 
     data = settings.data
@@ -310,6 +313,7 @@ def _teacher(settings: Training, context: RecoveryContext, examples: Sequence[Ex
     """
     if settings.objective == "lm":
         return None
+    # Start-up time: loads torch.
     from cfsp.recovery.distill import DenseInMemory, TopKOnDisk
 
     changes = {id(p) for p in context.model.parameters()} if trained else set()

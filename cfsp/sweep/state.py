@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cfsp.errors import CheckpointError
 from cfsp.record.run_record import UNFINISHED, RunRecord
+from cfsp.system.lease import holder
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ def folder_state(out: Path) -> State:
     Args:
         out: folder OUT of a run that has no record of success in the records' folder.
     """
+    # Start-up time: loads numpy, safetensors, torch.
     from cfsp.pipeline.run import LEASE
-    from cfsp.system.lease import holder
 
     try:
         record = RunRecord.read(out / "record.json")

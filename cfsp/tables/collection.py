@@ -104,6 +104,7 @@ def collect(cells: Sequence[Cell], folder: Path, composer: GridComposer | None =
 
 def _same_contents(config: RunConfig, record: RunRecord) -> bool:
     """Return whether the record was measured on inputs of the same content, at other paths."""
+    # Start-up time: loads numpy, safetensors, torch.
     from cfsp.pipeline.preflight import prepare
 
     try:

@@ -22,9 +22,13 @@ from cfsp.system.hub import fetch_snapshot, files_of
 from cfsp.system.hub_errors import hub_error
 from cfsp.system.package import package_path
 from cfsp.system.storage import explained
+from cfsp.weights import dequantise
 from cfsp.weights.dequantise import QuantisedOrigin
+from cfsp.weights.fit import majority_dtype
 from cfsp.weights.folder_check import check_files, check_no_adapter, layers_of, read_config
+from cfsp.weights.gguf_check import check_metadata
 from cfsp.weights.gguf_choice import GgufOrigin, gguf_file_of, scratch_folder, the_only_one, unknown_pre_tokenizer
+from cfsp.weights.shards import INDEX, WEIGHTS, check_safetensors
 
 #: Files whose content decides how text becomes tokens.
 _TOKENIZER_FILES = (
@@ -95,7 +99,6 @@ class ModelSource:
 
     @cached_property
     def _majority_dtype(self) -> str | None:
-        from cfsp.weights.fit import majority_dtype
         from cfsp.weights.shards import read_header, weight_files
 
         if not self.folder.is_dir():
@@ -221,7 +224,7 @@ def _from_gguf(
     name: str, file: Path, *, origin: str, cache: Path | None, fingerprint: str | None = None
 ) -> ModelSource:
     """Return the source of a GGUF file: a folder with its configuration and tokenizer."""
-    from cfsp.weights.gguf_check import check_metadata
+    # Start-up time: loads numpy.
     from cfsp.weights.gguf_header import read_header
     from cfsp.weights.gguf_model import folder_name, unread_settings, write_outline
 
@@ -259,7 +262,7 @@ def with_weights(source: ModelSource) -> ModelSource:
     origin = source.dequantised
     if origin is None or source.folder == origin.folders / "model":
         return source
-    from cfsp.weights import dequantise
+    # Start-up time: loads numpy.
     from cfsp.weights.gguf_header import read_header
     from cfsp.weights.gguf_model import write_weights
 
@@ -293,7 +296,6 @@ def _hub_failed(repo: str, error: Exception, revision: str | None) -> Checkpoint
 def _from_folder(
     name: str, folder: Path, *, origin: str, fingerprint: str | None = None, digests: Path | None = None
 ) -> ModelSource:
-    from cfsp.weights.shards import INDEX, WEIGHTS, check_safetensors
 
     where = f"model.path={origin}"
     if not folder.is_dir():
