@@ -53,7 +53,11 @@ def tensors_of(model: PreTrainedModel) -> TensorSource:
         CheckpointError: a tensor has no data.
     """
     weights = weights_of(model)
-    return _Streamed(weights) if isinstance(weights, StreamedWeights) else _InMemory(model)
+    if isinstance(weights, StreamedWeights):
+        return _Streamed(weights)
+    if weights.is_streamed:
+        raise CheckpointError(f"weights of the kind {type(weights).__name__} cannot be saved")
+    return _InMemory(model)
 
 
 class _InMemory:

@@ -158,7 +158,8 @@ class Pruner(Protocol):
         name: name of the method, for plans, records and tables.
         prunes: False for the dense run.
         plans_with: configuration groups that it uses, of importance and allocator; others cannot be chosen beside it.
-        requires: calibration results that it needs beside the core statistics and those of the metric: "gram".
+        requires: calibration results that it needs beside the core statistics and those of the metric: "gram",
+            and with it "held_out" (the moments of every fourth sequence apart).
         structure: units that the scoring stage ranks for it; None: it does not use the scoring stage, or not stated.
         needs_model_in_memory: whether planning needs all weights in memory at once, so that none can be streamed.
     """

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from cfsp.config.budget import Budget
-from cfsp.config.contracts import SearchingAllocator
+from cfsp.config.contracts import Allocator, SearchingAllocator
+from cfsp.errors import ConfigError
 from cfsp.plan.pruning_plan import BlockPlan
 from cfsp.pruner.choice import best_neurons
 from cfsp.sparsity.budget import Sizes, Widths, keep_fraction, legal_widths, to_widths
@@ -68,7 +69,7 @@ def choose_widths(
     free = budget.free_blocks(len(sizes.widths))
     part = _FreePart(free, sizes.only(free), budget)
     keep = keep_fraction(budget, part.sizes)
-    search = context.allocator if isinstance(context.allocator, SearchingAllocator) else None
+    search = _search_of(context.allocator)
     allocators = [context.allocator] if search is None else search.allocators()
     allocations = [allocator.allocate(scores.only(free), part.sizes, keep) for allocator in allocators]
     starts = _starting_widths(allocations, part)
@@ -82,6 +83,24 @@ def choose_widths(
         widths[block], kv_groups[block] = neurons[position], starts[0].kv_groups[position]
         keep_ratios[block] = float(shares[position])
     return ChosenWidths(Widths(tuple(widths), tuple(kv_groups)), keep_ratios, notes)
+
+
+def _search_of(allocator: Allocator) -> SearchingAllocator | None:
+    """Return an allocator that searches; None where it is a closed form.
+
+    Raises:
+        ConfigError: it says that it needs the model, and lacks members of a search.
+    """
+    if not allocator.needs_model:
+        return None
+    if not isinstance(allocator, SearchingAllocator):
+        needed = ("n_samples", "allocators", "search")
+        missing = ", ".join(name for name in needed if not hasattr(allocator, name))
+        raise ConfigError(
+            f"allocator._target_={type(allocator).__qualname__}: needs_model is true, and it lacks {missing}; see "
+            "SearchingAllocator in cfsp.components, or set needs_model to false"
+        )
+    return allocator
 
 
 def _starting_widths(allocations: Sequence[Allocation], part: _FreePart) -> list[Widths]:

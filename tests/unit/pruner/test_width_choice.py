@@ -1,0 +1,27 @@
+"""Whether an allocator searches is what it says itself; one that says so and cannot is refused by its name."""
+
+from __future__ import annotations
+
+import pytest
+
+from cfsp.allocator.coarse import Coarse
+from cfsp.allocator.search import Search
+from cfsp.errors import ConfigError
+from cfsp.pruner.width_choice import _search_of
+
+
+class Promises(Coarse):
+    """Says that it needs the model, and has no search."""
+
+    needs_model = True
+
+
+def test_an_allocator_is_a_search_where_it_needs_the_model():
+    search = Search(["coarse"])
+    assert _search_of(search) is search
+    assert _search_of(Coarse()) is None
+
+
+def test_an_allocator_without_the_members_of_a_search_is_refused():
+    with pytest.raises(ConfigError, match="Promises.*lacks n_samples, allocators, search"):
+        _search_of(Promises())
