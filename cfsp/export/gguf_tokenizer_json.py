@@ -1,6 +1,9 @@
 """Facts of a tokenizer.json that llama.cpp needs: token types, pre-tokenizer, tokens around a text, and scores.
 
 llama.cpp tokenises by itself. Each function here refuses a tokenizer that llama.cpp would not reproduce.
+
+The gguf package writes these facts and does not find them: the pre-tokenizer is recognised in llama.cpp's converter
+alone, which is no package, by hashes of known vocabularies.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 Records, plans, cards and cached values are written with these functions. The content is written to a file beside its
 place, which is then renamed. So a reader never sees half a file, and a symbolic link is replaced, never followed.
+
+The standard library's ``os.replace`` carries the weight. The packages for it (atomicwrites) are no longer kept, and
+none says which key of the configuration a full disk belongs to.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Cache of computed values on disk, keyed by content and shared by processes."""
+"""Cache of computed values on disk, keyed by content and shared by processes.
+
+Values are JSON and safetensors files that load without running code, under a lease that survives killed processes.
+joblib and diskcache pickle what they keep.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 If stderr is not a terminal (the log of a cluster job, a pipe), bars would hide the messages. Then a thread writes one
 line every :data:`INTERVAL` seconds while work is going on, also while a single item takes longer than that:
 ``plan: 3 min; prune in sequence: block 12 of 30, 14.1 s each, 4 min left``.
+
+tqdm draws the bars. It has no line for a log, and none while an item takes long, so these are written here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""A table as Markdown, LaTeX (booktabs) and CSV. Each states which records it was made from."""
+"""A table as Markdown, LaTeX (booktabs) and CSV. Each states which records it was made from.
+
+It is written here because the marks (best, second best, deviation, published beside measured), the escapes of each
+format and the list of records are what the tables are for; pandas and tabulate render cells as they are given.
+"""
 
 from __future__ import annotations
 
