@@ -152,6 +152,11 @@ def test_the_headline_of_an_experiment_is_in_its_table():
             assert commit in source, (name, commit)
 
 
+def test_the_page_on_sweeps_names_every_experiment():
+    text = PAGES["docs/sweeps-and-tables.md"]
+    assert not [name for name in experiment_names() if f"`{name}`" not in text]
+
+
 def test_the_cost_table_is_that_of_the_benchmarks():
     rows = re.findall(r"^\|.*\| (.+) \| `(benchmark_\w+\.md)` \|$", PAGES["docs/large-models.md"], re.MULTILINE)
     assert len(rows) == 8
