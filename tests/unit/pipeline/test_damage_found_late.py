@@ -122,7 +122,7 @@ def test_a_configuration_with_labels_without_end(model_folder, refused, sound_wo
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"rms_norm_eps": "x"}, "'rms_norm_eps' expected float"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps is"),
         ({"num_attention_heads": 3}, "3"),
         ({"eos_token_id": True}, "eos_token_id=True, where the key takes a token id"),
     ],
