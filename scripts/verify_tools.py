@@ -7,7 +7,7 @@ PYTHON is that of an environment which has the tool; other tools are looked for 
 in several environments, one after the other, where ``here`` is this one. Other words go to the runs. Each model is
 pruned, exported and verified by cfsp's own commands (calibration on 32 windows, no evaluation). The record has a row
 for each tool that was tried, and one for each format that cannot hold a model, with the reason. A structure that was
-finished by an earlier call with the same words is not repeated.
+finished by an earlier call with the same words is not repeated; each row has the commit that it was verified with.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODELS = {
     "FFN neurons, as many of each block": ("pruner=uniform",),
     "FFN neurons and KV groups": ("pruner=flap_al_am", "sparsity.ratio=0.3"),
     "FFN neurons and attentions": ("pruner=two_ssp", "sparsity.ratio=0.4"),
-    "attentions and FFNs": ("pruner=block_pruner", "sparsity.ratio=0.3"),
+    "attentions and FFNs": ("pruner=block_pruner", "sparsity.ratio=0.15", "pruner.search_sequences=1"),
     "blocks": ("pruner=shortgpt", "sparsity.scope=decoder", "sparsity.ratio=0.3"),
     "FFN neurons, recovered": ("pruner=cfsp", "recovery=lora", "recovery/data=self", "recovery.max_steps=20"),
 }
@@ -110,9 +110,10 @@ def _rows(removed: str, work: Path, pythons: dict[str, list[str]], overrides: Se
     places = (f"paths.output_dir={out}", f"paths.cache_dir={work / 'cache'}", f"paths.records_dir={out}")
     _cfsp(*words, *USUAL, *overrides, *places)
     rows: list[dict[str, Any]] = []
+    commit = (environment.describe()["git"] or {}).get("commit", "")
     for name in FORMATS:
         place = out / "model" if name == "hf" else out / ("model.gguf" if name == "gguf" else f"model-{name}")
-        about = {"removed": removed, "run": " ".join(words), "format": name}
+        about = {"removed": removed, "run": " ".join(words), "format": name, "commit": commit}
         # In float32, so that nothing is rounded but sums.
         given = (f"path={out / 'model'}", f"format={name}", f"to={place}", "dtype=float32")
         try:
