@@ -159,4 +159,5 @@ def negative_log_likelihood(model: nn.Module, windows: Tensor, batch_size: int, 
         for ids, logits in weights_of(model).logits(windows, batch_size, f"perplexity {label}"):
             for nll in sequence_nll(logits, ids):
                 total += nll
+            del logits  # else they would be held while those of the next batch are computed
     return float(total), windows.shape[0] * (windows.shape[1] - 1)

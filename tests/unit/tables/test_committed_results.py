@@ -27,6 +27,7 @@ BENCHMARKS = {
     "compensation",
     "growth",
     "llama_cpp",
+    "model_file_smollm2_135m",
     "peers",
     "speed",
     "streaming",
