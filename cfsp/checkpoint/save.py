@@ -82,7 +82,7 @@ def save_checkpoint(
 ) -> SavedCheckpoint:
     """Write ``model`` to ``folder``, all or nothing; a folder that cfsp wrote earlier is replaced.
 
-    Of a streamed model, whole files that a killed process has left are not written again.
+    For a streamed model, complete files that a killed process has written are not written again.
 
     Args:
         model: the model, in memory or streamed.

@@ -264,7 +264,7 @@ def _front_matter(values: Mapping[str, Any]) -> str:
 
 
 def _step_line(step: Mapping[str, Any], number: int) -> str:
-    """Describe what a step was asked for and calibrated on; ``number`` 0: there is only one step."""
+    """Describe the request and the calibration of a step; ``number`` 0: there is only one step."""
     requested = step["requested"]
     request = (
         f"{requested.get('ratio')} of the {requested.get('scope', 'ffn')} parameters; widths in multiples of "

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from cfsp.errors import UnsupportedModelError
-from cfsp.export.filling import TargetSizes, filled_up, layer_tensors, other_tensors, sizes, up_to
-from cfsp.export.folder import ModelFolder, check_there
+from cfsp.export.filling import TargetSizes, filled_up, layer_tensors, other_tensors, round_up, sizes
+from cfsp.export.folder import ModelFolder, check_tensors_stored
 from cfsp.export.plain_folder import write_plain_folder
 from cfsp.export.result import Exported
 
@@ -57,7 +57,7 @@ def check(source: ModelFolder) -> None:
         UnsupportedModelError: it cannot; names the family or the layer, and the reason.
         CheckpointError: the folder is not whole.
     """
-    check_there(source)
+    check_tensors_stored(source)
     if source.family == "qwen3":
         raise UnsupportedModelError(
             f"{source.folder}: qwen3 norms its queries and keys, which DeciLM has no place for; use format=hf or padded"
@@ -92,7 +92,7 @@ def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, m
     _, heads, kv_heads = sizes(source.layers)
     target_widths, blocks = [], []
     for index, layer in enumerate(source.layers):
-        width = up_to(max(layer.width, 1), multiple)
+        width = round_up(max(layer.width, 1), multiple)
         attends = bool(layer.heads) or index == 0
         target_widths.append(TargetSizes(width, heads if attends else 0, kv_heads if attends else 0))
         attention: dict[str, Any] = {"no_op": not attends, "replace_with_linear": False}

@@ -109,7 +109,7 @@ def filled_up(source: ModelFolder, targets: list[TargetSizes]) -> tuple[str, ...
     return tuple(notes)
 
 
-def up_to(width: int, multiple: int) -> int:
+def round_up(width: int, multiple: int) -> int:
     """Return ``width`` rounded up to a multiple of ``multiple``."""
     return -(-width // multiple) * multiple
 

@@ -243,7 +243,7 @@ def _has_own_head(shards: Shards) -> bool:
     return head in shards and embedding in shards and not shards.equal(head, embedding)
 
 
-def check_there(source: ModelFolder) -> None:
+def check_tensors_stored(source: ModelFolder) -> None:
     """Check that every tensor which config.json asks for is stored, in the shape that it says; no weight is read.
 
     The layers decide what is filled up or left out of an export. Without this check a tensor that is merely missing

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import CheckpointError, UnsupportedModelError
-from cfsp.export.folder import ModelFolder, check_there
+from cfsp.export.folder import ModelFolder, check_tensors_stored
 from cfsp.export.gguf_rope import ROPE_TYPES, rope_of
 from cfsp.export.gguf_tensors import Block, GgufTensor, gguf_tensors
 
@@ -62,7 +62,7 @@ def lay_out(source: ModelFolder, config: Mapping[str, Any], multiple: int = CHUN
         UnsupportedModelError: llama.cpp cannot hold the model; names the block or the key.
         CheckpointError: a tensor is missing.
     """
-    check_there(source)
+    check_tensors_stored(source)
     if config.get("hidden_act") != "silu":
         raise UnsupportedModelError(
             f"{source.folder}: hidden_act={config.get('hidden_act')} cannot be written in GGUF, only silu can; use "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cfsp.export.filling import TargetSizes, layer_tensors, other_tensors, sizes
-from cfsp.export.folder import ModelFolder, check_there
+from cfsp.export.folder import ModelFolder, check_tensors_stored
 from cfsp.export.plain_folder import write_plain_folder
 from cfsp.export.result import Exported
 from cfsp.plan.history import history_of
@@ -25,7 +25,7 @@ def check(source: ModelFolder) -> None:
     Raises:
         CheckpointError: the folder is not whole.
     """
-    check_there(source)
+    check_tensors_stored(source)
 
 
 def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, multiple: int = 1) -> Exported:

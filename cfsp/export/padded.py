@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from cfsp.errors import UnsupportedModelError
-from cfsp.export.filling import TargetSizes, filled_up, layer_tensors, other_tensors, sizes, up_to
-from cfsp.export.folder import ModelFolder, check_there
+from cfsp.export.filling import TargetSizes, filled_up, layer_tensors, other_tensors, round_up, sizes
+from cfsp.export.folder import ModelFolder, check_tensors_stored
 from cfsp.export.plain_folder import write_plain_folder
 from cfsp.export.result import Exported
 
@@ -35,7 +35,7 @@ def check(source: ModelFolder) -> None:
         UnsupportedModelError: the base architecture has no place for an added bias; names the layer.
         CheckpointError: the folder is not whole.
     """
-    check_there(source)
+    check_tensors_stored(source)
     for index, layer in enumerate(source.layers):
         for name in layer.added_bias:
             if not holds_bias(source, name):
@@ -65,7 +65,7 @@ def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, m
     """
     check(source)
     width, heads, kv_heads = sizes(source.layers)
-    width = up_to(max(width, 1), multiple)
+    width = round_up(max(width, 1), multiple)
     if source.hidden % heads:  # LLaMA's configuration refuses such head counts
         heads, kv_heads = (int(source.config[key]) for key in ("num_attention_heads", "num_key_value_heads"))
     family = _family(source, biased=any(layer.added_bias for layer in source.layers))

@@ -101,7 +101,7 @@ class AttentionFacts:
 
 @dataclass(frozen=True)
 class BlockFacts:
-    """One block.
+    """Structure and sizes of one block.
 
     Attributes:
         ffn: its FFN; None: removed.

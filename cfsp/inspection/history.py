@@ -58,7 +58,7 @@ class History:
 
 
 def read_history(folder: Path, state: str | None, sizes: Sequence[BlockSizes]) -> History | None:
-    """Return the history of ``folder``, whose blocks have these ``sizes``; None where nobody vouches for one.
+    """Return the history of ``folder``, whose blocks have these ``sizes``; None where no marker of cfsp confirms one.
 
     Raises:
         CheckpointError: the history is damaged, or is not that of the weights.

@@ -20,7 +20,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Report:
-    """Description of a model, made without its weights.
+    """Description of a model, computed without its weights.
 
     Attributes:
         numbers: where the numbers are from.

@@ -83,23 +83,23 @@ def _blocks(report: Report) -> Table:
     table = _table("blocks", "FFN", "attention", "parameters of a block")
     table.columns[3].justify = "right"
     for indices, block in equal_blocks(report.blocks):
-        table.add_row(ranges(indices), ffn_words(block.ffn), attention_words(block), f"{block.parameters:,}")
+        table.add_row(ranges(indices), describe_ffn(block.ffn), describe_attention(block), f"{block.parameters:,}")
     return table
 
 
-def ffn_words(ffn: FfnFacts | None) -> str:
+def describe_ffn(ffn: FfnFacts | None) -> str:
     """Return a clause on the FFN of a block."""
     if ffn is None:
         return "removed"
     before = "" if ffn.width_before is None else f" of {ffn.width_before:,}"
     if ffn.experts is not None:
-        return _expert_words(ffn, ffn.experts, before)
+        return _describe_experts(ffn, ffn.experts, before)
     return (
         f"{_KINDS.get(ffn.kind, ffn.kind)}, {ffn.width:,}{before} neurons ({ffn.neuron_parameters:,} parameters each)"
     )
 
 
-def _expert_words(ffn: FfnFacts, experts: ExpertFacts, before: str) -> str:
+def _describe_experts(ffn: FfnFacts, experts: ExpertFacts, before: str) -> str:
     total = "" if experts.n_before is None else f" of {experts.n_before}"
     groups = "" if experts.groups == 1 else f" in {experts.groups} groups"
     shared = "" if experts.shared is None else f"; shared, {experts.shared:,} neurons that stay"
@@ -109,7 +109,7 @@ def _expert_words(ffn: FfnFacts, experts: ExpertFacts, before: str) -> str:
     )
 
 
-def attention_words(block: BlockFacts) -> str:
+def describe_attention(block: BlockFacts) -> str:
     """Return a clause on the attention of a block."""
     attention = block.attention
     if block.latent:

@@ -22,7 +22,7 @@ from cfsp.pipeline.save import export_model
 from cfsp.pipeline.stages import model_code_errors, run_stages
 from cfsp.pruner.base import removes_experts, removes_heads
 from cfsp.record import environment
-from cfsp.record.finished import export_files, lacking, lacking_export
+from cfsp.record.finished import export_files, export_problem, lacking
 from cfsp.record.out_folder import OutFolder, check_apart, check_entries, log_file, remove_empty, remove_leftovers
 from cfsp.record.run_record import RunRecord
 from cfsp.record.written import MODEL_FOLDERS, PLAN_FILES, describe_files
@@ -108,7 +108,7 @@ def _complete_finished(earlier: RunRecord, config: RunConfig, out: Path) -> RunR
     missing = None
     # The saved model does not depend on the format of its export.
     if format_name != "hf" and saves_pruned_model(config):
-        missing = lacking_export(earlier, out, format_name, hashes=config.check_files)
+        missing = export_problem(earlier, out, format_name, hashes=config.check_files)
     if missing is not None:
         log.info("this run is finished (%s); its export as %s is made: %s", out / "record.json", format_name, missing)
         earlier.checkpoint = {**(earlier.checkpoint or {}), "export": export_model(format_name, out)}

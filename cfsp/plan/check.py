@@ -98,7 +98,7 @@ def sizes_of(view: DecoderView) -> list[BlockSizes]:
     ]
 
 
-def misfit(plan: PruningPlan, sizes: Sequence[BlockSizes]) -> str | None:
+def size_mismatch(plan: PruningPlan, sizes: Sequence[BlockSizes]) -> str | None:
     """Return the first contradiction between a plan and the sizes of a model, as a clause; None where they fit."""
     staying = [index for index, block in enumerate(plan.blocks) if block.keeps_block]
     if len(staying) != len(sizes):

@@ -72,7 +72,7 @@ def _keep_experts(mixture: ExpertsFFN, kept: Tensor) -> None:
 
 
 def _replace(module: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> None:
-    """Put a changed copy in the place of a parameter or buffer, where there is one."""
+    """Replace a parameter or buffer by a changed copy, if the module has one."""
     parameter, buffer = module._parameters.get(name), module._buffers.get(name)
     if parameter is not None:
         setattr(module, name, nn.Parameter(change(parameter.detach()), requires_grad=parameter.requires_grad))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import CheckpointError
-from cfsp.plan.check import BlockSizes, misfit
+from cfsp.plan.check import BlockSizes, size_mismatch
 from cfsp.plan.pruning_plan import COMPENSATION_IN_FOLDER, PruningPlan
 from cfsp.system.digest import file_digest
 from cfsp.system.reading import read_bytes, read_json
@@ -129,7 +129,7 @@ def _checked(folder: Path, digest: Any, sizes: Sequence[BlockSizes] | None, tens
         plan = PruningPlan.load(file, tensors=tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; {remedy}") from error
-    problem = None if sizes is None else misfit(plan, sizes)
+    problem = None if sizes is None else size_mismatch(plan, sizes)
     if problem is not None:
         raise CheckpointError(f"{file}: not the plan of these weights ({problem}); {remedy}")
     return plan

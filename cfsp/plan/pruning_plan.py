@@ -67,7 +67,7 @@ class BlockPlan:
 
     @property
     def keeps_block(self) -> bool:
-        """False where neither submodule stays, so that the block goes as a whole."""
+        """Return whether the plan keeps at least one submodule of the block; otherwise the whole block is removed."""
         return self.attention or self.ffn
 
 

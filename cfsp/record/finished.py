@@ -14,8 +14,8 @@ def lacking(record: RunRecord, out: Path, *, model: bool, hashes: bool = False) 
 
     Args:
         record: the record of a success.
-        out: OUT of the run. It may be gone where no model is wanted, since the record alone says what the run gave.
-        model: whether a model folder is wanted.
+        out: OUT of the run. Without a model folder it may have been removed, since the record alone holds the results.
+        model: whether the run writes a model folder.
         hashes: compare the content of every file too, not only its size.
     """
     if not model and not (out / "record.json").is_file():
@@ -30,7 +30,7 @@ def lacking(record: RunRecord, out: Path, *, model: bool, hashes: bool = False) 
     return damage(expected_files, out, hashes=hashes)
 
 
-def lacking_export(record: RunRecord, out: Path, format: str, *, hashes: bool = False) -> str | None:
+def export_problem(record: RunRecord, out: Path, format: str, *, hashes: bool = False) -> str | None:
     """Return a clause on why the export of a run is missing or damaged; None where it is whole.
 
     Args:

@@ -62,7 +62,7 @@ def check_outside(key: str, folder: Path, model: Path) -> None:
 
 
 def check_entries(out: Path) -> None:
-    """See that nothing but a file is in the places of OUT where the run writes files.
+    """Refuse anything but files in the places of OUT where the run writes files.
 
     Raises:
         ConfigError: a folder, a FIFO or a device is there, which would be met when the work is done.

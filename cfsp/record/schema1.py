@@ -62,13 +62,13 @@ def _moved_targets(value: Any) -> Any:
     """Replace the paths of classes that have moved, at any depth of a configuration."""
     if isinstance(value, dict):
         return {
-            key: _today_target(inner) if key == "_target_" and isinstance(inner, str) else _moved_targets(inner)
+            key: _current_target(inner) if key == "_target_" and isinstance(inner, str) else _moved_targets(inner)
             for key, inner in value.items()
         }
     return [_moved_targets(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _today_target(target: str) -> str:
+def _current_target(target: str) -> str:
     module, _, name = target.rpartition(".")
     return f"{_MOVED[module]}.{name}" if module in _MOVED else target
 

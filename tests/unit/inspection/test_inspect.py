@@ -21,7 +21,7 @@ from cfsp.inspection import numbers as of_numbers
 from cfsp.inspection.describe import FfnFacts, ranges
 from cfsp.inspection.numbers import names
 from cfsp.inspection.reach import largest_ratio, refusal
-from cfsp.inspection.show import ffn_words
+from cfsp.inspection.show import describe_ffn
 from tests.conftest import ROOT, mentions
 from tests.helpers.tiny import tiny_model
 
@@ -445,9 +445,9 @@ def test_the_page_shows_what_is_printed(run_cfsp):
 
 
 def test_the_table_names_kinds_that_a_view_may_have():
-    assert ffn_words(FfnFacts("plain", 4096, 2048)) == "plain, 4,096 neurons (2,048 parameters each)"
-    assert ffn_words(FfnFacts("experts", 64, 96, 128)).startswith("mixture of experts, 64 of 128 neurons")
-    assert ffn_words(None) == "removed"
+    assert describe_ffn(FfnFacts("plain", 4096, 2048)) == "plain, 4,096 neurons (2,048 parameters each)"
+    assert describe_ffn(FfnFacts("experts", 64, 96, 128)).startswith("mixture of experts, 64 of 128 neurons")
+    assert describe_ffn(None) == "removed"
 
 
 @pytest.mark.parametrize(

@@ -646,7 +646,7 @@ def test_inspect_needs_no_weights(architecture):
 
     from cfsp.inspection.describe import blocks_of
     from cfsp.inspection.reach import reaches
-    from cfsp.inspection.show import attention_words, ffn_words
+    from cfsp.inspection.show import describe_attention, describe_ffn
 
     a = architecture
     a.build()
@@ -660,11 +660,11 @@ def test_inspect_needs_no_weights(architecture):
     assert found["cfsp"].units == {"neurons": neurons}
     facts = blocks_of(view, None)
     index = next(i for i in range(BLOCKS) if a.is_sparse(i))
-    words = ffn_words(facts[index].ffn)
+    words = describe_ffn(facts[index].ffn)
     assert words.startswith(f"mixture of experts, {a.experts.n}")
     assert f"{EXPERT_WIDTH} neurons (" in words
     assert ("shared" in words) == bool(a.experts.shared)
     assert facts[index].as_dict()["ffn"]["experts"]["top_k"] == a.experts.top_k
-    assert ("multi-head latent" in attention_words(facts[index])) == (a.attention == "mla")
+    assert ("multi-head latent" in describe_attention(facts[index])) == (a.attention == "mla")
     for i, fact in enumerate(facts):
         assert ("experts" in fact.as_dict()["ffn"]) == a.is_sparse(i)
