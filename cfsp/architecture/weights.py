@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 #: Attribute under which a model carries weights that are not in memory.
 _ATTRIBUTE = "_cfsp_weights"
 #: Most bytes of logits that a CPU computes in one forward pass, where a pass has more than one window. With 49,152
-#: entries, four windows of 1,024 tokens would have 800 MB of them, and are not faster than one window at a time.
+#: entries, four windows of 1,024 tokens would have 800 MB of them.
 _LOGITS_BYTES = 2**28
 
 

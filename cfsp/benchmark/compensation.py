@@ -70,8 +70,7 @@ def wide(device: torch.device) -> dict[str, Any]:
     import torch
 
     # Start-up time: loads torch.
-    from cfsp.calibration.ffn_pairs import HELD_OUT
-    from cfsp.calibration.gram import GramSums
+    from cfsp.calibration.gram import HELD_OUT, GramSums
     from cfsp.pruner.least_squares import refit
 
     shape = SHAPES[WIDE]
@@ -128,7 +127,7 @@ def newton_iteration(kept: int, hidden: int, device: torch.device) -> float:
 def table(result: Result) -> str:
     """Render the table as Markdown."""
     # Start-up time: loads torch.
-    from cfsp.calibration.ffn_pairs import HELD_OUT
+    from cfsp.calibration.gram import HELD_OUT
 
     rows = [
         [

@@ -11,15 +11,14 @@ Prints the path of its Python. What is there already is left. folder: where; wit
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cfsp.errors import ConfigError, RunError
+from cfsp.benchmark.environments import python_with
+from cfsp.errors import ConfigError
 from cfsp.sweep.experiment import override_values
 from cfsp.system.command import command
-from cfsp.system.package import ROOT
 
 #: Packages of the environment. They are no dependencies of the project.
 PACKAGES = ("llama-cpp-python==0.3.36", "numpy")
@@ -37,24 +36,8 @@ def environment(folder: Path) -> Path:
     Raises:
         RunError: it could not be built; has the message of pip.
     """
-    python, done = folder / "bin" / "python", folder / ".installed"
-    requirements = "\n".join(PACKAGES) + "\n"
-    if done.is_file() and done.read_text(encoding="utf-8") == requirements:
-        return python
-    constraints = ROOT.parent / "constraints.txt"
-    pinned = ["--constraint", str(constraints)] if constraints.is_file() else []
-    for command_line in (
-        [sys.executable, "-m", "venv", "--clear", str(folder)],
-        [str(python), "-m", "pip", "install", "--no-binary", "llama-cpp-python", *pinned, *PACKAGES],
-    ):
-        process = subprocess.run(command_line, capture_output=True, text=True)
-        if process.returncode:
-            message = " ".join(process.stderr.split())[-300:]
-            raise RunError(
-                f"llama-cpp-python could not be built in {folder}: {message}; a compiler and pip's index are needed"
-            )
-    done.write_text(requirements, encoding="utf-8")
-    return python
+    failure = f"llama-cpp-python could not be built in {folder}: {{message}}; a compiler and pip's index are needed"
+    return python_with(PACKAGES, folder, "--no-binary", "llama-cpp-python", failure=failure)
 
 
 def main(overrides: Sequence[str] | None = None) -> int:

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--windows", type=_positive, default=64, help="windows of the calibration set")
     parser.add_argument("--seq-len", type=_positive, default=1024, help="tokens of a window")
     parser.add_argument("--repeats", type=_positive, default=3, help="how often each is timed")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--work", type=Path, default=Path("outputs/benchmark"))
     parser.add_argument("--results", type=Path, default=Path("results"))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from cfsp.benchmark import peer_job
+from cfsp.benchmark.environments import python_with
 from cfsp.benchmark.part import Check, Result, Settings, markdown, span
 from cfsp.benchmark.processes import watched
 from cfsp.benchmark.shapes import SEQ_LEN, SHAPES, describe, on_disk, random_ids
@@ -70,24 +70,8 @@ def environment(work: Path) -> Path:
         RunError: it could not be made; has the message of pip.
     """
     folder = work / "venv"
-    python, done = folder / "bin" / "python", folder / ".installed"
-    requirements = "\n".join(PACKAGES) + "\n"
-    if done.is_file() and done.read_text(encoding="utf-8") == requirements:
-        return python
-    constraints = ROOT.parent / "constraints.txt"
-    pinned = ["--constraint", str(constraints)] if constraints.is_file() else []
-    for command_line in (
-        [sys.executable, "-m", "venv", "--clear", str(folder)],
-        [str(python), "-m", "pip", "install", "--quiet", *pinned, "torch", "transformers", *PACKAGES],
-    ):
-        process = subprocess.run(command_line, capture_output=True, text=True)
-        if process.returncode:
-            message = " ".join(process.stderr.split())[-300:]
-            raise RunError(
-                f"the peers' environment could not be made in {folder}: {message}; is a package index at hand?"
-            )
-    done.write_text(requirements, encoding="utf-8")
-    return python
+    failure = f"the peers' environment could not be made in {folder}: {{message}}; is a package index at hand?"
+    return python_with(PACKAGES, folder, "--quiet", beside=("torch", "transformers"), failure=failure)
 
 
 def measured(job: str, python: Path, folder: Path, ids: Path, work: Path) -> dict[str, Any]:

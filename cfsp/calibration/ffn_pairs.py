@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from cfsp.calibration.gram import HELD_OUT, subsample_tokens
+from cfsp.calibration.gram import HeldOutRows, subsample_tokens
 from cfsp.calibration.inputs import watch_inputs
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ class FFNPairs:
             held: makes an empty container of hidden states with bounded memory.
         """
         self.fitted, self.held_out = Pairs(held(), held()), Pairs(held(), held())
-        self._stride, self._by_token, self._seen = stride, sequences < HELD_OUT, 0
+        self._stride, self._split = stride, HeldOutRows.among(sequences)
 
     def add(self, ffn: FFN, captured: FFNCapture, missing: Tensor | None) -> None:
         """Add the pairs of one batch.
@@ -100,15 +99,8 @@ class FFNPairs:
             targets = targets + ffn.output.bias.detach()
         if missing is not None:
             targets = targets + subsample_tokens(missing, self._stride).to(targets.dtype)
-        if self._by_token:
-            entering, targets = entering.flatten(0, 1), targets.flatten(0, 1)
-        out = torch.arange(self._seen, self._seen + len(entering), device=entering.device) % HELD_OUT == HELD_OUT - 1
-        self._seen += len(entering)
-        # Selection by a mask copies, so that the kept tokens do not hold the memory of all tokens.
+        out = self._split.mask(entering.shape[0], entering.shape[1], entering.device)
+        # Picked by a mask, they are copies: a share of the tokens does not hold on to all of them.
         for pairs, which in ((self.fitted, ~out), (self.held_out, out)):
             if bool(which.any()):
-                pairs.append(_rows(entering[which]), _rows(targets[which]))
-
-
-def _rows(values: Tensor) -> Tensor:
-    return values.reshape(-1, values.shape[-1])
+                pairs.append(entering.flatten(0, 1)[which], targets.flatten(0, 1)[which])

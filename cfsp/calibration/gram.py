@@ -79,17 +79,20 @@ class HeldOutRows:
     """Tell which rows of batches that come in order are held out: every fourth sequence, or every fourth token.
 
     Attributes:
-        unit: what is held out.
+        unit: what is held out, sequences or tokens.
         seen: sequences or tokens so far.
     """
 
     unit: HoldOut
     seen: int = 0
 
+    @classmethod
+    def among(cls, sequences: int) -> HeldOutRows:
+        """Hold out sequences where there are enough, because the tokens of one sequence are alike; else tokens."""
+        return cls("sequences" if sequences >= HELD_OUT else "tokens")
+
     def mask(self, sequences: int, tokens: int, device: torch.device) -> Tensor:
         """Return a mask over the rows [sequences * tokens] of the next batch; its rows are sequence after sequence."""
-        if self.unit == "nothing":
-            return torch.zeros(sequences * tokens, dtype=torch.bool, device=device)
         n = sequences if self.unit == "sequences" else sequences * tokens
         chosen = torch.arange(self.seen, self.seen + n, device=device) % HELD_OUT == HELD_OUT - 1
         self.seen += n
@@ -191,30 +194,36 @@ class CrossSums:
 
     def __init__(self, channels: Channels, stride: float, hold_out: HoldOut = "nothing") -> None:
         weight = channels.output.weight
-        self.fitted, self.held_out = (
-            torch.zeros(channels.n, weight.shape[0], dtype=torch.float32, device=weight.device) for _ in range(2)
-        )
-        self.stride, self.tokens, self.held_out_tokens = stride, 0, 0
+        self.matrix = torch.zeros(channels.n, weight.shape[0], dtype=torch.float32, device=weight.device)
+        self.stride, self.tokens = stride, 0
         self._rows = HeldOutRows(hold_out)
+        self._held = None if hold_out == "nothing" else CrossSums(channels, stride)
 
     def add(self, entering: Tensor, missing: Tensor) -> None:
         """Add one batch: the input of the linear [B, T, N], and E [B, T, d]."""
         x, e = (subsample_tokens(value, self.stride) for value in (entering, missing))
+        rows = tuple(value.flatten(0, 1).float() for value in (x, e))
+        if self._held is None:
+            self._add(*rows)
+            return
         out = self._rows.mask(x.shape[0], x.shape[1], x.device)
-        x, e = (value.flatten(0, 1).float() for value in (x, e))
-        self.fitted.addmm_(x[~out].T, e[~out])
-        self.held_out.addmm_(x[out].T, e[out])
+        self._add(*(values[~out] for values in rows))
+        self._held._add(*(values[out] for values in rows))
+
+    def _add(self, x: Tensor, e: Tensor) -> None:
+        self.matrix.addmm_(x.T, e)
         self.tokens += len(x)
-        self.held_out_tokens += int(out.sum())
 
     def report(self) -> Tensor:
         """Return X^T E / tokens over all tokens."""
-        return (self.fitted + self.held_out) / max(self.tokens, 1)
+        if self._held is None:
+            return self.matrix / max(self.tokens, 1)
+        return (self.matrix + self._held.matrix) / max(self.tokens + self._held.tokens, 1)
 
     def report_parts(self) -> tuple[Tensor, Tensor]:
         """Return X^T E / tokens over the tokens to fit to, and over those that are held out."""
-        fitted = max(self.tokens - self.held_out_tokens, 1)
-        return self.fitted / fitted, self.held_out / max(self.held_out_tokens, 1)
+        assert self._held is not None
+        return self.matrix / max(self.tokens, 1), self._held.report()
 
 
 @contextmanager

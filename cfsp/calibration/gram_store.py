@@ -1,4 +1,4 @@
-"""Where the Gram matrices of all blocks are: in memory, or in a folder that is read one matrix at a time."""
+"""Stores of the Gram matrices of all blocks: in memory, or in a folder that is read one matrix at a time."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 #: Largest part of a sequence's logits, in bytes of float32, whose log-softmax is computed at a time. It is several
-#: passes over the logits, which cost 3 % of a forward pass where they do not fit into the cache of a processor.
+#: passes over the logits, which take longer where they do not fit into the cache of a processor.
 PART_BYTES = 2**24
 
 

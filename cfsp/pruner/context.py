@@ -10,7 +10,7 @@ import torch
 
 from cfsp.calibration.calibrate import calibrate
 from cfsp.calibration.gradients import gradient_terms
-from cfsp.calibration.gram import GRAM_VERSION, HELD_OUT, GramRequest, HoldOut
+from cfsp.calibration.gram import GRAM_VERSION, GramRequest, HeldOutRows, HoldOut
 from cfsp.calibration.gram_store import GramCollection
 from cfsp.calibration.statistics_cache import StatisticsCache
 from cfsp.config.identity import method_of
@@ -86,10 +86,7 @@ def plan_context(
 
 
 def _hold_out(requirements: Sequence[str], sequences: int) -> HoldOut:
-    """Choose what is held out: sequences where there are enough, because the tokens of one sequence are alike."""
-    if "held_out" not in requirements:
-        return "nothing"
-    return "sequences" if sequences >= HELD_OUT else "tokens"
+    return HeldOutRows.among(sequences).unit if "held_out" in requirements else "nothing"
 
 
 def _gram_request(

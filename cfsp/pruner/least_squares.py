@@ -42,16 +42,11 @@ def refit(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float) -> Tensor:
         W' [d, K] fp64, on the device of ``gram``.
     """
     weight, gram = weight.to(gram.device, torch.float64), gram.double()
-    is_removed = torch.ones(gram.shape[0], dtype=torch.bool, device=gram.device)
-    is_removed[kept] = False
-    removed = is_removed.nonzero().flatten()
     stay = weight.index_select(1, kept)
-    # Removed channels that are dead add nothing to the right-hand side.
-    if not len(removed) or not len(kept):
+    if len(kept) in (0, gram.shape[0]):
         return stay
-    right = gram.index_select(0, kept).index_select(1, removed) @ weight.index_select(1, removed).T
-    system = gram.index_select(0, kept).index_select(1, kept)
-    return stay + solve(system, right, ridge * float(gram.diagonal().mean())).T
+    equations = _equations(weight, gram, kept)
+    return stay + solve(equations.system, equations.right, ridge * float(gram.diagonal().mean())).T
 
 
 def chosen_ridge(weight: Tensor, gram: Gram, kept: Tensor, *, centred: bool) -> float | None:
@@ -152,7 +147,8 @@ def least_squares_compensation(
         grams: Gram matrices of the model.
         ridge: strength, or auto.
         chosen: takes note of the ridges that auto has chosen: kind -> block -> ridge, None for no change.
-        fitted_alone: fit to the tokens that are not held out, so that the others can judge what starts from here.
+        fitted_alone: fit to the tokens that are not held out, so that the others can judge what starts from here. The
+            ridge is the one that ``chosen`` notes for the same decision.
     """
     tensors = {}
     for kind, channels in block.channels.items():
@@ -165,7 +161,9 @@ def least_squares_compensation(
         weight, bias = channels.output.weight.detach(), channels.output.bias
         gram, kept_indices = grams.read(block.index, kind), kept.to(weight.device)
         strength: float | None
-        if ridge == "auto":
+        if ridge == "auto" and fitted_alone and chosen is not None:
+            strength = chosen[kind][str(block.index)]
+        elif ridge == "auto":
             strength = chosen_ridge(weight, gram, kept_indices, centred=bias is not None)
             if chosen is not None:
                 chosen.setdefault(kind, {})[str(block.index)] = strength

@@ -45,8 +45,8 @@ _ROUNDING = 0.02
 _MOST_REFUSED = 3
 #: Damping of Gauss-Newton's steps where the ridge of least squares is chosen by held-out tokens.
 _DAMPING = 1e-3
-#: Fitted tokens for each neuron below which a refit of whole FFNs is unlikely to hold on other tokens: with 10 of them
-#: every refit of SmolLM2-135M was refused, with 85 and more those of the small models were taken.
+#: Fitted tokens for each neuron below which a warning says that a refit of whole FFNs may not hold on other tokens. It
+#: only warns: the tokens that are held out decide.
 _TOKENS_PER_NEURON = 32
 
 

@@ -31,5 +31,5 @@ def unmarked(file: Path) -> Iterator[str]:
 
 
 def test_imports_inside_functions_say_why():
-    found = {place for file in (ROOT / "cfsp").rglob("*.py") for place in unmarked(file)}
-    assert len(found) <= LIMIT, "\n".join(sorted(found))
+    places = {place for file in (ROOT / "cfsp").rglob("*.py") for place in unmarked(file)}
+    assert len(places) <= LIMIT, "\n".join(sorted(places))

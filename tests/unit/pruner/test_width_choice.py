@@ -1,4 +1,4 @@
-"""Whether an allocator searches is what it says itself; one that says so and cannot is refused by its name."""
+"""Allocators that search: the allocator says so itself, and is refused by its name where it lacks a search."""
 
 from __future__ import annotations
 
