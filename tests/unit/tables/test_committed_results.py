@@ -35,7 +35,7 @@ BENCHMARKS = {
     "sweep",
 }
 #: Sweeps that are not complete yet; their tables say how many runs have a record.
-UNFINISHED = {("neuron_metric", "smollm2"), ("ridge", "smollm2"), ("single_shot", "smollm2")}
+UNFINISHED = {("ridge", "smollm2"), ("single_shot", "smollm2")}
 RECORDED = sorted(
     (name, path.name) for name in EXPERIMENTS for path in (RESULTS / "records" / name).glob("*") if path.is_dir()
 )
