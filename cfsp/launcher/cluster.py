@@ -25,7 +25,7 @@ from cfsp.launcher.launch import POLL_SECONDS, Queue, Report, environment
 from cfsp.pipeline.base_models import BaseModels
 from cfsp.pipeline.run import LEASE
 from cfsp.record.environment import cores
-from cfsp.sweep.job import Job, Outcome, execute, mark_failed
+from cfsp.sweep.job import Job, Outcome, do, mark_failed
 from cfsp.system.lease import holder
 from cfsp.system.logs import quiet
 
@@ -240,7 +240,7 @@ class Run:
         """Execute the run with these overrides and return its outcome."""
         os.chdir(self.folder)
         quiet()
-        return execute(overrides, BaseModels())
+        return do(overrides, BaseModels())
 
     def checkpoint(self, overrides: Sequence[str]) -> Any:
         """Return the job that submitit submits again after a timeout, if ``max_num_timeout`` allows it."""

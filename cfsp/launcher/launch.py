@@ -40,7 +40,7 @@ class Sequential(Launcher):
         """Run all jobs and report the outcome of each."""
         # Start-up time: loads numpy, safetensors, torch.
         from cfsp.pipeline.base_models import BaseModels
-        from cfsp.sweep.job import execute
+        from cfsp.sweep.job import do
 
         queue, base_models = Queue(jobs), BaseModels(keep=True)
         while queue.waiting:
@@ -48,7 +48,7 @@ class Sequential(Launcher):
             if job is None:
                 time.sleep(POLL_SECONDS)
                 continue
-            outcome = queue.outcome_elsewhere(job) or execute(job.config, base_models)
+            outcome = queue.outcome_elsewhere(job) or do(job.config, base_models)
             if queue.settle(job, outcome):
                 report(job, outcome)
 
@@ -201,14 +201,14 @@ def _serve(connection: Connection) -> None:
 
     # Start-up time: loads numpy, safetensors, torch.
     from cfsp.pipeline.base_models import BaseModels
-    from cfsp.sweep.job import execute
+    from cfsp.sweep.job import do
 
     quiet()
     tqdm.set_lock(threading.RLock())  # tqdm's own lock is a semaphore, which leaks when this process is ended
     base_models = BaseModels(keep=True)
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         while True:
-            connection.send(execute(connection.recv(), base_models))
+            connection.send(do(connection.recv(), base_models))
 
 
 def _workers_with_result(workers: Sequence[_Worker]) -> list[_Worker]:

@@ -120,7 +120,7 @@ def job_state(job: Job) -> State:
     return folder_state(job.out)
 
 
-def execute(request: RunConfig | Sequence[str], base_models: BaseModels) -> Outcome:
+def do(request: RunConfig | Sequence[str], base_models: BaseModels) -> Outcome:
     """Execute a run in this process and return its outcome.
 
     No error is raised. The outcome holds its message, and the record holds the traceback.
