@@ -59,7 +59,7 @@ def test_batch_sizes_are_tried_until_one_is_no_better(monkeypatch):
 
     def tried(best):
         monkeypatch.setattr(
-            calibration, "seconds_of", lambda call, _: call() or (1 + abs(sizes[-1][0] - best)) * sizes[-1][1]
+            calibration, "time_call", lambda call, _: call() or (1 + abs(sizes[-1][0] - best)) * sizes[-1][1]
         )
         return list(calibration.time_batch_sizes(model, ids))
 
