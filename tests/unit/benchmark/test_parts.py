@@ -227,7 +227,7 @@ def test_a_missed_limit_is_named_and_exits_with_1(settings, monkeypatch, capsys)
             return Result("growth", "parts=growth", checks=[Check("windows", 1.2, 0.05), Check("blocks", 0.01, 0.05)])
 
         @staticmethod
-        def table(_):
+        def render_table(_):
             return "a table"
 
     monkeypatch.setitem(sys.modules, "cfsp.benchmark.growth", Part)
