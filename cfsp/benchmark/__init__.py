@@ -1,4 +1,4 @@
-"""Parts of ``cfsp benchmark``. Each module measures one thing, and states its figures and the limits that must hold.
+"""Benchmarks of ``cfsp benchmark``. Each part measures one quantity and states the limits that must hold.
 
-Only the command line imports it.
+Only the command line imports this package.
 """

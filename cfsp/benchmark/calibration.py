@@ -9,18 +9,18 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from cfsp.benchmark.alternation import alternated, pairwise, seconds_of
-from cfsp.benchmark.part import Check, Result, Settings, markdown, span
+from cfsp.benchmark.alternation import paired_ratios, time_call, time_in_alternation
+from cfsp.benchmark.part import Check, Result, Settings, format_range, markdown_table
 from cfsp.benchmark.shapes import (
     GPU_SEQ_LEN,
     GPU_SHAPE,
     GPU_WINDOWS,
     SEQ_LEN,
     SHAPES,
-    describe,
-    dtypes_on,
-    in_memory,
-    random_ids,
+    build_model,
+    describe_shape,
+    device_dtypes,
+    draw_token_ids,
 )
 from cfsp.config.compose import compose
 from cfsp.config.parse import parse
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 LIMIT = 1.10
 #: Largest peak memory of calibration above that of the bare forward pass, as a share of the weights.
 MEMORY_SHARE = 0.05
-#: Smallest number of windows that a batch size is tried over.
+#: Smallest number of windows over which a batch size is timed.
 TRIED_WINDOWS = 8
 RATIO = 0.5
-#: Largest number of repeats that time each stage alone. Each is a calibration more.
+#: Largest number of repeats that time each stage alone. Each repeat costs another calibration.
 STAGE_REPEATS = 3
 STAGES = ("calibrate", "score", "plan", "apply", "save")
 
@@ -46,8 +46,8 @@ STAGES = ("calibrate", "score", "plan", "apply", "save")
 def measure(settings: Settings) -> Result:
     """Measure a row for each shape, dtype and number of windows.
 
-    Expensive measurements that grow with the windows are left out of the larger cases. These are each stage alone,
-    and on a CPU the dtypes without a limit.
+    Larger numbers of windows leave out expensive measurements: each stage alone and, on a CPU, the dtypes without a
+    limit.
     """
     import torch
 
@@ -55,7 +55,7 @@ def measure(settings: Settings) -> Result:
     from cfsp.model.device import resolve_device
 
     device = resolve_device(settings.device)
-    # The record of the smallest number of windows is the one that the README cites. Other numbers have their own.
+    # The README cites the record with the default number of windows. Other numbers have separate records.
     usual = Settings.windows[0] in settings.windows
     name = "calibration" if usual else f"calibration_{'_'.join(map(str, settings.windows))}_windows"
     arguments = f"windows={','.join(map(str, settings.windows))} shapes={','.join(settings.shapes)}"
@@ -67,15 +67,15 @@ def measure(settings: Settings) -> Result:
     for name, windows, length in cases:
         fewest[name, length] = min(windows, fewest.get((name, length), windows))
     for name in dict.fromkeys(name for name, *_ in cases):
-        for dtype in dtypes_on(device, settings.dtypes):
+        for dtype in device_dtypes(device, settings.dtypes):
             limited = dtype == "float32" or device.type == "cuda"
-            model = in_memory(SHAPES[name], getattr(torch, dtype), device)
+            model = build_model(SHAPES[name], getattr(torch, dtype), device)
             tried: dict[int, float] = {}
             for _, windows, length in (case for case in cases if case[0] == name):
                 smallest = windows == fewest[name, length]
                 if not (limited or smallest):
                     continue
-                ids = random_ids(windows, length, SHAPES[name].vocab)
+                ids = draw_token_ids(windows, length, SHAPES[name].vocab)
                 row: dict[str, Any] = {
                     "shape": name,
                     "dtype": dtype,
@@ -83,19 +83,27 @@ def measure(settings: Settings) -> Result:
                     "windows": windows,
                     "seq_len": length,
                 }
-                tried = tried_batches(model, ids, tried)
+                tried = time_batch_sizes(model, ids, tried)
                 batch = min(tried, key=lambda size: tried[size])
                 row |= {"batch_size": batch, "tried_batch_sizes": tried}
-                row |= compared(model, ids, batch, settings, stages_alone=smallest)
+                row |= compare_with_forward(model, ids, batch, settings, stages_alone=smallest)
                 result.rows.append(row)
                 result.checks += _checks(row, limited=limited)
-                print(f"calibration: {_name(row)}: {row['ratio']:.3f} ({span(row['ratios'], 3)})", flush=True)
+                print(
+                    f"calibration: {_row_name(row)}: {row['ratio']:.3f} ({format_range(row['ratios'], 3)})", flush=True
+                )
             del model
     return result
 
 
-def bare(model: Any, ids: Tensor, batch_size: int) -> None:
-    """Run the forward pass that calibration is measured against: the decoder without LM head and without hooks."""
+def run_bare_forward(model: Any, ids: Tensor, batch_size: int) -> None:
+    """Run the forward pass with which calibration is compared: the decoder without LM head and without hooks.
+
+    Args:
+        model: the model.
+        ids: windows of tokens, [windows, length].
+        batch_size: windows in a batch.
+    """
     import torch
 
     with torch.no_grad():
@@ -103,18 +111,18 @@ def bare(model: Any, ids: Tensor, batch_size: int) -> None:
             model.model(batch.to(model.device), use_cache=False)
 
 
-def tried_batches(model: Any, ids: Tensor, known: Mapping[int, float] | None = None) -> dict[int, float]:
+def time_batch_sizes(model: Any, ids: Tensor, known: Mapping[int, float] | None = None) -> dict[int, float]:
     """Time the bare forward pass at several batch sizes.
 
-    The sizes double until one is no better than the best before it, holds all windows, or exceeds the memory.
+    The sizes double until a size is no faster than the best before it, holds all windows, or exceeds the memory.
 
     Args:
         model: the model.
         ids: windows of tokens, [windows, length].
-        known: results for fewer windows. Only larger sizes are tried, and only where the largest of them was the best.
+        known: results for fewer windows. Only larger sizes are timed, and only if the largest known size is the best.
 
     Returns:
-        Seconds per window by batch size, the better of two.
+        Batch size -> seconds per window, the better of two measurements.
     """
     import torch
 
@@ -126,8 +134,10 @@ def tried_batches(model: Any, ids: Tensor, known: Mapping[int, float] | None = N
     while size <= len(ids):
         sample = ids[: max(size, TRIED_WINDOWS)]
         try:
-            bare(model, sample[:size], size)
-            seconds = min(seconds_of(partial(bare, model, sample, size), cuda) for _ in range(2)) / len(sample)
+            run_bare_forward(model, sample[:size], size)
+            seconds = min(time_call(partial(run_bare_forward, model, sample, size), cuda) for _ in range(2)) / len(
+                sample
+            )
         except torch.OutOfMemoryError:
             break
         seconds_by_size[size], before = seconds, min(seconds_by_size.values(), default=float("inf"))
@@ -137,28 +147,39 @@ def tried_batches(model: Any, ids: Tensor, known: Mapping[int, float] | None = N
     return seconds_by_size
 
 
-def compared(
+def compare_with_forward(
     model: Any, ids: Tensor, batch_size: int, settings: Settings, *, stages_alone: bool = True
 ) -> dict[str, Any]:
-    """Time both in alternation, and where asked each of our stages alone; measure the peak memory of each stage."""
+    """Time ``cfsp.prune`` and the bare forward pass in alternation, and measure the peak memory of each stage.
+
+    Args:
+        model: the model; it is not changed.
+        ids: windows of tokens, [windows, length].
+        batch_size: windows in a batch.
+        settings: settings of the benchmark.
+        stages_alone: time each stage alone too.
+
+    Returns:
+        The figures of a row of the result.
+    """
     import cfsp
 
     prune = partial(cfsp.prune, model, ids, ratio=RATIO, batch_size=batch_size)
     cfsp.prune(model, ids[:batch_size], ratio=RATIO, batch_size=batch_size)  # imports and configuration
     cuda = model.device.type == "cuda"
-    calls: dict[str, Callable[[], object]] = {"bare": lambda: bare(model, ids, batch_size), "ours": prune}
-    seconds = alternated(calls, settings.repeats, cuda)
-    ratio, ratios = pairwise(seconds["ours"], seconds["bare"])
+    calls: dict[str, Callable[[], object]] = {"bare": lambda: run_bare_forward(model, ids, batch_size), "ours": prune}
+    seconds = time_in_alternation(calls, settings.repeats, cuda)
+    ratio, ratios = paired_ratios(seconds["ours"], seconds["bare"])
     tokens = ids.numel()
     folder = settings.work / "calibration-saved"
     alone: dict[str, float] | None = None
     resident_peaks: dict[str, int] | None = None
     if stages_alone:
-        passes = [stages(model, ids, batch_size, folder) for _ in range(min(STAGE_REPEATS, settings.repeats))]
+        passes = [time_stages(model, ids, batch_size, folder) for _ in range(min(STAGE_REPEATS, settings.repeats))]
         resident = "peak_gpu_bytes" if cuda else "peak_bytes"
         alone = {name: median(timed[name]["seconds"] for timed in passes) for name in STAGES}
         resident_peaks = {name: max(timed[name][resident] or 0 for timed in passes) for name in STAGES}
-    peaks, lm_head_calls = peak_bytes(model, ids[: 2 * batch_size], batch_size, folder)
+    peaks, lm_head_calls = measure_peak_bytes(model, ids[: 2 * batch_size], batch_size, folder)
     return {
         "seconds": seconds,
         "ratio": ratio,
@@ -169,14 +190,14 @@ def compared(
         "microseconds_per_token": {name: 1e6 * median(values) / tokens for name, values in seconds.items()},
         "stage_seconds": alone,
         "stage_peak_bytes": resident_peaks,
-        "weights_bytes": weights_bytes(model),
+        "weights_bytes": count_weight_bytes(model),
         "peak_beside_weights": peaks,
         "lm_head_calls": lm_head_calls,
     }
 
 
-def stages(model: Any, ids: Tensor, batch_size: int, folder: Path) -> dict[str, dict[str, Any]]:
-    """Return seconds and peak memory of each stage; plan scores too. The model is restored at the end."""
+def time_stages(model: Any, ids: Tensor, batch_size: int, folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the seconds and the peak memory of each stage, and restore the model. The stage plan includes scoring."""
     recorded = Stages()
     try:
         for name, call in _stage_calls(model, ids, batch_size, folder):
@@ -191,10 +212,14 @@ def stages(model: Any, ids: Tensor, batch_size: int, folder: Path) -> dict[str, 
     return {entry["name"]: entry for entry in recorded.entries}
 
 
-def peak_bytes(model: Any, ids: Tensor, batch_size: int, folder: Path) -> tuple[dict[str, int], int]:
-    """Return the peak bytes beside the weights of the bare pass and of each stage, and the calls of the LM head."""
+def measure_peak_bytes(model: Any, ids: Tensor, batch_size: int, folder: Path) -> tuple[dict[str, int], int]:
+    """Measure the peak memory beside the weights.
+
+    Returns:
+        The bytes of the bare pass and of each stage, and the number of calls of the LM head.
+    """
     weights, on_device = [*model.parameters(), *model.buffers()], ids.to(model.device)
-    peaks = {"bare": peak_beside(weights, on_device, lambda: bare(model, on_device, batch_size))}
+    peaks = {"bare": peak_beside(weights, on_device, lambda: run_bare_forward(model, on_device, batch_size))}
     calls: list[object] = []
     handle = model.lm_head.register_forward_hook(lambda *_: calls.append(None))
     try:
@@ -207,14 +232,14 @@ def peak_bytes(model: Any, ids: Tensor, batch_size: int, folder: Path) -> tuple[
     return peaks, len(calls)
 
 
-def weights_bytes(model: Any) -> int:
-    """Return the bytes of parameters and buffers; tied ones are counted once."""
+def count_weight_bytes(model: Any) -> int:
+    """Return the bytes of parameters and buffers. Tied ones count once."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
 
 def _stage_calls(model: Any, ids: Tensor, batch_size: int, folder: Path) -> Any:
-    """Yield the stages in order. Each must be called before the next is taken."""
+    """Yield name and function of each stage in order. A function must be called before the next one is requested."""
     # Start-up time: loads numpy, safetensors, torch.
     from cfsp.architecture.views import resolve
     from cfsp.calibration.calibration_set import from_ids
@@ -250,20 +275,20 @@ def _stage_calls(model: Any, ids: Tensor, batch_size: int, folder: Path) -> Any:
 def _checks(row: dict[str, Any], *, limited: bool) -> list[Check]:
     peaks = row["peak_beside_weights"]
     allowed = peaks["bare"] + MEMORY_SHARE * row["weights_bytes"]
-    checks = [Check(f"{_name(row)}, calls of the LM head", row["lm_head_calls"], 0)]
+    checks = [Check(f"{_row_name(row)}, calls of the LM head", row["lm_head_calls"], 0)]
     if limited:
-        checks.append(Check(f"{_name(row)}, calibration + scoring + planning / bare forward", row["ratio"], LIMIT))
+        checks.append(Check(f"{_row_name(row)}, calibration + scoring + planning / bare forward", row["ratio"], LIMIT))
     checks.append(
-        Check(f"{_name(row)}, MiB of calibration beside the weights", peaks["calibrate"] / 2**20, allowed / 2**20)
+        Check(f"{_row_name(row)}, MiB of calibration beside the weights", peaks["calibrate"] / 2**20, allowed / 2**20)
     )
     return checks
 
 
-def _name(row: dict[str, Any]) -> str:
+def _row_name(row: dict[str, Any]) -> str:
     return f"{row['shape']} {row['dtype']} {row['device']} {row['windows']} x {row['seq_len']}"
 
 
-def table(result: Result) -> str:
+def render_table(result: Result) -> str:
     """Render the table as Markdown."""
     head = [
         "model, dtype, device, tokens", "batch", "bare forward, s", "ours, s", "ratio (lowest to highest)",
@@ -272,11 +297,11 @@ def table(result: Result) -> str:
     ]  # fmt: skip
     rows = [
         [
-            _name(row),
+            _row_name(row),
             str(row["batch_size"]),
             f"{median(row['seconds']['bare']):.2f}",
             f"{median(row['seconds']['ours']):.2f}",
-            f"**{row['ratio']:.2f}** ({span(row['ratios'])})",
+            f"**{row['ratio']:.2f}** ({format_range(row['ratios'])})",
             "" if row["stages_ratio"] is None else f"{row['stages_ratio']:.2f}",
             f"{row['tokens_per_second']['ours']:,.0f}",
             f"{row['microseconds_per_token']['ours']:,.1f}",
@@ -285,7 +310,7 @@ def table(result: Result) -> str:
         ]
         for row in result.rows
     ]
-    shapes = "; ".join(describe(name) for name in dict.fromkeys(row["shape"] for row in result.rows))
+    shapes = "; ".join(describe_shape(name) for name in dict.fromkeys(row["shape"] for row in result.rows))
     explained = (
         "bare forward: model.model(ids, use_cache=False) with SDPA at its own best batch size for these windows: "
         "sizes double from 1 until one is no faster than the best before it or holds all windows (each is in the "
@@ -296,4 +321,4 @@ def table(result: Result) -> str:
         "weights over two batches, counted where tensors are made (on a GPU by its allocator); buffers of the file "
         f"writing are outside of it. Resident peaks are in the record. {shapes}."
     )
-    return markdown("Calibration beside a bare forward pass", head, rows, result, explained)
+    return markdown_table("Calibration beside a bare forward pass", head, rows, result, explained)

@@ -1,11 +1,11 @@
-"""Measure overfitting: perplexity on the calibration windows against held-out text, over the number of windows.
+"""Measure overfitting to the calibration windows: their perplexity beside that of held-out text.
 
     cfsp benchmark calibration_fit                                         the bundled model
-    cfsp benchmark calibration_fit --model FOLDER --text FILE --name NAME  another one: a local model and a text
+    cfsp benchmark calibration_fit --model FOLDER --text FILE --name NAME  a local model and a text
 
-Half of the FFN neurons go, by CFSP (which fits nothing), by second-order selection with least squares, by cfsp_plus
-(Gauss-Newton).
-Windows of 256 tokens; of --text, the first 60 % of the lines are calibrated on and the rest is evaluated. Writes
+Half of the FFN neurons are removed by three methods: CFSP (which fits nothing), second-order selection with least
+squares, and cfsp_plus (Gauss-Newton). Each is measured for several numbers of windows of 256 tokens. The first 60 % of
+the lines of --text are for calibration, the rest is held out. Writes
 calibration_fit/NAME.json, tables/calibration_fit-NAME.md and figures/calibration_fit-NAME.png and .svg under --results.
 """
 
@@ -25,7 +25,7 @@ from cfsp.record import environment
 from cfsp.system.package import ROOT
 
 WINDOWS, SEQ_LEN, HELD_OUT, SEEDS, RATIO = (2, 4, 8, 16, 32, 64, 128, 256), 256, 80, (0, 1, 2), 0.5
-#: Pruner and overrides of each method.
+#: Name of a method -> pruner and overrides.
 METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cfsp": ("cfsp", ()),
     "obs, coarse, least squares": (
@@ -37,7 +37,7 @@ METHODS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write the files; returns the exit code."""
+    """Measure, write the files, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="a model folder; without it the bundled model")
     parser.add_argument("--text", type=Path, help="a text that the model of --model knows")
@@ -48,13 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if (options.model is None) != (options.text is None) or (options.model is None) != (options.name is None):
         parser.error("--model, --text and --name belong together")
-    record = measured(options)
-    write(record, options.results)
+    record = measure(options)
+    write_files(record, options.results)
     return 0
 
 
-def measured(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure a row for each seed, number of windows and method; returns the record."""
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure a row for each seed, number of windows and method, and return the record."""
     import torch
 
     import cfsp
@@ -84,10 +84,10 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
                 plan = cfsp.prune(
                     model, ids, pruner, RATIO, scope="ffn", round_to=options.round_to, overrides=overrides
                 )
-                values = perplexities(model, plan, ids, test)
+                values = measure_perplexities(model, plan, ids, test)
                 rows.append({"method": method, "windows": number, "seed": seed, **values})
                 print(f"seed {seed}, {number} windows, {method}: {values}", file=sys.stderr, flush=True)
-    dense = {"held_out": perplexity(model, test)}
+    dense = {"held_out": measure_perplexity(model, test)}
     name = options.name or "books7m"
     return {
         "name": name,
@@ -104,7 +104,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def perplexities(model: Any, plan: Any, ids: Any, test: Any) -> dict[str, float]:
+def measure_perplexities(model: Any, plan: Any, ids: Any, test: Any) -> dict[str, float]:
     """Return the perplexities of the pruned model on its calibration windows and on held-out ones."""
     # Start-up time: loads torch.
     import cfsp
@@ -112,42 +112,44 @@ def perplexities(model: Any, plan: Any, ids: Any, test: Any) -> dict[str, float]
 
     with restored(model):
         cfsp.apply(model, plan)
-        return {"calibration": perplexity(model, ids), "held_out": perplexity(model, test)}
+        return {"calibration": measure_perplexity(model, ids), "held_out": measure_perplexity(model, test)}
 
 
-def perplexity(model: Any, windows: Any) -> float:
-    """Return exp of the mean NLL per predicted token."""
+def measure_perplexity(model: Any, windows: Any) -> float:
+    """Return exp of the mean negative log-likelihood per predicted token."""
     total, count = negative_log_likelihood(model, windows, 8, "windows")
     return math.exp(total / count)
 
 
-def write(record: dict[str, Any], results: Path) -> None:
+def write_files(record: dict[str, Any], results: Path) -> None:
     """Write the record, the table and the figure."""
     name = record["name"]
     files = {results / "calibration_fit" / f"{name}.json": (json.dumps(record, indent=2) + "\n").encode()}
-    files[results / "tables" / f"calibration_fit-{name}.md"] = table(record).encode()
-    for ending, content in figure(record).items():
+    files[results / "tables" / f"calibration_fit-{name}.md"] = render_table(record).encode()
+    for ending, content in draw_figure(record).items():
         files[results / "figures" / f"calibration_fit-{name}.{ending}"] = content
     for path, content in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    print(table(record))
+    print(render_table(record))
 
 
-def means(record: dict[str, Any], method: str, side: str) -> list[float]:
+def mean_perplexities(record: dict[str, Any], method: str, side: str) -> list[float]:
     """Return the mean over the seeds for each number of windows."""
     rows = [row for row in record["rows"] if row["method"] == method]
     return [mean(row[side] for row in rows if row["windows"] == number) for number in WINDOWS]
 
 
-def table(record: dict[str, Any]) -> str:
+def render_table(record: dict[str, Any]) -> str:
     """Render the table as Markdown, with held-out and calibration perplexity in each cell."""
     lines = [f"### Calibration against held-out perplexity: {record['name']}", ""]
     lines += ["| windows | " + " | ".join(METHODS) + " |", "| --: |" + " --: |" * len(METHODS)]
     columns = [
         [
             f"{held:.2f} ({own:.2f})"
-            for held, own in zip(means(record, m, "held_out"), means(record, m, "calibration"), strict=True)
+            for held, own in zip(
+                mean_perplexities(record, m, "held_out"), mean_perplexities(record, m, "calibration"), strict=True
+            )
         ]
         for m in METHODS
     ]
@@ -168,8 +170,11 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def figure(record: dict[str, Any]) -> dict[str, bytes]:
-    """Draw PNG and SVG. Full lines are held out, dashed ones are of the calibration windows."""
+def draw_figure(record: dict[str, Any]) -> dict[str, bytes]:
+    """Draw the figure as PNG and SVG; return file ending -> content.
+
+    Full lines show held-out perplexities, dashed lines those of the calibration windows.
+    """
     import io
 
     import matplotlib
@@ -183,8 +188,17 @@ def figure(record: dict[str, Any]) -> dict[str, bytes]:
         FigureCanvasAgg(drawn)
         axes = drawn.subplots()
         for colour, method in zip(("#1f5a96", "#c2571a", "#2e8b57"), METHODS, strict=True):
-            axes.plot(WINDOWS, means(record, method, "held_out"), color=colour, marker="o", markersize=4, label=method)
-            axes.plot(WINDOWS, means(record, method, "calibration"), color=colour, linestyle="--", linewidth=1)
+            axes.plot(
+                WINDOWS,
+                mean_perplexities(record, method, "held_out"),
+                color=colour,
+                marker="o",
+                markersize=4,
+                label=method,
+            )
+            axes.plot(
+                WINDOWS, mean_perplexities(record, method, "calibration"), color=colour, linestyle="--", linewidth=1
+            )
         axes.axhline(record["dense"]["held_out"], color="black", linewidth=0.8, label="dense, held out")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")

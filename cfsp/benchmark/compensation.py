@@ -1,4 +1,4 @@
-"""Cost of least squares: whole prunings beside a bare forward pass, and its kernels at the width of LLaMA-3-8B."""
+"""Cost of least squares: whole prunings beside a bare forward pass, and the kernels at the width of LLaMA-3-8B."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from cfsp.benchmark.alternation import alternated, pairwise, seconds_of
-from cfsp.benchmark.calibration import bare, tried_batches
-from cfsp.benchmark.part import Check, Result, Settings, markdown, span
-from cfsp.benchmark.shapes import SEQ_LEN, SHAPES, describe, in_memory, random_ids
+from cfsp.benchmark.alternation import paired_ratios, time_call, time_in_alternation
+from cfsp.benchmark.calibration import run_bare_forward, time_batch_sizes
+from cfsp.benchmark.part import Check, Result, Settings, format_range, markdown_table
+from cfsp.benchmark.shapes import SEQ_LEN, SHAPES, build_model, describe_shape, draw_token_ids
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 #: Largest cost of the whole pruning, in bare forward passes.
 LIMIT = 1.6
 SHAPE, WINDOWS, RATIO, SHARE = "small", 8, 0.5, 0.25
-#: Shape that the kernels are measured at, and the tokens and blocks that a whole model is estimated for.
+#: Shape for the kernels, and the numbers of tokens and blocks for the estimate of a whole model.
 WIDE, TOKENS, BLOCKS = "llama3_8b", 128 * 1024, 32
 CASES: dict[str, tuple[str, ...]] = {
     "cfsp": (),
@@ -26,14 +26,14 @@ CASES: dict[str, tuple[str, ...]] = {
     "obs + least squares": ("pruner.compensation=least_squares", "importance=obs"),
     "cfsp_plus": (),
 }
-#: Iterations of Gauss-Newton: two steps of 20, and the set-up of each.
+#: Iterations of Gauss-Newton: two steps of 20 each, and one for the set-up of each step.
 NEWTON_ITERATIONS = 2 * (20 + 1)
-#: Cases that cost many forward passes. They are timed once.
+#: Cases that cost many forward passes and are timed only once.
 ONCE = ("obs + least squares", "cfsp_plus")
 
 
 def measure(settings: Settings) -> Result:
-    """Measure a row for each way of pruning, then the kernels."""
+    """Measure a row for each case, then the kernels."""
     import torch
 
     # Start-up time: loads torch.
@@ -42,9 +42,9 @@ def measure(settings: Settings) -> Result:
 
     device = resolve_device(settings.device)
     result = Result("compensation", "parts=compensation", notes={"gram_share": SHARE, "windows": WINDOWS})
-    model = in_memory(SHAPES[SHAPE], torch.float32 if device.type == "cpu" else torch.bfloat16, device)
-    ids = random_ids(WINDOWS, SEQ_LEN, SHAPES[SHAPE].vocab)
-    tried = tried_batches(model, ids)
+    model = build_model(SHAPES[SHAPE], torch.float32 if device.type == "cpu" else torch.bfloat16, device)
+    ids = draw_token_ids(WINDOWS, SEQ_LEN, SHAPES[SHAPE].vocab)
+    tried = time_batch_sizes(model, ids)
     batch = min(tried, key=lambda size: tried[size])
     cuda = device.type == "cuda"
     for name, case in CASES.items():
@@ -53,20 +53,20 @@ def measure(settings: Settings) -> Result:
         repeats = 1 if name in ONCE else settings.repeats
         if repeats > 1:
             prune()
-        calls: dict[str, Callable[[], object]] = {"bare": partial(bare, model, ids, batch), "ours": prune}
-        seconds = alternated(calls, repeats, cuda)
-        ratio, ratios = pairwise(seconds["ours"], seconds["bare"])
+        calls: dict[str, Callable[[], object]] = {"bare": partial(run_bare_forward, model, ids, batch), "ours": prune}
+        seconds = time_in_alternation(calls, repeats, cuda)
+        ratio, ratios = paired_ratios(seconds["ours"], seconds["bare"])
         result.rows.append({"what": name, "seconds": seconds, "ratio": ratio, "ratios": ratios})
         if name == "cfsp + least squares":
             result.checks.append(Check(f"{SHAPE} {WINDOWS} x {SEQ_LEN}, {name} / bare forward", ratio, LIMIT))
         print(f"compensation: {name}: {ratio:.2f} bare forward passes", flush=True)
     del model
-    result.notes["wide"] = wide(device)
+    result.notes["wide"] = measure_kernels(device)
     return result
 
 
-def wide(device: torch.device) -> dict[str, Any]:
-    """Measure seconds and bytes of the kernels at the FFN width of ``WIDE``, and estimate those of a whole model."""
+def measure_kernels(device: torch.device) -> dict[str, Any]:
+    """Measure seconds and bytes of the kernels at the FFN width of ``WIDE`` and estimate those of a whole model."""
     import torch
 
     # Start-up time: loads torch.
@@ -76,17 +76,17 @@ def wide(device: torch.device) -> dict[str, Any]:
     shape = SHAPES[WIDE]
     n, d, cuda = shape.ffn, shape.hidden, device.type == "cuda"
     sums, x = GramSums(n, device, 1), torch.randn(1, SEQ_LEN, n, device=device)
-    nothing: Any = None  # the module that a hook is called with
-    add = partial(sums, nothing, (x,))
+    no_module: Any = None  # the module that calls the hook, which does not use it
+    add = partial(sums, no_module, (x,))
     add()
-    gram_seconds = median(seconds_of(add, cuda) for _ in range(3))
+    gram_seconds = median(time_call(add, cuda) for _ in range(3))
     gram = sums.report().matrix.to(device)
     del sums, x, add
     gram.diagonal().add_(gram.diagonal().mean())
     weight = torch.randn(d, n, device=device)
     kept = torch.arange(0, n, 2, device=device)
-    fit_seconds = seconds_of(lambda: refit(weight, gram, kept, 1e-3), cuda)
-    iteration = newton_iteration(n // 2, d, device)
+    fit_seconds = time_call(lambda: refit(weight, gram, kept, 1e-3), cuda)
+    iteration = time_newton_iteration(n // 2, d, device)
     tokens = TOKENS * SHARE
     matrix = 4 * n * n
     return {
@@ -105,8 +105,14 @@ def wide(device: torch.device) -> dict[str, Any]:
     }
 
 
-def newton_iteration(kept: int, hidden: int, device: torch.device) -> float:
-    """Return the seconds per token of a conjugate-gradients iteration in a gated FFN that keeps ``kept`` neurons."""
+def time_newton_iteration(kept: int, hidden: int, device: torch.device) -> float:
+    """Return the seconds per token of a conjugate-gradient iteration.
+
+    Args:
+        kept: number of neurons that the gated FFN keeps.
+        hidden: hidden size.
+        device: where to compute.
+    """
     import torch
 
     # Start-up time: loads torch.
@@ -121,10 +127,10 @@ def newton_iteration(kept: int, hidden: int, device: torch.device) -> float:
         function.curvature(pairs, at, at)
 
     once()
-    return median(seconds_of(once, device.type == "cuda") for _ in range(3)) / tokens
+    return median(time_call(once, device.type == "cuda") for _ in range(3)) / tokens
 
 
-def table(result: Result) -> str:
+def render_table(result: Result) -> str:
     """Render the table as Markdown."""
     # Start-up time: loads torch.
     from cfsp.calibration.gram import HELD_OUT
@@ -134,16 +140,17 @@ def table(result: Result) -> str:
             row["what"],
             f"{median(row['seconds']['bare']):.2f}",
             f"{median(row['seconds']['ours']):.2f}",
-            f"**{row['ratio']:.2f}** ({span(row['ratios'])})",
+            f"**{row['ratio']:.2f}** ({format_range(row['ratios'])})",
         ]
         for row in result.rows
     ]
     kernels = result.notes["wide"]
     explained = (
-        f"Whole prunings of half of the FFN (calibrate, score, plan, refit) of {describe(SHAPE)}, {WINDOWS} windows "
-        f"of {SEQ_LEN} tokens, Gram matrices on {SHARE:.0%} of the tokens, beside model.model(ids, use_cache=False) at "
-        f"its own best batch size, in alternation; selection by obs, and cfsp_plus, once. At the width of "
-        f"{kernels['shape']}: {kernels['gram_seconds_per_1000_tokens']:.2f} s for the Gram matrix of 1,000 tokens, "
+        f"Whole prunings of half of the FFN (calibrate, score, plan, refit) of {describe_shape(SHAPE)}, {WINDOWS} "
+        f"windows of {SEQ_LEN} tokens, Gram matrices on {SHARE:.0%} of the tokens, beside model.model(ids, "
+        "use_cache=False) at its own best batch size, in alternation; selection by obs, and cfsp_plus, once. "
+        f"At the width of {kernels['shape']}: "
+        f"{kernels['gram_seconds_per_1000_tokens']:.2f} s for the Gram matrix of 1,000 tokens, "
         f"{kernels['refit_seconds_per_block']:.1f} s for the refit of a block; reckoned for {TOKENS:,} calibration "
         f"tokens and {BLOCKS} blocks: {kernels['estimated_seconds'] / 60:.0f} minutes beside the forward pass, "
         f"{kernels['matrix_bytes'] / 1e9:.2f} GB a matrix "
@@ -154,6 +161,6 @@ def table(result: Result) -> str:
         f"these tokens, of which {1 / HELD_OUT:.0%} are held out, and {kernels['newton_bytes'] / 1e9:.1f} GB for "
         f"inputs and targets."
     )
-    return markdown(
+    return markdown_table(
         "What least squares costs", ["pruning", "bare forward, s", "ours, s", "ratio"], rows, result, explained
     )

@@ -1,4 +1,4 @@
-"""Environments with packages that are no dependencies of the project, made once in a folder."""
+"""Virtual environments for packages that the project does not depend on."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from cfsp.errors import RunError
 from cfsp.system.package import ROOT
 
 
-def python_with(packages: Sequence[str], folder: Path, *options: str, beside: Sequence[str] = (), failure: str) -> Path:
-    """Return the Python of an environment in ``folder``, which is made where it does not have these packages.
+def create_environment(
+    packages: Sequence[str], folder: Path, *options: str, beside: Sequence[str] = (), failure: str
+) -> Path:
+    """Create a virtual environment unless it exists with these packages; return its Python.
 
     Args:
-        packages: requirements that decide whether the environment is the one that is needed.
-        folder: its folder.
+        packages: requirements to install. An environment with other requirements is created again.
+        folder: folder of the environment.
         options: options of pip install.
-        beside: further requirements, pinned by the project's constraints where these are at hand.
-        failure: text of the error; ``{message}`` in it becomes the end of what pip says.
+        beside: further requirements, pinned by the constraints of the project if the file is present.
+        failure: message of the error; ``{message}`` in it is replaced by the end of pip's error output.
 
     Raises:
-        RunError: it could not be made.
+        RunError: the environment could not be created.
     """
     python, done = folder / "bin" / "python", folder / ".installed"
     requirements = "\n".join(packages) + "\n"

@@ -1,4 +1,4 @@
-"""Growth of the cost of calibration with windows, blocks and width, each doubled three times."""
+"""Growth of the cost of calibration with windows, blocks and widths, each of which is doubled three times."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from cfsp.benchmark.alternation import alternated
-from cfsp.benchmark.part import Check, Result, Settings, markdown, span
-from cfsp.benchmark.shapes import SEQ_LEN, SHAPES, describe, dtypes_on, in_memory, random_ids
+from cfsp.benchmark.alternation import time_in_alternation
+from cfsp.benchmark.part import Check, Result, Settings, format_range, markdown_table
+from cfsp.benchmark.shapes import SEQ_LEN, SHAPES, build_model, describe_shape, device_dtypes, draw_token_ids
 
 #: Largest distance of the exponent of windows and of blocks from 1.
 TOLERANCE = 0.05
 SHAPE = "small"
 BATCH_SIZE = 4
-#: Values of the sizes that grow. A size that does not grow has its first value.
+#: Values of the sizes that grow. A size that does not grow keeps its first value.
 WINDOWS, BLOCKS = (8, 16, 32, 64), (2, 4, 8, 16)
 FFN = (1408, 2816, 5632, 11264)
 HIDDEN = (256, 512, 1024, 2048)
-#: Blocks of the models whose windows grow or whose width grows.
+#: Number of blocks while the windows or a width grow.
 FIXED_BLOCKS = 2
 
 
@@ -32,8 +32,8 @@ def measure(settings: Settings) -> Result:
     from cfsp.model.device import resolve_device
 
     device = resolve_device(settings.device)
-    dtype = dtypes_on(device, settings.dtypes)[0]
-    build = partial(in_memory, SHAPES[SHAPE], getattr(torch, dtype), device)
+    dtype = device_dtypes(device, settings.dtypes)[0]
+    build = partial(build_model, SHAPES[SHAPE], getattr(torch, dtype), device)
     per_hidden = SHAPES[SHAPE].ffn / SHAPES[SHAPE].hidden
     result = Result(
         "growth",
@@ -49,7 +49,7 @@ def measure(settings: Settings) -> Result:
         ],
     }  # fmt: skip
     for grows, make in cases.items():
-        row = measured(grows, make(), settings.repeats)
+        row = measure_growth(grows, make(), settings.repeats)
         result.rows.append(row)
         if grows in ("windows", "blocks"):
             result.checks.append(
@@ -59,13 +59,13 @@ def measure(settings: Settings) -> Result:
     return result
 
 
-def measured(grows: str, cases: list[tuple[int, Any, int]], repeats: int) -> dict[str, Any]:
-    """Measure the row of a size that grows.
+def measure_growth(grows: str, cases: list[tuple[int, Any, int]], repeats: int) -> dict[str, Any]:
+    """Time the calibration stage while one size grows, and return a row of the result.
 
     Args:
         grows: name of the size.
-        cases: value of the size, model, and number of windows.
-        repeats: how often each is timed. Only the calibration stage is timed.
+        cases: value of the size, model, and number of windows of each case.
+        repeats: number of timings of each case.
     """
     # Start-up time: loads numpy, safetensors, torch.
     from cfsp.architecture.views import resolve
@@ -79,12 +79,12 @@ def measured(grows: str, cases: list[tuple[int, Any, int]], repeats: int) -> dic
     for value, model, windows in cases:
         view = resolve(model)
         limits = Limits(model.config.vocab_size, model.config.max_position_embeddings)
-        calibration = from_ids(random_ids(windows, SEQ_LEN, model.config.vocab_size), limits)
+        calibration = from_ids(draw_token_ids(windows, SEQ_LEN, model.config.vocab_size), limits)
         calls[str(value)] = partial(calibrate, BlockDriver(view, BATCH_SIZE), calibration)
         blocks_parameters.append(sum(p.numel() for block in view.blocks for p in block.module.parameters()))
     for call in calls.values():
         call()
-    seconds = alternated(calls, repeats, cases[0][1].device.type == "cuda")
+    seconds = time_in_alternation(calls, repeats, cases[0][1].device.type == "cuda")
     middle = [median(values) for values in seconds.values()]
     values = [value for value, *_ in cases]
     return {
@@ -93,20 +93,20 @@ def measured(grows: str, cases: list[tuple[int, Any, int]], repeats: int) -> dic
         "parameters_of_blocks": blocks_parameters,
         "seconds": seconds,
         "median_seconds": middle,
-        "exponent": exponent(values, middle),
-        "exponent_of_parameters": exponent(blocks_parameters, middle) if grows != "windows" else None,
+        "exponent": fit_exponent(values, middle),
+        "exponent_of_parameters": fit_exponent(blocks_parameters, middle) if grows != "windows" else None,
     }
 
 
-def exponent(sizes: list[int], seconds: list[float]) -> float:
-    """Fit seconds = a * sizes^b by least squares of the logarithms; returns b."""
+def fit_exponent(sizes: list[int], seconds: list[float]) -> float:
+    """Fit seconds = a * sizes^b by least squares on the logarithms and return b."""
     x, y = [math.log(size) for size in sizes], [math.log(value) for value in seconds]
     middle_x, middle_y = sum(x) / len(x), sum(y) / len(y)
     across = sum((a - middle_x) * (b - middle_y) for a, b in zip(x, y, strict=True))
     return across / sum((a - middle_x) ** 2 for a in x)
 
 
-def table(result: Result) -> str:
+def render_table(result: Result) -> str:
     """Render the table as Markdown."""
     head = [
         "what grows",
@@ -124,7 +124,7 @@ def table(result: Result) -> str:
                 row["grows"],
                 ", ".join(f"{value:,}" for value in row["values"]),
                 ", ".join(f"{value:.3g}" for value in row["median_seconds"]),
-                span(row["seconds"][str(row["values"][-1])]),
+                format_range(row["seconds"][str(row["values"][-1])]),
                 f"**{row['exponent']:.3f}**",
                 "" if of_parameters is None else f"{of_parameters:.3f}",
             ]
@@ -132,7 +132,7 @@ def table(result: Result) -> str:
     explained = (
         f"Seconds of the calibration stage, {result.notes['dtype']} on {result.notes['device']}, windows of {SEQ_LEN} "
         f"tokens in batches of {BATCH_SIZE}; {WINDOWS[0]} windows and {FIXED_BLOCKS} blocks where these do not grow, "
-        f"the rest as in {describe(SHAPE)}. exponent: b of seconds = a x value^b, fitted to the medians; of "
+        f"the rest as in {describe_shape(SHAPE)}. exponent: b of seconds = a x value^b, fitted to the medians; of "
         "parameters: the same with the parameters of the blocks."
     )
-    return markdown("Growth of the cost of calibration", head, rows, result, explained)
+    return markdown_table("Growth of the cost of calibration", head, rows, result, explained)

@@ -1,13 +1,13 @@
-"""Measure the speed of a pruned model in llama.cpp: prompt and generation, dense beside half of the FFN.
+"""Measure the speed of a pruned model beside the dense one in llama.cpp, for prompt and generation.
 
     cfsp benchmark llama_cpp [repeats=5] [threads=1] [dtypes=f32,f16,q8_0] [environment=FOLDER]
         [work=outputs/benchmark_llama_cpp] [results=results]
 
 A randomly initialised LLaMA (hidden 1024, FFN 4096, 16 blocks, 16 heads of which 8 KV, vocabulary 8192) and the same
-with FFN widths between 1056 and 3040, multiples of 32 whose mean is 2048, are exported as GGUF; each dtype's two files
-are timed in one process, in alternation. environment: where llama-cpp-python is, or is built first
-(`cfsp benchmark llama_cpp_environment`). Writes benchmarks/llama_cpp.json and tables/benchmark_llama_cpp.md under
-results. Exit codes: 0 all limits hold, 1 one is missed or a measurement failed, 2 wrong input.
+with FFN widths between 1056 and 3040 (multiples of 32, mean 2048) are exported as GGUF. One process times the two files
+of each dtype in alternation. environment: folder of the environment with llama-cpp-python, which is built if it is
+missing (`cfsp benchmark llama_cpp_environment`). Writes benchmarks/llama_cpp.json and tables/benchmark_llama_cpp.md
+under results. Exit codes: 0 all limits hold, 1 a limit is missed or a measurement failed, 2 wrong input.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from statistics import median
 from typing import Any, get_args
 
 from cfsp.benchmark import llama_cpp_job
-from cfsp.benchmark.alternation import pairwise
-from cfsp.benchmark.llama_cpp_environment import default_folder, environment
+from cfsp.benchmark.alternation import paired_ratios
+from cfsp.benchmark.llama_cpp_environment import create_llama_cpp_environment, default_folder
 from cfsp.benchmark.make_checkpoint import Shape, make_checkpoint
-from cfsp.benchmark.part import Check, Result, Settings, markdown, span, write
+from cfsp.benchmark.part import Check, Result, Settings, format_range, markdown_table, write_result
 from cfsp.checkpoint.save import save_checkpoint
 from cfsp.config.components import suggest
 from cfsp.errors import ConfigError, RunError
@@ -53,12 +53,12 @@ class Request:
     """The checked command line.
 
     Attributes:
-        repeats: how often each file is timed.
-        threads: threads of llama.cpp.
+        repeats: number of timings of each file.
+        threads: number of threads of llama.cpp.
         dtypes: dtypes of the GGUF files.
         environment: folder of the environment with llama-cpp-python.
-        work: folder for models.
-        results: folder for record and table.
+        work: folder for the models.
+        results: folder for the record and the table.
     """
 
     repeats: int = 5
@@ -70,16 +70,16 @@ class Request:
 
 
 def main(overrides: Sequence[str] | None = None) -> int:
-    """Run the benchmark; returns the exit code."""
+    """Run the benchmark and return the exit code."""
     arguments = sys.argv[1:] if overrides is None else list(overrides)
     return command("benchmark_llama_cpp", str(__doc__), arguments or ["repeats=5"], _benchmark)
 
 
-def read(overrides: Sequence[str]) -> Request:
-    """Read the command line.
+def read_request(overrides: Sequence[str]) -> Request:
+    """Check the command line and return the request.
 
     Raises:
-        ConfigError: everything that is wrong with its keys and values.
+        ConfigError: a key or value is wrong; the message has all problems.
     """
     problems, result = [], dict[str, Any]()
     for key, value in override_values(overrides).items():
@@ -104,18 +104,19 @@ def read(overrides: Sequence[str]) -> Request:
     return Request(**result)
 
 
-def widths(shape: Shape) -> list[int]:
-    """Return the width of each block: half of the FFN on average, in multiples of 32, from 1/4 to 3/4 of it."""
+def block_widths(shape: Shape) -> list[int]:
+    """Return the kept FFN width of each block: multiples of 32 from 1/4 to 3/4 of the FFN, half of it on average."""
     result = []
     for index in range(shape.blocks):
-        # In each pair of blocks, the first is as much below the mean as the second is above. No two pairs are equal.
-        away = STEP * round((index // 2 + 1) / (shape.blocks // 2) * shape.ffn / 4 / STEP - 1)
-        result.append(shape.ffn // 2 + (away if index % 2 else -away))
+        # In each pair of blocks, the first is below the mean by the same offset as the second is above it. Each pair
+        # has another offset.
+        offset = STEP * round((index // 2 + 1) / (shape.blocks // 2) * shape.ffn / 4 / STEP - 1)
+        result.append(shape.ffn // 2 + (offset if index % 2 else -offset))
     return result
 
 
-def folders(work: Path, shape: Shape) -> dict[str, Path]:
-    """Write the dense folder and the pruned one."""
+def write_models(work: Path, shape: Shape) -> dict[str, Path]:
+    """Write the dense and the pruned model; return their names -> folders."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -124,17 +125,22 @@ def folders(work: Path, shape: Shape) -> dict[str, Path]:
     dense, pruned = work / "dense", work / "pruned"
     make_checkpoint(dense, shape)
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
-    blocks = tuple(BlockPlan(tuple(range(width))) for width in widths(shape))
+    blocks = tuple(BlockPlan(tuple(range(width))) for width in block_widths(shape))
     cfsp.apply(model, PruningPlan("dense", "", {"name": "widths"}, blocks, {}, {}))
     save_checkpoint(model, pruned, source=dense)
     return {"dense": dense, "pruned": pruned}
 
 
-def measured(python: Path, request: Request, files: dict[str, Path]) -> dict[str, Any]:
-    """Run a job in a process of its own; returns its reply.
+def run_job(python: Path, request: Request, files: dict[str, Path]) -> dict[str, Any]:
+    """Time the files in a separate process and return its reply.
+
+    Args:
+        python: Python of the environment with llama-cpp-python.
+        request: the checked command line.
+        files: name -> GGUF file.
 
     Raises:
-        RunError: it failed; has the end of its error output.
+        RunError: the process failed; the message has the end of its error output.
     """
     job = {
         "tool": str(TOOL),
@@ -154,22 +160,22 @@ def measured(python: Path, request: Request, files: dict[str, Path]) -> dict[str
 
 
 def measure(request: Request, shape: Shape = SHAPE) -> Result:
-    """Measure a row for each dtype, of prompt and of generation."""
-    python = environment(request.environment)
+    """Measure a row for prompt and one for generation, for each dtype."""
+    python = create_llama_cpp_environment(request.environment)
     result = Result("llama_cpp", "", program="cfsp benchmark llama_cpp")
-    models = folders(request.work, shape)
-    parameters = {name: _parameters(folder) for name, folder in models.items()}
-    result.notes = {"threads": request.threads, "widths": widths(shape), "parameters": parameters}
+    models = write_models(request.work, shape)
+    parameters = {name: _count_parameters(folder) for name, folder in models.items()}
+    result.notes = {"threads": request.threads, "widths": block_widths(shape), "parameters": parameters}
     for dtype in request.dtypes:
         files = {}
         for name, folder in models.items():
             files[name] = request.work / f"{name}-{dtype}.gguf"
             export(read_folder(folder), files[name], dtype=dtype)  # type: ignore[arg-type]
-        reply = measured(python, request, files)
+        reply = run_job(python, request, files)
         result.notes["llama_cpp_python"] = reply["version"]
         for key, count in (("prompt", PROMPT), ("generate", GENERATE)):
             seconds = {name: [timed["cpu"] for timed in reply["seconds"][name][key]] for name in files}
-            ratio, ratios = pairwise(seconds["dense"], seconds["pruned"])
+            ratio, ratios = paired_ratios(seconds["dense"], seconds["pruned"])
             row = {
                 "dtype": dtype,
                 "part": key,
@@ -188,12 +194,12 @@ def measure(request: Request, shape: Shape = SHAPE) -> Result:
     return result
 
 
-def _parameters(folder: Path) -> int:
+def _count_parameters(folder: Path) -> int:
     headers = [read_header(file)[0] for file in weight_files(folder)]
     return sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
 
 
-def table(result: Result) -> str:
+def render_table(result: Result) -> str:
     """Render the table as Markdown."""
     head = [
         "dtype, tokens",
@@ -207,7 +213,7 @@ def table(result: Result) -> str:
         [
             f"{row['dtype']} {row['part']} {row['tokens']}",
             *(f"{row['tokens_per_second'][name]:.1f}" for name in ("dense", "pruned")),
-            f"**{row['speed_up']:.2f}** ({span(row['speed_ups'])})",
+            f"**{row['speed_up']:.2f}** ({format_range(row['speed_ups'])})",
             *(f"{row['bytes'][name] / 1e6:.0f}" for name in ("dense", "pruned")),
         ]
         for row in result.rows
@@ -223,14 +229,14 @@ def table(result: Result) -> str:
         "process on the CPU; medians of repeats in alternation; prompt and generation begin without a context, as in "
         "llama-bench. The export fills widths up to multiples of 64 in f16 and bf16."
     )
-    return markdown("Pruned models in llama.cpp", head, rows, result, explained)
+    return markdown_table("Pruned models in llama.cpp", head, rows, result, explained)
 
 
 def _benchmark(overrides: Sequence[str]) -> int:
-    request = read(overrides)
+    request = read_request(overrides)
     result = measure(request)
-    text = table(result)
-    write(result, text, Settings(repeats=request.repeats, results=request.results))
+    text = render_table(result)
+    write_result(result, text, Settings(repeats=request.repeats, results=request.results))
     shutil.rmtree(request.work, ignore_errors=True)
     print(f"\n{text}", flush=True)
     missed = [str(check) for check in result.checks if not check.met]

@@ -1,10 +1,10 @@
-"""Time GGUF files in llama.cpp beside each other, in a process of its own.
+"""Time GGUF files in llama.cpp in alternation, in a separate process.
 
-``python llama_cpp_job.py REQUEST`` prints one line of JSON. It runs where llama_cpp is and imports nothing of the
-project; REQUEST: {"tool" (the path of cfsp/verify/tools/llama_cpp.py, which makes the package ready), "files" (name ->
-GGUF), "prompt", "generate" (tokens), "repeats", "threads"}. The reply: "version" and, of each file and "prompt" or
-"generate", the seconds of each repeat, of the clock and of this process on the CPU. Both begin without a context, as
-llama-bench's pp and tg do.
+``python llama_cpp_job.py REQUEST`` prints one line of JSON. It runs in the environment that has llama_cpp and imports
+nothing of the project. REQUEST is JSON with "tool" (path of cfsp/verify/tools/llama_cpp.py, which prepares the
+package), "files" (name -> GGUF file), "prompt" and "generate" (numbers of tokens), "repeats" and "threads". The reply
+has "version" and "seconds": for each file, for "prompt" and "generate", and for each repeat, the wall-clock seconds and
+the CPU seconds of this process. Both parts begin without a context, like pp and tg of llama-bench.
 """
 
 from __future__ import annotations
@@ -15,12 +15,18 @@ import sys
 import time
 from typing import Any
 
-#: Ids of tokens. Their values do not change the time.
+#: Token ids FIRST, FIRST + STEP, ... modulo RANGE. Their values do not change the time.
 FIRST, STEP, RANGE = 5, 37, 4000
 
 
-def timed(model: Any, ids: list[int], *, one_by_one: bool) -> dict[str, float]:
-    """Return the seconds in which the model reads ``ids``."""
+def time_tokens(model: Any, ids: list[int], *, one_by_one: bool) -> dict[str, float]:
+    """Return the wall-clock and CPU seconds in which the model processes ``ids``.
+
+    Args:
+        model: the model of llama_cpp.
+        ids: token ids.
+        one_by_one: process one token at a time, as in generation.
+    """
     wall, cpu = time.perf_counter(), time.process_time()
     for part in [[number] for number in ids] if one_by_one else [ids]:
         model.eval(part)
@@ -28,7 +34,7 @@ def timed(model: Any, ids: list[int], *, one_by_one: bool) -> dict[str, float]:
 
 
 def main() -> int:
-    """Answer the request of the command line; returns the exit code."""
+    """Answer the request on the command line and return the exit code."""
     request = json.loads(sys.argv[1])
     package, _ = runpy.run_path(request["tool"])["prepared"]()
     counts = {"prompt": request["prompt"], "generate": request["generate"]}
@@ -46,12 +52,12 @@ def main() -> int:
     }
     ids = [FIRST + STEP * n % RANGE for n in range(max(counts.values()))]
     times: dict[str, dict[str, list[dict[str, float]]]] = {name: {key: [] for key in counts} for name in models}
-    # The first round reads the files and does not count. Every other round goes through them in the opposite order.
+    # The first round loads the files and does not count. Every second round uses the opposite order.
     for repeat in range(request["repeats"] + 1):
         for name in list(models) if repeat % 2 else reversed(models):
             for key, count in counts.items():
                 models[name].reset()
-                seconds = timed(models[name], ids[:count], one_by_one=key == "generate")
+                seconds = time_tokens(models[name], ids[:count], one_by_one=key == "generate")
                 times[name][key] += [seconds] if repeat else []
     print(json.dumps({"version": package.__version__, "seconds": times}), flush=True)
     return 0

@@ -1,13 +1,14 @@
-"""Write a randomly initialised LLaMA of any size, sharded, with never more than one tensor of it in memory.
+"""Write a sharded, randomly initialised LLaMA of any size. Only one tensor at a time is in memory.
 
     python -m cfsp.benchmark.make_checkpoint path=FOLDER [hidden=2048] [ffn=5632] [blocks=58] [heads=16] [kv_heads=16]
         [vocab=32000] [positions=2048] [dtype=bfloat16] [shard_gb=1] [seed=0]
 
-The folder loads like any folder of transformers: model-0000k-of-0000n.safetensors with their index (one shard:
-model.safetensors), config.json, generation_config.json and the bundled tokenizer, whose ids are below ``vocab``. The
-values are transformers' initial ones: normal with standard deviation 0.02, norms 1; the same seed and shape give the
-same values whatever the shards. ``shard_gb`` is in 10^9 bytes. The folder appears when it is whole; one that was
-written so before is left where it is what is asked for, and replaced where it is not. The defaults make 6.2 GB.
+transformers can load the folder. It has model-0000k-of-0000n.safetensors with their index (or model.safetensors for a
+single shard), config.json, generation_config.json and the bundled tokenizer, whose ids are below ``vocab``. The values
+are those with which transformers initialises a model: normal with standard deviation 0.02, norms 1. The same seed and
+shape give the same values for any number of shards. ``shard_gb`` is in 10^9 bytes. The folder appears only when it is
+complete. A folder from an earlier call is kept if its settings are the same, and replaced otherwise. The defaults give
+6.2 GB.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from cfsp.system.package import ROOT
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: File in the folder that holds its settings. A folder with it may be replaced.
+#: File with the settings of a folder. A folder with this file may be replaced.
 MARKER = "made_checkpoint.json"
 TOKENIZER = ROOT / "assets" / "books7m"
-#: Name in safetensors, and bytes of an element, for each dtype.
+#: dtype -> its name in safetensors, and the bytes of an element.
 DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
 STANDARD_DEVIATION = 0.02
 
@@ -62,7 +63,7 @@ class Shape:
     dtype: str = "bfloat16"
 
     def config(self) -> Any:
-        """Return the configuration of transformers, without settings of attention or cache."""
+        """Return the configuration for transformers, without settings of attention or cache."""
         from transformers import LlamaConfig
 
         return LlamaConfig(
@@ -82,22 +83,31 @@ class Shape:
 
 
 def main(overrides: Sequence[str] | None = None) -> int:
-    """Write the model that the overrides describe; returns the exit code."""
+    """Write the requested model and return the exit code."""
     return command("make_checkpoint", str(__doc__), overrides, _make)
 
 
 def make_checkpoint(folder: Path, shape: Shape, *, shard_gb: float = 1.0, seed: int = 0) -> bool:
-    """Write the model to ``folder``, all or nothing; returns False where it was there already.
+    """Write the model to ``folder``, which appears only when it is complete.
+
+    Args:
+        folder: folder to write.
+        shape: shape of the model.
+        shard_gb: largest size of a shard, in 10^9 bytes.
+        seed: seed of the values.
+
+    Returns:
+        False if the folder already had this model, otherwise True.
 
     Raises:
-        ConfigError: the sizes do not go together.
-        CheckpointError: the folder holds other things, or cannot be written.
+        ConfigError: the sizes are not compatible.
+        CheckpointError: the folder was not written by this function, or it cannot be written.
     """
-    _check(shape, shard_gb)
+    _check_shape(shape, shard_gb)
     folder = folder.resolve()
     made_with = {**asdict(shape), "shard_gb": shard_gb, "seed": seed}
     if folder.exists():
-        earlier = _made_with(folder)
+        earlier = _read_marker(folder)
         if earlier == made_with:
             return False
         if earlier is None:
@@ -125,8 +135,8 @@ def make_checkpoint(folder: Path, shape: Shape, *, shard_gb: float = 1.0, seed: 
     return True
 
 
-def sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor by its name, in the order of transformers' class."""
+def tensor_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Return the name of every tensor -> its shape, in the order of the class of transformers."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -135,7 +145,7 @@ def sizes(shape: Shape) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _values(size: tuple[int, ...], number: int, shape: Shape, seed: int) -> Tensor:
+def _initial_values(size: tuple[int, ...], number: int, shape: Shape, seed: int) -> Tensor:
     """Return the initial values of the ``number``-th tensor."""
     import torch
 
@@ -150,52 +160,54 @@ def _write_weights(folder: Path, shape: Shape, shard_gb: float, seed: int) -> No
     import torch
 
     code, itemsize = DTYPES[shape.dtype]
-    everything = sizes(shape)
+    everything = tensor_shapes(shape)
     numbers = {name: number for number, name in enumerate(everything)}
-    shards = list(_shards(everything, itemsize, shard_gb * 1e9))
+    shards = list(_split_into_shards(everything, itemsize, shard_gb * 1e9))
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, size in shard.items():
-            start, end = end, end + _elements(size) * itemsize
+            start, end = end, end + _count_elements(size) * itemsize
             header[name] = {"dtype": code, "shape": list(size), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8 bytes
+        text += b" " * (-len(text) % 8)  # safetensors needs data that begin at a multiple of 8 bytes
         with (folder / file).open("wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             for name, size in shard.items():
-                values = _values(size, numbers[name], shape, seed)
+                values = _initial_values(size, numbers[name], shape, seed)
                 stream.write(values.flatten().view(torch.uint8).numpy().data)
-                del values  # the next one is drawn before the name is bound again
+                del values  # otherwise two tensors are in memory while the next one is drawn
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
-        total = sum(_elements(size) for size in everything.values())
+        total = sum(_count_elements(size) for size in everything.values())
         metadata = {"total_parameters": total, "total_size": total * itemsize}
         _write_json(folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
 
 
-def _shards(tensors: dict[str, tuple[int, ...]], itemsize: int, limit: float) -> Iterator[dict[str, tuple[int, ...]]]:
+def _split_into_shards(
+    tensors: dict[str, tuple[int, ...]], itemsize: int, limit: float
+) -> Iterator[dict[str, tuple[int, ...]]]:
     shard: dict[str, tuple[int, ...]] = {}
     held = 0
     for name, size in tensors.items():
-        if shard and held + _elements(size) * itemsize > limit:
+        if shard and held + _count_elements(size) * itemsize > limit:
             yield shard
             shard, held = {}, 0
         shard[name] = size
-        held += _elements(size) * itemsize
+        held += _count_elements(size) * itemsize
     yield shard
 
 
-def _elements(size: tuple[int, ...]) -> int:
+def _count_elements(size: tuple[int, ...]) -> int:
     product = 1
     for n in size:
         product *= n
     return product
 
 
-def _check(shape: Shape, shard_gb: float) -> None:
+def _check_shape(shape: Shape, shard_gb: float) -> None:
     from transformers import PreTrainedTokenizerFast
 
     if shape.hidden % shape.heads or (shape.hidden // shape.heads) % 2:
@@ -214,7 +226,7 @@ def _check(shape: Shape, shard_gb: float) -> None:
         raise ConfigError(f"shard_gb={shard_gb}: give a number above 0, in 10^9 bytes")
 
 
-def _made_with(folder: Path) -> dict[str, Any] | None:
+def _read_marker(folder: Path) -> dict[str, Any] | None:
     try:
         settings = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,12 +1,12 @@
-"""Measure what pruning and the evaluation of perplexity cost on a model of yours, beside its bare forward passes.
+"""Measure the cost of pruning and of the perplexity on your own model, beside its bare forward passes.
 
     cfsp benchmark model_file --model FOLDER_OR_FILE.gguf [--windows 64] [--seq-len 1024] [--repeats 3] [--name NAME]
 
-Two ratios, each of times taken in alternation over the same random tokens: ``cfsp.prune`` (calibration, scoring,
-planning) beside the decoder's forward pass without LM head, and the perplexity as ``evaluation=perplexity`` computes
-it beside the forward pass with LM head, each pass at its own best batch size. With the peak memory of both. Writes
-benchmarks/model_file_NAME.json and tables/benchmark_model_file_NAME.md under --results. Exit codes: 0 both limits
-hold, 1 one is missed, 2 wrong input.
+Measures two ratios of times, taken in alternation over the same random tokens, and the peak memory. The first compares
+``cfsp.prune`` (calibration, scoring, planning) with the forward pass of the decoder without LM head. The second
+compares the perplexity of ``evaluation=perplexity`` with the forward pass with LM head. Each forward pass uses its best
+batch size. Writes benchmarks/model_file_NAME.json and tables/benchmark_model_file_NAME.md under --results. Exit codes:
+0 both limits hold, 1 a limit is missed, 2 wrong input.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from cfsp.benchmark import calibration
-from cfsp.benchmark.alternation import alternated, pairwise
-from cfsp.benchmark.part import Check, Result, Settings, markdown, span, write
-from cfsp.benchmark.shapes import random_ids
+from cfsp.benchmark.alternation import paired_ratios, time_in_alternation
+from cfsp.benchmark.part import Check, Result, Settings, format_range, markdown_table, write_result
+from cfsp.benchmark.shapes import draw_token_ids
 from cfsp.config.compose import compose
 from cfsp.errors import CfspError
 from cfsp.evaluation.cost import peak_beside
@@ -31,22 +31,22 @@ from cfsp.evaluation.perplexity import negative_log_likelihood
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Largest time of the perplexity, in forward passes with LM head.
+#: Largest cost of the perplexity, in forward passes with LM head.
 PERPLEXITY_LIMIT = 1.03
-#: Windows over which the perplexity is timed: its cost is the same for each.
+#: Number of windows over which the perplexity is timed. Its cost is the same for every window.
 PERPLEXITY_WINDOWS = 8
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write the files; returns the exit code."""
+    """Measure, write the files, and return the exit code."""
     parser = argparse.ArgumentParser(
         "cfsp benchmark model_file", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", required=True, help="a model folder, a GGUF file or a repository of the hub")
     parser.add_argument("--name", help="how it is called in results/; the default is the name of the file or folder")
-    parser.add_argument("--windows", type=_positive, default=64, help="windows of the calibration set")
-    parser.add_argument("--seq-len", type=_positive, default=1024, help="tokens of a window")
-    parser.add_argument("--repeats", type=_positive, default=3, help="how often each is timed")
+    parser.add_argument("--windows", type=_positive_number, default=64, help="windows of the calibration set")
+    parser.add_argument("--seq-len", type=_positive_number, default=1024, help="tokens of a window")
+    parser.add_argument("--repeats", type=_positive_number, default=3, help="how often each is timed")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--work", type=Path, default=Path("outputs/benchmark"))
@@ -57,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CfspError as error:
         print(f"cfsp benchmark model_file: {error}", file=sys.stderr)
         return error.exit_code
-    text = table(result)
-    write(result, text, Settings(repeats=options.repeats, results=options.results))
+    text = render_table(result)
+    write_result(result, text, Settings(repeats=options.repeats, results=options.results))
     print(text)
     return 0 if all(check.met for check in result.checks) else 1
 
@@ -74,12 +74,12 @@ def measure(options: argparse.Namespace) -> Result:
         f"--repeats {options.repeats} --dtype {options.dtype}"
     )
     result = Result(f"model_file_{name}", arguments)
-    ids = random_ids(options.windows, options.seq_len, model.config.vocab_size)
+    ids = draw_token_ids(options.windows, options.seq_len, model.config.vocab_size)
     about = {"model": name, "dtype": options.dtype, "device": model.device.type}
-    tried = calibration.tried_batches(model, ids)
+    tried = calibration.time_batch_sizes(model, ids)
     batch = min(tried, key=lambda size: tried[size])
     settings = Settings(repeats=options.repeats, work=options.work)
-    pruning = calibration.compared(model, ids, batch, settings, stages_alone=False)
+    pruning = calibration.compare_with_forward(model, ids, batch, settings, stages_alone=False)
     peaks = pruning["peak_beside_weights"]
     result.rows.append(
         {
@@ -88,28 +88,31 @@ def measure(options: argparse.Namespace) -> Result:
             "peak_bytes": {"bare": peaks["bare"], "ours": max(peaks[stage] for stage in ("calibrate", "plan"))},
         }
     )  # fmt: skip
-    result.rows.append(about | perplexity_row(model, ids[:PERPLEXITY_WINDOWS], options.repeats))
+    result.rows.append(about | measure_perplexity(model, ids[:PERPLEXITY_WINDOWS], options.repeats))
     for row, limit in zip(result.rows, (calibration.LIMIT, PERPLEXITY_LIMIT), strict=True):
         result.checks.append(Check(f"{row['what']} / bare forward", row["ratio"], limit))
     return result
 
 
-def perplexity_row(model: Any, ids: Tensor, repeats: int) -> dict[str, Any]:
-    """Time the perplexity, at the batch size of its preset, beside the forward pass with head at its best one."""
+def measure_perplexity(model: Any, ids: Tensor, repeats: int) -> dict[str, Any]:
+    """Time the perplexity beside the forward pass with LM head, and return a row of the result.
+
+    The perplexity uses the batch size of its preset, the forward pass its best batch size.
+    """
     batch = int(compose(["evaluation=perplexity"]).evaluation.perplexity.batch_size)
     passes: dict[int, Callable[[], object]] = {
-        size: partial(with_head, model, ids, size) for size in (1, 2, 4, 8) if size <= len(ids)
+        size: partial(run_forward_with_head, model, ids, size) for size in (1, 2, 4, 8) if size <= len(ids)
     }
-    with_head(model, ids[:1], 1)
+    run_forward_with_head(model, ids[:1], 1)
     cuda = model.device.type == "cuda"
-    tried = alternated({str(size): call for size, call in passes.items()}, 2, cuda)
+    tried = time_in_alternation({str(size): call for size, call in passes.items()}, 2, cuda)
     best = min(passes, key=lambda size: min(tried[str(size)]))
 
     def ours() -> object:
         return negative_log_likelihood(model, ids, batch, "benchmark")
 
-    seconds = alternated({"bare": passes[best], "ours": ours}, repeats, cuda)
-    ratio, ratios = pairwise(seconds["ours"], seconds["bare"])
+    seconds = time_in_alternation({"bare": passes[best], "ours": ours}, repeats, cuda)
+    ratio, ratios = paired_ratios(seconds["ours"], seconds["bare"])
     weights, on_device = [*model.parameters(), *model.buffers()], ids.to(model.device)
     return {
         "what": "perplexity",
@@ -122,7 +125,7 @@ def perplexity_row(model: Any, ids: Tensor, repeats: int) -> dict[str, Any]:
         "ratio": ratio,
         "ratios": ratios,
         "peak_bytes": {
-            "bare": peak_beside(weights, on_device, partial(with_head, model, on_device, best)),
+            "bare": peak_beside(weights, on_device, partial(run_forward_with_head, model, on_device, best)),
             "ours": peak_beside(
                 weights, on_device, lambda: negative_log_likelihood(model, on_device, batch, "benchmark")
             ),
@@ -130,8 +133,8 @@ def perplexity_row(model: Any, ids: Tensor, repeats: int) -> dict[str, Any]:
     }
 
 
-def with_head(model: Any, ids: Tensor, batch_size: int) -> None:
-    """Run the forward pass that the perplexity is measured against: logits of all tokens, and nothing else."""
+def run_forward_with_head(model: Any, ids: Tensor, batch_size: int) -> None:
+    """Run the forward pass with which the perplexity is compared. It computes the logits of all tokens only."""
     import torch
 
     with torch.no_grad():
@@ -139,7 +142,7 @@ def with_head(model: Any, ids: Tensor, batch_size: int) -> None:
             model(batch.to(model.device), use_cache=False)
 
 
-def table(result: Result) -> str:
+def render_table(result: Result) -> str:
     """Render the table as Markdown."""
     head = [
         "what", "tokens", "batch: bare, ours", "bare forward, s", "ours, s", "ratio (lowest to highest)",
@@ -152,7 +155,7 @@ def table(result: Result) -> str:
             f"{row['bare_batch_size']}, {row['batch_size']}",
             f"{median(row['seconds']['bare']):.2f}",
             f"{median(row['seconds']['ours']):.2f}",
-            f"**{row['ratio']:.3f}** ({span(row['ratios'], 3)})",
+            f"**{row['ratio']:.3f}** ({format_range(row['ratios'], 3)})",
             *(f"{row['peak_bytes'][side] / 2**20:,.0f}" for side in ("bare", "ours")),
         ]
         for row in result.rows
@@ -165,10 +168,10 @@ def table(result: Result) -> str:
         "at the best of its batch sizes. MiB: most bytes of tensors alive beside the weights (for prune over two "
         "batches)."
     )
-    return markdown("Cost on a model file", head, rows, result, explained)
+    return markdown_table("Cost on a model file", head, rows, result, explained)
 
 
-def _positive(text: str) -> int:
+def _positive_number(text: str) -> int:
     number = int(text)
     if number < 1:
         raise ValueError

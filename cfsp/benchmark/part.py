@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.record import environment
-from cfsp.tables.markdown_line import line
+from cfsp.tables.markdown_row import markdown_row
 
 
 @dataclass(frozen=True)
@@ -17,16 +17,16 @@ class Settings:
     """The checked command line.
 
     Attributes:
-        repeats: how often things are timed.
-        work: folder for models and other work.
+        repeats: number of timings.
+        work: folder for models and temporary files.
         results: folder for records and tables.
         device: auto, cpu or cuda.
-        shapes: names of the models that are measured.
-        dtypes: dtypes on a CPU; a GPU runs bfloat16.
-        windows: sizes of the calibration sets of the part calibration, in windows of 512 tokens.
-        blocks: blocks of the checkpoint of the part streaming.
-        modes: values of model.streaming of the part streaming.
-        runs: runs of each mode of the part streaming.
+        shapes: names of the shapes to measure (:data:`cfsp.benchmark.shapes.SHAPES`).
+        dtypes: dtypes on a CPU; a GPU uses bfloat16.
+        windows: sizes of the calibration sets in the part calibration, in windows of 512 tokens.
+        blocks: number of blocks of the checkpoint in the part streaming.
+        modes: values of model.streaming in the part streaming.
+        runs: number of runs of each mode in the part streaming.
     """
 
     repeats: int = 5
@@ -43,7 +43,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Check:
-    """A limit of a figure.
+    """A figure with its limit.
 
     Attributes:
         name: name of the figure.
@@ -59,7 +59,7 @@ class Check:
 
     @property
     def met(self) -> bool:
-        """True where the limit holds. NaN meets no limit."""
+        """True if the limit holds. NaN meets no limit."""
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     def __str__(self) -> str:
@@ -72,8 +72,8 @@ class Result:
     """Result of a part.
 
     Attributes:
-        name: name of its files.
-        overrides: overrides of the command line that measures it.
+        name: name of the files of the result.
+        overrides: overrides of the command line that measures the result.
         rows: measurements.
         checks: limits that must hold.
         notes: further entries of the record.
@@ -89,11 +89,11 @@ class Result:
 
     @property
     def made_by(self) -> str:
-        """Command line that measures it."""
+        """Command line that measures the result."""
         return f"{self.program} {self.overrides}".rstrip()
 
 
-def write(result: Result, table: str, settings: Settings) -> None:
+def write_result(result: Result, table: str, settings: Settings) -> None:
     """Write the record benchmarks/NAME.json and the table tables/benchmark_NAME.md under results."""
     checks = [{**asdict(check), "met": check.met} for check in result.checks]
     record = {
@@ -113,12 +113,28 @@ def write(result: Result, table: str, settings: Settings) -> None:
         path.write_text(content, encoding="utf-8")
 
 
-def markdown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], result: Result, explained: str) -> str:
-    """Render a table with its explanation, its limits and its environment. The first column is text."""
+def markdown_table(
+    title: str, head: Sequence[str], rows: Sequence[Sequence[str]], result: Result, explained: str
+) -> str:
+    """Render a table as Markdown, with an explanation, the limits and the environment below it.
+
+    Args:
+        title: heading of the table.
+        head: heads of the columns; the first column is text, the others are numbers.
+        rows: texts of the cells.
+        result: result whose limits and command line are stated.
+        explained: explanation of the columns.
+    """
     host = environment.describe()
     packages, git = host["packages"], host["git"] or {"commit": "an installed wheel", "dirty": False}
     gpus = f", {', '.join(host['gpus'])}" if host["gpus"] else ""
-    lines = [f"### {title}", "", line(head), line(["---", *["--:"] * (len(head) - 1)]), *(line(row) for row in rows)]
+    lines = [
+        f"### {title}",
+        "",
+        markdown_row(head),
+        markdown_row(["---", *["--:"] * (len(head) - 1)]),
+        *(markdown_row(row) for row in rows),
+    ]
     if result.checks:
         lines += ["", *(f"- {'holds' if check.met else '**MISSED**'}: {check}" for check in result.checks)]
     lines += [
@@ -131,6 +147,6 @@ def markdown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], res
     return "\n".join(lines) + "\n"
 
 
-def span(values: Sequence[float], digits: int = 2) -> str:
-    """Write the lowest and the highest of repeated measurements."""
+def format_range(values: Sequence[float], digits: int = 2) -> str:
+    """Format the range of repeated measurements, from the lowest to the highest."""
     return f"{min(values):.{digits}f} to {max(values):.{digits}f}"

@@ -1,8 +1,8 @@
-"""Prune half of the FFN neurons of a model folder by a peer, in a process of its own.
+"""Prune half of the FFN neurons of a model with another tool, in a separate process.
 
-``python peer_job.py REQUEST`` prints one line of JSON. It runs in the peers' environment, where cfsp is not installed,
-and imports nothing of the project; for the job ``cfsp`` it runs in ours. REQUEST: {"job", "model" (a folder), "ids" (a
-.npy of [n, T]), "batch_size", "percent"}.
+``python peer_job.py REQUEST`` prints one line of JSON. It runs in the environment of the other tools, where cfsp is not
+installed, and imports nothing of the project. The job ``cfsp`` runs in the environment of the project. REQUEST is JSON
+with "job", "model" (a folder), "ids" (a .npy file of shape [n, T]), "batch_size" and "percent".
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-#: Package of each job, what it chooses by, and whether it uses the calibration tokens.
+#: Name of a job -> package, criterion of the selection, and whether it uses the calibration tokens.
 JOBS = {
     "cfsp": ("cfsp", "activations and weights (pruner=cfsp), a width for each block", True),
     "optipfair": ("optipfair", "weights (MAW: their range in gate and up)", False),
@@ -27,7 +27,7 @@ JOBS = {
 
 
 def cfsp_job(model: Any, ids: Any, request: dict[str, Any]) -> Any:
-    """Prune by cfsp."""
+    """Prune with cfsp."""
     import cfsp
 
     plan = cfsp.prune(model, ids, ratio=request["percent"] / 100, batch_size=request["batch_size"])
@@ -35,7 +35,7 @@ def cfsp_job(model: Any, ids: Any, request: dict[str, Any]) -> Any:
 
 
 def optipfair_job(model: Any, ids: Any, request: dict[str, Any], *, with_data: bool) -> Any:
-    """Prune by optipfair, with or without the calibration tokens."""
+    """Prune with optipfair, with or without the calibration tokens."""
     import optipfair
 
     loader = None
@@ -54,7 +54,7 @@ def optipfair_job(model: Any, ids: Any, request: dict[str, Any], *, with_data: b
 
 
 def torch_pruning_job(model: Any, ids: Any, request: dict[str, Any], *, gradients: bool) -> Any:
-    """Prune by torch-pruning, by gradients or by weights."""
+    """Prune with torch-pruning, by gradients or by weights."""
     import torch_pruning
 
     model.config.use_cache = False
@@ -67,7 +67,7 @@ def torch_pruning_job(model: Any, ids: Any, request: dict[str, Any], *, gradient
     layers = [layer.mlp for layer in model.model.layers]
     pruner = torch_pruning.pruner.BasePruner(
         model,
-        example_inputs=ids[:1, :8],  # for its graph, which does not depend on the length
+        example_inputs=ids[:1, :8],  # for the dependency graph, which does not depend on the length
         importance=importance,
         global_pruning=False,
         pruning_ratio=0.0,
@@ -81,7 +81,7 @@ def torch_pruning_job(model: Any, ids: Any, request: dict[str, Any], *, gradient
     return model
 
 
-RUN: dict[str, Callable[[Any, Any, dict[str, Any]], Any]] = {
+JOB_FUNCTIONS: dict[str, Callable[[Any, Any, dict[str, Any]], Any]] = {
     "cfsp": cfsp_job,
     "optipfair": lambda *given: optipfair_job(*given, with_data=False),
     "optipfair-data": lambda *given: optipfair_job(*given, with_data=True),
@@ -91,7 +91,7 @@ RUN: dict[str, Callable[[Any, Any, dict[str, Any]], Any]] = {
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """Measure seconds and peak memory of the pruning alone; loading and imports come before."""
+    """Measure the seconds and the peak memory of the pruning without imports and loading; return the reply."""
     import numpy
     import torch
     from transformers import AutoModelForCausalLM
@@ -100,15 +100,15 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     __import__(package.replace("-", "_"))
     model = AutoModelForCausalLM.from_pretrained(request["model"], dtype=torch.float32).eval()
     for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # off the mapped file: a page is not read while the clock runs
+        parameter.data = parameter.data.clone()  # read the mapped file before the timing starts
     ids = torch.from_numpy(numpy.load(request["ids"]))
-    before = _parameters(model)
-    _reset_high_water()
-    at_start = _status("VmRSS")
+    before = _count_parameters(model)
+    _reset_peak_memory()
+    at_start = _memory_status("VmRSS")
     start = time.perf_counter()
-    pruned = RUN[request["job"]](model, ids, request)
+    pruned = JOB_FUNCTIONS[request["job"]](model, ids, request)
     seconds = time.perf_counter() - start
-    peak = _status("VmHWM")
+    peak = _memory_status("VmHWM")
     with torch.no_grad():
         finite = bool(torch.isfinite(pruned(ids[:1, :8]).logits).all())
     widths = [layer.mlp.down_proj.in_features for layer in pruned.model.layers]
@@ -120,7 +120,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         "tokens": ids.numel() if uses_tokens else 0,
         "peak_bytes": peak,
         "beside_bytes": None if peak is None or at_start is None else peak - at_start,
-        "parameters": {"before": before, "after": _parameters(pruned)},
+        "parameters": {"before": before, "after": _count_parameters(pruned)},
         "widths": widths,
         "finite": finite,
         "torch": torch.__version__,
@@ -128,16 +128,16 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _parameters(model: Any) -> int:
+def _count_parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _reset_high_water() -> None:
+def _reset_peak_memory() -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _status(name: str) -> int | None:
+def _memory_status(name: str) -> int | None:
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

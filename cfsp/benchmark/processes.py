@@ -1,4 +1,4 @@
-"""Running a command in a process of its own and watching its resident memory."""
+"""Execution of a command in a separate process whose resident memory is polled."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-#: Seconds between two looks at a process.
+#: Seconds between two polls of a process.
 INTERVAL = 0.05
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A process that is over.
+class FinishedProcess:
+    """A process that has ended.
 
     Attributes:
         code: exit code.
         seconds: wall-clock seconds.
-        peak_bytes: highest resident memory seen (VmHWM); None without /proc.
+        peak_bytes: highest polled VmHWM (peak resident memory) in bytes; None without /proc.
         out: standard output.
         err: standard error.
     """
@@ -31,11 +31,14 @@ class Ended:
     err: str
 
 
-def watched(command_line: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> Ended:
-    """Run ``command_line`` to the end, its output in files beside ``log``, its memory watched.
+def run_watched(
+    command_line: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+) -> FinishedProcess:
+    """Run ``command_line`` to its end and poll its memory. Its output goes to files beside ``log``.
 
-    The kernel keeps the high-water mark of a process, but the process may reset it (cfsp does so for each stage).
-    Therefore the highest of all looks counts. A peak between a reset and the next look is in record.json.
+    The kernel keeps the high-water mark of a process, but the process may reset it, as cfsp does for each stage.
+    Therefore the highest polled value counts. A peak between the last poll and a reset is missed here, but it is in
+    record.json.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     out, err = log.with_suffix(".out"), log.with_suffix(".err")
@@ -50,7 +53,7 @@ def watched(command_line: Sequence[str], log: Path, environment: Mapping[str, st
         )
         try:
             while process.poll() is None:
-                high = high_water(process.pid)
+                high = peak_resident_bytes(process.pid)
                 peak = high if peak is None else max(peak, high or 0)
                 time.sleep(INTERVAL)
         except BaseException:
@@ -58,20 +61,20 @@ def watched(command_line: Sequence[str], log: Path, environment: Mapping[str, st
             process.wait()
             raise
         seconds = time.perf_counter() - start
-    return Ended(process.returncode, seconds, peak, out.read_text(), err.read_text())
+    return FinishedProcess(process.returncode, seconds, peak, out.read_text(), err.read_text())
 
 
-def high_water(pid: int | str) -> int | None:
-    """Return VmHWM of a process in bytes; None where it cannot be read (it is over, or there is no /proc)."""
-    return _status(pid, "VmHWM")
+def peak_resident_bytes(pid: int | str) -> int | None:
+    """Return VmHWM of a process in bytes; None if it cannot be read (the process has ended, or there is no /proc)."""
+    return _memory_status(pid, "VmHWM")
 
 
-def resident(pid: int | str) -> int | None:
-    """Return VmRSS of a process in bytes; None where it cannot be read."""
-    return _status(pid, "VmRSS")
+def resident_bytes(pid: int | str) -> int | None:
+    """Return VmRSS of a process in bytes; None if it cannot be read."""
+    return _memory_status(pid, "VmRSS")
 
 
-def _status(pid: int | str, name: str) -> int | None:
+def _memory_status(pid: int | str, name: str) -> int | None:
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:

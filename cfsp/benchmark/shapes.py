@@ -1,4 +1,4 @@
-"""Models that are measured: randomly initialised LLaMAs, in memory or as a folder."""
+"""Models for the benchmarks: randomly initialised LLaMAs, in memory or as a folder."""
 
 from __future__ import annotations
 
@@ -21,19 +21,26 @@ SHAPES = {
         hidden=4096, ffn=14336, blocks=32, heads=32, kv_heads=8, vocab=128256, positions=8192, dtype="bfloat16"
     ),
 }
-#: Shape that is measured on a GPU too, with the number and length of its windows.
+#: Shape that is measured only on a GPU, with the number and the length of its windows.
 GPU_SHAPE, GPU_WINDOWS, GPU_SEQ_LEN = "llama3_8b", 128, 1024
 
 
-def describe(name: str) -> str:
+def describe_shape(name: str) -> str:
     """Describe a shape for the text below a table."""
     shape = SHAPES[name]
     heads = f"{shape.heads} heads" + (f" ({shape.kv_heads} KV)" if shape.kv_heads != shape.heads else "")
     return f"{name}: hidden {shape.hidden}, FFN {shape.ffn}, {shape.blocks} blocks, {heads}, vocabulary {shape.vocab}"
 
 
-def in_memory(shape: Shape, dtype: torch.dtype, device: torch.device, **changed: int) -> Any:
-    """Build the model in eval mode with seeded initial values; ``changed``: fields that differ from the shape."""
+def build_model(shape: Shape, dtype: torch.dtype, device: torch.device, **changed: int) -> Any:
+    """Build the model in eval mode with seeded initial values.
+
+    Args:
+        shape: shape of the model.
+        dtype: dtype of the weights.
+        device: device of the weights.
+        changed: fields of the shape -> values to use instead.
+    """
     import torch
     from transformers import LlamaForCausalLM
 
@@ -50,19 +57,19 @@ def in_memory(shape: Shape, dtype: torch.dtype, device: torch.device, **changed:
         torch.set_default_dtype(before)
 
 
-def on_disk(folder: Path, shape: Shape) -> Path:
-    """Write the model to a folder where it is not there; returns the folder."""
+def write_model(folder: Path, shape: Shape) -> Path:
+    """Write the model to a folder unless it exists; return the folder."""
     make_checkpoint(folder, shape)
     return folder
 
 
-def random_ids(windows: int, length: int, vocabulary: int) -> Tensor:
+def draw_token_ids(windows: int, length: int, vocabulary: int) -> Tensor:
     """Draw token ids [windows, length] on the CPU, seeded."""
     import torch
 
     return torch.randint(vocabulary, (windows, length), generator=torch.Generator().manual_seed(0))
 
 
-def dtypes_on(device: torch.device, on_cpu: tuple[str, ...]) -> tuple[str, ...]:
+def device_dtypes(device: torch.device, on_cpu: tuple[str, ...]) -> tuple[str, ...]:
     """Return the names of the dtypes to measure on a device."""
     return ("bfloat16",) if device.type == "cuda" else on_cpu

@@ -1,4 +1,4 @@
-"""Pruning a checkpoint straight from its shards, beside pruning it in memory: peak resident memory, time, plans."""
+"""Pruning of a streamed checkpoint beside pruning in memory: peak resident memory, time and equality of the plans."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from statistics import median
 from typing import Any
 
 from cfsp.benchmark.make_checkpoint import Shape
-from cfsp.benchmark.part import Check, Result, Settings, markdown, span
-from cfsp.benchmark.processes import watched
-from cfsp.benchmark.shapes import SEQ_LEN, on_disk, random_ids
+from cfsp.benchmark.part import Check, Result, Settings, format_range, markdown_table
+from cfsp.benchmark.processes import run_watched
+from cfsp.benchmark.shapes import SEQ_LEN, draw_token_ids, write_model
 from cfsp.errors import RunError
 from cfsp.system.package import ROOT
 
-#: Largest resident memory of a streamed run in bytes, whatever the size of the model.
+#: Largest resident memory of a streamed run in bytes, for a model of any size.
 MEMORY_LIMIT = 2_000_000_000
 #: Largest ratio of the seconds of a streamed run to those of a run in memory.
 TIME_LIMIT = 1.3
 WINDOWS = 16
-#: Bytes between two looks whether a file is in the page cache. Each look may read a little ahead.
-LOOK_EVERY = 2**24
+#: Bytes between two probes of the page cache in a file. Each probe may read a little ahead.
+PROBE_STEP = 2**24
 RATIO = 0.5
 #: Dtype of the files. model.dtype=auto would widen it on a CPU.
 DTYPE = "bfloat16"
@@ -39,9 +39,9 @@ def measure(settings: Settings) -> Result:
 
     shape = replace(SHAPE, blocks=settings.blocks)
     work = settings.work / "streaming"
-    folder = on_disk(work / f"model-{shape.hidden}-{shape.blocks}", shape)
+    folder = write_model(work / f"model-{shape.hidden}-{shape.blocks}", shape)
     ids = work / f"ids-{shape.vocab}.npy"
-    numpy.save(ids, random_ids(WINDOWS, min(SEQ_LEN, shape.positions), shape.vocab).numpy())
+    numpy.save(ids, draw_token_ids(WINDOWS, min(SEQ_LEN, shape.positions), shape.vocab).numpy())
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     # Each size has a record of its own.
     usual = shape.blocks == Settings.blocks
@@ -54,7 +54,7 @@ def measure(settings: Settings) -> Result:
     for run in range(settings.runs):
         for mode in settings.modes if run % 2 == 0 else tuple(reversed(settings.modes)):
             cached = drop_from_page_cache(sorted(folder.iterdir()))
-            row = {"cached_before": cached, **measured(folder, ids, work / "run", mode)}
+            row = {"cached_before": cached, **run_pruning(folder, ids, work / "run", mode)}
             plan = row.pop("plan")
             row["same_plan"] = plan == plans.setdefault("first", plan)
             result.rows.append({"run": run, **row})
@@ -66,36 +66,42 @@ def measure(settings: Settings) -> Result:
 def drop_from_page_cache(files: Sequence[Path]) -> float | None:
     """Drop the files from the page cache, so that the next run reads them from the disk.
 
-    Without it the first run would read the disk and the next one the memory, which tells nothing about their modes.
+    Otherwise the first run would read the disk and the next one the memory, which hides the difference between modes.
 
     Returns:
-        The share of pages looked at that are still cached. None where the system cannot drop files or cannot tell: in
-        memory file systems, and outside of Linux.
+        The share of probed pages that are still cached; None if the system cannot drop files or cannot report it, as
+        in memory file systems and outside of Linux.
     """
     if not (hasattr(os, "posix_fadvise") and hasattr(os, "RWF_NOWAIT")):
         return None
-    cached, looks = 0, 0
+    cached, probes = 0, 0
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         try:
-            os.fsync(descriptor)  # what is not on the disk yet stays in memory
+            os.fsync(descriptor)  # pages that are not on the disk yet cannot be dropped
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            for offset in range(0, file.stat().st_size, LOOK_EVERY):
-                looks += 1
+            for offset in range(0, file.stat().st_size, PROBE_STEP):
+                probes += 1
                 with suppress(BlockingIOError):  # not in memory
                     cached += os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT)
         except OSError:
             return None
         finally:
             os.close(descriptor)
-    return cached / looks if looks else None
+    return cached / probes if probes else None
 
 
-def measured(folder: Path, ids: Path, run: Path, mode: str | None) -> dict[str, Any]:
-    """Run the command line in a process of its own, with empty caches; ``mode`` None leaves model.streaming out.
+def run_pruning(folder: Path, ids: Path, run: Path, mode: str | None) -> dict[str, Any]:
+    """Prune the checkpoint in a separate process with empty caches and return a row of the result.
+
+    Args:
+        folder: folder of the checkpoint.
+        ids: file with the calibration tokens.
+        run: folder of the run.
+        mode: value of model.streaming; None leaves the key out.
 
     Raises:
-        RunError: it failed; has the end of its error output.
+        RunError: the run failed; the message has the end of its error output.
     """
     shutil.rmtree(run, ignore_errors=True)
     overrides = [
@@ -107,7 +113,7 @@ def measured(folder: Path, ids: Path, run: Path, mode: str | None) -> dict[str, 
         overrides.append(f"model.streaming={mode}")
     # The child process runs this checkout, whatever is installed.
     environment = {**os.environ, "PYTHONPATH": str(ROOT.parent)}
-    ended = watched([sys.executable, "-m", "cfsp.run", *overrides], run / "process.log", environment)
+    ended = run_watched([sys.executable, "-m", "cfsp.run", *overrides], run / "process.log", environment)
     if ended.code:
         message = " ".join(ended.err.split())[-300:] or "nothing on stderr"
         raise RunError(f"model.streaming={mode}: the run ended with exit code {ended.code}: {message}")
@@ -143,7 +149,7 @@ def _checks(result: Result) -> list[Check]:
     return checks
 
 
-def table(result: Result) -> str:
+def render_table(result: Result) -> str:
     """Render the table as Markdown."""
     names = list(dict.fromkeys(name for row in result.rows for name in row["stages"]))
     head = ["model.streaming", "seconds (lowest to highest)", "peak resident, GB", *(f"{name}, s" for name in names)]
@@ -154,9 +160,9 @@ def table(result: Result) -> str:
         rows.append(
             [
                 str(mode),
-                f"{median(run_seconds):.1f} ({span(run_seconds, 1)})",
+                f"{median(run_seconds):.1f} ({format_range(run_seconds, 1)})",
                 f"**{max(row['peak_bytes'] for row in runs) / 1e9:.2f}**",
-                *(f"{_stage(runs, name):.1f}" for name in names),
+                *(f"{_median_stage_seconds(runs, name):.1f}" for name in names),
             ]
         )
     explained = (
@@ -164,13 +170,13 @@ def table(result: Result) -> str:
         f"{SHAPE.hidden}, FFN {SHAPE.ffn}, {result.notes['blocks']} blocks) in shards, {result.notes['windows']} "
         f"windows of {SEQ_LEN} tokens, cfsp at {RATIO:.0%}, the pruned model written. Each run is a process of its "
         f"own with empty caches of cfsp, {max(row['run'] for row in result.rows) + 1} of each mode, in the order "
-        f"{', '.join(str(row['mode']) for row in result.rows)}; {_cache_state(result)}. Seconds: of the whole process, "
-        "imports and start included, medians; peak resident: VmHWM, the highest seen."
+        f"{', '.join(str(row['mode']) for row in result.rows)}; {_describe_page_cache(result)}. Seconds: of the whole "
+        "process, imports and start included, medians; peak resident: VmHWM, the highest seen."
     )
-    return markdown("Pruning a checkpoint from its shards", head, rows, result, explained)
+    return markdown_table("Pruning a checkpoint from its shards", head, rows, result, explained)
 
 
-def _cache_state(result: Result) -> str:
+def _describe_page_cache(result: Result) -> str:
     """Describe the state of the page cache in which the runs started."""
     shares = [row["cached_before"] for row in result.rows]
     if None in shares:
@@ -183,7 +189,7 @@ def _cache_state(result: Result) -> str:
     )
 
 
-def _stage(runs: list[dict[str, Any]], name: str) -> float:
-    """Return the median seconds of a stage over the runs that have it; NaN where none has."""
+def _median_stage_seconds(runs: list[dict[str, Any]], name: str) -> float:
+    """Return the median seconds of a stage over the runs that have it; NaN if no run has it."""
     seconds = [row["stages"][name]["seconds"] for row in runs if name in row["stages"]]
     return median(seconds) if seconds else float("nan")

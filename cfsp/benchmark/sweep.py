@@ -1,12 +1,12 @@
-"""Measure the cost of twelve runs of a sweep beside one: CFSP at four ratios with three allocators.
+"""Measure the cost of a sweep of twelve runs beside a single run: CFSP at four ratios with three allocators.
 
     cfsp benchmark sweep [repeats=5] [work=outputs/benchmark_sweep] [results=results]
 
 A randomly initialised LLaMA (hidden 1024, FFN 2816, 8 blocks, the bundled tokenizer) is pruned without evaluation and
 without saving (evaluation=none save.model=false), once with 8 and once with 64 windows of 512 tokens. Every measurement
-is a process of its own with an empty cache: it checks its runs, loads the model, calibrates, plans and slices; its
-seconds are counted from the first check to the last record, imports left out. The two are measured in alternation; the
-ratio is the median of the pairs' ratios. Writes benchmarks/sweep.json and tables/benchmark_sweep.md under results.
+is a separate process with an empty cache, which checks its runs, loads the model, calibrates, plans and slices. Its
+seconds count from the first check to the last record, without imports. The sweep and the single run alternate, and the
+ratio is the median over the pairs. Writes benchmarks/sweep.json and tables/benchmark_sweep.md under results.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from cfsp.record.run_record import RunRecord
 from cfsp.sweep.experiment import Experiment, Values, override_values
 from cfsp.system.command import command
 from cfsp.system.package import ROOT
-from cfsp.tables.markdown_line import line
+from cfsp.tables.markdown_row import markdown_row
 
 RATIOS = [0.2, 0.3, 0.4, 0.5]
 ALLOCATORS = ["coarse", "uniform", "global_rank"]
@@ -44,13 +44,13 @@ LIMIT = 1.5
 
 
 def main(overrides: Sequence[str] | None = None) -> int:
-    """Run the benchmark; returns the exit code, 1 where a ratio is above the limit."""
+    """Run the benchmark and return the exit code, which is 1 if a ratio is above the limit."""
     arguments = sys.argv[1:] if overrides is None else list(overrides)
     return command("benchmark sweep", str(__doc__), arguments or ["repeats=5"], _benchmark)
 
 
-def make_model(folder: Path) -> None:
-    """Write the benchmark's model in fp32 with the bundled tokenizer."""
+def write_model(folder: Path) -> None:
+    """Write the model of the benchmark in float32 with the bundled tokenizer."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -61,8 +61,21 @@ def make_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def measured(model: Path, folder: Path, windows: int, ratios: list[float], allocators: list[str]) -> dict[str, Any]:
-    """Run a sweep in this process; returns its seconds, and how often its runs loaded and calibrated."""
+def measure_sweep(
+    model: Path, folder: Path, windows: int, ratios: list[float], allocators: list[str]
+) -> dict[str, Any]:
+    """Run a sweep in this process.
+
+    Args:
+        model: folder of the model.
+        folder: folder of the runs.
+        windows: number of calibration windows.
+        ratios: sparsity ratios of the sweep.
+        allocators: allocators of the sweep.
+
+    Returns:
+        The seconds of the sweep and of its stages, and how often the runs loaded the model and calibrated.
+    """
     # Start-up time: loads numpy, safetensors, torch.
     from cfsp.sweep.job import prepare_jobs
 
@@ -78,7 +91,7 @@ def measured(model: Path, folder: Path, windows: int, ratios: list[float], alloc
         **{f"paths.{key}": str(folder / key) for key in ("output_dir", "records_dir", "cache_dir")},
     }  # fmt: skip
     failed: list[str] = []
-    # Imports come before the clock starts.
+    # Import before the timing starts.
     from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
     import cfsp.pipeline.run  # noqa: F401
@@ -106,15 +119,20 @@ def measured(model: Path, folder: Path, windows: int, ratios: list[float], alloc
     }
 
 
-def table(record: dict[str, Any]) -> str:
+def render_table(record: dict[str, Any]) -> str:
     """Render the record of the benchmark as Markdown."""
     head = ["windows", "one run, s", "twelve runs, s", "ratio (lowest to highest)", "loads", "calibrations"]
-    lines = ["### Twelve runs of a sweep beside one", "", line(head), line(["---", *["--:"] * (len(head) - 1)])]
+    lines = [
+        "### Twelve runs of a sweep beside one",
+        "",
+        markdown_row(head),
+        markdown_row(["---", *["--:"] * (len(head) - 1)]),
+    ]
     for part in record["parts"]:
         single, twelve = part["one"], part["twelve"]
         spread = f"**{part['ratio']:.2f}** ({min(part['ratios']):.2f} to {max(part['ratios']):.2f})"
         lines.append(
-            line(
+            markdown_row(
                 [
                     f"{part['windows']} x {SEQ_LEN}", f"{_median(single):.1f}", f"{_median(twelve):.1f}", spread,
                     str(twelve[0]["loads"]), str(twelve[0]["calibrations"]),
@@ -154,13 +172,13 @@ def _benchmark(overrides: Sequence[str]) -> int:
     work, results, repeats = Path(str(values["work"])), Path(str(values["results"])), int(str(values["repeats"]))
     model = work / "model"
     if not (model / "config.json").is_file():
-        make_model(model)
+        write_model(model)
     parts = []
     for windows in WINDOWS:
         pairs: dict[str, list[dict[str, Any]]] = {"one": [], "twelve": []}
         for repeat in range(repeats):
             for name in ("one", "twelve") if repeat % 2 == 0 else ("twelve", "one"):
-                pairs[name].append(_in_a_process(model, work / "runs", windows, name))
+                pairs[name].append(_measure_in_process(model, work / "runs", windows, name))
             single, twelve = pairs["one"][-1], pairs["twelve"][-1]
             print(f"{windows} windows: {single['seconds']:.1f} s, {twelve['seconds']:.1f} s", flush=True)
         ratios = [b["seconds"] / a["seconds"] for a, b in zip(pairs["one"], pairs["twelve"], strict=True)]
@@ -168,18 +186,18 @@ def _benchmark(overrides: Sequence[str]) -> int:
     record = {"repeats": repeats, "parts": parts, "environment": environment.describe()}
     for path, content in (
         (results / "benchmarks" / "sweep.json", json.dumps(record, indent=2) + "\n"),
-        (results / "tables" / "benchmark_sweep.md", table(record)),
+        (results / "tables" / "benchmark_sweep.md", render_table(record)),
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content, encoding="utf-8")
-    print(table(record))
+    print(render_table(record))
     above = [part for part in parts if part["ratio"] > LIMIT]
     if above:
         print(f"benchmark sweep: above {LIMIT}: {above[0]['ratio']:.2f}", file=sys.stderr)
     return 1 if above else 0
 
 
-def _in_a_process(model: Path, folder: Path, windows: int, name: str) -> dict[str, Any]:
+def _measure_in_process(model: Path, folder: Path, windows: int, name: str) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     ratios, allocators = (RATIOS, ALLOCATORS) if name == "twelve" else (RATIOS[-1:], ALLOCATORS[:1])
     request = json.dumps([str(model), str(folder), windows, ratios, allocators])
@@ -195,6 +213,6 @@ if __name__ == "__main__":
 
         quiet()
         at_model, at_folder, *rest = json.loads(sys.argv[2])
-        print(json.dumps(measured(Path(at_model), Path(at_folder), *rest)))
+        print(json.dumps(measure_sweep(Path(at_model), Path(at_folder), *rest)))
         sys.exit(0)
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Measure what pruning costs and what it gives, side by side, with the limits that must hold.
+"""Measure the cost and the speed-up of pruning, with limits that must hold.
 
     cfsp benchmark [parts=calibration,speed,growth,streaming,compensation,peers] [repeats=5] [device=auto]
         [shapes=small,large] [dtypes=float32,bfloat16] [windows=8,64] [blocks=58] [modes=off,on] [runs=3]
@@ -12,13 +12,13 @@
                 modes, runs times each, every run with the checkpoint out of the page cache): peak resident memory,
                 time, equal plans; another number of blocks has a record of its own
   compensation  least squares and second-order selection beside a bare forward pass; their kernels at a large width
-  peers         optipfair and torch-pruning at the same job; installs them into an environment of their own in work
+  peers         optipfair and torch-pruning on the same job; installs them into a separate environment in work
 
-  cfsp benchmark sweep             twelve runs of a sweep beside one
+  cfsp benchmark sweep             twelve runs of a sweep beside a single run
   cfsp benchmark llama_cpp         pruned files beside dense ones in llama.cpp; llama_cpp_environment builds it first
   cfsp benchmark calibration_fit   held-out perplexity against the number of calibration windows
-  cfsp benchmark model_file        pruning and perplexity beside the bare forward passes of a model of yours
-These have a command line of their own: cfsp benchmark NAME --help.
+  cfsp benchmark model_file        pruning and perplexity of your own model beside its bare forward passes
+These have separate command lines: cfsp benchmark NAME --help.
 
 Randomly initialised LLaMAs (small: hidden 1024, FFN 2816, 8 blocks; large: hidden 2048, FFN 5632, 16 blocks). dtypes
 are of a CPU; a GPU runs bfloat16 and, in calibration, the shape of LLaMA-3-8B too. Each part prints its table and
@@ -35,38 +35,41 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.benchmark.make_checkpoint import DTYPES
-from cfsp.benchmark.part import Result, Settings, write
+from cfsp.benchmark.part import Result, Settings, write_result
 from cfsp.benchmark.shapes import SHAPES
 from cfsp.config.components import suggest
 from cfsp.errors import ConfigError
 from cfsp.sweep.experiment import override_values
 from cfsp.system.command import command
 
-#: Measurements with a command line of their own: ``cfsp benchmark NAME --help``.
-OTHERS = ("sweep", "llama_cpp", "llama_cpp_environment", "calibration_fit", "model_file")
+#: Benchmarks with a separate command line: ``cfsp benchmark NAME --help``.
+SEPARATE_BENCHMARKS = ("sweep", "llama_cpp", "llama_cpp_environment", "calibration_fit", "model_file")
 PARTS = ("calibration", "speed", "growth", "streaming", "compensation", "peers")
 MODES = ("off", "on")
-#: Keys with lists, and the values that may be in them; then keys with whole numbers. All other keys are text.
+#: Key with a list -> values that the list may have. All keys without a list of values or a number are text.
 _CHOICES: dict[str, tuple[str, ...]] = {
     "parts": PARTS, "shapes": tuple(SHAPES), "dtypes": tuple(DTYPES), "modes": MODES,
 }  # fmt: skip
-_NUMBERS = ("repeats", "blocks", "runs")
+_NUMBER_KEYS = ("repeats", "blocks", "runs")
 _KEYS = ("parts", "repeats", "device", "shapes", "dtypes", "windows", "blocks", "modes", "runs", "work", "results")
 
 
 def main(overrides: Sequence[str] | None = None) -> int:
-    """Run the parts that the overrides name; returns the exit code."""
+    """Run the requested parts and return the exit code."""
     arguments = sys.argv[1:] if overrides is None else list(overrides)
-    if arguments and arguments[0] in OTHERS:
+    if arguments and arguments[0] in SEPARATE_BENCHMARKS:
         return int(importlib.import_module(f"cfsp.benchmark.{arguments[0]}").main(arguments[1:]))
-    return command("benchmark", str(__doc__), arguments or [f"parts={','.join(PARTS)}"], _benchmark)
+    return command("benchmark", str(__doc__), arguments or [f"parts={','.join(PARTS)}"], _run_parts)
 
 
-def read(overrides: Sequence[str]) -> tuple[tuple[str, ...], Settings]:
-    """Read the command line; returns the parts to run, and the settings of all.
+def read_request(overrides: Sequence[str]) -> tuple[tuple[str, ...], Settings]:
+    """Check the command line.
+
+    Returns:
+        The names of the parts to run, and the settings of all parts.
 
     Raises:
-        ConfigError: everything that is wrong with the command line.
+        ConfigError: a key or value is wrong; the message has all problems.
     """
     problems, settings = [], dict[str, Any]()
     for key, value in override_values(overrides).items():
@@ -83,7 +86,7 @@ def read(overrides: Sequence[str]) -> tuple[tuple[str, ...], Settings]:
                 if choice not in choices
             ]
             settings[key] = tuple(dict.fromkeys(values))
-        elif key == "windows" or key in _NUMBERS:
+        elif key == "windows" or key in _NUMBER_KEYS:
             numbers = [int(number) for number in values if number.isdigit() and int(number) > 0]
             if len(numbers) < len(values) or (key != "windows" and len(numbers) != 1):
                 several = "whole numbers" if key == "windows" else "a whole number"
@@ -103,13 +106,13 @@ def read(overrides: Sequence[str]) -> tuple[tuple[str, ...], Settings]:
 _KEYS_TEXT = ", ".join(_KEYS)
 
 
-def _benchmark(overrides: Sequence[str]) -> int:
+def _run_parts(overrides: Sequence[str]) -> int:
     # Start-up time: loads torch.
     from cfsp.model.device import resolve_device
 
-    parts, settings = read(overrides)
+    parts, settings = read_request(overrides)
     device = resolve_device(settings.device)
-    if device.index is not None:  # the clock waits for the current device
+    if device.index is not None:  # the timing synchronises the current device
         import torch
 
         torch.cuda.set_device(device)
@@ -117,8 +120,8 @@ def _benchmark(overrides: Sequence[str]) -> int:
     for name in parts:
         part = importlib.import_module(f"cfsp.benchmark.{name}")
         result: Result = part.measure(settings)
-        text = part.table(result)
-        write(result, text, settings)
+        text = part.render_table(result)
+        write_result(result, text, settings)
         print(f"\n{text}", flush=True)
         missed += [f"{name}: {check}" for check in result.checks if not check.met]
     for check in missed:

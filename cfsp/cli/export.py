@@ -32,15 +32,15 @@ cannot hold.
 
 
 def main(overrides: Sequence[str] | None = None) -> int:
-    """Export; returns the exit code."""
-    return command("cfsp", USAGE, overrides, lambda arguments: _export(request_of(arguments)), verb="export")
+    """Export a model and return the exit code."""
+    return command("cfsp", USAGE, overrides, lambda arguments: _export(read_request(arguments)), verb="export")
 
 
-def request_of(overrides: Sequence[str]) -> Request:
-    """Read the command line.
+def read_request(overrides: Sequence[str]) -> Request:
+    """Check the command line and return the request.
 
     Raises:
-        ConfigError: everything that is wrong with its keys and values.
+        ConfigError: a key or value is wrong; the message has all problems.
     """
     values, problems = plain_values(overrides, _KEYS, "export")
     format_name = values.get("format", "")
@@ -54,7 +54,7 @@ def request_of(overrides: Sequence[str]) -> Request:
         remark = " (q8_0 is one of format=gguf)" if dtype == "q8_0" else ""
         problems.append(f"dtype={dtype}: use float32, float16 or bfloat16{remark}")
     multiple = values.get("multiple")
-    # isdigit alone is true of "²" too
+    # isdigit alone also accepts "²".
     if multiple is not None and (not (multiple.isascii() and multiple.isdigit()) or int(multiple) < 1):
         problems.append(f"multiple={multiple}: give a whole number from 1")
     elif multiple is not None and format_name == "decilm" and int(multiple) % 256:

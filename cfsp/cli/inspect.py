@@ -1,4 +1,4 @@
-"""``cfsp inspect model=NAME`` or ``path=DIR``: print what a model is, and what each pruner could remove from it."""
+"""``cfsp inspect model=NAME`` or ``path=DIR``: print the structure of a model and how much each pruner could remove."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class Request:
     """A checked command line.
 
     Attributes:
-        model: name of a model of conf/model; None where ``path`` is given.
-        path: a model folder, OUT of a run, or a model of the hub; None where ``model`` is given.
-        gguf_file: name of the GGUF file in ``path``; None: there is only one, or none.
-        json: print the report for programs.
+        model: name of a model of conf/model; None if ``path`` is given.
+        path: a model folder, OUT of a run, or a model of the hub; None if ``model`` is given.
+        gguf_file: name of the GGUF file in ``path``; None if there is at most one.
+        json: print the report as JSON.
         trust_remote_code: run the Python code that the model brings.
         config_dir: folder with further pruners.
         allow: packages outside cfsp whose classes these pruners may name.
@@ -64,15 +64,15 @@ class Request:
 
 
 def main(overrides: Sequence[str] | None = None) -> int:
-    """Inspect; returns the exit code."""
-    return command("cfsp", USAGE, overrides, lambda arguments: _inspect(request_of(arguments)), verb="inspect")
+    """Inspect a model and return the exit code."""
+    return command("cfsp", USAGE, overrides, lambda arguments: _inspect(read_request(arguments)), verb="inspect")
 
 
-def request_of(overrides: Sequence[str]) -> Request:
-    """Read the command line.
+def read_request(overrides: Sequence[str]) -> Request:
+    """Check the command line and return the request.
 
     Raises:
-        ConfigError: everything that is wrong with its keys and values.
+        ConfigError: a key or value is wrong; the message has all problems.
     """
     values, problems = plain_values(overrides, _KEYS, "inspect")
     flags = {}
@@ -99,11 +99,11 @@ def request_of(overrides: Sequence[str]) -> Request:
     return Request(model, path, file, flags["json"], flags["trust_remote_code"], folder, allow)
 
 
-def inspected(request: Request) -> Report:
+def inspect_model(request: Request) -> Report:
     """Inspect the model of the request.
 
     Raises:
-        CfspError: there is no such model, or it cannot be pruned.
+        CfspError: the model does not exist, or it cannot be pruned.
     """
     # Start-up time: loads numpy, safetensors, torch.
     from cfsp.inspection.numbers import numbers_of
@@ -113,15 +113,15 @@ def inspected(request: Request) -> Report:
     trust = request.trust_remote_code
     try:
         context = numbers_of(request.model, request.path, trust_remote_code=trust, gguf_file=request.gguf_file)
-        with _silent(), context as numbers:
+        with _silence_transformers(), context as numbers:
             return report_of(numbers, trust_remote_code=trust, plugins=Plugins(request.config_dir, request.allow))
     except CfspError as error:
-        raise _with_own_keys(error) from error
+        raise _rename_keys(error) from error
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """Silence transformers' advice on how to use a model, which is not used here."""
+def _silence_transformers() -> Iterator[None]:
+    """Silence transformers inside the context: its advice on using the model does not apply to an inspection."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -132,14 +132,14 @@ def _silent() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _with_own_keys(error: CfspError) -> CfspError:
-    """Return the error with the keys of this command: model.path of a run is path here."""
+def _rename_keys(error: CfspError) -> CfspError:
+    """Return the error with the keys of this command: ``model.path`` of a run becomes ``path``."""
     problems = [re.sub(r"\bmodel\.(path|trust_remote_code|gguf_file)=", r"\1=", problem) for problem in error.problems]
     return type(error)(*problems) if isinstance(error, ConfigError) else type(error)("; ".join(problems))
 
 
 def _inspect(request: Request) -> int:
-    report = inspected(request)
+    report = inspect_model(request)
     if request.json:
         content: dict[str, Any] = report.as_dict()
         print(json.dumps(content, indent=2))

@@ -1,8 +1,7 @@
 """Entry point of ``cfsp ...`` and ``python -m cfsp.run ...``.
 
-Exit codes: 0 success, 1 a run failed, 2 the configuration or an input is wrong. The Hydra task neither exits
-the process nor lets an error out, so that the other runs of a multirun go on. :func:`main` maps how they
-ended to the exit code.
+Exit codes: 0 success, 1 a run failed, 2 the configuration or an input is wrong. The Hydra task never exits the process
+and never raises an error, so that the other runs of a multirun continue. :func:`main` returns the highest exit code.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from cfsp import __version__
+from cfsp.cli.library_errors import library_memory_problem
 from cfsp.config.components import shown, suggest
 from cfsp.config.compose import explain
 from cfsp.config.parse import parse
@@ -41,8 +41,8 @@ from cfsp.system.override_check import check_overrides
 from cfsp.system.package import config_folder
 from cfsp.system.yaml_files import check_yaml
 
-#: First words that name a command -> the function that takes the arguments after it and returns the exit code. None
-#: stands for a run, which Hydra composes.
+#: Name of a command -> its function, which takes the remaining arguments and returns the exit code. None stands for a
+#: run, which Hydra composes.
 COMMANDS = {
     "prune": None,
     "export": "cfsp.cli.export:main",
@@ -53,10 +53,8 @@ COMMANDS = {
     "report": "cfsp.cli.report:main",
     "benchmark": "cfsp.cli.benchmark:main",
 }
-
-
 #: Keys whose values become names of folders, so they must be valid names.
-_NAMES = ("model.name", "calibration.name", "pruner.name", "recovery.name", "evaluation.name")
+_FOLDER_NAME_KEYS = ("model.name", "calibration.name", "pruner.name", "recovery.name", "evaluation.name")
 
 
 @dataclass
@@ -68,7 +66,7 @@ class _Session:
         folder: the folder of --config-dir.
         sweep: whether -m is given.
         debug: whether debug=true is given.
-        process: id of the process that began the call.
+        process: id of the process that started the call.
         codes: exit code of each run so far.
     """
 
@@ -80,22 +78,22 @@ class _Session:
     codes: list[int] = field(default_factory=list)
 
 
-#: The call that this process serves. It is None, or a copy, in a process that a launcher started: there errors travel
-#: back to the command line as exceptions.
+#: The call that this process serves. In a process that a launcher started, it is None or a copy, because errors return
+#: to the command line as exceptions there.
 _session: _Session | None = None
 #: Attribute of an error that was raised inside a run. It travels with the error from one process to another.
-_OF_A_RUN = "raised_in_a_run"
+_RUN_ERROR_MARK = "raised_in_a_run"
 
 
 @hydra.main(config_path=str(config_folder().resolve()), config_name="config", version_base="1.3")
-def _task(config: DictConfig) -> None:
+def _run_task(config: DictConfig) -> None:
     if _session is None or _session.process != os.getpid():
-        _run(config)
+        _run_and_mark_errors(config)
         return
     try:
-        _session.codes.append(_run(config))
+        _session.codes.append(_run_and_mark_errors(config))
     except Exception as error:
-        _session.codes.append(_report(error, _session, _job_label(_session)))
+        _session.codes.append(_report_error(error, _session, _job_label(_session)))
     if processes.launched().first and processes.launched().several:
         # Start-up time: loads numpy, safetensors, torch.
         from cfsp.pipeline.recovery_stage import end_other_processes
@@ -103,24 +101,24 @@ def _task(config: DictConfig) -> None:
         end_other_processes(_session.codes[-1])
 
 
-def _run(config: DictConfig) -> int:
-    """Run one configuration; an error that comes out is marked, so that it is not taken for one of Hydra's.
+def _run_and_mark_errors(config: DictConfig) -> int:
+    """Run one configuration and mark every error that it raises, to distinguish it from errors of Hydra.
 
     Returns:
-        The exit code. A process that only helps with the training returns that of the first process.
+        The exit code. A process that only takes part in the training returns that of the first process.
     """
     try:
-        return _run_unmarked(config)
+        return _run(config)
     except (Exception, KeyboardInterrupt) as error:
         with contextlib.suppress(AttributeError):
-            setattr(error, _OF_A_RUN, True)
+            setattr(error, _RUN_ERROR_MARK, True)
         raise
-    except BaseException as error:  # code that is not ours called sys.exit(0): no success
+    except BaseException as error:  # code of the model called sys.exit(0), which is not a success
         reason = f"{type(error).__name__}: {printable(str(error)) or 'no message'}"
         raise RunError(f"the run ended itself ({reason}), by code of the model; debug=true shows where") from error
 
 
-def _run_unmarked(config: DictConfig) -> int:
+def _run(config: DictConfig) -> int:
     checked = parse(config)
     processes.connect()
     if not processes.launched().first:
@@ -130,26 +128,26 @@ def _run_unmarked(config: DictConfig) -> int:
         interrupts.raise_again()
         return join_training(checked)
     from cfsp.pipeline.run import run
-    from cfsp.tables.terminal import show
+    from cfsp.tables.terminal import show_result
 
     interrupts.raise_again()
     record, out = run(checked, multirun=_is_multirun())
-    show(record, out)
+    show_result(record, out)
     return 0
 
 
 def main() -> None:
-    """Run, and exit with the code that says how it ended."""
+    """Run the command line and exit with its exit code."""
     sys.exit(_main(sys.argv))
 
 
 def _main(argv: list[str]) -> int:
     global _session
-    # Hydra would print its own message and exit; the mapping below needs the exception.
+    # Without it Hydra prints its own message and exits, and the code below needs the exception.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    if not sys.stderr.isatty():  # bars are for people who watch; in a log they bury what matters
+    if not sys.stderr.isatty():  # progress bars hide the messages in a log file
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is first imported, which nothing above does
+        os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it at its first import, which comes later
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("cfsp").setLevel(logging.INFO if processes.launched().first else logging.WARNING)
     _session = session = _Session(debug="debug=true" in [word.lower().lstrip("+") for word in argv])
@@ -157,18 +155,18 @@ def _main(argv: list[str]) -> int:
         if "--version" in argv:
             print(f"cfsp {__version__}")
             return 0
-        command = _command(argv)
+        command = _take_command(argv)
         if command is not None:
-            return _other(command, argv[2:], session)
-        flags = _arguments(argv)
+            return _run_command(command, argv[2:], session)
+        flags = _parse_arguments(argv)
         session.overrides, session.sweep = list(flags.overrides), flags.multirun
         session.folder = Path(flags.config_dir) if flags.config_dir else None
         _check_names(session.overrides)
         check_overrides(session.overrides, sweep=session.sweep)
-        _check_folder(session.folder)
-        _task()
+        _check_config_folder(session.folder)
+        _run_task()
     except Exception as error:
-        session.codes.append(_report(error, session))
+        session.codes.append(_report_error(error, session))
     except KeyboardInterrupt:
         print("cfsp: interrupted", file=sys.stderr)
         return 1
@@ -181,8 +179,8 @@ def _main(argv: list[str]) -> int:
     return max(failed, default=0)
 
 
-def _command(argv: list[str]) -> str | None:
-    """Return the command that the first word names; None for a run, with ``prune`` taken out of ``argv``."""
+def _take_command(argv: list[str]) -> str | None:
+    """Return the command in the first argument; None for a run, and ``prune`` is then removed from ``argv``."""
     if len(argv) < 2 or argv[1].startswith(("-", "+", "~")) or "=" in argv[1]:
         return None
     if argv[1] not in COMMANDS:
@@ -200,9 +198,9 @@ def _command(argv: list[str]) -> str | None:
     return None
 
 
-def _check_folder(folder: Path | None) -> None:
+def _check_config_folder(folder: Path | None) -> None:
     """Refuse files of ``--config-dir`` that Hydra could not load in bounded time and memory."""
-    if folder is None or not folder.is_dir():  # Hydra says so
+    if folder is None or not folder.is_dir():  # Hydra reports a folder that does not exist
         return
     files = sorted(islice(folder.rglob("*.yaml"), 10_001))
     if len(files) > 10_000:
@@ -212,8 +210,8 @@ def _check_folder(folder: Path | None) -> None:
             check_yaml(file, f"--config-dir {folder}: {file.relative_to(folder)}")
 
 
-def _other(command: str, overrides: list[str], session: _Session) -> int:
-    """Run a command other than a run. It reports its own errors; errors of its import are reported here."""
+def _run_command(command: str, overrides: list[str], session: _Session) -> int:
+    """Run a command other than ``prune``. The command reports its own errors; this function those of its import."""
     module, _, function = str(COMMANDS[command]).partition(":")
     if session.debug:
         logging.getLogger("cfsp").setLevel(logging.DEBUG)
@@ -223,8 +221,8 @@ def _other(command: str, overrides: list[str], session: _Session) -> int:
         code: int = body(overrides)
         return code
     except CfspError as error:
-        return _report(error, session)
-    except Exception as error:  # while it was imported: cfsp.system.command reports what happens in it
+        return _report_error(error, session)
+    except Exception as error:  # raised by the import; cfsp.system.command reports errors of the command itself
         if session.debug:
             traceback.print_exception(error)
         reason = printable(str(error)) or type(error).__name__
@@ -233,11 +231,11 @@ def _other(command: str, overrides: list[str], session: _Session) -> int:
         return 1
 
 
-def _arguments(argv: list[str]) -> argparse.Namespace:
+def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     """Parse the command line as Hydra does.
 
     Raises:
-        ConfigError: a flag that Hydra does not know, or that is not taken here.
+        ConfigError: Hydra does not know a flag, or cfsp does not support it.
     """
     parser = get_args_parser()
     parser.exit_on_error = False
@@ -245,7 +243,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         arguments, unknown = parser.parse_known_args(argv[1:])
     except argparse.ArgumentError as error:
         raise ConfigError(f"{error}; see cfsp --help") from error
-    if arguments.experimental_rerun:  # it loads a pickle, which runs what is in it
+    if arguments.experimental_rerun:  # it loads a pickle, which may execute any code
         raise ConfigError("--experimental-rerun: not taken here; give the key=value overrides of that run again")
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
@@ -255,10 +253,10 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def _check_names(overrides: Sequence[str]) -> None:
-    """Refuse names that cannot be folders before Hydra makes the folders of a multirun."""
+    """Refuse names that cannot be folders, before Hydra creates the folders of a multirun."""
     problems = []
     for word in overrides:
-        if word.partition("=")[0].lstrip("+") not in _NAMES:
+        if word.partition("=")[0].lstrip("+") not in _FOLDER_NAME_KEYS:
             continue
         try:
             override = OverridesParser.create().parse_override(word)
@@ -273,17 +271,17 @@ def _check_names(overrides: Sequence[str]) -> None:
         raise ConfigError(*problems)
 
 
-def _report(error: Exception, session: _Session, label: str = "") -> int:
-    """Print one line on stderr for each problem; returns the exit code."""
+def _report_error(error: Exception, session: _Session, label: str = "") -> int:
+    """Print one line on stderr for each problem of an error; return the exit code."""
     if session.debug:
         traceback.print_exception(error)
     if not isinstance(error, CfspError):
-        error = _understood(error, session)
+        error = _translate_error(error, session)
     mine = processes.launched()
     if not mine.first:
         if isinstance(error, CfspError) and not processes.connected():
-            # Before the processes have met, all meet the same error, and the first one reports it. The launcher ends
-            # all when any of them ends, so the others leave the first one the time.
+            # Before the processes are connected, all of them meet the same error, and the first one reports it. The
+            # launcher ends all processes when one ends, so the others wait until the first one has reported.
             time.sleep(5)
             return error.exit_code
         label = f"process {mine.rank}: {label}"
@@ -297,16 +295,16 @@ def _report(error: Exception, session: _Session, label: str = "") -> int:
     return 1
 
 
-def _understood(error: Exception, session: _Session) -> Exception:
-    """Return the error in cfsp's terms.
+def _translate_error(error: Exception, session: _Session) -> Exception:
+    """Return an error of cfsp in place of an error of Hydra; other errors are returned unchanged.
 
-    What Hydra raises outside of a run is about the overrides it was given, or about the folder it makes.
+    Hydra's errors outside of a run concern the overrides or the folder that Hydra creates.
     """
-    if libraries := _out_of_addresses(error):
+    if libraries := library_memory_problem(error):
         return RunError(libraries)
     if isinstance(error, HydraException | OmegaConfBaseException):
         return explain(error, session.overrides, session.folder, sweep=session.sweep)
-    if getattr(error, _OF_A_RUN, False):
+    if getattr(error, _RUN_ERROR_MARK, False):
         return error
     if isinstance(error, ValueError | TypeError | AttributeError | LookupError | RecursionError):
         return explain(error, session.overrides, session.folder, sweep=session.sweep)
@@ -317,28 +315,12 @@ def _understood(error: Exception, session: _Session) -> Exception:
     return error
 
 
-def _out_of_addresses(error: BaseException | None) -> str | None:
-    """Return one line where a library could not be loaded for want of memory or address space; None elsewhere."""
-    visited: list[BaseException] = []
-    while error is not None and error not in visited:
-        visited.append(error)
-        texts = ("failed to map segment", "cannot allocate memory", "static TLS")
-        if isinstance(error, ImportError | OSError) and any(text.lower() in str(error).lower() for text in texts):
-            reason = " ".join(str(error).split())
-            return (
-                f"the libraries need more memory or address space than this process may take ({reason:.200}); raise "
-                "its limit (ulimit -v unlimited, or the job's memory)"
-            )
-        error = error.__cause__ or error.__context__
-    return None
-
-
 def _is_multirun() -> bool:
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def _job_label(session: _Session) -> str:
-    """Return the overrides that tell this run from the others of a multirun; empty outside of one."""
+    """Return the overrides that distinguish this run from the others of a multirun; empty outside of a multirun."""
     if not _is_multirun():
         return ""
     parsed = OverridesParser.create().parse_overrides(list(session.overrides))

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from cfsp.errors import CfspError, ConfigError
 from cfsp.sweep.experiment import experiment_names
-from cfsp.sweep.request import Request, options, request_of
+from cfsp.sweep.request import Request, options, read_request
 from cfsp.system import escape
 from cfsp.system.command import command
 
@@ -37,9 +37,9 @@ Launchers: {launchers}
 
 
 def main(overrides: Sequence[str] | None = None) -> int:
-    """Run the sweep or list its state; returns the exit code."""
+    """Run the sweep or list the states of its runs; return the exit code."""
     usage = USAGE.format(experiments=", ".join(experiment_names()), launchers=options("launcher"))
-    return command("sweep", usage, overrides, lambda arguments: _sweep(request_of(arguments)))
+    return command("sweep", usage, overrides, lambda arguments: _sweep(read_request(arguments)))
 
 
 def _sweep(request: Request) -> int:
@@ -51,10 +51,10 @@ def _sweep(request: Request) -> int:
     try:
         jobs = prepare_jobs(request.cells)
     except CfspError as error:
-        raise ConfigError(*(_with_origin(problem, request) for problem in error.problems)) from error
+        raise ConfigError(*(_name_experiment(problem, request) for problem in error.problems)) from error
     states = {job.run_id: job_state(job) for job in jobs}
     if request.status:
-        _show(request, jobs, states)
+        _show_states(request, jobs, states)
         return 0
     pending = [job for job in jobs if request.force or states[job.run_id].name != "done"]
     print(f"{request.experiment.name} ({request.variant}): {len(jobs)} runs, {len(jobs) - len(pending)} done already")
@@ -81,8 +81,8 @@ def _sweep(request: Request) -> int:
     return 1 if failed else 0
 
 
-def _with_origin(problem: str, request: Request) -> str:
-    """Add to a problem of the runs that the experiment sets its key, where the command line does not."""
+def _name_experiment(problem: str, request: Request) -> str:
+    """Name the experiment in a problem if it, and not the command line, sets the wrong key."""
     key = problem.partition(":")[0].partition("=")[0]
     entries = [*request.experiment.runs, request.experiment.variants[request.variant]]
     if not any(key in entry for entry in entries) or key in request.fixed:
@@ -90,7 +90,7 @@ def _with_origin(problem: str, request: Request) -> str:
     return f"{problem} (experiment={request.experiment.name} says {key}; ~{key} on the command line leaves it out)"
 
 
-def _show(request: Request, jobs: Sequence[Any], states: Mapping[str, Any]) -> None:
+def _show_states(request: Request, jobs: Sequence[Any], states: Mapping[str, Any]) -> None:
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = max(console.width, 160)

@@ -1,4 +1,4 @@
-"""``cfsp tables experiment=NAME [variant=...]``: make the tables and figures of an experiment from its records."""
+"""``cfsp tables experiment=NAME [variant=...]``: build the tables and figures of an experiment from its records."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from cfsp.config.parse import parse
 from cfsp.errors import ConfigError
 from cfsp.sweep.composer import GridComposer
 from cfsp.sweep.experiment import experiment_folder, override_values
-from cfsp.sweep.request import Request, records_folder, request_of
+from cfsp.sweep.request import Request, read_request, records_folder
 from cfsp.system import escape
 from cfsp.system.command import command
-from cfsp.tables.collection import Collection, collect, science_of
-from cfsp.tables.figures import draw
-from cfsp.tables.grid import NothingToShowError, table
+from cfsp.tables.collection import Collection, cell_key, collect_records
+from cfsp.tables.figures import draw_figure
+from cfsp.tables.grid import NothingToShowError, build_table
 from cfsp.tables.layout import Layout, load_layout
-from cfsp.tables.render import comma_separated, latex, markdown
+from cfsp.tables.render import render_csv, render_latex, render_markdown
 
 USAGE = """\
 Render the tables (Markdown, LaTeX, CSV) and figures (PNG, SVG) of an experiment from its records.
@@ -38,7 +38,7 @@ input.
 
 
 def main(overrides: Sequence[str] | None = None) -> int:
-    """Make the tables and figures; returns the exit code."""
+    """Write the tables and figures and return the exit code."""
     return command("tables", USAGE, overrides, _tables)
 
 
@@ -48,8 +48,8 @@ def _tables(overrides: Sequence[str]) -> int:
     if not values.get("results", "results"):
         raise ConfigError("results= is empty: give a folder")
     overrides = [word for word in overrides if not word.startswith("results=")]
-    request, layout, collection = gather("tables", overrides)
-    shown = contents(request, layout, collection, "cfsp tables " + " ".join(overrides))
+    request, layout, collection = load_results("tables", overrides)
+    shown = render_files(request, layout, collection, "cfsp tables " + " ".join(overrides))
     for line in shown.left_out:
         print(f"tables: {line}; left out", file=sys.stderr)
     for path, content in shown.files.items():
@@ -73,41 +73,44 @@ def _tables(overrides: Sequence[str]) -> int:
     return 1 if collection.damaged else 0
 
 
-def gather(tool: str, overrides: Sequence[str], *, empty: bool = False) -> tuple[Request, Layout, Collection]:
-    """Read the command line, the layout of its experiment, and its records. Damaged records are named on stderr.
+def load_results(tool: str, overrides: Sequence[str], *, empty: bool = False) -> tuple[Request, Layout, Collection]:
+    """Load the layout and the records of the experiment on the command line; warn of damaged records on stderr.
 
     Args:
         tool: name of the command, for messages.
         overrides: overrides of the command line.
-        empty: whether there may be no record.
+        empty: accept an experiment without any record.
+
+    Returns:
+        The checked command line, the layout of the variant, and its records.
 
     Raises:
         ConfigError: the overrides are wrong, there is no layout, or there is no record.
     """
-    request = request_of(overrides)
-    records = records_of(request, overrides)
-    layout = load_layout(experiment_folder(request.experiment.name, "tables.yaml")).of_variant(request.variant)
+    request = read_request(overrides)
+    records = records_path(request, overrides)
+    layout = load_layout(experiment_folder(request.experiment.name, "tables.yaml")).for_variant(request.variant)
     if empty and not records.is_dir():
         return request, layout, Collection([], list(request.cells), [], {})
     composer = GridComposer()
-    with _outside_collector():
-        collection = collect(request.cells, records, composer)
+    with _pause_garbage_collector():
+        collection = collect_records(request.cells, records, composer)
     for line in collection.damaged:
         print(f"{tool}: warning: {escape.plain(line)}; left out", file=sys.stderr)
     if not collection.runs and not empty:
-        raise no_record(request, records)
+        raise no_record_error(request, records)
     if layout.reported:
-        shipped = {science_of(cell, composer) for cell in request.experiment.cells(request.variant)}
+        shipped = {cell_key(cell, composer) for cell in request.experiment.cells(request.variant)}
         runs = [replace(run, as_shipped=collection.keys[run.record.run_id] in shipped) for run in collection.runs]
         collection = replace(collection, runs=runs)
     return request, layout, collection
 
 
 @contextmanager
-def _outside_collector() -> Iterator[None]:
-    """Keep what is read here out of Python's search for cyclic garbage: records stay until the process ends.
+def _pause_garbage_collector() -> Iterator[None]:
+    """Pause the cyclic garbage collector inside the context, and exclude the objects created there from it.
 
-    The search would go through their thousands of parts again and again, a sixth of the time of 200 records.
+    Records stay in memory until the process ends. Searching them for garbage takes a sixth of the time for 200 records.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -115,19 +118,19 @@ def _outside_collector() -> Iterator[None]:
         yield
     finally:
         gc.freeze()
-        atexit.register(gc.freeze)  # the interpreter searches everything once more when it ends
+        atexit.register(gc.freeze)  # the interpreter runs the collector once more when it ends
         if enabled:
             gc.enable()
 
 
-def records_of(request: Request, overrides: Sequence[str]) -> Path:
-    """Return the folder with the records that the overrides name."""
+def records_path(request: Request, overrides: Sequence[str]) -> Path:
+    """Return the folder of the records: ``paths.records_dir``, or the default of the experiment."""
     default = records_folder(request.experiment.name, request.variant)
     return Path(str(override_values(overrides).get("paths.records_dir", default)))
 
 
-def no_record(request: Request, records: Path) -> ConfigError:
-    """Return the error of an experiment without a record."""
+def no_record_error(request: Request, records: Path) -> ConfigError:
+    """Return the error for an experiment without any record."""
     problem = (
         f"no record there is of {request.experiment.name} ({request.variant})" if records.is_dir() else "no such folder"
     )
@@ -135,48 +138,48 @@ def no_record(request: Request, records: Path) -> ConfigError:
 
 
 @dataclass(frozen=True)
-class Contents:
-    """Content of an experiment's files.
+class RenderedFiles:
+    """Rendered tables and figures of an experiment.
 
     Attributes:
-        files: content by path below results/.
-        left_out: why a table or figure has nothing to show.
+        files: path below results/ -> content.
+        left_out: reasons why tables or figures have nothing to show.
     """
 
     files: dict[Path, bytes]
     left_out: list[str]
 
 
-def contents(request: Request, layout: Layout, collection: Collection, made_by: str) -> Contents:
-    """Make every file of the experiment.
+def render_files(request: Request, layout: Layout, collection: Collection, made_by: str) -> RenderedFiles:
+    """Render every table and figure of the experiment.
 
     Args:
         request: the checked command line.
         layout: layout of the experiment.
-        collection: its records.
+        collection: records of the experiment.
         made_by: the command that the tables name.
 
     Raises:
-        ConfigError: the records do not belong into one table, or none has a figure that a table shows.
+        ConfigError: the records of a table cannot be combined, or no record has a figure that a table shows.
     """
     place = Path(request.experiment.name) / request.variant
-    result = Contents({}, [])
+    result = RenderedFiles({}, [])
     for name, table_layout in layout.tables.items():
         with note_nothing_to_show(result.left_out):
-            shown = table(name, table_layout, collection.runs, layout.reported, request.cells)
-            result.files[Path("tables") / place / f"{name}.md"] = markdown(shown, made_by).encode()
-            result.files[Path("tables") / place / f"{name}.tex"] = latex(shown, made_by).encode()
-            result.files[Path("tables") / place / f"{name}.csv"] = comma_separated(shown).encode()
+            shown = build_table(name, table_layout, collection.runs, layout.reported, request.cells)
+            result.files[Path("tables") / place / f"{name}.md"] = render_markdown(shown, made_by).encode()
+            result.files[Path("tables") / place / f"{name}.tex"] = render_latex(shown, made_by).encode()
+            result.files[Path("tables") / place / f"{name}.csv"] = render_csv(shown).encode()
     for name, figure_layout in layout.figures.items():
         with note_nothing_to_show(result.left_out):
-            for file, content in draw(name, figure_layout, collection.runs).items():
+            for file, content in draw_figure(name, figure_layout, collection.runs).items():
                 result.files[Path("figures") / place / file] = content
     return result
 
 
 @contextmanager
 def note_nothing_to_show(left_out: list[str]) -> Iterator[None]:
-    """Add to ``left_out`` why a table or figure has no run to show."""
+    """Add the reason to ``left_out`` if a table or figure inside the context has no run to show."""
     try:
         yield
     except NothingToShowError as error:

@@ -1,4 +1,4 @@
-"""``cfsp verify path=DIR``: see whether other tools load the model that was saved in a folder."""
+"""``cfsp verify path=DIR``: check that other tools load a saved model and compute the same."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Request:
     Attributes:
         path: the model folder or GGUF file.
         tools: the tools to try.
-        pythons: for a tool, the Python that has it.
+        pythons: name of a tool -> Python executable of its environment.
         record: file for the table as JSON.
         trust_remote_code: run code in the folder that cfsp does not write there.
     """
@@ -60,15 +60,15 @@ class Request:
 
 
 def main(overrides: Sequence[str] | None = None) -> int:
-    """Verify; returns the exit code."""
-    return command("cfsp", USAGE, overrides, lambda arguments: _verify(request_of(arguments)), verb="verify")
+    """Verify a saved model and return the exit code."""
+    return command("cfsp", USAGE, overrides, lambda arguments: _verify(read_request(arguments)), verb="verify")
 
 
-def request_of(overrides: Sequence[str]) -> Request:
-    """Read the command line.
+def read_request(overrides: Sequence[str]) -> Request:
+    """Check the command line and return the request.
 
     Raises:
-        ConfigError: everything that is wrong with its keys and values.
+        ConfigError: a key or value is wrong; the message has all problems.
     """
     values, problems = plain_values(overrides, _KEYS, "verify")
     names = [name.strip() for name in values.get("tools", ",".join(TOOLS)).strip("[]").split(",")]
@@ -86,7 +86,7 @@ def request_of(overrides: Sequence[str]) -> Request:
         raise ConfigError(*problems)
     pythons = {key.removeprefix("python."): value for key, value in values.items() if key.startswith("python.")}
     return Request(
-        _model_at(Path(values["path"]).expanduser()),
+        _find_model(Path(values["path"]).expanduser()),
         tuple(TOOLS[name] for name in dict.fromkeys(names)),
         {name: str(Path(python).expanduser()) for name, python in pythons.items()},
         Path(values["record"]).expanduser() if "record" in values else None,
@@ -94,11 +94,11 @@ def request_of(overrides: Sequence[str]) -> Request:
     )
 
 
-def _model_at(path: Path) -> Path:
-    """Return the model folder or GGUF file at ``path``; the model of a run's OUT.
+def _find_model(path: Path) -> Path:
+    """Return the model folder or GGUF file at ``path``, which may also be OUT of a run.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: ``path`` has no model.
     """
     if path.suffix == ".gguf" and path.is_file():
         return path
@@ -117,18 +117,18 @@ def _verify(request: Request) -> int:
     from cfsp.checkpoint.reference import place_of, read_reference
     from cfsp.verify.comparison import Finding, compare, tolerance_of
 
-    damaged = damage_of(request.path)
+    damaged = find_damage(request.path)
     if damaged is not None:
         print(f"{request.path}: {damaged}")
     reference = read_reference(place_of(request.path))
     format_name, weights = _format_and_dtype(request.path)
     runs_code = format_name != "gguf" and (request.trust_remote_code or check_folder_code(request.path))
-    dtype = "float32" if format_name == "gguf" else _dtype(request.path, weights)
-    # llama.cpp computes in the dtype of a GGUF file's weights. Other tools compute in float32, and only the weights
-    # were rounded.
+    dtype = "float32" if format_name == "gguf" else _tool_dtype(request.path, weights)
+    # llama.cpp computes in the dtype of the GGUF file. Other tools compute in float32, where only the weights are
+    # rounded.
     computed = (reference.computed, dtype, *([weights] if format_name == "gguf" else []))
     rounded = weights if format_name != "gguf" and weights != reference.stored else "float32"
-    # Asked before a model is loaded, so that a wrong python.TOOL is reported at once.
+    # Checked before any model is loaded, so that a wrong python.TOOL is reported at once.
     installed = {
         tool.name: is_installed(tool, request.pythons.get(tool.name, sys.executable)) for tool in request.tools
     }
@@ -142,7 +142,7 @@ def _verify(request: Request) -> int:
     }
     findings = []
     for tool in progress(request.tools, "verify", unit="tool"):
-        unread = _unread(tool, format_name, request.path)
+        unread = _unreadable_reason(tool, format_name, request.path)
         if unread:
             findings.append(Finding(tool.name, "another form", note=unread))
         elif not installed[tool.name]:
@@ -155,21 +155,22 @@ def _verify(request: Request) -> int:
             except RunError as error:
                 findings.append(Finding(tool.name, "fails", note=str(error)))
     if request.record is not None:
-        _write(request.record, request.path, reference, findings)
+        _write_record(request.record, request.path, reference, findings)
     if not any(finding.tried for finding in findings):
         raise ConfigError(
             f"tools={','.join(tool.name for tool in request.tools)}: none of them can be tried on {request.path} ("
             + "; ".join(f"{finding.tool}: {finding.note or finding.outcome}" for finding in findings)
             + "); install one, or name the Python that has it with python.TOOL=..."
         )
-    return max(_show(request.path, findings), int(damaged is not None))
+    return max(_show_findings(request.path, findings), int(damaged is not None))
 
 
-def damage_of(path: Path) -> str | None:
-    """Compare a model folder or GGUF file with the record of its run, where that lies beside it.
+def find_damage(path: Path) -> str | None:
+    """Compare a model folder or GGUF file with the record of its run, if the record lies beside it.
 
     Returns:
-        A clause on the first file that is not as the run wrote it; None where all are, or where there is no record.
+        A clause about the first file that has changed since the run wrote it; None if there is no such file or no
+        record.
     """
     folder = path.resolve().parent
     try:
@@ -181,8 +182,8 @@ def damage_of(path: Path) -> str | None:
     return damage(within(record.files, [path.resolve().name]), folder, hashes=True)
 
 
-def _unread(tool: Tool, format_name: str, path: Path) -> str:
-    """Return why the tool does not read this kind of export; empty where it should."""
+def _unreadable_reason(tool: Tool, format_name: str, path: Path) -> str:
+    """Return the reason why the tool cannot read this kind of export; empty if it can."""
     if tool.reads == "gguf":
         return "" if format_name == "gguf" else "reads GGUF files: cfsp export path=DIR format=gguf"
     if format_name == "gguf":
@@ -197,18 +198,18 @@ def _unread(tool: Tool, format_name: str, path: Path) -> str:
 def _format_and_dtype(path: Path) -> tuple[str, str]:
     """Return the format (gguf, decilm or folder) and the dtype of the weights."""
     if path.suffix == ".gguf":
-        return "gguf", _gguf_weights(path)
+        return "gguf", _gguf_dtype(path)
     config = read_json(path / "config.json", f"path={path}: config.json")
     if not isinstance(config, dict):
         raise CheckpointError(f"path={path}: config.json holds no keys; save the model again")
     brings = config.get("auto_map")
-    # A DeciLM folder brings a configuration, but no model class for transformers.
+    # A DeciLM folder has a configuration class, but no model class for transformers.
     format_name = "decilm" if isinstance(brings, dict) and brings and "AutoModelForCausalLM" not in brings else "folder"
     return format_name, str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
 
 
-def _dtype(folder: Path, weights: str) -> str:
-    """Return the dtype for the tools: float32, as the reference, unless that does not fit into memory."""
+def _tool_dtype(folder: Path, weights: str) -> str:
+    """Return the dtype in which the tools load the weights: float32 like the reference, if memory suffices."""
     if weights == "float32":
         return weights
     import torch
@@ -223,8 +224,8 @@ def _dtype(folder: Path, weights: str) -> str:
     return "float32" if needed < _SHARE_OF_MEMORY * available(device) else weights
 
 
-def _gguf_weights(file: Path) -> str:
-    """Return the dtype that general.file_type names; "unknown" is compared with the widest tolerance."""
+def _gguf_dtype(file: Path) -> str:
+    """Return the dtype that general.file_type states; "unknown" leads to the widest tolerance."""
     try:
         from gguf import GGUFReader, LlamaFileType
 
@@ -232,14 +233,14 @@ def _gguf_weights(file: Path) -> str:
         file_type = LlamaFileType(stated.contents())
     except ImportError:
         return "unknown"
-    except Exception as error:  # a damaged file fails in any place of the reader
+    except Exception as error:  # a damaged file may raise any error in the reader
         raise CheckpointError(f"{file}: is no GGUF file that can be read ({error}); export the model again") from error
     return {"ALL_F32": "float32", "MOSTLY_F16": "float16", "MOSTLY_BF16": "bfloat16", "MOSTLY_Q8_0": "q8_0"}.get(
         file_type.name, "unknown"
     )
 
 
-def _show(path: Path, findings: Sequence[Any]) -> int:
+def _show_findings(path: Path, findings: Sequence[Any]) -> int:
     from rich.console import Console
     from rich.table import Table
 
@@ -273,7 +274,7 @@ def _show(path: Path, findings: Sequence[Any]) -> int:
     return 0
 
 
-def _write(file: Path, path: Path, reference: Any, findings: Sequence[Any]) -> None:
+def _write_record(file: Path, path: Path, reference: Any, findings: Sequence[Any]) -> None:
     content = {
         "schema": 1,
         "model": path.name,

@@ -21,7 +21,7 @@ from pydantic import Field
 from cfsp.config.components import component
 from cfsp.config.contracts import Launcher
 from cfsp.errors import ConfigError
-from cfsp.launcher.launch import POLL_SECONDS, Queue, Report, environment
+from cfsp.launcher.launch import POLL_SECONDS, Queue, Report, set_environment
 from cfsp.pipeline.base_models import BaseModels
 from cfsp.pipeline.run import LEASE
 from cfsp.record.environment import cores
@@ -135,7 +135,7 @@ class Submitit(Launcher):
         folder = Path(self.submitit_folder) / f"{datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
         commands = [job.cell.overrides for job in jobs]
         try:
-            with environment(self.variables()):
+            with set_environment(self.variables()):
                 handles = self._executor(folder, places).map_array(Run(str(Path.cwd())), commands)
         except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
             raise ConfigError(f"launcher={self.option}: the runs were not submitted ({error})") from error

@@ -152,7 +152,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self.connection, child_end = context.Pipe()
         self.process: SpawnProcess = context.Process(target=_serve, args=(child_end,), daemon=True)
-        with environment(_worker_variables(self._number, self._count)):
+        with set_environment(_worker_variables(self._number, self._count)):
             self.process.start()
         child_end.close()
 
@@ -245,8 +245,8 @@ def _worker_variables(number: int, count: int) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables inside the context, for processes that are started there; restore them afterwards."""
+def set_environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for processes that are started inside the context, and restore them afterwards."""
     before = {key: os.environ.get(key) for key in values}
     os.environ.update(values)
     try:

@@ -1,4 +1,4 @@
-"""Outcome of a run: the final record, and errors of a failure that name a way out."""
+"""Outcome of a run: the final record, and error messages that name a way out."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def record_outcome(run: Run, unfinished: Path) -> Iterator[None]:
             raise
         raise explanation from error
     record.status, record.error = "success", None
-    record.finished = now()
+    record.finished = utc_now()
     record.write(run.out / "record.json")
     run.folder.check()
-    mirror_record(run.config, record, run.out)  # before the copy: a missing copy means that the mirror is still due
+    mirror_record(run.config, record, run.out)  # before the copy, because a missing copy triggers the mirror again
     shutil.rmtree(run.prepared.progress, ignore_errors=True)
     if unfinished.name != "record.json":
         unfinished.unlink()
@@ -65,7 +65,7 @@ def _record_failure(error: BaseException, run: Run, unfinished: Path) -> CfspErr
         "traceback": "".join(traceback.format_exception(error)),
     }
     log.debug("run failed", exc_info=error)
-    record.finished = now()
+    record.finished = utc_now()
     folder_is_gone = run.folder.is_gone
     if record.checkpoint and not folder_is_gone:
         record.checkpoint.setdefault("place", "model")
@@ -153,6 +153,6 @@ def mirror_record(config: RunConfig, record: RunRecord, out: Path) -> None:
         )
 
 
-def now() -> str:
+def utc_now() -> str:
     """Return the current time in UTC as an ISO 8601 text with seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -122,10 +122,10 @@ def prepare(config: RunConfig, *, reclaimable_bytes: int = 0) -> Prepared:
     evaluation = _check_evaluation(inputs, problems)
     dtype = resolve_dtype(config.model.dtype, device, source)
     if config.save.model and config.pruner.instance.prunes:
-        with _collected(problems):
+        with _collect_problems(problems):
             check_exportable(source, config, view)
     streaming = False
-    with _collected(problems):
+    with _collect_problems(problems):
         streaming = must_stream(config, view, dtype, device, reclaimable_bytes)
     _raise_problems(problems)
     stored_dtype = config.save.dtype or source.stored_dtype
@@ -157,15 +157,15 @@ def _locate(config: RunConfig) -> tuple[torch.device, ModelSource]:
     model = package_path(str(config.model.path))
     if model.is_dir():  # before locate(), which writes into the cache
         for key, folder in folders.items():
-            with _collected(problems):
+            with _collect_problems(problems):
                 check_outside(key, folder, model)
         _raise_problems(problems)
-    with _collected(problems):
+    with _collect_problems(problems):
         device = resolve_device(config.model.device)
-    with _collected(problems):
+    with _collect_problems(problems):
         source = locate(config.model, Path(config.paths.cache_dir))
     for key, folder in folders.items():
-        with _collected(problems):
+        with _collect_problems(problems):
             check_writable(key, folder)
     _raise_problems(problems)
     assert device is not None
@@ -183,15 +183,15 @@ def _check_method(inputs: _Inputs, problems: list[CfspError]) -> tuple[Calibrati
     calibration, identity = None, None
     if not config.pruner.instance.prunes:
         return calibration, identity
-    with _collected(problems):
+    with _collect_problems(problems):
         check_history(inputs.source.folder, sizes_of(view))
-    with _collected(problems):
+    with _collect_problems(problems):
         check_adoptable(view.model)
-    with _collected(problems):
+    with _collect_problems(problems):
         config.pruner.instance.check(view, config.budget)
-    with _collected(problems):
+    with _collect_problems(problems):
         config.pruner.instance.check_choices(view, config.importance, config.allocator)
-    with _collected(problems):
+    with _collect_problems(problems):
         identity = calibration_data.identity(config.calibration, inputs.tokenizer)
         calibration = _calibration_set(config, inputs.tokenizer, inputs.limits)
     return calibration, identity
@@ -202,7 +202,7 @@ def _check_recovery(inputs: _Inputs, problems: list[CfspError]) -> dict[str, Any
     recovery = inputs.config.recovery
     identity = {key: value for key, value in recovery.identity().items() if key in NAMING}
     if inputs.config.pruner.instance.prunes:
-        with _collected(problems):
+        with _collect_problems(problems):
             identity |= recovery.instance.check(inputs.view, inputs.tokenizer, inputs.limits, inputs.device)
     return identity
 
@@ -211,7 +211,7 @@ def _check_evaluation(inputs: _Inputs, problems: list[CfspError]) -> dict[str, d
     """Check every evaluator; return its name -> the facts that identify its code and inputs."""
     evaluation = {}
     for name, evaluator in inputs.config.evaluation.items():
-        with _collected(problems), under_its_key(name, evaluator.instance):
+        with _collect_problems(problems), under_its_key(name, evaluator.instance):
             code = {key: value for key, value in evaluator.identity().items() if key in NAMING}
             # Checks that take long run only if no other input is wrong.
             facts = evaluator.instance.check_settings() if problems else None
@@ -285,7 +285,7 @@ def must_stream(
 
 
 @contextmanager
-def _collected(problems: list[CfspError]) -> Iterator[None]:
+def _collect_problems(problems: list[CfspError]) -> Iterator[None]:
     """Add an error raised inside the context to ``problems``, so that the next input is checked too."""
     try:
         yield

@@ -15,7 +15,7 @@ from cfsp.errors import BusyError, ConfigError
 from cfsp.export.write import check_place, place_beside
 from cfsp.pipeline.base_models import BaseModels
 from cfsp.pipeline.current_run import Run
-from cfsp.pipeline.outcome import mirror_record, now, output_folders, record_outcome, write_config
+from cfsp.pipeline.outcome import mirror_record, output_folders, record_outcome, utc_now, write_config
 from cfsp.pipeline.ownership import check_owner, is_copied, restore_model_markers, saves_pruned_model
 from cfsp.pipeline.preflight import Prepared, prepare
 from cfsp.pipeline.save import export_model
@@ -54,7 +54,7 @@ def run(config: RunConfig, *, multirun: bool = False, base_models: BaseModels | 
     parent = Path(config.paths.output_dir)
     out = parent / prepared.run_id if multirun else parent
     _check_output(prepared, out)
-    with explained(output_folders(config, out)), contextlib.ExitStack() as until_the_end:
+    with explained(output_folders(config, out)), contextlib.ExitStack() as exit_stack:
         for place in (out / LEASE, prepared.progress.with_name(f"{prepared.run_id}.lease")):
             lease = take(place)
             if lease is None:
@@ -62,7 +62,7 @@ def run(config: RunConfig, *, multirun: bool = False, base_models: BaseModels | 
                 raise BusyError(
                     f"paths.output_dir={out}: {owner} is executing this run ({prepared.run_id}); wait for it"
                 )
-            until_the_end.callback(lease.release)
+            exit_stack.callback(lease.release)
         remove_leftovers(out, Path(config.paths.records_dir), prepared.run_id)
         earlier = RunRecord.read(out / "record.json")
         if earlier is not None and _is_finished(earlier, config, out):
@@ -160,18 +160,18 @@ def _new_record(prepared: Prepared) -> RunRecord:
             **({"quantised": prepared.source.quantised.facts} if prepared.source.quantised is not None else {}),
             **({"notes": list(prepared.notes)} if prepared.notes else {}),
         },
-        started=now(),
+        started=utc_now(),
     )
 
 
 def _execute(this_run: Run, base_models: BaseModels) -> None:
     """Load the base model, run the stages, and record the sizes and hashes of the files that they wrote."""
     prepared, record, folder = this_run.prepared, this_run.record, this_run.folder
-    with contextlib.ExitStack() as until_the_end:
+    with contextlib.ExitStack() as exit_stack:
         with this_run.stages("load") as stage, model_code_errors(prepared):
             for note in prepared.notes:
                 log.warning("%s", note)
-            model, stage["cached"] = until_the_end.enter_context(base_models.acquire(prepared))
+            model, stage["cached"] = exit_stack.enter_context(base_models.acquire(prepared))
             view = resolve(model)
             pruner = prepared.config.pruner.instance
             base_models.probe(

@@ -69,7 +69,7 @@ def run_stages(run: Run, model: Any, view: DecoderView) -> None:
         apply(model, plan)
     round_to_stored(model, run.prepared.stored_dtype)
     if trains and run.prepared.evaluation and not failures:
-        with _postponed(failures, config), run.stages("evaluate pruned"):
+        with _postpone_errors(failures, config), run.stages("evaluate pruned"):
             run.record.measurements["pruned"] = evaluate_side(run.prepared, model, "pruned")
     if failures:
         with run.stages("save"):
@@ -124,7 +124,7 @@ def _evaluate_before_pruning(
     if not run.prepared.evaluation:
         return
     measurements = run.record.measurements
-    with _postponed(failures, run.config):
+    with _postpone_errors(failures, run.config):
         with run.stages("evaluate dense") as stage:
             measurements["dense"], stage["cached"] = evaluate_dense(run.prepared, model)
         if run.config.evaluate_selection and plan.tensors:
@@ -182,7 +182,7 @@ def _draw(run: Run, plan: PruningPlan) -> None:
 
 
 @contextlib.contextmanager
-def _postponed(failures: list[Exception], config: RunConfig) -> Iterator[None]:
+def _postpone_errors(failures: list[Exception], config: RunConfig) -> Iterator[None]:
     """Add an error of an evaluation to ``failures``, so that the pruned model is saved before the run fails."""
     try:
         yield

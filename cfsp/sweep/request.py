@@ -49,7 +49,7 @@ class Request:
         return " ".join(f"{key}={cell.point[key]}" for key in self.varying if key in cell.point) or str(cell)
 
 
-def request_of(overrides: Sequence[str]) -> Request:
+def read_request(overrides: Sequence[str]) -> Request:
     """Read a command line of a sweep or of its tables.
 
     Raises:

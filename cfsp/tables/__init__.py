@@ -1,5 +1,5 @@
-"""Tables, figures and reports of experiments, and the summary at the end of a run. All are made from records alone.
+"""Tables, figures and reports of experiments, and the summary at the end of a run. Records are the only input.
 
-It may import sweep and the packages below; benchmark and the packages above may import it. Launcher and tables do not
-import each other.
+This package may import sweep and the packages below it. Benchmark and the packages above may import this package.
+Launcher and tables do not import each other.
 """

@@ -1,4 +1,4 @@
-"""Records of an experiment, looked up by what their configuration decides, never by the name of a file."""
+"""Records of an experiment, matched to its runs by their configuration and never by the name of a file."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class RecordedRun:
     """A run of the grid with its record.
 
     Attributes:
-        cell: its place in the grid.
-        record: its record.
-        as_shipped: the command line changed nothing that decides its figures.
+        cell: the run of the grid.
+        record: the record of the run.
+        as_shipped: True if the command line changed nothing that decides the figures of the run.
     """
 
     cell: Cell
@@ -32,6 +32,7 @@ class RecordedRun:
 
     @property
     def seed(self) -> int:
+        """Seed of the run."""
         return int(self.record.configuration["seed"])
 
 
@@ -42,9 +43,9 @@ class Collection:
     Attributes:
         runs: cells with a record, in the order of the grid.
         missing: cells without a record.
-        damaged: one line for each file that is no record.
-        files: path of each record by its run_id.
-        keys: run_id -> :func:`science` of each record.
+        damaged: one line for each file that is not a usable record.
+        files: run_id of a record -> its path.
+        keys: run_id of a record -> its :func:`configuration_key`.
     """
 
     runs: list[RecordedRun]
@@ -54,27 +55,30 @@ class Collection:
     keys: dict[str, str] = field(default_factory=dict)
 
 
-def collect(cells: Sequence[Cell], folder: Path, composer: GridComposer | None = None) -> Collection:
-    """Find the records in ``folder`` that the ``cells`` ask for.
+def collect_records(cells: Sequence[Cell], folder: Path, composer: GridComposer | None = None) -> Collection:
+    """Find the record of each cell in ``folder``.
 
     Args:
-        composer: one that has composed some of the cells already.
+        cells: runs of the experiment, in the order of the grid.
+        folder: folder with the records.
+        composer: composer to reuse if it has composed some of the cells already.
 
     Raises:
-        ConfigError: no such folder, records of two versions of the methods, two for one cell.
+        ConfigError: the folder does not exist, the records were written by several versions of the methods, or several
+            records belong to one cell.
     """
     if not folder.is_dir():
         raise ConfigError(
             f"paths.records_dir={folder}: no such folder; run the sweep first, or say where its records are"
         )
     composer = composer or GridComposer()
-    # First: this imports the classes of other packages that the cells name, which the records' settings are read by.
+    # Before the records are read: composing imports the plugin classes of the cells, which reading needs.
     configurations = [composer.config(cell.overrides) for cell in cells]
     damaged: list[str] = []
     by_science: dict[str, list[tuple[RunRecord, Parts]]] = {}
     files: dict[str, Path] = {}
     keys: dict[str, str] = {}
-    for path, record, parts in _read(folder, damaged):
+    for path, record, parts in _read_records(folder, damaged):
         files[record.run_id] = path
         keys[record.run_id] = digest(parts.values)
         by_science.setdefault(keys[record.run_id], []).append((record, parts))
@@ -84,7 +88,7 @@ def collect(cells: Sequence[Cell], folder: Path, composer: GridComposer | None =
         records = [
             record
             for record, parts in by_science.get(digest(expected.values), ())
-            if expected.places == parts.places or _same_contents(config, record)
+            if expected.places == parts.places or _has_same_inputs(config, record)
         ]
         current = [record for record in records if record.identity["version"] == METHOD_VERSION]
         records = current or records
@@ -98,42 +102,45 @@ def collect(cells: Sequence[Cell], folder: Path, composer: GridComposer | None =
             runs.append(RecordedRun(cell, records[0]))
         else:
             missing.append(cell)
-    _one_version([run.record for run in runs])
+    _check_single_version([run.record for run in runs])
     return Collection(runs, missing, damaged, files, keys)
 
 
-def _same_contents(config: RunConfig, record: RunRecord) -> bool:
-    """Return whether the record was measured on inputs of the same content, at other paths."""
+def _has_same_inputs(config: RunConfig, record: RunRecord) -> bool:
+    """Return whether the inputs of the record have the same content as those of ``config``, whatever their paths."""
     # Start-up time: loads numpy, safetensors, torch.
     from cfsp.pipeline.preflight import prepare
 
     try:
         identity = prepare(config).identity
-    except CfspError:  # what the cell names is not here: nothing says that the record is of it
+    except CfspError:  # an input of the cell is not on this machine, so it cannot be compared with the record
         return False
-    of_machine = {"dtype", "version"}
-    return all(identity[key] == record.identity.get(key) for key in identity.keys() - of_machine)
+    machine_dependent = {"dtype", "version"}
+    return all(identity[key] == record.identity.get(key) for key in identity.keys() - machine_dependent)
 
 
-def science_of(cell: Cell, composer: GridComposer | None = None) -> str:
-    """:func:`science` of the run that a cell asks for."""
-    return science((composer or GridComposer()).config(cell.overrides).raw)
+def cell_key(cell: Cell, composer: GridComposer | None = None) -> str:
+    """Return the :func:`configuration_key` of a cell."""
+    return configuration_key((composer or GridComposer()).config(cell.overrides).raw)
 
 
-def science(configuration: Mapping[str, Any]) -> str:
-    """A hash of the configuration without what decides no figure, and without the places of its inputs."""
+def configuration_key(configuration: Mapping[str, Any]) -> str:
+    """Return a hash of the settings that decide the figures of a run; the paths of its inputs do not count."""
     return digest(configuration_parts(configuration).values)
 
 
-def _read(folder: Path, damaged: list[str]) -> Iterator[tuple[Path, RunRecord, Parts]]:
-    """Yield every whole record of a success with the parts of its configuration; others get a line in ``damaged``."""
+def _read_records(folder: Path, damaged: list[str]) -> Iterator[tuple[Path, RunRecord, Parts]]:
+    """Yield each complete record of a successful run with the parts of its configuration.
+
+    Each unusable file adds a line to ``damaged``.
+    """
     for path in sorted(folder.glob("*.json")):
         try:
             record = RunRecord.read(path)
         except CheckpointError as error:
             damaged.append(str(error))
             continue
-        if record is None:  # a link to nothing, or gone since the folder was listed
+        if record is None:  # a broken link, or a file that was removed after the folder was listed
             damaged.append(f"{path}: not a run record (there is no such file)")
             continue
         problem = record.problem()
@@ -151,7 +158,12 @@ def _read(folder: Path, damaged: list[str]) -> Iterator[tuple[Path, RunRecord, P
             yield path, record, parts
 
 
-def _one_version(records: Sequence[RunRecord]) -> None:
+def _check_single_version(records: Sequence[RunRecord]) -> None:
+    """Check that all records were written by the current version of the methods.
+
+    Raises:
+        ConfigError: a record was written by another version.
+    """
     versions = {record.identity.get("version"): record.run_id for record in records}
     if len(versions) > 1 or (versions and METHOD_VERSION not in versions):
         run_ids = ", ".join(f"{run_id} of version {version}" for version, run_id in sorted(versions.items()))

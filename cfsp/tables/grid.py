@@ -1,4 +1,4 @@
-"""Laying the records of an experiment out as a table: means over seeds, dense first, best and second best."""
+"""Tables from the records of an experiment, with means over seeds, the dense row first, and ranks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from cfsp.errors import ConfigError
 from cfsp.sweep.experiment import Cell
 from cfsp.tables.collection import RecordedRun
 from cfsp.tables.layout import TableLayout
-from cfsp.tables.metrics import NOTES, notes_of
-from cfsp.tables.reported import DENSE, Published, published, same_value
-from cfsp.tables.run_figures import OF_THE_RUN, columns_of, figures_of, result_side, value_of
+from cfsp.tables.metrics import NOTES, note_marks
+from cfsp.tables.reported import DENSE, Published, find_published, is_same_value
+from cfsp.tables.run_figures import RUN_COLUMNS, column_value, measurements_by_key, result_side, select_columns
 from cfsp.tables.table import Column, Entry, FigureKey, Row, Table
 
-#: Settings of a measurement that two figures must agree in to stand in one column.
-_SETTINGS = (
+#: Settings of a measurement that must be equal for all figures of a column.
+_MEASUREMENT_SETTINGS = (
     "seq_len",
     "n",
     "split",
@@ -29,40 +29,40 @@ _SETTINGS = (
     "device",
     "threads",
 )
-#: Settings that follow from the model, by suite: the number of tokens of a text and the effect of bos=auto depend on
-#: its tokenizer, and the harness takes its longest window.
-_OF_THE_MODEL = {"perplexity": ("n", "bos"), "zero_shot": ("seq_len",)}
-#: Relative difference that dense figures of one model may have: other processors sum in other orders.
+#: Suite -> settings that depend on the model. The number of tokens of a text and the effect of bos=auto depend on its
+#: tokenizer, and the harness uses its longest window.
+_MODEL_DEPENDENT_SETTINGS = {"perplexity": ("n", "bos"), "zero_shot": ("seq_len",)}
+#: Largest relative difference between dense figures of one model. Different processors sum in different orders.
 DENSE_TOLERANCE = 1e-4
 
 
 class NothingToShowError(ConfigError):
-    """No run of the experiment is among those that a table or figure shows."""
+    """No run of the experiment matches the ``where`` of a table or figure."""
 
 
-def table(
+def build_table(
     name: str,
     layout: TableLayout,
     runs: Sequence[RecordedRun],
     reported: Sequence[Published] = (),
     cells: Sequence[Cell] = (),
 ) -> Table:
-    """Lay ``runs`` out as a table, with the published figures of the same beside them.
+    """Build a table from ``runs``, with published figures of the same settings beside them.
 
     Args:
         name: name of the table in its layout.
-        layout: which runs, rows and columns it has.
+        layout: layout of the table.
         runs: the runs with a record, in the order of the grid.
         reported: published figures.
         cells: all runs of the experiment, in order. Rows of runs without a record are empty.
 
     Raises:
-        ConfigError: no record has a metric; records in one table differ in more than the table shows, or were
-            measured in different ways.
+        ConfigError: no record has one of the metrics, runs differ in keys that the table does not show, or figures of
+            one column were measured with different settings.
     """
-    runs = select(name, layout.where, runs)
+    runs = select_runs(name, layout.where, runs)
     check_nothing_hidden(name, [*layout.groups, *layout.rows], runs)
-    columns = [column for spec in layout.metrics for column in columns_of(name, spec, runs)]
+    columns = [column for spec in layout.metrics for column in select_columns(name, spec, runs)]
     _check_settings(name, columns, runs)
     cells = [cell for cell in cells if _is_selected(cell, layout.where)] or [run.cell for run in runs]
     keys = list(
@@ -72,17 +72,17 @@ def table(
     by_group = group_by(runs, layout.groups)
     n_groups = len(layout.groups)
     for group in dict.fromkeys(key[:n_groups] for key in keys):
-        if group not in by_group:  # none of its runs has a record, so it has no dense figures either
+        if group not in by_group:  # no run of the group has a record, so there are no dense figures either
             continue
         row_keys = [key[n_groups:] for key in keys if key[:n_groups] == group]
-        rows = _section(name, layout, group, row_keys, columns, by_group[group], reported)
-        sections.append((_label(layout.groups, group, layout.labels, names=True), rows))
+        rows = _section_rows(name, layout, group, row_keys, columns, by_group[group], reported)
+        sections.append((_join_labels(layout.groups, group, layout.labels, names=True), rows))
     head = ", ".join(layout.labels.get(key, key) for key in layout.rows)
     records = list({run.record.run_id: run.record for run in runs}.values())
     return Table(name, layout.caption, head, columns, sections, records, len(runs), len(cells))
 
 
-def _section(
+def _section_rows(
     name: str,
     layout: TableLayout,
     group: tuple[str, ...],
@@ -91,55 +91,71 @@ def _section(
     runs: Sequence[RecordedRun],
     reported: Sequence[Published],
 ) -> list[Row]:
-    """Return the rows of one group, the dense model first; ``row_keys``: the values that name each row."""
-    rows = [_dense_row(name, group, columns, runs)]
+    """Return the rows of one group, the dense model first.
+
+    Args:
+        name: name of the table.
+        layout: layout of the table.
+        group: values of the keys of the group.
+        row_keys: values of the keys of each row.
+        columns: columns of the table.
+        runs: runs of the group.
+        reported: published figures.
+    """
+    rows = [_build_dense_row(name, group, columns, runs)]
     _add_published(rows[0], columns, runs, reported, DENSE)
     by_row = group_by(runs, layout.rows)
     for values in row_keys:
         members = by_row.get(values, [])
-        label = _label(layout.rows, values, layout.labels, names=False)
-        entries = [_entry(column, members) for column in columns]
+        label = _join_labels(layout.rows, values, layout.labels, names=False)
+        entries = [_build_entry(column, members) for column in columns]
         rows.append(Row(label, entries, [run.record.run_id for run in members]))
         if members:
             _add_published(rows[-1], columns, members, reported, result_side(members[0].record))
-    _rank(columns, rows[1:])
+    _set_ranks(columns, rows[1:])
     return rows
 
 
-def _entry(column: Column, runs: Sequence[RecordedRun]) -> Entry:
-    values = {run.seed: value for run in runs if (value := value_of(run.record, column)) is not None}
-    return Entry(values, notes=_notes(column, runs, None))
+def _build_entry(column: Column, runs: Sequence[RecordedRun]) -> Entry:
+    values = {run.seed: value for run in runs if (value := column_value(run.record, column)) is not None}
+    return Entry(values, notes=_note_marks(column, runs, None))
 
 
-def _notes(column: Column, runs: Sequence[RecordedRun], side: str | None) -> tuple[str, ...]:
-    """Return the marks of the measurements that a figure is made of; ``side`` None: the side of each run's result."""
+def _note_marks(column: Column, runs: Sequence[RecordedRun], side: str | None) -> tuple[str, ...]:
+    """Return the marks of the measurements behind an entry.
+
+    Args:
+        column: column of the entry.
+        runs: runs whose mean the entry shows.
+        side: side of the measurements; None: the side that each run ended with.
+    """
     marks = {
         mark
         for run in runs
-        for figures in [figures_of(run.record, side or result_side(run.record))]
+        for figures in [measurements_by_key(run.record, side or result_side(run.record))]
         for member in column.members
         if member in figures
-        for mark in notes_of(figures[member])
+        for mark in note_marks(figures[member])
     }
     return tuple(mark for mark in NOTES if mark in marks)
 
 
-def _dense_row(name: str, group: tuple[str, ...], columns: Sequence[Column], runs: Sequence[RecordedRun]) -> Row:
-    """Return the row of the dense model, whose figures are equal in all runs. Timings are the mean over the runs."""
+def _build_dense_row(name: str, group: tuple[str, ...], columns: Sequence[Column], runs: Sequence[RecordedRun]) -> Row:
+    """Return the row of the dense model. Its figures are equal in all runs, except timings, which are averaged."""
     _check_equal(name, group, {run.record.model["fingerprint"] for run in runs}, "model")
     _check_equal(name, group, {run.record.model["dtype"] for run in runs}, "dtype")
     entries = []
     for column in columns:
-        values = [value for run in runs if (value := value_of(run.record, column, "dense")) is not None]
+        values = [value for run in runs if (value := column_value(run.record, column, "dense")) is not None]
         timed = any(key[0] == "cost" for key in column.members)
         if values and not timed and max(values) - min(values) > DENSE_TOLERANCE * abs(max(values)):
             raise ConfigError(
                 f"{name}, {', '.join(group)}: the dense figures for {column.metric.label} differ between records "
                 f"({min(values):g} to {max(values):g}); they are not of one machine or version: run them again"
             )
-        notes = _notes(column, runs, "dense")
+        notes = _note_marks(column, runs, "dense")
         entries.append(Entry(dict(enumerate([mean(values)])), notes=notes) if values else Entry())
-    measured = [entry for entry, column in zip(entries, columns, strict=True) if column not in OF_THE_RUN.values()]
+    measured = [entry for entry, column in zip(entries, columns, strict=True) if column not in RUN_COLUMNS.values()]
     if not any(entry.values for entry in measured):
         raise ConfigError(f"{name}: no record has dense figures, which every table needs; evaluate with evaluation=...")
     return Row("dense", entries, [])
@@ -149,10 +165,10 @@ def _add_published(
     row: Row, columns: Sequence[Column], runs: Sequence[RecordedRun], reported: Sequence[Published], side: str
 ) -> None:
     for entry, column in zip(row.entries, columns, strict=True):
-        entry.published = None if column.gap else published(reported, column.members, runs[0], side)
+        entry.published = None if column.gap else find_published(reported, column.members, runs[0], side)
 
 
-def _rank(columns: Sequence[Column], rows: Sequence[Row]) -> None:
+def _set_ranks(columns: Sequence[Column], rows: Sequence[Row]) -> None:
     for at, column in enumerate(columns):
         if column.metric.better == 0 or len(rows) < 3:
             continue
@@ -162,18 +178,18 @@ def _rank(columns: Sequence[Column], rows: Sequence[Row]) -> None:
         for row in rows:
             value = row.entries[at].mean
             if value is not None and len(row.entries[at].values) == seeds:
-                shown.setdefault(column.metric.show(value), []).append((value, row.entries[at]))
+                shown.setdefault(column.metric.format_value(value), []).append((value, row.entries[at]))
         ordered = sorted(shown.values(), key=lambda same: same[0][0], reverse=column.metric.better > 0)
         for rank, same in enumerate(ordered[:2], start=1):
             for _, entry in same:
                 entry.rank = rank
 
 
-def select(name: str, where: Mapping[str, str], runs: Sequence[RecordedRun]) -> list[RecordedRun]:
-    """Return the runs whose keys have the values that ``where`` asks for.
+def select_runs(name: str, where: Mapping[str, str], runs: Sequence[RecordedRun]) -> list[RecordedRun]:
+    """Return the runs that have the value of every key in ``where``.
 
     Raises:
-        NothingToShowError: there is none.
+        NothingToShowError: no run matches.
     """
     selected = [run for run in runs if _is_selected(run.cell, where)]
     if not selected:
@@ -182,18 +198,18 @@ def select(name: str, where: Mapping[str, str], runs: Sequence[RecordedRun]) -> 
 
 
 def _is_selected(cell: Cell, where: Mapping[str, str]) -> bool:
-    return all(same_value(value, cell.point.get(key)) for key, value in where.items())
+    return all(is_same_value(value, cell.point.get(key)) for key, value in where.items())
 
 
 def group_by(runs: Sequence[RecordedRun], keys: Sequence[str]) -> dict[tuple[str, ...], list[RecordedRun]]:
-    """Group runs by the values of ``keys``, in order."""
+    """Group runs by the values of ``keys``; groups and runs keep their order."""
     groups: dict[tuple[str, ...], list[RecordedRun]] = {}
     for run in runs:
         groups.setdefault(tuple(run.cell.point.get(key, "") for key in keys), []).append(run)
     return groups
 
 
-def _label(keys: Sequence[str], values: Sequence[str], labels: Mapping[str, str], *, names: bool) -> str:
+def _join_labels(keys: Sequence[str], values: Sequence[str], labels: Mapping[str, str], *, names: bool) -> str:
     parts = []
     for key, value in zip(keys, values, strict=True):
         text = labels.get(f"{key}={value}", value)
@@ -202,7 +218,7 @@ def _label(keys: Sequence[str], values: Sequence[str], labels: Mapping[str, str]
 
 
 def check_nothing_hidden(name: str, shown: Sequence[str], runs: Sequence[RecordedRun]) -> None:
-    """See that runs that stand in one place differ in the seed alone.
+    """Check that runs at the same place of a table or figure differ in the seed only.
 
     Args:
         name: name of the table or figure.
@@ -224,24 +240,29 @@ def check_nothing_hidden(name: str, shown: Sequence[str], runs: Sequence[Recorde
 
 
 def _check_settings(name: str, columns: Sequence[Column], runs: Sequence[RecordedRun]) -> None:
-    """See that all records agree in how a figure was measured; those of one model also in what follows from it."""
+    """Check that every figure was measured with the same settings in all records.
+
+    Settings that depend on the model must be equal only among the records of one model.
+    """
     by_model: dict[str, list[RecordedRun]] = {}
     for run in runs:
         by_model.setdefault(run.record.model["fingerprint"], []).append(run)
     for key in dict.fromkeys(key for column in columns for key in column.members):
-        general = [setting for setting in _SETTINGS if setting not in _OF_THE_MODEL.get(key[0], ())]
+        general = [
+            setting for setting in _MEASUREMENT_SETTINGS if setting not in _MODEL_DEPENDENT_SETTINGS.get(key[0], ())
+        ]
         _check_agreement(name, key, general, runs)
         for members in by_model.values():
-            _check_agreement(name, key, _SETTINGS, members)
+            _check_agreement(name, key, _MEASUREMENT_SETTINGS, members)
 
 
 def _check_agreement(name: str, key: FigureKey, settings: Sequence[str], runs: Sequence[RecordedRun]) -> None:
     seen: dict[tuple[Any, ...], str] = {}
     for run in runs:
         for side in ("dense", result_side(run.record)):
-            row = figures_of(run.record, side).get(key)
+            row = measurements_by_key(run.record, side).get(key)
             if row is not None:
-                seen.setdefault(tuple(_setting(row, setting) for setting in settings), run.record.run_id)
+                seen.setdefault(tuple(_measurement_setting(row, setting) for setting in settings), run.record.run_id)
     if len(seen) > 1:
         (first, second), ids = list(seen)[:2], list(seen.values())
         pairs = zip(settings, first, second, strict=True)
@@ -252,7 +273,7 @@ def _check_agreement(name: str, key: FigureKey, settings: Sequence[str], runs: S
         )
 
 
-def _setting(row: Mapping[str, Any], name: str) -> Any:
+def _measurement_setting(row: Mapping[str, Any], name: str) -> Any:
     return row.get(name) if name in row else (row.get("detail") or {}).get(name)
 
 

@@ -29,34 +29,34 @@ class MeanOf(Section):
 
 
 class GapOf(Section):
-    """A column for each figure, with its logarithm less that of the dense model. Perplexities give nats per token.
+    """Columns with the logarithm of a figure minus that of the dense model. Perplexities give nats per token.
 
     Attributes:
         gap: pattern of the figures, as ``suite/task/metric``.
-        label: head of the column; default: made from the figure's name.
+        label: head of the column; None: derived from the name of the figure.
     """
 
     gap: str
     label: str | None = None
 
 
-#: A pattern ``suite/task/metric`` with * and ? (several are separated by |), the mean of such figures, their gap to
-#: dense, or a figure of the run: ``removed`` (share of the scope's parameters), ``trained`` (parameters),
-#: ``pruning_time``, ``peak_memory``.
+#: Metric of a table or figure. It is a pattern ``suite/task/metric`` with * and ? (several are separated by |), the
+#: mean of such figures, their gap to dense, or a figure of the run: ``removed`` (share of the scope's parameters),
+#: ``trained`` (parameters), ``pruning_time`` or ``peak_memory``.
 MetricSpec = str | MeanOf | GapOf
 
 
 class TableLayout(Section):
-    """Layout of a table. Seeds are averaged, and every key that is not named here must have one value.
+    """Layout of a table. Seeds are averaged. Every other key that the layout does not name must have a single value.
 
     Attributes:
-        caption: what the table shows.
-        where: the runs that it shows, by key and value.
-        groups: keys with a section of rows for each value.
-        rows: keys that name a row.
+        caption: caption of the table.
+        where: key -> value that selects the runs.
+        groups: keys whose values divide the table into sections.
+        rows: keys whose values name a row.
         metrics: the columns.
-        labels: texts in the place of keys, values or ``key=value``.
-        variants: variants of the experiment that it is made for; empty: all of them.
+        labels: key, value or ``key=value`` -> text to show instead.
+        variants: variants of the experiment that have this table; empty: all of them.
     """
 
     caption: str
@@ -74,16 +74,16 @@ class FigureLayout(Section):
     Attributes:
         kind: ``curve`` shows a metric against a key, ``pareto`` a metric against another one, ``blocks`` the distance
             and the kept width of each block.
-        caption: what the figure shows.
-        x: key of a curve's axis.
-        x_metric: metric of a Pareto figure's axis.
-        metric: the metric that is shown.
+        caption: caption of the figure.
+        x: key on the horizontal axis of a curve.
+        x_metric: metric on the horizontal axis of a Pareto figure.
+        metric: metric on the vertical axis.
         lines: keys with a line for each value.
         panels: keys with a panel for each value, in a figure of blocks.
         each: keys with a file for each value.
-        where: the runs that it shows, by key and value.
+        where: key -> value that selects the runs.
         log: whether the metric has a logarithmic axis.
-        variants: variants of the experiment that it is made for; empty: all of them.
+        variants: variants of the experiment that have this figure; empty: all of them.
     """
 
     kind: Literal["curve", "pareto", "blocks"]
@@ -103,8 +103,8 @@ class Layout(Section):
     """Layout of an experiment.
 
     Attributes:
-        tables: layout of each table by its name.
-        figures: layout of each figure by its name.
+        tables: name of a table -> its layout.
+        figures: name of a figure -> its layout.
         reported: published figures, from ``reported.csv`` beside the layout.
     """
 
@@ -112,8 +112,8 @@ class Layout(Section):
     figures: dict[str, FigureLayout] = Field(default={})
     reported: list[Published] = Field(default=[], exclude=True)
 
-    def of_variant(self, variant: str) -> Layout:
-        """Return the layout without the tables and figures that are made for other variants."""
+    def for_variant(self, variant: str) -> Layout:
+        """Return the layout without the tables and figures of other variants."""
         tables = {name: each for name, each in self.tables.items() if not each.variants or variant in each.variants}
         figures = {name: each for name, each in self.figures.items() if not each.variants or variant in each.variants}
         return self.model_copy(update={"tables": tables, "figures": figures})
@@ -123,7 +123,7 @@ def load_layout(folder: Path) -> Layout:
     """Load the layout in ``folder`` with its published figures.
 
     Raises:
-        ConfigError: there is none, or one of its keys is wrong.
+        ConfigError: the folder has no layout, or a key of the layout is wrong.
     """
     path = folder / "tables.yaml"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Published figures, each with its source, that stand beside ours: ``experiments/<name>/reported.csv``."""
+"""Published figures with their sources, which tables show beside ours: ``experiments/<name>/reported.csv``."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 from cfsp.errors import ConfigError
 from cfsp.tables.collection import RecordedRun
 
-#: Columns that a file must have. The others are keys of a run.
+#: Columns that a file must have. The other columns are configuration keys.
 COLUMNS = ("metric", "seq_len", "value", "source")
 DENSE = "dense"
-#: Sections that keys of a run begin with.
+#: First parts of the configuration keys that may be columns.
 SECTIONS = ("model", "calibration", "sparsity", "importance", "allocator", "pruner", "recovery")
 
 
@@ -23,12 +23,12 @@ class Published:
     """A published figure.
 
     Attributes:
-        where: the keys of the configuration that the source states, with their values. ``pruner`` dense stands for the
-            model as it was.
-        metric: ``suite/task/metric``; several stand for their mean.
-        seq_len: tokens of a window; None where there are no windows.
-        value: in the unit of our metric (accuracies as fractions).
-        source: where the figure is published.
+        where: configuration key -> value, for the keys that the source states. ``pruner=dense`` stands for the dense
+            model.
+        metric: ``suite/task/metric``; several of them stand for their mean.
+        seq_len: tokens of a window; None if the metric has no windows.
+        value: value in the unit of our metric (accuracies as fractions).
+        source: publication of the figure.
     """
 
     where: Mapping[str, str]
@@ -39,43 +39,43 @@ class Published:
 
 
 def load_reported(path: Path) -> list[Published]:
-    """Load the figures of a file; none where there is no file.
+    """Load the published figures of a file. If the file does not exist, there are none.
 
     Raises:
-        ConfigError: a column is missing, a value is no number, a figure has no source.
+        ConfigError: a column is missing or unknown, a value is not a number, or a figure has no source.
     """
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as stream:
         reader = csv.DictReader(stream)
         names = reader.fieldnames or ()
-        lacking = [name for name in COLUMNS if name not in names]
-        if lacking:
-            raise ConfigError(f"{path}: the column {lacking[0]} is missing; the first line names the columns")
+        missing = [name for name in COLUMNS if name not in names]
+        if missing:
+            raise ConfigError(f"{path}: the column {missing[0]} is missing; the first line names the columns")
         unknown = [name for name in names if name not in COLUMNS and name.split(".")[0] not in SECTIONS]
         if unknown:
             raise ConfigError(
                 f"{path}: the column {unknown[0]} is no key of a run; keys begin with {', '.join(SECTIONS)}"
             )
-        return [_published(row, f"{path}, line {number}") for number, row in enumerate(reader, start=2)]
+        return [_parse_row(row, f"{path}, line {number}") for number, row in enumerate(reader, start=2)]
 
 
-def published(
+def find_published(
     figures: Sequence[Published], members: Sequence[Sequence[str]], run: RecordedRun, side: str
 ) -> Published | None:
-    """Return the published figure that was measured as ours: same model, method, scope, metric and window; or None.
+    """Return the published figure with the same model, method, scope, metric and window as ours; None if there is none.
 
-    It stands only beside runs as the experiment ships them, whose other settings are those of the source. The README of
-    the experiment names those that are not.
+    Only runs with the settings that the experiment ships have published figures beside them, because those settings
+    follow the source. The README of the experiment names the settings that differ.
 
     Args:
         figures: the published figures.
-        members: suite, task and metric of our figure, or of those that it is the mean of.
+        members: suite, task and metric of our figure, or of the figures whose mean it is.
         run: our run.
         side: side of our figure.
 
     Raises:
-        ConfigError: several figures match.
+        ConfigError: several published figures match.
     """
     if not run.as_shipped:
         return None
@@ -88,7 +88,7 @@ def published(
     matching = [
         figure
         for figure in figures
-        if figure.metric == names and lengths <= {figure.seq_len} and _describes(figure, run, dense=side == DENSE)
+        if figure.metric == names and lengths <= {figure.seq_len} and _matches_run(figure, run, dense=side == DENSE)
     ]
     if len(matching) > 1:
         sources = "; ".join(figure.source for figure in matching)
@@ -96,7 +96,7 @@ def published(
     return matching[0] if matching else None
 
 
-def _published(row: Mapping[str, str], place: str) -> Published:
+def _parse_row(row: Mapping[str, str], place: str) -> Published:
     try:
         value = float(row["value"])
         seq_len = int(row["seq_len"]) if row["seq_len"] else None
@@ -109,15 +109,15 @@ def _published(row: Mapping[str, str], place: str) -> Published:
     return Published(where, metric, seq_len, value, row["source"].strip())
 
 
-def _describes(figure: Published, run: RecordedRun, *, dense: bool) -> bool:
+def _matches_run(figure: Published, run: RecordedRun, *, dense: bool) -> bool:
     if dense != (figure.where.get("pruner") == DENSE):
         return False
     keys = [key for key in figure.where if not (dense and key == "pruner")]
-    return all(same_value(figure.where[key], _value(run, key)) for key in keys)
+    return all(is_same_value(figure.where[key], _run_value(run, key)) for key in keys)
 
 
-def _value(run: RecordedRun, key: str) -> str | None:
-    """Return the value of a key as the grid names it, else as it stands in the run's configuration."""
+def _run_value(run: RecordedRun, key: str) -> str | None:
+    """Return the value of a key in the grid, or in the run's configuration if the grid does not have the key."""
     if key in run.cell.point:
         return run.cell.point[key]
     value: Any = run.record.configuration
@@ -128,7 +128,7 @@ def _value(run: RecordedRun, key: str) -> str | None:
     return None if value is None else str(value)
 
 
-def same_value(expected: str, value: str | None) -> bool:
+def is_same_value(expected: str, value: str | None) -> bool:
     """Return whether two values are equal; numbers are compared as numbers."""
     try:
         return value is not None and float(expected) == float(value)

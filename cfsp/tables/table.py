@@ -1,4 +1,4 @@
-"""A table as data: sections of rows, with an entry for each column."""
+"""Data of a table: sections of rows, with an entry for each column."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from cfsp.record.run_record import RunRecord
 from cfsp.tables.metrics import NOTES, Metric
 from cfsp.tables.reported import Published
 
-#: Suite, task and metric, which name a figure.
+#: Suite, task and metric, which identify a figure.
 FigureKey = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
 class Column:
-    """A figure, or the mean of several.
+    """Column of a table: a figure, or the mean of several.
 
     Attributes:
-        metric: how the figure is shown.
-        members: the figures that the column is the mean of.
-        gap: the column shows the logarithm of the figure less that of the dense model's.
+        metric: presentation of the figure.
+        members: keys of the figures whose mean the column shows.
+        gap: show the logarithm of the figure minus that of the dense model.
     """
 
     metric: Metric
@@ -34,10 +34,10 @@ class Entry:
     """A cell of a table.
 
     Attributes:
-        values: the figure by seed.
+        values: seed -> figure.
         rank: 1 for the best of its column in its section, 2 for the second best, 0 for others and the dense row.
-        published: a figure that somebody else measured in the same way.
-        notes: marks of what limits the figure (:func:`cfsp.tables.metrics.notes_of`).
+        published: published figure with the same settings.
+        notes: marks of the figure's limitations (:func:`cfsp.tables.metrics.note_marks`).
     """
 
     values: dict[int, float] = field(default_factory=dict)
@@ -47,18 +47,18 @@ class Entry:
 
     @property
     def mean(self) -> float | None:
-        """Mean over the seeds; None where there is no figure."""
+        """Mean over the seeds; None if there is no figure."""
         return mean(self.values.values()) if self.values else None
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation over the seeds; None for a single seed, or where a perplexity is infinite."""
+        """Standard deviation over the seeds; None for a single seed, or if a perplexity is infinite."""
         several = len(self.values) > 1 and all(map(isfinite, self.values.values()))
         return stdev(self.values.values()) if several else None
 
     @property
     def deviation(self) -> float | None:
-        """Our figure less the published one."""
+        """Our figure minus the published one; None if either is missing."""
         return None if self.mean is None or self.published is None else self.mean - self.published.value
 
 
@@ -67,9 +67,9 @@ class Row:
     """A row of a table.
 
     Attributes:
-        label: its first cell.
+        label: text of the first cell.
         entries: an entry for each column.
-        run_ids: ids of the runs that it is made of; none for the dense row.
+        run_ids: ids of the runs of the row; empty for the dense row.
     """
 
     label: str
@@ -79,15 +79,15 @@ class Row:
 
 @dataclass
 class Table:
-    """A table with what its text needs.
+    """A table with the facts for its caption and the text below it.
 
     Attributes:
-        name: its name in the layout.
-        caption: what it shows.
+        name: name of the table in the layout.
+        caption: caption of the table.
         head: head of the first column.
         columns: the other columns.
-        sections: a label and rows for each section; the first row is the dense model.
-        records: the records that it is made of.
+        sections: label and rows of each section; the first row is the dense model.
+        records: records from which the table was built.
         done: number of runs with a record.
         requested: number of runs of the experiment.
     """
@@ -111,13 +111,13 @@ class Table:
         """Rows of all sections."""
         return [row for _, rows in self.sections for row in rows]
 
-    def is_published(self, at: int) -> bool:
-        """Return whether an entry of the column ``at`` has a published figure beside it."""
-        return any(row.entries[at].published for row in self.rows)
+    def is_published(self, index: int) -> bool:
+        """Return whether an entry of the column with this index has a published figure beside it."""
+        return any(row.entries[index].published for row in self.rows)
 
     @property
     def notes(self) -> list[str]:
-        """Marks that stand at a figure, in the order of :data:`cfsp.tables.metrics.NOTES`."""
+        """Marks of the figures in the table, in the order of :data:`cfsp.tables.metrics.NOTES`."""
         used = {mark for row in self.rows for entry in row.entries for mark in entry.notes}
         return [mark for mark in NOTES if mark in used]
 

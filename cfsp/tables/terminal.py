@@ -1,4 +1,4 @@
-"""Output at the end of a run: the table of its figures, and the paths of what it wrote."""
+"""Output at the end of a run: the summary table and the paths of the written files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cfsp.record.run_record import RunRecord
-from cfsp.tables.summary import summary
+from cfsp.tables.summary import summary_table
 
 _FILES = (
     "record.json", "plan.json", "compensation.safetensors", "model", "model-padded", "model-decilm", "model.gguf",
@@ -16,12 +16,17 @@ _FILES = (
 )  # fmt: skip
 
 
-def show(record: RunRecord, out: Path) -> None:
-    """Print the summary table of a finished run and the paths of what it wrote."""
+def show_result(record: RunRecord, out: Path) -> None:
+    """Print the summary table of a finished run and the files that it wrote to OUT.
+
+    Args:
+        record: record of the run.
+        out: folder OUT.
+    """
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = max(console.width, 100)  # a log has no edge to wrap at
-    table = summary(record)
+        console.width = max(console.width, 100)  # a log file does not wrap lines
+    table = summary_table(record)
     console.print()
     if table is not None:
         console.print(table)

@@ -9,13 +9,13 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from cfsp.cli import benchmark
-from cfsp.cli.export import request_of as export_request
-from cfsp.cli.inspect import request_of as inspect_request
-from cfsp.cli.verify import request_of as verify_request
+from cfsp.cli.export import read_request as export_request
+from cfsp.cli.inspect import read_request as inspect_request
+from cfsp.cli.verify import read_request as verify_request
 from cfsp.config.compose import compose
 from cfsp.config.parse import parse
 from cfsp.sweep.experiment import experiment_names
-from cfsp.sweep.request import request_of as sweep_request
+from cfsp.sweep.request import read_request as sweep_request
 from tests.conftest import ROOT
 from tests.helpers.documents import FENCES, PAGES, TEXT, code_spans, command_lines, words_of
 
@@ -95,7 +95,7 @@ def check_cfsp(words: list[str]) -> None:
     elif command in ("export", "verify", "inspect"):
         {"export": export_request, "verify": verify_request, "inspect": inspect_request}[command](rest)
     elif command == "benchmark":
-        assert benchmark.read(rest)
+        assert benchmark.read_request(rest)
     else:
         multirun = "-m" in words
         values = [word for word in words if word not in ("-m", "prune")]

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cfsp.record.run_record import RunRecord
 from cfsp.sweep.experiment import experiment_names
-from cfsp.tables.summary import summary
+from cfsp.tables.summary import summary_table
 from tests.conftest import ROOT
 from tests.helpers.documents import FENCES, PAGES, folder_text, without_fences
 
@@ -21,7 +21,7 @@ def test_the_demo_table_is_the_committed_record():
     record = RunRecord.read(ROOT / "results" / "records" / "demo" / "record.json")
     console = Console(width=100, highlight=False)
     with console.capture() as captured:
-        console.print(summary(record))
+        console.print(summary_table(record))
     shown = [line.rstrip() for line in captured.get().rstrip().splitlines()]
     assert "\n".join(shown) + "\n" in [fence.content for fence in FENCES if fence.page == "docs/quickstart.md"]
 

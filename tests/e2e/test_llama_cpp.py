@@ -61,9 +61,9 @@ STRUCTURES = {
 
 @pytest.fixture(scope="module")
 def python() -> Path:
-    from cfsp.benchmark.llama_cpp_environment import default_folder, environment
+    from cfsp.benchmark.llama_cpp_environment import create_llama_cpp_environment, default_folder
 
-    return environment(default_folder())
+    return create_llama_cpp_environment(default_folder())
 
 
 @pytest.fixture(autouse=True)

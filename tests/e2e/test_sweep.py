@@ -296,7 +296,7 @@ def test_a_damaged_record_is_written_again_and_another_schema_with_force(tmp_pat
 
 def test_reasons_are_shown_as_they_are(tmp_path, capsys):
     words = [*SMALL, "sparsity.ratio=0.5", *_places(tmp_path)]
-    job = prepare_jobs(command.request_of(words).cells)[0]
+    job = prepare_jobs(command.read_request(words).cells)[0]
     mark_failed(job, "size [3, 4] of [layer] at [/data/x]")
     assert command.main([*words, "status=true"]) == 0
     assert "ProcessDied: size [3, 4] of [layer] at [/data/x]" in capsys.readouterr().out
@@ -307,7 +307,7 @@ def test_reasons_are_shown_as_they_are(tmp_path, capsys):
 
 
 def test_a_run_that_failed_in_another_sweep_is_not_repeated(tmp_path):
-    (job,) = prepare_jobs(command.request_of([*SMALL, "sparsity.ratio=0.5", *_places(tmp_path)]).cells)
+    (job,) = prepare_jobs(command.read_request([*SMALL, "sparsity.ratio=0.5", *_places(tmp_path)]).cells)
     mark_failed(job, "before this sweep began")
     time.sleep(0.1)
     queue = Queue([job])

@@ -23,7 +23,7 @@ def test_transformers_loads_every_tensor(tmp_path):
     check_safetensors(tmp_path / "model")
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == made.sizes(SMALL)
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == made.tensor_shapes(SMALL)
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
     assert model.config.num_key_value_heads == 2
     weight = model.model.layers[1].mlp.up_proj.weight.float()
@@ -63,8 +63,8 @@ def test_many_blocks_stay_finite(tmp_path, one_thread):
 
 
 def test_one_tensor_is_in_memory_at_a_time(tmp_path, monkeypatch):
-    outline = made.sizes(SMALL)  # its tensors on the meta device would count
-    monkeypatch.setattr(made, "sizes", lambda _: outline)
+    outline = made.tensor_shapes(SMALL)  # its tensors on the meta device would count
+    monkeypatch.setattr(made, "tensor_shapes", lambda _: outline)
     with LiveTensors([]) as live:
         made.make_checkpoint(tmp_path / "model", SMALL)
     largest = 4096 * 32
@@ -83,7 +83,9 @@ def test_a_folder_is_made_once_replaced_where_it_is_ours_and_left_where_it_is_no
 
 
 def test_what_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(made, "_values", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        made, "_initial_values", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(made.CheckpointError, match="No space left on device"):
         made.make_checkpoint(tmp_path / "model", SMALL)
     assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ import torch
 
 from cfsp.benchmark import calibration, growth, peer_job, peers, processes, shapes, speed, streaming
 from cfsp.benchmark.make_checkpoint import Shape
-from cfsp.benchmark.part import Check, Result, Settings, write
+from cfsp.benchmark.part import Check, Result, Settings, write_result
 from cfsp.cli import benchmark
 from cfsp.errors import RunError
 
@@ -48,20 +48,20 @@ def test_calibration_is_measured_beside_a_bare_forward_pass(settings):
     limited = [check.name for check in found.checks if check.limit == calibration.LIMIT]
     assert len(limited) == 1
     assert limited[0].startswith("small float32 cpu 4 x 16")
-    assert "| small bfloat16 cpu 4 x 16 |" in calibration.table(found)
+    assert "| small bfloat16 cpu 4 x 16 |" in calibration.render_table(found)
     assert not (settings.work / "calibration-saved").exists()
 
 
 def test_batch_sizes_are_tried_until_one_is_no_better(monkeypatch):
-    model, ids = shapes.in_memory(TINY, torch.float32, torch.device("cpu")), shapes.random_ids(64, 16, TINY.vocab)
+    model, ids = shapes.build_model(TINY, torch.float32, torch.device("cpu")), shapes.draw_token_ids(64, 16, TINY.vocab)
     sizes = []
-    monkeypatch.setattr(calibration, "bare", lambda model, ids, size: sizes.append((size, len(ids))))
+    monkeypatch.setattr(calibration, "run_bare_forward", lambda model, ids, size: sizes.append((size, len(ids))))
 
     def tried(best):
         monkeypatch.setattr(
-            calibration, "seconds_of", lambda call, _: call() or (1 + abs(sizes[-1][0] - best)) * sizes[-1][1]
+            calibration, "time_call", lambda call, _: call() or (1 + abs(sizes[-1][0] - best)) * sizes[-1][1]
         )
-        return list(calibration.tried_batches(model, ids))
+        return list(calibration.time_batch_sizes(model, ids))
 
     assert tried(16) == [1, 2, 4, 8, 16, 32], "beyond the best"
     assert tried(64) == [1, 2, 4, 8, 16, 32, 64], "all windows: there is no larger one"
@@ -73,7 +73,7 @@ def test_batch_sizes_are_tried_until_one_is_no_better(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         sizes.append((size, len(ids)))
 
-    monkeypatch.setattr(calibration, "bare", full)
+    monkeypatch.setattr(calibration, "run_bare_forward", full)
     assert tried(64) == [1, 2, 4]
 
 
@@ -84,22 +84,22 @@ def test_more_windows_are_measured_without_what_only_takes_longer(settings):
     assert max(measured["float32", 4]["tried_batch_sizes"]) <= 4
     assert {key for key, row in measured.items() if row["stage_seconds"]} == {("float32", 2), ("bfloat16", 2)}
     assert all(row["peak_beside_weights"]["calibrate"] > 0 for row in found.rows)
-    assert "| small float32 cpu 4 x 16 |" in calibration.table(found)
+    assert "| small float32 cpu 4 x 16 |" in calibration.render_table(found)
 
 
 def test_stages_leave_the_model_as_it_was(settings, tmp_path):
-    model = shapes.in_memory(TINY, torch.float32, torch.device("cpu"))
+    model = shapes.build_model(TINY, torch.float32, torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    entries = calibration.stages(model, shapes.random_ids(2, 16, TINY.vocab), 2, tmp_path / "saved")
+    entries = calibration.time_stages(model, shapes.draw_token_ids(2, 16, TINY.vocab), 2, tmp_path / "saved")
     assert list(entries) == list(calibration.STAGES)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_head_that_runs_is_counted(settings, tmp_path, monkeypatch):
-    model = shapes.in_memory(TINY, torch.float32, torch.device("cpu"))
-    ids = shapes.random_ids(2, 16, TINY.vocab)
+    model = shapes.build_model(TINY, torch.float32, torch.device("cpu"))
+    ids = shapes.draw_token_ids(2, 16, TINY.vocab)
     monkeypatch.setattr(calibration, "_stage_calls", lambda model, ids, *_: [("calibrate", lambda: model(ids))])
-    assert calibration.peak_bytes(model, ids, 2, tmp_path)[1] == 1
+    assert calibration.measure_peak_bytes(model, ids, 2, tmp_path)[1] == 1
 
 
 def test_speed_is_measured_against_what_sizes_promise(settings, monkeypatch):
@@ -121,12 +121,12 @@ def test_speed_is_measured_against_what_sizes_promise(settings, monkeypatch):
     assert uniform["decode"]["of_predicted"] == uniform["decode"]["speedup"] / uniform["decode"]["predicted"]
     assert len(found.checks) == 2 * 3, "prefill and decode; uniform in 32s, cfsp in 32s and in 128s"
     assert all(check.at_least and "50%" in check.name for check in found.checks)
-    assert "| small float32 cpu cfsp 20% in 32s |" in speed.table(found)
+    assert "| small float32 cpu cfsp 20% in 32s |" in speed.render_table(found)
 
 
 def test_growth_fits_an_exponent(settings, monkeypatch):
-    assert growth.exponent([1, 2, 4, 8], [3.0, 6.0, 12.0, 24.0]) == pytest.approx(1)
-    assert growth.exponent([1, 2, 4, 8], [3.0 * n**1.3 for n in (1, 2, 4, 8)]) == pytest.approx(1.3)
+    assert growth.fit_exponent([1, 2, 4, 8], [3.0, 6.0, 12.0, 24.0]) == pytest.approx(1)
+    assert growth.fit_exponent([1, 2, 4, 8], [3.0 * n**1.3 for n in (1, 2, 4, 8)]) == pytest.approx(1.3)
     for name, values in {"WINDOWS": (2, 4), "BLOCKS": (1, 2), "FFN": (64, 128), "HIDDEN": (32, 64)}.items():
         monkeypatch.setattr(growth, name, values)
     found = growth.measure(settings)
@@ -135,13 +135,13 @@ def test_growth_fits_an_exponent(settings, monkeypatch):
     assert [check.name.split(",")[0] for check in found.checks] == ["windows", "blocks"]
     one, two = found.rows[1]["parameters_of_blocks"]
     assert two == 2 * one
-    assert "| FFN width | 64, 128 |" in growth.table(found)
+    assert "| FFN width | 64, 128 |" in growth.render_table(found)
 
 
 def test_a_checkpoint_is_pruned_in_a_process_that_is_watched(settings, monkeypatch):
     monkeypatch.setattr(streaming, "SHAPE", replace(TINY, dtype="bfloat16"))
-    run = streaming.measured
-    monkeypatch.setattr(streaming, "measured", lambda *given: {**run(*given[:3], None), "mode": given[3]})
+    run = streaming.run_pruning
+    monkeypatch.setattr(streaming, "run_pruning", lambda *given: {**run(*given[:3], None), "mode": given[3]})
     monkeypatch.setattr(streaming, "WINDOWS", 2)
     found = streaming.measure(replace(settings, blocks=2, modes=("off",), runs=1))
     (row,) = found.rows
@@ -154,7 +154,7 @@ def test_a_checkpoint_is_pruned_in_a_process_that_is_watched(settings, monkeypat
     found.rows.append({**row, "mode": "on", "peak_bytes": int(3e9), "same_plan": False})
     checks = {check.name: check.met for check in streaming._checks(found)}
     assert list(checks.values()) == [False, True, False]
-    assert "| on |" in streaming.table(found)
+    assert "| on |" in streaming.render_table(found)
 
 
 def test_streaming_runs_start_from_the_disk_in_alternating_order(settings, monkeypatch):
@@ -169,15 +169,15 @@ def test_streaming_runs_start_from_the_disk_in_alternating_order(settings, monke
         stages = {"load": {"seconds": 1.0, "peak_bytes": 1}}
         return {"mode": mode, "seconds": 1.0, "peak_bytes": 1, "stages": stages, "plan": {}}
 
-    monkeypatch.setattr(streaming, "measured", measured)
+    monkeypatch.setattr(streaming, "run_pruning", measured)
     found = streaming.measure(replace(settings, blocks=2))
     assert events == [True, "off", True, "on", True, "on", True, "off", True, "off", True, "on"]
     assert "3 of each mode, in the order off, on, on, off, off, on; before each the checkpoint is dropped" in (
-        text := streaming.table(found)
+        text := streaming.render_table(found)
     )
     assert "0% of it was still in memory at most" in text
     found.rows[-1]["cached_before"] = None
-    assert "could not be dropped" in streaming.table(found)
+    assert "could not be dropped" in streaming.render_table(found)
 
 
 def test_a_file_is_dropped_from_the_page_cache(tmp_path):
@@ -189,12 +189,12 @@ def test_a_file_is_dropped_from_the_page_cache(tmp_path):
 
 def test_a_run_that_fails_is_one_line(settings, tmp_path):
     with pytest.raises(RunError, match="the run ended with exit code 2: cfsp: model.path="):
-        streaming.measured(tmp_path / "no such", tmp_path / "ids.npy", tmp_path / "run", None)
+        streaming.run_pruning(tmp_path / "no such", tmp_path / "ids.npy", tmp_path / "run", None)
 
 
 def test_memory_of_a_process_is_its_highest(tmp_path):
     code = "import time; x = bytearray(150_000_000); time.sleep(.2); del x; time.sleep(.2); print('done')"
-    ended = processes.watched([sys.executable, "-c", code], tmp_path / "log")
+    ended = processes.run_watched([sys.executable, "-c", code], tmp_path / "log")
     assert (ended.code, ended.out, ended.err) == (0, "done\n", "")
     assert 150e6 < ended.peak_bytes < 400e6
     assert ended.seconds > 0.4
@@ -202,9 +202,9 @@ def test_memory_of_a_process_is_its_highest(tmp_path):
 
 def test_ours_is_measured_as_a_peer_is(settings, monkeypatch, tmp_path):
     """The peers themselves need their own environment; what they are given and give back is the same."""
-    assert peer_job.RUN.keys() == peer_job.JOBS.keys()
+    assert peer_job.JOB_FUNCTIONS.keys() == peer_job.JOBS.keys()
     monkeypatch.setattr(peer_job, "JOBS", {"cfsp": peer_job.JOBS["cfsp"]})
-    monkeypatch.setattr(peers, "environment", lambda _: None)
+    monkeypatch.setattr(peers, "create_peer_environment", lambda _: None)
     found = peers.measure(replace(settings, repeats=1))
     (row,) = found.rows
     assert row["package"] == "cfsp"
@@ -212,10 +212,12 @@ def test_ours_is_measured_as_a_peer_is(settings, monkeypatch, tmp_path):
     assert row["microseconds_per_token"] == pytest.approx(1e6 * row["seconds"][0] / row["tokens"])
     assert sum(row["widths"]) == 256
     assert all(check.met for check in found.checks)
-    assert "| small cfsp |" in peers.table(found)
-    weights_alone = peers.summed([{**row, "tokens": 0, "seconds": 1.0, "beside_bytes": None, "peak_bytes": None}])
+    assert "| small cfsp |" in peers.render_table(found)
+    weights_alone = peers.merge_repeats(
+        [{**row, "tokens": 0, "seconds": 1.0, "beside_bytes": None, "peak_bytes": None}]
+    )
     assert weights_alone["tokens_per_second"] is None
-    assert "| none |  |  |  |" in peers.table(replace(found, rows=[weights_alone]))
+    assert "| none |  |  |  |" in peers.render_table(replace(found, rows=[weights_alone]))
 
 
 def test_a_missed_limit_is_named_and_exits_with_1(settings, monkeypatch, capsys):
@@ -225,7 +227,7 @@ def test_a_missed_limit_is_named_and_exits_with_1(settings, monkeypatch, capsys)
             return Result("growth", "parts=growth", checks=[Check("windows", 1.2, 0.05), Check("blocks", 0.01, 0.05)])
 
         @staticmethod
-        def table(_):
+        def render_table(_):
             return "a table"
 
     monkeypatch.setitem(sys.modules, "cfsp.benchmark.growth", Part)
@@ -239,7 +241,9 @@ def test_a_missed_limit_is_named_and_exits_with_1(settings, monkeypatch, capsys)
 
 
 def test_the_record_says_what_holds_and_where_it_was_measured(settings):
-    write(Result("speed", "parts=speed", [{"a": 1}], [Check("x", float("nan"), 1)], {"note": 2}), "text\n", settings)
+    write_result(
+        Result("speed", "parts=speed", [{"a": 1}], [Check("x", float("nan"), 1)], {"note": 2}), "text\n", settings
+    )
     record = json.loads((settings.results / "benchmarks" / "speed.json").read_text())
     assert record["rows"] == [{"a": 1}]
     assert record["note"] == 2
@@ -249,10 +253,10 @@ def test_the_record_says_what_holds_and_where_it_was_measured(settings):
 
 
 def test_a_command_line_is_read():
-    parts, settings = benchmark.read(["parts=speed,growth", "windows=8", "work=x", "runs=2", "modes=on"])
+    parts, settings = benchmark.read_request(["parts=speed,growth", "windows=8", "work=x", "runs=2", "modes=on"])
     assert parts == ("speed", "growth")
     assert (settings.windows, str(settings.work), settings.runs, settings.modes) == ((8,), "x", 2, ("on",))
-    assert benchmark.read([]) == (benchmark.PARTS, Settings())
+    assert benchmark.read_request([]) == (benchmark.PARTS, Settings())
 
 
 @pytest.mark.parametrize(

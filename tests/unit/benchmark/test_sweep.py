@@ -12,9 +12,9 @@ def test_twelve_runs_are_measured_with_one_load_and_one_calibration(tmp_path, mo
     tiny = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
     monkeypatch.setattr(benchmark_sweep, "SHAPE", tiny)
     monkeypatch.setattr(benchmark_sweep, "SEQ_LEN", 32)
-    benchmark_sweep.make_model(tmp_path / "model")
+    benchmark_sweep.write_model(tmp_path / "model")
     rows = {
-        name: benchmark_sweep.measured(tmp_path / "model", tmp_path / name, 2, ratios, allocators)
+        name: benchmark_sweep.measure_sweep(tmp_path / "model", tmp_path / name, 2, ratios, allocators)
         for name, ratios, allocators in (
             ("one", benchmark_sweep.RATIOS[-1:], benchmark_sweep.ALLOCATORS[:1]),
             ("twelve", benchmark_sweep.RATIOS, benchmark_sweep.ALLOCATORS),
@@ -23,7 +23,7 @@ def test_twelve_runs_are_measured_with_one_load_and_one_calibration(tmp_path, mo
     assert [(row["runs"], row["loads"], row["calibrations"]) for row in rows.values()] == [(1, 1, 1), (12, 1, 1)]
     assert all(0 < row["check"] < row["seconds"] for row in rows.values())
     part = {"windows": 2, "one": [rows["one"]], "twelve": [rows["twelve"]], "ratio": 1.25, "ratios": [1.25]}
-    text = benchmark_sweep.table({"repeats": 1, "parts": [part], "environment": environment.describe()})
+    text = benchmark_sweep.render_table({"repeats": 1, "parts": [part], "environment": environment.describe()})
     assert "| **1.25** (1.25 to 1.25) | 1 | 1 |" in text
 
 

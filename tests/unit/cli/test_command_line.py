@@ -426,9 +426,9 @@ def test_an_error_of_a_run_is_told_from_one_of_hydras_in_another_process_too(mon
     def fails(_):
         raise ValueError("the run failed")
 
-    monkeypatch.setattr(main, "_run_unmarked", fails)
+    monkeypatch.setattr(main, "_run", fails)
     with pytest.raises(ValueError, match="the run failed") as failed:
-        main._run({})
+        main._run_and_mark_errors({})
     error = pickle.loads(pickle.dumps(failed.value))  # as it travels from a launcher's process
-    assert main._understood(error, main._Session()) is error
-    assert isinstance(main._understood(ValueError("of Hydra"), main._Session()), ConfigError)
+    assert main._translate_error(error, main._Session()) is error
+    assert isinstance(main._translate_error(ValueError("of Hydra"), main._Session()), ConfigError)

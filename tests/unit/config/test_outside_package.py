@@ -63,14 +63,14 @@ def test_a_pruner_says_which_of_its_settings_decide():
 
 
 def test_tables_match_records_by_the_settings_that_decide(record, sound_words, tmp_path):
-    from cfsp.tables.collection import collect
+    from cfsp.tables.collection import collect_records
 
     made = record("pruner=every_other", "pruner.comment=later")
     for module in [name for name in sys.modules if name.startswith("outside_package")]:
         del sys.modules[module]  # a fresh process has not imported it
     words = (*sound_words, SEARCH, ALLOW, "pruner=every_other")
     same, other = Cell(words, {}), Cell((*words, "pruner.bias=true"), {})
-    collection = collect([same, other], tmp_path / "records")
+    collection = collect_records([same, other], tmp_path / "records")
     assert [(found.cell, found.record.run_id) for found in collection.runs] == [(same, made["run_id"])]
     assert (collection.missing, collection.damaged) == ([other], [])
 

@@ -14,7 +14,7 @@ from cfsp.evaluation.base import Side
 from cfsp.evaluation.cost import Cost, time_generation
 from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
 from cfsp.record.run_record import RunRecord
-from cfsp.tables.summary import summary
+from cfsp.tables.summary import summary_table
 from tests.helpers.tiny import tiny_model, tokens
 
 SOME = tuple(range(0, 96, 3))
@@ -91,5 +91,5 @@ def test_speeds_state_their_spread_and_the_table_shows_it():
 def table(record: RunRecord) -> list[str]:
     console = Console(width=100, highlight=False)
     with console.capture() as captured:
-        console.print(summary(record))
+        console.print(summary_table(record))
     return captured.get().splitlines()

@@ -23,7 +23,7 @@ from cfsp.model.tokenizer import load_tokenizer
 from cfsp.record.run_record import RunRecord
 from cfsp.record.stages import Stages
 from cfsp.system.package import ROOT
-from cfsp.tables.summary import summary
+from cfsp.tables.summary import summary_table
 from cfsp.weights.source import _from_folder
 from tests.conftest import shared
 from tests.helpers.tiny import tiny_model, tokens
@@ -213,7 +213,7 @@ def test_the_table_reads_dense_beside_pruned():
     )  # fmt: skip
     console = Console(width=120)
     with console.capture() as captured:
-        console.print(summary(record))
+        console.print(summary_table(record))
     text = captured.get()
     assert "cfsp, 50.0% of the ffn parameters removed" in text
     lines = [line for line in text.splitlines() if any(word in line for word in ("parameters  ", "wikitext2", "piqa"))]
@@ -221,4 +221,4 @@ def test_the_table_reads_dense_beside_pruned():
     assert "x1.50" in lines[1]
     assert "windows of 1024" in lines[1]
     assert "-5.0" in lines[2]
-    assert summary(RunRecord("id")) is None
+    assert summary_table(RunRecord("id")) is None

@@ -331,8 +331,8 @@ def test_marks_stand_in_the_table_of_a_run():
     from rich.console import Console
 
     from cfsp.record.run_record import RunRecord
-    from cfsp.tables.metrics import notes_of
-    from cfsp.tables.summary import summary
+    from cfsp.tables.metrics import note_marks
+    from cfsp.tables.summary import summary_table
 
     rows = [
         {
@@ -343,10 +343,10 @@ def test_marks_stand_in_the_table_of_a_run():
         {"suite": "zero_shot", "task": "y", "metric": "acc", "value": 0.5, "detail": {"truncated": 0}},
         {"suite": "zero_shot", "task": "x", "metric": "acc", "value": 0.5},
     ]  # fmt: skip
-    assert [notes_of(row) for row in rows] == [("†",), ("‡",), (), ()]
+    assert [note_marks(row) for row in rows] == [("†",), ("‡",), (), ()]
     console = Console(width=120)
     with console.capture() as captured:
-        console.print(summary(RunRecord("id", measurements={"dense": rows})))
+        console.print(summary_table(RunRecord("id", measurements={"dense": rows})))
     text = " ".join(captured.get().split())
     assert "9.00†" in text
     assert "0.500‡" in text

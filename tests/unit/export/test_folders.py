@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import cfsp
 from cfsp.checkpoint.save import save_checkpoint
-from cfsp.cli.export import main, request_of
+from cfsp.cli.export import main, read_request
 from cfsp.errors import CheckpointError, ConfigError, UnsupportedModelError
 from cfsp.export import decilm, hf, padded
 from cfsp.export.card import CARD, FACTS, licence_of, model_card, read_facts, write_card
@@ -341,7 +341,7 @@ def test_hf_copies_the_plan_with_its_tensors_or_neither(dtype, tmp_path) -> None
 )
 def test_wrong_words_are_one_line(words, parts) -> None:
     with pytest.raises(ConfigError) as caught:
-        request_of(words)
+        read_request(words)
     mentions(list(caught.value.problems), *parts)
 
 

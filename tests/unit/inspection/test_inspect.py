@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from cfsp.architecture.views import resolve
-from cfsp.cli.inspect import Request, inspected, request_of
+from cfsp.cli.inspect import Request, inspect_model, read_request
 from cfsp.config.compose import compose
 from cfsp.config.contracts import Pruner
 from cfsp.config.parse import parse
@@ -86,7 +86,7 @@ def test_every_name_works_offline_and_counts_as_its_class_does(name):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     start = time.perf_counter()
-    report = inspected(Request(model=name))
+    report = inspect_model(Request(model=name))
     assert time.perf_counter() - start < 30
     stated = architecture(name) or json.loads((BOOKS / "config.json").read_text())
     with torch.device("meta"):
@@ -118,7 +118,7 @@ def test_every_key_that_a_model_states_is_one_of_its_class(name):
 
 
 def test_parts_of_a_model_whose_sizes_are_known():
-    parts = inspected(Request(model="llama2_7b")).parts
+    parts = inspect_model(Request(model="llama2_7b")).parts
     assert parts == {
         "embeddings": 32_000 * 4096,
         "attention": 32 * 4 * 4096**2,
@@ -130,7 +130,7 @@ def test_parts_of_a_model_whose_sizes_are_known():
 
 
 def test_tied_embeddings_count_once():
-    report = inspected(Request(model="bundled"))
+    report = inspect_model(Request(model="bundled"))
     assert report.tied
     assert (report.parts["embeddings"], report.parts["head"]) == (4096 * 256, 0)
 
@@ -140,7 +140,7 @@ def test_biases_and_norms_of_queries_and_keys_have_their_place(tmp_path):
     folder = tmp_path / "m"
     folder.mkdir()
     model.config.save_pretrained(folder)
-    parts = inspected(Request(path=str(folder))).parts
+    parts = inspect_model(Request(path=str(folder))).parts
     assert parts["norms"] == 32 + 4 * (2 * 32 + 2 * 8)
     assert parts["attention"] == 4 * (2 * 32 * 32 + 2 * 32 * 16 + 2 * 32 + 2 * 16)
     assert sum(parts.values()) == sum(parameter.numel() for parameter in model.parameters())
@@ -178,7 +178,7 @@ def hub(monkeypatch, tmp_path):
 
 def test_with_the_hub_the_two_are_compared(hub, run_cfsp):
     hub("llama1_7b", num_key_value_heads="left out", attention_bias="left out")  # defaults say the same
-    report = inspected(Request(model="llama1_7b"))
+    report = inspect_model(Request(model="llama1_7b"))
     assert (report.numbers.kind, report.numbers.differences) == ("hub", ())
     assert report.numbers.notes == (
         "conf/model/llama1_7b.yaml says the same as config.json of huggyllama/llama-7b@0123abc",
@@ -191,12 +191,12 @@ def test_with_the_hub_the_two_are_compared(hub, run_cfsp):
         "    dtype: float16 in conf/model/llama1_7b.yaml, bfloat16 in huggyllama/llama-7b@0123abc",
         "    vocab_size: 32000 in conf/model/llama1_7b.yaml, 32001 in huggyllama/llama-7b@0123abc",
     ]
-    assert inspected(Request(model="llama1_7b")).parameters == KNOWN["llama1_7b"] + 2 * 4096
+    assert inspect_model(Request(model="llama1_7b")).parameters == KNOWN["llama1_7b"] + 2 * 4096
 
 
 def test_a_model_of_the_hub_by_its_id(hub):
     hub("qwen3_8b")
-    report = inspected(Request(path="Qwen/Qwen3-8B-Base"))
+    report = inspect_model(Request(path="Qwen/Qwen3-8B-Base"))
     assert report.parameters == KNOWN["qwen3_8b"]
     assert report.as_dict()["origin"] == "Qwen/Qwen3-8B-Base@0123abc"
 
@@ -206,23 +206,23 @@ def test_a_hub_that_refuses_leaves_the_numbers_of_the_file(monkeypatch):
         raise RuntimeError("503")
 
     monkeypatch.setattr(of_numbers, "fetch_snapshot", fetch)
-    (note,) = inspected(Request(model="llama2_7b")).numbers.notes
+    (note,) = inspect_model(Request(model="llama2_7b")).numbers.notes
     assert "the hub did not give it (RuntimeError: 503)" in note
 
 
 def test_a_cache_that_lacks_config_json_leaves_the_numbers_of_the_file(monkeypatch, tmp_path):
     monkeypatch.setattr(of_numbers, "fetch_snapshot", lambda *_, **__: tmp_path)
-    report = inspected(Request(model="llama2_7b"))
+    report = inspect_model(Request(model="llama2_7b"))
     assert report.parameters == KNOWN["llama2_7b"]
     assert report.numbers.notes[0].endswith("not compared with meta-llama/Llama-2-7b-hf: there is no config.json")
 
 
 def test_a_model_that_is_made_here_is_read_once_it_is_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (note,) = inspected(Request(model="bundled_mha")).numbers.notes
+    (note,) = inspect_model(Request(model="bundled_mha")).numbers.notes
     assert note.endswith("not compared with outputs/models/bundled_mha: there is no such folder")
     folder = config_folder_of(tmp_path / "outputs" / "models" / "bundled_mha", **architecture("bundled_mha"))
-    report = inspected(Request(model="bundled_mha"))
+    report = inspect_model(Request(model="bundled_mha"))
     assert report.numbers.source.folder.resolve() == folder
     assert report.numbers.differences == ()
     assert report.parameters == KNOWN["bundled_mha"]
@@ -233,7 +233,7 @@ def test_a_model_that_is_made_here_is_read_once_it_is_there(tmp_path, monkeypatc
 
 def test_a_folder_with_config_json_alone_is_enough(tmp_path):
     settings = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
-    report = inspected(Request(path=str(config_folder_of(tmp_path / "m", model_type="llama", **settings))))
+    report = inspect_model(Request(path=str(config_folder_of(tmp_path / "m", model_type="llama", **settings))))
     assert report.numbers.notes == ("the folder holds no *.safetensors weights",)
     assert report.blocks[0].attention.kind == "multi-head"
 
@@ -242,7 +242,7 @@ def test_nothing_of_a_folder_is_hashed(model_folder, monkeypatch):
     from cfsp.weights import source
 
     monkeypatch.setattr(source, "folder_fingerprint", lambda *_: 1 / 0)
-    assert inspected(Request(path=str(model_folder))).numbers.notes == ()
+    assert inspect_model(Request(path=str(model_folder))).numbers.notes == ()
 
 
 def test_sliding_windows_and_groups_are_told_apart(run_cfsp, tmp_path):
@@ -258,7 +258,7 @@ def test_sliding_windows_and_groups_are_told_apart(run_cfsp, tmp_path):
         vocab_size=256,
         sliding_window=32,
     )
-    report = inspected(Request(path=str(folder)))
+    report = inspect_model(Request(path=str(folder)))
     assert [block.attention.window for block in report.blocks] == [32, None] * 3
     code, out, _ = run_cfsp("inspect", f"path={folder}", defaults=False)
     assert code == 0
@@ -280,7 +280,7 @@ def _prune(run_cfsp, sound_words, out: Path, *words: str) -> Path:
 def test_what_was_removed_earlier(run_cfsp, sound_words, tmp_path):
     out = _prune(run_cfsp, sound_words, tmp_path / "one", "sparsity.ratio=0.5")
     plan = json.loads((out / "plan.json").read_text())
-    report = inspected(Request(path=str(out)))
+    report = inspect_model(Request(path=str(out)))
     widths = [block.ffn.width for block in report.blocks]
     assert widths == [row["width"] for row in plan["details"]]
     assert [block.ffn.width_before for block in report.blocks] == [64 if width != 64 else None for width in widths]
@@ -297,7 +297,7 @@ def test_what_was_removed_earlier(run_cfsp, sound_words, tmp_path):
 @pytest.mark.usefixtures("weights")
 def test_missing_submodules_and_blocks(run_cfsp, sound_words, tmp_path):
     words = ["pruner=block_pruner", "pruner.submodules=attention", "sparsity.ratio=0.1"]
-    report = inspected(Request(path=str(_prune(run_cfsp, sound_words, tmp_path / "one", *words))))
+    report = inspect_model(Request(path=str(_prune(run_cfsp, sound_words, tmp_path / "one", *words))))
     assert [block.attention is None for block in report.blocks].count(True) == 1
     assert all(block.attention_known for block in report.blocks)
     reasons = {reach.pruner: reach.reason for reach in report.reaches if reach.reason}
@@ -306,7 +306,7 @@ def test_missing_submodules_and_blocks(run_cfsp, sound_words, tmp_path):
     assert "leaves no block of 2 to prune" in reasons["llm_pruner"]
     words = ["pruner=shortgpt", "sparsity.ratio=0.5"]
     out = _prune(run_cfsp, sound_words, tmp_path / "two", *words)
-    report = inspected(Request(path=str(out / "model")))
+    report = inspect_model(Request(path=str(out / "model")))
     assert (report.history.blocks_before, report.history.removed_blocks, len(report.blocks)) == (2, (1,), 1)
     code, shown, _ = run_cfsp("inspect", f"path={out}", defaults=False)
     assert code == 0
@@ -318,7 +318,7 @@ def test_a_folder_that_was_pruned_twice(run_cfsp, sound_words, tmp_path):
     first = _prune(run_cfsp, sound_words, tmp_path / "one", "sparsity.ratio=0.25", "pruner=uniform")
     words = [word for word in sound_words if not word.startswith("model.path")]
     second = _prune(run_cfsp, [*words, f"model.path={first / 'model'}"], tmp_path / "two", "sparsity.ratio=0.5")
-    report = inspected(Request(path=str(second)))
+    report = inspect_model(Request(path=str(second)))
     assert report.history.methods == ("uniform", "cfsp")
     assert report.parameters == report.history.parameters["after"] < report.history.parameters["before"]
     assert {block.ffn.width_before for block in report.blocks} == {None}
@@ -349,14 +349,14 @@ def view():
 
 
 def test_every_pruner_is_there():
-    found = {reach.pruner for reach in inspected(Request(model="bundled")).reaches}
+    found = {reach.pruner for reach in inspect_model(Request(model="bundled")).reaches}
     assert found == {path.stem for path in (ROOT / "conf" / "pruner").glob("*.yaml")} - {"none"}
 
 
 def test_the_most_is_what_the_pruners_own_checks_allow(view):
     """Their limit is within one unit, which may be a whole block; a ratio that is named must be taken."""
     units = {"shortgpt": 786_944, "sliding_window": 786_944, "block_pruner": 768 * 768 + 256}
-    for reach in inspected(Request(model="bundled")).reaches:
+    for reach in inspect_model(Request(model="bundled")).reaches:
         config = _config(reach.pruner)
         pruner, budget = config.pruner.instance, config.budget
         assert refusal(pruner, budget, view, reach.largest_ratio) is None, reach
@@ -382,7 +382,7 @@ def test_the_most_is_what_the_pruners_own_checks_allow(view):
 def test_units_and_the_most_of_them(view, pruner, units, most):
     config = _config(pruner)
     assert config.pruner.instance.most_removable(view, config.budget) == most
-    (reach,) = [one for one in inspected(Request(model="bundled")).reaches if one.pruner == pruner]
+    (reach,) = [one for one in inspect_model(Request(model="bundled")).reaches if one.pruner == pruner]
     assert reach.units == units
     assert reach.parameters == most or most is None
 
@@ -534,8 +534,8 @@ def test_what_nobody_expects_ends_with_1(run_cfsp, monkeypatch):
 
 
 def test_a_request():
-    assert request_of(["model=x", "json=TRUE"]) == Request(model="x", json=True)
-    assert request_of(["path=x", "trust_remote_code=true"]) == Request(path="x", trust_remote_code=True)
+    assert read_request(["model=x", "json=TRUE"]) == Request(model="x", json=True)
+    assert read_request(["path=x", "trust_remote_code=true"]) == Request(path="x", trust_remote_code=True)
 
 
 # The configuration
@@ -554,9 +554,9 @@ def test_an_architecture_that_is_none(value, part):
 
 
 def test_it_decides_no_figure():
-    from cfsp.tables.collection import science
+    from cfsp.tables.collection import configuration_key
 
     raw = parse(compose(["model=llama3_8b"])).raw
     before = {**raw, "model": {key: value for key, value in raw["model"].items() if key != "architecture"}}
-    assert science(raw) == science(before)
-    assert science(raw) != science({**raw, "model": raw["model"] | {"name": "other"}})
+    assert configuration_key(raw) == configuration_key(before)
+    assert configuration_key(raw) != configuration_key({**raw, "model": raw["model"] | {"name": "other"}})

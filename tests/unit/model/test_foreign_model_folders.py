@@ -175,9 +175,9 @@ def test_exports_of_a_head_of_its_own_say_so(own_head, tmp_path):
 
 
 def test_inspect_says_what_the_tensors_say(own_head):
-    from cfsp.cli.inspect import Request, inspected
+    from cfsp.cli.inspect import Request, inspect_model
 
-    report = inspected(Request(path=str(own_head)))
+    report = inspect_model(Request(path=str(own_head)))
     assert not report.tied
     assert "LM head is one of its own" in report.numbers.notes[0]
 

@@ -284,14 +284,14 @@ def test_a_damaged_export_alone_is_made_again(run_cfsp, sound_words, tmp_path, c
 
 
 def test_verify_compares_hashes(run_cfsp, sound_words, tmp_path) -> None:
-    from cfsp.cli.verify import damage_of
+    from cfsp.cli.verify import find_damage
 
     out = pruned(run_cfsp, sound_words, tmp_path)
-    assert damage_of(out / "model") is None
+    assert find_damage(out / "model") is None
     weights = out / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    assert damage_of(out / "model") == "model/model.safetensors has another content than was written (sha256 differs)"
-    assert damage_of(Path(shutil.copytree(out / "model", tmp_path / "copy"))) is None
+    assert find_damage(out / "model") == "model/model.safetensors has another content than was written (sha256 differs)"
+    assert find_damage(Path(shutil.copytree(out / "model", tmp_path / "copy"))) is None
 
 
 def test_out_that_is_deleted_in_mid_run_is_no_success(run_cfsp, sound_words, tmp_path, monkeypatch) -> None:
@@ -588,12 +588,12 @@ def test_an_interrupt_during_imports_is_one_line() -> None:
 
 
 def test_a_lack_of_address_space_for_libraries_is_reported_in_one_line() -> None:
-    from cfsp.cli.main import _out_of_addresses
+    from cfsp.cli.library_errors import library_memory_problem
 
     error = RuntimeError("Failed to import transformers")
     error.__cause__ = ImportError("libparquet.so.2600: failed to map segment from shared object")
-    assert "ulimit -v" in str(_out_of_addresses(error))
-    assert _out_of_addresses(ImportError("No module named x")) is None
+    assert "ulimit -v" in str(library_memory_problem(error))
+    assert library_memory_problem(ImportError("No module named x")) is None
 
 
 def test_a_log_line_that_does_not_fit_on_the_disk_is_dropped(tmp_path, capsys) -> None:

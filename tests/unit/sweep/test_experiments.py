@@ -174,5 +174,5 @@ def test_a_variant_may_have_entries_of_its_own(tmp_path):
 
 def test_a_layout_may_have_tables_for_some_variants():
     layout = load_layout(experiment_folder("single_shot", "tables.yaml"))
-    assert set(layout.of_variant("smollm2").tables) == {"scopes"}
-    assert set(layout.of_variant("bundled").tables) == {"main"}
+    assert set(layout.for_variant("smollm2").tables) == {"scopes"}
+    assert set(layout.for_variant("bundled").tables) == {"main"}

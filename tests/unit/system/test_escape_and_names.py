@@ -11,9 +11,9 @@ import pytest
 from cfsp.errors import ConfigError
 from cfsp.system import escape
 from cfsp.system.names import is_name
-from cfsp.tables.collection import collect
-from cfsp.tables.grid import table
-from cfsp.tables.render import comma_separated, latex, markdown
+from cfsp.tables.collection import collect_records
+from cfsp.tables.grid import build_table
+from cfsp.tables.render import render_csv, render_latex, render_markdown
 from tests.helpers.records import ENVIRONMENT, LAYOUT, cell_of, record_of
 
 HOSTILE = "cpu\n\\input{/etc/passwd}\r\\write18{id}\x1b[31m|<script>x</script>[a](javascript:1)`$&\u202e"
@@ -48,10 +48,10 @@ def test_texts_of_a_record_are_escaped_in_tables(tmp_path):
         for rows in record.measurements.values():
             rows[1]["task"] = f"=one{HOSTILE}"
         record.write(tmp_path / f"{record.run_id}.json")
-    found = [replace(one) for one in collect(cells, tmp_path).runs]
-    shown = table("main", LAYOUT.model_copy(update={"metrics": ["zero_shot/=*"]}), found)
+    found = [replace(one) for one in collect_records(cells, tmp_path).runs]
+    shown = build_table("main", LAYOUT.model_copy(update={"metrics": ["zero_shot/=*"]}), found)
     shown.sections[0][1][1].label = f"@label{HOSTILE}"
-    tex, md = latex(shown, HOSTILE), markdown(shown, HOSTILE)
+    tex, md = render_latex(shown, HOSTILE), render_markdown(shown, HOSTILE)
     for line in tex.splitlines():
         assert line.startswith("%") or "\\input" not in line.replace("\\textbackslash{}input", "")
         assert line.startswith("%") or "\\write" not in line
@@ -62,7 +62,7 @@ def test_texts_of_a_record_are_escaped_in_tables(tmp_path):
     for text in (tex, md):
         assert "\x1b" not in text
         assert "\u202e" not in text
-    rows = list(csv.reader(io.StringIO(comma_separated(shown))))
+    rows = list(csv.reader(io.StringIO(render_csv(shown))))
     assert {len(row) for row in rows} == {9}
     assert [cell for row in rows for cell in row if cell[:1] in "=+-@" and cell] == []
     assert any(cell.startswith("'@label") for row in rows for cell in row)

@@ -10,12 +10,12 @@ import pytest
 from cfsp.benchmark import calibration_fit
 from cfsp.benchmark import sweep as benchmark_sweep
 from cfsp.cli import sweep
-from cfsp.cli.tables import contents
+from cfsp.cli.tables import render_files
 from cfsp.config.identity import digest
 from cfsp.sweep.experiment import experiment_names
-from cfsp.sweep.request import request_of
-from cfsp.tables.collection import collect
-from cfsp.tables.grid import table
+from cfsp.sweep.request import read_request
+from cfsp.tables.collection import collect_records
+from cfsp.tables.grid import build_table
 from cfsp.tables.layout import load_layout
 from tests.conftest import ROOT
 
@@ -44,13 +44,13 @@ RECORDED = sorted(
 @pytest.mark.parametrize(("name", "variant"), RECORDED)
 def test_tables_and_figures_are_those_of_the_records(name, variant):
     words = [f"experiment={name}", *([] if variant == "bundled" else [f"variant={variant}"])]
-    request = request_of(words)
-    collection = collect(request.cells, RESULTS / "records" / name / variant)
+    request = read_request(words)
+    collection = collect_records(request.cells, RESULTS / "records" / name / variant)
     assert not collection.damaged
     assert not collection.missing or (name, variant) in UNFINISHED
     assert len(collection.runs) == len(list((RESULTS / "records" / name / variant).glob("*.json")))
-    layout = load_layout(ROOT / "experiments" / name).of_variant(variant)
-    written = contents(request, layout, collection, "cfsp tables " + " ".join(words))
+    layout = load_layout(ROOT / "experiments" / name).for_variant(variant)
+    written = render_files(request, layout, collection, "cfsp tables " + " ".join(words))
     assert not written.left_out
     made = written.files
     assert made == {path: (RESULTS / path).read_bytes() for path in made}
@@ -86,9 +86,9 @@ def test_records_were_measured_on_committed_code_and_name_no_machine(name, varia
 
 @cache
 def _table(variant: str):
-    request = request_of(["experiment=cfsp_plus", *([] if variant == "bundled" else [f"variant={variant}"])])
+    request = read_request(["experiment=cfsp_plus", *([] if variant == "bundled" else [f"variant={variant}"])])
     layout = load_layout(ROOT / "experiments" / "cfsp_plus").tables["main"]
-    return table("main", layout, collect(request.cells, RESULTS / "records" / "cfsp_plus" / variant).runs)
+    return build_table("main", layout, collect_records(request.cells, RESULTS / "records" / "cfsp_plus" / variant).runs)
 
 
 def _figures(variant: str, ratio: str) -> tuple[dict[str, float], dict[str, float]]:
@@ -136,7 +136,9 @@ def test_a_benchmark_holds_its_limits_in_the_table_that_is_committed(name):
 
 def test_the_benchmark_of_a_sweep_is_what_its_table_says_and_holds_its_limit():
     found = json.loads((RESULTS / "benchmarks" / "sweep.json").read_text(encoding="utf-8"))
-    assert (RESULTS / "tables" / "benchmark_sweep.md").read_text(encoding="utf-8") == benchmark_sweep.table(found)
+    assert (RESULTS / "tables" / "benchmark_sweep.md").read_text(encoding="utf-8") == benchmark_sweep.render_table(
+        found
+    )
     assert found["environment"]["git"]["dirty"] is False
     for part in found["parts"]:
         assert part["ratio"] <= benchmark_sweep.LIMIT
@@ -148,6 +150,6 @@ def test_the_overfitting_table_and_figure_are_those_of_the_record(path):
     found = json.loads(path.read_text(encoding="utf-8"))
     assert found["environment"]["git"]["dirty"] is False
     name = f"calibration_fit-{path.stem}"
-    assert (RESULTS / "tables" / f"{name}.md").read_text(encoding="utf-8") == calibration_fit.table(found)
-    for ending, content in calibration_fit.figure(found).items():
+    assert (RESULTS / "tables" / f"{name}.md").read_text(encoding="utf-8") == calibration_fit.render_table(found)
+    for ending, content in calibration_fit.draw_figure(found).items():
         assert (RESULTS / "figures" / f"{name}.{ending}").read_bytes() == content

@@ -10,8 +10,8 @@ import pytest
 from cfsp.cli import tables as command
 from cfsp.record.run_record import RunRecord
 from cfsp.sweep.composer import GridComposer
-from cfsp.sweep.request import request_of
-from cfsp.tables.collection import collect, science
+from cfsp.sweep.request import read_request
+from cfsp.tables.collection import collect_records, configuration_key
 from tests.conftest import ROOT
 from tests.helpers.records import cell_of, record_of
 
@@ -84,7 +84,7 @@ def test_a_damaged_record_is_skipped_by_name(tmp_path, cells, composer, damage):
     for at, cell in enumerate(cells):
         record_of(cell, 50.0 + at, recovery=None, calibration=None).write(tmp_path / f"{at}.json")
     DAMAGE[damage](tmp_path / "2.json")
-    collection = collect(cells, tmp_path, composer)
+    collection = collect_records(cells, tmp_path, composer)
     (line,) = collection.damaged
     assert line.startswith(f"{tmp_path / '2.json'}: not a")
     assert len(line) < 500
@@ -103,12 +103,12 @@ def test_a_grid_is_composed_as_hydra_composes_each_run(name):
     from cfsp.config.compose import compose
     from cfsp.config.parse import parse
 
-    cells, composer = request_of([f"experiment={name}"]).cells, GridComposer()
+    cells, composer = read_request([f"experiment={name}"]).cells, GridComposer()
     for cell in cells[:: max(1, len(cells) // 4)]:
         ours, theirs = composer.config(cell.overrides), parse(compose(cell.overrides))
         assert json.dumps(ours.raw) == json.dumps(theirs.raw)
         assert ours == theirs
-        assert science(ours.raw) == science(theirs.raw)
+        assert configuration_key(ours.raw) == configuration_key(theirs.raw)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_whatever_the_words_are_the_composer_answers_as_hydra_does(words):
 
 
 def test_what_nobody_foresaw_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(command, "gather", lambda *_: {}["\x1b[31mgone"])
+    monkeypatch.setattr(command, "load_results", lambda *_: {}["\x1b[31mgone"])
     assert command.main(["experiment=single_shot"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "tables: failed (KeyError: '\\x1b[31mgone'); debug=true shows where"

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import pytest
 
 from cfsp.cli import report
-from cfsp.tables.page import _number
+from cfsp.tables.page import _javascript_number
 from tests.conftest import ROOT
 
 WORDS = ["experiment=block_metric", "allocator.metric=angular,none", "sparsity.ratio=0.5", "seed=0,1"]
@@ -266,7 +266,7 @@ def test_records_that_do_not_belong_together_are_refused(place, capsys):
 
 
 def test_numbers_are_written_as_a_script_reads_them():
-    assert [_number(value) for value in (None, float("nan"), float("inf"), -float("inf"), 0.5, 3)] == [
+    assert [_javascript_number(value) for value in (None, float("nan"), float("inf"), -float("inf"), 0.5, 3)] == [
         "", "", "Infinity", "-Infinity", "0.5", "3",
     ]  # fmt: skip
 

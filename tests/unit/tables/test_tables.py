@@ -21,13 +21,13 @@ from cfsp.record.run_record import RunRecord
 from cfsp.sweep import composer
 from cfsp.sweep.experiment import Cell
 from cfsp.tables import collection
-from cfsp.tables.collection import RecordedRun, collect
-from cfsp.tables.figures import draw
-from cfsp.tables.grid import table
+from cfsp.tables.collection import RecordedRun, collect_records
+from cfsp.tables.figures import draw_figure
+from cfsp.tables.grid import build_table
 from cfsp.tables.layout import FigureLayout, GapOf, TableLayout
-from cfsp.tables.render import comma_separated, latex, markdown
+from cfsp.tables.render import render_csv, render_latex, render_markdown
 from cfsp.tables.reported import load_reported
-from cfsp.tables.run_figures import PEAK_MEMORY, pruning_seconds, value_of
+from cfsp.tables.run_figures import PEAK_MEMORY, column_value, pruning_seconds
 from tests.conftest import ROOT
 from tests.helpers.records import LAYOUT, cell_of, record_of, row_of
 
@@ -51,14 +51,14 @@ def test_records_are_found_by_what_they_decide_not_by_name_or_place(folder):
     elsewhere.configuration["logger"] = {}
     elsewhere.configuration["evaluation"]["perplexity"]["texts"]["another"] = {"path": "that was not measured"}
     elsewhere.write(path / "9.json")
-    found = collect([*cells, cell_of("cfsp", 7)], path)
+    found = collect_records([*cells, cell_of("cfsp", 7)], path)
     assert [one.cell for one in found.runs] == cells
     assert found.missing == [cell_of("cfsp", 7)]
 
 
 def test_markdown_shows_means_spreads_marks_and_where_it_all_comes_from(folder):
     path, cells = folder
-    text = markdown(table("main", LAYOUT, collect(cells, path).runs), "cfsp tables experiment=x")
+    text = render_markdown(build_table("main", LAYOUT, collect_records(cells, path).runs), "cfsp tables experiment=x")
     lines = text.splitlines()
     assert "| pruner | removed | perplexity, bundled ↓ | mean acc ↑ |" in lines
     assert "| dense | 0.0% | 40.00 | 0.800 |" in lines
@@ -73,14 +73,14 @@ def test_markdown_shows_means_spreads_marks_and_where_it_all_comes_from(folder):
 
 @pytest.mark.parametrize(("label", "shown"), [("[a]", "{}[a]"), ("*", "{}*"), ("cfsp *", "cfsp *")])
 def test_a_label_of_a_latex_row_is_no_argument_of_the_line_break_before_it(label, shown):
-    from cfsp.tables.render import _tex_label
+    from cfsp.tables.render import _render_latex_label
 
-    assert _tex_label(label) == shown
+    assert _render_latex_label(label) == shown
 
 
 def test_latex_is_escaped_and_balanced(folder):
     path, cells = folder
-    text = latex(table("main", LAYOUT, collect(cells, path).runs), "c")
+    text = render_latex(build_table("main", LAYOUT, collect_records(cells, path).runs), "c")
     assert r"\caption{A caption with 50 \% \& more}" in text
     assert r"cfsp & 50.0\% & \textbf{50.50 $\pm$ 0.71} & \textbf{0.695 $\pm$ 0.007} \\" in text
     assert r"flap & 50.0\% & \underline{56.00 $\pm$ 1.41}" in text
@@ -93,25 +93,25 @@ def test_latex_is_escaped_and_balanced(folder):
 
 def test_what_limits_a_figure_stands_at_it_in_every_form(folder):
     path, cells = folder
-    records = collect(cells, path).runs
+    records = collect_records(cells, path).runs
     for one in records:
         if one.cell.point["pruner"] == "flap":
             for row in one.record.measurements["pruned"]:
                 row["detail"] = {**(row.get("detail") or {}), "lacks_bos": row["suite"] == "perplexity", "truncated": 2}
-    marked = table("main", LAYOUT, records)
-    text, source = markdown(marked, "c"), latex(marked, "c")
+    marked = build_table("main", LAYOUT, records)
+    text, source = render_markdown(marked, "c"), render_latex(marked, "c")
     assert "| flap | 50.0% | <u>56.00 ± 1.41</u>†‡ | <u>0.675 ± 0.007</u>‡ |" in text.splitlines()
     assert "† windows lack the BOS that the tokenizer adds by itself.  " in text.splitlines()
     assert r"\textsuperscript{\textdagger{}}" in source
     assert r"\par\footnotesize \textdaggerdbl{} requests longer than the model's positions were cut" in source
-    rows = list(csv.DictReader(io.StringIO(comma_separated(marked))))
+    rows = list(csv.DictReader(io.StringIO(render_csv(marked))))
     assert {row["notes"] for row in rows if row["pruner"] == "cfsp"} == {""}
-    assert "†" not in markdown(table("main", LAYOUT, collect(cells, path).runs), "c")
+    assert "†" not in render_markdown(build_table("main", LAYOUT, collect_records(cells, path).runs), "c")
 
 
 def test_csv_is_unrounded(folder):
     path, cells = folder
-    rows = list(csv.DictReader(io.StringIO(comma_separated(table("main", LAYOUT, collect(cells, path).runs)))))
+    rows = list(csv.DictReader(io.StringIO(render_csv(build_table("main", LAYOUT, collect_records(cells, path).runs)))))
     (row,) = [row for row in rows if row["pruner"] == "flap" and row["metric"] == "perplexity, bundled"]
     assert float(row["mean"]) == 56.0
     assert float(row["std"]) == pytest.approx(2**0.5)
@@ -126,10 +126,10 @@ def test_a_seed_that_is_missing_is_said_and_a_figure_that_is_missing_is_empty(fo
     record.measurements["pruned"] = record.measurements["pruned"][1:]
     record.write(path / "9.json")
     (path / "7.json").unlink()
-    text = markdown(table("main", LAYOUT, collect(cells, path).runs), "c")
+    text = render_markdown(build_table("main", LAYOUT, collect_records(cells, path).runs), "c")
     assert "| cfsp | 50.0% | 51.00 (1 of 2 seeds) |" in text
     record.measurements["pruned"] = []
-    text = markdown(table("main", LAYOUT, [*collect(cells[1:], path).runs]), "c")
+    text = render_markdown(build_table("main", LAYOUT, [*collect_records(cells[1:], path).runs]), "c")
     assert "| flap | 50.0% (1 of 2 seeds) | 57.00 (1 of 2 seeds) |" in text
 
 
@@ -140,7 +140,7 @@ def test_what_looks_alike_is_marked_alike(folder):
         assert record is not None
         record.measurements["pruned"][0]["value"] = 50.5
         record.write(path / name)
-    text = markdown(table("main", LAYOUT, collect(cells, path).runs), "c")
+    text = render_markdown(build_table("main", LAYOUT, collect_records(cells, path).runs), "c")
     assert "**50.50 ± 0.71**" in text
     assert "**50.50 ± 0.00**" in text
     assert "<u>90.50 ± 0.71</u>" in text
@@ -148,7 +148,7 @@ def test_what_looks_alike_is_marked_alike(folder):
 
 def _refuses(records, match: str, layout: TableLayout = LAYOUT) -> None:
     with pytest.raises(ConfigError, match=match):
-        table("main", layout, [RecordedRun(cell, record) for cell, record in records])
+        build_table("main", layout, [RecordedRun(cell, record) for cell, record in records])
 
 
 def test_what_does_not_belong_into_one_table_is_refused():
@@ -185,21 +185,21 @@ def test_what_follows_from_the_model_may_differ_between_models():
             rows[0]["n"] = tokens
             rows[1]["seq_len"] = rows[2]["seq_len"] = window
         found.append(RecordedRun(cell, record))
-    assert [label for label, _ in table("main", layout, found).sections] == ["model llama2_7b", "model qwen3_8b"]
+    assert [label for label, _ in build_table("main", layout, found).sections] == ["model llama2_7b", "model qwen3_8b"]
     found[1].record.measurements["pruned"][0]["n"] = 91
     with pytest.raises(ConfigError, match="measured in two ways .n: 90 and 91"):
-        table("main", layout, found)
+        build_table("main", layout, found)
     for rows in found[1].record.measurements.values():
         rows[0] |= {"n": 90, "seq_len": 2048}
     with pytest.raises(ConfigError, match="measured in two ways .seq_len: 256 and 2048"):
-        table("main", layout, found)
+        build_table("main", layout, found)
 
 
 def test_alternatives_of_a_metric_and_two_rows_of_one_configuration(folder):
     path, cells = folder
     both = LAYOUT.model_copy(update={"metrics": ["zero_shot/none/acc | zero_shot/t*/acc"], "rows": ["arm"]})
     same = [Cell(cells[0].overrides, {**cells[0].point, "arm": arm}) for arm in ("a", "b")]
-    made = table("main", both, collect(same, path).runs)
+    made = build_table("main", both, collect_records(same, path).runs)
     assert [column.metric.label for column in made.columns] == ["two, acc"]
     assert [row.label for row in made.sections[0][1]] == ["dense", "a", "b"]
     assert len(made.records) == 1
@@ -212,10 +212,10 @@ def test_two_records_of_one_run_and_other_versions_are_refused(folder):
     record.run_id = "the-same-in-bfloat16"
     record.write(path / "twice.json")
     with pytest.raises(ConfigError, match="several records in .* are of this run .cfsp-0.5-0, the-same-in-bfloat16"):
-        collect(cells, path)
+        collect_records(cells, path)
     values = json.loads((path / "twice.json").read_text()) | {"schema": 99}
     (path / "twice.json").write_text(json.dumps(values))
-    collection = collect(cells, path)  # one foreign record among many does not cost the tables of the others
+    collection = collect_records(cells, path)  # one foreign record among many does not cost the tables of the others
     (line,) = collection.damaged
     assert "twice.json: not a run record (schema 99, this version reads 2)" in line
     assert len(collection.runs) == len(cells)
@@ -223,7 +223,7 @@ def test_two_records_of_one_run_and_other_versions_are_refused(folder):
     record.identity["version"] = METHOD_VERSION - 1
     record.write(path / "9.json")
     with pytest.raises(ConfigError, match="of other versions of the methods"):
-        collect(cells, path)
+        collect_records(cells, path)
 
 
 def test_the_command_writes_names_what_is_damaged_and_repeats_itself(tmp_path, monkeypatch, capsys):
@@ -243,7 +243,7 @@ def test_the_command_writes_names_what_is_damaged_and_repeats_itself(tmp_path, m
     records.mkdir(parents=True)
     assert command.main(words) == 2
     assert "no record there is of temperature (bundled)" in capsys.readouterr().err
-    for at, cell in enumerate(command.request_of(words).cells[:-1]):
+    for at, cell in enumerate(command.read_request(words).cells[:-1]):
         record_of(cell, 50.0 + at).write(records / f"{at}.json")
     assert command.main(words) == 0
     assert "1 of 8 runs have no record" in capsys.readouterr().out
@@ -260,27 +260,27 @@ def test_the_command_writes_names_what_is_damaged_and_repeats_itself(tmp_path, m
 @pytest.mark.parametrize("kind", ["curve", "pareto", "blocks"])
 def test_figures_are_the_same_bytes_again(folder, kind):
     path, cells = folder
-    found = collect(cells, path).runs
+    found = collect_records(cells, path).runs
     for one in found:
         one.record.blocks = [{"width": 10, "base_width": 20, "distance": {"angular": 0.1}}] * 3
     layout = FigureLayout(
         kind=kind, caption="c", x="sparsity.ratio", x_metric="zero_shot/one/acc", metric="perplexity/*",
         lines=["pruner"], panels=["pruner"],
     )  # fmt: skip
-    first, second = draw("f", layout, found), draw("f", layout, found)
+    first, second = draw_figure("f", layout, found), draw_figure("f", layout, found)
     assert first == second
     assert first["f.png"].startswith(b"\x89PNG")
     assert b"<dc:date>" not in first["f.svg"]
-    each = draw("f", layout.model_copy(update={"each": ["pruner"]}), found)
+    each = draw_figure("f", layout.model_copy(update={"each": ["pruner"]}), found)
     assert {file for file in each if file.endswith("svg")} == {"f-cfsp.svg", "f-flap.svg", "f-uniform.svg"}
     if kind != "pareto":
         with pytest.raises(ConfigError, match="runs that differ in pruner would stand in one place"):
-            draw("f", layout.model_copy(update={"lines": [], "panels": []}), found)
+            draw_figure("f", layout.model_copy(update={"lines": [], "panels": []}), found)
     with pytest.raises(ConfigError, match="no record of the experiment is there"):
-        draw("f", layout.model_copy(update={"where": {"pruner": "shortgpt"}}), found)
+        draw_figure("f", layout.model_copy(update={"where": {"pruner": "shortgpt"}}), found)
     if kind != "blocks":
         with pytest.raises(ConfigError, match="metric is not set"):
-            draw("f", layout.model_copy(update={"metric": None}), found)
+            draw_figure("f", layout.model_copy(update={"metric": None}), found)
 
 
 REPORTED = """\
@@ -298,8 +298,8 @@ def test_a_published_figure_stands_beside_ours_only_where_it_was_measured_in_the
     path, cells = folder
     file = tmp_path_factory.mktemp("reported") / "reported.csv"
     file.write_text(REPORTED, encoding="utf-8")
-    made = table("main", LAYOUT, collect(cells, path).runs, load_reported(file))
-    lines = markdown(made, "c").splitlines()
+    made = build_table("main", LAYOUT, collect_records(cells, path).runs, load_reported(file))
+    lines = render_markdown(made, "c").splitlines()
     head = "| pruner | removed | perplexity, bundled ↓ | published | deviation | mean acc ↑ | published | deviation |"
     assert head in lines
     assert "| dense | 0.0% | 40.00 | 41.00 [1] | -1.00 | 0.800 |  |  |" in lines
@@ -307,11 +307,11 @@ def test_a_published_figure_stands_beside_ours_only_where_it_was_measured_in_the
     assert "| flap | 50.0% | <u>56.00 ± 1.41</u> |  |  | <u>0.675 ± 0.007</u> | 0.600 [2] | +7.50 pp |" in lines
     assert "| uniform | 50.0% | 90.50 ± 0.71 |  |  | 0.655 ± 0.007 |  |  |" in lines
     assert "Published: [1] Paper A; [2] Paper B. Deviation: ours less the published one.  " in lines
-    rows = [line for line in latex(made, "c").splitlines() if line.startswith(("cfsp &", "pruner &"))]
+    rows = [line for line in render_latex(made, "c").splitlines() if line.startswith(("cfsp &", "pruner &"))]
     assert {row.count(" & ") for row in rows} == {7}
     (cfsp,) = [
         row
-        for row in csv.DictReader(io.StringIO(comma_separated(made)))
+        for row in csv.DictReader(io.StringIO(render_csv(made)))
         if row["pruner"] == "cfsp" and row["metric"].startswith("perplexity")
     ]
     assert (cfsp["published"], cfsp["deviation"], cfsp["source"]) == ("51.0", "-0.5", "Paper A")
@@ -336,16 +336,16 @@ def test_two_published_figures_for_one_cell_are_refused(folder, tmp_path_factory
     file = tmp_path_factory.mktemp("reported") / "reported.csv"
     file.write_text(REPORTED + REPORTED.splitlines()[2].replace("Paper A", "Paper C") + "\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"several figures for perplexity/bundled/perplexity .*\(Paper A; Paper C\)"):
-        table("main", LAYOUT, collect(cells, path).runs, load_reported(file))
+        build_table("main", LAYOUT, collect_records(cells, path).runs, load_reported(file))
 
 
 def test_a_table_may_be_about_some_of_the_runs(folder):
     path, cells = folder
-    found = collect(cells, path).runs
-    made = table("main", LAYOUT.model_copy(update={"where": {"pruner": "flap"}}), found)
+    found = collect_records(cells, path).runs
+    made = build_table("main", LAYOUT.model_copy(update={"where": {"pruner": "flap"}}), found)
     assert [row.label for row in made.rows] == ["dense", "flap"]
     with pytest.raises(ConfigError, match=r"where=\{'pruner': 'none'\}: no record"):
-        table("main", LAYOUT.model_copy(update={"where": {"pruner": "none"}}), found)
+        build_table("main", LAYOUT.model_copy(update={"where": {"pruner": "none"}}), found)
 
 
 def _stage(name: str, seconds: float, cached: bool = False, **more: float | None) -> dict[str, object]:
@@ -366,21 +366,23 @@ def test_pruning_time_counts_what_the_cache_saved_and_is_empty_where_that_is_not
 def test_the_gap_is_the_log_of_the_perplexity_less_that_of_the_dense_model(folder):
     path, cells = folder
     layout = LAYOUT.model_copy(update={"metrics": [GapOf(gap="perplexity/*")]})
-    made = table("main", layout, collect(cells, path).runs)
+    made = build_table("main", layout, collect_records(cells, path).runs)
     (column,) = made.columns
     assert (column.metric.label, column.metric.unit) == ("gap, perplexity, bundled", "nats per token")
     dense, *others = made.rows
     assert dense.entries[0].values == {0: 0.0}
     for row in others:
-        whole = next(r for r in table("main", LAYOUT, collect(cells, path).runs).rows if r.label == row.label)
-        at = [c.metric.label for c in table("main", LAYOUT, collect(cells, path).runs).columns]
+        whole = next(
+            r for r in build_table("main", LAYOUT, collect_records(cells, path).runs).rows if r.label == row.label
+        )
+        at = [c.metric.label for c in build_table("main", LAYOUT, collect_records(cells, path).runs).columns]
         perplexity = whole.entries[at.index("perplexity, bundled")].values
         assert row.entries[0].values == {s: pytest.approx(math.log(v / 40.0)) for s, v in perplexity.items()}
 
 
 def test_peak_memory_is_that_of_the_stages_that_prune():
     def peak_of(*stages: dict[str, object]) -> float | None:
-        return value_of(record_of(cell_of("cfsp", 0), 50.0, stages=list(stages)), PEAK_MEMORY)
+        return column_value(record_of(cell_of("cfsp", 0), 50.0, stages=list(stages)), PEAK_MEMORY)
 
     stages = [_stage("calibrate", 1.0, peak_bytes=5), _stage("plan", 1.0, peak_bytes=9)]
     assert peak_of(*stages, _stage("evaluate pruned", 1.0, peak_bytes=50)) == 9
@@ -398,7 +400,7 @@ def test_a_record_of_another_text_or_model_is_not_taken(tmp_path):
         for name in ("a", "b", "c", "gone")
     )
     record_of(a, 50.0, identity=prepare(parse(compose(a.overrides))).identity).write(tmp_path / "records" / "a.json")
-    found = collect([a, b, c, gone], tmp_path / "records")
+    found = collect_records([a, b, c, gone], tmp_path / "records")
     assert [one.cell for one in found.runs] == [a, c], "the same file, and one with the same content"
     assert found.missing == [b, gone]
 
@@ -407,14 +409,14 @@ def test_no_published_figure_beside_a_run_that_the_command_line_changed(folder, 
     path, cells = folder
     file = tmp_path_factory.mktemp("reported") / "reported.csv"
     file.write_text(REPORTED, encoding="utf-8")
-    found = [replace(one, as_shipped=False) for one in collect(cells, path).runs]
-    assert table("main", LAYOUT, found, load_reported(file)).sources == []
+    found = [replace(one, as_shipped=False) for one in collect_records(cells, path).runs]
+    assert build_table("main", LAYOUT, found, load_reported(file)).sources == []
 
 
 def test_what_is_missing_has_an_empty_row_and_competes_with_nobody(folder):
     path, cells = folder
-    found = [one for one in collect(cells, path).runs if one.cell not in (cells[0], cells[1], cells[2])]
-    text = markdown(table("main", LAYOUT, found, (), cells), "c")
+    found = [one for one in collect_records(cells, path).runs if one.cell not in (cells[0], cells[1], cells[2])]
+    text = render_markdown(build_table("main", LAYOUT, found, (), cells), "c")
     lines = text.splitlines()
     assert lines.index("| cfsp |  |  |  |") < lines.index("| flap | 50.0% (1 of 2 seeds) | 57.00 (1 of 2 seeds) | "
                                                            "0.670 (1 of 2 seeds) |")  # fmt: skip
@@ -433,7 +435,7 @@ def test_times_of_two_machines_are_not_mixed():
     with pytest.raises(
         ConfigError, match="cost/prefill/tokens_per_second was measured in two ways .device: cpu and cu"
     ):
-        table("main", LAYOUT.model_copy(update={"metrics": ["cost/*"]}), found)
+        build_table("main", LAYOUT.model_copy(update={"metrics": ["cost/*"]}), found)
 
 
 DAMAGES = [
@@ -449,7 +451,7 @@ def test_a_record_that_lacks_something_is_damaged(folder, name, value):
     path, cells = folder
     values = json.loads((path / "9.json").read_text()) | {name: value}
     (path / "9.json").write_text(json.dumps(values))
-    collection = collect(cells, path)
+    collection = collect_records(cells, path)
     (line,) = collection.damaged
     assert "9.json: not a whole run record (" in line
     assert collection.missing == [cells[0]]
@@ -458,7 +460,7 @@ def test_a_record_that_lacks_something_is_damaged(folder, name, value):
 def test_a_record_of_nothing_is_damaged_too(folder):
     path, cells = folder
     (path / "9.json").write_text("{}")
-    assert len(collect(cells, path).damaged) == 1
+    assert len(collect_records(cells, path).damaged) == 1
 
 
 @pytest.mark.parametrize("results", ["", "/dev/null", "/proc/x"])
@@ -494,7 +496,7 @@ def test_many_runs_cost_one_composition_for_each_choice_of_groups(tmp_path, monk
     compose_once, separate_once = composer.compose, collection.configuration_parts
     monkeypatch.setattr(composer, "compose", lambda words: composed.append(words) or compose_once(words))
     monkeypatch.setattr(collection, "configuration_parts", lambda values: separated.append(1) or separate_once(values))
-    gathered = collect(cells, tmp_path)
+    gathered = collect_records(cells, tmp_path)
     assert len(gathered.runs) == 40
     assert len(composed) == 2
     assert len(separated) == 2 * 40

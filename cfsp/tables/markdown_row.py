@@ -1,10 +1,10 @@
-"""Writing a row of a Markdown table."""
+"""Rows of Markdown tables."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 
-def line(cells: Sequence[str]) -> str:
+def markdown_row(cells: Sequence[str]) -> str:
     """Join cells into a row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
