@@ -1,7 +1,7 @@
 """Time GGUF files in llama.cpp beside each other, in a process of its own.
 
 ``python llama_cpp_job.py REQUEST`` prints one line of JSON. It runs where llama_cpp is and imports nothing of the
-project; REQUEST: {"tool" (the path of cfsp/verify/tools/llama_cpp.py, which makes the package ready), "files" (name ->
+project; REQUEST: {"tool" (the path of cfsp/verify/tools/llama_cpp.py, which imports the package), "files" (name ->
 GGUF), "prompt", "generate" (tokens), "repeats", "threads"}. The reply: "version" and, of each file and "prompt" or
 "generate", the seconds of each repeat, of the clock and of this process on the CPU. Both begin without a context, as
 llama-bench's pp and tg do.
@@ -30,7 +30,7 @@ def timed(model: Any, ids: list[int], *, one_by_one: bool) -> dict[str, float]:
 def main() -> int:
     """Answer the request of the command line; returns the exit code."""
     request = json.loads(sys.argv[1])
-    package, _ = runpy.run_path(request["tool"])["prepared"]()
+    package, _ = runpy.run_path(request["tool"])["import_llama_cpp"]()
     counts = {"prompt": request["prompt"], "generate": request["generate"]}
     models = {
         name: package.Llama(
