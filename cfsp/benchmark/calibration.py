@@ -24,7 +24,7 @@ from cfsp.benchmark.shapes import (
 )
 from cfsp.config.compose import compose
 from cfsp.config.parse import parse
-from cfsp.evaluation.cost import peak_beside
+from cfsp.evaluation.cost import measure_peak_besides_weights
 from cfsp.importance.base import score
 from cfsp.record.stages import Stages
 
@@ -219,13 +219,15 @@ def measure_peak_bytes(model: Any, ids: Tensor, batch_size: int, folder: Path) -
         The bytes of the bare pass and of each stage, and the number of calls of the LM head.
     """
     weights, on_device = [*model.parameters(), *model.buffers()], ids.to(model.device)
-    peaks = {"bare": peak_beside(weights, on_device, lambda: run_bare_forward(model, on_device, batch_size))}
+    peaks = {
+        "bare": measure_peak_besides_weights(weights, on_device, lambda: run_bare_forward(model, on_device, batch_size))
+    }
     calls: list[object] = []
     handle = model.lm_head.register_forward_hook(lambda *_: calls.append(None))
     try:
         for name, call in _stage_calls(model, ids, batch_size, folder):
             held = [*model.parameters(), *model.buffers()]
-            peaks[name] = peak_beside([*weights, *held], on_device, call)
+            peaks[name] = measure_peak_besides_weights([*weights, *held], on_device, call)
     finally:
         handle.remove()
         shutil.rmtree(folder, ignore_errors=True)

@@ -36,7 +36,7 @@ def time_tokens(model: Any, ids: list[int], *, one_by_one: bool) -> dict[str, fl
 def main() -> int:
     """Answer the request on the command line and return the exit code."""
     request = json.loads(sys.argv[1])
-    package, _ = runpy.run_path(request["tool"])["prepared"]()
+    package, _ = runpy.run_path(request["tool"])["import_llama_cpp"]()
     counts = {"prompt": request["prompt"], "generate": request["generate"]}
     models = {
         name: package.Llama(

@@ -25,7 +25,7 @@ from cfsp.benchmark.part import Check, Result, Settings, format_range, markdown_
 from cfsp.benchmark.shapes import draw_token_ids
 from cfsp.config.compose import compose
 from cfsp.errors import CfspError
-from cfsp.evaluation.cost import peak_beside
+from cfsp.evaluation.cost import measure_peak_besides_weights
 from cfsp.evaluation.perplexity import negative_log_likelihood
 
 if TYPE_CHECKING:
@@ -125,8 +125,10 @@ def measure_perplexity(model: Any, ids: Tensor, repeats: int) -> dict[str, Any]:
         "ratio": ratio,
         "ratios": ratios,
         "peak_bytes": {
-            "bare": peak_beside(weights, on_device, partial(run_forward_with_head, model, on_device, best)),
-            "ours": peak_beside(
+            "bare": measure_peak_besides_weights(
+                weights, on_device, partial(run_forward_with_head, model, on_device, best)
+            ),
+            "ours": measure_peak_besides_weights(
                 weights, on_device, lambda: negative_log_likelihood(model, on_device, batch, "benchmark")
             ),
         },

@@ -115,7 +115,7 @@ def _find_model(path: Path) -> Path:
 def _verify(request: Request) -> int:
     # Start-up time: loads numpy.
     from cfsp.checkpoint.reference import place_of, read_reference
-    from cfsp.verify.comparison import Finding, compare, tolerance_of
+    from cfsp.verify.comparison import Finding, compare, select_tolerance
 
     damaged = find_damage(request.path)
     if damaged is not None:
@@ -150,13 +150,13 @@ def _verify(request: Request) -> int:
         else:
             try:
                 response = ask(tool, request_to_tool, request.pythons.get(tool.name, sys.executable))
-                allowed = tolerance_of(tool.float32, *computed, rounded=rounded)
+                allowed = select_tolerance(tool.float32, *computed, rounded=rounded)
                 findings.append(compare(tool.name, response, reference, *allowed))
             except RunError as error:
                 findings.append(Finding(tool.name, "fails", note=str(error)))
     if request.record is not None:
         _write_record(request.record, request.path, reference, findings)
-    if not any(finding.tried for finding in findings):
+    if not any(finding.was_run for finding in findings):
         raise ConfigError(
             f"tools={','.join(tool.name for tool in request.tools)}: none of them can be tried on {request.path} ("
             + "; ".join(f"{finding.tool}: {finding.note or finding.outcome}" for finding in findings)
@@ -252,7 +252,7 @@ def _show_findings(path: Path, findings: Sequence[Any]) -> int:
         box=None, pad_edge=False,
     )  # fmt: skip
     for finding in findings:
-        loads = {"fails": "no"}.get(finding.outcome, "yes" if finding.tried else "")
+        loads = {"fails": "no"}.get(finding.outcome, "yes" if finding.was_run else "")
         table.add_row(
             finding.tool,
             finding.version,
@@ -265,7 +265,7 @@ def _show_findings(path: Path, findings: Sequence[Any]) -> int:
             finding.note,
         )
     console.print(table)
-    tried = [finding for finding in findings if finding.tried]
+    tried = [finding for finding in findings if finding.was_run]
     wrong = [finding.tool for finding in tried if finding.outcome != "equal"]
     if wrong:
         print(f"{path}: is not the saved model in {', '.join(wrong)}")

@@ -1,4 +1,4 @@
-"""Sides that an evaluator compares, and the parts under which its figures are kept."""
+"""Sides of a comparison, parts of an evaluator, and the evaluator's key in error messages."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import torch
 from cfsp.config.contracts import Evaluator
 from cfsp.errors import CfspError, ConfigError
 
-__all__ = ["Evaluator", "Side", "parts_of", "under_its_key"]
+__all__ = ["Evaluator", "Side", "name_key_in_errors", "parts_of"]
 
 
 def parts_of(evaluator: Evaluator) -> Mapping[str, Evaluator]:
-    """Return the parts of ``evaluator`` by name; the evaluator itself where it cannot be divided."""
+    """Return the parts of ``evaluator`` by name; if it cannot be divided, the evaluator itself is the only part."""
     return evaluator.parts()
 
 
 @contextmanager
-def under_its_key(name: str, evaluator: Evaluator) -> Iterator[None]:
-    """Name the key that the evaluator stands under in each error raised inside, since a class may stand under several.
+def name_key_in_errors(name: str, evaluator: Evaluator) -> Iterator[None]:
+    """Replace the class's default key by the evaluator's actual key in the messages of errors raised inside.
 
-    ``evaluation.generation`` of tables.yaml is a ZeroShot, for instance, whose own messages say
-    ``evaluation.zero_shot``.
+    A class may be configured under several keys. For instance, ``evaluation.generation`` of tables.yaml is a ZeroShot,
+    and messages of that class name ``evaluation.zero_shot``.
 
     Args:
         name: the evaluator's key under ``evaluation``.

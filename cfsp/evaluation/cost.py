@@ -66,7 +66,7 @@ class Cost(Evaluator):
         return self.measure_sides(model, [side])["model"]
 
     def measure_sides(self, model: nn.Module, sides: list[Side]) -> dict[str, list[Measurement]]:
-        """Measure several sides in alternation; of a streamed model only the sizes, not speed and memory.
+        """Measure several sides in alternation; for a streamed model only sizes, not speed and memory.
 
         Returns:
             Figures by the side's name.
@@ -81,7 +81,7 @@ class Cost(Evaluator):
             log.info("cost: the weights are read from disk for each token, so speed and memory are not measured")
             for side in sides:
                 with side.active():
-                    measurements[side.name] = size_of(model, side.storage_dtype)
+                    measurements[side.name] = measure_size(model, side.storage_dtype)
             return measurements
 
         vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
@@ -92,20 +92,24 @@ class Cost(Evaluator):
         for side in sides:
             with side.active():
                 measurements[side.name] = [
-                    *size_of(model, side.storage_dtype),
+                    *measure_size(model, side.storage_dtype),
                     *self._speeds(times[side.name], device),
                     self._memory(model, prompt),
                 ]
         return measurements
 
     def _memory(self, model: nn.Module, prompt: Tensor) -> Measurement:
-        """Measure the weights plus the most that the same generation holds besides: activations, logits, KV cache."""
+        """Measure the bytes of the weights plus the peak of all other tensors: activations, logits and KV cache."""
         tensors = [*model.parameters(), *model.buffers()]
         weights = sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
-        beside = peak_beside(tensors, prompt, lambda: time_generation(model, prompt, self.new_tokens))
+        other_bytes = measure_peak_besides_weights(
+            tensors, prompt, lambda: time_generation(model, prompt, self.new_tokens)
+        )
         detail = {"batch_size": 1, "device": prompt.device.type, "weights": weights}
         length = self.prompt_tokens + self.new_tokens
-        return Measurement("cost", "memory", "peak_bytes", weights + beside, "bytes", seq_len=length, detail=detail)
+        return Measurement(
+            "cost", "memory", "peak_bytes", weights + other_bytes, "bytes", seq_len=length, detail=detail
+        )
 
     def _speeds(self, times: list[Timing], device: torch.device) -> list[Measurement]:
         import torch
@@ -166,9 +170,9 @@ def time_sides(
     for repeat in progress(range(repeats + 1), "time prefill and decode", unit="round"):
         for side in sides:
             with side.active():
-                timed = time_generation(model, prompt, new_tokens)
+                timing = time_generation(model, prompt, new_tokens)
             if repeat:
-                times[side.name].append(timed)
+                times[side.name].append(timing)
     return times
 
 
@@ -190,20 +194,20 @@ def time_generation(model: nn.Module, prompt: Tensor, new_tokens: int) -> Timing
         start = time.perf_counter()
         output = model(prompt, use_cache=True, logits_to_keep=1)
         synchronise()
-        prefilled = time.perf_counter()
+        prefill_end = time.perf_counter()
         grown, logits = output.past_key_values, output.logits
         del output
         static = _static_cache(model, grown, prompt.shape[1], new_tokens)
         cache = grown if static is None else static
         del grown
         synchronise()
-        started = time.perf_counter()
+        decode_start = time.perf_counter()
         for _ in range(new_tokens):
             token = logits[:, -1:].argmax(-1)
             logits = model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         synchronise()
-        ended = time.perf_counter()
-    return Timing(prefilled - start, ended - started, "dynamic" if static is None else "static")
+        decode_end = time.perf_counter()
+    return Timing(prefill_end - start, decode_end - decode_start, "dynamic" if static is None else "static")
 
 
 def _static_cache(model: nn.Module, grown: Any, length: int, new_tokens: int) -> Any:
@@ -237,8 +241,8 @@ def _static_cache(model: nn.Module, grown: Any, length: int, new_tokens: int) ->
     pairs: list[tuple[Any, Any]] = list(zip(static.layers, grown.layers, strict=False))
     for static_layer, grown_layer in pairs:
         # A sliding window that is already full keeps less than the prompt, so a static cache cannot continue from it.
-        held = grown_layer.keys.shape[-2] if grown_layer.is_initialized else length
-        if static_types.get(type(grown_layer)) is not type(static_layer) or held != length:
+        n_cached = grown_layer.keys.shape[-2] if grown_layer.is_initialized else length
+        if static_types.get(type(grown_layer)) is not type(static_layer) or n_cached != length:
             return None
     if len(static.layers) < len(grown.layers):
         return None
@@ -249,7 +253,7 @@ def _static_cache(model: nn.Module, grown: Any, length: int, new_tokens: int) ->
     return static
 
 
-def peak_beside(weights: Sequence[Tensor], prompt: Tensor, call: Callable[[], object]) -> int:
+def measure_peak_besides_weights(weights: Sequence[Tensor], prompt: Tensor, call: Callable[[], object]) -> int:
     """Return the largest number of bytes of tensors other than ``weights`` that are alive at one time during ``call``.
 
     On CUDA the allocator is asked, so the work space of kernels counts, and the GPUs that hold weights are summed.
@@ -276,8 +280,8 @@ def peak_beside(weights: Sequence[Tensor], prompt: Tensor, call: Callable[[], ob
     return live.peak
 
 
-def size_of(model: nn.Module, storage_dtype: torch.dtype) -> list[Measurement]:
-    """Count parameters (tied ones once), bytes of their checkpoint, and MACs of the linears per token.
+def measure_size(model: nn.Module, storage_dtype: torch.dtype) -> list[Measurement]:
+    """Count parameters (tied ones once), bytes of the checkpoint, and MACs of the linear layers per token.
 
     Args:
         model: the model.

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness as cfsp runs it: quiet, sandboxed, without reports on the machine, and with requests counted.
+"""Wrapper of lm-evaluation-harness: no logs, sandboxed templates, no reports on the machine, and counted requests.
 
 Everything that is changed in the library is restored when :func:`quiet_harness` is left.
 """
@@ -24,10 +24,10 @@ from cfsp.system.progress import working
 
 @contextlib.contextmanager
 def quiet_harness(folder: Path | None = None, key: str = "evaluation.zero_shot") -> Iterator[None]:
-    """Run the harness inside without its logs, progress bars, reseeding of random generators, and calls of git and pip.
+    """Suppress logs, progress bars, and calls of git and pip of the harness, and restore the random generators' states.
 
-    Its templates are rendered in a sandbox. Of the task files outside lm-eval and cfsp, only those in ``folder`` may
-    bring functions (:func:`cfsp.evaluation.task_folder.check_task_file`).
+    Templates are rendered in a sandbox. Among the task files outside lm-eval and cfsp, only those in ``folder`` may
+    contain functions (:func:`cfsp.evaluation.task_folder.check_task_file`).
 
     Args:
         folder: folder of local tasks; None: there is none.
@@ -43,7 +43,7 @@ def quiet_harness(folder: Path | None = None, key: str = "evaluation.zero_shot")
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
-        with _replaced(folder, key):
+        with _replace_harness_functions(folder, key):
             yield
     finally:
         logger.setLevel(level)
@@ -55,7 +55,8 @@ def quiet_harness(folder: Path | None = None, key: str = "evaluation.zero_shot")
 
 
 @contextlib.contextmanager
-def _replaced(folder: Path | None, key: str) -> Iterator[None]:
+def _replace_harness_functions(folder: Path | None, key: str) -> Iterator[None]:
+    """Replace functions of the harness by restricted ones while the context is active."""
     import lm_eval.evaluator
     import lm_eval.utils
 
@@ -70,7 +71,7 @@ def _replaced(folder: Path | None, key: str) -> Iterator[None]:
         import lm_eval.tasks._factory
         import lm_eval.tasks._yaml_loader
 
-        loader = _guarded(lm_eval.tasks._yaml_loader.load_yaml, folder, key)
+        loader = _restrict_loader(lm_eval.tasks._yaml_loader.load_yaml, folder, key)
         # The loader calls itself, through its own module, for the files that a file includes.
         replacements += [
             (module, "load_yaml", loader) for module in (lm_eval.tasks._yaml_loader, lm_eval.tasks._factory)
@@ -88,7 +89,7 @@ def _replaced(folder: Path | None, key: str) -> Iterator[None]:
 
 @cache
 def _sandbox(environment: Any) -> Any:
-    """Return the harness's template environment with attributes and calls restricted; filters and settings are kept."""
+    """Return a copy of the harness's template environment with restricted attributes and calls."""
     from jinja2.sandbox import SandboxedEnvironment
 
     sandbox = SandboxedEnvironment(
@@ -100,7 +101,10 @@ def _sandbox(environment: Any) -> Any:
     return sandbox
 
 
-def _guarded(load: Callable[..., dict[str, Any]], folder: Path | None, key: str) -> Callable[..., dict[str, Any]]:
+def _restrict_loader(
+    load: Callable[..., dict[str, Any]], folder: Path | None, key: str
+) -> Callable[..., dict[str, Any]]:
+    """Return a loader of task files that checks files with functions and makes paths of data files absolute."""
     import lm_eval.tasks
 
     trusted = [Path(lm_eval.tasks.__file__).resolve().parent, ROOT]
@@ -118,7 +122,7 @@ def _guarded(load: Callable[..., dict[str, Any]], folder: Path | None, key: str)
 
 @cache
 def task_manager(include_path: str | None, include_defaults: bool, content: str = "") -> Any:
-    """Return the harness's index of tasks; for its own tasks it reads thousands of files.
+    """Return the harness's index of tasks. It is cached, because the harness's own tasks are thousands of files.
 
     Args:
         include_path: folder of local tasks; None: there is none.
@@ -139,7 +143,7 @@ def harness_tasks() -> set[str]:
 def with_special_tokens(tokenizer: Any) -> Any:
     """Copy a tokenizer, and add BOS and EOS from the model's configuration where the tokenizer names no EOS.
 
-    A tokenizer that names only EOS keeps having no BOS, since the harness has always started from EOS then.
+    A tokenizer that names only EOS gets no BOS, because the harness has always started from EOS in this case.
     """
     tokenizer = copy.deepcopy(tokenizer)
     stated = getattr(tokenizer, "stated_ids", {})
@@ -195,8 +199,8 @@ def count_truncated(harness: Any) -> Counter[str]:
 
 
 @contextlib.contextmanager
-def counted_requests(harness: Any, label: str) -> Iterator[None]:
-    """Write position and time left of the requests of a harness model where no bar is shown.
+def report_requests(harness: Any, label: str) -> Iterator[None]:
+    """Write progress lines for the requests of a harness model where no progress bar is shown.
 
     Requests are counted as the model computes them, one row of a batch each. Requests with the same context and
     continuations of one token share a row, so the count may end early.

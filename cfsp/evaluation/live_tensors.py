@@ -14,6 +14,9 @@ from torch.utils._pytree import tree_leaves
 class LiveTensors(TorchDispatchMode):
     """Context that counts the bytes of all live tensors except the ``known`` ones.
 
+    Attributes:
+        peak: largest number of bytes that were alive at one time.
+
     Example:
         >>> with LiveTensors(model.parameters()) as live:
         ...     model(ids)
@@ -22,7 +25,7 @@ class LiveTensors(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self._known_addresses = {tensor.untyped_storage().data_ptr() for tensor in known}
         self._alive: dict[int, weakref.ref[Any]] = {}
         self._bytes = self.peak = 0
 
@@ -37,18 +40,18 @@ class LiveTensors(TorchDispatchMode):
         for leaf in tree_leaves(result):
             # Tensors on meta and fake tensors state a size but hold no memory.
             if isinstance(leaf, Tensor) and leaf.untyped_storage().device.type != "meta":
-                self._see(leaf.untyped_storage())
+                self._count(leaf.untyped_storage())
         return result
 
-    def _see(self, storage: Any) -> None:
+    def _count(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._alive or storage.data_ptr() in self._known:
+        if key in self._alive or storage.data_ptr() in self._known_addresses:
             return
 
-        def gone(_: object) -> None:
+        def discount(_: object) -> None:
             del self._alive[key]
             self._bytes -= size
 
-        self._alive[key] = weakref.ref(storage, gone)
+        self._alive[key] = weakref.ref(storage, discount)
         self._bytes += size
         self.peak = max(self.peak, self._bytes)

@@ -48,7 +48,7 @@ class Measurement:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """Return what identifies the figure within a side."""
+        """Return the suite, task and metric, which identify the figure within a side."""
         return (self.suite, self.task, self.metric)
 
     def as_dict(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from cfsp.config.deciding import Decides, deciding_settings
 from cfsp.config.sections import TextSection
 from cfsp.errors import DataError, RunError
 from cfsp.evaluation.measurement import LACKS_BOS, Measurement
-from cfsp.evaluation.values import checked_batch_size, checked_windows
+from cfsp.evaluation.values import validate_batch_size, validate_windows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,8 +43,8 @@ class Perplexity(Evaluator):
     datasets: Annotated[list[str], Field(min_length=1)]
     texts: Annotated[dict[str, TextSection], Decides(chosen_by="datasets")]
     seq_len: Annotated[int, Field(ge=2)]
-    windows: Annotated[tuple[int, int] | None, PlainValidator(checked_windows)] = None
-    batch_size: Annotated[int, PlainValidator(checked_batch_size)] = 8
+    windows: Annotated[tuple[int, int] | None, PlainValidator(validate_windows)] = None
+    batch_size: Annotated[int, PlainValidator(validate_batch_size)] = 8
 
     side_by_side: ClassVar[bool] = False
     key: ClassVar[str] = "evaluation.perplexity"
@@ -68,7 +68,7 @@ class Perplexity(Evaluator):
 
         limits.check_length(f"{self.key}.seq_len", self.seq_len)
         for name in self.datasets:
-            windows, _ = self._windows(name, tokenizer)
+            windows, _ = self._cut_windows(name, tokenizer)
             limits.check_ids(f"{self.key} ({name})", windows)
             section = self._section(name, tokenizer)
             if lacks_added_tokens(section, tokenizer):
@@ -94,23 +94,24 @@ class Perplexity(Evaluator):
         # Start-up time: loads numpy.
         from cfsp.data.text import lacks_added_tokens, locate_text
 
-        windows, first = self._windows(name, tokenizer)
+        windows, first = self._cut_windows(name, tokenizer)
         version = f"sha256:{locate_text(self.texts[name], self._key(name)).identity['sha256'][:16]}"
         total, count = negative_log_likelihood(model, torch.tensor(windows), self.batch_size, name)
         if not math.isfinite(total):
             raise RunError(f"perplexity on {name} is not finite; try model.dtype=float32")
         section = self._section(name, tokenizer)
-        lacking = {"lacks_bos": True} if lacks_added_tokens(section, tokenizer) else {}
+        bos_detail = {"lacks_bos": True} if lacks_added_tokens(section, tokenizer) else {}
         return Measurement(
             "perplexity", name, "perplexity", math.exp(total / count), "perplexity per token",
             n=count, seq_len=self.seq_len, split=section.split, num_fewshot=0, version=version,
             detail={
                 "windows": [first, first + len(windows)], "nll": total / count,
-                "bos": section.bos, "join": section.join, **lacking,
+                "bos": section.bos, "join": section.join, **bos_detail,
             },
         )  # fmt: skip
 
-    def _windows(self, name: str, tokenizer: Any) -> tuple[np.ndarray, int]:
+    def _cut_windows(self, name: str, tokenizer: Any) -> tuple[np.ndarray, int]:
+        """Return the windows of a text to evaluate, [n, T], and the index of the first of them."""
         # Start-up time: loads numpy.
         from cfsp.data.text import cut_windows, locate_text, read_text, tokenise, window_bos_id
 
@@ -127,6 +128,7 @@ class Perplexity(Evaluator):
         return windows[first:end], first
 
     def _section(self, name: str, tokenizer: Any) -> TextSection:
+        """Return the settings of a text, with ``bos=auto`` resolved for the tokenizer."""
         # Start-up time: loads numpy.
         from cfsp.data.text import resolve_bos
 
@@ -137,7 +139,7 @@ class Perplexity(Evaluator):
 
 
 def negative_log_likelihood(model: nn.Module, windows: Tensor, batch_size: int, label: str) -> tuple[float, int]:
-    """Sum the NLL in nats of the tokens 1..T-1 of each window; log-softmax in fp32.
+    """Sum the NLL of the tokens 1..T-1 of each window, with the log-softmax in float32.
 
     Args:
         model: the model, in memory or streamed.
@@ -146,7 +148,7 @@ def negative_log_likelihood(model: nn.Module, windows: Tensor, batch_size: int, 
         label: name of the text, for the progress bar.
 
     Returns:
-        The sum and the number of predicted tokens.
+        The sum in nats, and the number of predicted tokens.
     """
     import torch
 
@@ -159,5 +161,5 @@ def negative_log_likelihood(model: nn.Module, windows: Tensor, batch_size: int, 
         for ids, logits in weights_of(model).logits(windows, batch_size, f"perplexity {label}"):
             for nll in sequence_nll(logits, ids):
                 total += nll
-            del logits  # else they would be held while those of the next batch are computed
+            del logits  # otherwise they stay in memory while the next batch is computed
     return float(total), windows.shape[0] * (windows.shape[1] - 1)

@@ -1,9 +1,9 @@
-"""Log-likelihood requests of the harness on a streamed model: each block is read once for all requests.
+"""Log-likelihood requests of the harness on a streamed model, where each block is read once for all requests.
 
-The harness asks for the logits of one batch after the other. Here its requests are run twice. The first time the
-batches are noted and answered with zeros. All of them then go through the decoder block by block. The second time the
-logits are computed from the hidden states that this left. The harness decides on batches and their order both times.
-Rolling requests are run twice as a whole, because the harness takes their windows batch by batch.
+The harness asks for the logits of one batch after the other. Here its requests are run twice. In the first run the
+batches are recorded, and the logits returned are zeros. All batches then go through the decoder block by block. In the
+second run the logits are computed from the resulting hidden states. The harness chooses the batches and their order in
+both runs. Rolling requests are run twice as a whole, because the harness processes their windows batch by batch.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from cfsp.architecture.weights import Weights
 
 
-def harness_of(model: Any, **settings: Any) -> HFLM:
-    """Return the harness's model for a model in memory or streamed."""
+def build_harness(model: Any, **settings: Any) -> HFLM:
+    """Build the harness's model object from a model in memory or a streamed one."""
     weights = weights_of(model)
     return BlockByBlock(weights, **settings) if weights.is_streamed else HFLM(pretrained=model, **settings)
 
 
 class BlockByBlock(HFLM):
-    """``HFLM`` of a streamed model; generation still reads the whole model for each token."""
+    """``HFLM`` for a streamed model; generation still reads the whole model for each token."""
 
     def __init__(self, store: Weights, **settings: Any) -> None:
         super().__init__(pretrained=store.model, **settings)
         self._store = store
         self._device = store.device  # the parameters are on the meta device
-        self._noted: list[Tensor] | None = None
-        self._answers: Any = None
+        self._recorded_batches: list[Tensor] | None = None
+        self._batches_with_hidden: Any = None
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
         """Return the log-likelihoods of whole texts; see :meth:`lm_eval.api.model.LM.loglikelihood_rolling`."""
@@ -46,42 +46,44 @@ class BlockByBlock(HFLM):
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
         compute = super()._loglikelihood_tokens
-        if self._noted is not None or self._answers is not None:  # a batch of rolling windows, which share a bar
+        if (
+            self._recorded_batches is not None or self._batches_with_hidden is not None
+        ):  # rolling requests are being run twice as a whole
             return compute(requests, disable_tqdm=True, override_bs=override_bs)
         return self._run_twice(
             lambda quiet: compute(requests, disable_tqdm=quiet or disable_tqdm, override_bs=override_bs)
         )
 
     def _run_twice(self, compute: Callable[[bool], Any]) -> Any:
-        """Run requests twice, and return the answer that they get with the logits of all batches.
+        """Run requests twice, and return the result of the second run, which has the true logits.
 
         Args:
-            compute: runs the requests; its argument says whether to draw no progress bar.
+            compute: runs the requests; its argument is True to hide the progress bar.
         """
-        self._noted = []
+        self._recorded_batches = []
         try:
             compute(True)
-            batches = self._noted
+            batches = self._recorded_batches
         finally:
-            self._noted = None
+            self._recorded_batches = None
         driver = BlockDriver(resolve(self._store.model), self.batch_size)
         hidden = driver.leaving(batches, "zero-shot") if batches else driver.hidden_states()
-        self._answers = zip(batches, hidden, strict=True)
+        self._batches_with_hidden = zip(batches, hidden, strict=True)
         try:
             with torch.no_grad(), self._store.resident_rest():
                 self._logits = driver.logits
                 return compute(False)
         finally:
-            self._answers = None
+            self._batches_with_hidden = None
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        if self._noted is not None:
-            self._noted.append(inps)
-            # A single vocabulary of zeros, expanded to [B, T, V] without memory.
+        if self._recorded_batches is not None:
+            self._recorded_batches.append(inps)
+            # One row of zeros, expanded to [B, T, V] without taking memory.
             vocabulary = self._store.model.get_output_embeddings().weight.shape[0]
             return torch.zeros(1, 1, vocabulary, device=self._device).expand(*inps.shape, -1)
-        if self._answers is None:
+        if self._batches_with_hidden is None:
             return super()._model_call(inps, attn_mask, labels)
-        batch, hidden = next(self._answers)
+        batch, hidden = next(self._batches_with_hidden)
         assert torch.equal(batch, inps)
         return self._logits(batch, hidden)

@@ -37,9 +37,9 @@ class TaskFile:
     """Parsed task YAML.
 
     Attributes:
-        path: the file.
-        content: its content; ``!function`` values are strings.
-        functions: its ``!function`` values, at any depth.
+        path: path of the file.
+        content: parsed content, in which ``!function`` values are strings.
+        functions: all ``!function`` values, at any depth.
     """
 
     path: Path
@@ -48,7 +48,7 @@ class TaskFile:
 
     @property
     def includes(self) -> list[str]:
-        """Return the YAML files that it includes, at any depth."""
+        """Return the names of the YAML files in ``include`` entries, at any depth."""
         return list(_strings_under_key(self.content, "include"))
 
     @property
@@ -94,13 +94,13 @@ def _parse_task(path: Path, text: str, key: str) -> TaskFile:
     functions: list[str] = []
 
     class Loader(yaml.SafeLoader):
-        """Loader of its own for each file, since its constructor notes the functions of that file."""
+        """Loader for this file alone, because its constructor collects the functions of the file."""
 
-    def function(loader: yaml.SafeLoader, node: Any) -> str:
+    def construct_function(loader: yaml.SafeLoader, node: Any) -> str:
         functions.append(str(node.value))
         return f"!function {node.value}"
 
-    Loader.add_constructor("!function", function)
+    Loader.add_constructor("!function", construct_function)
     try:
         content = yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -133,7 +133,9 @@ def _size(value: Any, sizes: dict[int, int]) -> int:
 
 
 def local_tasks(include_path: str | None, key: str) -> dict[str, list[TaskFile]]:
-    """Return the files that define each task, group and tag of a folder, by name; a group has those of its members too.
+    """Return, by name, the files that define each task, group and tag of a folder.
+
+    The files of a group include those of its members.
 
     Args:
         include_path: the folder; None: there are no local tasks.
@@ -151,7 +153,7 @@ def local_tasks(include_path: str | None, key: str) -> dict[str, list[TaskFile]]
     defined: dict[str, list[TaskFile]] = {}
     for file in files:
         for position, name in enumerate(file.names):
-            # lm-eval takes the first of two files with the same name; a tag collects all files that carry it.
+            # lm-eval uses the first of two files with the same name; a tag collects all files that carry it.
             if name not in defined or (position > 0 or "task" not in file.content):
                 defined.setdefault(name, []).append(file)
     return {name: _with_members(list(files_of_name), defined) for name, files_of_name in defined.items()}
@@ -200,15 +202,15 @@ def check_task_file(path: Path, folder: Path, key: str) -> None:
             )
 
 
-def content_of(files: list[TaskFile], folder: Path, key: str) -> str:
-    """Return the sha256 over everything local that decides a task: its YAML, its includes, its functions and its data.
+def hash_task_files(files: list[TaskFile], folder: Path, key: str) -> str:
+    """Return the SHA-256 of all local files that decide a task: its YAML, its includes, its functions and its data.
 
     Raises:
         DataError: a file is missing or lies outside ``folder``.
     """
     digest = hashlib.sha256()
     # Each path once, so that a task in several files (a group) is hashed as a single set.
-    for path in sorted({path for file in files for path in _files_of(file, folder, key, ())}):
+    for path in sorted({path for file in files for path in _iterate_files(file, folder, key, ())}):
         if not path.is_file():
             raise DataError(
                 f"{key}: task {files[0].path.stem} names the file {path}, which does not exist; "
@@ -218,7 +220,7 @@ def content_of(files: list[TaskFile], folder: Path, key: str) -> str:
     return digest.hexdigest()
 
 
-def _files_of(file: TaskFile, folder: Path, key: str, including_files: tuple[Path, ...]) -> Iterator[Path]:
+def _iterate_files(file: TaskFile, folder: Path, key: str, including_files: tuple[Path, ...]) -> Iterator[Path]:
     """Yield the YAML of a task, the YAMLs that it includes, the modules of its functions and its data files."""
     if file.path.resolve() in including_files:
         raise DataError(f"{key}.include_path: {file.path} includes itself")
@@ -227,9 +229,9 @@ def _files_of(file: TaskFile, folder: Path, key: str, including_files: tuple[Pat
     for name in file.includes:
         included = file.path.parent / name
         if not included.is_file():
-            yield included  # content_of reports it as missing
+            yield included  # hash_task_files reports it as missing
             continue
-        yield from _files_of(read_task(included, key), folder, key, (*including_files, file.path.resolve()))
+        yield from _iterate_files(read_task(included, key), folder, key, (*including_files, file.path.resolve()))
     for name in file.functions:
         yield file.path.parent / f"{name.rpartition('.')[0].replace('.', '/')}.py"
     for name in strings((_mapping(file.content.get("dataset_kwargs"))).get("data_files")):

@@ -1,4 +1,4 @@
-"""Trial of a task's items before anything is calibrated, so that a broken item ends the check, not the evaluation."""
+"""Trial of a task's items before the run starts, so that a broken item fails the check and not the evaluation."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _POSITIONS = 2048
 
 
 @contextlib.contextmanager
-def names_the_task(key: str, task: str, *, checking: bool) -> Iterator[None]:
-    """Turn any error inside into one line with the key and the task.
+def name_task_in_errors(key: str, task: str, *, checking: bool) -> Iterator[None]:
+    """Convert any error raised inside to a message of one line that names the key and the task.
 
-    Errors of cfsp and errors of memory pass as they are.
+    Errors of cfsp and out-of-memory errors are not converted.
 
     Args:
         key: configuration key of the evaluator.
         task: name of the task.
-        checking: raise a DataError, not a RunError.
+        checking: whether to raise a DataError (before the run) instead of a RunError.
     """
     prefix = f"{key}.tasks={task}"
     try:
@@ -82,7 +82,7 @@ def try_task(
     # lm_eval.simple_evaluate sets both in the same way.
     if num_fewshot is not None and task.get_config("num_fewshot") != 0:
         task.set_config(key="num_fewshot", value=num_fewshot)
-    elif num_fewshot:  # lm-eval says it at a level that nobody sees
+    elif num_fewshot:  # lm-eval logs this only at a level that is not shown
         log.warning(
             "%s.num_fewshot=%d: not used for the task %s, which states num_fewshot: 0 itself, so it is measured "
             "without examples; take that line out of its YAML, or leave the key out",
@@ -115,13 +115,17 @@ def _check_choices(task: Any, document: Any, prefix: str) -> None:
         target = task.doc_to_target(document)
         targets = target if isinstance(target, list) else [target]
         for gold in targets:
-            known = gold in choices if isinstance(gold, str) else isinstance(gold, int) and 0 <= gold < len(choices)
-            if not known:
+            is_choice = gold in choices if isinstance(gold, str) else isinstance(gold, int) and 0 <= gold < len(choices)
+            if not is_choice:
                 raise DataError(f"{prefix}: its target {str(gold)[:60]!r} is none of its {len(choices)} choices")
 
 
 def _check_request(request: Any, prefix: str, tokenizer: Any, limits: Limits) -> None:
-    """Check what the harness itself would assert of a request's tokens only during the evaluation."""
+    """Check the tokens of a request, which the harness itself checks only during the evaluation.
+
+    Raises:
+        DataError: the harness would fail on the request.
+    """
     kind, arguments = request.request_type, request.args
     positions = limits.positions or _POSITIONS
     if kind == "generate_until":
@@ -130,10 +134,10 @@ def _check_request(request: Any, prefix: str, tokenizer: Any, limits: Limits) ->
                 f"{prefix}: it generates text, and the tokenizer names no EOS to end it with; name it in "
                 "tokenizer_config.json, or leave the task out"
             )
-        new = new_tokens(arguments[1], _NEW_TOKENS)
-        if new >= positions:
+        n_new = new_tokens(arguments[1], _NEW_TOKENS)
+        if n_new >= positions:
             raise DataError(
-                f"{prefix}: it asks for {new} new tokens (max_gen_toks), and the model has {positions} positions in "
+                f"{prefix}: it asks for {n_new} new tokens (max_gen_toks), and the model has {positions} positions in "
                 "all; leave it out, or set generation_kwargs.max_gen_toks in a local task"
             )
     elif kind == "loglikelihood":

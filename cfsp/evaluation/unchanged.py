@@ -36,7 +36,7 @@ class ModelState:
     config: str = field(repr=False)
 
     def difference(self, later: ModelState) -> str | None:
-        """Return a clause on what a later state has changed; None where nothing changed."""
+        """Describe the first difference of a later state in a clause, e.g. "ties or unties NAME"; None: no change."""
         if self.tied != later.tied:
             return f"ties or unties {_first_difference(self.tied, later.tied)}"
         if self.values != later.values:
@@ -47,8 +47,8 @@ class ModelState:
         return None
 
 
-def state_of(model: nn.Module) -> ModelState:
-    """Return the state of a model; the whole model is read once, at the speed of its memory."""
+def compute_state(model: nn.Module) -> ModelState:
+    """Compute the checksums of a model, which reads all its weights once."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
@@ -61,8 +61,8 @@ def state_of(model: nn.Module) -> ModelState:
     return ModelState(values, tied, json.dumps(stated, sort_keys=True, default=str))
 
 
-def measured_unchanged(name: str, model: nn.Module, measure: Callable[[], _T]) -> _T:
-    """Return the result of ``measure``, and check that it left the model unchanged.
+def measure_unchanged(name: str, model: nn.Module, measure: Callable[[], _T]) -> _T:
+    """Call ``measure``, check that it left the model unchanged, and return its result.
 
     Args:
         name: name of the evaluator, for the message.
@@ -72,13 +72,13 @@ def measured_unchanged(name: str, model: nn.Module, measure: Callable[[], _T]) -
     Raises:
         RunError: the model has changed.
     """
-    before = state_of(model)
+    before = compute_state(model)
     result = measure()
-    changed = before.difference(state_of(model))
-    if changed is not None:
+    difference = before.difference(compute_state(model))
+    if difference is not None:
         raise RunError(
-            f"evaluation={name}: the evaluator {changed} of the model that it measures, so this figure and later ones "
-            "would be another model's; have it work on a copy"
+            f"evaluation={name}: the evaluator {difference} of the model that it measures, so this figure and later "
+            "ones would be another model's; have it work on a copy"
         )
     return result
 

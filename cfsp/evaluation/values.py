@@ -1,4 +1,4 @@
-"""Checks of evaluators' settings, with a sentence each in place of pydantic's messages about types."""
+"""Checks of evaluators' settings, whose plain messages replace pydantic's messages about types."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ def _is_whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def checked_windows(value: Any) -> tuple[int, int] | None:
-    """Check the range [first, end) of the windows to evaluate; None: all of them.
+def validate_windows(value: Any) -> tuple[int, int] | None:
+    """Check the range [first, end) of the windows to evaluate, and return it as a tuple; None: all windows.
 
     Raises:
         ValueError: the value is not such a range.
@@ -23,10 +23,10 @@ def checked_windows(value: Any) -> tuple[int, int] | None:
     raise ValueError(f"expected [first, end], e.g. [0,24]{missing}")
 
 
-def checked_batch_size(value: Any) -> int:
-    """Check the number of sequences or requests at a time.
+def validate_batch_size(value: Any) -> int:
+    """Check the number of sequences or requests at a time, and return it.
 
-    There is no "auto", because the number changes the last digits of a figure.
+    There is no "auto", because the batch size changes the last digits of a figure.
 
     Raises:
         ValueError: the value is not a whole number from 1.
@@ -36,8 +36,8 @@ def checked_batch_size(value: Any) -> int:
     raise ValueError("sequences at a time: give a whole number from 1, e.g. 16")
 
 
-def checked_limit(value: Any) -> int | float | None:
-    """Check the limit as lm-eval takes it: a number of items of each task, or a share of them between 0 and 1.
+def validate_limit(value: Any) -> int | float | None:
+    """Check the limit and return it: a number of items of each task, or a share of them between 0 and 1, as in lm-eval.
 
     Raises:
         ValueError: the value is neither.

@@ -18,16 +18,16 @@ from cfsp.config.deciding import Decides, deciding_settings
 from cfsp.errors import ConfigError, DataError
 from cfsp.evaluation.harness import (
     count_truncated,
-    counted_requests,
     harness_tasks,
     quiet_harness,
+    report_requests,
     task_manager,
     with_special_tokens,
 )
 from cfsp.evaluation.measurement import Measurement
-from cfsp.evaluation.task_folder import content_of, local_tasks, with_absolute_data
-from cfsp.evaluation.task_trial import TRIED_ITEMS, names_the_task, try_task
-from cfsp.evaluation.values import checked_batch_size, checked_limit
+from cfsp.evaluation.task_folder import hash_task_files, local_tasks, with_absolute_data
+from cfsp.evaluation.task_trial import TRIED_ITEMS, name_task_in_errors, try_task
+from cfsp.evaluation.values import validate_batch_size, validate_limit
 from cfsp.system.package import package_path
 from cfsp.system.progress import watched
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 _METRIC_UNITS = {"acc": "fraction", "acc_norm": "fraction", "exact_match": "fraction", "f1": "fraction"}
 #: Trials that succeeded in this process; the runs of a sweep repeat the same ones.
-_tried: set[str] = set()
+_succeeded_trials: set[str] = set()
 
 
 @component
@@ -59,8 +59,8 @@ class ZeroShot(Evaluator):
     tasks: Annotated[list[str], Field(min_length=1)]
     include_path: Annotated[str | None, Decides("content")] = None
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
-    limit: Annotated[int | float | None, PlainValidator(checked_limit)] = None
-    batch_size: Annotated[int, PlainValidator(checked_batch_size)] = 16
+    limit: Annotated[int | float | None, PlainValidator(validate_limit)] = None
+    batch_size: Annotated[int, PlainValidator(validate_batch_size)] = 16
 
     side_by_side: ClassVar[bool] = False
     key: ClassVar[str] = "evaluation.zero_shot"
@@ -68,8 +68,8 @@ class ZeroShot(Evaluator):
     def check(self, tokenizer: Any, limits: Limits) -> dict[str, Any]:
         """Check settings and build every task; see :meth:`cfsp.config.contracts.Evaluator.check`."""
         identity = self.check_settings()
-        if tokenizer is not None:  # without a tokenizer only the identity is wanted
-            self._try(identity, tokenizer, limits)
+        if tokenizer is not None:  # the identity alone needs no tokenizer
+            self._try_tasks(identity, tokenizer, limits)
         return identity
 
     def task_folder(self) -> str | None:
@@ -93,13 +93,15 @@ class ZeroShot(Evaluator):
                     near = suggest(name, [*local, *known])
                     raise ConfigError(f"{self.key}.tasks={name}: lm-eval has no such task{near}")
         folder = self._folder()
-        content = {name: content_of(local[name], folder, self.key) for name in local if name in self.tasks and folder}
+        content = {
+            name: hash_task_files(local[name], folder, self.key) for name in local if name in self.tasks and folder
+        }
         return deciding_settings(self) | {"local": content}
 
-    def _try(self, identity: dict[str, Any], tokenizer: Any, limits: Limits) -> None:
+    def _try_tasks(self, identity: dict[str, Any], tokenizer: Any, limits: Limits) -> None:
         """Build each task, which locates its data, and render its first items.
 
-        Equal requests are tried once in a process.
+        Equal trials are run once in a process.
         """
         tokenizer = with_special_tokens(tokenizer)
         if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
@@ -112,36 +114,36 @@ class ZeroShot(Evaluator):
         deciding = {name: value for name, value in identity.items() if name != "batch_size"}
         content = getattr(tokenizer, "of_content", None)
         trial_key = repr((deciding, self._folder(), self.key, content, limits)) if content else None
-        if trial_key in _tried:
+        if trial_key in _succeeded_trials:
             return
         with quiet_harness(self._folder(), self.key):
             local = self._local_tasks()
             manager = self._task_manager(local)
             for name in self.tasks:
-                with names_the_task(self.key, name, checking=True):
-                    for leaf, task in manager.load([self._given(name, local)])["tasks"].items():
+                with name_task_in_errors(self.key, name, checking=True):
+                    for leaf, task in manager.load([self._task_argument(name, local)])["tasks"].items():
                         items = TRIED_ITEMS if name in local else 1
                         if isinstance(self.limit, int):
                             items = min(items, self.limit)
                         label = name if leaf == name else f"{name} ({leaf})"
                         try_task(task, label, self.key, self.num_fewshot, items, tokenizer, limits)
         if trial_key is not None:
-            _tried.add(trial_key)
+            _succeeded_trials.add(trial_key)
 
     def parts(self) -> dict[str, ZeroShot]:
         """Divide the evaluator by task."""
         return {task: with_key(replace(cast(Any, self), tasks=[task]), self.key) for task in self.tasks}
 
     def measure(self, model: nn.Module, tokenizer: Any) -> list[Measurement]:
-        """Run the tasks."""
+        """Run the tasks with the harness."""
         import lm_eval
 
         # Start-up time: loads lm_eval, torch.
-        from cfsp.evaluation.streamed_harness import harness_of
+        from cfsp.evaluation.streamed_harness import build_harness
 
         names = ",".join(self.tasks)
-        with quiet_harness(self._folder(), self.key), names_the_task(self.key, names, checking=False):
-            harness = harness_of(model, tokenizer=with_special_tokens(tokenizer), batch_size=self.batch_size)
+        with quiet_harness(self._folder(), self.key), name_task_in_errors(self.key, names, checking=False):
+            harness = build_harness(model, tokenizer=with_special_tokens(tokenizer), batch_size=self.batch_size)
             truncated = count_truncated(harness)
             if not watched():  # the harness draws its bars even where tqdm is switched off
                 for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
@@ -152,10 +154,10 @@ class ZeroShot(Evaluator):
                     loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
                 )
             local = self._local_tasks()
-            with counted_requests(harness, f"zero-shot {names}"):
+            with report_requests(harness, f"zero-shot {names}"):
                 results = lm_eval.simple_evaluate(
                     model=harness,
-                    tasks=[self._given(name, local) for name in self.tasks],
+                    tasks=[self._task_argument(name, local) for name in self.tasks],
                     num_fewshot=self.num_fewshot,
                     limit=self.limit,
                     bootstrap_iters=1000,  # 0 would drop the analytic standard errors as well
@@ -169,7 +171,7 @@ class ZeroShot(Evaluator):
     ) -> list[Measurement]:
         measurements = []
         for task, values in results["results"].items():
-            described = self._described(task, results, truncated or Counter())
+            items = self._describe_items(task, results, truncated or Counter())
             for entry, value in values.items():
                 metric, _, filter_name = entry.partition(",")
                 if not filter_name or metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -178,17 +180,17 @@ class ZeroShot(Evaluator):
                 measurements.append(
                     Measurement(
                         "zero_shot", task, metric, float(value), _METRIC_UNITS.get(metric, metric),
-                        n=described["n"], seq_len=max_length,
+                        n=items["n"], seq_len=max_length,
                         stderr=float(stderr) if isinstance(stderr, int | float) else None,
-                        split=described["split"], num_fewshot=described["num_fewshot"],
+                        split=items["split"], num_fewshot=items["num_fewshot"],
                         version=str(results["versions"].get(task)), limit=self.limit,
-                        detail={"filter": filter_name, **described["detail"]},
+                        detail={"filter": filter_name, **items["detail"]},
                     )
                 )  # fmt: skip
         return measurements
 
-    def _described(self, task: str, results: dict[str, Any], truncated: Counter[str]) -> dict[str, Any]:
-        """Describe the items that a task was measured on; for a group, those of all members and of each one."""
+    def _describe_items(self, task: str, results: dict[str, Any], truncated: Counter[str]) -> dict[str, Any]:
+        """Return facts of a task's measured items; for a group, those of all members together and of each member."""
         leaves = _leaves(task, results.get("group_subtasks", {}))
         if leaves == [task]:
             config = results["configs"].get(task, {})
@@ -205,7 +207,7 @@ class ZeroShot(Evaluator):
                     **unused,
                 },
             }
-        members = {leaf: self._described(leaf, results, truncated) for leaf in leaves}
+        members = {leaf: self._describe_items(leaf, results, truncated) for leaf in leaves}
         member_facts = {
             leaf: {
                 "n": facts["n"],
@@ -232,18 +234,16 @@ class ZeroShot(Evaluator):
         return package_path(self.include_path) if self.include_path is not None else None
 
     def _local_tasks(self) -> dict[str, list[TaskFile]]:
-
         return local_tasks(self.include_path, self.key)
 
-    def _given(self, name: str, local: dict[str, list[TaskFile]]) -> str | dict[str, Any]:
-        """Return a task as the harness takes it: a plain one with absolute paths of its data, otherwise its name."""
+    def _task_argument(self, name: str, local: dict[str, list[TaskFile]]) -> str | dict[str, Any]:
+        """Return the harness's argument for a task: plain tasks as dictionaries with absolute paths, others by name."""
         files = local.get(name, [])
         if len(files) != 1 or not files[0].is_plain or files[0].content["task"] != name:
             return name
         return copy.deepcopy(with_absolute_data(files[0].content, files[0].path.parent))
 
     def _task_manager(self, local: dict[str, list[TaskFile]]) -> Any:
-
         chosen = {file for name in self.tasks for file in local.get(name, [])}
         requested = {*self.tasks, *(member for file in chosen for member in file.members)}
         # Hash of the files, since the folder may have changed since this process read it.
@@ -254,7 +254,7 @@ class ZeroShot(Evaluator):
 
 
 def _leaves(task: str, members: dict[str, list[str]]) -> list[str]:
-    """Return the tasks of a group and of the groups in it, in order; of a task, the task itself."""
+    """Return the tasks of a group and of the groups in it, in order; for a single task, the task itself."""
     if not members.get(task):
         return [task]
     return list(dict.fromkeys(leaf for member in members[task] for leaf in _leaves(member, members)))

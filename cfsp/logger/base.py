@@ -1,4 +1,4 @@
-"""Logger interface, and the null logger."""
+"""Logger interface, and the logger that does nothing."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Files of OUT that are logged with a run where they exist; a model folder is not.
+#: Files of the output folder that are uploaded if they exist. Model folders are not uploaded.
 _FILES = ("record.json", "plan.json", "config.yaml", "blocks.png", "recovery.png")
 
 
@@ -25,9 +25,9 @@ _FILES = ("record.json", "plan.json", "config.yaml", "blocks.png", "recovery.png
 class WandbLogger(RunLogger):
     """Logger for Weights & Biases: one W&B run for each run of cfsp, with the run_id as its id.
 
-    Config, summary, curves, figures and files are those of the record. An online run exists from the start and gets the
-    curves of the training as they come. An offline run is written at the end, from the record, so that a killed run
-    leaves none; ``wandb sync OUT/wandb/offline-run-*`` uploads it later.
+    Config, summary, curves, figures and files are those of the record. An online run is created at the start and
+    receives the training curves while the model trains. An offline run is written at the end from the record, so a
+    killed run leaves none. ``wandb sync OUT/wandb/offline-run-*`` uploads it later.
 
     Attributes:
         project: W&B project.
@@ -83,7 +83,7 @@ class WandbLogger(RunLogger):
         wandb.finish(exit_code=0 if record.status == "success" else 1)
 
     def files(self, name: str, folder: Path, files: Mapping[str, Path]) -> None:
-        """Log tables and figures of several runs as a separate W&B run."""
+        """Log files with tables and figures of several runs as a separate W&B run."""
         if self._mode() == "disabled":
             return
         import wandb
@@ -98,7 +98,7 @@ class WandbLogger(RunLogger):
     def _init(self, name: str, folder: Path, configuration: dict[str, Any], job_type: str = "run") -> None:
         import wandb
 
-        # Offline runs of an earlier attempt are replaced, so that there is one W&B run for each run.
+        # Offline runs of an earlier attempt are replaced, so that each run of cfsp has only one W&B run.
         for earlier in (folder / "wandb").glob(f"offline-run-*-{name}"):
             shutil.rmtree(earlier)
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,11 +115,12 @@ class WandbLogger(RunLogger):
 
         artifact = wandb.Artifact(name, type=kind)
         for file, path in files.items():
-            # "immutable" uploads the file from its place; otherwise a copy stays in the home folder until it is synced.
+            # "immutable" uploads the file from its path. Otherwise a copy stays in the home folder until it is synced.
             artifact.add_file(str(path.resolve()), name=file, policy="immutable")
         wandb.log_artifact(artifact)
 
     def _mode(self) -> Literal["online", "offline", "disabled"]:
+        """Return the mode from the settings, the environment variables of wandb, or the login."""
         if self.mode != "auto":
             return self.mode
         environment = os.environ.get("WANDB_MODE")
@@ -131,6 +132,7 @@ class WandbLogger(RunLogger):
 
 
 def _summary(record: RunRecord) -> dict[str, Any]:
+    """Return the values of the W&B summary: figures, achieved sizes, LoRA ranks and seconds of stages."""
     figures: dict[str, Any] = {
         f"{side}/{row['suite']}/{row['task']}/{row['metric']}": row["value"]
         for side, rows in record.measurements.items()
@@ -144,6 +146,7 @@ def _summary(record: RunRecord) -> dict[str, Any]:
 
 
 def _has_login() -> bool:
+    """Return whether the netrc file has an entry for W&B."""
     netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
     try:
         return "api.wandb.ai" in netrc.read_text(encoding="utf-8")

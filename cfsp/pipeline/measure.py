@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from cfsp.config.identity import METHOD_VERSION, digest
-from cfsp.evaluation.base import Side, parts_of, under_its_key
+from cfsp.evaluation.base import Side, name_key_in_errors, parts_of
 from cfsp.evaluation.measurement import Measurement
-from cfsp.evaluation.unchanged import measured_unchanged
+from cfsp.evaluation.unchanged import measure_unchanged
 from cfsp.pipeline.preflight import Prepared
 from cfsp.record import environment
 from cfsp.record.validation import figure_problem
@@ -52,7 +52,7 @@ def evaluate_dense(prepared: Prepared, model: nn.Module) -> tuple[list[dict[str,
             path = folder / f"{digest([key, part])[:32]}.json"
             if prepared.config.force:
                 path.unlink(missing_ok=True)
-            with under_its_key(name, evaluator.instance):
+            with name_key_in_errors(name, evaluator.instance):
                 figures, cached = _cached_figures(path, name, part_evaluator, model, prepared.tokenizer)
             all_cached &= cached
             rows += figures
@@ -70,7 +70,7 @@ def evaluate_side(prepared: Prepared, model: nn.Module, side: str) -> list[dict[
             continue
         for part, part_evaluator in parts_of(evaluator.instance).items():
             path = prepared.progress / "measured" / f"{digest([side, name, part])[:32]}.json"
-            with under_its_key(name, evaluator.instance):
+            with name_key_in_errors(name, evaluator.instance):
                 rows += _cached_figures(path, name, part_evaluator, model, prepared.tokenizer)[0]
     return rows
 
@@ -83,7 +83,7 @@ def _cached_figures(
         _read_figures,
         lambda: [
             measurement.as_dict()
-            for measurement in measured_unchanged(name, model, lambda: evaluator.measure(model, tokenizer))
+            for measurement in measure_unchanged(name, model, lambda: evaluator.measure(model, tokenizer))
         ],
         lambda values, file: file.write_text(json.dumps(values), encoding="utf-8"),
     )
@@ -109,7 +109,7 @@ def evaluate_side_by_side(prepared: Prepared, model: nn.Module, sides: list[Side
     for name, evaluator in prepared.config.evaluation.items():
         if evaluator.instance.side_by_side:
             measure = partial(evaluator.instance.measure_sides, model, sides)
-            for side, rows in measured_unchanged(name, model, measure).items():
+            for side, rows in measure_unchanged(name, model, measure).items():
                 measurements.setdefault(side, []).extend(rows)
     return measurements
 

@@ -20,7 +20,7 @@ from cfsp.config.run_config import RunConfig
 from cfsp.config.sections import SelfCalibration, TextCalibration, TokensCalibration
 from cfsp.data.limits import Limits
 from cfsp.errors import CfspError, ConfigError, DataError
-from cfsp.evaluation.base import under_its_key
+from cfsp.evaluation.base import name_key_in_errors
 from cfsp.export.check import check_exportable
 from cfsp.importance.base import required_items
 from cfsp.model.device import resolve_device, resolve_dtype
@@ -211,7 +211,7 @@ def _check_evaluation(inputs: _Inputs, problems: list[CfspError]) -> dict[str, d
     """Check every evaluator; return its name -> the facts that identify its code and inputs."""
     evaluation = {}
     for name, evaluator in inputs.config.evaluation.items():
-        with _collect_problems(problems), under_its_key(name, evaluator.instance):
+        with _collect_problems(problems), name_key_in_errors(name, evaluator.instance):
             code = {key: value for key, value in evaluator.identity().items() if key in NAMING}
             # Checks that take long run only if no other input is wrong.
             facts = evaluator.instance.check_settings() if problems else None

@@ -25,21 +25,22 @@ class RecoveryContext:
     """Everything that a recovery may use.
 
     Attributes:
-        model: the pruned model.
-        dense: while entered, the same module is the dense model again.
-        parked: while entered, the tensors that only the dense model has wait in the CPU's memory.
+        model: pruned model.
+        dense: returns a context in which ``model`` is the dense model again.
+        parked: returns a context in which the tensors that only the dense model needs are kept in CPU memory.
         tokenizer: tokenizer of the model.
-        limits: vocabulary and positions of the model.
-        plan: the plan that the model was pruned by.
-        importance: coarse importance s_l of the base model's blocks [L].
+        limits: vocabulary size and number of positions of the model.
+        plan: pruning plan of the model.
+        importance: coarse importance s_l of the base model's blocks, [L].
         folder: folder for training checkpoints.
         adapter: folder for an adapter.
-        base: saves the pruned model that an adapter stands on and returns its folder; None where nothing is saved.
+        base: saves the pruned model to which an adapter belongs, and returns its folder; returns None if the run saves
+            no model.
         cache: folder for results that take long to compute.
-        fingerprint: content of the dense model.
-        run_id: the run's.
-        seed: the run's.
-        report: called with values to log while the model trains.
+        fingerprint: hash of the dense model's content.
+        run_id: identifier of the run.
+        seed: random seed of the run.
+        report: logs values by name while the model trains.
     """
 
     model: nn.Module
@@ -63,11 +64,11 @@ class RecoveryContext:
 class Recovered:
     """The result of a recovery.
 
-    Where ``history``, ``objective``, ``tokens`` and ``trainable_parameters`` are in the record, it is drawn.
+    The training curve is drawn if the record has ``history``, ``objective``, ``tokens`` and ``trainable_parameters``.
 
     Attributes:
-        model: the recovered model, adapters merged.
-        record: facts for the run's record, at least the ``name``.
+        model: recovered model, with adapters merged.
+        record: facts for the run's record; contains at least ``name``.
     """
 
     model: nn.Module

@@ -1,7 +1,8 @@
-"""Checkpoints of a training, and in the end its trained weights, so that a killed run goes on.
+"""Checkpoints of a training and its trained weights, from which a killed run continues.
 
-Trainer writes into a checkpoint's folder file by file, so a folder counts only once it is sealed: every file is on the
-disk, and their sizes stand in the seal, which is written last.
+Trainer writes a checkpoint's folder file by file, so a killed process may leave an incomplete folder. A folder is
+therefore used only if it is sealed. The seal is a file that is written last, after all others are on the disk, and it
+lists their sizes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _SEAL = "cfsp_complete.json"
 
 
 def seal(folder: Path, content: dict[str, Any]) -> None:
-    """Mark ``folder`` as whole, with ``content`` for :func:`read_seal`."""
+    """Mark ``folder`` as complete, and store ``content`` for :func:`read_seal`."""
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     files.pop(_SEAL, None)
     for path in files.values():
@@ -35,7 +36,7 @@ def seal(folder: Path, content: dict[str, Any]) -> None:
 
 
 def read_seal(folder: Path, run_id: str) -> dict[str, Any] | None:
-    """Return the content that this run sealed into ``folder``; None where it is not whole, or another run's."""
+    """Return the content of the folder's seal; None if the folder is incomplete or belongs to another run."""
     try:
         content = json.loads((folder / _SEAL).read_text(encoding="utf-8"))
         is_complete = all((folder / name).stat().st_size == size for name, size in content["files"].items())
@@ -44,8 +45,11 @@ def read_seal(folder: Path, run_id: str) -> dict[str, Any] | None:
         return None
 
 
-def last_whole(folder: Path, run_id: str) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest whole checkpoint of this run with the content of its seal; others are removed."""
+def find_last_checkpoint(folder: Path, run_id: str) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest complete checkpoint of this run and the content of its seal; None if there is none.
+
+    Incomplete checkpoints and those of another run are removed.
+    """
     complete: dict[int, tuple[Path, dict[str, Any]]] = {}
     for path in folder.glob("checkpoint-*"):
         content = read_seal(path, run_id)
@@ -57,7 +61,7 @@ def last_whole(folder: Path, run_id: str) -> tuple[Path, dict[str, Any]] | None:
 
 
 def seal_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Seal a checkpoint; only then are older ones removed."""
+    """Seal a checkpoint, and then remove the older ones."""
     seal(path, content)
     for other in path.parent.glob("checkpoint-*"):
         if other != path:
@@ -65,20 +69,24 @@ def seal_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def save_trained(model: nn.Module, folder: Path, run_id: str, record: dict[str, Any]) -> None:
-    """Keep what was trained of ``model``, and what the record says of it."""
+    """Save the trained parameters of ``model``, and the facts for the record."""
     from safetensors.torch import save_file
 
-    place = folder / "trained"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
+    trained_folder = folder / "trained"
+    shutil.rmtree(trained_folder, ignore_errors=True)
+    trained_folder.mkdir(parents=True)
     trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    with replacing(place / "weights.safetensors") as partial:
+    with replacing(trained_folder / "weights.safetensors") as partial:
         save_file(trained, partial)
-    seal(place, {"run_id": run_id, "record": record})
+    seal(trained_folder, {"run_id": run_id, "record": record})
 
 
 def load_trained(model: nn.Module, folder: Path, run_id: str) -> dict[str, Any] | None:
-    """Put the weights of :func:`save_trained` into ``model``; returns the record, None where this run left none."""
+    """Load the weights of :func:`save_trained` into ``model``.
+
+    Returns:
+        Facts for the record; None if this run has saved no trained weights.
+    """
     from safetensors.torch import load_file
 
     content = read_seal(folder / "trained", run_id)

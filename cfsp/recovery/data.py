@@ -1,4 +1,4 @@
-"""Training data of a recovery: token ids, and labels that say which tokens are learnt (-100: not this one)."""
+"""Training data of a recovery: token ids and labels. The label -100 marks a token that is not learnt."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IGNORED = -100
-#: The Alpaca prompt format (Stanford Alpaca, Apache-2.0); a row of prompt and response brings its own.
+#: The Alpaca prompt format (Stanford Alpaca, Apache-2.0). Rows with prompt and response use their own format.
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -32,49 +32,60 @@ PROMPT_WITH_INPUT = (
     "response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-_ANSWERS = ("output", "response", "completion")
+_RESPONSE_KEYS = ("output", "response", "completion")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence: ``labels`` [T] are ``input_ids`` [T] where the token is learnt; the first never is."""
+    """Training sequence of T tokens.
+
+    Attributes:
+        input_ids: token ids, [T].
+        labels: token id where the token is learnt, else -100, [T]. The first token is never learnt.
+    """
 
     input_ids: list[int]
     labels: list[int]
 
 
-def locate(data: RecoveryData) -> TextFile:
-    """The file, with its content's digest.
+def locate_file(data: RecoveryData) -> TextFile:
+    """Locate the data file, download it where it is on the hub, and hash its content.
 
     Raises:
-        DataError: no such file, an empty one, or the hub is out of reach.
+        DataError: there is no such file, it is empty, or the hub cannot be reached.
     """
     hub = None if data.hub is None else HubFile(**asdict(cast(Any, data.hub)))
     section = TextSection(
         path=data.path, hub=hub, text_field=data.text_field, txt_rows=data.txt_rows, join=data.join, bos="none"
     )
-    rows_only = data.kind == "instructions"
-    forms = ".jsonl, .json, .csv or .parquet" if rows_only else TEXT_FORMS
-    streamed = rows_only and data.n_samples is not None
-    return locate_text(section, "recovery.data", forms, split=None, streamed=streamed)
+    has_rows = data.kind == "instructions"
+    formats = ".jsonl, .json, .csv or .parquet" if has_rows else TEXT_FORMS
+    streamed = has_rows and data.n_samples is not None
+    return locate_text(section, "recovery.data", formats, split=None, streamed=streamed)
 
 
-def instructions(file: TextFile, settings: Training, tokenizer: Any) -> list[Example]:
-    """Rows as prompt and response, cut at ``cutoff`` tokens; rows of which nothing is left to learn are dropped.
+def read_instructions(file: TextFile, settings: Training, tokenizer: Any) -> list[Example]:
+    """Read rows with prompt and response, and cut them at ``cutoff`` tokens.
+
+    Rows with an empty response, and rows whose prompt fills the ``cutoff`` tokens, are dropped.
 
     Raises:
         DataError: a row has other keys, or no row has anything to learn within ``cutoff`` tokens.
     """
-    read = list(islice(_rows(file), settings.data.n_samples))
-    rows = [pair for pair in read if pair[1].strip()]
-    if not rows:
-        reason = "all responses are empty" if read else "holds no rows"
+    pairs = list(islice(_read_pairs(file), settings.data.n_samples))
+    answered_pairs = [(prompt, response) for prompt, response in pairs if response.strip()]
+    if not answered_pairs:
+        reason = "all responses are empty" if pairs else "holds no rows"
         raise DataError(f"recovery.data.path={file.path}: {reason}; give a file of rows with prompt and response")
-    if len(rows) < len(read):
+    if len(answered_pairs) < len(pairs):
         log.warning(
-            "recovery data: %d of %d rows left out, their responses are empty", len(read) - len(rows), len(read)
-        )
-    examples = [_example(*encoded, settings, tokenizer.eos_token_id) for encoded in _encoded(rows, tokenizer)]
+            "recovery data: %d of %d rows left out, their responses are empty",
+            len(pairs) - len(answered_pairs), len(pairs),
+        )  # fmt: skip
+    examples = [
+        _build_example(ids, is_response, settings, tokenizer.eos_token_id)
+        for ids, is_response in _encode_pairs(answered_pairs, tokenizer)
+    ]
     kept = [example for example in examples if any(label != IGNORED for label in example.labels)]
     if not kept:
         raise DataError(
@@ -84,11 +95,13 @@ def instructions(file: TextFile, settings: Training, tokenizer: Any) -> list[Exa
     if len(kept) < len(examples):
         log.warning("recovery data: %d of %d rows dropped, their prompts fill the cutoff of %d tokens",
                     len(examples) - len(kept), len(examples), settings.cutoff)  # fmt: skip
-    return pack(kept, settings.cutoff) if settings.packing else kept
+    return pack_examples(kept, settings.cutoff) if settings.packing else kept
 
 
-def windows(file: TextFile, settings: Training, tokenizer: Any) -> list[Example]:
-    """A text as consecutive windows of ``cutoff`` tokens, tokenised once; every token but a window's first is learnt.
+def read_windows(file: TextFile, settings: Training, tokenizer: Any) -> list[Example]:
+    """Tokenise a text as a whole and cut it into consecutive windows of ``cutoff`` tokens.
+
+    Every token of a window except the first is learnt.
 
     Raises:
         DataError: the text is shorter than one window.
@@ -101,16 +114,19 @@ def windows(file: TextFile, settings: Training, tokenizer: Any) -> list[Example]
             f"recovery.data.path={file.path}: {len(ids)} tokens are less than one window of "
             f"recovery.cutoff={length}; use a longer text or a smaller cutoff"
         )
-    return of_windows([ids[at * length : (at + 1) * length] for at in range(count)][: settings.data.n_samples])
+    return label_windows([ids[at * length : (at + 1) * length] for at in range(count)][: settings.data.n_samples])
 
 
-def of_windows(rows: Sequence[Sequence[int]]) -> list[Example]:
-    """Windows of which every token but the first is learnt."""
-    return [Example(list(row), [IGNORED, *row[1:]]) for row in rows]
+def label_windows(windows: Sequence[Sequence[int]]) -> list[Example]:
+    """Return an example for each window of token ids; every token except the first is learnt."""
+    return [Example(list(window), [IGNORED, *window[1:]]) for window in windows]
 
 
-def pack(examples: Sequence[Example], cutoff: int) -> list[Example]:
-    """Examples one after the other in sequences of at most ``cutoff`` tokens; they see what stands before them."""
+def pack_examples(examples: Sequence[Example], cutoff: int) -> list[Example]:
+    """Concatenate examples to sequences of at most ``cutoff`` tokens.
+
+    Attention is not masked between the examples of a sequence, so each one also sees the examples before it.
+    """
     packed: list[Example] = []
     for example in examples:
         if packed and len(packed[-1].input_ids) + len(example.input_ids) <= cutoff:
@@ -122,17 +138,28 @@ def pack(examples: Sequence[Example], cutoff: int) -> list[Example]:
 
 
 def check_ids(examples: Sequence[Example], limits: Limits) -> None:
-    """Raises DataError where the tokenizer gives ids that the model does not have."""
+    """Check that all token ids are in the model's vocabulary.
+
+    Raises:
+        DataError: an id is not in the vocabulary.
+    """
     highest = max(max(example.input_ids) for example in examples)
     if highest >= limits.vocab_size:
         raise DataError(
-            f"recovery data: id {highest} is outside the model's vocabulary of {limits.vocab_size}; the tokenizer is "
-            "another model's"
+            f"recovery data: id {highest} is outside the model's vocabulary of {limits.vocab_size}; the tokenizer "
+            "belongs to another model"
         )
 
 
-def _example(ids: list[int], is_response: list[bool], settings: Training, eos_id: int | None) -> Example:
-    """``is_response``: which of ``ids`` belong to the response. It ends with EOS, which is learnt with it."""
+def _build_example(ids: list[int], is_response: list[bool], settings: Training, eos_id: int | None) -> Example:
+    """Return an example that ends with EOS, cut at ``cutoff`` tokens; EOS is learnt as part of the response.
+
+    Args:
+        ids: token ids of prompt and response.
+        is_response: whether each token belongs to the response.
+        settings: settings of the training.
+        eos_id: id of EOS; None: the tokenizer has none.
+    """
     if eos_id is not None and (not ids or ids[-1] != eos_id):
         ids, is_response = [*ids, eos_id], [*is_response, True]
     elif eos_id is not None:
@@ -142,57 +169,58 @@ def _example(ids: list[int], is_response: list[bool], settings: Training, eos_id
     return Example(ids[: settings.cutoff], labels[: settings.cutoff])
 
 
-def _encoded(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> Iterator[tuple[list[int], list[bool]]]:
-    """Token ids of each prompt with its response, and which of them are the response's."""
-    if not tokenizer.is_fast:  # no offsets: the two parts are tokenised each for itself
+def _encode_pairs(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> Iterator[tuple[list[int], list[bool]]]:
+    """Yield the token ids of each prompt and response, and for each token whether it belongs to the response."""
+    if not tokenizer.is_fast:  # without offsets, prompt and response are tokenised separately
         for prompt, response in pairs:
-            before = list(tokenizer(prompt, verbose=False)["input_ids"])
-            if before and before[-1] == tokenizer.eos_token_id:  # it would end what has not begun
-                before.pop()
-            after = list(tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"])
-            yield before + after, [False] * len(before) + [True] * len(after)
+            prompt_ids = list(tokenizer(prompt, verbose=False)["input_ids"])
+            if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id:  # EOS must not stand before the response
+                prompt_ids.pop()
+            response_ids = list(tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"])
+            yield prompt_ids + response_ids, [False] * len(prompt_ids) + [True] * len(response_ids)
         return
     texts = [prompt + response for prompt, response in pairs]
     encoded = tokenizer(texts, return_offsets_mapping=True, verbose=False)
     for (prompt, _), ids, offsets in zip(pairs, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        # A token over the border is the response's where only white space of the prompt is in it (" Yes").
+        # A token across the border belongs to the response if it holds only white space of the prompt (" Yes").
         border = len(prompt.rstrip())
-        # Special tokens have no extent.
+        # Special tokens have begin == end and so belong to the prompt.
         yield list(ids), [begin >= border and end > max(begin, len(prompt)) for begin, end in offsets]
 
 
-def _rows(file: TextFile) -> Iterator[tuple[str, str]]:
+def _read_pairs(file: TextFile) -> Iterator[tuple[str, str]]:
+    """Yield prompt and response of each row of the file."""
     label = f"recovery.data.path={file.path}"
     with reading(label):
         for number, (_, row) in enumerate(rows(file.path, label), 1):
-            yield _pair(row, number, file.path)
+            yield _parse_row(row, number, file.path)
 
 
-def _pair(row: Any, number: int, path: Path) -> tuple[str, str]:
-    """Prompt and response of a row.
+def _parse_row(row: Any, number: int, path: Path) -> tuple[str, str]:
+    """Return prompt and response of a row.
 
     Raises:
-        DataError: names the row and what is missing or no text.
+        DataError: a key is missing or its value is not text; names the row and the key.
     """
     where = f"recovery.data.path={path}: row {number}"
     if not isinstance(row, Mapping):
         raise DataError(f"{where} is {kind_of(row)}; an object with prompt and response is needed")
-    response_key = next((key for key in _ANSWERS if key in row), None)
-    question = next((key for key in ("instruction", "prompt") if key in row), None)
-    if response_key is None or question is None:
+    response_key = next((key for key in _RESPONSE_KEYS if key in row), None)
+    prompt_key = next((key for key in ("instruction", "prompt") if key in row), None)
+    if response_key is None or prompt_key is None:
         columns = ", ".join(str(key)[:40] for key in islice(row, 10))
         raise DataError(
             f"{where} has {columns or 'nothing'}; needed: instruction, (input,) output, or prompt, response"
         )
-    extra = next((key for key in ("input", "context") if row.get(key) is not None), None)
-    for key in (question, response_key, extra if question == "instruction" else None):
+    input_key = next((key for key in ("input", "context") if row.get(key) is not None), None)
+    for key in (prompt_key, response_key, input_key if prompt_key == "instruction" else None):
         if key is not None:
             _check_text(row[key], f"{where}: {key}")
-    if question == "prompt":
+    if prompt_key == "prompt":
         return row["prompt"], row[response_key]
-    added = row[extra] if extra is not None else ""
-    form = PROMPT_WITH_INPUT if added.strip() else PROMPT
-    return form.format(instruction=row["instruction"], input=added), row[response_key]
+    input_text = row[input_key] if input_key is not None else ""
+    template = PROMPT_WITH_INPUT if input_text.strip() else PROMPT
+    return template.format(instruction=row["instruction"], input=input_text), row[response_key]
 
 
 def _check_text(value: Any, source: str) -> None:

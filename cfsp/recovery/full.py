@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @component
 class Full(Training, Recovery):
-    """Train all parameters, in float32; afterwards they have their dtype again."""
+    """Train all parameters in float32, and convert them back to their dtype afterwards."""
 
     name: Name = "full"
     trains: ClassVar[bool] = True

@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 
 @component
 class NoRecovery(Recovery):
-    """Return the model untouched."""
+    """Recovery that does not train; the model is returned unchanged."""
 
-    # No field, which would be a key of the configuration.
+    # A ClassVar, because a field would become a key of the configuration.
     name: ClassVar[str] = "none"  # type: ignore[misc]
     trains: ClassVar[bool] = False
 
     def check(self, view: DecoderView, tokenizer: Any, limits: Limits, device: torch.device) -> dict[str, Any]:
+        """See :class:`cfsp.config.contracts.Recovery`. There is nothing to check."""
         return {}
 
     def recover(self, context: RecoveryContext) -> Recovered:
-
+        """See :class:`cfsp.config.contracts.Recovery`."""
         return Recovered(context.model)

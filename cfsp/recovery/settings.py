@@ -1,4 +1,7 @@
-"""Settings that every training has in common: data, objective, batch, schedule, checkpoints. No heavy imports."""
+"""Settings common to all recoveries that train: data, objective, batch, schedule and checkpoints.
+
+This module has no heavy imports, because parsing a configuration loads it.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,19 @@ from cfsp.config.components import component, shown
 from cfsp.config.deciding import Decides
 
 Positive = Annotated[int, Field(ge=1, strict=True)]
-#: Goes into file names.
+#: Name that is part of file names.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$"), Decides("name")]
 
 
 @component
 class HubFile:
-    """One file of a dataset repository on the hub (json, jsonl or parquet)."""
+    """One file of a dataset repository on the hub (json, jsonl or parquet).
+
+    Attributes:
+        repo: name of the repository, e.g. "yahma/alpaca-cleaned".
+        file: path of the file in the repository.
+        revision: branch, tag or commit; None: the default branch.
+    """
 
     repo: str
     file: str
@@ -26,10 +35,20 @@ class HubFile:
 
 @component
 class RecoveryData:
-    """Data of a training.
+    """Training data of a recovery.
 
-    kind instructions: rows of instruction/input/output or prompt/response. kind text: a text, cut into windows of
-    ``cutoff`` tokens. kind self: ``n_samples`` windows sampled from the dense model.
+    Attributes:
+        kind: "instructions": rows with instruction, input and output, or with prompt and response. "text": a text that
+            is cut into windows of ``cutoff`` tokens. "self": ``n_samples`` windows sampled from the dense model.
+        name: name of the data in records and tables.
+        path: local file.
+        hub: file on the hub.
+        text_field: field of a row that holds the text, for files of rows.
+        txt_rows: how a .txt file is divided into rows.
+        join: string between the rows of a text.
+        n_samples: number of rows or windows to use; None: all of them.
+        sampling_temperature: softmax temperature at which windows are sampled from the dense model.
+        sampling_batch_size: number of windows that are sampled at a time.
     """
 
     kind: Literal["instructions", "text", "self"]
@@ -65,8 +84,32 @@ class RecoveryData:
 class Training:
     """Settings of every recovery that trains.
 
-    ``batch_size`` sequences make one optimiser step, ``micro_batch_size`` go through the model at a time. Exactly one
-    of ``epochs`` and ``max_steps`` is set.
+    Exactly one of ``epochs`` and ``max_steps`` is set.
+
+    Attributes:
+        data: training data.
+        objective: "lm": cross-entropy of the next token. "distill": distillation from the dense model.
+        distill_temperature: softmax temperature of teacher and student.
+        distill_weight: weight of the distillation loss; the cross-entropy has the rest, up to a sum of 1.
+        teacher: "memory": the dense model stays in memory. "disk": its largest logits are written to disk beforehand.
+        top_k: number of logits for each token that a teacher on disk keeps.
+        learning_rate: highest learning rate of the schedule.
+        schedule: learning rate after the warm-up.
+        warmup_steps: optimiser steps with a rising learning rate.
+        weight_decay: weight decay of AdamW.
+        max_grad_norm: norm to which gradients are clipped.
+        batch_size: sequences in one optimiser step.
+        micro_batch_size: sequences in one forward pass of a process.
+        epochs: passes over the data.
+        max_steps: number of optimiser steps.
+        cutoff: largest number of tokens of a sequence; the rest is cut off.
+        packing: whether several short examples share a sequence.
+        response_only: whether only the tokens of responses are learnt.
+        optimizer: optimiser; "adamw_8bit" needs CUDA and bitsandbytes.
+        bf16: whether the model computes in bfloat16 under autocast.
+        gradient_checkpointing: whether activations are recomputed in the backward pass, to save memory.
+        checkpoint_every: optimiser steps between two checkpoints.
+        log_every: optimiser steps between two log lines.
     """
 
     data: RecoveryData
@@ -104,9 +147,9 @@ class Training:
                 f"recovery.warmup_steps={self.warmup_steps}: recovery.max_steps={self.max_steps} steps end before the "
                 "learning rate is reached; use fewer warm-up steps"
             )
-        described = cast(Any, type(self)).__dataclass_fields__
-        for key, reason in self.unread():
-            if getattr(self, key) != getattr(described[key].default, "default", described[key].default):
+        fields = cast(Any, type(self)).__dataclass_fields__
+        for key, reason in self.unused_keys():
+            if getattr(self, key) != getattr(fields[key].default, "default", fields[key].default):
                 raise ValueError(f"recovery.{key}={shown(getattr(self, key))}: {reason}; leave it out")
         if self.batch_size % self.micro_batch_size:
             raise ValueError(
@@ -117,19 +160,22 @@ class Training:
 
     def memory_advice(self) -> str:
         """See :class:`cfsp.config.contracts.Recovery`."""
-        disk = ", recovery.teacher=disk" if self.objective == "distill" else ""
+        teacher_on_disk = ", recovery.teacher=disk" if self.objective == "distill" else ""
         return (
             "lower recovery.micro_batch_size (batch_size stays what it is) or recovery.cutoff, or use "
-            f"recovery.gradient_checkpointing=true{disk} or model.dtype=bfloat16"
+            f"recovery.gradient_checkpointing=true{teacher_on_disk} or model.dtype=bfloat16"
         )
 
-    def unread(self) -> Iterator[tuple[str, str]]:
-        """Yield (key, why) for every key that this objective or kind of data does not use; it has its default."""
+    def unused_keys(self) -> Iterator[tuple[str, str]]:
+        """Yield each key that this objective or kind of data does not use, with the reason for the error message.
+
+        Such keys have to keep their defaults.
+        """
         if self.objective == "lm":
             for key in ("teacher", "top_k", "distill_temperature", "distill_weight"):
-                yield key, "is of recovery.objective=distill, and this is lm"
+                yield key, "is used only with recovery.objective=distill, and the objective is lm"
         elif self.teacher == "memory":
-            yield "top_k", "is of recovery.teacher=disk"
+            yield "top_k", "is used only with recovery.teacher=disk"
         if self.data.kind != "instructions":
-            yield "packing", f"is for instructions, recovery/data={self.data.name} is cut into full windows already"
+            yield "packing", f"is for instructions; recovery/data={self.data.name} is cut into full windows already"
             yield "response_only", f"recovery/data={self.data.name} has no responses, every token is learnt"

@@ -1,4 +1,4 @@
-"""Training on Hugging Face's Trainer: checks before it starts, its inputs, and its record."""
+"""Training with Hugging Face's Trainer: checks before the run, inputs, and facts for the record."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cfsp.config.sections import SelfCalibration
 from cfsp.data.limits import Limits
 from cfsp.errors import ConfigError, RunError
 from cfsp.recovery import data as recovery_data
-from cfsp.recovery.checkpoints import last_whole, load_trained, save_trained
+from cfsp.recovery.checkpoints import find_last_checkpoint, load_trained, save_trained
 from cfsp.recovery.data import Example
 from cfsp.recovery.settings import Training
 from cfsp.system import processes
@@ -36,13 +36,13 @@ log = logging.getLogger(__name__)
 
 
 def check_training(settings: Training, tokenizer: Any, limits: Limits, device: torch.device) -> dict[str, Any]:
-    """Check data, settings and hardware.
+    """Check data, settings and hardware before the run.
 
     Returns:
-        Data by content, and every setting that decides the result.
+        Every setting that decides the result, with the data by content. They become part of the run identity.
 
     Raises:
-        CfspError: names the key and the way out.
+        CfspError: the data, a setting or the hardware does not fit; names the key and the way out.
     """
     from torch.cuda import is_bf16_supported
 
@@ -61,33 +61,39 @@ def check_training(settings: Training, tokenizer: Any, limits: Limits, device: t
     limits.check_length("recovery.cutoff", settings.cutoff)
     on_cuda = device.type == "cuda"
     if settings.optimizer == "adamw_8bit" and not (on_cuda and importlib.util.find_spec("bitsandbytes")):
-        lacks = "the package bitsandbytes" if on_cuda else f"a CUDA device (this run's is {device})"
-        raise ConfigError(f"recovery.optimizer=adamw_8bit: needs {lacks}; use recovery.optimizer=adamw")
+        missing = "the package bitsandbytes" if on_cuda else f"a CUDA device (this run's is {device})"
+        raise ConfigError(f"recovery.optimizer=adamw_8bit: needs {missing}; use recovery.optimizer=adamw")
     if settings.bf16 and on_cuda and not is_bf16_supported():
         raise ConfigError("recovery.bf16=true: this GPU has no bfloat16; use recovery.bf16=false")
     if settings.bf16 and device.type not in ("cuda", "cpu"):
         raise ConfigError(f"recovery.bf16=true: not supported on {device}; use recovery.bf16=false")
-    return _deciding(settings) | {"data": _data(settings, tokenizer, limits)}
+    return _deciding_settings(settings) | {"data": _data_identity(settings, tokenizer, limits)}
 
 
-def _data(settings: Training, tokenizer: Any, limits: Limits) -> dict[str, Any]:
-    """Return the facts of the data that decide the result: contents, not places or names."""
+def _data_identity(settings: Training, tokenizer: Any, limits: Limits) -> dict[str, Any]:
+    """Return the facts of the data that decide the result, which are contents and not paths or names."""
     data = settings.data
-    decides: dict[str, Any] = {"kind": data.kind, "n_samples": data.n_samples}
+    identity: dict[str, Any] = {"kind": data.kind, "n_samples": data.n_samples}
     if data.kind == "self":
         _check_warmup(settings, data.n_samples or 0)
-        # How many are sampled at a time decides which random numbers each gets.
-        return decides | {"temperature": data.sampling_temperature, "batch_size": data.sampling_batch_size}
+        # The batch size decides which random numbers each window gets.
+        return identity | {"temperature": data.sampling_temperature, "batch_size": data.sampling_batch_size}
     if data.kind == "text":
-        decides |= {"text_field": data.text_field, "txt_rows": data.txt_rows, "join": data.join}
+        identity |= {"text_field": data.text_field, "txt_rows": data.txt_rows, "join": data.join}
     examples = read_examples(settings, tokenizer, limits)
     _check_warmup(settings, len(examples))
-    file = recovery_data.locate(data).identity
-    return decides | {"sha256": file["sha256"], "format": file["format"], "examples": len(examples)}
+    file_identity = recovery_data.locate_file(data).identity
+    return identity | {"sha256": file_identity["sha256"], "format": file_identity["format"], "examples": len(examples)}
 
 
 def _check_warmup(settings: Training, examples: int) -> None:
-    """Refuse a training that ends before its learning rate is reached (with max_steps the settings do)."""
+    """Check that the training reaches its learning rate.
+
+    With ``max_steps`` the settings check this themselves.
+
+    Raises:
+        ConfigError: there are at least as many warm-up steps as optimiser steps.
+    """
     if settings.epochs is None:
         return
     steps = math.ceil(settings.epochs * examples / settings.batch_size)
@@ -99,124 +105,132 @@ def _check_warmup(settings: Training, examples: int) -> None:
         )
 
 
-def _take_over(
-    model: nn.Module, trained: nn.Module, trainer: RecoveryTrainer, narrow: list[tuple[nn.Parameter, torch.dtype]]
+def _finish_training(
+    model: nn.Module, trained: nn.Module, trainer: RecoveryTrainer, widened: list[tuple[nn.Parameter, torch.dtype]]
 ) -> None:
-    """Bring the trained weights into ``model``, in eval mode and without what the training put around them.
+    """Put the trained weights into ``model`` in their own dtypes, undo changes of the training, and set eval mode.
 
     Args:
-        model: the model that the run goes on with.
-        trained: the model that was trained; with FSDP a copy of ``model``, else ``model`` itself.
+        model: the model with which the run continues.
+        trained: the model that was trained; with FSDP a copy of ``model``, otherwise ``model`` itself.
         trainer: the trainer.
-        narrow: parameters that were widened for the training, with their own dtypes.
+        widened: parameters that were converted to float32 for the training, with their own dtypes.
     """
-    # accelerate puts autocast around the model's own forward; what is evaluated is what is saved.
+    # accelerate wraps the model's forward in autocast. It is removed so that evaluation computes as the saved model.
     trainer.accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
     if trainer.settings.gradient_checkpointing:
-        _recompute_activations(trained, False)
+        _set_gradient_checkpointing(trained, False)
     if trained is not model:
-        trainer.gather_into(model)
+        trainer.gather_weights_into(model)
     else:
-        for parameter, dtype in narrow:
+        for parameter, dtype in widened:
             parameter.data = parameter.data.to(dtype)
     model.eval()
 
 
-def _sha256(settings: Training) -> str | None:
+def _data_sha256(settings: Training) -> str | None:
     data = settings.data
-    return None if data.kind == "self" else recovery_data.locate(data).identity["sha256"]
+    return None if data.kind == "self" else recovery_data.locate_file(data).identity["sha256"]
 
 
-def _deciding(settings: Training) -> dict[str, Any]:
-    """Return the settings that decide the result, without those that this data and objective do not use."""
-    unread = {key for key, _ in settings.unread()}
-    return {name: value for name, value in deciding_settings(settings).items() if name not in unread}
+def _deciding_settings(settings: Training) -> dict[str, Any]:
+    """Return the settings that decide the result, without those that this data or objective does not use."""
+    unused = {key for key, _ in settings.unused_keys()}
+    return {name: value for name, value in deciding_settings(settings).items() if name not in unused}
 
 
 def read_examples(settings: Training, tokenizer: Any, limits: Limits) -> list[Example]:
-    """Read the examples of a file.
+    """Read the training examples of a file.
 
     Raises:
-        DataError: rows of another form, nothing to learn, or ids that the model does not have.
+        DataError: a row has other keys, there is nothing to learn, or a token id is not in the model's vocabulary.
     """
-    file = recovery_data.locate(settings.data)
-    read = recovery_data.instructions if settings.data.kind == "instructions" else recovery_data.windows
+    file = recovery_data.locate_file(settings.data)
+    read = recovery_data.read_instructions if settings.data.kind == "instructions" else recovery_data.read_windows
     examples = read(file, settings, tokenizer)
     recovery_data.check_ids(examples, limits)
     return examples
 
 
-def _checkpoint_to_resume(context: RecoveryContext) -> tuple[Path, dict[str, Any]] | None:
-    """Return the last whole checkpoint of this training and its seal; None where it begins anew.
+def _find_resumable_checkpoint(context: RecoveryContext) -> tuple[Path, dict[str, Any]] | None:
+    """Return the last complete checkpoint of this training and its seal; None if there is none.
 
     Raises:
-        RunError: the checkpoint was written with FSDP and this run is without it, or the other way round.
+        RunError: the checkpoint was written with FSDP and this run does not use it, or the other way round.
     """
     # Start-up time: loads accelerate, torch, transformers.
-    from cfsp.recovery.trainer import sharded
+    from cfsp.recovery.trainer import uses_fsdp
 
-    resumed = processes.from_first(lambda: last_whole(context.folder, context.run_id))
-    if resumed is not None and resumed[1]["sharded"] != sharded():
-        how = "with FSDP (accelerate launch --use_fsdp)" if resumed[1]["sharded"] else "without FSDP"
+    checkpoint = processes.from_first(lambda: find_last_checkpoint(context.folder, context.run_id))
+    if checkpoint is not None and checkpoint[1]["sharded"] != uses_fsdp():
+        mode = "with FSDP (accelerate launch --use_fsdp)" if checkpoint[1]["sharded"] else "without FSDP"
         raise RunError(
-            f"{resumed[0]}: was written {how}, and can be gone on from so only; launch cfsp in the same way, or remove "
-            f"{context.folder} to begin again"
+            f"{checkpoint[0]}: was written {mode}, and the training can only be continued in the same way; launch cfsp "
+            f"so, or remove {context.folder} to begin again"
         )
-    return resumed
+    return checkpoint
 
 
 def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dict[str, Any]:
-    """Train the parameters that require a gradient; a killed run goes on from its checkpoints in ``context.folder``.
+    """Train the parameters that require a gradient.
+
+    A killed run continues from its last checkpoint in ``context.folder``.
+
+    Args:
+        model: model to train, changed in place.
+        settings: settings of the training.
+        context: context of the recovery.
 
     Returns:
-        Facts for the record: steps, tokens, seconds, trainable parameters, history of loss and learning rate.
+        Facts for the record: steps, tokens, seconds, trainable parameters, and the history of loss and learning rate.
 
     Raises:
-        RunError: the loss is not finite; says at which step, and the last whole checkpoint stays.
+        RunError: the loss or a weight is not finite; names the step. The last complete checkpoint is kept.
     """
     import torch
 
     # Start-up time: loads accelerate, torch, transformers.
-    from cfsp.recovery.trainer import make_trainer, sharded
+    from cfsp.recovery.trainer import make_trainer, uses_fsdp
 
-    done = processes.from_first(lambda: load_trained(model, context.folder, context.run_id))
-    if done is not None:
-        log.info("recovery: %d steps were done before", done["steps"])
-        return done
-    examples = processes.from_first(lambda: _examples(settings, context))
-    teacher = _teacher(settings, context, examples, trained=model is context.model)
+    finished = processes.from_first(lambda: load_trained(model, context.folder, context.run_id))
+    if finished is not None:
+        log.info("recovery: %d steps were done before", finished["steps"])
+        return finished
+    examples = processes.from_first(lambda: _load_examples(settings, context))
+    teacher = _build_teacher(settings, context, examples, trained=model is context.model)
     context.folder.mkdir(parents=True, exist_ok=True)
-    resumed = _checkpoint_to_resume(context)
-    parks = settings.objective == "lm" or settings.teacher == "disk"
-    # Not the launcher's: what decides the result is in the configuration.
+    checkpoint = _find_resumable_checkpoint(context)
+    # The dense model's own weights are not needed, so they need not take accelerator memory.
+    park_dense = settings.objective == "lm" or settings.teacher == "disk"
+    # Overrides the launcher's setting, because only the configuration may decide the result.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if settings.bf16 else "no"
     count = processes.launched().count
-    arguments = _arguments(settings, context, count, next(model.parameters()).device)
+    arguments = _training_arguments(settings, context, count, next(model.parameters()).device)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    # FSDP takes a model apart for good.
-    trained: Any = copy.deepcopy(model) if sharded() else model
+    # FSDP shards a model irreversibly, so a copy is trained.
+    trained: Any = copy.deepcopy(model) if uses_fsdp() else model
     if settings.gradient_checkpointing:
-        _recompute_activations(trained, True)
-    narrow = _widen(trained)
-    with torch.random.fork_rng(), context.parked() if parks else nullcontext():
+        _set_gradient_checkpointing(trained, True)
+    widened = _widen_parameters(trained)
+    with torch.random.fork_rng(), context.parked() if park_dense else nullcontext():
         trainer = make_trainer(trained, arguments, examples, settings, teacher, context)
-        if resumed is not None:
-            path, sealed = resumed
+        if checkpoint is not None:
+            path, seal = checkpoint
             log.info("recovery: going on from %s", path.name)
-            trainer.restore(sealed)
+            trainer.restore_counters(seal)
         with working("recover", None, "step") as trainer.work:
-            trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed[0]))
-    _take_over(model, trained, trainer, narrow)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint[0]))
+    _finish_training(model, trained, trainer, widened)
     record = {
         "objective": settings.objective,
         "data": settings.data.name,
-        "data_sha256": _sha256(settings),
+        "data_sha256": _data_sha256(settings),
         "examples": len(examples),
         "steps": trainer.state.global_step,
-        "tokens": trainer.all_tokens(),
-        "seconds": trainer.seconds(),
+        "tokens": trainer.total_tokens(),
+        "seconds": trainer.total_seconds(),
         "processes": count,
-        "parallel": None if count == 1 else "fsdp" if sharded() else "ddp",
+        "parallel": None if count == 1 else "fsdp" if uses_fsdp() else "ddp",
         "trainable_parameters": trainable,
         "history": trainer.history(),
     }
@@ -225,10 +239,10 @@ def train(model: nn.Module, settings: Training, context: RecoveryContext) -> dic
     return record
 
 
-def _arguments(
+def _training_arguments(
     settings: Training, context: RecoveryContext, n_processes: int, device: torch.device
 ) -> TrainingArguments:
-    """Return the arguments of Trainer for a training by so many processes, each on its ``device``."""
+    """Return Trainer's arguments for a training by ``n_processes`` processes, each on its own ``device``."""
     from transformers import TrainingArguments
 
     arguments = TrainingArguments(
@@ -256,37 +270,38 @@ def _arguments(
         dataloader_pin_memory=device.type == "cuda",
         ddp_find_unused_parameters=False,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel would split a model that is on one device here
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # otherwise Trainer would wrap the model in DataParallel
     return arguments
 
 
-def _widen(model: nn.Module) -> list[tuple[nn.Parameter, torch.dtype]]:
-    """Train parameters of 16 bits in float32, because most updates would be rounded away.
+def _widen_parameters(model: nn.Module) -> list[tuple[nn.Parameter, torch.dtype]]:
+    """Convert trained 16-bit parameters to float32, since most updates would be rounded away in 16 bits.
 
     Returns:
-        The parameters with their earlier dtypes.
+        The converted parameters with their own dtypes.
     """
     import torch
 
-    narrow = [
+    parameters = [
         (p, p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
     ]
-    for parameter, _ in narrow:
+    for parameter, _ in parameters:
         parameter.data = parameter.data.float()
-    return narrow
+    return parameters
 
 
-def _recompute_activations(model: Any, on: bool) -> None:
-    # transformers calls it activation checkpointing since 5.20, and gradient checkpointing before
-    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+def _set_gradient_checkpointing(model: Any, on: bool) -> None:
+    # transformers calls it activation checkpointing since 5.20, and gradient checkpointing before.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if not on:
-        getattr(model, f"{word}_checkpointing_disable")()
+        getattr(model, f"{kind}_checkpointing_disable")()
         return
-    getattr(model, f"{word}_checkpointing_enable")(**{f"{word}_checkpointing_kwargs": {"use_reentrant": False}})
+    getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
     model.enable_input_require_grads()
 
 
-def _examples(settings: Training, context: RecoveryContext) -> Sequence[Example]:
+def _load_examples(settings: Training, context: RecoveryContext) -> Sequence[Example]:
+    """Read the examples of a file, or sample them from the dense model."""
     if settings.data.kind != "self":
         return read_examples(settings, context.tokenizer, context.limits)
     # Start-up time: loads torch.
@@ -302,24 +317,27 @@ def _examples(settings: Training, context: RecoveryContext) -> Sequence[Example]
         windows = load_or_sample_windows(
             context.model, context.tokenizer, section, context.limits, context.seed, context.cache, context.fingerprint
         )
-    return recovery_data.of_windows(windows.input_ids.tolist())
+    return recovery_data.label_windows(windows.input_ids.tolist())
 
 
-def _teacher(settings: Training, context: RecoveryContext, examples: Sequence[Example], *, trained: bool) -> Any:
+def _build_teacher(settings: Training, context: RecoveryContext, examples: Sequence[Example], *, trained: bool) -> Any:
     """Return the teacher of a distillation; None for other objectives.
 
     Args:
-        trained: whether the model's own weights change, so that the dense model needs a copy of the shared ones.
+        settings: settings of the training.
+        context: context of the recovery.
+        examples: training examples.
+        trained: whether the model's own weights are trained, so that the dense model needs a copy of the shared ones.
     """
     if settings.objective == "lm":
         return None
     # Start-up time: loads torch.
     from cfsp.recovery.distill import DenseInMemory, TopKOnDisk
 
-    changes = {id(p) for p in context.model.parameters()} if trained else set()
+    trained_ids = {id(p) for p in context.model.parameters()} if trained else set()
     with context.dense():
         if settings.teacher == "memory":
-            return DenseInMemory(context.model, changes)
+            return DenseInMemory(context.model, trained_ids)
         folder = context.folder / "teacher"
         sizes = {"k": settings.top_k, "batch_size": settings.micro_batch_size}
         temperature = settings.distill_temperature

@@ -11,10 +11,11 @@ import numpy as np
 
 from cfsp.checkpoint.reference import Reference
 
-#: Dtype -> allowed difference of a log-probability (natural logarithm), largest and mean, where a tool or the reference
-#: computes in less than float32 (:attr:`cfsp.verify.tool.Tool.float32`). The mean tells rounding from another model:
-#: rounding changes a few log-probabilities a lot; a lost bias, another RoPE or a missing layer changes most of them.
-COARSE = {
+#: Allowed differences of a log-probability (natural logarithm), largest and mean, by the dtype in which a tool or the
+#: reference computes, if it is coarser than float32 (for which see :attr:`cfsp.verify.tool.Tool.float32`). The mean
+#: distinguishes rounding from a different model. Rounding changes a few log-probabilities a lot, whereas a lost bias, a
+#: different RoPE or a missing layer changes most of them.
+COMPUTE_TOLERANCES = {
     # 11 bits of precision in each activation; measured with llama.cpp and the bundled model pruned by half: 0.003.
     "float16": (5e-2, 1e-2),
     # 8 bits: logits of 16 and more come in steps of 0.125, and tools round at different places; measured: 0.03.
@@ -22,24 +23,24 @@ COARSE = {
     # 8 bits in blocks of 32 weights; the activations are rounded likewise; measured: 0.12.
     "q8_0": (0.5, 5e-2),
 }
-#: Allowed differences where only the weights of an export were rounded and the tool computes in float32. A seventh of
-#: them was measured.
-ROUNDED = {"float16": (2e-2, 4e-3), "bfloat16": (0.25, 3e-2)}
+#: Allowed differences, largest and mean, by the dtype of an export's weights, if only the weights were rounded and the
+#: tool computes in float32. The measured differences were a seventh of these.
+WEIGHT_TOLERANCES = {"float16": (2e-2, 4e-3), "bfloat16": (0.25, 3e-2)}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of a model in one tool, a row of the report.
+    """Result of one tool, a row of the report.
 
     Attributes:
         tool: name of the tool.
-        outcome: equal, differs, fails (to load or to compute), "not installed", or "another form" (the tool does not
-            read this kind of export).
+        outcome: "equal", "differs", "fails" (to load the model or to compute), "not installed", or "another form" (the
+            tool does not read this format).
         version: version of the tool.
-        difference: largest difference of a log-probability.
-        mean: mean difference of the log-probabilities.
+        difference: largest absolute difference of a log-probability.
+        mean: mean absolute difference of the log-probabilities.
         tolerance: largest difference that is allowed.
-        tokens: how many greedy tokens are equal, e.g. "16 of 16".
+        tokens: number of equal greedy tokens, e.g. "16 of 16".
         note: remarks for the user.
     """
 
@@ -53,16 +54,16 @@ class Finding:
     note: str = ""
 
     @property
-    def tried(self) -> bool:
+    def was_run(self) -> bool:
         """Return whether the tool was run."""
         return self.outcome in ("equal", "differs", "fails")
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the finding for JSON, which has no infinity: a difference that is not finite is None."""
+        """Return the finding for JSON; an infinite difference becomes None, because JSON has no infinity."""
         return {key: value if value != math.inf else None for key, value in asdict(self).items()}
 
 
-def tolerance_of(float32: float, *computed: str, rounded: str = "float32") -> tuple[float, float]:
+def select_tolerance(float32: float, *computed: str, rounded: str = "float32") -> tuple[float, float]:
     """Return the allowed differences (largest, mean) for the coarsest dtype involved.
 
     An unknown dtype counts as the coarsest.
@@ -70,13 +71,13 @@ def tolerance_of(float32: float, *computed: str, rounded: str = "float32") -> tu
     Args:
         float32: the tool's own tolerance in float32.
         computed: dtypes in which the reference and the tool compute. For GGUF files also the dtype of the weights,
-            which decides in what llama.cpp computes.
-        rounded: dtype to which only the weights were rounded since the reference.
+            which decides the dtype in which llama.cpp computes.
+        rounded: dtype to which only the weights were rounded after the reference was computed.
     """
-    coarsest = max(COARSE.values())
+    coarsest = max(COMPUTE_TOLERANCES.values())
     tolerances = {"float32": (float32, float32), "float64": (float32, float32)}
-    weights = {**tolerances, **ROUNDED}.get(rounded, coarsest)
-    return max(weights, *({**tolerances, **COARSE}.get(dtype, coarsest) for dtype in computed))
+    weights = {**tolerances, **WEIGHT_TOLERANCES}.get(rounded, coarsest)
+    return max(weights, *({**tolerances, **COMPUTE_TOLERANCES}.get(dtype, coarsest) for dtype in computed))
 
 
 def compare(
@@ -90,21 +91,24 @@ def compare(
         reference: reference of the model.
         tolerance: largest difference of a log-probability that is allowed.
         mean: largest mean difference that is allowed.
+
+    Returns:
+        Finding with outcome "equal" or "differs", or "fails" if the answer does not have the expected shape.
     """
     version = str(response.get("version", ""))
-    logprobs = _matrix(response.get("logprobs"), reference.logprobs.shape)
+    logprobs = _parse_matrix(response.get("logprobs"), reference.logprobs.shape)
     if logprobs is None:
         expected_shape = " x ".join(map(str, reference.logprobs.shape))
         return Finding(tool, "fails", version, note=f"its answer does not hold {expected_shape} log-probabilities")
-    distances = np.abs(logprobs - reference.logprobs)
+    differences = np.abs(logprobs - reference.logprobs)
     finite = bool(np.isfinite(logprobs).all())
-    difference, average = (float(distances.max()), float(distances.mean())) if finite else (math.inf, math.inf)
-    tokens_equal, tokens, token_note = _tokens(response.get("greedy") or [], reference, tolerance)
+    difference, average = (float(differences.max()), float(differences.mean())) if finite else (math.inf, math.inf)
+    tokens_equal, tokens, token_note = _compare_tokens(response.get("greedy") or [], reference, tolerance)
     notes = [] if finite else ["some log-probabilities are not finite"]
     notes += [token_note] if token_note else []
     if difference > tolerance:
         window, at = (
-            int(i) for i in np.unravel_index(int(np.nan_to_num(distances, nan=np.inf).argmax()), logprobs.shape)
+            int(i) for i in np.unravel_index(int(np.nan_to_num(differences, nan=np.inf).argmax()), logprobs.shape)
         )
         notes.insert(0, f"most at token {at + 1} of window {window}: {logprobs[window, at]:.6g} for "
                         f"{reference.logprobs[window, at]:.6g}")  # fmt: skip
@@ -120,7 +124,8 @@ def compare(
     return Finding(tool, outcome, version, difference, average, tolerance, tokens, "; ".join(notes))
 
 
-def _matrix(rows: Any, shape: tuple[int, ...]) -> np.ndarray | None:
+def _parse_matrix(rows: Any, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Return the rows as a float64 array; None if they do not have this shape."""
     try:
         matrix = np.asarray(rows, dtype=np.float64)
     except (TypeError, ValueError):
@@ -128,7 +133,7 @@ def _matrix(rows: Any, shape: tuple[int, ...]) -> np.ndarray | None:
     return matrix if matrix.shape == shape else None
 
 
-def _tokens(rows: Sequence[Sequence[int]], reference: Reference, tolerance: float) -> tuple[bool, str, str]:
+def _compare_tokens(rows: Sequence[Sequence[int]], reference: Reference, tolerance: float) -> tuple[bool, str, str]:
     """Return whether the greedy tokens are equal, a count such as "16 of 16", and a note.
 
     Tokens after the first differing one follow another context and are not compared.

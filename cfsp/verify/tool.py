@@ -1,4 +1,4 @@
-"""Tools in which a saved model is tried, each in a process of its own."""
+"""Tools that load a saved model for comparison, each in its own process."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Tool:
 
     Attributes:
         name: name of the tool and of its script.
-        module: module that can be imported where the tool is installed.
-        float32: largest difference of a log-probability in float32. Where the tool's sums are PyTorch's too, only their
-            order changes (threads, batches): 1e-6 was measured on small models, and depth multiplies it. Other kernels
-            are allowed more.
-        reads: "folder" or "gguf".
+        module: Python module of the tool, which can be imported if the tool is installed.
+        float32: largest allowed difference of a log-probability in float32. Tools that use PyTorch differ only in the
+            order of sums (threads, batches). 1e-6 was measured on small models, and the difference grows with depth.
+            Tools with other kernels are allowed more.
+        reads: what the tool loads, "folder" or "gguf".
     """
 
     name: str
@@ -54,7 +54,7 @@ TOOLS = {
 
 
 def is_installed(tool: Tool, python: str = sys.executable) -> bool:
-    """Return whether ``python`` finds the tool.
+    """Return whether the tool is installed in the environment of ``python``.
 
     Raises:
         ConfigError: ``python`` is not a Python that can be run.
@@ -68,12 +68,14 @@ def is_installed(tool: Tool, python: str = sys.executable) -> bool:
             f"/path/to/venv/bin/python"
         ) from error
     if process.returncode not in (0, 3):
-        raise ConfigError(f"python.{tool.name}={python}: is no Python ({_last_words(process)}); give that of a venv")
+        raise ConfigError(
+            f"python.{tool.name}={python}: is no Python ({_last_output_line(process)}); give that of a venv"
+        )
     return process.returncode == 0
 
 
 def ask(tool: Tool, request: Mapping[str, Any], python: str = sys.executable) -> dict[str, Any]:
-    """Return the answer of the tool's script; cfsp is not on the path of its process.
+    """Run the tool's script and return its answer. cfsp is not on the path of the script's process.
 
     Args:
         tool: the tool.
@@ -81,26 +83,29 @@ def ask(tool: Tool, request: Mapping[str, Any], python: str = sys.executable) ->
         python: Python of the environment that has the tool.
 
     Raises:
-        RunError: the tool could not load the model; carries its last line of output.
+        RunError: the tool could not load the model or gave no answer; the message is its reason or last line of output.
     """
     with tempfile.TemporaryDirectory(prefix="cfsp-verify-") as scratch:
-        # -I leaves out PYTHONPATH and the script's own folder, whose modules have the names of the tools.
+        # -I removes PYTHONPATH and the script's folder from the path, since scripts there have the names of the tools.
         command = [python, "-I", str(_SCRIPTS / f"{tool.name}.py"), json.dumps(request)]
-        # No standard input, where transformers would ask whether to run code that it was not told to trust.
+        # Without standard input, transformers cannot ask whether to run remote code, and fails instead.
         environment = _environment(Path(scratch))
         process = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=scratch, env=environment
         )
-    log.debug("%s said:\n%s", tool.name, process.stderr)
-    response = _answer(process.stdout)
-    if process.returncode:  # where a script knows why its tool does not take the model, its answer has an "error"
-        raise RunError(str(response["error"])[-300:] if response and response.get("error") else _last_words(process))
+    log.debug("stderr of %s:\n%s", tool.name, process.stderr)
+    response = _parse_answer(process.stdout)
+    if process.returncode:  # "error": the script knows why its tool rejects the model
+        raise RunError(
+            str(response["error"])[-300:] if response and response.get("error") else _last_output_line(process)
+        )
     if response is None:
         raise RunError("it ended without an answer")
     return response
 
 
-def _answer(stdout: str) -> dict[str, Any] | None:
+def _parse_answer(stdout: str) -> dict[str, Any] | None:
+    """Return the last JSON object in a script's output; None if there is none."""
     for line in reversed(stdout.splitlines()):  # a tool may print lines of its own after the answer
         if line.startswith("{"):
             with contextlib.suppress(ValueError):
@@ -110,7 +115,7 @@ def _answer(stdout: str) -> dict[str, Any] | None:
 
 
 def _environment(scratch: Path) -> dict[str, str]:
-    # transformers caches a folder's code by the folder's name, which two models may share.
+    # transformers caches a folder's code by the folder's name, so two models with the same name need separate caches.
     return {
         **os.environ,
         "HF_MODULES_CACHE": str(scratch / "modules"),
@@ -122,7 +127,8 @@ def _environment(scratch: Path) -> dict[str, str]:
     }
 
 
-def _last_words(process: subprocess.CompletedProcess[str]) -> str:
+def _last_output_line(process: subprocess.CompletedProcess[str]) -> str:
+    """Return the last line of stderr, or the signal or exit code that ended the process."""
     lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
     if process.returncode < 0:
         return f"ended by {signal.Signals(-process.returncode).name}"

@@ -1,4 +1,4 @@
-"""Scripts of the tools: each loads a model with its tool alone and prints what it computes of given tokens.
+"""Scripts of the tools. Each loads a model with its tool alone and prints log-probabilities of given tokens.
 
 They are scripts and not modules of the package. Each runs in a process of its own, with the Python that has its tool,
 and refuses to import cfsp. ``argv[1]`` is the request, and the last line of stdout is the answer; both are JSON:

@@ -4,23 +4,23 @@
 
 Keys of the request:
     file: the GGUF file.
-    token_ids: lists of ids, each a text of its own.
+    token_ids: token ids of each text.
     greedy: number of tokens to generate after each text (optional).
-    logits: true: whole logits, not log-probabilities (optional).
+    logits: true to return the logits of the whole vocabulary instead of log-probabilities (optional).
     save: FILE.npz to which the arrays are written (optional).
     texts: texts to tokenise (optional).
 
 Keys of the reply:
     version: version of llama_cpp.
-    logprobs: log-probabilities of the tokens 1..T-1 of each text, [T-1]; with "logits" or "save" those of the whole
-        vocabulary, [T, V]; with "save" the name of the file, whose arrays are 0, 1, ...
+    logprobs: log-probabilities of the tokens 1..T-1 of each text, [T-1]. With "logits" or "save" the values of the
+        whole vocabulary, [T, V]. With "save" the name of the file, whose arrays are named 0, 1, ...
     greedy: ids after each text.
-    continuations: the same as text.
+    continuations: the generated tokens as text.
     ids: ids of each of the "texts", with the special tokens that the file asks for.
-    error: reason why llama.cpp does not take the file; the exit code is then 1.
+    error: reason why llama.cpp rejects the file; the exit code is then 1.
 
-Everything is computed in float32, including the KV cache. llama.cpp's own choice for the cache, float16, alone changes
-logits by 5e-3.
+Everything is computed in float32, including the KV cache. llama.cpp's default for the cache, float16, changes logits by
+5e-3.
 """
 
 from __future__ import annotations
@@ -38,8 +38,12 @@ F32 = 0
 _ERROR = 4
 
 
-def prepared() -> tuple[Any, list[str]]:
-    """Return the package, made ready, and the list to which it will write its errors."""
+def import_llama_cpp() -> tuple[Any, list[str]]:
+    """Import llama_cpp with safe defaults, and collect its errors.
+
+    Returns:
+        The package, and a list to which each error message of llama.cpp is appended.
+    """
     import llama_cpp
     import llama_cpp.llama_cpp as library
 
@@ -62,12 +66,13 @@ def prepared() -> tuple[Any, list[str]]:
             errors.append(message)
 
     library.llama_log_set(log, ctypes.c_void_p(0))
-    prepared.keep = log  # type: ignore[attr-defined]
+    # llama.cpp keeps only a C pointer, so a reference here protects the callback from garbage collection.
+    import_llama_cpp.log_callback = log  # type: ignore[attr-defined]
     return llama_cpp, errors
 
 
-def load(llama_cpp: Any, file: str, positions: int, **settings: Any) -> Any:
-    """Load the model with a float32 cache of ``positions`` tokens."""
+def load_model(llama_cpp: Any, file: str, positions: int, **settings: Any) -> Any:
+    """Load the model with a float32 KV cache of ``positions`` tokens."""
     return llama_cpp.Llama(
         model_path=file,
         n_ctx=positions,
@@ -80,19 +85,19 @@ def load(llama_cpp: Any, file: str, positions: int, **settings: Any) -> Any:
     )
 
 
-def logits(model: Any, ids: list[int]) -> Any:
-    """Return the logits [T, V] float32 of a text of its own."""
+def compute_logits(model: Any, ids: list[int]) -> Any:
+    """Return the logits of a text, [T, V] in float32. The model's earlier context is dropped."""
     model.reset()
     model.eval(ids)
     return model.scores[: len(ids)].copy()
 
 
-def greedy(model: Any, last: Any, n: int) -> list[int]:
-    """Return the ``n`` likeliest next tokens after what the model has read.
+def generate_greedily(model: Any, last: Any, n: int) -> list[int]:
+    """Generate ``n`` tokens greedily after the model's present context.
 
     Args:
         model: the model.
-        last: logits [V] of the last token that was read.
+        last: logits of the last token in the context, [V].
         n: number of tokens.
     """
     tokens: list[int] = []
@@ -115,23 +120,23 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Return the reply to a request."""
     import numpy
 
-    llama_cpp, errors = prepared()
+    llama_cpp, errors = import_llama_cpp()
     reply: dict[str, Any] = {"version": llama_cpp.__version__}
     texts, n = request["token_ids"], int(request.get("greedy", 0))
     longest = max([len(ids) for ids in texts], default=1) + n + 1
     try:
-        model = load(llama_cpp, request["file"], longest, logits_all=True)
+        model = load_model(llama_cpp, request["file"], longest, logits_all=True)
     except (ValueError, RuntimeError) as error:
         return {**reply, "error": "; ".join(errors) or str(error)}
     arrays = []
     reply["greedy"] = []
     for ids in texts:
-        values = logits(model, ids)
+        values = compute_logits(model, ids)
         array = values if request.get("logits") else log_probabilities(values)
         if not request.get("logits") and "save" not in request:
             array = array[numpy.arange(len(ids) - 1), ids[1:]]
         arrays.append(array)
-        reply["greedy"].append(greedy(model, values[-1], n))
+        reply["greedy"].append(generate_greedily(model, values[-1], n))
     reply["continuations"] = [model.detokenize(ids).decode("utf-8", "replace") for ids in reply["greedy"]]
     reply["ids"] = [model.tokenize(text.encode(), special=True) for text in request.get("texts", ())]
     if "save" in request:

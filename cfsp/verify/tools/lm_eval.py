@@ -1,4 +1,4 @@
-"""Script for lm-evaluation-harness: log-likelihoods of its ``hf`` model, made as by ``lm_eval --model hf``."""
+"""Script for lm-evaluation-harness: log-likelihoods of its ``hf`` model, built as in ``lm_eval --model hf``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     windows = request["token_ids"]
     rows = []
     for window in windows:
-        # The context grows by one token at a time, so that each prediction is scored like an answer.
+        # The context grows by one token at a time, so that each token is scored like an answer.
         requests = [(("", ""), window[:at], window[at : at + 1]) for at in range(1, len(window))]
         rows.append([logprob for logprob, _ in harness._loglikelihood_tokens(requests, disable_tqdm=True)])
     return {"version": version("lm_eval"), "logprobs": rows, "greedy": []}

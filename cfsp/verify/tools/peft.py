@@ -1,4 +1,4 @@
-"""Script for PEFT: LoRA on every linear of the blocks, three steps of training, and the adapter merged."""
+"""Script for PEFT: LoRA on every linear layer of the blocks, three training steps, and merging of the adapter."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         with torch.no_grad():
             return network(input_ids=ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
 
-    fresh = logprobs(model)  # an untrained adapter changes nothing
+    untrained = logprobs(model)  # an untrained adapter changes nothing
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     for _ in range(3):
         model(input_ids=ids, labels=ids).loss.backward()
         optimiser.step()
         optimiser.zero_grad()
     trained = logprobs(model)
-    if torch.equal(trained, fresh):
+    if torch.equal(trained, untrained):
         raise ValueError("three steps of training left the adapter without effect")
     merged = logprobs(model.merge_and_unload())
     return {
         "version": peft.__version__,
-        "logprobs": fresh.tolist(),
+        "logprobs": untrained.tolist(),
         "greedy": [],
         "checks": {"merging the trained adapter": float((merged - trained).abs().max())},
     }

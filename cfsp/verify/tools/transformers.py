@@ -21,17 +21,17 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         output_loading_info=True,
     )
     model, report = loaded
-    lost = sorted(name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[kind])
-    if lost:
-        raise ValueError(f"{len(lost)} weights are missing, unexpected or of another shape, first {lost[0]}")
+    wrong = sorted(name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in report[kind])
+    if wrong:
+        raise ValueError(f"{len(wrong)} weights are missing, unexpected or of another shape, first {wrong[0]}")
     model = model.to(device).eval()
     ids = torch.tensor(request["token_ids"], device=device)
     # The folder's own settings are replaced, since they may sample or stop at an end-of-text token.
-    plain = GenerationConfig(do_sample=False, max_new_tokens=request["greedy"], eos_token_id=None, pad_token_id=0)
-    model.generation_config = plain
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=request["greedy"], eos_token_id=None, pad_token_id=0)
+    model.generation_config = greedy
     with torch.no_grad():
         logprobs = model(ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-        text = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain)
+        text = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
     return {
         "version": transformers.__version__,
         "logprobs": logprobs.tolist(),

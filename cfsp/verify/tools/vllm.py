@@ -25,10 +25,10 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         max_model_len=len(windows[0]) + request["greedy"],
         max_num_seqs=len(windows),
     )
-    plain = SamplingParams(
+    greedy = SamplingParams(
         temperature=0.0, max_tokens=request["greedy"], ignore_eos=True, prompt_logprobs=1, detokenize=False
     )
-    outputs = engine.generate([{"prompt_token_ids": window} for window in windows], plain, use_tqdm=False)
+    outputs = engine.generate([{"prompt_token_ids": window} for window in windows], greedy, use_tqdm=False)
     return {
         "version": vllm.__version__,
         "logprobs": [
@@ -36,12 +36,12 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
             for window, output in zip(windows, outputs, strict=True)
         ],
         "greedy": [list(output.outputs[0].token_ids) for output in outputs],
-        "class": _class_of(engine),
+        "class": _model_class(engine),
     }
 
 
-def _class_of(engine: Any) -> str:
-    """Return the name of vLLM's class that took the model; empty where this version does not tell."""
+def _model_class(engine: Any) -> str:
+    """Return the name of the model class that vLLM chose; empty if this version of vLLM does not report it."""
     try:
         return ", ".join(sorted(set(engine.apply_model(lambda model: type(model).__name__))))
     except Exception:

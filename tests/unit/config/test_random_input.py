@@ -23,7 +23,7 @@ from cfsp.config.run_config import RunConfig
 from cfsp.config.sections import TextSection
 from cfsp.data.text import locate_text, read_text
 from cfsp.errors import ConfigError, DataError
-from cfsp.recovery.data import _rows
+from cfsp.recovery.data import _read_pairs
 from cfsp.system.package import config_folder
 from tests.helpers.wrong_values import GROUPS, WRONG, check_lines, covering_compositions, keys_of
 
@@ -161,7 +161,7 @@ def _check_text(folder: Path, name: str, changes: list[tuple[str, int, bytes]]) 
     section = TextSection(path=str(path), txt_rows="lines")
     for read in (
         lambda: read_text(locate_text(section, "calibration")),
-        lambda: list(_rows(locate_text(section, "recovery.data", split=None))),
+        lambda: list(_read_pairs(locate_text(section, "recovery.data", split=None))),
     ):
         try:
             assert isinstance(read(), str | list)

@@ -28,7 +28,7 @@ from cfsp.data.read_errors import reading
 from cfsp.data.rows import rows
 from cfsp.data.text import locate_text, read_text
 from cfsp.errors import CfspError, ConfigError, DataError
-from cfsp.recovery.data import _rows
+from cfsp.recovery.data import _read_pairs
 from cfsp.sweep.experiment import read_experiment
 from cfsp.system.yaml_files import check_yaml
 
@@ -226,7 +226,7 @@ def test_rows_for_a_recovery(tmp_path, name):
         "a.json": b"\xef\xbb\xbf" + json.dumps([row]).encode(),
     }[name]
     file = locate_text(TextSection(path=str(_written(tmp_path / name, content))), "recovery.data", split=None)
-    assert list(_rows(file)) == [("Ask", "Answer")]
+    assert list(_read_pairs(file)) == [("Ask", "Answer")]
 
 
 class _Letters:

@@ -16,7 +16,7 @@ from cfsp.config.sections import TextSection
 from cfsp.data.limits import Limits
 from cfsp.errors import DataError
 from cfsp.evaluation.base import Side
-from cfsp.evaluation.cost import Cost, peak_beside, size_of
+from cfsp.evaluation.cost import Cost, measure_peak_besides_weights, measure_size
 from cfsp.evaluation.live_tensors import LiveTensors
 from cfsp.evaluation.perplexity import Perplexity, negative_log_likelihood
 from cfsp.model.tokenizer import load_tokenizer
@@ -117,7 +117,7 @@ def test_the_content_of_a_local_task_is_all_that_it_reads(tmp_path):
 
 def test_cost_counts_and_times_both_sides():
     model = tiny_model(tie_word_embeddings=True)
-    rows = {(m.task, m.metric): m.value for m in size_of(model, torch.bfloat16)}
+    rows = {(m.task, m.metric): m.value for m in measure_size(model, torch.bfloat16)}
     assert rows["parameters", "count"] == sum(p.numel() for p in model.parameters())
     assert rows["checkpoint", "bytes"] == 2 * rows["parameters", "count"]
     blocks = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 96)
@@ -183,9 +183,9 @@ def test_gpus_are_asked_by_their_number(monkeypatch):
         for device in (1, 2):
             peak[device] += 10 * device
 
-    assert peak_beside([on(1), on(1)], on(1), call) == 10
+    assert measure_peak_besides_weights([on(1), on(1)], on(1), call) == 10
     assert synchronised == [1, 1]
-    assert peak_beside([on(1), on(2)], on(1), call) == 30
+    assert measure_peak_besides_weights([on(1), on(2)], on(1), call) == 30
     stages = Stages()
     with stages("calibrate"):
         call()

@@ -321,9 +321,9 @@ def test_data_that_is_not_to_be_had_names_the_key(tmp_path, monkeypatch, tokeniz
 
 
 def test_memory_errors_pass_as_they_are(monkeypatch):
-    from cfsp.evaluation.task_trial import names_the_task
+    from cfsp.evaluation.task_trial import name_task_in_errors
 
-    with pytest.raises(torch.OutOfMemoryError), names_the_task("evaluation.zero_shot", "mine", checking=False):
+    with pytest.raises(torch.OutOfMemoryError), name_task_in_errors("evaluation.zero_shot", "mine", checking=False):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 

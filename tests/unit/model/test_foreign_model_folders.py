@@ -17,7 +17,7 @@ from cfsp.architecture.views import resolve
 from cfsp.checkpoint.save import copy_companions
 from cfsp.config.sections import ModelSection
 from cfsp.errors import CfspError, CheckpointError, ConfigError, RunError, UnsupportedModelError
-from cfsp.evaluation.unchanged import measured_unchanged
+from cfsp.evaluation.unchanged import measure_unchanged
 from cfsp.model.load import load_model, load_streamed
 from cfsp.model.outline import changed_by_tensors, outline
 from cfsp.model.tokenizer import load_tokenizer
@@ -231,25 +231,25 @@ def test_integers_in_the_place_of_weights_are_refused(model_folder, dtype, name,
 
 def test_an_evaluator_that_changes_the_model_is_named():
     model = tiny_model()
-    assert measured_unchanged("mine", model, lambda: 3) == 3
+    assert measure_unchanged("mine", model, lambda: 3) == 3
     before = model.lm_head.weight
 
     def tie():
         model.lm_head.weight = model.model.embed_tokens.weight
 
     with pytest.raises(RunError, match=r"^evaluation=mine: the evaluator ties or unties model\.embed_tokens\.weight"):
-        measured_unchanged("mine", model, tie)
+        measure_unchanged("mine", model, tie)
     model.lm_head.weight = before
     with (
         torch.no_grad(),
         pytest.raises(RunError, match=r"changes the values of model\.layers\.3\.mlp\.up_proj\.weight"),
     ):
-        measured_unchanged("mine", model, lambda: model.model.layers[3].mlp.up_proj.weight[0].mul_(2))
+        measure_unchanged("mine", model, lambda: model.model.layers[3].mlp.up_proj.weight[0].mul_(2))
     swapped = model.model.embed_tokens.weight
     with torch.no_grad(), pytest.raises(RunError, match="changes the values"):
-        measured_unchanged("mine", model, lambda: swapped.copy_(swapped.flip(0)))
+        measure_unchanged("mine", model, lambda: swapped.copy_(swapped.flip(0)))
     with pytest.raises(RunError, match="changes use_cache in the model's configuration"):
-        measured_unchanged("mine", model, lambda: setattr(model.config, "use_cache", False))
+        measure_unchanged("mine", model, lambda: setattr(model.config, "use_cache", False))
 
 
 # Adapters

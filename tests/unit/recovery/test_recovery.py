@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import cfsp
-from cfsp.recovery.ranks import importance_guided, matched
+from cfsp.recovery.ranks import even_ranks, importance_guided_ranks
 from tests.conftest import POSITIONS, ROOT, SENTENCE, VOCABULARY, mentions, save_with_tokenizer
 from tests.helpers.tiny import tiny_model
 from tests.helpers.training import TRAINS
@@ -32,13 +32,13 @@ def test_ranks_keep_their_sum_and_follow_the_importance(seed):
     chooser = random.Random(seed)
     count, rank = chooser.randint(1, 40), chooser.randint(1, 32)
     importance = [chooser.uniform(1e-3, 1) for _ in range(count)]
-    ranks = importance_guided(importance, rank)
+    ranks = importance_guided_ranks(importance, rank)
     assert sum(ranks) == rank * count
     assert min(ranks) >= 1
     order = sorted(range(count), key=importance.__getitem__)
     assert all(ranks[a] <= ranks[b] for a, b in pairwise(order))
     costs = [chooser.randint(100, 5000) for _ in range(count)]
-    even = matched(ranks, costs)
+    even = even_ranks(ranks, costs)
     assert max(even) - min(even) <= 1
     wanted = sum(r * c for r, c in zip(ranks, costs, strict=True))
     if wanted >= sum(costs):
@@ -52,28 +52,28 @@ def test_another_profile_gives_other_ranks(seed):
     count, rank = chooser.randint(2, 40), chooser.randint(4, 32)
     importance = [chooser.uniform(0.5, 1) for _ in range(count)]
     importance[0], importance[1] = 0.5, max(0.75, *importance)
-    ranks = importance_guided(importance, rank)
+    ranks = importance_guided_ranks(importance, rank)
     assert ranks[1] > ranks[0]
     swapped = [importance[1], importance[0], *importance[2:]]
-    assert importance_guided(swapped, rank) != ranks
+    assert importance_guided_ranks(swapped, rank) != ranks
 
 
 def test_uniform_importance_is_plain_lora_and_profiles_differ():
-    assert importance_guided([0.5] * 7, 8) == [8] * 7
-    assert importance_guided([0.4, 0.6], 4) != importance_guided([0.6, 0.4], 4)
+    assert importance_guided_ranks([0.5] * 7, 8) == [8] * 7
+    assert importance_guided_ranks([0.4, 0.6], 4) != importance_guided_ranks([0.6, 0.4], 4)
 
 
 def test_only_the_response_is_learnt(tmp_path):
     from transformers import AutoTokenizer
 
-    from cfsp.recovery.data import IGNORED, PROMPT, instructions, locate
+    from cfsp.recovery.data import IGNORED, PROMPT, locate_file, read_instructions
     from cfsp.recovery.settings import RecoveryData, Training
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "cfsp" / "assets" / "books7m")
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"instruction": "Name a river {x}.", "input": "", "output": "The Thames, of course."}))
     settings = Training(RecoveryData("instructions", "rows", path=str(file)), max_steps=1)
-    (example,) = instructions(locate(settings.data), settings, tokenizer)
+    (example,) = read_instructions(locate_file(settings.data), settings, tokenizer)
     learnt = [i for i, label in zip(example.input_ids, example.labels, strict=True) if label != IGNORED]
     text = tokenizer.decode(learnt, skip_special_tokens=True)
     assert text.strip() == "The Thames, of course."
@@ -84,13 +84,13 @@ def test_only_the_response_is_learnt(tmp_path):
 
 def learnt(rows, tmp_path, tokenizer) -> list[list[int]]:
     """The learnt ids of each row."""
-    from cfsp.recovery.data import IGNORED, instructions, locate
+    from cfsp.recovery.data import IGNORED, locate_file, read_instructions
     from cfsp.recovery.settings import RecoveryData, Training
 
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     settings = Training(RecoveryData("instructions", "rows", path=str(file)), max_steps=1)
-    examples = instructions(locate(settings.data), settings, tokenizer)
+    examples = read_instructions(locate_file(settings.data), settings, tokenizer)
     return [[label for label in example.labels if label != IGNORED] for example in examples]
 
 
@@ -129,7 +129,7 @@ def test_rows_are_read_from_every_form(tmp_path, form):
     import pyarrow.parquet
     from transformers import AutoTokenizer
 
-    from cfsp.recovery.data import instructions, locate
+    from cfsp.recovery.data import locate_file, read_instructions
     from cfsp.recovery.settings import RecoveryData, Training
 
     file = tmp_path / f"rows.{form}"
@@ -146,13 +146,14 @@ def test_rows_are_read_from_every_form(tmp_path, form):
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "cfsp" / "assets" / "books7m")
     settings = Training(RecoveryData("instructions", "rows", path=str(file)), max_steps=1)
     found = [
-        tokenizer.decode(example.input_ids) for example in instructions(locate(settings.data), settings, tokenizer)
+        tokenizer.decode(example.input_ids)
+        for example in read_instructions(locate_file(settings.data), settings, tokenizer)
     ]
     assert len(found) == 2
     assert "### Input" not in found[0]
     assert "### Input:\nin France" in found[1]
     packed = Training(RecoveryData("instructions", "rows", path=str(file)), max_steps=1, packing=True, cutoff=512)
-    (one,) = instructions(locate(packed.data), packed, tokenizer)
+    (one,) = read_instructions(locate_file(packed.data), packed, tokenizer)
     assert tokenizer.decode(one.input_ids) == "".join(found)
     assert len(one.labels) == len(one.input_ids)
 

@@ -503,7 +503,7 @@ def test_errors_that_do_not_come_from_fetching_pass_unchanged():
 
 
 def test_errors_name_the_key_of_the_evaluator():
-    from cfsp.evaluation.base import under_its_key
+    from cfsp.evaluation.base import name_key_in_errors
     from cfsp.evaluation.zero_shot import ZeroShot
 
     evaluator = ZeroShot(tasks=["nq_open"])
@@ -511,8 +511,8 @@ def test_errors_name_the_key_of_the_evaluator():
         pytest.raises(
             DataError, match=r"^evaluation\.generation\.tasks=nq_open: .*evaluation\.generation\.include_path"
         ),
-        under_its_key("generation", evaluator),
+        name_key_in_errors("generation", evaluator),
     ):
         raise DataError("evaluation.zero_shot.tasks=nq_open: gone; give evaluation.zero_shot.include_path=FOLDER")
-    with pytest.raises(DataError, match="^evaluation.zero_shot.tasks"), under_its_key("zero_shot", evaluator):
+    with pytest.raises(DataError, match="^evaluation.zero_shot.tasks"), name_key_in_errors("zero_shot", evaluator):
         raise DataError("evaluation.zero_shot.tasks=nq_open: gone")

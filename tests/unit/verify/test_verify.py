@@ -25,7 +25,7 @@ from cfsp.checkpoint.save import save_checkpoint
 from cfsp.config.sections import ModelSection
 from cfsp.errors import CheckpointError, RunError
 from cfsp.model.load import load_model, load_streamed
-from cfsp.verify.comparison import compare, tolerance_of
+from cfsp.verify.comparison import compare, select_tolerance
 from cfsp.weights.source import locate
 from tests.conftest import ROOT, mentions
 from tests.helpers.structures import STRUCTURES, pruned
@@ -212,10 +212,12 @@ def test_greedy_tokens_may_part_where_two_are_as_likely(reference):
 
 
 def test_the_coarsest_dtype_decides_what_is_allowed():
-    assert tolerance_of(1e-4, "float32", "float32") == (1e-4, 1e-4)
-    assert tolerance_of(1e-3, "float32", "float16") == (0.05, 0.01)
-    assert tolerance_of(1e-3, "bfloat16", "float32") == tolerance_of(1e-3, "float32", "q4_k") == (0.5, 0.05)
-    assert tolerance_of(1e-4, "float32", rounded="bfloat16") < tolerance_of(1e-4, "bfloat16", rounded="bfloat16")
+    assert select_tolerance(1e-4, "float32", "float32") == (1e-4, 1e-4)
+    assert select_tolerance(1e-3, "float32", "float16") == (0.05, 0.01)
+    assert select_tolerance(1e-3, "bfloat16", "float32") == select_tolerance(1e-3, "float32", "q4_k") == (0.5, 0.05)
+    assert select_tolerance(1e-4, "float32", rounded="bfloat16") < select_tolerance(
+        1e-4, "bfloat16", rounded="bfloat16"
+    )
 
 
 def test_many_small_differences_are_another_model(reference):
