@@ -12,7 +12,7 @@ import pytest
 from cfsp.checkpoint.reference import is_reference, read_reference
 from cfsp.errors import CheckpointError
 from cfsp.export.card import licence_of
-from cfsp.record.finished import lacking
+from cfsp.record.finished import find_run_damage
 from cfsp.record.run_record import RunRecord
 from cfsp.weights.shards import read_header
 from tests.conftest import mentions
@@ -80,7 +80,7 @@ def test_a_record_whose_files_are_no_list_of_files_is_not_finished(run_cfsp, sou
     for files in ([], 5, "x"):
         _set(out / "record.json", files=files)
         record = RunRecord.read(out / "record.json")
-        assert "which files were written" in str(lacking(record, out, model=True))
+        assert "which files were written" in str(find_run_damage(record, out, model=True))
 
 
 def test_a_reference_that_is_a_fifo_is_not_waited_for(tmp_path):
