@@ -106,15 +106,15 @@ def inspected(request: Request) -> Report:
         CfspError: there is no such model, or it cannot be pruned.
     """
     # Start-up time: loads numpy, safetensors, torch.
-    from cfsp.inspection.numbers import numbers_of
+    from cfsp.inspection.numbers import open_config_source
     from cfsp.inspection.reach import Plugins
-    from cfsp.inspection.report import report_of
+    from cfsp.inspection.report import build_report
 
     trust = request.trust_remote_code
     try:
-        context = numbers_of(request.model, request.path, trust_remote_code=trust, gguf_file=request.gguf_file)
+        context = open_config_source(request.model, request.path, trust_remote_code=trust, gguf_file=request.gguf_file)
         with _silent(), context as numbers:
-            return report_of(numbers, trust_remote_code=trust, plugins=Plugins(request.config_dir, request.allow))
+            return build_report(numbers, trust_remote_code=trust, plugins=Plugins(request.config_dir, request.allow))
     except CfspError as error:
         raise _with_own_keys(error) from error
 
