@@ -8,7 +8,7 @@ from pathlib import Path
 from cfsp.config.components import suggest
 from cfsp.config.overrides import plain_values
 from cfsp.errors import ConfigError
-from cfsp.export.write import DTYPES, FORMATS, Request, exported
+from cfsp.export.write import DTYPES, FORMATS, Request, write_export
 from cfsp.system.command import command
 
 _KEYS = ("path", "format", "to", "dtype", "multiple")
@@ -82,7 +82,7 @@ def read_request(overrides: Sequence[str]) -> Request:
 
 
 def _export(request: Request) -> int:
-    result = exported(request)
+    result = write_export(request)
     print(f"{result.place}: {result.bytes / 2**20:,.1f} MiB, {result.format}")
     for note in result.notes:
         print(f"  {note}")

@@ -106,15 +106,15 @@ def inspect_model(request: Request) -> Report:
         CfspError: the model does not exist, or it cannot be pruned.
     """
     # Start-up time: loads numpy, safetensors, torch.
-    from cfsp.inspection.numbers import numbers_of
+    from cfsp.inspection.numbers import open_config_source
     from cfsp.inspection.reach import Plugins
-    from cfsp.inspection.report import report_of
+    from cfsp.inspection.report import build_report
 
     trust = request.trust_remote_code
     try:
-        context = numbers_of(request.model, request.path, trust_remote_code=trust, gguf_file=request.gguf_file)
-        with _silence_transformers(), context as numbers:
-            return report_of(numbers, trust_remote_code=trust, plugins=Plugins(request.config_dir, request.allow))
+        context = open_config_source(request.model, request.path, trust_remote_code=trust, gguf_file=request.gguf_file)
+        with _silence_transformers(), context as source:
+            return build_report(source, trust_remote_code=trust, plugins=Plugins(request.config_dir, request.allow))
     except CfspError as error:
         raise _rename_keys(error) from error
 

@@ -72,7 +72,7 @@ _NOT_VLLM = (
 _LOADING["padded"] = _LOADING["plain"] + "\nAll layers are as wide as the widest one; what was pruned is zeros.\n"
 
 
-def licence_of(folder: Path) -> dict[str, Any]:
+def read_licence(folder: Path) -> dict[str, Any]:
     """Return the licence that the front matter of a folder's own model card states.
 
     Returns:
@@ -157,7 +157,7 @@ def facts_of_run(
     Args:
         base_model: name of the base model. A path would not do, because the folder may be given to others.
         hub_id: id of the base model on the hub; None where it has none.
-        licence: licence as :func:`licence_of` returns it.
+        licence: licence as :func:`read_licence` returns it.
         plan: the run's PruningPlan.
         calibration: name, number of samples and sequence length of the calibration set.
         state: pruned, compensated or recovered.
@@ -202,7 +202,7 @@ def _step_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def facts_of_folder(folder: Path) -> dict[str, Any]:
     """Return the facts of a folder that a run wrote; otherwise the licence that the folder's own card states."""
-    return read_facts(folder) or {"licence": licence_of(folder)}
+    return read_facts(folder) or {"licence": read_licence(folder)}
 
 
 def model_card(facts: Mapping[str, Any], format: str, name: str) -> str:

@@ -51,11 +51,11 @@ def check_exportable(source: ModelSource, config: RunConfig, view: DecoderView) 
             )
     elif format == "padded":
         padded.check(folder)
-        lacking = [name for name in added if not padded.holds_bias(folder, name)]
-        if lacking:
+        biases_without_place = [name for name in added if not padded.holds_bias(folder, name)]
+        if biases_without_place:
             windowed = " with a sliding window" if folder.family == "mistral" else ""
             raise ConfigError(
-                f"save.format=padded: pruner.compensation=bias adds a bias at {lacking[0]}, for which "
+                f"save.format=padded: pruner.compensation=bias adds a bias at {biases_without_place[0]}, for which "
                 f"{folder.family}{windowed} has no place; {instead}"
             )
     else:

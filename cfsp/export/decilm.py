@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from cfsp.errors import UnsupportedModelError
-from cfsp.export.filling import TargetSizes, filled_up, layer_tensors, other_tensors, round_up, sizes
+from cfsp.export.filling import TargetSizes, describe_padding, layer_tensors, other_tensors, round_up, sizes
 from cfsp.export.folder import ModelFolder, check_tensors_stored
 from cfsp.export.plain_folder import write_plain_folder
 from cfsp.export.result import Exported
@@ -117,7 +117,7 @@ def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, m
         tensors += layer_tensors(source, index, sized)
     files = {"configuration_decilm.py": _CONFIGURATION.encode()}
     size = write_plain_folder(source, to, config, tensors, dtype=dtype, format="decilm", files=files)
-    return Exported(to, "decilm", size, filled_up(source, target_widths))
+    return Exported(to, "decilm", size, describe_padding(source, target_widths))
 
 
 def ffn_mult(width: int, hidden: int) -> float:

@@ -95,8 +95,8 @@ def other_tensors(source: ModelFolder) -> Iterator[LayerTensor]:
         yield _tensor("lm_head.weight", (vocabulary, source.hidden))
 
 
-def filled_up(source: ModelFolder, targets: list[TargetSizes]) -> tuple[str, ...]:
-    """Return sentences for the user on what is filled up with zeros."""
+def describe_padding(source: ModelFolder, targets: list[TargetSizes]) -> tuple[str, ...]:
+    """Return notes for the user: one sentence each on the neurons and the KV groups that are zeros."""
     neurons = sum(max(0, w.width - layer.width) for w, layer in zip(targets, source.layers, strict=True))
     groups = sum(max(0, w.kv_heads - layer.kv_heads) for w, layer in zip(targets, source.layers, strict=True))
     notes = []

@@ -19,7 +19,7 @@ from typing import Any
 
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.export.folder import ModelFolder, check_tensors_stored
-from cfsp.export.gguf_rope import ROPE_TYPES, rope_of
+from cfsp.export.gguf_rope import ROPE_TYPES, read_rope_settings
 from cfsp.export.gguf_tensors import Block, GgufTensor, gguf_tensors
 
 #: Q8_0 holds only rows whose length is a multiple of this, and llama.cpp is several times slower on other lengths.
@@ -68,7 +68,7 @@ def lay_out(source: ModelFolder, config: Mapping[str, Any], multiple: int = CHUN
             f"{source.folder}: hidden_act={config.get('hidden_act')} cannot be written in GGUF, only silu can; use "
             "format=hf"
         )
-    rope = rope_of(source, config)
+    rope = read_rope_settings(source, config)
     architecture = _architecture(source, rope, multiple)
     blocks = tuple(_block(source, index, architecture, multiple) for index in range(len(source.layers)))
     _check_biases(source, architecture)

@@ -21,7 +21,7 @@ ROPE_TYPES = {
 _YARN_ASSUMED = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "attention_factor": None, "mscale": None}
 
 
-def rope_of(source: ModelFolder, config: Mapping[str, Any]) -> dict[str, Any]:
+def read_rope_settings(source: ModelFolder, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the RoPE settings of a model folder, with type and theta filled in.
 
     Args:

@@ -83,7 +83,7 @@ def gguf_tensors(
         config: config.json of the base architecture, with transformers' defaults.
         architecture: llama.cpp's name of the architecture.
         blocks: sizes of each block as it is written.
-        rope: settings from :func:`cfsp.export.gguf_rope.rope_of`.
+        rope: settings from :func:`cfsp.export.gguf_rope.read_rope_settings`.
     """
     hidden, vocabulary = source.hidden, int(config["vocab_size"])
     for name, stored, shape in (

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cfsp.errors import UnsupportedModelError
-from cfsp.export.filling import TargetSizes, filled_up, layer_tensors, other_tensors, round_up, sizes
+from cfsp.export.filling import TargetSizes, describe_padding, layer_tensors, other_tensors, round_up, sizes
 from cfsp.export.folder import ModelFolder, check_tensors_stored
 from cfsp.export.plain_folder import write_plain_folder
 from cfsp.export.result import Exported
@@ -88,7 +88,7 @@ def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, m
     for index, layer in enumerate(targets):
         tensors += layer_tensors(source, index, layer)
     size = write_plain_folder(source, to, config, tensors, dtype=dtype, format="padded")
-    return Exported(to, "padded", size, filled_up(source, targets))
+    return Exported(to, "padded", size, describe_padding(source, targets))
 
 
 _ARCHITECTURES: Mapping[str, str] = {

@@ -83,8 +83,14 @@ def check_place(to: Path, format: str) -> None:
         check_destination(to)
 
 
-def exported(request: Request) -> Exported:
+def write_export(request: Request) -> Exported:
     """Write a model folder in another format.
+
+    Args:
+        request: the folder, the format, the place and the dtype.
+
+    Returns:
+        The place, format and size of the export, with notes for the user.
 
     Raises:
         CfspError: the folder cannot be read, the format cannot hold the model, or the result cannot be written.

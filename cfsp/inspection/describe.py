@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from cfsp.architecture.experts import ExpertsFFN
     from cfsp.architecture.views import BlockView, DecoderView
-    from cfsp.inspection.history import Before, History
+    from cfsp.inspection.history import History, OriginalBlockSizes
 
 #: Parts of a model in the order of the report; other is e.g. a projection between embeddings and blocks.
 PARTS = ("embeddings", "attention", "ffn", "norms", "head", "other")
@@ -124,7 +124,7 @@ class BlockFacts:
         return {name: value for name, value in facts.items() if name != "latent" or value}
 
 
-def parts_of(view: DecoderView) -> dict[str, int]:
+def count_parameters(view: DecoderView) -> dict[str, int]:
     """Count the parameters of each part, each parameter once; tied ones count as embeddings."""
     model = view.model
     inside = {id(m): name for block in view.blocks for name, m in block.module.named_modules()}
@@ -164,7 +164,7 @@ def is_tied(view: DecoderView) -> bool:
     return head is not None and head.weight is view.model.get_input_embeddings().weight
 
 
-def blocks_of(view: DecoderView, history: History | None) -> list[BlockFacts]:
+def describe_blocks(view: DecoderView, history: History | None) -> list[BlockFacts]:
     """Return the facts of every block, in order."""
     known = history.blocks if history is not None and len(history.blocks) == len(view.blocks) else None
     return [
@@ -173,7 +173,7 @@ def blocks_of(view: DecoderView, history: History | None) -> list[BlockFacts]:
     ]
 
 
-def _block(block: BlockView, before: Before | None, window: int | None) -> BlockFacts:
+def _block(block: BlockView, before: OriginalBlockSizes | None, window: int | None) -> BlockFacts:
     ffn, attention = block.ffn, block.attention
     width, groups = (None, None) if before is None else (before.width, before.kv_groups)
     return BlockFacts(

@@ -12,7 +12,7 @@ from cfsp.plan.history import history_of
 
 
 @dataclass(frozen=True)
-class Before:
+class OriginalBlockSizes:
     """Sizes of a block before it was pruned; None where a size is not known, or does not apply.
 
     Attributes:
@@ -44,7 +44,7 @@ class History:
     parameters: Mapping[str, int]
     blocks_before: int
     removed_blocks: tuple[int, ...]
-    blocks: tuple[Before, ...]
+    blocks: tuple[OriginalBlockSizes, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the history for JSON."""
@@ -71,13 +71,13 @@ def read_history(folder: Path, state: str | None, sizes: Sequence[BlockSizes]) -
     kept = [index for index in range(len(plan.blocks)) if index not in removed]
     # After several prunings the rows are those of the last, whose base was pruned already.
     rows = plan.details if len(steps) == 1 and len(plan.details) == len(plan.blocks) else None
-    before = [Before() if rows is None else _row(rows[index]) for index in kept]
+    before = [OriginalBlockSizes() if rows is None else _row(rows[index]) for index in kept]
     methods = tuple(str(step["name"]) for step in _flat(steps))
     return History(state, methods, plan.parameters, len(plan.blocks), removed, tuple(before))
 
 
-def _row(details: Mapping[str, Any]) -> Before:
-    return Before(details.get("base_width"), details.get("base_kv_groups"), details.get("base_experts"))
+def _row(details: Mapping[str, Any]) -> OriginalBlockSizes:
+    return OriginalBlockSizes(details.get("base_width"), details.get("base_kv_groups"), details.get("base_experts"))
 
 
 def _flat(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:

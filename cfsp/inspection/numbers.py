@@ -1,4 +1,4 @@
-"""Source of an inspected model's numbers: a folder, a GGUF file, config.json on the hub, or a file of conf/model."""
+"""Configuration of an inspected model, read from a folder, a GGUF file, the hub, or a file of conf/model."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from cfsp.weights.source import ModelSource, gguf_files_on_hub, is_hub_id
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """Configuration that a model is built of.
+class ConfigSource:
+    """Configuration that a model is built from, and where it was read.
 
     Attributes:
         source: the model; its folder holds config.json, and its fingerprint is empty because no weight is read.
@@ -54,10 +54,10 @@ def names() -> list[str]:
 
 
 @contextmanager
-def numbers_of(
+def open_config_source(
     model: str | None, path: str | None, *, trust_remote_code: bool = False, gguf_file: str | None = None
-) -> Iterator[Numbers]:
-    """Yield the numbers of a model; temporary files are removed at the end.
+) -> Iterator[ConfigSource]:
+    """Yield the configuration of a model, and remove the temporary files at the end.
 
     Args:
         model: name of a file of conf/model; None: ``path`` is given.
@@ -71,21 +71,21 @@ def numbers_of(
     """
     with tempfile.TemporaryDirectory(prefix="cfsp-inspect-") as scratch:
         if model is not None:
-            yield _numbers_of_name(model, Path(scratch), trust_remote_code)
+            yield _read_name(model, Path(scratch), trust_remote_code)
         else:
-            yield _numbers_of_path(str(path), gguf_file, Path(scratch), trust_remote_code)
+            yield _read_path(str(path), gguf_file, Path(scratch), trust_remote_code)
 
 
-def _numbers_of_path(path: str, gguf_file: str | None, scratch: Path, trust_remote_code: bool) -> Numbers:
+def _read_path(path: str, gguf_file: str | None, scratch: Path, trust_remote_code: bool) -> ConfigSource:
     folder = Path(path).expanduser()
     section = ModelSection(name="path", path=path, gguf_file=gguf_file)
     file = gguf_file_of(folder, gguf_file, f"path={path}")
     if file is not None:
-        return replace(_numbers_of_gguf(file, f"path={path}", scratch), by_path=True)
+        return replace(_read_gguf(file, f"path={path}", scratch), by_path=True)
     if folder.exists() or not is_hub_id(path):
-        return replace(_numbers_of_folder(folder.resolve().name, f"path={path}", path, folder, scratch), by_path=True)
+        return replace(_read_folder(folder.resolve().name, f"path={path}", path, folder, scratch), by_path=True)
     try:
-        return replace(_numbers_of_hub(path, section, scratch, trust_remote_code), by_path=True)
+        return replace(_read_hub(path, section, scratch, trust_remote_code), by_path=True)
     except CheckpointError:
         raise
     except Exception as error:  # the hub and the network fail in many ways
@@ -95,27 +95,27 @@ def _numbers_of_path(path: str, gguf_file: str | None, scratch: Path, trust_remo
         ) from error
 
 
-def _numbers_of_name(name: str, scratch: Path, trust_remote_code: bool) -> Numbers:
+def _read_name(name: str, scratch: Path, trust_remote_code: bool) -> ConfigSource:
     section = _section(name)
     if section.path is None:
         raise ConfigError(f"model={name}: names no model of its own; give path=DIR, the folder of a model")
     folder, yaml_values = package_path(section.path), section.architecture
     try:
         if section.path.startswith("pkg://") or folder.is_dir() or not is_hub_id(section.path):
-            numbers = _numbers_of_folder(name, f"model={name}", section.path, folder, scratch)
+            numbers = _read_folder(name, f"model={name}", section.path, folder, scratch)
         else:
-            numbers = _numbers_of_hub(name, section, scratch / "hub", trust_remote_code)
+            numbers = _read_hub(name, section, scratch / "hub", trust_remote_code)
     except Exception as error:  # the hub and the network fail in many ways
         if yaml_values is None and isinstance(error, CheckpointError):
             raise
         if yaml_values is None:
             raise CheckpointError(hub_error(f"model={name}", error, "path=DIR, the folder of a model")) from error
-        return Numbers(
+        return ConfigSource(
             _yaml_source(name, yaml_values, scratch),
             "yaml",
             (f"the numbers are those of {_file(name)}, not compared with {section.path}: {_missing_reason(error)}",),
         )
-    return numbers if yaml_values is None else _with_differences(numbers, name, yaml_values, scratch, trust_remote_code)
+    return numbers if yaml_values is None else _add_differences(numbers, name, yaml_values, scratch, trust_remote_code)
 
 
 def _missing_reason(error: Exception) -> str:
@@ -140,8 +140,8 @@ def _section(name: str) -> ModelSection:
         raise ConfigError(*(f"{_file(name)}: {line}" for line in problems_of(error, "", ModelSection))) from error
 
 
-def _numbers_of_folder(name: str, where: str, origin: str, folder: Path, scratch: Path) -> Numbers:
-    """Return the numbers of a folder.
+def _read_folder(name: str, where: str, origin: str, folder: Path, scratch: Path) -> ConfigSource:
+    """Return the configuration of a model folder.
 
     Args:
         name: name of the model.
@@ -160,11 +160,11 @@ def _numbers_of_folder(name: str, where: str, origin: str, folder: Path, scratch
     source = ModelSource(name, origin, folder, _config(where, folder), "")
     weights = any(folder.glob("*.safetensors"))
     notes = () if weights else ("the folder holds no *.safetensors weights",)
-    return _dequantised(Numbers(source, "folder", notes), scratch)
+    return _apply_dequantisation(ConfigSource(source, "folder", notes), scratch)
 
 
-def _dequantised(numbers: Numbers, scratch: Path) -> Numbers:
-    """Return the numbers; those of a quantised checkpoint as a run dequantises it, or says that it cannot."""
+def _apply_dequantisation(numbers: ConfigSource, scratch: Path) -> ConfigSource:
+    """Replace the configuration of a quantised checkpoint by the one that a run dequantises it to."""
     source = numbers.source
     note = note_of(source.config)
     if note is None:
@@ -174,18 +174,18 @@ def _dequantised(numbers: Numbers, scratch: Path) -> Numbers:
     return replace(numbers, source=plain, notes=(*numbers.notes, note))
 
 
-def _numbers_of_gguf(file: Path, where: str, scratch: Path) -> Numbers:
-    """Return the numbers in the header of a GGUF file; neither weights nor tokenizer are read."""
+def _read_gguf(file: Path, where: str, scratch: Path) -> ConfigSource:
+    """Return the configuration in the header of a GGUF file; neither weights nor tokenizer are read."""
     header = read_header(file, where)
     write_config(config_of(header, where), header, scratch)
     size = f"{file.stat().st_size / 2**20:,.1f} MiB"
     notes = [f"GGUF, {header.quantisation}, {size}; a run dequantises the weights to {header.dtype}"]
     notes += [f"transformers' GGUF reader leaves out {setting}" for setting in unread_settings(header)]
-    return Numbers(ModelSource(file.stem, str(file), scratch, _config(where, scratch), ""), "gguf", tuple(notes))
+    return ConfigSource(ModelSource(file.stem, str(file), scratch, _config(where, scratch), ""), "gguf", tuple(notes))
 
 
-def _numbers_of_hub(name: str, section: ModelSection, scratch: Path, trust_remote_code: bool) -> Numbers:
-    """Return the numbers of config.json on the hub or in its local cache; no weight is fetched but a GGUF file."""
+def _read_hub(name: str, section: ModelSection, scratch: Path, trust_remote_code: bool) -> ConfigSource:
+    """Return the content of config.json on the hub or in its local cache; no weight is fetched but a GGUF file."""
     repo, file = str(section.path), section.gguf_file
     code = ["*.py"] if trust_remote_code else []
     folder = fetch_snapshot(repo, section.revision, allow=["config.json", *code], ignore=[])
@@ -194,23 +194,23 @@ def _numbers_of_hub(name: str, section: ModelSection, scratch: Path, trust_remot
         names = gguf_files_on_hub(repo, folder)
         file = the_only_one(names, f"path={repo}") if names else None
     if file is not None:
-        return _numbers_of_gguf_on_hub(section, file, scratch)
+        return _read_gguf_on_hub(section, file, scratch)
     origin = f"{repo}@{folder.name}"
     adapter = _adapter_of_hub(repo, folder.name)
     if adapter is not None:
         check_no_adapter(adapter, origin, full_weights=(folder / "config.json").is_file())
     source = ModelSource(name, origin, folder, _config(origin, folder), "")
-    return _dequantised(Numbers(source, "hub"), scratch)
+    return _apply_dequantisation(ConfigSource(source, "hub"), scratch)
 
 
-def _numbers_of_gguf_on_hub(section: ModelSection, name: str, scratch: Path) -> Numbers:
-    """Return the numbers in the header of a GGUF file on the hub, which is fetched for it and kept for a run."""
+def _read_gguf_on_hub(section: ModelSection, name: str, scratch: Path) -> ConfigSource:
+    """Return the configuration in the header of a GGUF file on the hub, which is fetched for it and kept for a run."""
     repo = str(section.path)
     folder = fetch_snapshot(repo, section.revision, allow=[name], ignore=[])
     if not (folder / name).is_file():
         available = ", ".join(gguf_files_on_hub(repo, folder)[:8]) or "none"
         raise CheckpointError(f"gguf_file={name}: {repo} has no such file; its GGUF files: {available}")
-    numbers = _numbers_of_gguf(folder / name, f"path={repo}", scratch)
+    numbers = _read_gguf(folder / name, f"path={repo}", scratch)
     return replace(numbers, source=replace(numbers.source, origin=f"{repo}@{folder.name}/{name}"))
 
 
@@ -236,14 +236,14 @@ def _config(where: str, folder: Path) -> dict[str, Any]:
 
 
 def _yaml_source(name: str, yaml_values: Mapping[str, Any], scratch: Path) -> ModelSource:
-    """Write the numbers of conf/model as a folder."""
+    """Write the configuration in conf/model as a model folder."""
     (scratch / "config.json").write_text(json.dumps(yaml_values), encoding="utf-8")
     return ModelSource(name, _file(name), scratch, dict(yaml_values), "")
 
 
-def _with_differences(
-    numbers: Numbers, name: str, yaml_values: Mapping[str, Any], scratch: Path, trust_remote_code: bool
-) -> Numbers:
+def _add_differences(
+    numbers: ConfigSource, name: str, yaml_values: Mapping[str, Any], scratch: Path, trust_remote_code: bool
+) -> ConfigSource:
     """Add the differences from conf/model to the numbers of config.json; a missing key has its default."""
     yaml_config = load_config(_yaml_source(name, yaml_values, scratch))
     folder_config = load_config(numbers.source, trust_remote_code=trust_remote_code)

@@ -140,14 +140,14 @@ def largest_ratio(pruner: Pruner, budget: Budget, view: DecoderView) -> float:
     else:
         pruner.check(view, budget)  # raises, and names the ratio that the preset would use
         return budget.ratio
-    taken = step
-    while above - taken > 1:
-        middle = (above + taken) // 2
+    accepted = step
+    while above - accepted > 1:
+        middle = (above + accepted) // 2
         if refusal(pruner, budget, view, middle / _FINEST) is None:
-            taken = middle
+            accepted = middle
         else:
             above = middle
-    return taken / _FINEST
+    return accepted / _FINEST
 
 
 def _line(error: CfspError) -> str:

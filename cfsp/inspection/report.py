@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from cfsp.inspection.describe import BlockFacts, blocks_of, equal_blocks, is_tied, parts_of
+from cfsp.inspection.describe import BlockFacts, count_parameters, describe_blocks, equal_blocks, is_tied
 from cfsp.inspection.history import History, read_history
-from cfsp.inspection.numbers import Numbers
+from cfsp.inspection.numbers import ConfigSource
 from cfsp.inspection.reach import Plugins, Reach, reaches
 from cfsp.model.outline import changed_by_tensors, outline
 from cfsp.plan.check import sizes_of
@@ -38,7 +38,7 @@ class Report:
         reaches: reach of each pruner.
     """
 
-    numbers: Numbers
+    numbers: ConfigSource
     model_class: str
     model_type: str
     dtype: str
@@ -89,7 +89,7 @@ class Report:
         }
 
 
-def report_of(numbers: Numbers, *, trust_remote_code: bool = False, plugins: Plugins | None = None) -> Report:
+def build_report(numbers: ConfigSource, *, trust_remote_code: bool = False, plugins: Plugins | None = None) -> Report:
     """Build the model on the meta device and describe it.
 
     Args:
@@ -111,12 +111,12 @@ def report_of(numbers: Numbers, *, trust_remote_code: bool = False, plugins: Plu
         model_type=str(view.model.config.model_type),
         dtype=source.stored_dtype,
         parameters=view.model_parameters,
-        parts=parts_of(view),
+        parts=count_parameters(view),
         tied=is_tied(view),
         vocabulary=embeddings.shape[0],
         hidden=embeddings.shape[1],
         positions=source.positions,
-        blocks=tuple(blocks_of(view, history)),
+        blocks=tuple(describe_blocks(view, history)),
         history=history,
         reaches=tuple(reaches(view, plugins)),
     )

@@ -22,7 +22,7 @@ from cfsp.pipeline.save import export_model
 from cfsp.pipeline.stages import model_code_errors, run_stages
 from cfsp.pruner.base import removes_experts, removes_heads
 from cfsp.record import environment
-from cfsp.record.finished import export_files, export_problem, lacking
+from cfsp.record.finished import export_files, export_problem, find_run_damage
 from cfsp.record.out_folder import OutFolder, check_apart, check_entries, log_file, remove_empty, remove_leftovers
 from cfsp.record.run_record import RunRecord
 from cfsp.record.written import MODEL_FOLDERS, PLAN_FILES, describe_files
@@ -95,7 +95,7 @@ def _is_finished(earlier: RunRecord, config: RunConfig, out: Path) -> bool:
     """Return whether the run in OUT succeeded, has all its files undamaged, and is not to be repeated."""
     if not earlier.succeeded or config.force:
         return False
-    damaged = lacking(earlier, out, model=saves_pruned_model(config), hashes=config.check_files)
+    damaged = find_run_damage(earlier, out, model=saves_pruned_model(config), hashes=config.check_files)
     if damaged is not None:
         log.warning("%s: not finished, %s; the run is done again", out, damaged)
     return damaged is None

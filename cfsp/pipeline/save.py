@@ -8,7 +8,7 @@ from typing import Any
 
 from cfsp.checkpoint.save import SavedCheckpoint, save_checkpoint
 from cfsp.export import card
-from cfsp.export.write import Request, exported
+from cfsp.export.write import Request, write_export
 from cfsp.pipeline.current_run import Run
 from cfsp.pipeline.preflight import Prepared
 from cfsp.plan.history import history_of
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 def export_model(format_name: str, out: Path) -> dict[str, Any]:
     """Export OUT/model in a format; return the entry of the record that describes the export."""
-    result = exported(Request(out / "model", format_name))
+    result = write_export(Request(out / "model", format_name))
     for note in result.notes:
         log.info("%s: %s", format_name, note)
     return {"place": result.place.name, "form": format_name, "bytes": result.bytes, "notes": list(result.notes)}
@@ -33,7 +33,7 @@ def facts_of_run(run: Run, plan: PruningPlan) -> dict[str, Any]:
     return card.facts_of_run(
         base_model=source.public_name,
         hub_id=source.hub_id,
-        licence=card.licence_of(source.folder),
+        licence=card.read_licence(source.folder),
         weights=None if source.dequantised is None else source.dequantised.sentence,
         plan=plan,
         calibration=record.calibration or {},

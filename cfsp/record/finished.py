@@ -9,7 +9,7 @@ from cfsp.record.run_record import RunRecord
 from cfsp.record.written import MODEL_FOLDERS, PLAN_FILES, damage, within
 
 
-def lacking(record: RunRecord, out: Path, *, model: bool, hashes: bool = False) -> str | None:
+def find_run_damage(record: RunRecord, out: Path, *, model: bool, hashes: bool = False) -> str | None:
     """Return a clause on what is missing or damaged in a successful run; None where nothing has to be done again.
 
     Args:
@@ -20,8 +20,8 @@ def lacking(record: RunRecord, out: Path, *, model: bool, hashes: bool = False) 
     """
     if not model and not (out / "record.json").is_file():
         return None
-    if record.files is None:  # of an earlier version, which wrote no sizes
-        return _lacking_without_sizes(out) if model else None
+    if record.files is None:  # written by an earlier version, which recorded no sizes
+        return _find_damage_without_sizes(out) if model else None
     if not isinstance(record.files, dict):
         return "record.json does not say which files were written"
     expected_files = within(record.files, (*PLAN_FILES, *(MODEL_FOLDERS if model else ())))
@@ -52,7 +52,7 @@ def export_files(place: str) -> tuple[str, ...]:
     return (place, f"{place.removesuffix('.gguf')}.reference.safetensors") if place.endswith(".gguf") else (place,)
 
 
-def _lacking_without_sizes(out: Path) -> str | None:
+def _find_damage_without_sizes(out: Path) -> str | None:
     # Start-up time: loads torch.
     from cfsp.weights.shards import check_safetensors
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.errors import CheckpointError
-from cfsp.record.schema1 import upgraded
-from cfsp.record.validation import problem_of
+from cfsp.record.schema1 import upgrade_schema1
+from cfsp.record.validation import find_record_problem
 from cfsp.system.atomic import write_text
 from cfsp.system.reading import read_json
 
@@ -80,7 +80,7 @@ class RunRecord:
 
     def problem(self) -> str | None:
         """Return what the record of a success lacks that every reader of records needs; None where it is whole."""
-        return problem_of(self) if self.status == "success" else None
+        return find_record_problem(self) if self.status == "success" else None
 
     @staticmethod
     def read(path: Path) -> RunRecord | None:
@@ -96,7 +96,7 @@ class RunRecord:
             if not isinstance(values, dict):
                 raise ValueError("it is not an object")
             if values.get("schema") == 1:
-                values = upgraded(values)
+                values = upgrade_schema1(values)
             if values.get("schema") != SCHEMA:
                 raise ValueError(f"schema {str(values.get('schema'))[:40]}, this version reads {SCHEMA}")
             record = RunRecord(**values)

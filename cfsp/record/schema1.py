@@ -38,7 +38,7 @@ _MOVED = {
 }
 
 
-def upgraded(values: dict[str, Any]) -> dict[str, Any]:
+def upgrade_schema1(values: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a record of schema 1 in the layout of schema 2.
 
     Args:

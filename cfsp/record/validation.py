@@ -85,7 +85,7 @@ _BLOCK: dict[str, Check] = {
 }  # fmt: skip
 
 
-def problem_of(record: Any) -> str | None:
+def find_record_problem(record: Any) -> str | None:
     """Return what a record of a success lacks or holds in another layout than runs do; None where it is whole."""
     return next(_problems(record), None)
 
@@ -96,7 +96,7 @@ def figure_problem(row: Any) -> str | None:
 
 
 def _problems(record: Any) -> Iterator[str]:
-    yield from _too_much(vars(record))
+    yield from _find_unwritable_content(vars(record))
     if not is_name(record.run_id):
         yield f"run_id {str(record.run_id)[:60]!r}: {RULE}"
     for name, checks in _PARTS.items():
@@ -143,7 +143,7 @@ def _wrong(values: Any, checks: dict[str, Check], name: str) -> Iterator[str]:
             yield f"{name}.{key} {problem}"
 
 
-def _too_much(values: dict[str, Any]) -> Iterator[str]:
+def _find_unwritable_content(values: dict[str, Any]) -> Iterator[str]:
     """Yield a problem for nesting that is too deep and for texts that cannot be written, without recursion."""
     level: list[Any] = [values]
     for _ in range(_DEEPEST):
@@ -155,5 +155,5 @@ def _too_much(values: dict[str, Any]) -> Iterator[str]:
         yield f"it is nested more than {_DEEPEST} deep"
         return
     # One pass over the text is faster than a look at each of its thousands of parts.
-    if found := _SURROGATE.search(text := json.dumps(values, ensure_ascii=False)):
-        yield f"{text[max(0, found.start() - 20) : found.start() + 20]!r} cannot be written as UTF-8"
+    if surrogate := _SURROGATE.search(text := json.dumps(values, ensure_ascii=False)):
+        yield f"{text[max(0, surrogate.start() - 20) : surrogate.start() + 20]!r} cannot be written as UTF-8"

@@ -17,7 +17,7 @@ from cfsp.errors import BusyError, CfspError, CheckpointError, ConfigError
 from cfsp.pipeline.base_models import BaseModels
 from cfsp.pipeline.preflight import prepare
 from cfsp.pipeline.run import run
-from cfsp.record.finished import lacking
+from cfsp.record.finished import find_run_damage
 from cfsp.record.run_record import RunRecord
 from cfsp.sweep.experiment import Cell
 from cfsp.sweep.state import State, error_line, folder_state
@@ -59,7 +59,7 @@ class Job:
         return (
             record is not None
             and record.succeeded
-            and lacking(record, self.out, model=self.saves_model, hashes=self.config.check_files) is None
+            and find_run_damage(record, self.out, model=self.saves_model, hashes=self.config.check_files) is None
         )
 
 

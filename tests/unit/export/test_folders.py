@@ -21,7 +21,7 @@ from cfsp.checkpoint.save import save_checkpoint
 from cfsp.cli.export import main, read_request
 from cfsp.errors import CheckpointError, ConfigError, UnsupportedModelError
 from cfsp.export import decilm, hf, padded
-from cfsp.export.card import CARD, FACTS, licence_of, model_card, read_facts, write_card
+from cfsp.export.card import CARD, FACTS, model_card, read_facts, read_licence, write_card
 from cfsp.export.decilm import ffn_mult
 from cfsp.export.folder import read_folder
 from cfsp.export.write import FORMATS
@@ -506,9 +506,9 @@ def test_the_base_of_an_adapter_has_a_card(run_cfsp, sound_words, prose_file, tm
     ],
 )
 def test_the_licence_of_the_base_model_is_inherited(text, found, tmp_path) -> None:
-    assert licence_of(tmp_path) == {}
+    assert read_licence(tmp_path) == {}
     (tmp_path / CARD).write_bytes(text.encode())
-    assert licence_of(tmp_path) == found
+    assert read_licence(tmp_path) == found
     front = front_of(model_card({**FACTS_OF_A_RUN, "licence": found}, "plain", "model"))
     assert {key: value for key, value in front.items() if key.startswith("licen")} == found
 
@@ -517,7 +517,7 @@ def test_a_dense_folder_s_export_keeps_its_licence(tmp_path) -> None:
     from cfsp.system.package import ROOT
 
     padded.export(read_folder(ROOT / "assets" / "books7m"), tmp_path / "padded")
-    assert licence_of(tmp_path / "padded") == {"license": "apache-2.0"}
+    assert read_licence(tmp_path / "padded") == {"license": "apache-2.0"}
 
 
 def test_a_card_on_a_full_disk_is_one_line(tmp_path, monkeypatch) -> None:

@@ -167,10 +167,10 @@ def test_a_model_of_somebody_elses_loading_is_saved_as_it_is(own_head, tmp_path)
 
 
 def test_exports_of_a_head_of_its_own_say_so(own_head, tmp_path):
-    from cfsp.export.write import Request, exported
+    from cfsp.export.write import Request, write_export
 
     for form in ("hf", "padded"):
-        exported(Request(own_head, form, tmp_path / form))
+        write_export(Request(own_head, form, tmp_path / form))
         assert json.loads((tmp_path / form / "config.json").read_text())["tie_word_embeddings"] is False
 
 

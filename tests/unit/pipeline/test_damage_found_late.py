@@ -11,8 +11,8 @@ import pytest
 
 from cfsp.checkpoint.reference import is_reference, read_reference
 from cfsp.errors import CheckpointError
-from cfsp.export.card import licence_of
-from cfsp.record.finished import lacking
+from cfsp.export.card import read_licence
+from cfsp.record.finished import find_run_damage
 from cfsp.record.run_record import RunRecord
 from cfsp.weights.shards import read_header
 from tests.conftest import mentions
@@ -80,7 +80,7 @@ def test_a_record_whose_files_are_no_list_of_files_is_not_finished(run_cfsp, sou
     for files in ([], 5, "x"):
         _set(out / "record.json", files=files)
         record = RunRecord.read(out / "record.json")
-        assert "which files were written" in str(lacking(record, out, model=True))
+        assert "which files were written" in str(find_run_damage(record, out, model=True))
 
 
 def test_a_reference_that_is_a_fifo_is_not_waited_for(tmp_path):
@@ -105,13 +105,13 @@ def test_something_else_where_a_run_writes_a_file(run_cfsp, sound_words, tmp_pat
 def test_a_card_is_read_for_its_licence_within_bounds(tmp_path):
     card = tmp_path / "README.md"
     card.write_text("---\nlicense: mit\n---\n")
-    assert licence_of(tmp_path) == {"license": "mit"}
+    assert read_licence(tmp_path) == {"license": "mit"}
     card.write_text(f"---\nlicense: {'[' * 100_000}\n---\n")
-    assert licence_of(tmp_path) == {}
+    assert read_licence(tmp_path) == {}
     for make in (os.mkfifo, lambda place: place.symlink_to("/dev/zero"), lambda place: place.symlink_to(place)):
         card.unlink()
         make(card)
-        assert licence_of(tmp_path) == {}
+        assert read_licence(tmp_path) == {}
 
 
 def test_a_configuration_with_labels_without_end(model_folder, refused, sound_words):

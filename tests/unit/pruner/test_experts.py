@@ -644,7 +644,7 @@ def test_inspect_needs_no_weights(architecture):
     """What each pruner could remove, and the words for it, on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from cfsp.inspection.describe import blocks_of
+    from cfsp.inspection.describe import describe_blocks
     from cfsp.inspection.reach import reaches
     from cfsp.inspection.show import describe_attention, describe_ffn
 
@@ -658,7 +658,7 @@ def test_inspect_needs_no_weights(architecture):
     assert found["block_pruner"].reason == "" or a.attention == "mla"
     neurons = sum((a.experts.n * EXPERT_WIDTH) if a.is_sparse(i) else a.width for i in range(BLOCKS))
     assert found["cfsp"].units == {"neurons": neurons}
-    facts = blocks_of(view, None)
+    facts = describe_blocks(view, None)
     index = next(i for i in range(BLOCKS) if a.is_sparse(i))
     words = describe_ffn(facts[index].ffn)
     assert words.startswith(f"mixture of experts, {a.experts.n}")

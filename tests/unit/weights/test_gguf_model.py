@@ -19,8 +19,8 @@ from cfsp.config.sections import ModelSection
 from cfsp.errors import CfspError, CheckpointError, UnsupportedModelError
 from cfsp.export.folder import read_folder
 from cfsp.export.gguf import export
-from cfsp.inspection.numbers import numbers_of
-from cfsp.inspection.report import report_of
+from cfsp.inspection.numbers import open_config_source
+from cfsp.inspection.report import build_report
 from cfsp.model.tokenizer import load_tokenizer
 from cfsp.system.storage import storage_problem
 from cfsp.weights.gguf_header import read_header
@@ -200,8 +200,8 @@ def test_no_weights_are_dequantised_before_a_model_is_loaded(bundled_file, tmp_p
 
 def test_inspect_reads_the_header_alone(bundled_file, tmp_path, monkeypatch):
     monkeypatch.setattr("cfsp.weights.gguf_model._tokenizer", None)  # must not be called
-    with numbers_of(None, str(bundled_file)) as numbers:
-        report = report_of(numbers)
+    with open_config_source(None, str(bundled_file)) as numbers:
+        report = build_report(numbers)
     assert report.parameters == sum(p.numel() for p in cfsp.load(BUNDLED)[0].parameters())
     assert numbers.kind == "gguf"
     assert "F32" in numbers.notes[0]
