@@ -235,7 +235,7 @@ def test_a_search_is_resumed_from_its_measured_values(name, tmp_path, run_cfsp, 
 @pytest.mark.slow
 def test_evolution_goes_on_after_kill_9(tmp_path, prose_file) -> None:
     words = [
-        *RUN, f"calibration.path={prose_file}", *SEARCHES["evolution"], "allocator.generations=40", "model=tiny_llama",
+        *RUN, f"calibration.path={prose_file}", *SEARCHES["evolution"], "model=bundled",
         f"paths.cache_dir={tmp_path / 'cache'}", f"paths.records_dir={tmp_path / 'records'}",
     ]  # fmt: skip
 
