@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from cfsp.importance.base import Scores
     from cfsp.pruner.base import PlanContext
 
-#: Function that compensates one block for the units that a decision removes: tensor name -> tensor.
-Compensate = Callable[["BlockView", BlockPlan], dict[str, "Tensor"]]
+#: Function that compensates one block of a candidate: block, decision on it, decision with which the search starts ->
+#: tensor name -> tensor.
+CompensateCandidate = Callable[["BlockView", BlockPlan, BlockPlan], dict[str, "Tensor"]]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class _FreePart:
 
 
 def choose_widths(
-    context: PlanContext, scores: Scores, sizes: Sizes, budget: Budget, compensate: Compensate
+    context: PlanContext, scores: Scores, sizes: Sizes, budget: Budget, compensate: CompensateCandidate
 ) -> ChosenWidths:
     """Allocate the budget, round it to legal widths, and improve them by search where the allocator searches.
 
@@ -62,7 +63,7 @@ def choose_widths(
         scores: scores of the units of every block.
         sizes: removable units of every block.
         budget: budget of these units.
-        compensate: compensation of one block, for the losses of a search.
+        compensate: compensation of one block, for the candidates of a search.
 
     Raises:
         BudgetError: the budget cannot be met.
@@ -144,7 +145,7 @@ def _search_widths(
     scores: Scores,
     part: _FreePart,
     starts: Sequence[Widths],
-    compensate: Compensate,
+    compensate: CompensateCandidate,
 ) -> tuple[Widths, list[dict[str, Any]]]:
     """Search for the numbers of units of the free blocks with the lowest fitness.
 
@@ -157,12 +158,15 @@ def _search_widths(
 
     view = context.driver.view
 
-    def cut(block: BlockView, kind: SubmoduleKind, count: int) -> tuple[BlockPlan, dict[str, Tensor]]:
+    def decide(block: BlockView, kind: SubmoduleKind, count: int) -> BlockPlan:
         if kind == "ffn":
-            decision = best_neurons(block, scores.units(block.index), count)
-        else:
-            decision = best_kv_groups(scores.kv_groups[block.index], count)
-        return decision, compensate(block, decision)
+            return best_neurons(block, scores.units(block.index), count)
+        return best_kv_groups(scores.kv_groups[block.index], count)
+
+    def cut(block: BlockView, kind: SubmoduleKind, count: int) -> tuple[BlockPlan, dict[str, Tensor]]:
+        counts = starts[0].per_block if kind == "ffn" else starts[0].kv_groups
+        start, decision = decide(block, kind, counts[part.blocks.index(block.index)]), decide(block, kind, count)
+        return decision, compensate(block, decision, start)
 
     space = _search_space(search, part, starts)
     if not space.kinds:

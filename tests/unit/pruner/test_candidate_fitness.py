@@ -265,3 +265,19 @@ def test_a_search_needs_the_model_in_memory(name, refused, prose_file) -> None:
         f"calibration.path={prose_file}", "calibration.n_samples=4", "calibration.seq_len=32",
     )  # fmt: skip
     mentions(lines, "model.streaming=on", f"allocator={name}", "allocator=coarse", "model.streaming=off")
+
+
+@pytest.mark.parametrize("structure", ["ffn", "heads_ffn"])
+def test_the_ridge_of_candidates_is_chosen_once_for_each_projection(monkeypatch, structure) -> None:
+    """For the start, whichever width is measured first, so that a resumed search measures the same."""
+    from cfsp.pruner import least_squares
+
+    calls = []
+    choose = least_squares.choose_ridge
+    monkeypatch.setattr(least_squares, "choose_ridge", lambda *given: calls.append(1) or choose(*given))
+    words = [*SEARCHES["evolution"], *LEAST_SQUARES, "pruner.ridge=auto", f"pruner.structure={structure}"]
+    scope = "ffn" if structure == "ffn" else "decoder"
+    plan = cfsp.prune(tiny_model(), tokens(12), "one_shot", 0.4, scope=scope, round_to=8, overrides=words)
+    projections = {(kind, block) for kind, by_block in plan.notes["chosen_ridge"].items() for block in by_block}
+    n_blocks = len(plan.blocks)
+    assert len(calls) <= len(projections) + (n_blocks if structure == "ffn" else 2 * n_blocks)
