@@ -18,6 +18,7 @@ from cfsp.config.components import component
 from cfsp.config.contracts import (
     Allocator,
     Evaluator,
+    Fitness,
     Launcher,
     NeuronImportance,
     Pruner,
@@ -31,6 +32,7 @@ __all__ = [
     "Allocator",
     "Decides",
     "Evaluator",
+    "Fitness",
     "Launcher",
     "NeuronImportance",
     "Pruner",

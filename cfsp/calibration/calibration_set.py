@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,13 @@ import torch
 from torch import Tensor
 
 from cfsp.config.deciding import deciding_settings
-from cfsp.config.sections import CalibrationSection, TextCalibration, TokensCalibration
+from cfsp.config.sections import (
+    CalibrationSection,
+    MixCalibration,
+    SelfCalibration,
+    TextCalibration,
+    TokensCalibration,
+)
 from cfsp.data.limits import Limits
 from cfsp.data.text import cut_windows, locate_text, read_text, resolve_bos, tokenise, window_bos_id, with_bos
 from cfsp.data.token_file import open_ids
@@ -29,7 +36,7 @@ log = logging.getLogger(__name__)
 class CalibrationSet:
     """Windows of token ids ``input_ids`` [n, T], int64 on CPU, and their source.
 
-    ``bos`` is the setting that was used for windows of a text (never auto).
+    ``bos`` is the setting that was used for windows of a text (never auto); ``parts`` describes the sets of a mixture.
     """
 
     input_ids: Tensor
@@ -38,6 +45,7 @@ class CalibrationSet:
     seed: int
     revision: str | None = None
     bos: str | None = None
+    parts: tuple[dict[str, Any], ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -58,6 +66,7 @@ class CalibrationSet:
             "seed": self.seed,
             "fingerprint": self.fingerprint,
             **({"bos": self.bos} if self.bos is not None else {}),
+            **({"parts": list(self.parts)} if self.parts else {}),
         }
 
 
@@ -80,7 +89,9 @@ def from_ids(input_ids: Tensor, limits: Limits, name: str = "input_ids", seed: i
     return CalibrationSet(ids, name, "given", seed)
 
 
-def from_text(section: TextCalibration, tokenizer: Any, limits: Limits, seed: int) -> CalibrationSet:
+def from_text(
+    section: TextCalibration, tokenizer: Any, limits: Limits, seed: int, key: str = "calibration"
+) -> CalibrationSet:
     """Cut windows from a text: at random starts (Python's ``random``, as CFSP's released code does) or in order.
 
     Raises:
@@ -88,8 +99,8 @@ def from_text(section: TextCalibration, tokenizer: Any, limits: Limits, seed: in
     """
     limits.check_length("calibration.seq_len", section.seq_len)
     section = resolve_bos(section, tokenizer)
-    text = locate_text(section, "calibration")
-    bos_id = window_bos_id(tokenizer, section.bos, "calibration")
+    text = locate_text(section, key)
+    bos_id = window_bos_id(tokenizer, section.bos, key)
     ids = tokenise(read_text(text), tokenizer, section.bos)
     length = section.seq_len if bos_id is None else section.seq_len - 1
     needed = length if section.sampling == "random" else length * section.n_samples
@@ -121,14 +132,14 @@ def from_text(section: TextCalibration, tokenizer: Any, limits: Limits, seed: in
     return CalibrationSet(ids_of_windows, section.name, section.split, seed, text.revision, section.bos)
 
 
-def from_tokens(section: TokensCalibration, limits: Limits, seed: int) -> CalibrationSet:
+def from_tokens(section: TokensCalibration, limits: Limits, seed: int, key: str = "calibration") -> CalibrationSet:
     """Read frozen ids from a .npy file, and cut them to ``n_samples`` and ``seq_len``.
 
     Raises:
         DataError: the file is missing or empty, its ids are not integers of shape [n, T] within the vocabulary, or too
             few.
     """
-    key = f"calibration.path={section.path}"
+    key = f"{key}.path={section.path}"
     ids = open_ids(package_path(str(section.path)), key)
     n, length = section.n_samples or ids.shape[0], section.seq_len or ids.shape[1]
     if ids.shape[0] < n or ids.shape[1] < length:
@@ -147,18 +158,78 @@ def from_tokens(section: TokensCalibration, limits: Limits, seed: int) -> Calibr
     return CalibrationSet(torch.from_numpy(chosen.astype(np.int64, order="C")), section.name, "given", seed)
 
 
-def identity(section: CalibrationSection, tokenizer: Any = None) -> dict[str, Any]:
+def from_mix(section: MixCalibration, sets: Mapping[str, CalibrationSet], seed: int) -> CalibrationSet:
+    """Mix the windows of several sets, in an order drawn by the seed.
+
+    The order is random, because the first windows decide searches, and every fourth window judges refits: neither may
+    hold one source alone.
+
+    Args:
+        section: settings of the mixture.
+        sets: source -> its windows, ``section.seq_len`` tokens each.
+        seed: seed of the order.
+    """
+    windows = torch.cat([calibration.input_ids for calibration in sets.values()])
+    order = list(range(len(windows)))
+    random.Random(seed).shuffle(order)
+    parts = tuple(calibration.describe() for calibration in sets.values())
+    return CalibrationSet(windows[order], section.name, "mixed", seed, parts=parts)
+
+
+def load_windows(
+    section: CalibrationSection,
+    tokenizer: Any,
+    limits: Limits,
+    seed: int,
+    sample: Callable[[SelfCalibration], CalibrationSet] | None = None,
+    key: str = "calibration",
+) -> CalibrationSet | None:
+    """Load the calibration set that a section describes.
+
+    Args:
+        section: settings of the set.
+        tokenizer: the model's tokenizer.
+        limits: sizes of the model that windows and ids must fit.
+        seed: seed of random windows.
+        sample: samples windows from the dense model; None: there is no model yet.
+        key: where the settings stand.
+
+    Returns:
+        The set; None where windows have to be sampled and ``sample`` is None. Everything else is checked then too.
+
+    Raises:
+        DataError: see :func:`from_text` and :func:`from_tokens`.
+    """
+    if isinstance(section, TextCalibration):
+        return from_text(section, tokenizer, limits, seed, key)
+    if isinstance(section, TokensCalibration):
+        return from_tokens(section, limits, seed, key)
+    limits.check_length("calibration.seq_len", section.seq_len)
+    if isinstance(section, SelfCalibration):
+        return None if sample is None else sample(section)
+    sets = {
+        name: load_windows(part, tokenizer, limits, seed, sample, f"{key}.sources.{name}")
+        for name, part in section.parts.items()
+    }
+    loaded = {name: calibration for name, calibration in sets.items() if calibration is not None}
+    return from_mix(section, loaded, seed) if len(loaded) == len(sets) else None
+
+
+def identity(section: CalibrationSection, tokenizer: Any = None, key: str = "calibration") -> dict[str, Any]:
     """Return the settings and the content that decide the set, for the run's identity, before it is tokenised.
 
-    Without a ``tokenizer``, ``bos=auto`` stays unsettled.
+    Without a ``tokenizer``, ``bos=auto`` stays unsettled. ``key``: where the settings stand.
     """
+    if isinstance(section, MixCalibration):
+        parts = {name: identity(part, tokenizer, f"{key}.sources.{name}") for name, part in section.parts.items()}
+        return {name: value for name, value in deciding_settings(section).items() if name != "sources"} | parts
     if isinstance(section, TextCalibration) and tokenizer is not None:
         section = resolve_bos(section, tokenizer)
     settings = deciding_settings(section)
     if isinstance(section, TextCalibration):
-        settings |= locate_text(section, "calibration").identity
+        settings |= locate_text(section, key).identity
     elif isinstance(section, TokensCalibration):
         path = package_path(str(section.path))
-        open_ids(path, f"calibration.path={section.path}")
+        open_ids(path, f"{key}.path={section.path}")
         settings["sha256"] = file_digest(path)
     return settings

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from cfsp.allocator.base import Allocation
+    from cfsp.allocator.search_space import Counts, SearchSpace
     from cfsp.architecture.views import Channels, DecoderView
     from cfsp.config.budget import Budget, Structure
     from cfsp.config.components import Component
@@ -116,39 +117,71 @@ class Allocator(Protocol):
         return None
 
 
-@runtime_checkable
-class SearchingAllocator(Protocol):
-    """Further members of an allocator with ``needs_model``, which searches for widths by the model's loss.
+class Fitness(Protocol):
+    """Measurement of the candidates of a search; lower is better.
 
     Attributes:
-        n_samples: calibration windows on which a loss is measured; None: all.
+        n_parts: number of parts of the calibration windows that can be measured apart.
     """
 
-    n_samples: int | None
+    n_parts: int
 
+    @abstractmethod
+    def __call__(self, counts: Counts, parts: Sequence[int] | None = None) -> float:
+        """Measure the model that keeps these numbers of units.
+
+        Args:
+            counts: kept units of each slot of the search space.
+            parts: indices of the parts to measure on; None: all.
+
+        Returns:
+            Mean per token, in nats; infinity where it is not finite.
+        """
+        ...
+
+
+@runtime_checkable
+class SearchingAllocator(Allocator, Protocol):
+    """Allocator that searches for numbers of units by measuring candidates on the model.
+
+    Attributes:
+        searched_kinds: kinds of submodules whose units it moves. The others keep what the first start gives them.
+        measure: nll: mean loss of the candidate; kl: mean divergence of its next-token distributions from those of the
+            dense model.
+        kl_entries: most probable entries of the dense distribution that kl looks at; the others count as one.
+    """
+
+    needs_model: bool = True
+    searched_kinds: tuple[Literal["ffn", "attention"], ...] = ("ffn",)
+    measure: Literal["nll", "kl"] = "nll"
+    kl_entries: int = 1024
+
+    @abstractmethod
     def allocators(self) -> list[Allocator]:
         """Return the closed-form allocations that the search starts from."""
         ...
 
-    def search(
-        self,
-        starts: Sequence[Sequence[int]],
-        legal: Sequence[Sequence[int]],
-        costs: Sequence[int],
-        loss: Callable[[tuple[int, ...]], float],
-    ) -> tuple[tuple[int, ...], list[dict[str, Any]]]:
-        """Search for the FFN widths with the lowest loss.
+    @abstractmethod
+    def search(self, space: SearchSpace, fitness: Fitness) -> tuple[Counts, list[dict[str, Any]]]:
+        """Search for the candidate with the lowest fitness.
 
         Args:
-            starts: widths of each block that meet the budget.
-            legal: legal widths of each block, ascending.
-            costs: parameters of one neuron of each block.
-            loss: measures the mean NLL of the model with given widths.
+            space: the slots, their legal numbers of units, and the candidates to start from.
+            fitness: measures a candidate. Measured values are kept on disk, so that a killed search resumes.
 
         Returns:
-            The best widths, and the steps that led to them.
+            The best candidate, and the steps that led to it (:meth:`SearchSpace.describe`).
         """
         ...
+
+    def part_sizes(self, n_windows: int, window_tokens: int) -> list[int]:
+        """Return the sizes of the parts, in windows, that the first calibration windows are divided into.
+
+        Args:
+            n_windows: number of calibration windows.
+            window_tokens: tokens of each.
+        """
+        return [n_windows]
 
 
 class Pruner(Protocol):

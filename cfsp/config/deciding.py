@@ -37,7 +37,8 @@ class Decides:
             identity, so that runs of those versions keep theirs.
         alike: (value, other): two values that stand for the same. The identity has ``value`` for both, tables have
             ``other`` for both.
-        chosen_by: name of the field that lists the used entries of a dictionary; other entries decide nothing.
+        chosen_by: name of the field that names the used entries of a dictionary, as a list or as keys; other entries
+            decide nothing.
     """
 
     what: Literal["figures", "nothing", "content", "name"] = "figures"
@@ -85,9 +86,10 @@ def separate(schema: type | None, settings: Mapping[str, Any], lookup: Lookup | 
     unused = getattr(schema, "unused_settings", None)
     left_out = set(unused(settings)) if callable(unused) else set()
     for key, (_, mark) in fields.items():
-        if mark.chosen_by is not None and {key, mark.chosen_by} <= set(settings):
+        if mark.chosen_by is not None and key in settings and settings.get(mark.chosen_by) is not None:
             settings = {**settings, key: {name: settings[key].get(name) for name in settings[mark.chosen_by]}}
-            left_out.add(mark.chosen_by)  # the names of the remaining entries replace this list
+            if not isinstance(settings[mark.chosen_by], Mapping):  # a list: the names of the entries replace it
+                left_out.add(mark.chosen_by)
     parts = Parts()
     for key, value in settings.items():
         annotation, mark = fields.get(key, (Any, Decides()))

@@ -14,23 +14,23 @@ from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from pydantic import Field, PlainValidator, ValidationError
+from pydantic import Field, PlainValidator
 
 from cfsp.config.components import Component, build, with_key
 from cfsp.config.contracts import Allocator, Evaluator, NeuronImportance, Pruner, Recovery, RunLogger
-from cfsp.config.problems import booleans_for_numbers, problems_of, shown, suggest
+from cfsp.config.parse_calibration import parse_calibration
+from cfsp.config.parse_section import parse_section
+from cfsp.config.problems import shown, suggest
 from cfsp.config.run_config import RunConfig
 from cfsp.config.sections import (
-    CALIBRATION_KINDS,
     CalibrationSection,
+    MixCalibration,
     ModelSection,
     PathsSection,
     PluginsSection,
     SaveSection,
     Section,
     SparsitySection,
-    TextCalibration,
-    TokensCalibration,
     checked_force,
 )
 from cfsp.errors import ConfigError, printable
@@ -79,8 +79,11 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         )
     parts: dict[str, Any] = {}
     for name, schema in _SECTIONS.items():
-        parts[name] = _section(name, schema, raw.get(name, {}), problems)
-    parts["calibration"] = _calibration(raw.get("calibration", {}), problems)
+        parts[name] = parse_section(name, schema, raw.get(name, {}), problems)
+    parts["calibration"] = parse_calibration(raw.get("calibration", {}), problems)
+    if isinstance(mixed := parts["calibration"], MixCalibration):  # records state the sources that were used
+        used = {name: raw["calibration"]["sources"][name] for name in mixed.mix or () if name in mixed.sources}
+        raw["calibration"] = {**raw["calibration"], "sources": used}
     allowed = parts["plugins"].allow if parts["plugins"] is not None else []
     for name, contract in _COMPONENTS.items():
         parts[name] = _component(name, raw.get(name), allowed, contract, problems)
@@ -97,7 +100,7 @@ def parse(config: DictConfig | Mapping[str, Any]) -> RunConfig:
         if evaluator is not None and "key" not in evaluator.settings:
             with_key(evaluator.instance, f"evaluation.{name}")
     problems.extend(_task_folders(parts["evaluation"], allowed))
-    scalars = _section("", _Scalars, {key: raw[key] for key in _Scalars.model_fields if key in raw}, problems)
+    scalars = parse_section("", _Scalars, {key: raw[key] for key in _Scalars.model_fields if key in raw}, problems)
     problems.extend(_conflicts(parts, raw))
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
@@ -244,45 +247,6 @@ class _Scalars(Section):
     force: Annotated[bool | Literal["check"], PlainValidator(checked_force)] = False
     debug: bool = False
     evaluate_selection: bool = False
-
-
-def _section(name: str, schema: type[Section], values: Any, problems: list[str]) -> Any:
-    if not isinstance(values, Mapping):
-        problems.append(
-            f"{name}={shown(values)}: a group of keys is expected: {', '.join(schema.model_fields)}; leave {name} out "
-            f"for its defaults, or write {name}.KEY=VALUE"
-        )
-        return None
-    wrong = [*booleans_for_numbers(schema, values, name)]
-    if wrong:
-        problems.extend(wrong)
-        return None
-    try:
-        return schema(**{str(key): value for key, value in values.items()})
-    except ValidationError as error:
-        problems.extend(problems_of(error, name, schema))
-        return None
-
-
-def _calibration(values: Mapping[str, Any], problems: list[str]) -> Any:
-    if not isinstance(values, Mapping):
-        problems.append(f"calibration={shown(values)}: a group of keys is expected; choose one, e.g. calibration=text")
-        return None
-    kind = values.get("kind")
-    if not isinstance(kind, str) or kind not in CALIBRATION_KINDS:
-        problems.append(f"calibration.kind={shown(kind)}: use {', '.join(CALIBRATION_KINDS)}")
-        return None
-    section = _section("calibration", CALIBRATION_KINDS[kind], values, problems)
-    if isinstance(section, TextCalibration) and section.path is None and section.hub is None:
-        problems.append(
-            f"calibration.path=null: calibration={section.name} has no copy on the hub: "
-            "give a local .txt, .jsonl or .parquet file, calibration.path=FILE"
-        )
-    if isinstance(section, TokensCalibration) and section.path is None:
-        problems.append(
-            "calibration.path=null: calibration=tokens needs it: give a .npy file of ids, calibration.path=FILE.npy"
-        )
-    return section
 
 
 def _evaluators(values: Any, problems: list[str]) -> dict[str, Any]:

@@ -169,12 +169,55 @@ class SelfCalibration(Section):
     gram_share: GramShare = 1.0
 
 
-CalibrationSection = TextCalibration | TokensCalibration | SelfCalibration
+class MixCalibration(Section):
+    """Calibration windows of several sets."""
+
+    kind: Literal["mix"]
+    name: Name
+    mix: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = Field(
+        description="the share of each source, e.g. calibration.mix='{wikitext2: 2, c4: 1}'"
+    )
+    sources: Annotated[dict[str, TextCalibration | TokensCalibration | SelfCalibration], Decides(chosen_by="mix")]
+    n_samples: PositiveInt
+    seq_len: int = Field(ge=2)
+    batch_size: BatchSize = "auto"
+    memory_gb: Annotated[Gigabytes | None, Decides("nothing")] = None
+    gram_share: GramShare = 1.0
+
+    @property
+    def parts(self) -> dict[str, TextCalibration | TokensCalibration | SelfCalibration]:
+        """Source -> its settings with the windows that it gives; a source without a window is left out.
+
+        Shares become whole numbers of windows by their largest remainders.
+        """
+        shares = self.mix or {}
+        exact = {name: self.n_samples * share / sum(shares.values()) for name, share in shares.items()}
+        counts = {name: int(number) for name, number in exact.items()}
+        by_remainder = sorted(exact, key=lambda name: counts[name] - exact[name])
+        for name in by_remainder[: self.n_samples - sum(counts.values())]:
+            counts[name] += 1
+        settings = {"seq_len": self.seq_len}
+        return {
+            name: self.sources[name].model_copy(update={**settings, "n_samples": count})
+            for name, count in counts.items()
+            if count
+        }
+
+
+def samples_the_model(section: CalibrationSection) -> bool:
+    """Return whether windows are sampled from the dense model itself."""
+    if isinstance(section, MixCalibration):
+        return any(isinstance(part, SelfCalibration) for part in section.parts.values())
+    return isinstance(section, SelfCalibration)
+
+
+CalibrationSection = TextCalibration | TokensCalibration | SelfCalibration | MixCalibration
 #: calibration.kind -> its section.
 CALIBRATION_KINDS: dict[str, type[Section]] = {
     "text": TextCalibration,
     "tokens": TokensCalibration,
     "self": SelfCalibration,
+    "mix": MixCalibration,
 }
 
 

@@ -33,6 +33,11 @@ class Snapshot:
                 {name: dict(value) if name in _TABLES else value for name, value in attributes.items()}
             )
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters, each once."""
+        tables = [attributes["_parameters"] for *_, attributes in self._parts]
+        return list({id(p): p for table in tables for p in table.values() if p is not None}.values())
+
     @contextmanager
     def active(self) -> Iterator[None]:
         """Restore the model inside, and bring its present state back afterwards."""
@@ -47,8 +52,7 @@ class Snapshot:
     def parked(self) -> Iterator[None]:
         """Move parameters that only the snapshot has to the CPU's memory inside, and back afterwards."""
         now = {id(parameter) for parameter in self.model.parameters()}
-        then = {id(p): p for *_, parts in self._parts for p in parts["_parameters"].values() if p is not None}
-        away = [(p, p.device) for key, p in then.items() if key not in now]
+        away = [(p, p.device) for p in self.parameters() if id(p) not in now]
         for parameter, _ in away:
             parameter.data = parameter.data.cpu()
         try:

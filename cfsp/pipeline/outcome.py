@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from cfsp.config.run_config import RunConfig
-from cfsp.config.sections import SelfCalibration
+from cfsp.config.sections import samples_the_model
 from cfsp.errors import CfspError, RunError
 from cfsp.importance.base import required_items
 from cfsp.pipeline.current_run import Run
@@ -127,7 +127,7 @@ def _out_of_memory_hint(config: RunConfig, record: RunRecord) -> str:
     hint = "out of memory: lower calibration.batch_size and the evaluation's batch_size (e.g. 1), or use "
     if "gradients" in required_items(config.importance.instance):
         return f"{hint}importance.gradient_checkpointing=true, fewer calibration.n_samples or model.dtype=bfloat16"
-    sampled = isinstance(config.calibration, SelfCalibration) and config.pruner.instance.prunes
+    sampled = samples_the_model(config.calibration) and config.pruner.instance.prunes
     # Streaming is suggested only where a streamed run would not be refused.
     streams = config.model.streaming != "on" and not sampled and not config.recovery.instance.trains
     return f"{hint}{'model.streaming=on (the weights stay on disk) or ' if streams else ''}model.dtype=bfloat16"

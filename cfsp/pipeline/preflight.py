@@ -17,7 +17,7 @@ from cfsp.calibration.calibration_set import CalibrationSet
 from cfsp.config.components import NAMING, option_of
 from cfsp.config.identity import identity_of, run_id_of
 from cfsp.config.run_config import RunConfig
-from cfsp.config.sections import SelfCalibration, TextCalibration, TokensCalibration
+from cfsp.config.sections import samples_the_model
 from cfsp.data.limits import Limits
 from cfsp.errors import CfspError, ConfigError, DataError
 from cfsp.evaluation.base import name_key_in_errors
@@ -193,7 +193,7 @@ def _check_method(inputs: _Inputs, problems: list[CfspError]) -> tuple[Calibrati
         config.pruner.instance.check_choices(view, config.importance, config.allocator)
     with _collect_problems(problems):
         identity = calibration_data.identity(config.calibration, inputs.tokenizer)
-        calibration = _calibration_set(config, inputs.tokenizer, inputs.limits)
+        calibration = calibration_data.load_windows(config.calibration, inputs.tokenizer, inputs.limits, config.seed)
     return calibration, identity
 
 
@@ -276,7 +276,7 @@ def must_stream(
             f"{why}: {option_of('allocator', allocator)} runs the model for each candidate, which would read "
             "it each time; use allocator=coarse or reconstruction, or model.streaming=off"
         )
-    if isinstance(config.calibration, SelfCalibration) and pruner.prunes:
+    if samples_the_model(config.calibration) and pruner.prunes:
         raise ConfigError(
             f"{why}: calibration=self samples token by token, which would read the whole model for each; use "
             "calibration=bundled, text or tokens, or model.streaming=off"
@@ -320,14 +320,3 @@ def check_writable(key: str, folder: Path) -> None:
             # Another run may have written a file there in the meantime.
             with suppress(OSError):
                 path.rmdir()
-
-
-def _calibration_set(config: RunConfig, tokenizer: Any, limits: Limits) -> CalibrationSet | None:
-    section = config.calibration
-    if isinstance(section, TextCalibration):
-        return calibration_data.from_text(section, tokenizer, limits, config.seed)
-    if isinstance(section, TokensCalibration):
-        return calibration_data.from_tokens(section, limits, config.seed)
-    assert isinstance(section, SelfCalibration)
-    limits.check_length("calibration.seq_len", section.seq_len)
-    return None

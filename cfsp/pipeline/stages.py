@@ -13,7 +13,7 @@ from torch import nn
 
 from cfsp.architecture.views import DecoderView
 from cfsp.calibration.batching import batch_size
-from cfsp.calibration.calibration_set import CalibrationSet
+from cfsp.calibration.calibration_set import CalibrationSet, load_windows
 from cfsp.calibration.self_generated import load_or_sample_windows
 from cfsp.calibration.statistics_cache import StatisticsCache
 from cfsp.config.run_config import RunConfig
@@ -243,10 +243,16 @@ def _plan_context(prepared: Prepared, view: DecoderView) -> tuple[PlanContext, b
 
 
 def _sample_calibration(prepared: Prepared, model: nn.Module) -> CalibrationSet:
-    section, config = prepared.config.calibration, prepared.config
-    assert isinstance(section, SelfCalibration)
+    """Load a calibration set of which windows are sampled from the dense model."""
+    config, tokenizer, limits = prepared.config, prepared.tokenizer, prepared.limits
     cache, fingerprint = Path(config.paths.cache_dir), prepared.source.fingerprint
-    return load_or_sample_windows(model, prepared.tokenizer, section, prepared.limits, config.seed, cache, fingerprint)
+
+    def sample(section: SelfCalibration) -> CalibrationSet:
+        return load_or_sample_windows(model, tokenizer, section, limits, config.seed, cache, fingerprint)
+
+    calibration = load_windows(config.calibration, tokenizer, limits, config.seed, sample)
+    assert calibration is not None
+    return calibration
 
 
 def _record_plan(record: RunRecord, plan: PruningPlan) -> None:

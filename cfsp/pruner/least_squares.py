@@ -137,6 +137,7 @@ def least_squares_compensation(
     ridge: Ridge,
     chosen: dict[str, Any] | None = None,
     *,
+    reuse: bool = False,
     fitted_alone: bool = False,
 ) -> dict[str, Tensor]:
     """Return the refitted weights of one block, by their names in the plan; empty where nothing is removed.
@@ -147,8 +148,8 @@ def least_squares_compensation(
         grams: Gram matrices of the model.
         ridge: strength, or auto.
         chosen: takes note of the ridges that auto has chosen: kind -> block -> ridge, None for no change.
-        fitted_alone: fit to the tokens that are not held out, so that the others can judge what starts from here. The
-            ridge is the one that ``chosen`` notes for the same decision.
+        reuse: take a ridge that ``chosen`` notes already, of this decision or of another one on the same block.
+        fitted_alone: fit to the tokens that are not held out, so that the others can judge what starts from here.
     """
     tensors = {}
     for kind, channels in block.channels.items():
@@ -161,7 +162,7 @@ def least_squares_compensation(
         weight, bias = channels.output.weight.detach(), channels.output.bias
         gram, kept_indices = grams.read(block.index, kind), kept.to(weight.device)
         strength: float | None
-        if ridge == "auto" and fitted_alone and chosen is not None:
+        if ridge == "auto" and reuse and chosen is not None and str(block.index) in chosen.get(kind, {}):
             strength = chosen[kind][str(block.index)]
         elif ridge == "auto":
             strength = chosen_ridge(weight, gram, kept_indices, centred=bias is not None)

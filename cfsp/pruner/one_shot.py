@@ -38,14 +38,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cfsp.architecture.views import BlockView, DecoderView
-    from cfsp.calibration.gram_store import GramMatrices
-    from cfsp.calibration.statistics import BlockStatistics
     from cfsp.config.budget import Budget
     from cfsp.config.components import Component
     from cfsp.config.contracts import Allocator, NeuronImportance
     from cfsp.plan.pruning_plan import PruningPlan
     from cfsp.pruner.base import PlanContext
-    from cfsp.pruner.width_choice import Compensate
+    from cfsp.pruner.closed_form import ClosedForm
 
 
 @component
@@ -252,12 +250,13 @@ class OneShotPruner(Pruner):
         if self.structure == "experts" and self.unseen_experts == "keep":
             sizes = keep_unseen_experts(view, sizes, statistics)
 
-        ridges: dict[str, Any] = {}
+        closed_form, of_candidates = self.closed_form(), self.closed_form()
 
-        def compensate(block: BlockView, decision: BlockPlan) -> dict[str, Tensor]:
-            return self.compensate(block, decision, statistics.blocks[block.index], context.grams, ridges)
+        def compensate_candidate(block: BlockView, decision: BlockPlan, start: BlockPlan) -> dict[str, Tensor]:
+            of_block = statistics.blocks[block.index]
+            return of_candidates.compensate_candidate(block, decision, start, of_block, context.grams)
 
-        chosen = choose_widths(context, scores, sizes, self._with_biases(view, context.budget), compensate)
+        chosen = choose_widths(context, scores, sizes, self._with_biases(view, context.budget), compensate_candidate)
         notes = dict(chosen.notes)
         if self.sequential:
             from cfsp.pruner.sequential import prune_in_sequence
@@ -266,8 +265,8 @@ class OneShotPruner(Pruner):
             decisions, tensors = pruned.decisions, pruned.tensors
             notes |= pruned.notes
         else:
-            decisions, tensors = self._decide(context, scores, chosen.widths, compensate)
-            notes |= {"chosen_ridge": ridges} if ridges else {}
+            decisions, tensors = self._decide(context, scores, chosen.widths, closed_form)
+            notes |= {"chosen_ridge": closed_form.chosen_ridges} if closed_form.chosen_ridges else {}
         unseen = RANKED_BY_WEIGHTS
         if self.structure == "experts":
             unseen = f"{'stay' if self.unseen_experts == 'keep' else 'go first'} (pruner.unseen_experts)"
@@ -289,7 +288,7 @@ class OneShotPruner(Pruner):
         )
 
     def _decide(
-        self, context: PlanContext, scores: Scores, widths: Widths, compensate: Compensate
+        self, context: PlanContext, scores: Scores, widths: Widths, closed_form: ClosedForm
     ) -> tuple[list[BlockPlan], dict[str, Tensor]]:
         """Choose the kept units of each block by the statistics of the dense model.
 
@@ -308,7 +307,7 @@ class OneShotPruner(Pruner):
             decisions.append(decision)
             if self.compensation != "none":
                 with view.weights.resident(block):
-                    tensors |= compensate(block, decision)
+                    tensors |= closed_form.compensate(block, decision, statistics, context.grams)
         return decisions, tensors
 
     def _with_biases(self, view: DecoderView, budget: Budget) -> Budget:
@@ -326,26 +325,9 @@ class OneShotPruner(Pruner):
         added = sum(output.out_features for output in outputs if output.bias is None)
         return replace(budget, ratio=budget.ratio + added / Sizes.of(view).scope_parameters(budget.scope))
 
-    def compensate(
-        self,
-        block: BlockView,
-        decision: BlockPlan,
-        statistics: BlockStatistics,
-        grams: GramMatrices | None,
-        ridges: dict[str, Any],
-        *,
-        fitted_alone: bool = False,
-    ) -> dict[str, Tensor]:
-        """Compensate the outputs of one block for the units that go, in closed form; gauss_newton starts from there.
-
-        ``ridges`` and ``fitted_alone``: see :func:`cfsp.pruner.least_squares.least_squares_compensation`.
-        """
+    def closed_form(self) -> ClosedForm:
+        """Return the compensation of single blocks."""
         # Start-up time: loads torch.
-        from cfsp.pruner.compensation import bias_compensation
-        from cfsp.pruner.least_squares import least_squares_compensation
+        from cfsp.pruner.closed_form import ClosedForm
 
-        if self.compensation == "bias":
-            return bias_compensation(block, decision, statistics)
-        if self.refits and grams is not None:
-            return least_squares_compensation(block, decision, grams, self.ridge, ridges, fitted_alone=fitted_alone)
-        return {}
+        return ClosedForm(self.compensation, self.ridge)

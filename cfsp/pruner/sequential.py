@@ -72,7 +72,7 @@ def prune_in_sequence(pruner: OneShotPruner, context: PlanContext, widths: Width
     dense model are computed beside those of the pruned one.
     """
     driver, ids, gram_request = context.driver, context.calibration.input_ids, context.gram_request
-    pruned, newton, ridges = InSequence(), _NewtonReport(), dict[str, Any]()
+    pruned, newton, closed_form = InSequence(), _NewtonReport(), pruner.closed_form()
     if pruner.compensation == "gauss_newton":
         _warn_of_few_tokens(context)
     correcting = pruner.refits and pruner.correction > 0 and pruner.structure != "heads"
@@ -98,11 +98,11 @@ def prune_in_sequence(pruner: OneShotPruner, context: PlanContext, widths: Width
             terms = None if context.gradients is None else context.gradients.blocks[block.index]
             neurons, groups = score_block(block, statistics, context.importance, pruner.structure, terms, grams)
             decision = best(block, neurons, groups, widths)
-            replaced = pruner.compensate(block, decision, statistics, grams, ridges)
+            replaced = closed_form.compensate(block, decision, statistics, grams)
             if decision != BlockPlan():
                 start = replaced
                 if refit.holds_out:  # held-out tokens judge the steps, so that the start must not have seen them
-                    start = pruner.compensate(block, decision, statistics, grams, ridges, fitted_alone=True)
+                    start = closed_form.compensate(block, decision, statistics, grams, reuse=True, fitted_alone=True)
                 slice_block(block, decision, start)
                 refitted = refit.solve(newton)
                 if refitted:
@@ -112,7 +112,7 @@ def prune_in_sequence(pruner: OneShotPruner, context: PlanContext, widths: Width
                 step.run()
             pruned.decisions.append(decision)
             pruned.tensors |= replaced
-    pruned.notes |= newton.notes() | ({"chosen_ridge": ridges} if ridges else {})
+    pruned.notes |= newton.notes() | ({"chosen_ridge": ridges} if (ridges := closed_form.chosen_ridges) else {})
     return pruned
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 
 import pytest
@@ -11,12 +10,11 @@ import torch
 
 import cfsp
 from cfsp.allocator.reconstruction import Reconstruction
-from cfsp.allocator.search import Search
 from cfsp.architecture.views import resolve
 from cfsp.calibration.gram import Gram, GramRequest, GramSums, gram_sums, subsample_tokens
 from cfsp.calibration.gram_store import GramCollection, InMemory, OnDisk
 from cfsp.config.budget import Budget
-from cfsp.errors import DataError, RunError
+from cfsp.errors import RunError
 from cfsp.importance.base import Scores
 from cfsp.importance.second_order import removal_order, scores_from_increments
 from cfsp.model.driver import BlockDriver, hidden_of
@@ -24,7 +22,6 @@ from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
 from cfsp.plan.slice_block import slice_block
 from cfsp.pruner.least_squares import corrected, least_squares_compensation, refit, solve
 from cfsp.sparsity.budget import Sizes
-from tests.conftest import mentions
 from tests.helpers.matrix import pairwise
 from tests.helpers.tiny import ARCHITECTURES, tiny_model, tokens
 
@@ -459,53 +456,6 @@ def test_reconstruction_minimises_the_total_error() -> None:
     assert total(kept[0]) == pytest.approx(min(total(first) for first in range(11)))
 
 
-def test_search_finds_a_better_allocation_within_its_budget() -> None:
-    legal = [list(range(8, 97, 8))] * 4
-    best = (24, 72, 40, 56)
-    asked = []
-
-    def loss(widths: tuple[int, ...]) -> float:
-        asked.append(widths)
-        return sum((w - b) ** 2 for w, b in zip(widths, best, strict=True))
-
-    start = (48, 48, 48, 48)
-    found, history = Search(["uniform"], evaluations=200).search([start], legal, (3,) * 4, loss)
-    assert found == best
-    assert len(asked) == len(set(asked)) <= 200
-    assert [row["nll"] for row in history] == sorted((row["nll"] for row in history), reverse=True)
-    few, _ = Search(["uniform"], evaluations=3).search([start], legal, (3,) * 4, loss)
-    assert sum(few) == sum(start)
-
-
-@pytest.mark.parametrize("starts", ["[coarse,reconstruction]", "[reconstruction,uniform]"])
-@pytest.mark.parametrize("ratio", [0.2, 0.4, 0.6])
-def test_a_search_with_heads_meets_the_budget_from_every_start(starts, ratio) -> None:
-    """Starts have their own KV groups, but one set of them stays: the neurons must make up for the difference."""
-    words = [
-        *SEARCH, "pruner.structure=heads_ffn", f"allocator.starts={starts}", "allocator.evaluations=8",
-    ]  # fmt: skip
-    plan = cfsp.prune(tiny_model(), tokens(6), "cfsp_plus", ratio, scope="decoder", round_to=8, overrides=words)
-    view = resolve(tiny_model())
-    step = 8 * view.blocks[0].ffn.neuron_parameters / view.decoder_parameters
-    assert abs(plan.achieved["ratio"] - ratio) <= step
-
-
-def test_every_start_with_heads_is_tried(monkeypatch) -> None:
-    given: list[list[tuple[int, ...]]] = []
-    monkeypatch.setattr(Search, "search", lambda self, starts, *_: (given.append(starts) or starts[0], []))
-    words = [*SEARCH, "pruner.structure=heads_ffn", "allocator.starts=[coarse,reconstruction,uniform]"]
-    cfsp.prune(tiny_model(), tokens(6), "cfsp_plus", 0.4, scope="decoder", round_to=8, overrides=words)
-    (starts,) = given
-    assert len(starts) == 3
-    assert {sum(widths) for widths in starts} == {sum(starts[0])}
-
-
-def test_a_transfer_that_leaves_the_budget_is_not_tried() -> None:
-    """A neuron of the second block costs three of the first's."""
-    found, _ = Search(["uniform"]).search([(16, 16)], [[8, 16, 24]] * 2, (3, 9), lambda widths: -widths[1])
-    assert found == (16, 16)
-
-
 def test_a_block_that_gives_nothing_goes_first() -> None:
     model = tiny_model()
     with torch.no_grad():
@@ -513,76 +463,6 @@ def test_a_block_that_gives_nothing_goes_first() -> None:
     words = ["importance=obs", "allocator=reconstruction", "pruner.compensation=least_squares"]
     plan = cfsp.prune(model, tokens(8), "one_shot", 0.3, round_to=8, overrides=words)
     assert len(plan.blocks[2].ffn_kept) == 8
-
-
-def test_search_says_how_it_got_there() -> None:
-    words = [*SEARCH, "allocator.evaluations=30", "sparsity.protect=[1,0]"]
-    plan = cfsp.prune(tiny_model(), tokens(6), "cfsp_plus", 0.5, round_to=8, overrides=words)
-    history = plan.notes["search"]
-    assert plan.notes["searched_blocks"] == [1, 2, 3]
-    assert history[-1]["widths"] == [row["width"] for row in plan.details[1:]]
-    assert history[-1]["nll"] <= history[0]["nll"]
-
-
-def test_search_refuses_windows_of_one_token() -> None:
-    with pytest.raises(DataError, match="windows of one token"):
-        cfsp.prune(tiny_model(), tokens(6, 1), "cfsp_plus", 0.5, round_to=8, overrides=SEARCH)
-
-
-def test_search_refuses_a_model_without_a_finite_loss() -> None:
-    with pytest.raises(RunError, match="allocator=search: the loss of every start is not finite"):
-        Search(["uniform"]).search([(8, 8)], [[8, 16]] * 2, (3, 3), lambda widths: math.nan)
-
-
-def test_cut_linears_are_kept_within_the_free_memory(monkeypatch) -> None:
-    """Of a large model six cuts of each block would take more than the model itself."""
-    from cfsp.pruner import width_search
-
-    held, words = [], [*SEARCH, "allocator.evaluations=30"]
-    install = width_search.WidthLosses._install
-
-    def counted(self, block, width) -> None:
-        install(self, block, width)
-        held.append(sum(map(width_search._bytes, self._linears.values())))
-
-    monkeypatch.setattr(width_search.WidthLosses, "_install", counted)
-    plans = []
-    for free in (2**40, 200_000):
-        monkeypatch.setattr(width_search, "available", lambda device, free=free: free)
-        held.clear()
-        plans.append(cfsp.prune(tiny_model(), tokens(6), "cfsp_plus", 0.5, round_to=8, overrides=words))
-        assert max(held) <= free * width_search._SHARE_OF_MEMORY
-        assert (max(held) > 50_000) == (free == 2**40)
-    assert plans[0] == plans[1]
-
-
-def test_search_runs_in_a_model_and_leaves_it(tmp_path, run_cfsp, prose_file) -> None:
-    words = [
-        "calibration=text", f"calibration.path={prose_file}", "calibration.n_samples=6", "calibration.seq_len=32",
-        "evaluation=none", "pruner=one_shot", "importance=obs", "pruner.compensation=least_squares",
-        "allocator=search", "allocator.evaluations=20", "save.model=false",
-    ]  # fmt: skip
-    code, _, err = run_cfsp(*words)
-    assert code == 0, err
-    record = json.loads((tmp_path / "out" / "record.json").read_text())
-    assert record["plan"]["achieved"]["ratio"] == pytest.approx(0.5, abs=0.01)
-    kept = list((tmp_path / "cache" / "search").glob("*.json"))
-    assert len(kept) == 1
-    before = kept[0].stat().st_mtime_ns
-    assert run_cfsp(*words, f"paths.output_dir={tmp_path / 'again'}")[0] == 0
-    assert kept[0].stat().st_mtime_ns == before  # nothing was measured twice
-    assert json.loads((tmp_path / "again" / "plan.json").read_text()) == json.loads(
-        (tmp_path / "out" / "plan.json").read_text()
-    )
-
-
-def test_search_needs_the_model_in_memory(refused, prose_file) -> None:
-    """Before the pass over the streamed model, which may take hours."""
-    lines = refused(
-        "pruner=one_shot", "allocator=search", "model.streaming=on", "evaluation=none", "calibration=text",
-        f"calibration.path={prose_file}", "calibration.n_samples=4", "calibration.seq_len=32",
-    )  # fmt: skip
-    mentions(lines, "model.streaming=on", "allocator=search", "allocator=coarse", "model.streaming=off")
 
 
 def test_the_ratio_is_met_whatever_is_refitted() -> None:
@@ -659,27 +539,6 @@ def test_blocks_in_sequence_are_refitted_on_what_the_pruned_ones_give(correction
         found = plan.tensors[f"blocks.{index}.ffn.weight"].double()
         torch.testing.assert_close(found, expected, rtol=5e-3, atol=5e-3 * float(expected.abs().max()))
         slice_block(block, decision, plan.tensors)
-
-
-def test_the_loss_of_widths_is_that_of_the_model_with_them(monkeypatch) -> None:
-    """States of blocks that did not change are used again; a loss must not depend on what was asked before."""
-    from cfsp.pruner import width_search
-
-    model, ids, asked = tiny_model(), tokens(12), {}
-    measure = width_search.WidthLosses._measured
-    monkeypatch.setattr(
-        width_search.WidthLosses, "_measured", lambda self, w: asked.setdefault(w, measure(self, w))
-    )  # fmt: skip
-    words = [*LEAST_SQUARES, "importance=obs", "allocator=search", "allocator.n_samples=4"]
-    cfsp.prune(model, ids, "one_shot", 0.5, round_to=8, overrides=[*words, "allocator.evaluations=20"])
-    assert len({widths[0] for widths in asked}) > 1
-    for widths, loss in asked.items():
-        monkeypatch.setattr(Search, "search", lambda self, *_, widths=widths: (widths, []))
-        cut = cfsp.apply(tiny_model(), cfsp.prune(tiny_model(), ids, "one_shot", 0.5, round_to=8, overrides=words))
-        with torch.no_grad():
-            logits = cut(ids[:4]).logits[:, :-1]
-        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:4, 1:].flatten())
-        assert loss == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_plans_that_share_a_cache_folder_are_what_they_are_alone(tmp_path) -> None:

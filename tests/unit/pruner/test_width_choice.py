@@ -22,6 +22,6 @@ def test_an_allocator_is_a_search_where_it_needs_the_model():
     assert _search_of(Coarse()) is None
 
 
-def test_an_allocator_without_the_members_of_a_search_is_refused():
-    with pytest.raises(ConfigError, match="Promises.*lacks n_samples, allocators, search"):
+def test_an_allocator_that_needs_the_model_without_a_search_is_refused():
+    with pytest.raises(ConfigError, match="Promises: needs_model is true, and it is no SearchingAllocator"):
         _search_of(Promises())
