@@ -102,7 +102,7 @@ def export(source: ModelFolder, to: Path, *, dtype: GgufDType = "auto", multiple
     to = Path(to)
     check_file(to)
     layout, vocabulary, stored = _prepare(source, dtype, multiple)
-    tensors = [_Outgoing(tensor, _stored_as(tensor, stored)) for tensor in layout.tensors]
+    tensors = [_Outgoing(tensor, _choose_stored_type(tensor, stored)) for tensor in layout.tensors]
     scratch = to.with_name(f".{to.name}.{uuid.uuid4().hex[:8]}")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ def _prepare(source: ModelFolder, dtype: GgufDType, multiple: int | None) -> tup
     return layout, read_vocabulary(source.folder, config), stored
 
 
-def _stored_as(tensor: GgufTensor, dtype: str) -> str:
+def _choose_stored_type(tensor: GgufTensor, dtype: str) -> str:
     """Return the dtype of a tensor in the file.
 
     llama.cpp wants tensors of one dimension in f32, and q8_0 holds only rows of whole chunks.
@@ -251,13 +251,13 @@ def _write_tensor(stream: Any, source: ModelFolder, outgoing: _Outgoing) -> None
     rows = max(1, _PIECE // max(1, tensor[0].numel()))
     written = 0
     for start in range(0, len(tensor), rows):
-        data = _converted(tensor[start : start + rows], outgoing, source)
+        data = _convert_tensor(tensor[start : start + rows], outgoing, source)
         stream.write(data.data)
         written += data.nbytes
     assert written == outgoing.bytes
 
 
-def _converted(piece: Tensor, outgoing: _Outgoing, source: ModelFolder) -> Any:
+def _convert_tensor(piece: Tensor, outgoing: _Outgoing, source: ModelFolder) -> Any:
     """Return rows of a tensor as bytes in the dtype of the file."""
     import gguf
     import numpy

@@ -11,7 +11,7 @@ from cfsp.export.filling import TargetSizes, layer_tensors, other_tensors, sizes
 from cfsp.export.folder import ModelFolder, check_tensors_stored
 from cfsp.export.plain_folder import write_plain_folder
 from cfsp.export.result import Exported
-from cfsp.plan.history import history_of
+from cfsp.plan.history import read_plan_history
 from cfsp.plan.pruning_plan import COMPENSATION_IN_FOLDER
 from cfsp.pruned_model.family import PRUNED_PREFIX, pruned_family
 
@@ -48,7 +48,7 @@ def export(source: ModelFolder, to: Path, *, dtype: torch.dtype | None = None, m
     pruned = not _is_plain(source)
     files = {name: text.encode() for name, text in pruned_family(source.family).files.items()} if pruned else {}
     unchanged_dtype = dtype in (None, source.dtype)  # in another dtype, replaying the plan would not give these weights
-    if unchanged_dtype and history_of(source.folder, tensors=False) is not None:
+    if unchanged_dtype and read_plan_history(source.folder, tensors=False) is not None:
         files |= {name: (source.folder / name).read_bytes() for name in _PLAN if (source.folder / name).is_file()}
     format = "remote_code" if pruned else "plain"
     config = source.source.config if pruned else _plain_config(source)

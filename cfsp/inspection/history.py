@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cfsp.plan.check import BlockSizes
-from cfsp.plan.history import history_of
+from cfsp.plan.history import read_plan_history
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def read_history(folder: Path, state: str | None, sizes: Sequence[BlockSizes]) -
     Raises:
         CheckpointError: the history is damaged, or is not that of the weights.
     """
-    plan = history_of(folder, sizes, tensors=False)
+    plan = read_plan_history(folder, sizes, tensors=False)
     if plan is None:
         return None
     steps = plan.method.get("steps") or [plan.method]
@@ -72,7 +72,7 @@ def read_history(folder: Path, state: str | None, sizes: Sequence[BlockSizes]) -
     # After several prunings the rows are those of the last, whose base was pruned already.
     rows = plan.details if len(steps) == 1 and len(plan.details) == len(plan.blocks) else None
     before = [OriginalBlockSizes() if rows is None else _row(rows[index]) for index in kept]
-    methods = tuple(str(step["name"]) for step in _flat(steps))
+    methods = tuple(str(step["name"]) for step in _flatten_steps(steps))
     return History(state, methods, plan.parameters, len(plan.blocks), removed, tuple(before))
 
 
@@ -80,6 +80,6 @@ def _row(details: Mapping[str, Any]) -> OriginalBlockSizes:
     return OriginalBlockSizes(details.get("base_width"), details.get("base_kv_groups"), details.get("base_experts"))
 
 
-def _flat(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _flatten_steps(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Flatten the steps of a plan; one that was composed twice has its first two steps one level down."""
-    return [inner for step in steps for inner in (_flat(step["steps"]) if step.get("steps") else [step])]
+    return [inner for step in steps for inner in (_flatten_steps(step["steps"]) if step.get("steps") else [step])]

@@ -26,7 +26,7 @@ from cfsp.importance.base import required_items
 from cfsp.model.device import resolve_device, resolve_dtype
 from cfsp.model.outline import changed_by_tensors, outline
 from cfsp.model.tokenizer import load_tokenizer
-from cfsp.plan.check import sizes_of
+from cfsp.plan.check import read_block_sizes
 from cfsp.plan.history import check_history
 from cfsp.pruned_model.adopt import check_adoptable
 from cfsp.record.out_folder import check_outside
@@ -184,7 +184,7 @@ def _check_method(inputs: _Inputs, problems: list[CfspError]) -> tuple[Calibrati
     if not config.pruner.instance.prunes:
         return calibration, identity
     with _collect_problems(problems):
-        check_history(inputs.source.folder, sizes_of(view))
+        check_history(inputs.source.folder, read_block_sizes(view))
     with _collect_problems(problems):
         check_adoptable(view.model)
     with _collect_problems(problems):

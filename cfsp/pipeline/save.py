@@ -11,7 +11,7 @@ from cfsp.export import card
 from cfsp.export.write import Request, write_export
 from cfsp.pipeline.current_run import Run
 from cfsp.pipeline.preflight import Prepared
-from cfsp.plan.history import history_of
+from cfsp.plan.history import read_plan_history
 from cfsp.plan.pruning_plan import COMPENSATION_IN_FOLDER, PruningPlan
 from cfsp.pruned_model.family import PRUNED_PREFIX
 
@@ -85,5 +85,5 @@ def _plan_in_folder(plan: PruningPlan, prepared: Prepared) -> PruningPlan:
     """Return the plan relative to the original dense model; pruning a pruned folder composes the two plans."""
     if prepared.source.state == "recovered":  # after training the earlier plan no longer gives its weights
         return plan
-    earlier = history_of(prepared.source.folder)
+    earlier = read_plan_history(prepared.source.folder)
     return plan if earlier is None else plan.compose(earlier)

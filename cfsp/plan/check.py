@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from cfsp.architecture.views import DecoderView
     from cfsp.plan.pruning_plan import PruningPlan
 
-#: Larger than any layer; a larger index is damage.
+#: Counts and indices at or above this are damage: no layer has so many units.
 _MOST_UNITS = 2**31
-#: A plan that was composed n times is nested n levels deep.
+#: Most levels of nesting. A plan that was composed n times is nested n levels deep.
 _DEEPEST = 100
 _TEXTS = ("base_model", "base_fingerprint", "base_sample", "compensation")
 _MAPPINGS = ("method", "requested", "achieved", "parameters", "notes")
@@ -50,7 +50,7 @@ def check_values(values: Mapping[str, Any]) -> None:
 
 
 def check_tensors(plan: PruningPlan) -> None:
-    """Check that the tensors of a plan have the names and the shapes that its blocks ask for.
+    """Check that the names and shapes of a plan's tensors fit its blocks.
 
     Raises:
         ValueError: names the tensor.
@@ -86,7 +86,7 @@ class BlockSizes:
     experts: int | None = None
 
 
-def sizes_of(view: DecoderView) -> list[BlockSizes]:
+def read_block_sizes(view: DecoderView) -> list[BlockSizes]:
     """Return the sizes of each block of a model."""
     return [
         BlockSizes(
@@ -134,13 +134,13 @@ def _check_depth(values: Any) -> None:
 
 
 def _check_method(method: Mapping[str, Any]) -> None:
-    waiting = [("method", method)]
-    while waiting:
-        where, step = waiting.pop()
+    pending = [("method", method)]
+    while pending:
+        where, step = pending.pop()
         _expect(isinstance(step, dict) and isinstance(step.get("name"), str), f"{where} has no name")
         steps = step.get("steps", [])
         _expect(isinstance(steps, list), f"{where}.steps must be a list")
-        waiting += [(f"{where}.steps[{number}]", inner) for number, inner in enumerate(steps)]
+        pending += [(f"{where}.steps[{number}]", inner) for number, inner in enumerate(steps)]
 
 
 def _check_block(where: str, block: Any) -> None:
@@ -194,5 +194,5 @@ def _check_details(values: Mapping[str, Any]) -> None:
 
 
 def is_count(value: Any) -> bool:
-    """Return whether ``value`` is a whole number that may count units: no boolean, no float, not absurdly large."""
+    """Return whether ``value`` is a whole number from 0 to 2**31 - 1; booleans and floats are not."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_UNITS

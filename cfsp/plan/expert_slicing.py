@@ -37,21 +37,21 @@ def slice_mixture(
     down = mixture.fused["down"]
     inputs = [matrices for kind, matrices in mixture.fused.items() if kind != "down"]
     # The rows of gate and up in their parameter, in the order that they have there.
-    rows = torch.cat([_places(matrices, width)[columns] for matrices in inputs], dim=1).sort(dim=1).values
-    _take(inputs[0], inputs[0].out_axis, rows)
-    _take(down, 3 - down.out_axis, columns)
+    rows = torch.cat([_stored_rows(matrices, width)[columns] for matrices in inputs], dim=1).sort(dim=1).values
+    _keep_indices(inputs[0], inputs[0].out_axis, rows)
+    _keep_indices(down, 3 - down.out_axis, columns)
     _replace(inputs[0].owner, f"{inputs[0].name}_bias", lambda bias: bias.gather(1, rows))
     update_counts(mixture.experts, width, columns.shape[1], width=True)
 
 
-def _places(matrices: ExpertMatrices, width: int) -> Tensor:
+def _stored_rows(matrices: ExpertMatrices, width: int) -> Tensor:
     """Return the rows of the stored parameter that hold the rows 0..N-1 of the matrix."""
     total = matrices.parameter.shape[matrices.out_axis]
     device = matrices.parameter.device
     return torch.arange(total, device=device)[matrices.rows or slice(None)][:width]
 
 
-def _take(matrices: ExpertMatrices, axis: int, kept: Tensor) -> None:
+def _keep_indices(matrices: ExpertMatrices, axis: int, kept: Tensor) -> None:
     """Keep the rows or columns ``kept`` [E, K] of each expert's stored matrix."""
 
     def select(stored: Tensor) -> Tensor:

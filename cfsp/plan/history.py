@@ -1,4 +1,4 @@
-"""The history of a model folder: the plan in it, if cfsp's own marker says that it belongs to the weights.
+"""Read the history of a model folder: the plan in it, where cfsp's marker states that it belongs to the weights.
 
 Any program may have written a file of the name plan.json. It counts only if cfsp wrote ``cfsp_checkpoint.json`` with
 it, the sha256 of plan and weights stand there (folders of earlier versions have none) and its sizes are those of the
@@ -51,15 +51,17 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
     return marker
 
 
-def history_of(folder: Path, sizes: Sequence[BlockSizes] | None = None, *, tensors: bool = True) -> PruningPlan | None:
+def read_plan_history(
+    folder: Path, sizes: Sequence[BlockSizes] | None = None, *, tensors: bool = True
+) -> PruningPlan | None:
     """Return the plan by which the weights in ``folder`` came from a dense model; None where there is no such history.
 
     A plan.json without a marker is no history; the log says so once.
 
     Args:
         folder: a model folder.
-        sizes: sizes of each block of the model in ``folder`` (:func:`cfsp.plan.check.sizes_of`); None: they were
-            compared before.
+        sizes: sizes of each block of the model in ``folder``, from :func:`cfsp.plan.check.read_block_sizes`; None:
+            they were compared before.
         tensors: read the tensors that the plan replaces, too.
 
     Raises:
@@ -69,11 +71,11 @@ def history_of(folder: Path, sizes: Sequence[BlockSizes] | None = None, *, tenso
         return None
     marker = read_marker(folder)
     if marker is None:
-        _say_ignored(folder / PLAN)
+        _log_ignored_plan(folder / PLAN)
         return None
     if sizes is not None:
         _check_weights(folder, marker.get(WEIGHT_DIGESTS))
-    return _checked(folder, marker.get(PLAN_DIGEST), sizes, tensors)
+    return _read_checked_plan(folder, marker.get(PLAN_DIGEST), sizes, tensors)
 
 
 def check_history(folder: Path, sizes: Sequence[BlockSizes]) -> None:
@@ -91,7 +93,7 @@ def check_history(folder: Path, sizes: Sequence[BlockSizes]) -> None:
 
 @lru_cache(maxsize=64)
 def _check_once(folder: Path, sizes: tuple[BlockSizes, ...], _: tuple[Any, ...]) -> None:
-    history_of(folder, sizes)
+    read_plan_history(folder, sizes)
 
 
 def _state(file: Path) -> tuple[int, ...] | None:
@@ -120,7 +122,7 @@ def _check_weights(folder: Path, digests: Any) -> None:
             )
 
 
-def _checked(folder: Path, digest: Any, sizes: Sequence[BlockSizes] | None, tensors: bool) -> PruningPlan:
+def _read_checked_plan(folder: Path, digest: Any, sizes: Sequence[BlockSizes] | None, tensors: bool) -> PruningPlan:
     file = folder / PLAN
     remedy = "restore it, or remove it: the folder then counts as a model without a history"
     if digest is not None and plan_digest(read_bytes(file, str(file))) != digest:
@@ -136,5 +138,5 @@ def _checked(folder: Path, digest: Any, sizes: Sequence[BlockSizes] | None, tens
 
 
 @lru_cache(maxsize=64)
-def _say_ignored(file: Path) -> None:
+def _log_ignored_plan(file: Path) -> None:
     log.warning("%s: ignored, it is no history of these weights (no %s beside it says so)", file, MARKER)

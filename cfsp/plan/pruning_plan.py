@@ -158,7 +158,7 @@ class PruningPlan:
             raise CheckpointError(f"plan {path}: schema {schema!r:.60}; this version of cfsp reads schema {SCHEMA}")
         try:
             check_values(values)
-            rows: list[dict[str, Any]] = [{k: _frozen(v) for k, v in row.items()} for row in values["blocks"]]
+            rows: list[dict[str, Any]] = [{k: _to_tuples(v) for k, v in row.items()} for row in values["blocks"]]
             blocks = tuple(BlockPlan(**row) for row in rows)
             details = tuple(values.pop("details", ()))
             plan = PruningPlan(**{**values, "blocks": blocks, "details": details})
@@ -189,13 +189,13 @@ class PruningPlan:
         blocks = list(earlier.blocks)
         for index, later in zip(staying, self.blocks, strict=True):
             try:
-                blocks[index] = _composed(blocks[index], later)
+                blocks[index] = _compose_blocks(blocks[index], later)
             except (IndexError, ValueError) as error:
                 raise CheckpointError(
                     f"block {index}: the later plan keeps units that the earlier one has removed, so the two cannot be "
                     "composed"
                 ) from error
-        renamed = {_moved(name, staying): tensor for name, tensor in self.tensors.items()}
+        renamed = {_in_base_of_earlier(name, staying): tensor for name, tensor in self.tensors.items()}
         kept = _remaining_tensors(earlier, dict(zip(staying, self.blocks, strict=True)))
         needed = {key.name for index, block in enumerate(blocks) for key in _tensor_keys(index, block)}
         tensors = {name: tensor for name, tensor in {**kept, **renamed}.items() if name in needed}
@@ -219,8 +219,8 @@ def _check_kept(name: str, kept: tuple[int, ...] | None) -> None:
         raise CheckpointError(f"plan: {name} must be a non-empty list of sorted, distinct indices")
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+def _to_tuples(value: Any) -> Any:
+    return tuple(_to_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 class TensorKey(NamedTuple):
@@ -282,21 +282,21 @@ def _remaining_tensors(earlier: PruningPlan, later_blocks: Mapping[int, BlockPla
     return tensors
 
 
-def _moved(name: str, staying: list[int]) -> str:
+def _in_base_of_earlier(name: str, staying: list[int]) -> str:
     """Return the name of a later plan's tensor with the block's index in the earlier plan's base."""
     key = TensorKey.parse(name)
     return key._replace(block=staying[key.block]).name
 
 
-def _composed(first: BlockPlan, then: BlockPlan) -> BlockPlan:
+def _compose_blocks(first: BlockPlan, then: BlockPlan) -> BlockPlan:
     attention, ffn = first.attention and then.attention, first.ffn and then.ffn
     return BlockPlan(
-        _compose(first.ffn_kept, then.ffn_kept) if ffn else None,
-        _compose(first.kv_groups_kept, then.kv_groups_kept) if attention else None,
+        _compose_indices(first.ffn_kept, then.ffn_kept) if ffn else None,
+        _compose_indices(first.kv_groups_kept, then.kv_groups_kept) if attention else None,
         attention,
         ffn,
         _compose_neurons(first, then) if ffn else None,
-        _compose(first.experts_kept, then.experts_kept) if ffn else None,
+        _compose_indices(first.experts_kept, then.experts_kept) if ffn else None,
     )
 
 
@@ -310,7 +310,7 @@ def _compose_neurons(first: BlockPlan, then: BlockPlan) -> tuple[tuple[int, ...]
     return tuple(tuple(old[neuron] for neuron in new) for old, new in zip(before, after, strict=True))
 
 
-def _compose(first: tuple[int, ...] | None, then: tuple[int, ...] | None) -> tuple[int, ...] | None:
+def _compose_indices(first: tuple[int, ...] | None, then: tuple[int, ...] | None) -> tuple[int, ...] | None:
     if first is None or then is None:
         return then if first is None else first
     return tuple(first[index] for index in then)

@@ -102,7 +102,7 @@ def write_module(module: str) -> None:
     for family in (named, named.replace("_", "-")):
         if family in CONFIG_MAPPING:
             with contextlib.suppress(UnsupportedModelError):  # then there is no such module
-                _texts(family)
+                _family_texts(family)
             return
 
 
@@ -123,7 +123,7 @@ class _Texts:
     norms: dict[str, tuple[str, ...]]
 
 
-def _texts(base_model_type: str) -> _Texts:
+def _family_texts(base_model_type: str) -> _Texts:
     with _WRITING:
         return _write_texts(base_model_type)
 
@@ -142,8 +142,8 @@ def family_names(base_model_type: str) -> dict[str, str]:
         "pruned_type": pruned_type,
         "configuration_module": f"configuration_{stem}",
         "modeling_module": f"modeling_{stem}",
-        "import_config": _import_of(base_config),
-        "import_models": _import_of(base_causal_lm, base_model),
+        "import_config": _import_line(base_config),
+        "import_models": _import_line(base_causal_lm, base_model),
         "base_config": base_config.__name__,
         "base_model": base_model.__name__,
         "base_causal_lm": base_causal_lm.__name__,
@@ -179,7 +179,7 @@ def _write_texts(base_model_type: str) -> _Texts:
     return _Texts(files, names, form, norms)
 
 
-def _import_of(*classes: type) -> str:
+def _import_line(*classes: type) -> str:
     """Return the line that imports ``classes``: from transformers, or from the modules that define them."""
     import transformers
 
@@ -193,7 +193,7 @@ def _registered_family(base_model_type: str) -> PrunedFamily:
     """Build the classes of a family and register them with the Auto classes of transformers."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    texts = _texts(base_model_type)
+    texts = _family_texts(base_model_type)
     files, names = texts.files, texts.names
     configuration, modeling = (importlib.import_module(f"{PACKAGE}.{name.removesuffix('.py')}") for name in files)
     family = PrunedFamily(

@@ -48,8 +48,8 @@ def adopt_by_shapes(model: PreTrainedModel, family: PrunedFamily) -> None:
         config.__dict__.pop(leftover, None)
     config.__class__ = classes[0]
     number_cache_slots(layers, config)
-    changes = _changes(layers, _stock_layers(classes[2], config))
-    if changes and (plain_keys := _plain_keys(layers, view, classes[2], config)):
+    changes = _describe_changes(layers, _stock_layers(classes[2], config))
+    if changes and (plain_keys := _find_plain_keys(layers, view, classes[2], config)):
         for key, value in plain_keys.items():
             setattr(config, key, value)
         changes = {}
@@ -126,7 +126,7 @@ def _stock_layers(causal_lm_class: Any, config: PretrainedConfig) -> list[nn.Mod
         return [block.module for block in resolve(causal_lm_class(small)).blocks]
 
 
-def _changes(layers: list[nn.Module], stock: list[nn.Module]) -> Changes:
+def _describe_changes(layers: list[nn.Module], stock: list[nn.Module]) -> Changes:
     """Return ``layer_changes``: index of a layer -> its differences from the stock layer."""
     if len(layers) != len(stock):
         raise UnsupportedModelError(f"the model has {len(layers)} layers, its configuration makes {len(stock)}")
@@ -147,12 +147,14 @@ def _difference(layer: nn.Module, stock: nn.Module) -> dict[str, Any]:
     shorter = _shorter_lists(layer, stock, removed_children)
     entry: dict[str, Any] = {"skip": skip, "identity": identity, "lists": shorter}
     own, theirs = _shapes(layer, removed_children), _shapes(stock, removed_children)
-    theirs = {name: shape for name, shape in theirs.items() if not _beyond(name, shorter)}
+    theirs = {name: shape for name, shape in theirs.items() if not _is_in_lost_item(name, shorter)}
     if lost := sorted(theirs.keys() - own.keys()):
         raise UnsupportedModelError(f"{type(layer).__name__}: {lost[0]} is gone; such a layer cannot be written down")
     entry["shapes"] = {name: shape for name, shape in own.items() if theirs.get(name) != shape}
-    numbers = dict(_numbers(stock, removed_children))
-    entry["set"] = {name: n for name, n in _numbers(layer, removed_children) if name in numbers and numbers[name] != n}
+    numbers = dict(_iterate_numbers(stock, removed_children))
+    entry["set"] = {
+        name: n for name, n in _iterate_numbers(layer, removed_children) if name in numbers and numbers[name] != n
+    }
     entry["heads"] = {
         name: dict(vars(module.config)["heads"])
         for name, module in layer.named_modules()
@@ -175,7 +177,7 @@ def _shorter_lists(layer: nn.Module, stock: nn.Module, removed_children: Collect
     }
 
 
-def _beyond(name: str, shorter: dict[str, int]) -> bool:
+def _is_in_lost_item(name: str, shorter: dict[str, int]) -> bool:
     """Return whether a tensor belongs to an item that its list has lost."""
     return any(
         name.startswith(f"{path}.") and int(name.removeprefix(f"{path}.").partition(".")[0]) >= n
@@ -195,7 +197,7 @@ def _shapes(layer: nn.Module, removed_children: Collection[str]) -> dict[str, li
     }
 
 
-def _numbers(layer: nn.Module, removed_children: Collection[str]) -> Iterator[tuple[str, int | float]]:
+def _iterate_numbers(layer: nn.Module, removed_children: Collection[str]) -> Iterator[tuple[str, int | float]]:
     """Yield path and value of the numbers that the modules of a layer keep: sizes, heads, slots of the cache, scales.
 
     GPT-2 may divide by the index that a layer was built with (scale_attn_by_inverse_layer_idx), which is another one in
@@ -209,7 +211,7 @@ def _numbers(layer: nn.Module, removed_children: Collection[str]) -> Iterator[tu
                 yield (f"{path}.{name}" if path else name), value
 
 
-def _plain_keys(
+def _find_plain_keys(
     layers: list[nn.Module], view: DecoderView, causal_lm_class: Any, config: PretrainedConfig
 ) -> dict[str, int] | None:
     """Return keys and values with which a plain configuration describes all layers; None where there are none.
@@ -229,7 +231,7 @@ def _plain_keys(
         try:
             for key, value in values.items():
                 setattr(tried, key, value)
-            fits = not _changes(layers, _stock_layers(causal_lm_class, tried))
+            fits = not _describe_changes(layers, _stock_layers(causal_lm_class, tried))
         except Exception:  # a configuration that its class refuses describes nothing
             continue
         if fits:

@@ -18,8 +18,8 @@ from cfsp.pruned_model.names import PACKAGE, PRUNED_PREFIX
 _AUTO = "transformers.models.auto.configuration_auto"
 
 
-class _Families(dict[str, Any]):
-    """Table of the configurations registered with transformers; a pruned one is built when it is asked for."""
+class _LazyFamilies(dict[str, Any]):
+    """Mapping of the registered configurations, which builds that of a pruned family at the first lookup."""
 
     def __contains__(self, model_type: object) -> bool:
         return super().__contains__(model_type) or self._is_ours(model_type)
@@ -44,26 +44,26 @@ def register() -> None:
     """Register the families now if transformers is imported, else as soon as it is."""
     module = sys.modules.get(_AUTO)
     if module is not None:
-        _extend(module)
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+        _extend_mapping(module)
+    if not any(isinstance(finder, _FamilyFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _FamilyFinder())
 
 
-def _extend(module: ModuleType) -> None:
+def _extend_mapping(module: ModuleType) -> None:
     mapping = getattr(module, "CONFIG_MAPPING", None)
     known = getattr(mapping, "_extra_content", None)
     # Another version may keep them elsewhere; then cfsp.load and trust_remote_code=True still work.
-    if isinstance(known, dict) and not isinstance(known, _Families):
-        mapping._extra_content = _Families(known)  # type: ignore[union-attr]
+    if isinstance(known, dict) and not isinstance(known, _LazyFamilies):
+        mapping._extra_content = _LazyFamilies(known)  # type: ignore[union-attr]
 
 
-class _Finder(MetaPathFinder):
+class _FamilyFinder(MetaPathFinder):
     """Extends transformers' table of configurations once it is imported, and finds the modules of the families."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """Return the spec of the families' package, or that of transformers' table; None for all other modules."""
         if name == PACKAGE:
-            return ModuleSpec(name, _Package(), is_package=True)
+            return ModuleSpec(name, _PackageLoader(), is_package=True)
         if name.startswith(f"{PACKAGE}."):
             from cfsp.pruned_model.family import write_module
 
@@ -73,7 +73,7 @@ class _Finder(MetaPathFinder):
             return None
         spec = self._others_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Extending(spec.loader)
+            spec.loader = _ExtendingLoader(spec.loader)
         return spec
 
     def _others_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
@@ -85,7 +85,7 @@ class _Finder(MetaPathFinder):
         return None
 
 
-class _Package(Loader):
+class _PackageLoader(Loader):
     """Loads the families' package: the existing one, or a new one in a folder of this process."""
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
@@ -98,7 +98,7 @@ class _Package(Loader):
         """Do nothing; the package has no code."""
 
 
-class _Extending(Loader):
+class _ExtendingLoader(Loader):
     """Loads a module with another loader, and extends its table afterwards."""
 
     def __init__(self, loader: Loader) -> None:
@@ -111,7 +111,7 @@ class _Extending(Loader):
     def exec_module(self, module: ModuleType) -> None:
         """Execute the module with the other loader, then extend its table."""
         self._loader.exec_module(module)
-        _extend(module)
+        _extend_mapping(module)
 
     def __getattr__(self, name: str) -> Any:  # get_source and the like, for tracebacks
         # A copy is asked for these before it has a loader, which would ask here again, without end.

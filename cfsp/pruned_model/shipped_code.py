@@ -56,10 +56,10 @@ def check_folder_code(folder: Path) -> bool:
     model_type = config.get("model_type") if isinstance(config, dict) else None
     files = sorted(_files(folder))
     code = [file for file in files if file.suffix.lower() == ".py"]
-    shipped = _known_files(folder, code, str(model_type))
+    shipped = _find_shipped_files(folder, code, str(model_type))
     for file in code:
         if file not in shipped:
-            raise _foreign(folder, f"{file.relative_to(folder)} is not a file as cfsp writes it")
+            raise _foreign_code_error(folder, f"{file.relative_to(folder)} is not a file as cfsp writes it")
     modules = {file.stem for file in shipped}
     for file in files:
         # transformers takes config.4.0.0.json for config.json where that says so.
@@ -68,9 +68,9 @@ def check_folder_code(folder: Path) -> bool:
         for reference in _code_references(read_json(file, f"path={folder}: {file.relative_to(folder)}")):
             module, _, name = reference.rpartition(".")
             if module not in modules or not name.isidentifier():
-                raise _foreign(folder, f"{file.relative_to(folder)} names {shown(reference)}")
+                raise _foreign_code_error(folder, f"{file.relative_to(folder)} names {shown(reference)}")
         if file.name == "adapter_config.json":
-            raise _foreign(folder, f"{file.relative_to(folder)} leads to another model")
+            raise _foreign_code_error(folder, f"{file.relative_to(folder)} leads to another model")
     return bool(code)
 
 
@@ -99,7 +99,7 @@ def is_shipped(text: str, names: Mapping[str, str]) -> bool:
     return "$" not in text and _digest(family_independent(text, names)) in SHIPPED
 
 
-def _known_files(folder: Path, code: list[Path], model_type: str) -> set[Path]:
+def _find_shipped_files(folder: Path, code: list[Path], model_type: str) -> set[Path]:
     """Return the files whose name and text are those that cfsp ships for the model type."""
     files = set()
     names: Mapping[str, str] = {}
@@ -144,32 +144,32 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _code_references(value: Any) -> Iterator[str]:
     """Yield what a JSON file names as code, at any depth, and the configurations that lie elsewhere."""
-    waiting = [value]
-    while waiting:
-        part = waiting.pop()
+    pending = [value]
+    while pending:
+        part = pending.pop()
         if isinstance(part, list):
-            waiting.extend(part)
+            pending.extend(part)
         elif isinstance(part, dict):
             for key, inner in part.items():
                 if key in ("auto_map", "custom_pipelines"):
-                    yield from _texts_in(inner)
+                    yield from _iterate_texts(inner)
                 elif key == "configuration_files":
-                    yield from (text for text in _texts_in(inner) if "/" in text or "\\" in text)
+                    yield from (text for text in _iterate_texts(inner) if "/" in text or "\\" in text)
                 else:
-                    waiting.append(inner)
+                    pending.append(inner)
 
 
-def _texts_in(value: Any) -> Iterator[str]:
+def _iterate_texts(value: Any) -> Iterator[str]:
     """Yield every text in a JSON value, and other scalars as JSON."""
-    waiting = [value]
-    while waiting:
-        part = waiting.pop()
+    pending = [value]
+    while pending:
+        part = pending.pop()
         if isinstance(part, str):
             yield part
         elif isinstance(part, list):
-            waiting.extend(part)
+            pending.extend(part)
         elif isinstance(part, dict):
-            waiting.extend(part.values())
+            pending.extend(part.values())
         elif part is not None:
             yield json.dumps(part)
 
@@ -178,7 +178,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _foreign(folder: Path, difference: str) -> CheckpointError:
+def _foreign_code_error(folder: Path, difference: str) -> CheckpointError:
     return CheckpointError(
         f"path={folder}: {difference}, and the tools would run it; read it and give trust_remote_code=true, or write "
         "the folder again (cfsp export format=hf)"

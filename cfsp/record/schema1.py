@@ -49,7 +49,7 @@ def upgrade_schema1(values: dict[str, Any]) -> dict[str, Any]:
         changed["configuration"] = _moved_targets(values["configuration"])
     for part in ("identity", "method"):
         if isinstance(values.get(part), dict):
-            changed[part] = _named(values[part])
+            changed[part] = _name_components(values[part])
     old_id, identity = values.get("run_id"), values.get("identity")
     if isinstance(old_id, str) and isinstance(identity, dict):
         slug, _, ending = old_id.rpartition("-")
@@ -73,10 +73,10 @@ def _current_target(target: str) -> str:
     return f"{_MOVED[module]}.{name}" if module in _MOVED else target
 
 
-def _named(value: Any) -> Any:
+def _name_components(value: Any) -> Any:
     """Replace the class of a component of cfsp by its name, at any depth of an identity."""
     if isinstance(value, dict):
         name = component_name(value["class"]) if isinstance(value.get("class"), str) else None
-        kept = {key: _named(inner) for key, inner in value.items() if name is None or key != "class"}
+        kept = {key: _name_components(inner) for key, inner in value.items() if name is None or key != "class"}
         return kept if name is None else {"component": name, **kept}
-    return [_named(inner) for inner in value] if isinstance(value, list) else value
+    return [_name_components(inner) for inner in value] if isinstance(value, list) else value

@@ -92,7 +92,7 @@ def find_record_problem(record: Any) -> str | None:
 
 def figure_problem(row: Any) -> str | None:
     """Return what a figure lacks that every reader of figures needs; None where it is whole."""
-    return next(_wrong(row, _FIGURE, "a figure"), None)
+    return next(_find_wrong_values(row, _FIGURE, "a figure"), None)
 
 
 def _problems(record: Any) -> Iterator[str]:
@@ -100,40 +100,40 @@ def _problems(record: Any) -> Iterator[str]:
     if not is_name(record.run_id):
         yield f"run_id {str(record.run_id)[:60]!r}: {RULE}"
     for name, checks in _PARTS.items():
-        yield from _wrong(getattr(record, name), checks, name)
+        yield from _find_wrong_values(getattr(record, name), checks, name)
     if "git" not in record.environment:
         yield "environment.git is missing"
     git = record.environment["git"]
-    yield from _wrong(git, _GIT, "environment.git") if git is not None else ()
+    yield from _find_wrong_values(git, _GIT, "environment.git") if git is not None else ()
     if not all(_TEXT(version) for version in record.environment["packages"].values()):
         yield "environment.packages has a version that is not text"
     if not isinstance(record.measurements, dict) or not all(isinstance(v, list) for v in record.measurements.values()):
         yield "measurements are not lists of figures"
     for row in (row for rows in record.measurements.values() for row in rows):
-        yield from _wrong(row, _FIGURE, "a figure")
-        yield from _wrong(row.get("detail") or {}, _SETTINGS, "the detail of a figure")
-    yield from _wrong_list(record.stages, _STAGE, "stages")
-    yield from _wrong_list(record.blocks, _BLOCK, "blocks")
+        yield from _find_wrong_values(row, _FIGURE, "a figure")
+        yield from _find_wrong_values(row.get("detail") or {}, _SETTINGS, "the detail of a figure")
+    yield from _find_wrong_items(record.stages, _STAGE, "stages")
+    yield from _find_wrong_items(record.blocks, _BLOCK, "blocks")
     for block in record.blocks:
-        yield from _wrong(block["distance"], {"angular": _NUMBER}, "blocks.distance")
+        yield from _find_wrong_values(block["distance"], {"angular": _NUMBER}, "blocks.distance")
     for name in ("plan", "recovery", "checkpoint", "calibration", "error"):
         if not _optional(_is_mapping)(getattr(record, name)):
             yield f"{name} is not an object"
     if record.plan is not None:
-        yield from _wrong(record.plan.get("achieved"), {"ratio": _is_finite}, "plan.achieved")
+        yield from _find_wrong_values(record.plan.get("achieved"), {"ratio": _is_finite}, "plan.achieved")
     if record.recovery:
-        yield from _wrong(record.recovery, {"trainable_parameters": _NUMBER, "name": _TEXT}, "recovery")
+        yield from _find_wrong_values(record.recovery, {"trainable_parameters": _NUMBER, "name": _TEXT}, "recovery")
 
 
-def _wrong_list(values: Any, checks: dict[str, Check], name: str) -> Iterator[str]:
+def _find_wrong_items(values: Any, checks: dict[str, Check], name: str) -> Iterator[str]:
     if not isinstance(values, list):
         yield f"{name} is not a list"
         return
     for value in values:
-        yield from _wrong(value, checks, name)
+        yield from _find_wrong_values(value, checks, name)
 
 
-def _wrong(values: Any, checks: dict[str, Check], name: str) -> Iterator[str]:
+def _find_wrong_values(values: Any, checks: dict[str, Check], name: str) -> Iterator[str]:
     if not isinstance(values, dict):
         yield f"{name} is not an object"
         return

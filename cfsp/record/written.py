@@ -30,7 +30,7 @@ def describe_files(out: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]
     """
     described: dict[str, dict[str, Any]] = {}
     for name in names:
-        for file in _files_of(out / name):
+        for file in _list_files(out / name):
             path = file.relative_to(out).as_posix()
             described[path] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     return described
@@ -67,7 +67,7 @@ def within(files: Mapping[str, Any] | None, names: Iterable[str]) -> dict[str, A
     return {path: entry for path, entry in listed if path.split("/", 1)[0] in selected}
 
 
-def _files_of(place: Path) -> list[Path]:
+def _list_files(place: Path) -> list[Path]:
     if place.is_file():
         return [place]
     return sorted(file for file in place.rglob("*") if file.is_file())
