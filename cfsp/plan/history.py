@@ -8,6 +8,7 @@ weights. So a plan is no history even where it was exchanged together with its m
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -44,11 +45,34 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
     if not os.path.lexists(file):
         return None
     marker = read_json(file, str(file))
-    if not isinstance(marker, dict) or not isinstance(marker.get("state", ""), str):
+    problem = _marker_problem(marker)
+    if problem is not None:
         raise CheckpointError(
-            f"{file}: not a marker that cfsp wrote; restore it, or remove it: the folder then counts as any model"
+            f"{file}: not a marker that cfsp wrote ({problem}); restore it, or remove it: the folder then counts as "
+            "any model"
         )
     return marker
+
+
+def _marker_problem(marker: Any) -> str | None:
+    """Return a clause on the first value of a marker that cfsp would not write; None for a good marker.
+
+    A digest that is left out is that of an earlier version; one of another type would switch its check off.
+    """
+    if not isinstance(marker, dict):
+        return f'expected a JSON object, e.g. {{"{PLAN_DIGEST}": "..."}}; it holds {_shorten_value(marker)}'
+    for key, kind, expected in (
+        ("state", str, "a text"),
+        (PLAN_DIGEST, str, "a sha256"),
+        (WEIGHT_DIGESTS, dict, "an object of file names and their sha256"),
+    ):
+        if key in marker and not isinstance(marker[key], kind):
+            return f"{key}: expected {expected}; it is {_shorten_value(marker[key])}"
+    return None
+
+
+def _shorten_value(value: Any) -> str:
+    return json.dumps(value)[:60]
 
 
 def read_plan_history(
