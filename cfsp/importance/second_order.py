@@ -155,21 +155,31 @@ def _isotonic(values: Tensor) -> Tensor:
 
 def _costs(refitted: Tensor, inverse: Tensor, unit: int, target: Tensor | None) -> Tensor:
     """Return the value by which each unit is removed: the error that it adds, or half of it + the first-order term."""
-    added = added_errors(refitted, inverse, unit)
+    added = unit_errors(refitted, diagonal_blocks(inverse, unit))
     if target is None:
         return added
     return (target * refitted).sum(0).unflatten(0, (-1, unit)).sum(1).abs() + added / 2
 
 
-def added_errors(refitted: Tensor, inverse: Tensor, unit: int) -> Tensor:
-    """Return the error added by removing each unit alone, [n / unit]."""
+def diagonal_blocks(matrix: Tensor, unit: int) -> Tensor:
+    """Return the blocks of the units on the diagonal, [n / unit, unit, unit], as a view of ``matrix`` [n, n]."""
+    return matrix.unflatten(1, (-1, unit)).unflatten(0, (-1, unit)).diagonal(dim1=0, dim2=2).movedim(2, 0)
+
+
+def unit_errors(columns: Tensor, blocks: Tensor) -> Tensor:
+    """Return tr(C_g A_g^-1 C_g^T) for each unit g.
+
+    Args:
+        columns: C [d, n].
+        blocks: A_g, positive definite, [n / unit, unit, unit].
+    """
+    unit = blocks.shape[1]
     if unit == 1:
-        return refitted.square().sum(0) / inverse.diagonal().clamp_min(1e-300)
+        return columns.square().sum(0) / blocks.flatten().clamp_min(1e-300)
     costs = []
-    for start in range(0, inverse.shape[0], unit):
-        span = slice(start, start + unit)
-        whitened = torch.linalg.solve_triangular(cholesky(inverse[span, span]), refitted[:, span].T, upper=False)
-        costs.append(whitened.square().sum())
+    for index, block in enumerate(blocks):
+        own = columns[:, index * unit : (index + 1) * unit]
+        costs.append(torch.linalg.solve_triangular(cholesky(block), own.T, upper=False).square().sum())
     return torch.stack(costs)
 
 
