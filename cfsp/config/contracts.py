@@ -62,10 +62,12 @@ class NeuronImportance(Protocol):
     Attributes:
         requires: calibration results beside the core statistics that it needs: "gradients", "gram".
         gradient_checkpointing: whether gradients are computed with less memory in more time.
+        improves_kept: whether :meth:`improve_kept` is called for each block.
     """
 
     requires: tuple[str, ...] = ()
     gradient_checkpointing: bool = False
+    improves_kept: bool = False
 
     @abstractmethod
     def score(self, channels: Channels, activation: Activation) -> Tensor:
@@ -80,6 +82,19 @@ class NeuronImportance(Protocol):
             Scores [N].
         """
         ...
+
+    def improve_kept(self, channels: Channels, activation: Activation, kept: Tensor) -> Tensor:
+        """Improve the choice of the units that stay, once their number in a block is known.
+
+        Args:
+            channels: see :meth:`score`.
+            activation: see :meth:`score`.
+            kept: indices of the units with the highest scores: neurons, or KV groups of an attention; [n] int64.
+
+        Returns:
+            Indices of as many units, ascending.
+        """
+        return kept
 
 
 class Allocator(Protocol):

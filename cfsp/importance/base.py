@@ -221,14 +221,7 @@ def _scored(
     gradients: Mapping[str, Tensor] | None,
     grams: GramMatrices | None,
 ) -> Tensor:
-    device = channels.output.weight.device
-    rms, mean, variance, mean_norm = (
-        value.to(device).float() for value in (inputs.rms, inputs.mean, inputs.variance, inputs.mean_norm)
-    )
-    needs_gram = grams is not None and "gram" in required_items(importance)
-    gram = grams.read(channels.block, channels.kind).matrix.to(device) if needs_gram and grams is not None else None
-    activation = Activation(rms, mean, variance, mean_norm, gradients, gram)
-    values = importance.score(channels, activation).double().cpu()
+    values = importance.score(channels, activation_for(importance, channels, inputs, gradients, grams)).double().cpu()
     if not values.isfinite().all():
         raise RunError(
             f"block {channels.block}: {int((~values.isfinite()).sum())} of {len(values)} {channels.kind} scores "
@@ -236,6 +229,23 @@ def _scored(
             f"{option_of('importance', importance)} are not finite; try model.dtype=float32"
         )
     return values
+
+
+def activation_for(
+    importance: NeuronImportance,
+    channels: Channels,
+    inputs: InputStatistics,
+    gradients: Mapping[str, Tensor] | None,
+    grams: GramMatrices | None,
+) -> Activation:
+    """Return the statistics of the channels that a metric sees, on the device of their weights."""
+    device = channels.output.weight.device
+    rms, mean, variance, mean_norm = (
+        value.to(device).float() for value in (inputs.rms, inputs.mean, inputs.variance, inputs.mean_norm)
+    )
+    needs_gram = grams is not None and "gram" in required_items(importance)
+    gram = grams.read(channels.block, channels.kind).matrix.to(device) if needs_gram and grams is not None else None
+    return Activation(rms, mean, variance, mean_norm, gradients, gram)
 
 
 def shares(values: Tensor, totals: Tensor) -> Tensor:

@@ -1,10 +1,13 @@
-"""Choosing the units with the highest scores."""
+"""Choosing the units with the highest scores, and letting the metric improve the choice at a given width."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cfsp.config.components import option_of
+from cfsp.errors import RunError
+from cfsp.importance.base import activation_for
 from cfsp.plan.pruning_plan import BlockPlan
 from cfsp.sparsity.budget import Widths
 
@@ -12,6 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cfsp.architecture.views import BlockView
+    from cfsp.calibration.gram_store import GramMatrices
+    from cfsp.calibration.statistics import BlockStatistics
+    from cfsp.pruner.base import PlanContext
 
 
 def best(block: BlockView, neurons: Tensor, groups: Tensor, widths: Widths) -> BlockPlan:
@@ -31,6 +37,48 @@ def best_neurons(block: BlockView, scores: Tensor, width: int) -> BlockPlan:
 def best_kv_groups(scores: Tensor, count: int) -> BlockPlan:
     """Keep the KV groups with the highest sums of their channels' scores [groups, channels of a group]."""
     return BlockPlan(kv_groups_kept=_top(scores.sum(1), count))
+
+
+def improve_kept_units(
+    context: PlanContext,
+    block: BlockView,
+    decision: BlockPlan,
+    statistics: BlockStatistics,
+    grams: GramMatrices | None = None,
+) -> BlockPlan:
+    """Let the metric improve the kept units of a block, whose weights are in memory; their numbers stay.
+
+    Args:
+        context: the metric and its gradient terms.
+        block: the block, dense.
+        decision: units with the highest scores.
+        statistics: statistics of the block.
+        grams: Gram matrices of the block; None: those of the calibration pass.
+
+    Raises:
+        RunError: the metric returns another number of units, or one twice.
+    """
+    # Start-up time: loads torch.
+    import torch
+
+    importance, grams = context.importance, context.grams if grams is None else grams
+    terms = None if context.gradients is None else context.gradients.blocks[block.index]
+    for kind, kept, inputs in (
+        ("ffn", decision.ffn_kept, statistics.ffn),
+        ("attention", decision.kv_groups_kept, statistics.attention),
+    ):
+        if kept is None or inputs is None:
+            continue
+        channels = block.channels[kind]
+        activation = activation_for(importance, channels, inputs, terms, grams)
+        better = tuple(sorted(importance.improve_kept(channels, activation, torch.tensor(kept)).tolist()))
+        if len(set(better)) != len(kept) or len(better) != len(kept):
+            raise RunError(
+                f"{option_of('importance', importance)}: improve_kept returns {len(set(better))} units of block "
+                f"{block.index}'s {kind}, and the budget keeps {len(kept)}; return as many indices as it is given"
+            )
+        decision = replace(decision, ffn_kept=better) if kind == "ffn" else replace(decision, kv_groups_kept=better)
+    return decision
 
 
 def _top(scores: Tensor, n: int) -> tuple[int, ...] | None:

@@ -16,7 +16,7 @@ from cfsp.config.contracts import Pruner, Unit
 from cfsp.errors import BudgetError, UnsupportedModelError
 from cfsp.importance.base import Scores, score
 from cfsp.plan.pruning_plan import BlockPlan
-from cfsp.pruner.choice import best
+from cfsp.pruner.choice import best, improve_kept_units
 from cfsp.pruner.expert_choice import ExpertScore, Unseen, best_experts, keep_unseen_experts, score_whole_experts
 from cfsp.pruner.expert_limits import RANKED_BY_WEIGHTS, check_expert_settings, check_expert_widths, expert_notes
 from cfsp.pruner.units import count_experts, count_kv_groups, count_neurons, why_heads_stay
@@ -274,17 +274,11 @@ class OneShotPruner(Pruner):
         return complete(context, decisions, keep_ratios=chosen.keep_ratios, notes=notes, tensors=tensors)
 
     def _score(self, context: PlanContext) -> Scores:
-        view = context.driver.view
+        view, statistics = context.driver.view, context.statistics
         if self.structure == "experts":
-            return score_whole_experts(view, context.statistics, self.expert_score)
+            return score_whole_experts(view, statistics, self.expert_score)
         return score(
-            view,
-            context.statistics,
-            context.importance,
-            self.structure,
-            context.gradients,
-            context.scored,
-            context.grams,
+            view, statistics, context.importance, self.structure, context.gradients, context.scored, context.grams
         )
 
     def _decide(
@@ -304,6 +298,9 @@ class OneShotPruner(Pruner):
                 decision = best_experts(block, own_scores, n, statistics.experts, self.unseen_experts)
             else:
                 decision = best(block, scores.units(block.index), scores.kv_groups[block.index], widths)
+                if context.importance.improves_kept:
+                    with view.weights.resident(block):
+                        decision = improve_kept_units(context, block, decision, statistics)
             decisions.append(decision)
             if self.compensation != "none":
                 with view.weights.resident(block):

@@ -22,7 +22,7 @@ from cfsp.model.snapshot import restored
 from cfsp.plan.pruning_plan import BlockPlan
 from cfsp.plan.slice_block import slice_block
 from cfsp.plan.slicing import set_output_weight
-from cfsp.pruner.choice import best
+from cfsp.pruner.choice import best, improve_kept_units
 from cfsp.pruner.ffn_refit import refit_ffn
 from cfsp.pruner.least_squares import chosen_correction_ridge, corrected
 
@@ -98,6 +98,8 @@ def prune_in_sequence(pruner: OneShotPruner, context: PlanContext, widths: Width
             terms = None if context.gradients is None else context.gradients.blocks[block.index]
             neurons, groups = score_block(block, statistics, context.importance, pruner.structure, terms, grams)
             decision = best(block, neurons, groups, widths)
+            if context.importance.improves_kept:
+                decision = improve_kept_units(context, block, decision, statistics, grams)
             replaced = closed_form.compensate(block, decision, statistics, grams)
             if decision != BlockPlan():
                 start = replaced

@@ -106,6 +106,7 @@ def test_both_recipes_hold_the_same_keys_and_so_do_all_data_sets():
         ("magnitude_sp", "Magnitude", "Uniform"),
         ("wanda_sp", "Wanda", "GlobalRank"),
         ("random", "RandomImportance", "Uniform"),
+        ("modegpt_ffn", "Leverage", "BlockInfluence"),
     ],
 )
 def test_a_preset_is_a_metric_and_an_allocator(pruner, importance, allocator):

@@ -50,6 +50,7 @@ def perplexity(record: dict, side: str) -> float:
         "block_pruner",
         "shortgpt",
         "sliding_window",
+        "modegpt_ffn",
     ],
 )
 def test_the_folder_gives_the_runs_own_figures(run_cfsp, words, tmp_path, pruner):
@@ -59,7 +60,7 @@ def test_the_folder_gives_the_runs_own_figures(run_cfsp, words, tmp_path, pruner
     record = json.loads((folder / "record.json").read_text())
     assert record["method"]["name"] == pruner
     assert "allocator" not in record["method"] or pruner not in ("two_ssp", "block_pruner", "shortgpt")
-    compensated = pruner.startswith("flap")
+    compensated = pruner.startswith(("flap", "modegpt"))
     assert record["checkpoint"]["state"] == ("compensated" if compensated else "pruned")
     assert (folder / "compensation.safetensors").is_file() == compensated
     # Other tools take every safetensors file at the top of a model folder for weights.

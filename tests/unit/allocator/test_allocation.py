@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cfsp.allocator.block_influence import BlockInfluence
 from cfsp.allocator.chosen_blocks import ChosenBlocks
 from cfsp.allocator.coarse import Coarse
 from cfsp.allocator.global_rank import GlobalRank
@@ -110,8 +111,47 @@ def test_chosen_blocks_refuse_more_than_they_hold():
         ChosenBlocks().allocate(scores((768,) * 8), sizes(*(768,) * 8), 0.7)
 
 
+@pytest.mark.parametrize("most", [0.6, 0.8, 1.0])
+@pytest.mark.parametrize("epsilon", [1e-4, 0.05, 0.15, 1e3])
+@pytest.mark.parametrize("keep", [0.25, 0.5, 0.95, 1.0])
+@pytest.mark.parametrize("widths", [(768,) * 8, (736, 288, 320, 0, 352, 320, 384, 384)], ids=str)
+def test_block_influence_spreads_what_goes_by_a_capped_softmax(widths, keep, epsilon, most):
+    """Against a bisection for c in min(cap, c exp(-BI / epsilon)), whose weighted mean is what goes."""
+    size = sizes(*widths)
+    found = 1 - BlockInfluence(epsilon, most).allocate(scores(widths), size, keep).keep
+    cap, weight = max(most, 1 - keep), torch.tensor(widths, dtype=torch.float64) / sum(widths)
+    exponents = -(DISTANCES - DISTANCES[weight > 0].min()) / epsilon
+    low, high = -100.0, 2e4  # logarithms of c
+    for _ in range(200):
+        middle = (low + high) / 2
+        shares = (exponents + middle).exp().clamp(max=cap)
+        low, high = (middle, high) if float((weight * shares).sum()) < 1 - keep else (low, middle)
+    shares = (exponents + low).exp().clamp(max=cap)
+    free = weight > 0
+    torch.testing.assert_close(found[free], shares[free], rtol=1e-6, atol=1e-9)
+    assert float((weight * found).sum()) == pytest.approx(1 - keep, abs=1e-12)
+    assert float(found.max()) <= cap + 1e-12
+    assert found.isfinite().all()
+
+
+def test_block_influence_is_modegpts_formula_where_no_block_is_capped():
+    """Eq. of the paper for blocks of one size: L phi softmax(-BI / epsilon)."""
+    found = BlockInfluence(0.3).allocate(scores((768,) * 8), sizes(*(768,) * 8), 0.7).keep
+    expected = 8 * 0.3 * (-DISTANCES / 0.3).softmax(0)
+    assert float(expected.max()) < 0.95
+    torch.testing.assert_close(1 - found, expected)
+    assert BlockInfluence().block_distance() == "cosine"
+
+
+def test_block_influence_takes_the_same_from_every_block_above_its_cap():
+    found = BlockInfluence(max_sparsity=0.5).allocate(scores((768,) * 8), sizes(*(768,) * 8), 0.3).keep
+    assert found.tolist() == pytest.approx([0.3] * 8)
+
+
 @pytest.mark.parametrize(
-    "allocator", [Uniform(), Coarse(), Coarse(temperature=8), GlobalRank(), ChosenBlocks(share=1)], ids=str
+    "allocator",
+    [Uniform(), Coarse(), Coarse(temperature=8), GlobalRank(), ChosenBlocks(share=1), BlockInfluence()],
+    ids=str,
 )
 @pytest.mark.parametrize("round_to", [1, 32, 128, 100])
 @pytest.mark.parametrize("ratio", [0.1, 0.33, 0.5, 0.77])

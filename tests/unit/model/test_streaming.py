@@ -646,7 +646,13 @@ def test_hidden_states_of_a_resumed_pass_are_held_once(folder, tmp_path) -> None
 @pytest.mark.parametrize("memory", ["1", "0"], ids=["matrices fit", "matrices on disk"])
 @pytest.mark.parametrize(
     "more",
-    [(), ("pruner.sequential=true",), ("importance=obs", "allocator=reconstruction"), ("pruner.ridge=auto",)],
+    [
+        (),
+        ("pruner.sequential=true",),
+        ("importance=obs", "allocator=reconstruction"),
+        ("importance=obs", "importance.first_order=true", "importance.swaps=4"),
+        ("pruner.ridge=auto",),
+    ],
 )
 def test_least_squares_of_a_streamed_model(run_cfsp, words, tmp_path, memory, more) -> None:
     given = [*words, f"calibration.memory_gb={memory}", "pruner=one_shot", "pruner.compensation=least_squares"]

@@ -599,12 +599,13 @@ def test_obs_uses_its_settings(monkeypatch) -> None:
 
     monkeypatch.setattr(obs, "removal_order", order)
     for width, settings, expected in (
-        (1024, {}, {"damping": 1e-3, "step": 1, "unit": 1}),
-        (2048, {}, {"damping": 1e-3, "step": 2, "unit": 1}),
-        (2048, {"damping": 0.5, "step": 64}, {"damping": 0.5, "step": 64, "unit": 1}),
+        (1024, {}, {"damping": 1e-3, "step": 1}),
+        (2048, {}, {"damping": 1e-3, "step": 2}),
+        (2048, {"damping": 0.5, "step": 64}, {"damping": 0.5, "step": 64}),
+        (2048, {"first_order": True}, {"damping": 1e-3, "step": 2, "first_order": True}),
     ):
         channels = resolve(tiny_model(width=width, blocks=1)).blocks[0].channels["ffn"]
         nothing = torch.zeros(width)
         seen = Activation(nothing, nothing, nothing, nothing, gram=torch.eye(width))
         assert obs.Obs(**settings).score(channels, seen).argsort().tolist() == list(range(width))
-        assert asked[-1] == expected
+        assert asked[-1] == {"unit": 1, "first_order": False} | expected
