@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cfsp.calibration.statistics import BlockStatistics, ExpertStatistics, Statistics
     from cfsp.sparsity.budget import Sizes
 
-ExpertScore = Literal["routed_share", "contribution"]
+ExpertScore = Literal["routed_share", "contribution", "reap"]
 Unseen = Literal["keep", "prune"]
 
 
@@ -24,7 +24,9 @@ def score_whole_experts(view: DecoderView, statistics: Statistics, kind: ExpertS
 
     Args:
         kind: routed_share: share of the calibration tokens that are routed to the expert; contribution: mean over all
-            calibration tokens of the L2 norm of routing weight * output (0 where the expert does not see the token).
+            calibration tokens of the L2 norm of routing weight * output (0 where the expert does not see the token);
+            reap: mean of the same norm over the tokens that are routed to the expert, so that its share of them does
+            not count (REAP, arXiv 2510.13999); 0 for an expert that saw no token.
 
     Returns:
         Scores whose ``neurons`` hold the experts [E] of each block; empty for a block that is not a mixture.
@@ -37,7 +39,9 @@ def score_whole_experts(view: DecoderView, statistics: Statistics, kind: ExpertS
     def score_of(block: BlockView, experts: ExpertStatistics | None) -> Tensor:
         if block.experts is None or experts is None:
             return nothing
-        return experts.tokens / tokens if kind == "routed_share" else experts.contribution
+        if kind == "routed_share":
+            return experts.tokens / tokens
+        return experts.contribution * (tokens / experts.tokens.clamp_min(1) if kind == "reap" else 1)
 
     scores = [score_of(block, block_statistics.experts) for block, block_statistics in _pairs(view, statistics)]
     return Scores(tuple(scores), tuple(nothing.reshape(0, 1) for _ in scores), block_distances_by_name(statistics))

@@ -29,7 +29,7 @@ from cfsp.importance.magnitude import Magnitude
 from cfsp.importance.random import RandomImportance
 from cfsp.model.driver import BlockDriver
 from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
-from cfsp.pruner.expert_choice import best_experts, keep_unseen_experts
+from cfsp.pruner.expert_choice import best_experts, keep_unseen_experts, score_whole_experts
 from cfsp.pruner.probe import probe
 from tests.helpers.architectures import ARCHITECTURES, BLOCKS, EXPERT_WIDTH, VOCABULARY, Architecture
 from tests.helpers.matrix import in_turn
@@ -217,6 +217,15 @@ def test_every_implementation_of_experts_runs_what_is_left(architecture):
 # What the calibration pass sees
 
 
+def entering(mixture: nn.Module, model: nn.Module) -> Tensor:
+    """States [S, d] that enter a mixture on the calibration tokens."""
+    seen: list[Tensor] = []
+    handle = mixture.register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, 1)))
+    logits(model, IDS)
+    handle.remove()
+    return seen[0]
+
+
 @torch.no_grad()
 def routed(a: Architecture, mixture: nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
     """(chosen [S, k], weights [S, k]) of states [S, d], from the router itself."""
@@ -261,17 +270,14 @@ def test_statistics_are_those_of_a_hand_computation(architecture):
             assert found.blocks[index].ffn.mean.shape == (a.width,)
             continue
         mixture = block.get_submodule(a.ffn_path)
-        seen: list[Tensor] = []
-        handle = mixture.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0].flatten(0, 1)))
-        logits(model, IDS)
-        handle.remove()
-        chosen, weights = routed(a, mixture, seen[0])
+        states = entering(mixture, model)
+        chosen, weights = routed(a, mixture, states)
         statistics, experts = found.blocks[index].ffn, found.blocks[index].experts
         assert statistics.mean.shape == (a.experts.n, EXPERT_WIDTH)
         assert experts.tokens.sum() == n * length * a.experts.top_k
         for expert in range(a.experts.n):
             weight = (weights * (chosen == expert)).sum(1)
-            inner, out = expert_by_hand(a, mixture, expert, seen[0])
+            inner, out = expert_by_hand(a, mixture, expert, states)
             inner = (inner * (chosen == expert).any(1)[:, None]).view(n, length, -1).double()
             close = {"rtol": 1e-4, "atol": 1e-6}
             assert torch.allclose(statistics.mean[expert], inner.mean((0, 1)), **close)
@@ -436,6 +442,50 @@ def test_the_experts_with_the_lowest_score_go(kind, field):
             assert list(decision.experts_kept) == sorted(best.tolist())
     assert plan.method["pruner"]["expert_score"] == kind
     assert "importance" not in plan.method
+
+
+@sparse
+@torch.no_grad()
+def test_reap_is_the_mean_over_the_tokens_that_were_routed_to_the_expert(architecture):
+    """Token by token, from the router and the matrices themselves."""
+    a = architecture
+    model = a.build()
+    scores = score_whole_experts(resolve(model), calibrated(model), "reap").neurons
+    for index, block in enumerate(a.blocks_of(model)):
+        if not a.is_sparse(index):
+            assert len(scores[index]) == 0
+            continue
+        mixture = block.get_submodule(a.ffn_path)
+        states = entering(mixture, model)
+        chosen, weights = routed(a, mixture, states)
+        for expert in range(a.experts.n):
+            norms = []
+            outputs = expert_by_hand(a, mixture, expert, states)[1]
+            for token, (own, by) in enumerate(zip(chosen.tolist(), weights, strict=True)):
+                if expert in own:
+                    norms.append(float(by[own.index(expert)]) * float(outputs[token].double().norm()))
+            expected = sum(norms) / len(norms) if norms else 0.0
+            assert float(scores[index][expert]) == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+def test_reap_keeps_a_rare_expert_that_does_much_for_its_tokens():
+    view = resolve(SPARSE["mixtral"].build())
+    row = of_experts([0, 2, 40, 8, 10, 20], [0.0, 0.2, 1.0, 0.1, 0.1, 0.1])
+    found = Statistics((row,) * BLOCKS, 2, 20)
+    assert score_whole_experts(view, found, "reap").neurons[0].tolist() == pytest.approx([0, 4, 1, 0.5, 0.4, 0.2])
+    assert score_whole_experts(view, found, "contribution").neurons[0].argmax() == 2
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral_modules"])
+def test_experts_chosen_by_reap_are_masked_as_they_are_sliced(name):
+    a = SPARSE[name]
+    model = a.build()
+    words = ["pruner.structure=experts", "pruner.expert_score=reap", "allocator=uniform"]
+    plan = cfsp.prune(model, IDS, ratio=0.35, overrides=words)
+    assert any(block.experts_kept is not None for block in plan.blocks)
+    masked = masked_logits(a, plan, SHORT)
+    found = logits(cfsp.apply(model, plan), SHORT)
+    assert (found - masked).abs().max() <= 1e-4 * masked.abs().max()
 
 
 def test_every_group_of_the_router_loses_as_many_experts():
