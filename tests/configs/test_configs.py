@@ -26,6 +26,7 @@ REQUIRED = {
     "calibration=ptb": ["calibration.path=FILE.txt"],
     "calibration=llm_pruner": ["calibration.path=FILE.txt"],
     "calibration=tokens": ["calibration.path=FILE.npy"],
+    "calibration=mix": ["calibration.mix={bundled: 1}"],
 }
 #: Groups within a group, and what an option of theirs needs beside it.
 NESTED = {
@@ -167,9 +168,12 @@ def _yaml(group: str, option: str) -> dict[str, typing.Any]:
     """Load a file with the options that it inherits from: collecting the tests must not cost a composition each."""
     content = OmegaConf.to_container(OmegaConf.load(config_folder() / group / f"{option}.yaml"), resolve=False)
     assert isinstance(content, dict)
-    bases = [entry for entry in content.pop("defaults", ()) if isinstance(entry, str) and entry != "_self_"]
+    defaults = content.pop("defaults", ())
+    bases = [entry for entry in defaults if isinstance(entry, str) and entry != "_self_"]
     inherited = {key: value for base in bases if "@" not in base for key, value in _yaml(group, base).items()}
-    return inherited | {str(key): value for key, value in content.items()}
+    placed = [entry.partition("@") for entry in defaults if isinstance(entry, str) and "@" in entry]
+    inside = {place.partition(".")[0]: {} for _, _, place in placed}
+    return inherited | inside | {str(key): value for key, value in content.items()}
 
 
 @pytest.mark.parametrize(("where", "kind", "keys"), [pytest.param(*row, id=row[0]) for row in _sections()])

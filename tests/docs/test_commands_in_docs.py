@@ -144,7 +144,7 @@ def known_keys() -> set[str]:
                 prefix = "recovery" if parts[-1] == "recipe" else ".".join(parts)
             for key, value in values.items():
                 keys |= _keys(value, f"{prefix}.{key}" if prefix else str(key))
-    return keys
+    return keys | _keys(compose(["calibration=mix"]).calibration, "calibration")  # its sources are other options
 
 
 def test_every_key_that_the_pages_name_exists():
