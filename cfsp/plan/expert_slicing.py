@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.experts import ExpertMatrices, ExpertsFFN, update_counts
-from cfsp.plan.slicing import slice_ffn
+from cfsp.architecture.views import Channels
+from cfsp.plan.slicing import set_output_bias, set_output_weight, slice_ffn
 
 
 def slice_mixture(
@@ -42,6 +43,34 @@ def slice_mixture(
     _take(down, 3 - down.out_axis, columns)
     _replace(inputs[0].owner, f"{inputs[0].name}_bias", lambda bias: bias.gather(1, rows))
     update_counts(mixture.experts, width, columns.shape[1], width=True)
+
+
+def set_expert_outputs(
+    mixture: ExpertsFFN, staying: Sequence[int], weights: Tensor | None, biases: Tensor | None
+) -> None:
+    """Give the down matrices of a mixture, sliced already, refitted weights and biases, in place.
+
+    Args:
+        mixture: the FFN of a block, as it was recognised before it was sliced.
+        staying: indices of the experts that stay.
+        weights: [E, d, K]; None: they stay.
+        biases: [E, d]; None: they stay.
+    """
+    if mixture.each:
+        for place, expert in enumerate(staying):
+            channels = Channels(-1, "ffn", mixture.each[expert], expert)
+            if weights is not None:
+                set_output_weight(channels, weights[place])
+            if biases is not None:
+                set_output_bias(channels, biases[place])
+        return
+    down = mixture.fused["down"]
+    # Copies, so that training does not write into the plan's tensors.
+    if weights is not None:
+        fitted = weights.transpose(1, 2) if down.transposed else weights
+        _replace(down.owner, down.name, lambda old: fitted.to(old.device, old.dtype, copy=True).contiguous())
+    if biases is not None:
+        _replace(down.owner, f"{down.name}_bias", lambda old: biases.to(old.device, old.dtype, copy=True))
 
 
 def _places(matrices: ExpertMatrices, width: int) -> Tensor:
