@@ -25,7 +25,7 @@ def slice_mixture(
         neurons: for each expert that stays, in order, the indices of its neurons that stay; None: all.
     """
     if experts is not None:
-        _keep_experts(mixture, torch.tensor(experts, device=mixture.device))
+        _keep_experts(mixture, experts)
     if neurons is None:
         return
     if mixture.each:
@@ -89,12 +89,13 @@ def _take(matrices: ExpertMatrices, axis: int, kept: Tensor) -> None:
     _replace(matrices.owner, matrices.name, select)
 
 
-def _keep_experts(mixture: ExpertsFFN, kept: Tensor) -> None:
+def _keep_experts(mixture: ExpertsFFN, experts: Sequence[int]) -> None:
+    kept = torch.tensor(experts)  # on the CPU: from the meta device of a streamed model it could not be moved
     rows = [*mixture.per_expert(), *(mixture.stored() if mixture.fused else ())]
     for module, name in rows:
         _replace(module, name, lambda tensor: tensor.index_select(0, kept.to(tensor.device)))
     if isinstance(mixture.experts, nn.ModuleList):
-        for index in sorted(set(range(mixture.n_experts)) - set(kept.tolist()), reverse=True):
+        for index in sorted(set(range(mixture.n_experts)) - set(experts), reverse=True):
             del mixture.experts[index]
     for module in {mixture.module, mixture.experts, *mixture.router.modules()}:
         update_counts(module, mixture.n_experts, len(kept))
