@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.calibration.inputs import watch_inputs
+from cfsp.calibration.routing import Routing, watch_routing
 from cfsp.errors import RunError
 
 if TYPE_CHECKING:
@@ -115,9 +116,15 @@ class GramSums:
         if self._held is None:
             self.add(rows)
             return
-        out = self._rows.mask(values.shape[0], values.shape[1], rows.device)
-        self.add(rows[~out])
-        self._held.add(rows[out])
+        self.add_apart(rows, self._rows.mask(values.shape[0], values.shape[1], rows.device))
+
+    def add_apart(self, rows: Tensor, held_out: Tensor | None) -> None:
+        """Add rows [n, N], of which ``held_out`` [n] marks those that are held out."""
+        if self._held is None or held_out is None:
+            self.add(rows)
+            return
+        self.add(rows[~held_out])
+        self._held.add(rows[held_out])
 
     def add(self, rows: Tensor) -> None:
         """Add rows [n, N]."""
@@ -148,6 +155,46 @@ class GramSums:
             matrix[panel, panel] = square + square.triu(1).T
         self.matrix = matrix.new_zeros(0, 0)
         return Gram(matrix.cpu(), (self.sums / tokens).float().cpu(), self.tokens, held)
+
+
+def expert_kind(expert: int) -> str:
+    """Return the kind under which the Gram matrix of one expert of a mixture is kept."""
+    return f"ffn.{expert}"
+
+
+class ExpertGramSums:
+    """Add up X^T X of the inputs of every expert's down matrix over the tokens that are routed to it, in fp32.
+
+    Hooks cannot see these inputs, so each expert runs once more here on its tokens, as in
+    :class:`cfsp.calibration.expert_collectors.ExpertSums`. The tokens that are taken and held out are those of a
+    dense FFN: every ``stride``-th of each sequence, whichever expert it is routed to.
+    """
+
+    def __init__(self, block: BlockView, request: GramRequest) -> None:
+        mixture = block.experts
+        assert mixture is not None
+        self.mixture, self.stride = mixture, request.stride
+        self.sums = {
+            expert_kind(expert): GramSums(mixture.width, mixture.device, 1, request.hold_out)
+            for expert in range(mixture.n_experts)
+        }
+        self._rows = None if request.hold_out == "nothing" else HeldOutRows(request.hold_out)
+
+    @torch.no_grad()
+    def __call__(self, routing: Routing, shape: tuple[int, int]) -> None:
+        """Add one batch of shape [B, T]."""
+        device = routing.states.device
+        taken = subsample_tokens(torch.arange(shape[0] * shape[1], device=device).view(shape), self.stride)
+        is_taken, is_held_out = torch.zeros(2, shape[0] * shape[1], dtype=torch.bool, device=device)
+        is_taken[taken.flatten()] = True
+        if self._rows is not None:
+            is_held_out[taken.flatten()] = self._rows.mask(taken.shape[0], taken.shape[1], device)
+        for expert, sums in enumerate(self.sums.values()):
+            token, _ = routing.of(expert)
+            token = token[is_taken[token]]
+            if len(token):
+                inputs, _ = self.mixture.run(expert, routing.states[token])
+                sums.add_apart(inputs.float(), is_held_out[token])
 
 
 def reported(block: int, sums: Mapping[str, GramSums]) -> dict[str, Gram]:
@@ -234,7 +281,7 @@ def gram_sums(blocks: Sequence[BlockView], request: GramRequest | None) -> Itera
         request: matrices to collect; None: none.
 
     Yields:
-        For each block, kind -> sums.
+        For each block, kind -> sums; in a mixture each expert has a kind of its own (:func:`expert_kind`).
     """
     sums: list[dict[str, GramSums]] = []
     handles: list[Callable[[], None]] = []
@@ -246,6 +293,10 @@ def gram_sums(blocks: Sequence[BlockView], request: GramRequest | None) -> Itera
                     kind_sums = GramSums(channels.n, channels.output.weight.device, request.stride, request.hold_out)
                     handles += watch_inputs(block, channels.output, kind_sums)
                     block_sums[kind] = kind_sums
+            if request is not None and "ffn" in request.kinds and block.experts is not None:
+                expert_sums = ExpertGramSums(block, request)
+                handles += watch_routing(block, expert_sums)
+                block_sums |= expert_sums.sums
             sums.append(block_sums)
         yield sums
     finally:

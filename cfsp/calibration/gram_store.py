@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from cfsp.calibration.gram import Gram, GramRequest, GramSums, reported
+from cfsp.calibration.gram import Gram, GramRequest, GramSums, expert_kind, reported
 from cfsp.errors import CheckpointError, RunError
 from cfsp.system.lease import hold_lease
 from cfsp.weights.shard_writer import TensorSpec, write_file
@@ -22,9 +22,11 @@ log = logging.getLogger(__name__)
 
 
 class GramMatrices(Protocol):
-    """Interface to the Gram matrices of every block; ``kind`` is ffn or attention."""
+    """Interface to the Gram matrices of every block; ``kind`` is ffn, attention or that of an expert."""
 
     def read(self, block: int, kind: str) -> Gram: ...
+
+    def tokens(self, block: int, kind: str) -> tuple[int, int | None]: ...
 
     def keep(self, block: int, grams: Mapping[str, Gram]) -> None: ...
 
@@ -45,6 +47,10 @@ class InMemory:
 
     def read(self, block: int, kind: str) -> Gram:
         return self._found[block, kind]
+
+    def tokens(self, block: int, kind: str) -> tuple[int, int | None]:
+        gram = self._found[block, kind]
+        return gram.tokens, None if gram.held_out is None else gram.held_out.tokens
 
 
 class OnDisk:
@@ -75,16 +81,36 @@ class OnDisk:
         Raises:
             RunError: somebody has deleted or damaged them since they were collected.
         """
-        place = self._place(block)
-        try:
-            tokens = json.loads((place / "tokens.json").read_text(encoding="utf-8"))
-            shards = Shards(place)
+        with self._undamaged(block) as place:
+            tokens, shards = self._read_tokens(place), Shards(place)
 
             def read(name: str, held_out: Gram | None = None) -> Gram:
                 return Gram(shards.read(name), shards.read(f"{name}.mean"), int(tokens[name]), held_out)
 
             return read(kind, read(f"{kind}.held_out") if f"{kind}.held_out" in tokens else None)
-        except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
+
+    def tokens(self, block: int, kind: str) -> tuple[int, int | None]:
+        """Return the number of tokens of a matrix, and of those that are held out; None: nothing is held out.
+
+        Raises:
+            RunError: as :meth:`read`.
+        """
+        with self._undamaged(block) as place:
+            tokens = self._read_tokens(place)
+            held_out = tokens.get(f"{kind}.held_out")
+            return int(tokens[kind]), None if held_out is None else int(held_out)
+
+    @staticmethod
+    def _read_tokens(place: Path) -> dict[str, int]:
+        found: dict[str, int] = json.loads((place / "tokens.json").read_text(encoding="utf-8"))
+        return found
+
+    @contextmanager
+    def _undamaged(self, block: int) -> Iterator[Path]:
+        """Yield the folder of a block; errors inside ``with`` become a RunError that says what to do."""
+        try:
+            yield self._place(block)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, CheckpointError) as error:
             raise RunError(
                 f"paths.cache_dir={self.folder}: the Gram matrices of block {block} were deleted or damaged "
                 "while the run went on; give the same command again"
@@ -93,7 +119,8 @@ class OnDisk:
     def has(self, block: int, kinds: Sequence[str]) -> bool:
         """Return whether the matrices of a block exist and are undamaged."""
         try:
-            return all(kind in Shards(self._place(block)) for kind in kinds) and bool(
+            shards = Shards(self._place(block)) if kinds else ()
+            return all(kind in shards for kind in kinds) and bool(
                 json.loads((self._place(block) / "tokens.json").read_text(encoding="utf-8")) or not kinds
             )
         except Exception:  # any damage: they are collected again
@@ -105,16 +132,32 @@ class OnDisk:
 
 def gram_bytes(blocks: Sequence[BlockView], request: GramRequest) -> int:
     """Return the bytes of the matrices of all blocks together."""
-    channels = [
-        kind_channels for block in blocks for kind, kind_channels in block.channels.items() if kind in request.kinds
-    ]
     copies = 1 if request.hold_out == "nothing" else 2
-    return sum(4 * copies * part.n**2 for part in channels)
+    widths = [part.n for block in blocks for kind, part in block.channels.items() if kind in request.kinds]
+    if "ffn" in request.kinds:
+        widths += [block.experts.width for block in blocks if block.experts for _ in range(block.experts.n_experts)]
+    return sum(4 * copies * width**2 for width in widths)
 
 
 def collected_kinds(block: BlockView, request: GramRequest) -> list[str]:
     """Return the requested kinds of matrices that the block has."""
-    return [kind for kind in block.channels if kind in request.kinds]
+    experts = block.experts.n_experts if block.experts is not None and "ffn" in request.kinds else 0
+    return [*(kind for kind in block.channels if kind in request.kinds), *map(expert_kind, range(experts))]
+
+
+def few_token_experts(block: BlockView, grams: GramMatrices) -> list[int]:
+    """Return the experts of a mixture whose Gram matrix is of too few tokens to select or refit neurons by it.
+
+    With fewer tokens than neurons the matrix is singular: whatever goes, the rest can be refitted without an error on
+    these tokens. Where tokens are held out, an expert must have some of both parts.
+    """
+    mixture, few = block.experts, []
+    assert mixture is not None
+    for expert in range(mixture.n_experts):
+        tokens, held_out = grams.tokens(block.index, expert_kind(expert))
+        if tokens < mixture.width or (held_out is not None and not 0 < held_out < tokens):
+            few.append(expert)
+    return few
 
 
 class GramCollection:

@@ -82,8 +82,8 @@ class _Streamed:
     def entries(self) -> Iterable[Entry]:
         seen: set[int] = set()
         tied = set(self._model._tied_weights_keys or ())
-        parameters = sorted(self._model.named_parameters(remove_duplicate=False), key=lambda item: item[0] in tied)
-        for name, parameter in parameters:
+        parameters = _stored_form(self._model, dict(self._model.named_parameters(remove_duplicate=False)))
+        for name, parameter in sorted(parameters.items(), key=lambda item: item[0] in tied):
             if id(parameter) not in seen:
                 yield name, tuple(parameter.shape), parameter.dtype
             seen.add(id(parameter))
@@ -109,9 +109,19 @@ class _Streamed:
                 with self._weights.resident(block):
                     if visit is not None:
                         visit(block)
-                    parameters = block.module.named_parameters()
-                    current = (prefix, {path: parameter.detach() for path, parameter in parameters})
-            yield name, current[1][name.removeprefix(prefix)]
+                    parameters = {prefix + path: value.detach() for path, value in block.module.named_parameters()}
+                    current = (prefix, _stored_form(self._model, parameters))
+            yield name, current[1][name]
+
+
+def _stored_form(model: PreTrainedModel, tensors: dict[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return tensors of a streamed model as its published checkpoints hold them: a mixture has a matrix per expert."""
+    if not resolve(model).mixtures or model.config.model_type.startswith(PRUNED_PREFIX):
+        return tensors
+    from transformers.core_model_loading import revert_weight_conversion
+
+    stored: Mapping[str, Tensor] = revert_weight_conversion(model, tensors)
+    return stored
 
 
 def _unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

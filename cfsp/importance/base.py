@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from cfsp.config.components import option_of
 from cfsp.config.contracts import NeuronImportance
-from cfsp.errors import RunError, UnsupportedModelError
+from cfsp.errors import RunError
 from cfsp.importance.weight_norm import WeightNorm
 
 if TYPE_CHECKING:
@@ -154,11 +154,13 @@ def score_block(
     neurons, kv_groups = torch.zeros(0, dtype=torch.float64), torch.zeros(0, 1, dtype=torch.float64)
     channels = block.channels
     if structure != "heads" and "ffn" in channels and statistics.ffn is not None:
-        neurons = _scored(channels["ffn"], statistics.ffn, importance, gradients, grams)
+        gram = read_gram(block, "ffn", importance, grams)
+        neurons = _scored(channels["ffn"], statistics.ffn, importance, gradients, gram)
     if structure in ("ffn", "heads_ffn") and block.experts is not None and statistics.ffn is not None:
-        neurons = score_experts(block, statistics, importance, gradients)
+        neurons = score_experts(block, statistics, importance, gradients, grams)
     if structure in ("heads", "heads_ffn") and block.attention is not None and statistics.attention is not None:
-        values = _scored(channels["attention"], statistics.attention, importance, gradients, grams)
+        gram = read_gram(block, "attention", importance, grams)
+        values = _scored(channels["attention"], statistics.attention, importance, gradients, gram)
         kv_groups = values.unflatten(0, (block.attention.n_kv_heads, -1))
     return neurons, kv_groups
 
@@ -168,17 +170,16 @@ def score_experts(
     statistics: BlockStatistics,
     importance: NeuronImportance,
     gradients: Mapping[str, Tensor] | None = None,
+    grams: GramMatrices | None = None,
 ) -> Tensor:
     """Score the neurons of the experts of a mixture, each on its own matrices and statistics.
 
     An expert that saw no token has neither activations nor gradients. Its neurons are ranked by their
-    weights, as if all of them were equally active.
+    weights, as if all of them were equally active. A metric of Gram matrices ranks so too the neurons of an expert
+    that saw fewer tokens than it has neurons; their scale is the expert's mean square activation.
 
     Returns:
         Scores [E, N].
-
-    Raises:
-        UnsupportedModelError: the metric needs Gram matrices.
     """
     import torch
 
@@ -189,8 +190,7 @@ def score_experts(
     mixture, inputs = block.experts, statistics.ffn
     assert mixture is not None
     assert inputs is not None
-    if "gram" in required_items(importance):
-        raise UnsupportedModelError(why_grams_unsupported(block, importance))
+    expert_grams = _expert_grams(block, statistics, importance, grams)
     unseen = set(statistics.experts.unseen) if statistics.experts is not None else set()
     alike = torch.ones(mixture.width, dtype=torch.float64)
     rows = []
@@ -202,16 +202,47 @@ def score_experts(
             metric = WeightNorm() if "gradients" in required_items(importance) else importance
         terms = None if gradients is None else {name: values[:, expert] for name, values in gradients.items()
                                                 if values.dim() == 3}  # fmt: skip
-        rows.append(_scored(channels, own, metric, terms, None))
+        rows.append(_scored(channels, own, metric, terms, next(expert_grams)))
     return torch.stack(rows)
 
 
-def why_grams_unsupported(block: BlockView, importance: NeuronImportance) -> str:
-    """Return the message for a metric of Gram matrices, which cannot score experts."""
-    return (
-        f"block {block.index} is a mixture of experts: {option_of('importance', importance)} goes by Gram "
-        "matrices, which are not collected for experts; use importance=cfsp, wanda, flap or another without them"
-    )
+def _expert_grams(
+    block: BlockView, statistics: BlockStatistics, importance: NeuronImportance, grams: GramMatrices | None
+) -> Iterator[Tensor | None]:
+    """Yield the Gram matrix [N, N] of each expert for a metric that requires it, else None.
+
+    A token that is not routed to an expert counts as 0, as in the core statistics. So the errors of experts and blocks
+    are per calibration token, and can be compared. An expert with too few tokens has a multiple of the identity.
+    """
+    import torch
+
+    # Start-up time: loads torch.
+    from cfsp.calibration.gram import expert_kind
+    from cfsp.calibration.gram_store import few_token_experts
+
+    mixture, inputs = block.experts, statistics.ffn
+    assert mixture is not None
+    assert inputs is not None
+    if grams is None or "gram" not in required_items(importance):
+        yield from [None] * mixture.n_experts
+        return
+    few = set(few_token_experts(block, grams))
+    for expert in range(mixture.n_experts):
+        mean_square = inputs.expert(expert).mean_square
+        if expert in few:
+            yield torch.eye(mixture.width) * (float(mean_square.mean()) or 1.0)
+            continue
+        matrix = grams.read(block.index, expert_kind(expert)).matrix
+        # The share of the tokens that are routed to the expert, on the tokens of the matrix and of the statistics.
+        trace = float(matrix.diagonal().double().sum())
+        yield matrix * (float(mean_square.sum()) / trace if trace else 0.0)
+
+
+def read_gram(block: BlockView, kind: str, importance: NeuronImportance, grams: GramMatrices | None) -> Tensor | None:
+    """Return the Gram matrix of a projection for a metric that requires it."""
+    if grams is None or "gram" not in required_items(importance):
+        return None
+    return grams.read(block.index, kind).matrix
 
 
 def _scored(
@@ -219,9 +250,9 @@ def _scored(
     inputs: InputStatistics,
     importance: NeuronImportance,
     gradients: Mapping[str, Tensor] | None,
-    grams: GramMatrices | None,
+    gram: Tensor | None,
 ) -> Tensor:
-    values = importance.score(channels, activation_for(importance, channels, inputs, gradients, grams)).double().cpu()
+    values = importance.score(channels, activation_for(channels, inputs, gradients, gram)).double().cpu()
     if not values.isfinite().all():
         raise RunError(
             f"block {channels.block}: {int((~values.isfinite()).sum())} of {len(values)} {channels.kind} scores "
@@ -232,20 +263,14 @@ def _scored(
 
 
 def activation_for(
-    importance: NeuronImportance,
-    channels: Channels,
-    inputs: InputStatistics,
-    gradients: Mapping[str, Tensor] | None,
-    grams: GramMatrices | None,
+    channels: Channels, inputs: InputStatistics, gradients: Mapping[str, Tensor] | None, gram: Tensor | None
 ) -> Activation:
     """Return the statistics of the channels that a metric sees, on the device of their weights."""
     device = channels.output.weight.device
     rms, mean, variance, mean_norm = (
         value.to(device).float() for value in (inputs.rms, inputs.mean, inputs.variance, inputs.mean_norm)
     )
-    needs_gram = grams is not None and "gram" in required_items(importance)
-    gram = grams.read(channels.block, channels.kind).matrix.to(device) if needs_gram and grams is not None else None
-    return Activation(rms, mean, variance, mean_norm, gradients, gram)
+    return Activation(rms, mean, variance, mean_norm, gradients, None if gram is None else gram.to(device))
 
 
 def shares(values: Tensor, totals: Tensor) -> Tensor:

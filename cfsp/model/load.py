@@ -159,11 +159,6 @@ def load_streamed(
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    if resolve(model).mixtures:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: a mixture of experts lies in a checkpoint in another form than in memory, so it "
-            "cannot be streamed; use model.streaming=off"
-        )
     generation = load_generation_config(source)
     if generation is not None:
         model.generation_config = generation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import CheckpointError
@@ -12,8 +13,11 @@ if TYPE_CHECKING:
     from cfsp.weights.shards import Shards
 
 
-def stored_names(model: Any, shards: Shards) -> dict[str, str]:
+def stored_names(model: Any, shards: Shards, merged: Collection[str] = ()) -> dict[str, str]:
     """Map names in the model to names in the checkpoint; a tied parameter is read by the name that is stored.
+
+    Args:
+        merged: names in the model that need none, because several stored tensors make up the parameter.
 
     Raises:
         CheckpointError: a weight is not there.
@@ -24,6 +28,8 @@ def stored_names(model: Any, shards: Shards) -> dict[str, str]:
     stored_of: dict[str, str] = {}
     for names in same.values():
         stored = [name for name in names if name in shards]
+        if not stored and names[0] in merged:
+            continue
         if not stored:
             raise CheckpointError(
                 f"{shards.folder}: {names[0]} is not in the safetensors files under the model's own name; use "

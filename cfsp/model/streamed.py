@@ -20,6 +20,7 @@ from cfsp.architecture.views import BlockView, DecoderView, resolve, view_block
 from cfsp.architecture.weights import Weights
 from cfsp.errors import CheckpointError, RunError
 from cfsp.model.driver import BlockDriver
+from cfsp.model.merged_parameters import MergedParameters
 from cfsp.model.parameter_names import parameter_places, stored_names
 from cfsp.model.snapshot import clone_module
 from cfsp.plan.slice_block import slice_block
@@ -65,12 +66,13 @@ class StreamedWeights(Weights):
         self.shards, self.dtype, self._device = shards, dtype, device
         self.rounded_to: torch.dtype | None = None
         self.samples: dict[int, bytes] = {}
-        self._names = stored_names(model, shards)
+        view = resolve(model)
+        self._merged = MergedParameters.of(model, shards) if view.mixtures else MergedParameters(model, shards)
+        self._names = stored_names(model, shards, self._merged.parts)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="cfsp-read")
         self._coming: dict[int, Future[dict[str, Tensor]]] = {}
         self._users: dict[int, int] = {}  # block -> contexts and passes that need its parameters
         self._hooked: list[Any] = []
-        view = resolve(model)
         prefixes = {module: name for name, module in model.named_modules()}
         self._prefixes = [f"{prefixes[block.module]}." for block in view.blocks]
         self._dense = tuple(_Origin(block.index, clone_module(block.module)) for block in view.blocks)
@@ -306,10 +308,10 @@ class StreamedWeights(Weights):
         self.reads[origin.index] += 1
         prefix = self._prefixes[origin.index]
         block = view_block(self.model, f"block {origin.index}", origin.index, clone_module(origin.stored))
-        places = {self._names[prefix + path]: (module, name) for module, name, path in parameter_places(block.module)}
-        for stored in self.shards.in_order(places):
-            tensor = self._checked(stored, self.shards.read(stored), block=origin.index).to(self.device)
-            module, name = places[stored]
+        places = {prefix + path: (module, name) for module, name, path in parameter_places(block.module)}
+        for full, read in self._merged.read(places, self._names):
+            tensor = self._checked(self._names.get(full, full), read, block=origin.index).to(self.device)
+            module, name = places[full]
             module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
         if origin.index not in self.samples:
             self.samples[origin.index] = block_sample(block)

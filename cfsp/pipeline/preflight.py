@@ -251,12 +251,6 @@ def must_stream(
             f"model.streaming=auto: the weights take {needed / 1e9:.1f} GB as {str(dtype).removeprefix('torch.')} and "
             f"{free[tightest] / 1e9:.1f} GB are free on {tightest}"
         )
-    if view.mixtures:
-        raise ConfigError(
-            f"{why}: block {view.mixtures[0].index} is a mixture of experts, whose matrices lie in a checkpoint in "
-            "another form than in memory, so it cannot be streamed; use model.streaming=off (model.dtype=bfloat16 "
-            "halves the memory)"
-        )
     pruner, importance = config.pruner.instance, config.importance.instance
     if pruner.prunes and "gradients" in required_items(importance) and "importance" in config.plans_with:
         raise ConfigError(

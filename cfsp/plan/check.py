@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from cfsp.plan.expert_tensors import expert_shape_fits
+
 if TYPE_CHECKING:
     from cfsp.architecture.views import DecoderView
     from cfsp.plan.pruning_plan import PruningPlan
@@ -23,7 +25,7 @@ _LISTS = ("blocks", "details")
 _NEEDED = ("base_model", "base_fingerprint", "method", "blocks", "requested", "achieved")
 _KEPT = ("ffn_kept", "kv_groups_kept", "experts_kept")
 _COUNTS = ("width", "base_width", "kv_groups", "base_kv_groups", "experts", "base_experts")
-_TENSOR = re.compile(r"blocks\.(\d{1,6})\.(ffn|attention)\.(bias|weight|gate_weight|up_weight)")
+_TENSOR = re.compile(r"blocks\.(\d{1,6})\.(ffn|attention|experts)\.(bias|weight|gate_weight|up_weight)")
 
 
 def check_values(values: Mapping[str, Any]) -> None:
@@ -61,8 +63,13 @@ def check_tensors(plan: PruningPlan) -> None:
         assert parts is not None
         block, kind, role = plan.blocks[int(parts[1])], parts[2], parts[3]
         _expect(kind == "ffn" or role in ("bias", "weight"), f"tensor {name} belongs to no block")
-        _expect(tensor.dim() == (1 if role == "bias" else 2), f"tensor {name} has the shape {list(tensor.shape)}")
+        dimensions = (1 if role == "bias" else 2) + (kind == "experts")
+        _expect(tensor.dim() == dimensions, f"tensor {name} has the shape {list(tensor.shape)}")
         _expect(tensor.is_floating_point(), f"tensor {name} holds no floating-point numbers")
+        if kind == "experts":
+            fits = expert_shape_fits(tuple(tensor.shape), block)
+            _expect(fits, f"tensor {name} has the shape {list(tensor.shape)}, which is not that of what the plan keeps")
+            continue
         kept = block.ffn_kept if kind == "ffn" else block.kv_groups_kept
         if role == "bias" or kept is None:
             continue

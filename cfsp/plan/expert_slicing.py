@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from cfsp.architecture.experts import ExpertMatrices, ExpertsFFN, update_counts
-from cfsp.plan.slicing import slice_ffn
+from cfsp.architecture.views import Channels
+from cfsp.plan.slicing import set_output_bias, set_output_weight, slice_ffn
 
 
 def slice_mixture(
@@ -24,7 +25,7 @@ def slice_mixture(
         neurons: for each expert that stays, in order, the indices of its neurons that stay; None: all.
     """
     if experts is not None:
-        _keep_experts(mixture, torch.tensor(experts, device=mixture.device))
+        _keep_experts(mixture, experts)
     if neurons is None:
         return
     if mixture.each:
@@ -44,6 +45,34 @@ def slice_mixture(
     update_counts(mixture.experts, width, columns.shape[1], width=True)
 
 
+def set_expert_outputs(
+    mixture: ExpertsFFN, staying: Sequence[int], weights: Tensor | None, biases: Tensor | None
+) -> None:
+    """Give the down matrices of a mixture, sliced already, refitted weights and biases, in place.
+
+    Args:
+        mixture: the FFN of a block, as it was recognised before it was sliced.
+        staying: indices of the experts that stay.
+        weights: [E, d, K]; None: they stay.
+        biases: [E, d]; None: they stay.
+    """
+    if mixture.each:
+        for place, expert in enumerate(staying):
+            channels = Channels(-1, "ffn", mixture.each[expert], expert)
+            if weights is not None:
+                set_output_weight(channels, weights[place])
+            if biases is not None:
+                set_output_bias(channels, biases[place])
+        return
+    down = mixture.fused["down"]
+    # Copies, so that training does not write into the plan's tensors.
+    if weights is not None:
+        fitted = weights.transpose(1, 2) if down.transposed else weights
+        _replace(down.owner, down.name, lambda old: fitted.to(old.device, old.dtype, copy=True).contiguous())
+    if biases is not None:
+        _replace(down.owner, f"{down.name}_bias", lambda old: biases.to(old.device, old.dtype, copy=True))
+
+
 def _stored_rows(matrices: ExpertMatrices, width: int) -> Tensor:
     """Return the rows of the stored parameter that hold the rows 0..N-1 of the matrix."""
     total = matrices.parameter.shape[matrices.out_axis]
@@ -60,12 +89,13 @@ def _keep_indices(matrices: ExpertMatrices, axis: int, kept: Tensor) -> None:
     _replace(matrices.owner, matrices.name, select)
 
 
-def _keep_experts(mixture: ExpertsFFN, kept: Tensor) -> None:
+def _keep_experts(mixture: ExpertsFFN, experts: Sequence[int]) -> None:
+    kept = torch.tensor(experts)  # on the CPU: from the meta device of a streamed model it could not be moved
     rows = [*mixture.per_expert(), *(mixture.stored() if mixture.fused else ())]
     for module, name in rows:
         _replace(module, name, lambda tensor: tensor.index_select(0, kept.to(tensor.device)))
     if isinstance(mixture.experts, nn.ModuleList):
-        for index in sorted(set(range(mixture.n_experts)) - set(kept.tolist()), reverse=True):
+        for index in sorted(set(range(mixture.n_experts)) - set(experts), reverse=True):
             del mixture.experts[index]
     for module in {mixture.module, mixture.experts, *mixture.router.modules()}:
         update_counts(module, mixture.n_experts, len(kept))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cfsp.errors import CheckpointError
 from cfsp.plan.check import check_tensors, check_values
+from cfsp.plan.expert_tensors import remaining_experts
 from cfsp.system.atomic import write_bytes
 from cfsp.system.reading import check_regular, parse_json, read_text
 
@@ -91,8 +92,8 @@ class PruningPlan:
         compensation: hash of ``tensors``; empty where there are none.
         schema: version of this format.
         tensors: name (:class:`TensorKey`) -> tensor that replaces the base model's: biases [d] and weights [d, kept]
-            of output projections, and weights [kept, d] of gate and up. They lie in compensation.safetensors beside
-            plan.json.
+            of output projections, in a mixture [E, d] and [E, d, kept], and weights [kept, d] of gate and up. They lie
+            in compensation.safetensors beside plan.json.
     """
 
     base_model: str
@@ -228,7 +229,7 @@ class TensorKey(NamedTuple):
 
     Attributes:
         block: index of the block.
-        kind: ffn for down_proj, attention for o_proj.
+        kind: ffn for down_proj, attention for o_proj, experts for the down matrices of all experts.
         what: bias or weight of that projection, or gate_weight or up_weight for the FFN's other two matrices.
     """
 
@@ -258,6 +259,8 @@ def _tensor_keys(index: int, block: BlockPlan) -> Iterator[TensorKey]:
     if block.ffn:
         for what in ("bias", "weight", *(f"{row}_weight" for row in _ROWS)):
             yield TensorKey(index, "ffn", what)
+        for what in ("bias", "weight"):
+            yield TensorKey(index, "experts", what)
     if block.attention:
         for what in ("bias", "weight"):
             yield TensorKey(index, "attention", what)
@@ -279,6 +282,8 @@ def _remaining_tensors(earlier: PruningPlan, later_blocks: Mapping[int, BlockPla
         for name in (tensor_name(index, "ffn", f"{row}_weight") for row in _ROWS):
             if name in tensors and first.ffn_kept is not None and later.ffn_kept is not None:
                 tensors[name] = tensors[name][list(later.ffn_kept)].contiguous()
+        names = (tensor_name(index, "experts", what) for what in ("bias", "weight"))
+        tensors |= {name: remaining_experts(tensors[name], later) for name in names if name in tensors}
     return tensors
 
 

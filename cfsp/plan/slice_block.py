@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cfsp.architecture.ffn import FFN, ffn_of
 from cfsp.architecture.views import BlockView
-from cfsp.plan.expert_slicing import slice_mixture
+from cfsp.plan.expert_slicing import set_expert_outputs, slice_mixture
 from cfsp.plan.pruning_plan import BlockPlan, tensor_name
 from cfsp.plan.slicing import set_input_weights, set_output_bias, set_output_weight, slice_attention, slice_ffn
 
@@ -26,6 +26,9 @@ def slice_block(block: BlockView, decision: BlockPlan, tensors: Mapping[str, Ten
         slice_ffn(block.ffn, torch.tensor(decision.ffn_kept, device=block.ffn.output.parameter.device))
     if block.experts is not None and decision.ffn:
         slice_mixture(block.experts, decision.experts_kept, decision.expert_neurons_kept)
+        weights, biases = (tensors.get(tensor_name(block.index, "experts", what)) for what in ("weight", "bias"))
+        staying = range(block.experts.n_experts) if decision.experts_kept is None else decision.experts_kept
+        set_expert_outputs(block.experts, staying, weights, biases)
     if decision.kv_groups_kept is not None and decision.attention and block.attention is not None:
         slice_attention(
             block.attention, torch.tensor(decision.kv_groups_kept, device=block.attention.output.parameter.device)

@@ -104,9 +104,12 @@ def _kept_width(width: int, plan: BlockPlan) -> int:
 
 
 def _added(view: DecoderView, name: str, tensor: Tensor) -> int:
-    """Count the parameters that a replaced tensor adds: those of a bias that the base model lacks."""
+    """Count the parameters that a replaced tensor adds: those of a bias that the base model lacks.
+
+    Experts get a bias only where they have one.
+    """
     key = TensorKey.parse(name)
-    if key.what != "bias" or view.blocks[key.block].channels[key.kind].output.bias is not None:
+    if key.what != "bias" or key.kind == "experts" or view.blocks[key.block].channels[key.kind].output.bias is not None:
         return 0
     return tensor.numel()
 

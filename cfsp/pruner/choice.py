@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from cfsp.config.components import option_of
 from cfsp.errors import RunError
-from cfsp.importance.base import activation_for
+from cfsp.importance.base import activation_for, read_gram
 from cfsp.plan.pruning_plan import BlockPlan
 from cfsp.sparsity.budget import Widths
 
@@ -70,7 +70,8 @@ def improve_kept_units(
         if kept is None or inputs is None:
             continue
         channels = block.channels[kind]
-        activation = activation_for(importance, channels, inputs, terms, grams)
+        gram = read_gram(block, kind, importance, grams)
+        activation = activation_for(channels, inputs, terms, gram)
         better = tuple(sorted(importance.improve_kept(channels, activation, torch.tensor(kept)).tolist()))
         if len(set(better)) != len(kept) or len(better) != len(kept):
             raise RunError(

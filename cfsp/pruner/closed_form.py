@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cfsp.pruner.compensation import bias_compensation
+from cfsp.pruner.expert_refit import expert_compensation
 from cfsp.pruner.least_squares import Ridge, least_squares_compensation
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ class ClosedForm:
         if self.compensation == "bias":
             return bias_compensation(block, decision, statistics)
         if self.compensation in ("least_squares", "gauss_newton") and grams is not None:
-            return least_squares_compensation(
+            experts = expert_compensation(block, decision, grams, self.ridge, self.chosen_ridges, reuse=reuse)
+            return experts | least_squares_compensation(
                 block, decision, grams, self.ridge, self.chosen_ridges, reuse=reuse, fitted_alone=fitted_alone
             )
         return {}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import BudgetError, ConfigError, UnsupportedModelError
-from cfsp.importance.base import why_grams_unsupported
 
 if TYPE_CHECKING:
-    from cfsp.architecture.views import DecoderView
+    from cfsp.architecture.views import BlockView, DecoderView
+    from cfsp.calibration.gram import GramRequest
+    from cfsp.calibration.gram_store import GramMatrices
     from cfsp.calibration.statistics import Statistics
     from cfsp.config.budget import Budget, Structure
     from cfsp.config.components import Component
@@ -23,6 +24,28 @@ log = logging.getLogger(__name__)
 GROUPED = 8
 #: Clause for notes: the neurons of experts that saw no token are ranked by their weights.
 RANKED_BY_WEIGHTS = "keep the neurons with the largest weights"
+
+
+def check_mixtures(view: DecoderView, budget: Budget, structure: Structure, compensation: str) -> None:
+    """Refuse what the one-shot engine cannot do to a model with mixtures, or with structure experts without any.
+
+    Raises:
+        UnsupportedModelError: there is no mixture, or the compensation refits whole FFNs.
+        BudgetError: see :func:`check_expert_widths`.
+    """
+    name = type(view.model).__name__
+    if not view.mixtures:
+        raise UnsupportedModelError(
+            f"{name}: pruner.structure=experts needs a mixture of experts, and no block is one; use "
+            "pruner.structure=ffn"
+        )
+    if structure in ("ffn", "heads_ffn"):
+        check_expert_widths(view, budget)
+    if compensation == "gauss_newton":
+        raise UnsupportedModelError(
+            f"{name}: pruner.compensation=gauss_newton refits FFNs that see every token, and block "
+            f"{view.mixtures[0].index} is a mixture of experts; use pruner.compensation=least_squares"
+        )
 
 
 def check_expert_widths(view: DecoderView, budget: Budget) -> None:
@@ -40,16 +63,10 @@ def check_expert_widths(view: DecoderView, budget: Budget) -> None:
         )
 
 
-def check_expert_settings(
-    view: DecoderView,
-    structure: Structure,
-    importance: Component[NeuronImportance],
-    allocator: Component[Allocator],
-) -> None:
-    """Refuse a metric or an allocator that does not support mixtures of experts, before calibration.
+def check_expert_settings(structure: Structure, allocator: Component[Allocator]) -> None:
+    """Refuse an allocator that does not support whole experts, before calibration.
 
     Raises:
-        UnsupportedModelError: the metric needs Gram matrices, which are not collected for experts.
         ConfigError: the allocator searches over widths, but whole experts are removed.
     """
     if structure == "experts" and allocator.instance.needs_model:
@@ -57,8 +74,6 @@ def check_expert_settings(
             f"allocator._target_={allocator.target}: it searches for widths of FFNs, and pruner.structure="
             "experts removes whole experts; use allocator=coarse, uniform or global_rank"
         )
-    if view.mixtures and structure in ("ffn", "heads_ffn") and "gram" in importance.instance.requires:
-        raise UnsupportedModelError(why_grams_unsupported(view.mixtures[0], importance.instance))
 
 
 def expert_notes(
@@ -89,3 +104,31 @@ def expert_notes(
             "pruner.compensation=bias: the FFNs of %d blocks are mixtures of experts and get no bias", len(without)
         )
     return notes
+
+
+def few_token_notes(
+    blocks: Sequence[BlockView], grams: GramMatrices | None, request: GramRequest | None
+) -> dict[str, Any]:
+    """Return the note on experts whose Gram matrices are of too few tokens: block -> experts; {} without any."""
+    # Start-up time: loads torch.
+    from cfsp.calibration.gram_store import few_token_experts
+
+    if grams is None or request is None or "ffn" not in request.kinds:
+        return {}
+    lists = {str(block.index): few_token_experts(block, grams) for block in blocks if block.experts is not None}
+    lists = {block: experts for block, experts in lists.items() if experts}
+    return {"few_token_experts": lists} if lists else {}
+
+
+def warn_of_few_tokens(notes: Mapping[str, Any], importance: NeuronImportance, compensation: str) -> None:
+    """Log what became of the experts of :func:`few_token_notes`."""
+    lists: dict[str, list[int]] = notes.get("few_token_experts", {})
+    if not lists:
+        return
+    ranked = ["have their neurons ranked by weights"] if "gram" in importance.requires else []
+    kept = [] if compensation == "none" else ["keep their columns without a refit"]
+    log.warning(
+        "%d experts of %d blocks saw too few calibration tokens (fewer than they have neurons, or none that is held "
+        "out), so they %s; more calibration data may reach them",
+        sum(map(len, lists.values())), len(lists), " and ".join(ranked + kept),
+    )  # fmt: skip

@@ -130,6 +130,36 @@ def chosen_correction_ridge(gram: Gram, cross: tuple[Tensor, Tensor]) -> float |
     return choose_ridge(equations[0], equations[1], float(systems[0].diagonal().mean()))[0]
 
 
+def refit_output(
+    weight: Tensor, bias: Tensor | None, gram: Gram, kept: Tensor, ridge: float | None, *, fitted_alone: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Refit the kept columns of an output projection, and its bias where it has one.
+
+    Args:
+        weight: W [d, N].
+        bias: b [d].
+        gram: moments of its inputs.
+        kept: indices of K, ascending, on the device of ``weight``.
+        ridge: strength; None: the columns stay as they are, and the bias alone makes up for the mean.
+        fitted_alone: leave out the tokens that are held out.
+
+    Returns:
+        The kept columns [d, K], and the bias [d]; fp64.
+    """
+    part = gram.fitted() if fitted_alone else gram
+    matrix, mean = part.matrix.to(weight.device), part.mean.to(weight.device).double()
+    if bias is not None:  # the mean is the bias's to give back, as in FLAP; columns fit what varies around it
+        matrix = matrix.double() - mean[:, None] * mean
+    if ridge is None:
+        fitted = weight.double().index_select(1, kept)
+    else:
+        fitted = refit(weight, matrix, kept, ridge)
+    if bias is None:
+        return fitted, None
+    lost = weight.double() @ mean - fitted @ mean[kept]
+    return fitted, bias.detach().double() + lost
+
+
 def least_squares_compensation(
     block: BlockView,
     decision: BlockPlan,
@@ -170,16 +200,8 @@ def least_squares_compensation(
                 chosen.setdefault(kind, {})[str(block.index)] = strength
         else:
             strength = ridge
-        part = gram.fitted() if fitted_alone else gram
-        matrix, mean = part.matrix.to(weight.device), part.mean.to(weight.device).double()
-        if bias is not None:  # the mean is the bias's to give back, as in FLAP; columns fit what varies around it
-            matrix = matrix.double() - mean[:, None] * mean
-        if strength is None:
-            fitted = weight.double().index_select(1, kept_indices)
-        else:
-            fitted = refit(weight, matrix, kept_indices, strength)
+        fitted, bias = refit_output(weight, bias, gram, kept_indices, strength, fitted_alone=fitted_alone)
         if bias is not None:
-            lost = weight.double() @ mean - fitted @ mean[kept_indices]
-            tensors[tensor_name(block.index, kind)] = (bias.detach().double() + lost).float().cpu()
+            tensors[tensor_name(block.index, kind)] = bias.float().cpu()
         tensors[tensor_name(block.index, kind, "weight")] = fitted.to(weight.dtype).cpu().contiguous()
     return tensors

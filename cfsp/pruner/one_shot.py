@@ -18,7 +18,14 @@ from cfsp.importance.base import Scores, score
 from cfsp.plan.pruning_plan import BlockPlan
 from cfsp.pruner.choice import best, improve_kept_units
 from cfsp.pruner.expert_choice import ExpertScore, Unseen, best_experts, keep_unseen_experts, score_whole_experts
-from cfsp.pruner.expert_limits import RANKED_BY_WEIGHTS, check_expert_settings, check_expert_widths, expert_notes
+from cfsp.pruner.expert_limits import (
+    RANKED_BY_WEIGHTS,
+    check_expert_settings,
+    check_mixtures,
+    expert_notes,
+    few_token_notes,
+    warn_of_few_tokens,
+)
 from cfsp.pruner.units import count_experts, count_kv_groups, count_neurons, why_heads_stay
 from cfsp.pruner.width_choice import choose_widths
 from cfsp.sparsity.budget import (
@@ -58,7 +65,8 @@ class OneShotPruner(Pruner):
         structure: units that may be removed: FFN neurons (ffn), whole KV groups of attention heads (heads), both
             (heads_ffn), or whole experts of mixtures (experts), which ``expert_score`` ranks instead of a metric.
         compensation: bias: the mean output of the removed units goes to the biases of down_proj and o_proj;
-            least_squares: their kept columns are refitted to the output of all columns; gauss_newton, which needs
+            least_squares: their kept columns are refitted to the output of all columns, in a mixture those of each
+            expert; gauss_newton, which needs
             ``sequential``: all matrices of each FFN are then refitted, gate and up too
             (:mod:`cfsp.pruner.gauss_newton`).
         sequential: whether the units of a block are chosen (and compensated) on the hidden states of the pruned blocks
@@ -185,7 +193,7 @@ class OneShotPruner(Pruner):
         self, view: DecoderView, importance: Component[NeuronImportance], allocator: Component[Allocator]
     ) -> None:
         """See :class:`cfsp.config.contracts.Pruner`."""
-        check_expert_settings(view, self.structure, importance, allocator)
+        check_expert_settings(self.structure, allocator)
 
     def why_unused(self, group: str) -> str:
         """See :class:`cfsp.config.contracts.Pruner`."""
@@ -220,24 +228,9 @@ class OneShotPruner(Pruner):
                     "use pruner.structure=ffn"
                 )
         if view.mixtures or self.structure == "experts":
-            self._check_experts(view, budget)
+            check_mixtures(view, budget, self.structure, self.compensation)
         budget = self._with_biases(view, budget)
         keep_fraction(budget, Sizes.of(view, self.structure).only(budget.free_blocks(len(view.blocks))))
-
-    def _check_experts(self, view: DecoderView, budget: Budget) -> None:
-        name = type(view.model).__name__
-        if not view.mixtures:
-            raise UnsupportedModelError(
-                f"{name}: pruner.structure=experts needs a mixture of experts, and no block is one; use "
-                "pruner.structure=ffn"
-            )
-        if self.structure in ("ffn", "heads_ffn"):
-            check_expert_widths(view, budget)
-        if self.refits:
-            raise UnsupportedModelError(
-                f"{name}: pruner.compensation={self.compensation} refits single output projections, and block "
-                f"{view.mixtures[0].index} is a mixture of experts; use pruner.compensation=none"
-            )
 
     def plan(self, context: PlanContext) -> PruningPlan:
         """See :class:`cfsp.config.contracts.Pruner`."""
@@ -267,10 +260,12 @@ class OneShotPruner(Pruner):
         else:
             decisions, tensors = self._decide(context, scores, chosen.widths, closed_form)
             notes |= {"chosen_ridge": closed_form.chosen_ridges} if closed_form.chosen_ridges else {}
+            notes |= few_token_notes(view.blocks, context.grams, context.gram_request)
         unseen = RANKED_BY_WEIGHTS
         if self.structure == "experts":
             unseen = f"{'stay' if self.unseen_experts == 'keep' else 'go first'} (pruner.unseen_experts)"
         notes |= expert_notes(view, statistics, decisions, self.compensation, unseen)
+        warn_of_few_tokens(notes, context.importance, self.compensation)
         return complete(context, decisions, keep_ratios=chosen.keep_ratios, notes=notes, tensors=tensors)
 
     def _score(self, context: PlanContext) -> Scores:

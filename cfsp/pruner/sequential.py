@@ -23,6 +23,7 @@ from cfsp.plan.pruning_plan import BlockPlan
 from cfsp.plan.slice_block import slice_block
 from cfsp.plan.slicing import set_output_weight
 from cfsp.pruner.choice import best, improve_kept_units
+from cfsp.pruner.expert_limits import few_token_notes
 from cfsp.pruner.ffn_refit import refit_ffn
 from cfsp.pruner.least_squares import chosen_correction_ridge, corrected
 
@@ -73,6 +74,7 @@ def prune_in_sequence(pruner: OneShotPruner, context: PlanContext, widths: Width
     """
     driver, ids, gram_request = context.driver, context.calibration.input_ids, context.gram_request
     pruned, newton, closed_form = InSequence(), _NewtonReport(), pruner.closed_form()
+    few_tokens: dict[str, list[int]] = {}
     if pruner.compensation == "gauss_newton":
         _warn_of_few_tokens(context)
     correcting = pruner.refits and pruner.correction > 0 and pruner.structure != "heads"
@@ -94,6 +96,7 @@ def prune_in_sequence(pruner: OneShotPruner, context: PlanContext, widths: Width
                 refit.run(step)
             statistics = sums[0].report(*ids.shape)
             grams.keep(block.index, reported(block.index, block_grams[0]))
+            few_tokens |= few_token_notes([block], grams, gram_request).get("few_token_experts", {})
             refit.correct(grams)
             terms = None if context.gradients is None else context.gradients.blocks[block.index]
             neurons, groups = score_block(block, statistics, context.importance, pruner.structure, terms, grams)
@@ -115,6 +118,7 @@ def prune_in_sequence(pruner: OneShotPruner, context: PlanContext, widths: Width
             pruned.decisions.append(decision)
             pruned.tensors |= replaced
     pruned.notes |= newton.notes() | ({"chosen_ridge": ridges} if (ridges := closed_form.chosen_ridges) else {})
+    pruned.notes |= {"few_token_experts": few_tokens} if few_tokens else {}
     return pruned
 
 

@@ -31,16 +31,14 @@ from cfsp.model.driver import BlockDriver
 from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
 from cfsp.pruner.expert_choice import best_experts, keep_unseen_experts, score_whole_experts
 from cfsp.pruner.probe import probe
-from tests.helpers.architectures import ARCHITECTURES, BLOCKS, EXPERT_WIDTH, VOCABULARY, Architecture
+from tests.helpers.architectures import BLOCKS, EXPERT_WIDTH, VOCABULARY, Architecture
+from tests.helpers.experts import IDS, SHORT, SPARSE, entering, expert_by_hand, logits, routed
 from tests.helpers.matrix import in_turn
 from tests.helpers.tiny import tiny_model, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SPARSE = {name: entry for name, entry in ARCHITECTURES.items() if entry.experts}
 sparse = pytest.mark.parametrize("architecture", SPARSE.values(), ids=SPARSE)
-IDS = tokens(6, 24, vocabulary=VOCABULARY)
-SHORT = tokens(2, 12, seed=3, vocabulary=VOCABULARY)
 ROUND = 8
 METHODS = {
     "cfsp": ("cfsp", []),
@@ -49,11 +47,6 @@ METHODS = {
     "two_ssp": ("two_ssp", []),
     "experts": ("cfsp", ["pruner.structure=experts"]),
 }
-
-
-def logits(model, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(ids).logits
 
 
 def calibrated(model, ids: Tensor = IDS) -> Statistics:
@@ -217,46 +210,6 @@ def test_every_implementation_of_experts_runs_what_is_left(architecture):
 # What the calibration pass sees
 
 
-def entering(mixture: nn.Module, model: nn.Module) -> Tensor:
-    """States [S, d] that enter a mixture on the calibration tokens."""
-    seen: list[Tensor] = []
-    handle = mixture.register_forward_pre_hook(lambda m, args: seen.append(args[0].flatten(0, 1)))
-    logits(model, IDS)
-    handle.remove()
-    return seen[0]
-
-
-@torch.no_grad()
-def routed(a: Architecture, mixture: nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
-    """(chosen [S, k], weights [S, k]) of states [S, d], from the router itself."""
-    router = getattr(mixture, a.experts.router)
-    if a.experts.layout == "modules":
-        weights, chosen = router(states).softmax(-1).topk(a.experts.top_k, -1)
-        return chosen, weights / weights.sum(-1, keepdim=True)
-    _, weights, chosen = router(states[None] if a.model_type.startswith("deepseek") else states)
-    return chosen, weights
-
-
-def expert_by_hand(a: Architecture, mixture: nn.Module, expert: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    said = a.experts
-    if said.layout == "modules":
-        one = mixture.experts[expert]
-        inner = F.silu(one.gate_proj(x)) * one.up_proj(x)
-        return inner, one.down_proj(inner)
-    experts = mixture.experts
-    first, second = experts.gate_up_proj[expert], experts.down_proj[expert]
-    if not said.transposed:
-        first, second = first.T, second.T
-    both = x @ first + (experts.gate_up_proj_bias[expert] if said.biases else 0)
-    if said.interleaved:
-        gate, up = both[:, ::2].clamp(max=experts.limit), both[:, 1::2].clamp(-experts.limit, experts.limit)
-        inner = (up + 1) * gate * torch.sigmoid(experts.alpha * gate)
-    else:
-        gate, up = both.chunk(2, -1)
-        inner = F.silu(gate) * up
-    return inner, inner @ second + (experts.down_proj_bias[expert] if said.biases else 0)
-
-
 @sparse
 @torch.no_grad()
 def test_statistics_are_those_of_a_hand_computation(architecture):
@@ -270,7 +223,7 @@ def test_statistics_are_those_of_a_hand_computation(architecture):
             assert found.blocks[index].ffn.mean.shape == (a.width,)
             continue
         mixture = block.get_submodule(a.ffn_path)
-        states = entering(mixture, model)
+        states = entering(mixture, model, IDS)
         chosen, weights = routed(a, mixture, states)
         statistics, experts = found.blocks[index].ffn, found.blocks[index].experts
         assert statistics.mean.shape == (a.experts.n, EXPERT_WIDTH)
@@ -456,7 +409,7 @@ def test_reap_is_the_mean_over_the_tokens_that_were_routed_to_the_expert(archite
             assert len(scores[index]) == 0
             continue
         mixture = block.get_submodule(a.ffn_path)
-        states = entering(mixture, model)
+        states = entering(mixture, model, IDS)
         chosen, weights = routed(a, mixture, states)
         for expert in range(a.experts.n):
             norms = []
@@ -644,12 +597,6 @@ def test_refusals_say_what_and_the_way_out():
             said = refusal(name, pruner=pruner)
             assert "multi-head latent attention" in said
             assert "pruner.structure=ffn" in said
-    said = refusal("mixtral", "pruner.compensation=least_squares")
-    assert "mixture of experts" in said
-    assert "pruner.compensation=none" in said
-    said = refusal("mixtral", "importance=obs")
-    assert "Gram" in said
-    assert "importance=cfsp" in said
     said = refusal("mixtral", round_to=12)
     assert "sparsity.round_to=12" in said
     assert "sparsity.round_to=16" in said
