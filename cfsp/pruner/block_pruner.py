@@ -9,10 +9,10 @@ from pydantic import Field
 
 from cfsp.config.budget import Budget
 from cfsp.config.components import component
-from cfsp.config.contracts import Allocator, Pruner, Unit
+from cfsp.config.contracts import Allocator, Unit
 from cfsp.errors import BudgetError, UnsupportedModelError
 from cfsp.plan.pruning_plan import BlockPlan
-from cfsp.pruner.depth import refuse_compensation
+from cfsp.pruner.removal_compensation import CompensatesRemoval
 from cfsp.pruner.units import free_blocks
 from cfsp.sparsity.budget import Sizes, check_scope
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @component
-class BlockPruner(Pruner):
+class BlockPruner(CompensatesRemoval):
     """Remove one submodule after another, each time the one without which the NLL is lowest.
 
     The removal ends where no submodule brings it nearer to the budget. A submodule that would overshoot the budget by
@@ -34,19 +34,19 @@ class BlockPruner(Pruner):
         name: name of the method.
         submodules: kinds of submodules that may be removed.
         search_sequences: calibration sequences that the NLL is measured on, from the first; None: all.
-        compensation: only "none", because no output projection remains to carry a bias.
+        compensation: none, linear_map or scale (:mod:`cfsp.pruner.removed_block_map`).
+        ridge: strength that holds the map of linear_map at the identity; auto: chosen by held-out sequences.
     """
 
     name: str
     submodules: Literal["both", "attention", "ffn"] = "both"
     search_sequences: Annotated[int, Field(ge=1)] | None = 32
     compensation: str = "none"
+    ridge: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = "auto"
 
     prunes: ClassVar[bool] = True
     plans_with = ()
-
-    def __post_init__(self) -> None:
-        refuse_compensation(self.name, self.compensation, "removes whole submodules")
+    removes = "removes whole submodules"
 
     def check(self, view: DecoderView, budget: Budget) -> None:
         """See :class:`cfsp.config.contracts.Pruner`."""
@@ -117,7 +117,6 @@ class BlockPruner(Pruner):
     def plan(self, context: PlanContext) -> PruningPlan:
         """See :class:`cfsp.config.contracts.Pruner`."""
         # Start-up time: loads torch.
-        from cfsp.pruner.build_plan import complete
         from cfsp.pruner.search import KnownLosses, SubmoduleSearch
 
         view, budget = context.driver.view, context.budget
@@ -137,7 +136,7 @@ class BlockPruner(Pruner):
 
         with SubmoduleSearch(context.driver, ids, KnownLosses.of(context, ids, {})) as search:
             search.greedy(allowed)
-        return complete(
+        return self.complete(
             context,
             self._block_plans(view, search.removed),
             notes={"search_sequences": len(ids), "removed": search.history},

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field
 
 from cfsp.config.budget import Budget
 from cfsp.config.components import component
-from cfsp.config.contracts import Allocator, Pruner, Unit
+from cfsp.config.contracts import Allocator, Unit
 from cfsp.errors import BudgetError
 from cfsp.plan.pruning_plan import BlockPlan
+from cfsp.pruner.removal_compensation import CompensatesRemoval
 from cfsp.pruner.units import block_sizes, blocks_with_attention
 from cfsp.sparsity.budget import Sizes, check_scope
 
@@ -24,22 +27,12 @@ if TYPE_CHECKING:
 _GONE = BlockPlan(attention=False, ffn=False)
 
 
-class DepthPruner(Pruner):
-    """Base of the pruners that remove whole blocks.
-
-    Attributes:
-        name: name of the method.
-        compensation: "none" alone: there is no output projection left to carry a bias.
-    """
-
-    name: str
-    compensation: str
+class DepthPruner(CompensatesRemoval):
+    """Base of the pruners that remove whole blocks."""
 
     prunes: ClassVar[bool] = True
     plans_with = ()
-
-    def __post_init__(self) -> None:
-        refuse_compensation(self.name, self.compensation, "removes whole blocks")
+    removes = "removes whole blocks"
 
     def check(self, view: DecoderView, budget: Budget) -> None:
         """See :class:`cfsp.config.contracts.Pruner`."""
@@ -70,12 +63,14 @@ class ShortGPT(DepthPruner):
     Attributes:
         name: name of the method.
         tokens: whether the influence is the mean over all tokens, or over the last tokens of the sequences.
-        compensation: "none" alone: there is no output projection left to carry a bias.
+        compensation: none, linear_map or scale (:mod:`cfsp.pruner.removed_block_map`).
+        ridge: strength that holds the map of linear_map at the identity; auto: chosen by held-out sequences.
     """
 
     name: str
     tokens: Literal["mean", "last"] = "mean"
     compensation: str = "none"
+    ridge: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = "auto"
 
     def most_removable(self, view: DecoderView, budget: Budget) -> int:
         """See :class:`cfsp.config.contracts.Pruner`. One block with attention stays."""
@@ -85,16 +80,13 @@ class ShortGPT(DepthPruner):
 
     def plan(self, context: PlanContext) -> PruningPlan:
         """See :class:`cfsp.config.contracts.Pruner`."""
-        # Start-up time: loads torch.
-        from cfsp.pruner.build_plan import complete
-
         view, budget = context.driver.view, context.budget
         influence = self._influence(context)
         order = sorted(budget.free_blocks(len(view.blocks)), key=lambda block: influence[block])
         order = _with_attention_left(view, order)
         removed = set(order[: _nearest([_size(view, block) for block in order], _target(view, budget))])
         blocks = [_GONE if block.index in removed else BlockPlan() for block in view.blocks]
-        return complete(context, blocks, notes={"influence": influence, "removed_blocks": sorted(removed)})
+        return self.complete(context, blocks, notes={"influence": influence, "removed_blocks": sorted(removed)})
 
     def _influence(self, context: PlanContext) -> list[float]:
         # Start-up time: loads torch.
@@ -115,12 +107,14 @@ class SlidingWindow(DepthPruner):
     Attributes:
         name: name of the method.
         tokens: whether the similarity is over the last tokens of the sequences (as published), or over all tokens.
-        compensation: "none" alone: there is no output projection left to carry a bias.
+        compensation: none, linear_map or scale (:mod:`cfsp.pruner.removed_block_map`).
+        ridge: strength that holds the map of linear_map at the identity; auto: chosen by held-out sequences.
     """
 
     name: str
     tokens: Literal["mean", "last"] = "last"
     compensation: str = "none"
+    ridge: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = "auto"
 
     def check(self, view: DecoderView, budget: Budget) -> None:
         """See :class:`cfsp.config.contracts.Pruner`."""
@@ -138,7 +132,6 @@ class SlidingWindow(DepthPruner):
         """See :class:`cfsp.config.contracts.Pruner`."""
         # Start-up time: loads torch.
         from cfsp.calibration.similarity import block_similarity
-        from cfsp.pruner.build_plan import complete
 
         view, budget = context.driver.view, context.budget
         similarities, _ = block_similarity(context.driver, context.calibration, context.cache)
@@ -149,20 +142,7 @@ class SlidingWindow(DepthPruner):
             "removed_blocks": list(range(first, first + n)),
             "similarity": {str(start): float(similarity[start, start + n]) for start in _starts(view, budget, n)},
         }
-        return complete(context, blocks, notes=notes)
-
-
-def refuse_compensation(name: str, compensation: str, reason: str) -> None:
-    """Refuse a compensation for a pruner that cannot carry one; ``reason`` is a clause for the message.
-
-    Raises:
-        ValueError: ``compensation`` is not "none".
-    """
-    if compensation != "none":
-        raise ValueError(
-            f"pruner.compensation={compensation}: pruner={name} {reason}, which leave no output projection to carry a "
-            "bias; use pruner.compensation=none, or a pruner that removes neurons or heads (flap, one_shot)"
-        )
+        return self.complete(context, blocks, notes=notes)
 
 
 def check_blocks(view: DecoderView, budget: Budget) -> None:

@@ -16,8 +16,8 @@ from cfsp.errors import BudgetError, ConfigError, UnsupportedModelError
 from cfsp.importance.base import score
 from cfsp.importance.sequence_norm import SequenceNorm
 from cfsp.pruner.choice import best_neurons
-from cfsp.pruner.depth import refuse_compensation
 from cfsp.pruner.expert_limits import RANKED_BY_WEIGHTS, check_expert_widths, expert_notes
+from cfsp.pruner.removal_compensation import refuse_compensation
 from cfsp.pruner.units import count_neurons, free_blocks
 from cfsp.sparsity.budget import Sizes, check_scope, legal_widths
 

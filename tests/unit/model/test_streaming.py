@@ -87,6 +87,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         ("pruner=block_pruner", "sparsity.ratio=0.3"),
         ("pruner=shortgpt", "sparsity.scope=decoder"),
         ("pruner=sliding_window", "sparsity.scope=decoder"),
+        ("pruner=shortgpt", "sparsity.ratio=0.3", "pruner.compensation=linear_map"),
+        ("pruner=block_pruner", "sparsity.ratio=0.3", "pruner.compensation=scale"),
         ("pruner=magnitude_sp",),
     ],
     ids=" ".join,
