@@ -7,7 +7,6 @@ import torch
 
 import cfsp
 from cfsp.architecture.views import resolve
-from cfsp.errors import UnsupportedModelError
 from cfsp.importance.base import Activation
 from cfsp.importance.leverage import Leverage
 from cfsp.pruner.least_squares import refit
@@ -77,7 +76,12 @@ def test_neurons_are_chosen_by_the_inputs_of_down_proj_alone() -> None:
     assert list(plan.blocks[3].ffn_kept) == best.tolist()
 
 
-def test_experts_are_refused() -> None:
-    model, ids = ARCHITECTURES["mixtral"].build(), tokens(4, vocabulary=VOCABULARY)
-    with pytest.raises(UnsupportedModelError, match="mixture of experts: importance=leverage goes by Gram matrices"):
-        cfsp.prune(model, ids, "one_shot", 0.5, round_to=8, overrides=["importance=leverage"])
+def test_each_expert_is_scored_by_its_own_tokens() -> None:
+    """Every expert keeps the neurons with the highest leverage; an expert with too few tokens is named."""
+    model, ids = ARCHITECTURES["mixtral"].build(), tokens(16, vocabulary=VOCABULARY)
+    overrides = ["importance=leverage", "allocator=uniform"]
+    plan = cfsp.prune(model, ids, "one_shot", 0.5, round_to=8, overrides=overrides)
+    kept = plan.blocks[0].expert_neurons_kept
+    assert kept is not None
+    assert len(set(kept)) > 1
+    assert len({len(neurons) for neurons in kept}) == 1
