@@ -596,7 +596,7 @@ def test_sampled_text_needs_no_file(run_cfsp, sound_words, tmp_path):
         (["recovery.warmup_steps=6"], ["recovery.warmup_steps=6", "recovery.max_steps=6"]),
         (["recovery.max_steps=null", "recovery.epochs=0.02"], ["recovery.warmup_steps=5", "about 3 steps"]),
         (["recovery.packing=true"], ["recovery.packing=true", "instructions"]),
-        (["recovery.teacher=disk"], ["recovery.teacher=disk", "recovery.objective=distill, and this is lm"]),
+        (["recovery.teacher=disk"], ["recovery.teacher=disk", "recovery.objective=distill, and the objective is lm"]),
         (["recovery.distill_temperature=7"], ["recovery.distill_temperature=7", "leave it out"]),
         (["recovery.objective=distill", "recovery.top_k=3"], ["recovery.top_k=3", "recovery.teacher=disk"]),
         (["recovery.response_only=false"], ["recovery.response_only=false", "every token is learnt"]),
