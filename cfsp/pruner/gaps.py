@@ -37,23 +37,23 @@ class Gap:
     behind: Point
 
 
-def gaps(view: DecoderView, blocks: Sequence[BlockPlan]) -> list[Gap]:
+def find_gaps(view: DecoderView, blocks: Sequence[BlockPlan]) -> list[Gap]:
     """Return the gaps that a plan leaves in a model, in order."""
-    found: list[Gap] = []
+    all_gaps: list[Gap] = []
     writer: Place | None = None
     removed: list[Place] = []
-    for place in [*places_of(view), None]:
+    for place in [*iterate_submodules(view), None]:
         if place is not None and not is_kept(place, blocks):
             removed.append(place)
             continue
         if removed:
-            found.append(Gap(writer, tuple(removed), _before(view, removed[0]), _behind(view, removed[-1])))
+            all_gaps.append(Gap(writer, tuple(removed), _before(view, removed[0]), _behind(view, removed[-1])))
             removed = []
         writer = place
-    return found
+    return all_gaps
 
 
-def places_of(view: DecoderView) -> Iterator[Place]:
+def iterate_submodules(view: DecoderView) -> Iterator[Place]:
     """Yield the submodules of a model in the order in which they write to the residual stream."""
     for block in view.blocks:
         if not block.attention_removed:
@@ -110,18 +110,20 @@ def _rows(values: Tensor) -> Tensor:
     return values.detach().double().reshape(-1, values.shape[-1])
 
 
-def collect(driver: BlockDriver, input_ids: Tensor, found: Sequence[Gap], each: Callable[[Batch], None]) -> None:
+def collect_states(
+    driver: BlockDriver, input_ids: Tensor, all_gaps: Sequence[Gap], each: Callable[[Batch], None]
+) -> None:
     """Run the dense model over the calibration set once; a streamed model is read once for each batch.
 
     Args:
         driver: runs the model.
         input_ids: [n, T].
-        found: the gaps, whose points and writers are kept for a batch.
+        all_gaps: the gaps, whose points and writers are kept for a batch.
         each: called with the tensors of a batch.
     """
     view = driver.view
-    points = {point for gap in found for point in (gap.before, gap.behind)}
-    written = {gap.writer for gap in found if gap.writer is not None}
+    points = {point for gap in all_gaps for point in (gap.before, gap.behind)}
+    written = {gap.writer for gap in all_gaps if gap.writer is not None}
     written |= {(block, "ffn") for block, where in points if where == "middle"}
     batch = Batch()
     last = view.blocks[-1].index

@@ -84,10 +84,10 @@ class CompensatesRemoval(Pruner):
                 f"{model}: {wish} is folded into single output projections, and block {view.mixtures[0].index} is a "
                 "mixture of experts; use pruner.compensation=none"
             )
-        lacking = [block.index for block in view.blocks if block.attention is None and not block.attention_removed]
-        if lacking:
+        blocks = [block.index for block in view.blocks if block.attention is None and not block.attention_removed]
+        if blocks:
             raise UnsupportedModelError(
-                f"{model}: {wish} is folded into output projections, and the attention of block {lacking[0]} was not "
+                f"{model}: {wish} is folded into output projections, and the attention of block {blocks[0]} was not "
                 "recognised; use pruner.compensation=none"
             )
 
@@ -103,10 +103,10 @@ class CompensatesRemoval(Pruner):
 
         if self.compensation == "none":
             return complete(context, blocks, notes=notes)
-        from cfsp.pruner.removed_block_map import linear_maps, scales
+        from cfsp.pruner.removed_block_map import fold_linear_maps, fold_scales
 
         if self.compensation == "scale":
-            tensors, facts = scales(context, blocks)
+            tensors, facts = fold_scales(context, blocks)
         else:
-            tensors, facts = linear_maps(context, blocks, self.ridge)
+            tensors, facts = fold_linear_maps(context, blocks, self.ridge)
         return complete(context, blocks, notes={**notes, self.compensation: facts}, tensors=tensors)

@@ -38,7 +38,7 @@ from torch import Tensor
 from cfsp.calibration.gram import HeldOutRows, HoldOut
 from cfsp.errors import RunError
 from cfsp.plan.pruning_plan import BlockPlan, tensor_name
-from cfsp.pruner.gaps import Batch, Place, collect, gaps, is_kept, places_of
+from cfsp.pruner.gaps import Batch, Place, collect_states, find_gaps, is_kept, iterate_submodules
 from cfsp.pruner.least_squares import Ridge, solve
 from cfsp.pruner.ridge_path import NormalEquations, choose_ridge
 
@@ -79,7 +79,7 @@ class _Moments:
         return _Moments(self.system + other.system, self.right + other.right, self.tokens + other.tokens)
 
 
-def linear_maps(
+def fold_linear_maps(
     context: PlanContext, blocks: Sequence[BlockPlan], ridge: Ridge
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Fold a linear map into the last projection before each gap (see the module's text).
@@ -94,15 +94,15 @@ def linear_maps(
         The replaced tensors by their names in the plan, and for each gap what was done.
     """
     view = context.driver.view
-    found = gaps(view, blocks)
+    all_gaps = find_gaps(view, blocks)
     hold_out: HoldOut = HeldOutRows.among(len(context.calibration.input_ids)).unit if ridge == "auto" else "nothing"
-    fitted, held_out = [_Moments() for _ in found], [_Moments() for _ in found]
+    fitted, held_out = [_Moments() for _ in all_gaps], [_Moments() for _ in all_gaps]
     rows = HeldOutRows(hold_out)
 
     def add(batch: Batch) -> None:
         sequences, tokens = batch.shape
         out = rows.mask(sequences, tokens, torch.device("cpu")) if hold_out != "nothing" else None
-        for gap, fit, held in zip(found, fitted, held_out, strict=True):
+        for gap, fit, held in zip(all_gaps, fitted, held_out, strict=True):
             if gap.writer is None:
                 continue
             change = batch.state(gap.behind) - batch.state(gap.before)
@@ -114,10 +114,10 @@ def linear_maps(
                 fit.add(written[~which], change[~which])
                 held.add(written[which], change[which])
 
-    collect(context.driver, context.calibration.input_ids, found, add)
+    collect_states(context.driver, context.calibration.input_ids, all_gaps, add)
     tensors: dict[str, Tensor] = {}
     facts: list[dict[str, Any]] = []
-    for gap, fit, held in zip(found, fitted, held_out, strict=True):
+    for gap, fit, held in zip(all_gaps, fitted, held_out, strict=True):
         facts.append({"removed": [list(place) for place in gap.removed], "folded_into": None})
         if gap.writer is None:
             log.warning(
@@ -128,7 +128,7 @@ def linear_maps(
         chosen, change = _solve(fit, held, ridge)
         facts[-1] |= {"folded_into": list(gap.writer), "ridge": chosen}
         if change is not None:
-            tensors |= _transformed(view, gap.writer, change)
+            tensors |= _apply_map(view, gap.writer, change)
     return tensors, facts
 
 
@@ -154,12 +154,12 @@ def _solve(fitted: _Moments, held_out: _Moments, ridge: Ridge) -> tuple[float | 
     return strength, solve(equations.system, equations.right, strength * float(equations.system.diagonal().mean()))
 
 
-def _transformed(view: DecoderView, writer: Place, change: Tensor) -> dict[str, Tensor]:
+def _apply_map(view: DecoderView, writer: Place, change: Tensor) -> dict[str, Tensor]:
     """Return weight and bias of a projection whose output is followed by I + X."""
-    return _written(view, writer, lambda matrix: matrix + change.to(matrix.device).T @ matrix)
+    return _change_projection(view, writer, lambda matrix: matrix + change.to(matrix.device).T @ matrix)
 
 
-def scales(context: PlanContext, blocks: Sequence[BlockPlan]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+def fold_scales(context: PlanContext, blocks: Sequence[BlockPlan]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Divide the projections behind each gap by its factor (see the module's text).
 
     A projection behind several gaps is divided by all of their factors. Nothing is written behind a gap that ends the
@@ -172,26 +172,26 @@ def scales(context: PlanContext, blocks: Sequence[BlockPlan]) -> tuple[dict[str,
         The replaced tensors by their names in the plan, and the factor of each gap.
     """
     view = context.driver.view
-    found = gaps(view, blocks)
-    sums: list[list[Tensor | float]] = [[0.0, 0.0] for _ in found]
+    all_gaps = find_gaps(view, blocks)
+    sums: list[list[Tensor | float]] = [[0.0, 0.0] for _ in all_gaps]
 
     def add(batch: Batch) -> None:
-        for gap, total in zip(found, sums, strict=True):
+        for gap, total in zip(all_gaps, sums, strict=True):
             for end, point in enumerate((gap.before, gap.behind)):
                 total[end] = total[end] + batch.state(point).abs().sum(0).cpu()
 
-    collect(context.driver, context.calibration.input_ids, found, add)
+    collect_states(context.driver, context.calibration.input_ids, all_gaps, add)
     factors = [channel_ratio(*map(torch.as_tensor, total)) for total in sums]
     tensors: dict[str, Tensor] = {}
-    for place in places_of(view):
+    for place in iterate_submodules(view):
         factor = 1.0
-        for gap, own in zip(found, factors, strict=True):
+        for gap, own in zip(all_gaps, factors, strict=True):
             factor *= own if gap.removed[-1] < place else 1.0
         if factor != 1.0 and is_kept(place, blocks):
-            tensors |= _written(view, place, lambda matrix, factor=factor: matrix / factor)  # type: ignore[misc]
+            tensors |= _change_projection(view, place, lambda matrix, factor=factor: matrix / factor)  # type: ignore[misc]
     facts = [
         {"removed": [list(place) for place in gap.removed], "factor": factor}
-        for gap, factor in zip(found, factors, strict=True)
+        for gap, factor in zip(all_gaps, factors, strict=True)
     ]
     return tensors, facts
 
@@ -216,7 +216,7 @@ def channel_ratio(before: Tensor, behind: Tensor) -> float:
     return ratio
 
 
-def _written(view: DecoderView, place: Place, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+def _change_projection(view: DecoderView, place: Place, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """Return weight [d, N] and bias (as a column [d, 1]) of a projection after ``change``, computed in float64."""
     index, kind = place
     block = view.blocks[index]

@@ -14,8 +14,8 @@ from cfsp.errors import ConfigError, UnsupportedModelError
 from cfsp.plan.pruning_plan import BlockPlan
 from cfsp.pruner.block_pruner import BlockPruner
 from cfsp.pruner.depth import ShortGPT, SlidingWindow
-from cfsp.pruner.gaps import gaps
-from cfsp.pruner.removed_block_map import linear_maps, scales
+from cfsp.pruner.gaps import find_gaps
+from cfsp.pruner.removed_block_map import fold_linear_maps, fold_scales
 from cfsp.pruner.residual_check import check_residual_stream
 from cfsp.pruner.ridge_path import RIDGES
 from tests.helpers.contexts import IDS, context_of
@@ -50,7 +50,7 @@ def stream(model, ids=IDS):
 
 def test_gaps_are_runs_in_the_order_in_which_submodules_write():
     view = resolve(tiny_model(blocks=6))
-    found = gaps(view, [KEPT, GONE, GONE, KEPT, NO_FFN, NO_ATTENTION])
+    found = find_gaps(view, [KEPT, GONE, GONE, KEPT, NO_FFN, NO_ATTENTION])
     assert [gap.writer for gap in found] == [(0, "ffn"), (4, "attention")]
     assert [gap.removed for gap in found] == [
         ((1, "attention"), (1, "ffn"), (2, "attention"), (2, "ffn")),
@@ -60,8 +60,8 @@ def test_gaps_are_runs_in_the_order_in_which_submodules_write():
         ((1, "entering"), (2, "leaving")),
         ((4, "middle"), (5, "middle")),
     ]
-    assert gaps(view, [GONE, *[KEPT] * 5])[0].writer is None
-    assert gaps(view, [KEPT] * 6) == []
+    assert find_gaps(view, [GONE, *[KEPT] * 5])[0].writer is None
+    assert find_gaps(view, [KEPT] * 6) == []
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "llama_bias"])
@@ -70,7 +70,7 @@ def test_the_map_solves_the_published_least_squares(architecture, ridge):
     """With ridge 0: T = argmin ||Y - M + M T - L||, here from the rows themselves by a QR of them (lstsq)."""
     model = tiny_model(architecture, blocks=6)
     seen = stream(model)
-    tensors, facts = linear_maps(context_of(model, BUDGET), [KEPT, GONE, GONE, KEPT, GONE, KEPT], ridge)
+    tensors, facts = fold_linear_maps(context_of(model, BUDGET), [KEPT, GONE, GONE, KEPT, GONE, KEPT], ridge)
     assert [fact["folded_into"] for fact in facts] == [[0, "ffn"], [3, "ffn"]]
     for writer, last in ((0, 2), (3, 4)):
         m, y, target = seen[writer, "ffn"], seen[writer, "leaving"], seen[last, "leaving"]
@@ -98,7 +98,7 @@ def test_what_leaves_the_pruned_block_is_nearer_to_the_dense_state():
 def test_the_gap_before_a_lone_ffn_is_mapped_by_the_attention():
     model = tiny_model(blocks=4)
     seen = stream(model)
-    tensors, facts = linear_maps(context_of(model, BUDGET), [KEPT, NO_FFN, NO_ATTENTION, KEPT], 0.0)
+    tensors, facts = fold_linear_maps(context_of(model, BUDGET), [KEPT, NO_FFN, NO_ATTENTION, KEPT], 0.0)
     assert facts[0]["folded_into"] == [1, "attention"]
     m, y = seen[1, "attention"], seen[1, "entering"] + seen[1, "attention"]
     target = seen[2, "entering"] + seen[2, "attention"]
@@ -110,7 +110,7 @@ def test_the_gap_before_a_lone_ffn_is_mapped_by_the_attention():
 def test_the_ridge_is_the_one_with_the_lowest_error_on_held_out_sequences():
     model = tiny_model(blocks=4)
     seen = stream(model)
-    _, facts = linear_maps(context_of(model, BUDGET), [KEPT, GONE, KEPT, KEPT], "auto")
+    _, facts = fold_linear_maps(context_of(model, BUDGET), [KEPT, GONE, KEPT, KEPT], "auto")
     m, change = seen[0, "ffn"], seen[1, "leaving"] - seen[0, "leaving"]
     held = torch.arange(len(m)) // IDS.shape[1] % 4 == 3
     fit = m[~held]
@@ -124,7 +124,7 @@ def test_the_ridge_is_the_one_with_the_lowest_error_on_held_out_sequences():
 
 
 def test_a_gap_that_begins_the_model_is_left_alone_and_said(caplog):
-    tensors, facts = linear_maps(context_of(tiny_model(), BUDGET), [GONE, KEPT, KEPT, KEPT], 0.0)
+    tensors, facts = fold_linear_maps(context_of(tiny_model(), BUDGET), [GONE, KEPT, KEPT, KEPT], 0.0)
     assert tensors == {}
     assert facts[0]["folded_into"] is None
     assert "sparsity.protect=[1,0]" in caplog.text
@@ -158,7 +158,7 @@ def test_dividing_behind_the_gap_is_multiplying_before_it(architecture, tied):
 
 
 def test_nothing_is_scaled_where_nothing_is_behind_the_gap():
-    tensors, facts = scales(context_of(tiny_model(), BUDGET), [KEPT, KEPT, GONE, GONE])
+    tensors, facts = fold_scales(context_of(tiny_model(), BUDGET), [KEPT, KEPT, GONE, GONE])
     assert tensors == {}
     assert len(facts) == 1
 
