@@ -12,6 +12,8 @@ from cfsp.checkpoint.save import check_destination
 from cfsp.errors import CheckpointError
 from cfsp.plan.history import MARKER, is_written_by_cfsp, read_marker, read_plan_history
 from cfsp.weights.source import folder_fingerprint
+from tests.conftest import mentions, save_with_tokenizer
+from tests.helpers.tiny import tiny_model
 
 
 @pytest.mark.parametrize(
@@ -74,3 +76,13 @@ def test_the_code_beside_a_foreign_file_of_the_markers_name_counts(tmp_path: Pat
         (tmp_path / "modeling_own.py").write_text(code)
         fingerprints.add(folder_fingerprint(tmp_path))
     assert len(fingerprints) == 2
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "export"])
+def test_every_command_refuses_a_damaged_marker_without_a_plan(run_cfsp, tmp_path: Path, command: str) -> None:
+    folder = save_with_tokenizer(tiny_model(), tmp_path / "model")
+    (folder / MARKER).write_text("null")
+    words = [command, f"path={folder}", *(["format=padded"] if command == "export" else [])]
+    code, _, err = run_cfsp(*words, defaults=False)
+    assert code == 2
+    mentions(err.splitlines(), MARKER, "not a marker that cfsp wrote", "it holds null")
