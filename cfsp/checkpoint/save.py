@@ -22,7 +22,7 @@ from cfsp.checkpoint.reference import place_of
 from cfsp.checkpoint.reference_pass import StreamedReference, reference_of
 from cfsp.checkpoint.tensor_source import TensorSource, Visit, tensors_of
 from cfsp.errors import CheckpointError
-from cfsp.plan.history import MARKER, PLAN, PLAN_DIGEST, WEIGHT_DIGESTS, plan_digest
+from cfsp.plan.history import MARKER, PLAN, PLAN_DIGEST, WEIGHT_DIGESTS, is_written_by_cfsp, plan_digest
 from cfsp.pruned_model.family import PRUNED_PREFIX, pruned_family
 from cfsp.pruned_model.names import stock_type
 from cfsp.system.background_hash import sha256_of
@@ -164,13 +164,13 @@ def check_destination(folder: Path) -> None:
         )
     try:
         foreign = folder.exists() and (
-            not folder.is_dir() or (any(folder.iterdir()) and not (folder / MARKER).is_file())
+            not folder.is_dir() or (any(folder.iterdir()) and not is_written_by_cfsp(folder))
         )
     except OSError as error:
         raise CheckpointError(f"{folder}: the model cannot be saved there ({error})") from error
     if foreign:
         raise CheckpointError(
-            f"{folder}: exists and was not written by cfsp (no {MARKER}); choose another folder or empty it"
+            f"{folder}: exists and was not written by cfsp (no {MARKER} of its own); choose another folder or empty it"
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cfsp.config.compose import compose
 from cfsp.config.parse import parse
-from cfsp.errors import ConfigError
+from cfsp.errors import ConfigError, at_most
 from cfsp.sweep.composer import GridComposer
 from cfsp.sweep.experiment import experiment_folder, override_values
 from cfsp.sweep.request import Request, read_request, records_folder
@@ -23,6 +23,9 @@ from cfsp.tables.figures import draw_figure
 from cfsp.tables.grid import NothingToShowError, build_table
 from cfsp.tables.layout import Layout, load_layout
 from cfsp.tables.render import render_csv, render_latex, render_markdown
+
+#: Damaged records that are named one by one; a line counts those beyond.
+_MOST_NAMED = 5
 
 USAGE = """\
 Render the tables (Markdown, LaTeX, CSV) and figures (PNG, SVG) of an experiment from its records.
@@ -95,8 +98,8 @@ def load_results(tool: str, overrides: Sequence[str], *, empty: bool = False) ->
     composer = GridComposer()
     with _pause_garbage_collector():
         collection = collect_records(request.cells, records, composer)
-    for line in collection.damaged:
-        print(f"{tool}: warning: {escape.plain(line)}; left out", file=sys.stderr)
+    for line in at_most([f"{escape.plain(damaged)}; left out" for damaged in collection.damaged], _MOST_NAMED):
+        print(f"{tool}: warning: {line}", file=sys.stderr)
     if not collection.runs and not empty:
         raise no_record_error(request, records)
     if layout.reported:

@@ -12,6 +12,7 @@ from typing import Any
 from cfsp.config.components import shown, suggest
 from cfsp.config.overrides import plain_values
 from cfsp.errors import CfspError, CheckpointError, ConfigError, RunError
+from cfsp.plan.history import read_marker
 from cfsp.pruned_model.shipped_code import check_folder_code
 from cfsp.record.run_record import RunRecord
 from cfsp.record.written import damage, within
@@ -117,6 +118,8 @@ def _verify(request: Request) -> int:
     from cfsp.checkpoint.reference import place_of, read_reference
     from cfsp.verify.comparison import Finding, compare, select_tolerance
 
+    if request.path.is_dir():
+        read_marker(request.path)
     damaged = find_damage(request.path)
     if damaged is not None:
         print(f"{request.path}: {damaged}")

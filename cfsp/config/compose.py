@@ -61,6 +61,16 @@ def _hydra_reason(error: Exception, overrides: Sequence[str]) -> str:
     """Return Hydra's message on one line, with the override that caused it if exactly one matches."""
     reason = printable(str(error).partition("Config search path")[0]) or type(error).__name__
     reason = re.sub(r"^In '[^']*': ", "", reason)
+    reason = reason.replace(
+        "Config group override must be a string or a list. Got", "one option is expected, not of kind"
+    )
+    merged = re.match(r"Error merging override (\S.*)", reason)
+    if merged:
+        group = "hydra" if merged[1].lstrip("+~").startswith("hydra") else "job"
+        return f"{merged[1]}: a value of another kind stands there; write one like it (all keys: cfsp --cfg {group})"
+    absent = re.match(r"Could not override '([^']*)'", reason)
+    if absent:
+        return f"{absent[1]}: there is no such key, or it takes no such value; all keys: cfsp --cfg job"
     causes = [text for text in overrides if text in reason or _key_of(text) in reason]
     if len(causes) != 1 or causes[0] in reason:
         return f"{reason}; all keys: cfsp --cfg job"
@@ -110,9 +120,9 @@ def _findings(overrides: Sequence[str], folders: Sequence[Path], *, sweep: bool)
         meant = "" if _exists(tree, key) else _nearest(key, _keys(tree))
         yield f"{text}: not a valid override{meant}; {_way_out(text, parser)}"
     for override in values:
-        key, node = override.key_or_group, _value_at(tree, override.key_or_group)
-        if isinstance(node, Mapping) and isinstance(override.value(), list):
-            yield f"{override.input_line}: a group of keys is expected: {', '.join(node)}; write {key}.KEY=VALUE"
+        key, misplaced = override.key_or_group, _kind_problem(override, tree)
+        if misplaced is not None:
+            yield misplaced
         elif key.startswith("paths.") and not override.is_delete() and override.value() is None:
             yield f"{override.input_line}: expected a folder; leave the key out for its default"
         elif override.is_sweep_override() and not override.is_discrete_sweep():
@@ -125,6 +135,25 @@ def _findings(overrides: Sequence[str], folders: Sequence[Path], *, sweep: bool)
                 f"{override.input_line}: several values need a sweep: add -m (one run each); for one list "
                 f"write {key}=[{value}]"
             )
+
+
+def _kind_problem(override: Override, tree: Any) -> str | None:
+    """Return a line on a value whose kind cannot take the place of what stands there: keys, a list or one value."""
+    key, line = override.key_or_group, override.input_line
+    node, value, known = _value_at(tree, key), override.value(), not (override.is_add() or override.is_force_add())
+    unknown = known and isinstance(value, Mapping) and isinstance(node, Mapping) and not set(value) <= set(node)
+    if isinstance(node, Mapping) and (isinstance(value, list) or unknown):
+        return f"{line}: a group of keys is expected: {', '.join(node)}; write {key}.KEY=VALUE"
+    if isinstance(node, list) and isinstance(value, Mapping):
+        return f"{line}: a list is expected; write {key}=[A,B]"
+    parents = [at for at, letter in enumerate(key) if letter == "."]
+    for at in parents:
+        parent, rest = key[:at], key[at + 1 :]
+        if _exists(tree, parent) and not isinstance(_value_at(tree, parent), Mapping | list):
+            found = shown(_value_at(tree, parent))
+            remedy = f"write {parent}=VALUE, or {parent}={{{rest}:VALUE}} where it takes keys"
+            return f"{line}: {parent} is {found} and has no keys; {remedy}"
+    return None
 
 
 def _option_problem(override: Override, options: Sequence[str]) -> str | None:

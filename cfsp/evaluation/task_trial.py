@@ -39,7 +39,10 @@ def name_task_in_errors(key: str, task: str, *, checking: bool) -> Iterator[None
     prefix = f"{key}.tasks={task}"
     try:
         with fetching(prefix, f"local tasks with {key}.include_path=FOLDER"):
-            yield
+            try:
+                yield
+            except StopIteration as error:  # out of datasets, which looks for the first row of a file
+                raise DataError(f"{prefix}: its data set has no items; give one that has, or leave it out") from error
     except (CfspError, MemoryError):
         raise
     except Exception as error:

@@ -19,6 +19,7 @@ from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.model.tokenizer import check_tokenizer_files
 from cfsp.pruned_model.family import PRUNED_PREFIX
 from cfsp.pruned_model.names import COMMON_FAMILIES, stock_type
+from cfsp.system.names import name_like
 from cfsp.weights.fit import is_computed
 from cfsp.weights.gguf_header import is_gguf
 from cfsp.weights.shards import Shards
@@ -161,7 +162,7 @@ def read_folder(path: str | Path) -> ModelFolder:
             f"path={path}: no such folder; give a model folder, or the folder of a run that saved one"
         )
     check_tokenizer_files(folder, f"path={path}")
-    source = locate(ModelSection(name=folder.name, path=str(folder.resolve())))
+    source = locate(ModelSection(name=name_like(folder.name), path=str(folder.resolve())))
     if source.gguf is not None:
         raise CheckpointError(f"path={path}: the model there is a GGUF file, {source.gguf.file}{_NOT_GGUF}")
     return read_source(source)

@@ -21,6 +21,7 @@ from cfsp.model.streamed import StreamedWeights
 from cfsp.model.tokenizer import load_tokenizer
 from cfsp.model.transformers_config import first_line, load_generation_config
 from cfsp.model.weight_sample import weight_sample
+from cfsp.system.names import name_like
 from cfsp.weights.fit import without_place
 from cfsp.weights.folder_check import readable_by_transformers
 from cfsp.weights.shards import Shards
@@ -136,7 +137,7 @@ def load(
         CheckpointError: the folder is missing, incomplete or damaged, or its weights are quantised and ``dequantize``
             is false.
     """
-    section = ModelSection(name=Path(path).name, path=str(path), dequantize=dequantize, gguf_file=gguf_file)
+    section = ModelSection(name=name_like(Path(path).name), path=str(path), dequantize=dequantize, gguf_file=gguf_file)
     source = locate(section)
     place = resolve_device(device)
     model = load_model(source, dtype=resolve_dtype(dtype, place, source), device=place)

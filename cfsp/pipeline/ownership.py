@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cfsp.config.run_config import RunConfig
 from cfsp.errors import CheckpointError, ConfigError
-from cfsp.plan.history import MARKER
+from cfsp.plan.history import MARKER, is_written_by_cfsp
 from cfsp.record.run_record import RunRecord
 from cfsp.record.written import MODEL_FOLDERS, within
 from cfsp.system.atomic import write_text
@@ -64,11 +64,11 @@ def saves_pruned_model(config: RunConfig) -> bool:
 
 
 def restore_model_markers(out: Path) -> None:
-    """Restore the missing marker of this run's damaged model folders, so that saving may replace them."""
+    """Restore the missing or damaged marker of this run's damaged model folders, so that saving may replace them."""
     earlier = RunRecord.read(out / "record.json")
     for name in MODEL_FOLDERS[:2]:
         folder, listed = out / name, within(None if earlier is None else earlier.files, [name])
-        if f"{name}/{MARKER}" not in listed or not folder.is_dir() or (folder / MARKER).exists():
+        if f"{name}/{MARKER}" not in listed or not folder.is_dir() or is_written_by_cfsp(folder):
             continue
         files = [path for path in folder.rglob("*") if not path.is_dir()]
         if all(

@@ -54,6 +54,14 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
     return marker
 
 
+def is_written_by_cfsp(folder: Path) -> bool:
+    """Return whether a folder has a marker that cfsp wrote; a damaged one, or a foreign file of its name, is none."""
+    try:
+        return read_marker(folder) is not None
+    except CheckpointError:
+        return False
+
+
 def _marker_problem(marker: Any) -> str | None:
     """Return a clause on the first value of a marker that cfsp would not write; None for a good marker.
 
@@ -61,6 +69,8 @@ def _marker_problem(marker: Any) -> str | None:
     """
     if not isinstance(marker, dict):
         return f'expected a JSON object, e.g. {{"{PLAN_DIGEST}": "..."}}; it holds {_shorten_value(marker)}'
+    if type(marker.get("schema")) is not int:
+        return f"schema: expected a whole number; it is {_shorten_value(marker.get('schema'))}"
     for key, kind, expected in (
         ("state", str, "a text"),
         (PLAN_DIGEST, str, "a sha256"),
@@ -89,11 +99,11 @@ def read_plan_history(
         tensors: read the tensors that the plan replaces, too.
 
     Raises:
-        CheckpointError: the marker names a plan that is damaged, exchanged, or not that of the weights.
+        CheckpointError: the marker is damaged, or names a plan that is damaged, exchanged, or not that of the weights.
     """
+    marker = read_marker(folder)
     if not os.path.lexists(folder / PLAN):
         return None
-    marker = read_marker(folder)
     if marker is None:
         _log_ignored_plan(folder / PLAN)
         return None

@@ -16,8 +16,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-#: Error numbers that concern the disk and not the program.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+#: Error numbers that concern the disk, or what lies on it, and not the program.
+DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.EISDIR,
+    errno.ENOTDIR,
+)
 #: Messages of libraries that raise another class than OSError; torch.save says no more than this when a disk is full.
 _TEXTS = {
     "no space left": errno.ENOSPC,

@@ -14,6 +14,19 @@ def is_name(value: Any) -> bool:
     return isinstance(value, str) and _NAME.fullmatch(value) is not None and value.strip(".") != ""
 
 
+def name_like(text: str) -> str:
+    """Return a valid name that is as close to ``text``, the name of a place, as can be.
+
+    Example:
+        >>> name_like("My model (1)")
+        'My-model-1-'
+        >>> name_like("")
+        'model'
+    """
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:100]
+    return name if is_name(name) else "model"
+
+
 def checked_name(value: str) -> str:
     """Return ``value`` if it can be the name of a folder.
 

@@ -19,6 +19,8 @@ _REASONS = {
     errno.EACCES: "permission to write is missing",
     errno.EPERM: "permission to write is missing",
     errno.EIO: "the disk reports an input/output error",
+    errno.EISDIR: "a folder lies where a file is written",
+    errno.ENOTDIR: "a file lies where a folder is needed",
 }
 #: Errors that free space would solve.
 _ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -68,7 +70,8 @@ def storage_problem(error: BaseException, places: Mapping[str, Path]) -> str | N
     folder = places[key]
     where = f"; writing {_within(file, folder)}" if file is not None and not details else ""
     free = f"; {free_bytes(folder):,} bytes free" if code in _ROOM else ""
-    remedy = "make room" if code in _ROOM else "make it writable"
+    in_the_way = code in (errno.EISDIR, errno.ENOTDIR)
+    remedy = "make room" if code in _ROOM else "remove what lies there" if in_the_way else "make it writable"
     way_out = "" if remedy in details else f"; {remedy} or give another {key}, then give the same command again"
     return f"{key}={folder}: {_REASONS[code]} ({os.strerror(code)}{free}{where}){details}{way_out}"
 

@@ -7,7 +7,6 @@ entry or a run, and the same model is recognised in any place.
 from __future__ import annotations
 
 import hashlib
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -16,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from cfsp.config.sections import ModelSection, SavedDType
 from cfsp.errors import CheckpointError
-from cfsp.plan.history import MARKER
+from cfsp.plan.history import is_written_by_cfsp, read_marker
 from cfsp.system.digest import READERS, file_digest
 from cfsp.system.hub import fetch_snapshot, files_of
 from cfsp.system.hub_errors import hub_error
@@ -112,12 +111,12 @@ class ModelSource:
 
     @property
     def state(self) -> str | None:
-        """State of the weights in a folder that cfsp wrote (pruned, compensated, recovered); None for other folders."""
-        try:
-            state = json.loads((self.folder / MARKER).read_text(encoding="utf-8"))["state"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            return None
-        return state if isinstance(state, str) else None
+        """State of the weights in a folder that cfsp wrote (pruned, compensated, recovered); None for other folders.
+
+        Raises:
+            CheckpointError: the folder's marker is damaged.
+        """
+        return (read_marker(self.folder) or {}).get("state")
 
     def _stated(self, *keys: str) -> Any:
         """Return the value of the first key that config.json, or the text model nested in it, has."""
@@ -349,7 +348,7 @@ def folder_fingerprint(folder: Path, digests: Path | None = None) -> str:
     )
     files = [folder / INDEX] if index else []
     files += [*folder.glob("*.safetensors"), folder / "config.json"]
-    files += [] if (folder / MARKER).is_file() else folder.glob("*.py")
+    files += [] if is_written_by_cfsp(folder) else folder.glob("*.py")
     files += [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     files.sort()
     with ThreadPoolExecutor(min(READERS, len(files))) as readers:

@@ -78,6 +78,7 @@ def refused(evaluator: ZeroShot, tokenizer) -> str:
 @pytest.mark.parametrize(
     ("rows", "keys", "parts"),
     [
+        ([], {}, ["its data set has no items"]),
         ([{**ROWS[0], "c": [" wide", ""]}], {}, ["IndexError"]),
         ([ROWS[0], ROWS[1], {**ROWS[2], "c": [" wide", ""]}], {}, ["item 3", "a choice is empty"]),
         ([{"q": "a", "c": [" b"]}], {}, ["'g' is undefined"]),
@@ -90,8 +91,8 @@ def refused(evaluator: ZeroShot, tokenizer) -> str:
         (None, {"test_split": "train"}, ["no split 'train'"]),
         (None, {"unsafe_code": True}, ["unsafe_code"]),
     ],
-    ids=["empty choice", "a later one", "field", "target", "a later target", "error", "sandbox", "metric", "positions",
-         "split", "unsafe"],
+    ids=["no items", "empty choice", "a later one", "field", "target", "a later target", "error", "sandbox", "metric",
+         "positions", "split", "unsafe"],
 )  # fmt: skip
 def test_what_would_end_an_evaluation_ends_the_check(tmp_path, tokenizer, rows, keys, parts):
     write_task(tmp_path, rows=rows, **keys)

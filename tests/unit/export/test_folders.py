@@ -637,11 +637,19 @@ def test_an_export_of_what_is_not_saved_is_refused(refused, sound_words) -> None
 def test_a_place_that_holds_the_source_is_refused(where, run_cfsp, tmp_path) -> None:
     _, source = folder_of(tmp_path / "ours", "llama", "widths")
     to = source.folder.parent if where == "around" else source.folder / "padded"
-    (source.folder.parent / MARKER).write_text("{}")
+    (source.folder.parent / MARKER).write_text('{"schema": 1}')
     code, _, err = run_cfsp("export", f"path={source.folder}", "format=padded", f"to={to}", defaults=False)
     assert code == 2
     mentions(err.splitlines(), f"to={to}", where)
     assert (source.folder / "model.safetensors").is_file()
+
+
+def test_a_folder_may_have_any_name(run_cfsp, tmp_path) -> None:
+    """The name of a model in a record follows a rule; that of a folder does not."""
+    _, source = folder_of(tmp_path / "My models (1)", "llama", "widths")
+    place = source.folder.rename(source.folder.with_name("räume & " + "x" * 120))
+    code, _, err = run_cfsp("export", f"path={place}", "format=padded", f"to={tmp_path / 'new'}", defaults=False)
+    assert code == 0, err
 
 
 def test_config_json_is_in_both_spellings(tmp_path) -> None:

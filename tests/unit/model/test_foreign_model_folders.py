@@ -265,6 +265,12 @@ def adapter():
     return put
 
 
+def test_the_folder_of_a_model_may_have_any_name(model_folder):
+    """The name of a model in a record follows a rule; that of a folder does not."""
+    place = model_folder.rename(model_folder.with_name("Räume & models (1)"))
+    assert cfsp.load(place)[0].config.vocab_size == VOCABULARY
+
+
 def test_an_adapter_beside_the_weights_is_refused(model_folder, adapter, refused, sound_words):
     adapter(model_folder)
     parts = ("PEFT adapter", "org/base", "beside the full weights", "merge_and_unload", "move adapter_config.json away")

@@ -229,6 +229,17 @@ def test_a_damaged_record_is_named_left_out_and_the_exit_code(place, capsys):
     assert "img" not in {tag for tag, _ in page.elements}
 
 
+def test_many_damaged_records_are_named_in_few_lines(place, capsys):
+    for path in _records(place)[:1]:
+        for at in range(20):
+            path.with_name(f"damaged-{at}.json").write_text("{")
+    assert report.main(WORDS) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) <= 6
+    assert sum(".json: not a run record" in line for line in lines) == 4
+    assert "report: warning: and 16 more of this kind; mend these first" in lines
+
+
 def test_results_holds_the_page_beside_tables_and_figures(place):
     assert report.main([*WORDS, "results=made"]) == 0
     assert (place / "made" / "reports" / "block_metric" / "bundled.html").is_file()
