@@ -15,7 +15,7 @@ from cfsp.calibration.expert_collectors import ExpertSums
 from cfsp.calibration.inputs import watch_inputs
 from cfsp.calibration.routing import watch_routing
 from cfsp.calibration.statistics import DISTANCES, BlockStatistics, InputStatistics, Statistics
-from cfsp.model.driver import entering, hidden_of
+from cfsp.model.block_calls import input_hidden, output_hidden
 
 #: Part of the cache key: raise it whenever the collected values or their computation change.
 COLLECTOR_VERSION = 2
@@ -61,9 +61,9 @@ class BlockSums:
         self.experts = None if block.experts is None else ExpertSums(block.experts, device)
 
     def _distance(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        y = hidden_of(output)
+        y = output_hidden(output)
         # With a model that accelerate spreads over devices, this hook runs before accelerate's has moved the input.
-        x = entering(args, kwargs).to(y.device)
+        x = input_hidden(args, kwargs).to(y.device)
         # On a CPU one sequence at a time, to keep intermediate values small; on a GPU the number of kernels counts.
         for before, after in zip(x.split(1), y.split(1), strict=True) if y.device.type == "cpu" else [(x, y)]:
             for sequence in block_distances(before, after):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cfsp.architecture.projection import Projection
 from cfsp.architecture.views import BlockView
-from cfsp.model.driver import entering
+from cfsp.model.block_calls import input_hidden
 
 
 def watch_inputs(
@@ -26,7 +26,7 @@ def watch_inputs(
     shape: list[int] = []
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        shape[:] = entering(args, kwargs).shape[:2]
+        shape[:] = input_hidden(args, kwargs).shape[:2]
 
     def fold(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         callback(module, args if args[0].dim() == 3 else (args[0].unflatten(0, tuple(shape)), *args[1:]))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cfsp.architecture.experts import ExpertsFFN
 from cfsp.architecture.views import BlockView
-from cfsp.model.driver import entering, forward_replaced, hidden_of
+from cfsp.model.block_calls import input_hidden, output_hidden, replace_forward
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def watch_routing(block: BlockView, callback: Callable[[Routing, tuple[int, int]
     shape: list[int] = []
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        shape[:] = entering(args, kwargs).shape[:2]
+        shape[:] = input_hidden(args, kwargs).shape[:2]
 
     def look(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entered_values = [*args, *kwargs.values()]
@@ -109,7 +109,7 @@ def substituted(mixture: ExpertsFFN, states: Tensor, units: Sequence[int | None]
     with ExitStack() as stack:
         if mixture.each:
             for expert, unit in zip(mixture.each, units, strict=True):
-                stack.enter_context(forward_replaced(expert.module, giving(unit)))
+                stack.enter_context(replace_forward(expert.module, giving(unit)))
         else:
-            stack.enter_context(forward_replaced(mixture.experts, giving(None)))
-        return hidden_of(mixture.module.forward(states))
+            stack.enter_context(replace_forward(mixture.experts, giving(None)))
+        return output_hidden(mixture.module.forward(states))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cfsp.model.driver import BlockDriver, entering, hidden_of
+from cfsp.model.block_calls import input_hidden, output_hidden
+from cfsp.model.driver import BlockDriver
 from cfsp.system.cache import read_or_compute
 
 if TYPE_CHECKING:
@@ -59,10 +60,10 @@ def _compute(driver: BlockDriver, input_ids: Tensor) -> BlockSimilarity:
     sums = torch.zeros(2, len(blocks) + 1, len(blocks) + 1, dtype=torch.float64)
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states.append(entering(args, kwargs))
+        states.append(input_hidden(args, kwargs))
 
     def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        last_state = hidden_of(output)
+        last_state = output_hidden(output)
         # With the model spread over devices, each state is where its block is.
         for sequence in zip(*(state.to(last_state.device) for state in states), last_state, strict=True):
             unit = torch.stack([torch.nn.functional.normalize(state.float(), dim=-1) for state in sequence])

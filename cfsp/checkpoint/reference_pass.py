@@ -247,7 +247,7 @@ def _as_stored(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     import torch
 
     # Start-up time: loads torch.
-    from cfsp.model.driver import forward_replaced
+    from cfsp.model.block_calls import replace_forward
 
     exact = partial(_stored_value, dtype=dtype)
     before: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
@@ -272,7 +272,7 @@ def _as_stored(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
         if type(module) is torch.nn.Embedding:  # converts the rows that were looked up, not the vocabulary
             hooks.append(module.register_forward_hook(looked_up))
         elif type(module) is torch.nn.Linear:
-            replaced.enter_context(forward_replaced(module, partial(_linear_by_rows, module, exact)))
+            replaced.enter_context(replace_forward(module, partial(_linear_by_rows, module, exact)))
         elif module._parameters:
             hooks.append(module.register_forward_pre_hook(enter))
             # First, because the hooks of a streamed model remove the parameters that they put there.

@@ -101,7 +101,7 @@ class _Streamed:
         for name in names:
             prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
             if prefix is None:
-                yield name, self._weights.outside_blocks(name)
+                yield name, self._weights.read_outside_blocks(name)
                 continue
             if current is None or current[0] != prefix:
                 current = None

@@ -208,7 +208,7 @@ def tokenise(text: str, tokenizer: Any, bos: str) -> np.ndarray:
     Returns:
         Token ids [n], int64.
     """
-    content = getattr(tokenizer, "of_content", None)
+    content = getattr(tokenizer, "content_fingerprint", None)
     key = None if content is None else (content, hashlib.sha256(text.encode()).hexdigest(), bos == "start")
     if key is not None and key in _tokenised:
         _tokenised[key] = _tokenised.pop(key)  # moves it to the end, as the latest

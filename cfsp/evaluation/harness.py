@@ -146,7 +146,7 @@ def with_special_tokens(tokenizer: Any) -> Any:
     A tokenizer that names only EOS gets no BOS, because the harness has always started from EOS in this case.
     """
     tokenizer = copy.deepcopy(tokenizer)
-    stated = getattr(tokenizer, "stated_ids", {})
+    stated = getattr(tokenizer, "declared_ids", {})
     missing = ["eos"] if tokenizer.eos_token_id is None else []
     missing += ["bos"] if missing and tokenizer.bos_token_id is None else []
     for name in missing:

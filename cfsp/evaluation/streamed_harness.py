@@ -67,7 +67,7 @@ class BlockByBlock(HFLM):
         finally:
             self._recorded_batches = None
         driver = BlockDriver(resolve(self._store.model), self.batch_size)
-        hidden = driver.leaving(batches, "zero-shot") if batches else driver.hidden_states()
+        hidden = driver.final_hidden_states(batches, "zero-shot") if batches else driver.hidden_states()
         self._batches_with_hidden = zip(batches, hidden, strict=True)
         try:
             with torch.no_grad(), self._store.resident_rest():

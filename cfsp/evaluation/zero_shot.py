@@ -112,7 +112,7 @@ class ZeroShot(Evaluator):
                 f"{self.key}=null"
             )
         deciding = {name: value for name, value in identity.items() if name != "batch_size"}
-        content = getattr(tokenizer, "of_content", None)
+        content = getattr(tokenizer, "content_fingerprint", None)
         trial_key = repr((deciding, self._folder(), self.key, content, limits)) if content else None
         if trial_key in _succeeded_trials:
             return

@@ -12,7 +12,7 @@ from cfsp.inspection.describe import BlockFacts, count_parameters, describe_bloc
 from cfsp.inspection.history import History, read_history
 from cfsp.inspection.numbers import ConfigSource
 from cfsp.inspection.reach import Plugins, Reach, reaches
-from cfsp.model.outline import changed_by_tensors, outline
+from cfsp.model.outline import config_corrections, outline
 from cfsp.plan.check import read_block_sizes
 
 SCHEMA = 1
@@ -102,7 +102,7 @@ def build_report(numbers: ConfigSource, *, trust_remote_code: bool = False, plug
     """
     source = numbers.source
     view = outline(source, trust_remote_code=trust_remote_code)
-    notes = changed_by_tensors(source, trust_remote_code=trust_remote_code)
+    notes = config_corrections(source, trust_remote_code=trust_remote_code)
     history = read_history(source.folder, source.state, read_block_sizes(view))
     embeddings = view.model.get_input_embeddings().weight
     return Report(

@@ -17,18 +17,20 @@ if TYPE_CHECKING:
 def resolve_device(name: str) -> torch.device:
     """Return the device that a setting names.
 
-    ``auto`` is cuda where there is a GPU, else cpu. Each of several processes takes the GPU of its own number.
+    Args:
+        name: value of ``model.device``. ``auto`` is cuda where there is a GPU, else cpu. With several processes, each
+            one takes the GPU of its own local rank.
 
     Raises:
         ConfigError: the device is unknown, is not usable here, or would be shared by several processes.
     """
-    mine = launched()
+    process = launched()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and mine.several:
-        name = f"cuda:{mine.local_rank}"
-    elif ":" in name and mine.several:
-        raise ConfigError(f"model.device={name}: {mine.count} processes would share it; use model.device=auto")
+    if name == "cuda" and process.several:
+        name = f"cuda:{process.local_rank}"
+    elif ":" in name and process.several:
+        raise ConfigError(f"model.device={name}: {process.count} processes would share it; use model.device=auto")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -41,7 +43,11 @@ def resolve_device(name: str) -> torch.device:
 def resolve_dtype(name: DType, device: torch.device, source: ModelSource) -> torch.dtype:
     """Return the dtype that a setting names.
 
-    ``auto`` is float32 on CPU, where it is fast and exact, and the checkpoint's dtype on an accelerator.
+    Args:
+        name: value of ``model.dtype``. ``auto`` is float32 on a CPU, where it is fast and exact, and the checkpoint's
+            dtype on an accelerator.
+        device: device of the model.
+        source: model whose stored dtype ``auto`` may take.
     """
     if name != "auto":
         return getattr(torch, name)

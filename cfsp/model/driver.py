@@ -1,26 +1,23 @@
-"""The block driver: the only code that runs a decoder over calibration tokens.
+"""Block driver, the only code that runs a decoder over calibration tokens.
 
-:meth:`BlockDriver.run` runs the model as it is. :meth:`BlockDriver.steps` runs every sequence through one block before
+:meth:`BlockDriver.run` runs the unchanged model. :meth:`BlockDriver.steps` runs every sequence through one block before
 the next block starts, as sequential methods and models streamed from disk need it. Hooks on the blocks see the same
 tensors either way. The LM head runs only where :meth:`BlockDriver.logits` is asked for it.
 """
 
 from __future__ import annotations
 
-import inspect
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cfsp.architecture.views import BlockView, DecoderView
 from cfsp.errors import UnsupportedModelError
+from cfsp.model.block_calls import output_hidden, skip_blocks
 from cfsp.model.hidden_states import HiddenStates
-from cfsp.model.snapshot import without_hooks
 from cfsp.system.progress import progress
 
 
@@ -31,7 +28,7 @@ class Entry:
     Attributes:
         ids: token ids [B, T] of each batch.
         hidden: hidden states [B, T, d] that enter the first block, for each batch.
-        kwargs: further arguments of the blocks (masks, position embeddings), [block][batch].
+        kwargs: other arguments of the blocks (masks, position embeddings), [block][batch].
     """
 
     ids: list[Tensor]
@@ -55,16 +52,19 @@ class BlockStep:
 
     @torch.no_grad()
     def run(self, each: Callable[[int, Tensor], None] | None = None) -> HiddenStates:
-        """Run the block as it is now over all batches; the outputs of the last run enter the next block.
+        """Run the block with its present weights over all batches.
+
+        The caller may change the block and run it again. The outputs of the last run enter the next block.
 
         Args:
-            each: called with the number of a batch and its output, while hooks still hold the tensors of that batch.
+            each: called with the index of a batch and its output [B, T, d], before the next batch runs. Hooks still
+                hold the tensors of that batch then.
 
         Returns:
             The outputs, [B, T, d] for each batch.
         """
-        self._outputs = None  # frees those of an earlier run first
-        outputs = self.inputs.like()
+        self._outputs = None  # frees the outputs of an earlier run before new ones are computed
+        outputs = self.inputs.empty_like()
         for batch, (hidden, kwargs) in enumerate(zip(self.inputs, self._kwargs, strict=True)):
             output = run_block(self.block, hidden, kwargs)
             outputs.append(output)
@@ -74,19 +74,26 @@ class BlockStep:
         return outputs
 
     @torch.no_grad()
-    def first(self) -> Tensor:
-        """Return the output of the block as it is now for the first batch."""
+    def run_first_batch(self) -> Tensor:
+        """Return the output [B, T, d] of the block with its present weights for the first batch."""
         return run_block(self.block, self.inputs[0], self._kwargs[0])
 
     @torch.no_grad()
     def run_alongside(self, states: HiddenStates) -> None:
-        """Run the block as it is now over other hidden states than its inputs; each output replaces its input."""
+        """Run the block with its present weights over ``states`` instead of its inputs; each output replaces its input.
+
+        Args:
+            states: hidden states [B, T, d] of each batch, changed in place.
+        """
         for batch, kwargs in enumerate(self._kwargs):
             states[batch] = run_block(self.block, states[batch], kwargs)
 
     @torch.no_grad()
     def advance(self) -> HiddenStates:
-        """Run the block for the last time; each output replaces its input, so that only one set is held."""
+        """Run the block for the last time and return its outputs, [B, T, d] for each batch.
+
+        Each output replaces its input, so that only one set of hidden states is held.
+        """
         for batch, kwargs in enumerate(self._kwargs):
             self.inputs[batch] = run_block(self.block, self.inputs[batch], kwargs)
         self._outputs = self.inputs
@@ -99,7 +106,7 @@ class BlockDriver:
 
     Attributes:
         view: the decoder.
-        batch_size: sequences of a batch.
+        batch_size: number of sequences in a batch.
     """
 
     view: DecoderView
@@ -107,7 +114,12 @@ class BlockDriver:
 
     @torch.no_grad()
     def run(self, input_ids: Tensor, label: str = "calibrate") -> None:
-        """Run every token through every block once; the results are what the caller's hooks collect."""
+        """Run every token through every block once; the caller's hooks collect the results.
+
+        Args:
+            input_ids: token ids, [n, T].
+            label: text of the progress bar.
+        """
         for batch in progress(self._batches(input_ids), label, unit="batch"):
             self.view.decoder(batch, use_cache=False)
 
@@ -120,25 +132,25 @@ class BlockDriver:
         hidden: HiddenStates | None = None,
         first: int = 0,
     ) -> Iterator[BlockStep]:
-        """Yield block after block. A step that the caller did not run is run before the next one.
+        """Yield one step for each block, in order; a block that the caller did not run is run before the next step.
 
         Args:
             input_ids: [n, T], or batches [B, T] of any length.
             label: text of the progress bar.
-            hidden: states that enter the block ``first``; None: computed from ``input_ids``.
+            hidden: hidden states that enter the block ``first``; None: they are computed from ``input_ids``.
             first: index of the block to begin with.
         """
         entry = self.entry(input_ids, hidden=hidden is None)
         current, arguments = entry.hidden if hidden is None else hidden, entry.kwargs
-        del entry, hidden  # so that the first set is not held beside the current one
+        del entry, hidden  # otherwise the first set would stay in memory beside the current one
         for block in progress(self.view.blocks[first:], label, unit="block"):
             step = BlockStep(block, current, arguments[block.index])
             with self.view.weights.resident(block):
                 yield step
                 current = step._outputs or step.advance()
 
-    def leaving(self, input_ids: Tensor | Sequence[Tensor], label: str) -> HiddenStates:
-        """Run every block over all batches, and return the hidden states that leave the last one, [B, T, d] each."""
+    def final_hidden_states(self, input_ids: Tensor | Sequence[Tensor], label: str) -> HiddenStates:
+        """Run every block over all batches and return the hidden states after the last one, [B, T, d] per batch."""
         hidden = self.hidden_states()
         for step in self.steps(input_ids, label):
             hidden = step.advance()
@@ -146,11 +158,11 @@ class BlockDriver:
 
     @torch.no_grad()
     def entry(self, input_ids: Tensor | Sequence[Tensor], *, hidden: bool = True) -> Entry:
-        """Run the model up to the first block, and skip the blocks.
+        """Compute the inputs of the blocks without running any block.
 
         Args:
             input_ids: [n, T], or batches [B, T] of any length.
-            hidden: hold the states that enter the first block.
+            hidden: keep the hidden states that enter the first block.
 
         Raises:
             UnsupportedModelError: blocks do not take hidden states [B, T, d].
@@ -159,31 +171,36 @@ class BlockDriver:
         kwargs: list[list[dict[str, Any]]] = [[] for _ in self.view.blocks]
         batches = self._batches(input_ids)
         for batch in batches:
-            with _blocks_skipped(self.view) as calls:
+            with skip_blocks(self.view) as calls:
                 self.view.decoder(batch, use_cache=False)
-            check_hidden(self.view, calls[0][0], "takes")
+            check_hidden_states(self.view, calls[0][0], "takes")
             if hidden:
                 entering_first.append(calls[0][0])
             for index, (_, call_kwargs) in enumerate(calls):
                 before = kwargs[index][-1] if kwargs[index] else None
-                kwargs[index].append(before if before is not None and _equal(before, call_kwargs) else call_kwargs)
+                kwargs[index].append(
+                    before if before is not None and _equal_arguments(before, call_kwargs) else call_kwargs
+                )
         return Entry(batches, entering_first, kwargs)
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
-        """Return the logits for hidden states that leave the last block, with gradients.
+        """Return the logits for hidden states after the last block; gradients flow through.
 
         Args:
-            ids: [B, T].
-            hidden: [B, T, d].
+            ids: token ids, [B, T].
+            hidden: hidden states after the last block, [B, T, d].
 
         Returns:
             Logits [B, T, V].
         """
-        with _blocks_skipped(self.view, hidden):
+        with skip_blocks(self.view, hidden):
             return self.view.model(**self.view.weights.head_inputs(ids, hidden), use_cache=False).logits
 
     def hidden_states(self) -> HiddenStates:
-        """Return an empty set, held on the model's device, or for a streamed model within its :class:`SpillBuffer`."""
+        """Return an empty set of hidden states.
+
+        It is held on the model's device, or within the :class:`SpillBuffer` of a streamed model.
+        """
         return HiddenStates(device=self.view.device, spill=self.view.weights.spill)
 
     def _batches(self, input_ids: Tensor | Sequence[Tensor]) -> list[Tensor]:
@@ -191,13 +208,13 @@ class BlockDriver:
         return [batch.to(self.view.device) for batch in batches]
 
 
-def check_hidden(view: DecoderView, hidden: object, verb: str) -> None:
-    """Refuse models whose blocks do not take and give one tensor of hidden states.
+def check_hidden_states(view: DecoderView, hidden: object, verb: str) -> None:
+    """Refuse a model whose blocks do not take and give one tensor of hidden states.
 
     Args:
         view: the model.
-        hidden: what a block took or gave.
-        verb: takes or gives, for the message.
+        hidden: input or output of a block.
+        verb: "takes" for an input, "gives" for an output; part of the message.
 
     Raises:
         UnsupportedModelError: ``hidden`` is no tensor [batch, tokens, hidden size].
@@ -210,121 +227,23 @@ def check_hidden(view: DecoderView, hidden: object, verb: str) -> None:
         )
 
 
-def _equal(value: Any, other: Any) -> bool:
-    """Return whether two batches give a block the same arguments (masks, positions), so that one copy is enough."""
+def _equal_arguments(value: Any, other: Any) -> bool:
+    """Return whether two arguments of a block (masks, positions) are equal, so that one copy serves both batches."""
     if isinstance(value, Tensor) and isinstance(other, Tensor):
         return value.shape == other.shape and value.dtype == other.dtype and torch.equal(value, other)
     if isinstance(value, dict) and isinstance(other, dict):
-        return value.keys() == other.keys() and all(_equal(value[key], other[key]) for key in value)
+        return value.keys() == other.keys() and all(_equal_arguments(value[key], other[key]) for key in value)
     if isinstance(value, tuple | list) and type(value) is type(other):
-        return len(value) == len(other) and all(map(_equal, value, other))
+        return len(value) == len(other) and all(map(_equal_arguments, value, other))
     return bool(value is other or (isinstance(value, str | int | float | bool) and value == other))
 
 
 def run_block(block: BlockView, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """Run one block as it is now on hidden states [B, T, d], with the arguments of :class:`Entry`."""
-    return hidden_of(block.module(hidden, **kwargs))
+    """Run one block and return its output [B, T, d].
 
-
-@contextmanager
-def _blocks_skipped(view: DecoderView, leaving: Tensor | None = None) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
-    """Replace each block's forward by one that records the call and returns the hidden state, or ``leaving``."""
-    calls: list[tuple[Tensor, dict[str, Any]]] = []
-    modules = [block.module for block in view.blocks]
-
-    def recorder(cls: type[nn.Module], wraps: bool) -> Callable[..., Any]:
-        def record(*args: Any, **kwargs: Any) -> Any:
-            named = _by_name(cls, args, kwargs)
-            hidden = named.pop(next(iter(named)))
-            calls.append((hidden, named))
-            output = hidden if leaving is None else leaving
-            return (output,) if wraps else output
-
-        return record
-
-    # Hooks are removed meanwhile: the block does not run here, so none may count or measure this call.
-    with without_hooks(modules), ExitStack() as shadows:
-        for block in view.blocks:
-            cls = type(block.module)
-            shadows.enter_context(forward_replaced(block.module, recorder(cls, _returns_tuple(view, block))))
-        yield calls
-
-
-def _by_name(cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call of a block by name, hidden states first; some families pass masks by position."""
-    names = [name for name in inspect.signature(cls.forward).parameters if name != "self"]
-    named = dict(zip(names, args, strict=False))
-    if args:
-        return {**named, **kwargs}
-    return {"hidden_states": kwargs["hidden_states"], **kwargs}
-
-
-#: Class of a block -> whether it returns its hidden state in a tuple, whose first item the model goes on with.
-_RETURNS_TUPLE: weakref.WeakKeyDictionary[type[nn.Module], bool] = weakref.WeakKeyDictionary()
-
-
-class _ReturnedError(Exception):
-    """Ends a forward pass whose rest is not needed."""
-
-
-def _returns_tuple(view: DecoderView, block: BlockView) -> bool:
-    """Return whether a block returns a tuple.
-
-    Each class is tried once, in a pass of one token that ends with the block.
+    Args:
+        block: the block.
+        hidden: hidden states that enter it, [B, T, d].
+        kwargs: its other arguments, from :attr:`Entry.kwargs`.
     """
-    cls = type(block.module)
-    if cls not in _RETURNS_TUPLE:
-        run = block.module.forward
-
-        def once(*args: Any, **kwargs: Any) -> Any:
-            _RETURNS_TUPLE[cls] = isinstance(run(*args, **kwargs), tuple)
-            raise _ReturnedError
-
-        before = [other.module for other in view.blocks[: block.index]]
-        ids = torch.zeros(1, 1, dtype=torch.int64, device=view.device)
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(view.weights.resident(block))
-            # The hooks of inner modules go too: none may count this token.
-            stack.enter_context(without_hooks([*block.module.modules()]))
-            stack.enter_context(forward_replaced(block.module, once))
-            stack.enter_context(suppress(_ReturnedError))
-            for module in before:  # their classes are known by now
-                stack.enter_context(without_hooks([module]))
-                stack.enter_context(forward_replaced(module, _identity_forward(_RETURNS_TUPLE[type(module)])))
-            view.decoder(ids, use_cache=False)
-    return _RETURNS_TUPLE[cls]
-
-
-def _identity_forward(wraps: bool) -> Callable[..., Any]:
-    """Return a forward that returns the hidden state that enters; ``wraps``: in a tuple."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        hidden = entering(args, kwargs)
-        return (hidden,) if wraps else hidden
-
-    return forward
-
-
-@contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace the forward of ``module`` inside; a forward on the instance (from accelerate) comes back afterwards."""
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        # An instance attribute shadows the class's forward; removing it brings the class's back.
-        del module.forward
-        if before is not None:
-            module.forward = before
-
-
-def hidden_of(output: Any) -> Tensor:
-    """Return the hidden state in a block's output, which some families wrap in a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the hidden state that a block was called with."""
-    return args[0] if args else kwargs["hidden_states"]
+    return output_hidden(block.module(hidden, **kwargs))

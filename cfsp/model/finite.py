@@ -1,4 +1,4 @@
-"""Search for values that are not finite, and rounding to the dtype of a checkpoint."""
+"""Check of a model for NaN and infinite values, and rounding of its weights to the dtype of a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def first_non_finite(model: nn.Module) -> str | None:
     """Return the name of the first parameter that holds a NaN or an infinity; None where there is none."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.numel():
-            # Extremes carry NaN along, need no temporary of the parameter's size and cannot overflow.
+            # aminmax returns NaN if any value is NaN. It cannot overflow like a sum, and needs no mask of this size.
             low, high = torch.aminmax(parameter.detach())
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 return name
@@ -21,7 +21,9 @@ def first_non_finite(model: nn.Module) -> str | None:
 
 
 def round_to_stored(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round the weights as a checkpoint of ``dtype`` does, so that the saved folder gives the figures of the run.
+    """Round the weights to the values that a checkpoint of ``dtype`` holds.
+
+    So the saved folder gives the same measurements as the run.
 
     Raises:
         RunError: a weight does not fit into the dtype.

@@ -1,4 +1,4 @@
-"""Hidden states of a whole set between two blocks: in memory up to a limit, the rest in a file."""
+"""Hidden states of all batches between two blocks, held in memory up to a limit and in a file beyond it."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ from cfsp.errors import RunError
 
 
 class SpillBuffer:
-    """Limit of the hidden states in the CPU's memory, and the folder that takes the rest.
+    """Memory limit for hidden states on the CPU, and the folder for those beyond it.
 
-    All sets that are held at the same time share the limit.
+    All sets that exist at the same time share the limit.
 
     Attributes:
-        limit: bytes in memory.
-        folder: folder of the files with the rest.
-        used: bytes in memory now.
+        limit: most bytes in memory.
+        folder: folder of the files with hidden states beyond the limit.
+        used: bytes in memory at present.
     """
 
     def __init__(self, limit: int, folder: Path) -> None:
         self.limit, self.folder, self.used = limit, folder, 0
 
     def reserve(self, size: int) -> bool:
-        """Reserve ``size`` bytes of memory, and return whether they fit; they count until ``used`` is reduced again."""
+        """Reserve ``size`` bytes of memory and return whether they fit.
+
+        Reserved bytes count until the owner subtracts them from ``used``.
+        """
         if self.used + size > self.limit:
             return False
         self.used += size
@@ -38,10 +41,16 @@ class SpillBuffer:
 
 
 class HiddenStates(Sequence[Tensor]):
-    """Hidden states [B, T, d] of each batch, returned on a device.
+    """Hidden states [B, T, d] of each batch.
 
-    Without a :class:`SpillBuffer` the tensors stay where they are. The file has no name, so that a killed process
-    leaves none behind. It is read and written with plain calls, so that it does not count as the process's memory.
+    Reading an item returns a tensor on ``device``. Without a :class:`SpillBuffer`, tensors are kept as they are. The
+    file has no name, so that a killed process leaves nothing behind. It is not mapped into memory, so that it does not
+    count as memory of the process.
+
+    Args:
+        states: hidden states of the first batches.
+        device: device of the tensors that are returned.
+        spill: memory limit; None: none.
     """
 
     def __init__(
@@ -49,18 +58,18 @@ class HiddenStates(Sequence[Tensor]):
     ) -> None:
         self._device, self._spill = device, spill
         self._held: list[Tensor | _Place] = []
-        self._reserved = self._in_file = 0
+        self._reserved = self._file_bytes = 0
         self._file: IO[bytes] | None = None
         for state in states:
             self.append(state)
 
     @property
-    def in_file(self) -> int:
-        """Bytes that lie in the file."""
-        return self._in_file
+    def bytes_in_file(self) -> int:
+        """Bytes of hidden states in the file."""
+        return self._file_bytes
 
-    def like(self) -> HiddenStates:
-        """Return an empty set that is held in the same way."""
+    def empty_like(self) -> HiddenStates:
+        """Return an empty set with the same device and memory limit."""
         return HiddenStates(device=self._device, spill=self._spill)
 
     def append(self, state: Tensor) -> None:
@@ -83,8 +92,8 @@ class HiddenStates(Sequence[Tensor]):
 
     def _next_place(self, state: Tensor) -> _Place:
         size = state.numel() * state.element_size()
-        place = _Place(self._in_file, size, tuple(state.shape), state.dtype)
-        self._in_file += size
+        place = _Place(self._file_bytes, size, tuple(state.shape), state.dtype)
+        self._file_bytes += size
         return place
 
     def clear(self) -> None:
@@ -92,7 +101,7 @@ class HiddenStates(Sequence[Tensor]):
         self._held.clear()
         if self._spill is not None:
             self._spill.used -= self._reserved
-        self._reserved = self._in_file = 0
+        self._reserved = self._file_bytes = 0
         self._file = None
 
     def __del__(self) -> None:
@@ -109,7 +118,7 @@ class HiddenStates(Sequence[Tensor]):
             self._held[batch] = state if self._spill is None else state.to("cpu").contiguous()
             return
         state = state.to("cpu").contiguous()
-        if (tuple(state.shape), state.dtype) != (held.shape, held.dtype):  # a block that changes the size of its input
+        if (tuple(state.shape), state.dtype) != (held.shape, held.dtype):  # some blocks change the shape of their input
             held = self._held[batch] = self._next_place(state)
         self._write(held, state)
 

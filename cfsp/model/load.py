@@ -1,4 +1,7 @@
-"""Loading of a model and its tokenizer: structure first (meta device), then the weights, refused if incomplete."""
+"""Loading of a model and its tokenizer.
+
+The structure is built on the meta device first. Then the weights are loaded, and refused if they are incomplete.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ from cfsp.config.sections import DType, ModelSection
 from cfsp.errors import CheckpointError, UnsupportedModelError
 from cfsp.model.device import resolve_device, resolve_dtype
 from cfsp.model.finite import first_non_finite
-from cfsp.model.outline import decided_config
+from cfsp.model.outline import corrected_config
 from cfsp.model.streamed import StreamedWeights
 from cfsp.model.tokenizer import load_tokenizer
-from cfsp.model.transformers_config import first_line, load_generation_config
+from cfsp.model.transformers_config import error_reason, load_generation_config
 from cfsp.model.weight_sample import weight_sample
 from cfsp.system.names import name_like
 from cfsp.weights.fit import without_place
@@ -34,7 +37,13 @@ if TYPE_CHECKING:
 def load_model(
     source: ModelSource, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> nn.Module:
-    """Load a model with its weights, in eval mode.
+    """Load a model with all its weights, in eval mode.
+
+    Args:
+        source: the model.
+        dtype: dtype of the weights.
+        device: device of the weights.
+        trust_remote_code: run Python code that the model folder brings.
 
     Raises:
         CheckpointError: weights are missing, of the wrong shape, unreadable, or not finite.
@@ -42,7 +51,7 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     source = with_weights(source)
-    config = decided_config(source, trust_remote_code=trust_remote_code)
+    config = corrected_config(source, trust_remote_code=trust_remote_code)
     is_text_model = source.part == "whole"
     try:
         loaded: Any = (AutoModelForCausalLM if is_text_model else AutoModelForImageTextToText).from_pretrained(
@@ -55,23 +64,24 @@ def load_model(
         )
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"model.path={source.origin}: the weights cannot be loaded ({first_line(error)}); fetch the model again"
+            f"model.path={source.origin}: the weights cannot be loaded ({error_reason(error)}); fetch the model again"
         ) from error
     model, report = loaded
-    wrong = [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]
-    if wrong:
+    unusable = [*report.get("missing_keys", ()), *report.get("mismatched_keys", ())]
+    if unusable:
         raise CheckpointError(
-            f"model.path={source.origin}: {len(wrong)} weights are missing or of another shape, first {wrong[0]}; "
-            "the folder's config.json and safetensors do not belong together"
+            f"model.path={source.origin}: {len(unusable)} weights are missing or of another shape, first "
+            f"{unusable[0]}; the folder's config.json and safetensors do not belong together"
         )
-    lost = without_place(model, report.get("unexpected_keys", ()))  # usually refused before, by the headers
-    if lost:
+    # The check of the headers usually refuses these before.
+    unmatched = without_place(model, report.get("unexpected_keys", ()))
+    if unmatched:
         raise CheckpointError(
-            f"model.path={source.origin}: {len(lost)} stored tensors have no place in {type(model).__name__}, first "
-            f"{lost[0]}; the folder's config.json and safetensors do not belong together"
+            f"model.path={source.origin}: {len(unmatched)} stored tensors have no place in {type(model).__name__}, "
+            f"first {unmatched[0]}; the folder's config.json and safetensors do not belong together"
         )
     if not is_text_model:
-        model = language_model_of(model, config, source)
+        model = extract_language_model(model, config, source)
     name = first_non_finite(model)
     if name is not None:
         raise CheckpointError(
@@ -79,13 +89,18 @@ def load_model(
             "(fetch it again), or its values need model.dtype=float32"
         )
     model = model.to(device).eval()
-    with contextlib.suppress(UnsupportedModelError):  # then it can be evaluated, not pruned
+    with contextlib.suppress(UnsupportedModelError):  # such a model can be evaluated but not pruned
         model._cfsp_loaded = (source.fingerprint, weight_sample(resolve(model)))
     return model
 
 
-def language_model_of(model: Any, config: Any, source: ModelSource) -> Any:
-    """Return the causal language model of ``config`` with the decoder and the LM head that are inside ``model``.
+def extract_language_model(model: Any, config: Any, source: ModelSource) -> Any:
+    """Return the causal language model inside a vision-language model; both share their weights.
+
+    Args:
+        model: the vision-language model.
+        config: configuration of its language model.
+        source: source of the model, for the message.
 
     Raises:
         UnsupportedModelError: there is not exactly one such decoder in it, or no head.
@@ -94,20 +109,20 @@ def language_model_of(model: Any, config: Any, source: ModelSource) -> Any:
 
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        alone: Any = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
-    inner = [module for module in model.modules() if type(module) is type(alone.base_model)]
+        language_model: Any = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    decoders = [module for module in model.modules() if type(module) is type(language_model.base_model)]
     head = model.get_output_embeddings()
-    if len(inner) != 1 or head is None:
+    if len(decoders) != 1 or head is None:
         raise UnsupportedModelError(
-            f"model.part={source.part}: {type(model).__name__} holds {len(inner)} decoders of the class "
-            f"{type(alone.base_model).__name__}; save its language model as a folder of its own"
+            f"model.part={source.part}: {type(model).__name__} holds {len(decoders)} decoders of the class "
+            f"{type(language_model.base_model).__name__}; save its language model as a folder of its own"
         )
-    setattr(alone, alone.base_model_prefix, inner[0])
-    alone.set_output_embeddings(head)
-    inner[0].config = alone.config
+    setattr(language_model, language_model.base_model_prefix, decoders[0])
+    language_model.set_output_embeddings(head)
+    decoders[0].config = language_model.config
     if (source.folder / "generation_config.json").is_file():
-        alone.generation_config = model.generation_config
-    return alone
+        language_model.generation_config = model.generation_config
+    return language_model
 
 
 def load(
@@ -139,15 +154,21 @@ def load(
     """
     section = ModelSection(name=name_like(Path(path).name), path=str(path), dequantize=dequantize, gguf_file=gguf_file)
     source = locate(section)
-    place = resolve_device(device)
-    model = load_model(source, dtype=resolve_dtype(dtype, place, source), device=place)
+    torch_device = resolve_device(device)
+    model = load_model(source, dtype=resolve_dtype(dtype, torch_device, source), device=torch_device)
     return model, load_tokenizer(source)
 
 
 def load_streamed(
     source: ModelSource, *, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> Any:
-    """Return a model in eval mode whose weights are read from the folder of ``source`` block by block.
+    """Load a model in eval mode whose weights stay on disk and are read block by block.
+
+    Args:
+        source: the model.
+        dtype: dtype that the model computes in.
+        device: device that it computes on.
+        trust_remote_code: run Python code that the model folder brings.
 
     Raises:
         CheckpointError: weights are missing.
@@ -156,7 +177,7 @@ def load_streamed(
     from transformers import AutoModelForCausalLM
 
     source = with_weights(source)
-    config = decided_config(source, trust_remote_code=trust_remote_code)
+    config = corrected_config(source, trust_remote_code=trust_remote_code)
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -172,7 +193,13 @@ def load_streamed(
 
 
 def _fill_buffers(model: Any, device: torch.device) -> None:
-    """Fill the buffers that no checkpoint holds (rotary frequencies) by the model's own initialisation."""
+    """Compute the buffers that no checkpoint holds (e.g. rotary frequencies) with the model's own initialisation.
+
+    Floating-point buffers are filled with NaN before, which shows afterwards if the initialisation left one out.
+
+    Raises:
+        UnsupportedModelError: a buffer is part of the checkpoint, or the initialisation does not set it.
+    """
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True
     filled_buffers = []

@@ -1,6 +1,7 @@
-"""Parameters that a checkpoint holds in several tensors or under another name, as transformers' own mapping says.
+"""Parameters that a checkpoint stores as several tensors or under another name.
 
-A published mixture holds a matrix for each expert; in memory all experts lie in one parameter.
+A published mixture of experts stores one matrix for each expert. In memory, one parameter holds all experts. The
+mapping is that of transformers.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MergedParameters:
-    """The stored tensors of the parameters that have no tensor of their own name in a checkpoint.
+    """Parameters without a stored tensor of the same name, and the stored tensors that they are built from.
 
     Attributes:
         model: the model, with parameters on the meta device.
         shards: the checkpoint.
-        parts: name of the parameter -> (name of a stored tensor, pattern of the mapping that it met; None: it is only
-            renamed), in the order in which they are merged.
-        converters: those of transformers for the model as it was loaded; a pruned class has none of its own.
+        parts: name of a parameter -> its stored tensors in the order in which they are merged. Each is given by its
+            name and the pattern of the mapping that matches it. The pattern is None for a tensor that is only renamed.
+        converters: converters of transformers for the model before pruning; a pruned class has none of its own.
     """
 
     model: Any
@@ -34,8 +35,8 @@ class MergedParameters:
     converters: tuple[Any, ...] = ()
 
     @classmethod
-    def of(cls, model: Any, shards: Shards) -> MergedParameters:
-        """Find the stored tensors of the parameters of a model with mixtures; other models need none."""
+    def find(cls, model: Any, shards: Shards) -> MergedParameters:
+        """Return the merged parameters of a model with mixtures of experts; other models have none."""
         # Start-up time: loads transformers' models.
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
@@ -49,27 +50,29 @@ class MergedParameters:
         mapping = get_model_conversion_mapping(model) or []
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        found = cls(model, shards, converters=tuple(converters))
+        merged = cls(model, shards, converters=tuple(converters))
         for stored in sorted(shards.shapes, key=dot_natural_key):
             if stored in parameters:
                 continue
             name, pattern = rename_source_key(stored, renamings, converters)
             if name in parameters and name not in shards:
-                found.parts.setdefault(name, []).append((stored, pattern))
-        return found
+                merged.parts.setdefault(name, []).append((stored, pattern))
+        return merged
 
-    def read(self, names: Collection[str], stored_of: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield parameters by name, on the CPU: first those with a tensor of their own, in the order on disk.
+    def read(self, names: Collection[str], stored_by_name: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and value of parameters, on the CPU.
+
+        Parameters that a single tensor stores come first, in the order on disk.
 
         Args:
             names: names of parameters.
-            stored_of: name -> the one tensor that holds it.
+            stored_by_name: name of a parameter -> name of the single tensor that stores it.
         """
-        own = {stored_of[name]: name for name in names if name in stored_of}
+        own = {stored_by_name[name]: name for name in names if name in stored_by_name}
         for stored in self.shards.in_order(own):
             yield own[stored], self.shards.read(stored)
         for name in names:
-            if name not in stored_of:
+            if name not in stored_by_name:
                 yield name, self._merged(name)
 
     def _merged(self, name: str) -> Tensor:

@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-#: Largest part of a sequence's logits, in bytes of float32, whose log-softmax is computed at a time. It is several
-#: passes over the logits, which take longer where they do not fit into the cache of a processor.
+#: Most bytes of float32 logits whose log-softmax is computed at a time. The log-softmax passes over the logits several
+#: times, which is slower where they do not fit into the cache of the processor.
 PART_BYTES = 2**24
 
 
 def sequence_nll(logits: Tensor, ids: Tensor) -> Iterator[Tensor]:
     """Yield the summed NLL of the tokens 1..T-1 of each sequence, in nats.
 
-    Sequences are taken one at a time, and of each no more than :data:`PART_BYTES` of logits, so that the log-softmax
-    in fp32 is never held for a whole batch. Sums depend on their order in the last digits, so callers add up the
-    sequences one by one.
+    At most :data:`PART_BYTES` of the logits of one sequence are processed at a time, so that the fp32 log-softmax of a
+    whole batch is never in memory. The last digits of a sum depend on its order, so callers add the sequences one by
+    one.
 
     Args:
-        logits: [B, T, V].
-        ids: [B, T], on the same device.
+        logits: logits, [B, T, V].
+        ids: token ids, [B, T], on the same device.
 
     Yields:
         Scalars, float64 on CPU.
@@ -35,5 +35,10 @@ def sequence_nll(logits: Tensor, ids: Tensor) -> Iterator[Tensor]:
 
 
 def total_nll(logits: Tensor, ids: Tensor) -> float:
-    """Return the summed NLL of all sequences of a batch, in nats."""
+    """Return the summed NLL of all sequences of a batch, in nats.
+
+    Args:
+        logits: logits, [B, T, V].
+        ids: token ids, [B, T], on the same device.
+    """
     return float(sum(sequence_nll(logits, ids), torch.zeros((), dtype=torch.float64)))

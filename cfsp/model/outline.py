@@ -1,4 +1,4 @@
-"""Structure of a model without its weights, compared with the tensors that its folder holds."""
+"""Structure of a model without its weights, checked against the tensors in its folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from cfsp.architecture.supported import other_kind
 from cfsp.architecture.views import DecoderView, resolve
 from cfsp.errors import CheckpointError, UnsupportedModelError
-from cfsp.model.transformers_config import first_line, load_config, load_generation_config, suspects
+from cfsp.model.transformers_config import describe_suspect_keys, error_reason, load_config, load_generation_config
 from cfsp.weights.fit import check_floats, check_places, fit_of, missing_weights, tied_differently, untie
 from cfsp.weights.folder_check import readable_by_transformers
 from cfsp.weights.shards import Shards, read_header, weight_files
@@ -22,34 +22,34 @@ if TYPE_CHECKING:
 
 
 def outline(source: ModelSource, *, trust_remote_code: bool = False) -> DecoderView:
-    """Return the structure of a model on the meta device, without weights. It must not be changed.
+    """Return the structure of a model on the meta device, without weights.
 
-    The last results are kept by folder and content, because the runs of a sweep ask for the same models.
+    The result is cached, because the runs of a sweep use the same models. So callers must not change it.
 
     Raises:
         UnsupportedModelError: transformers cannot build the model, or its blocks are not recognised.
-        CheckpointError: the weights in the folder are not those of this architecture.
+        CheckpointError: the weights in the folder do not belong to this architecture.
     """
-    return _recognised(source, trust_remote_code)
+    return _resolve_outline(source, trust_remote_code)
 
 
 @lru_cache(maxsize=4)
-def _recognised(source: ModelSource, trust_remote_code: bool) -> DecoderView:
+def _resolve_outline(source: ModelSource, trust_remote_code: bool) -> DecoderView:
     try:
-        return resolve(_examined(source, trust_remote_code).model)
+        return resolve(_checked_outline(source, trust_remote_code).model)
     except UnsupportedModelError as error:
         text = str(error)
         raise UnsupportedModelError(text if source.origin in text else f"model.path={source.origin}: {text}") from error
 
 
 @dataclass(frozen=True)
-class _Examined:
-    """A model on the meta device, built as the tensors in its folder say.
+class _CheckedOutline:
+    """A model on the meta device that agrees with the tensors in its folder.
 
     Attributes:
         model: the model.
-        untied: its LM head is not tied to the embedding, although config.json says so.
-        notes: sentences for the user on such differences.
+        untied: True if the LM head is not tied to the embedding although config.json says so.
+        notes: sentences for the user about such differences.
     """
 
     model: Any
@@ -58,29 +58,29 @@ class _Examined:
 
 
 @lru_cache(maxsize=4)
-def _examined(source: ModelSource, trust_remote_code: bool) -> _Examined:
+def _checked_outline(source: ModelSource, trust_remote_code: bool) -> _CheckedOutline:
     """Build the model without weights and compare it with the headers of the weights in the folder.
 
     Raises:
         UnsupportedModelError: transformers cannot build the model.
-        CheckpointError: the weights in the folder are not those of this architecture.
+        CheckpointError: the weights in the folder do not belong to this architecture.
     """
     config = load_config(source, trust_remote_code=trust_remote_code)
     load_generation_config(source)
-    model = _built(source, config, trust_remote_code)
-    if not any(source.folder.glob("*.safetensors")):  # cfsp inspect takes a folder with config.json alone
-        return _Examined(model)
-    whole = model if source.part == "whole" else _whole_on_meta(source, trust_remote_code)
-    pairs = _compared(source, whole, sizes=source.part == "whole")
+    model = _build_model(source, config, trust_remote_code)
+    if not any(source.folder.glob("*.safetensors")):  # cfsp inspect accepts a folder with only config.json
+        return _CheckedOutline(model)
+    whole = model if source.part == "whole" else _build_vision_language_model(source, trust_remote_code)
+    pairs = _compare_with_headers(source, whole, sizes=source.part == "whole")
     if source.part != "whole" and pairs == [] and getattr(config, "tie_word_embeddings", None) != _is_tied(whole):
-        config.tie_word_embeddings = _is_tied(whole)  # the whole model decides, not its inner configuration
-        model = _built(source, config, trust_remote_code)
+        config.tie_word_embeddings = _is_tied(whole)  # the whole model decides, not the nested configuration
+        model = _build_model(source, config, trust_remote_code)
     if not pairs:
-        return _Examined(model)
+        return _CheckedOutline(model)
     first, other = pairs[0]
     untie(config)
-    model = _built(source, config, trust_remote_code)
-    if source.part == "whole" and _compared(source, model, sizes=True):
+    model = _build_model(source, config, trust_remote_code)
+    if source.part == "whole" and _compare_with_headers(source, model, sizes=True):
         raise CheckpointError(
             f"model.path={source.origin}: {first} and {other} differ, and {type(model).__name__} holds them in one "
             "parameter; the folder's config.json and safetensors do not belong together"
@@ -89,10 +89,10 @@ def _examined(source: ModelSource, trust_remote_code: bool) -> _Examined:
         f"{first} and {other} differ, so the LM head is one of its own, although config.json says "
         "tie_word_embeddings=true; folders that are written say false"
     )
-    return _Examined(model, untied=True, notes=(note,))
+    return _CheckedOutline(model, untied=True, notes=(note,))
 
 
-def _built(source: ModelSource, config: Any, trust_remote_code: bool) -> Any:
+def _build_model(source: ModelSource, config: Any, trust_remote_code: bool) -> Any:
     """Build the causal language model of ``config`` on the meta device."""
     from transformers import AutoModelForCausalLM
 
@@ -107,12 +107,12 @@ def _built(source: ModelSource, config: Any, trust_remote_code: bool) -> Any:
             ) from error
         raise UnsupportedModelError(
             f"model.path={source.origin}: not a causal language model that transformers builds "
-            f"({first_line(error)}){suspects(source.config, error)}"
+            f"({error_reason(error)}){describe_suspect_keys(source.config, error)}"
         ) from error
 
 
-def _whole_on_meta(source: ModelSource, trust_remote_code: bool) -> Any:
-    """Build the vision-language model that a language model is a part of, on the meta device."""
+def _build_vision_language_model(source: ModelSource, trust_remote_code: bool) -> Any:
+    """Build the vision-language model of a folder on the meta device."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     try:
@@ -124,7 +124,7 @@ def _whole_on_meta(source: ModelSource, trust_remote_code: bool) -> Any:
             return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # as for the language model alone
         raise UnsupportedModelError(
-            f"model.path={source.origin}: not a vision-language model that transformers builds ({first_line(error)})"
+            f"model.path={source.origin}: not a vision-language model that transformers builds ({error_reason(error)})"
         ) from error
 
 
@@ -133,30 +133,30 @@ def _is_tied(model: Any) -> bool:
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
-def changed_by_tensors(source: ModelSource, *, trust_remote_code: bool = False) -> tuple[str, ...]:
-    """Return sentences on differences between the tensors in the folder, which decide, and its config.json."""
-    return _examined(source, trust_remote_code).notes
+def config_corrections(source: ModelSource, *, trust_remote_code: bool = False) -> tuple[str, ...]:
+    """Return sentences about values of config.json that the tensors in the folder contradict; the tensors decide."""
+    return _checked_outline(source, trust_remote_code).notes
 
 
-def decided_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
-    """Return the configuration that a model is built from: config.json, corrected by the tensors in the folder.
+def corrected_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
+    """Return the transformers configuration of a model, corrected where the tensors contradict config.json.
 
-    A head that is stored with other values than the embedding is not tied, whatever config.json says. The corrected
-    configuration keeps later steps (saving, evaluation) from tying it.
+    A head that is stored with other values than the embedding is not tied, even if config.json says so. With the
+    corrected configuration, later steps (saving, evaluation) do not tie it.
     """
     config = load_config(source, trust_remote_code=trust_remote_code)
-    examined = _examined(source, trust_remote_code)
+    checked = _checked_outline(source, trust_remote_code)
     if source.part != "whole" and hasattr(config, "tie_word_embeddings"):
-        config.tie_word_embeddings = examined.model.config.tie_word_embeddings
-    if examined.untied:
+        config.tie_word_embeddings = checked.model.config.tie_word_embeddings
+    if checked.untied:
         untie(config)
     return config
 
 
-def _compared(source: ModelSource, model: Any, *, sizes: bool) -> list[tuple[str, str]]:
+def _compare_with_headers(source: ModelSource, model: Any, *, sizes: bool) -> list[tuple[str, str]]:
     """Compare names, dtypes and shapes in the safetensors headers with those of a model.
 
-    Tensors are read only where the model ties two stored ones.
+    Values are read only if the model ties two stored tensors.
 
     Args:
         source: the model folder.

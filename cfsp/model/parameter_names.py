@@ -1,4 +1,4 @@
-"""Names of a model's parameters: where they are in its modules, and under which name a checkpoint stores them."""
+"""Names of a model's parameters in its modules and in a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ if TYPE_CHECKING:
 
 
 def stored_names(model: Any, shards: Shards, merged: Collection[str] = ()) -> dict[str, str]:
-    """Map names in the model to names in the checkpoint; a tied parameter is read by the name that is stored.
+    """Map names of parameters in the model to names of tensors in the checkpoint.
+
+    All names of a tied parameter map to the stored one.
 
     Args:
-        merged: names in the model that need none, because several stored tensors make up the parameter.
+        model: the model, which may be on the meta device.
+        shards: the checkpoint.
+        merged: names of parameters that are left out, because they are built from several stored tensors.
 
     Raises:
-        CheckpointError: a weight is not there.
+        CheckpointError: a weight is missing.
     """
     same: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         same.setdefault(id(parameter), []).append(name)
-    stored_of: dict[str, str] = {}
+    stored_by_name: dict[str, str] = {}
     for names in same.values():
         stored = [name for name in names if name in shards]
         if not stored and names[0] in merged:
@@ -35,8 +39,8 @@ def stored_names(model: Any, shards: Shards, merged: Collection[str] = ()) -> di
                 f"{shards.folder}: {names[0]} is not in the safetensors files under the model's own name; use "
                 "model.streaming=off, or fetch the model again"
             )
-        stored_of.update(dict.fromkeys(names, stored[0]))
-    return stored_of
+        stored_by_name.update(dict.fromkeys(names, stored[0]))
+    return stored_by_name
 
 
 def parameter_places(module: nn.Module) -> list[tuple[nn.Module, str, str]]:

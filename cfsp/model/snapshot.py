@@ -1,4 +1,4 @@
-"""Snapshots of a model's modules, parameters and attributes, which are restored after they were swapped."""
+"""Snapshots of a model's modules, parameters and attributes, which undo later replacements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TABLES = ("_modules", "_parameters", "_buffers")
 
 
 class Snapshot:
-    """Classes, submodules, parameters and attributes of a model as they are now; values are shared, not copied.
+    """Classes, submodules, parameters and attributes of a model at one moment; values are shared, not copied.
 
     :meth:`restore` undoes later replacements of modules, parameters and attributes, but not writes into the values of
     a parameter.
@@ -22,10 +22,10 @@ class Snapshot:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._parts = [(module, type(module), _attributes(module)) for module in model.modules()]
+        self._parts = [(module, type(module), _copy_attributes(module)) for module in model.modules()]
 
     def restore(self) -> None:
-        """Restore the model."""
+        """Bring the model back to the state of the snapshot."""
         for module, cls, attributes in self._parts:
             module.__class__ = cls
             module.__dict__.clear()
@@ -40,7 +40,7 @@ class Snapshot:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Restore the model inside, and bring its present state back afterwards."""
+        """Restore the snapshot within the context, and the present state afterwards."""
         now = Snapshot(self.model)
         self.restore()
         try:
@@ -50,7 +50,7 @@ class Snapshot:
 
     @contextmanager
     def parked(self) -> Iterator[None]:
-        """Move parameters that only the snapshot has to the CPU's memory inside, and back afterwards."""
+        """Keep parameters that only the snapshot holds in CPU memory within the context, then move them back."""
         now = {id(parameter) for parameter in self.model.parameters()}
         away = [(p, p.device) for p in self.parameters() if id(p) not in now]
         for parameter, _ in away:
@@ -64,7 +64,7 @@ class Snapshot:
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """Undo all swaps of modules, parameters and attributes at the end of the block."""
+    """Undo all replacements of modules, parameters and attributes at the end of the context."""
     snapshot = Snapshot(model)
     try:
         yield
@@ -74,7 +74,7 @@ def restored(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Remove the forward hooks of ``modules`` inside, and bring them back afterwards."""
+    """Remove the forward hooks of ``modules`` within the context, and restore them afterwards."""
     saved = [(module, module._forward_hooks, module._forward_pre_hooks) for module in modules]
     for module in modules:
         module._forward_hooks, module._forward_pre_hooks = OrderedDict(), OrderedDict()
@@ -86,16 +86,16 @@ def without_hooks(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def clone_module(module: nn.Module, *, own_values: bool = False) -> nn.Module:
-    """Return a copy of a module without its hooks, in which modules can be swapped.
+    """Return a copy of a module without its hooks, whose submodules can be replaced.
 
     Args:
         module: the module.
-        own_values: copy the values of parameters and buffers; else they are shared.
+        own_values: copy the values of parameters and buffers; otherwise both modules share them.
     """
     shared = [] if own_values else [*module.parameters(), *module.buffers()]
     with without_hooks([*module.modules()]):
         return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
+def _copy_attributes(module: nn.Module) -> dict[str, Any]:
     return {name: dict(value) if name in _TABLES else value for name, value in module.__dict__.items()}

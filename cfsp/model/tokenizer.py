@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from cfsp.errors import CheckpointError, ConfigError
-from cfsp.model.transformers_config import first_line
+from cfsp.model.transformers_config import error_reason
 from cfsp.system.reading import read_json
 from cfsp.weights.folder_check import readable_by_transformers, tokenizer_code
 
@@ -21,7 +21,9 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", 
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
-    """Return the tokenizer of a model folder, a new object each time, because callers may change its padding.
+    """Load the tokenizer of a model folder.
+
+    Each call returns a new object, because callers may change its padding.
 
     Raises:
         ConfigError: the tokenizer needs code that may not run.
@@ -38,9 +40,9 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
         tokenizer = AutoTokenizer.from_pretrained(
             readable_by_transformers(source.folder), trust_remote_code=trust_remote_code
         )
-        tokenizer("Once upon a time", truncation=True)  # settings that are wrong are met here, not in calibration
-        tokenizer.of_content = source.fingerprint  # :func:`cfsp.data.text.tokenise`
-        tokenizer.stated_ids = _special_ids(source)  # :func:`cfsp.evaluation.harness.with_special_tokens`
+        tokenizer("Once upon a time", truncation=True)  # wrong settings fail here instead of during calibration
+        tokenizer.content_fingerprint = source.fingerprint  # :func:`cfsp.data.text.tokenise`
+        tokenizer.declared_ids = _special_ids(source)  # :func:`cfsp.evaluation.harness.with_special_tokens`
         return tokenizer
     except RecursionError as error:
         raise CheckpointError(
@@ -54,10 +56,14 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> A
 
 
 def check_tokenizer_files(folder: Path, label: str) -> None:
-    """Refuse a tokenizer whose files are no JSON objects, for who copies them without loading them.
+    """Refuse tokenizer files that hold no JSON object; exports copy them without loading them.
+
+    Args:
+        folder: a model folder.
+        label: name of the folder in messages.
 
     Raises:
-        CheckpointError: such a file is there; it is named.
+        CheckpointError: a file holds no JSON object; the message names it.
     """
     for name in _FILES:
         file = folder / name
@@ -66,16 +72,16 @@ def check_tokenizer_files(folder: Path, label: str) -> None:
 
 
 def _reason(error: Exception, source: ModelSource) -> str:
-    """Return why transformers could not load a tokenizer; errors of Python itself are told by the file at fault."""
+    """Return why transformers could not load a tokenizer; for errors of Python's own types, name the files."""
     check_tokenizer_files(source.folder, f"model.path={source.origin}")
     if isinstance(error, TypeError | AttributeError | LookupError | OverflowError):
         present = [name for name in _FILES if (source.folder / name).is_file()]
         return f"a value in {' or '.join(present) or 'its files'} is of a kind that transformers does not take there"
-    return first_line(error)
+    return error_reason(error)
 
 
 def _special_ids(source: ModelSource) -> dict[str, int]:
-    """Return the ids of BOS and EOS in generation_config.json or config.json; the first where there are several."""
+    """Return the ids of BOS and EOS in generation_config.json or config.json; of several ids, the first."""
     stated = dict(source.config)
     with contextlib.suppress(OSError, ValueError):
         generation = json.loads((source.folder / "generation_config.json").read_text(encoding="utf-8"))

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from cfsp.weights.source import ModelSource
 
 
-#: Types of Python that libraries name -> what a user has to write.
+#: Python type in messages of libraries -> words for the user.
 _TYPES = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "list": "a list"}
 
 
 def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
-    """Return the transformers configuration of a model folder; pruned folders need no remote code.
+    """Load the transformers configuration of a model folder.
+
+    Folders that cfsp pruned need no remote code.
 
     Raises:
         ConfigError: the model needs code that may not run, or has no language model inside.
@@ -47,19 +49,21 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
         if model_type in CONFIG_MAPPING:
             raise CheckpointError(
                 f"model.path={source.origin}: config.json cannot be used (model_type={model_type}): "
-                f"{first_line(error)}{suspects(source.config, error)}; correct the value, or fetch the file again"
+                f"{error_reason(error)}{describe_suspect_keys(source.config, error)}; correct the value, or fetch the "
+                "file again"
             ) from error
         raise UnsupportedModelError(
             f"model.path={source.origin}: transformers does not know this model (model_type={model_type or None}): "
-            f"{first_line(error)}{suspects(source.config, error)}"
+            f"{error_reason(error)}{describe_suspect_keys(source.config, error)}"
         ) from error
 
 
 def load_generation_config(source: ModelSource) -> Any:
-    """The generation_config.json of a model folder as transformers reads it; None where there is none.
+    """Load the generation_config.json of a model folder; None if there is none.
 
     Raises:
-        CheckpointError: transformers would leave it out of a model in memory without a word, and fail elsewhere.
+        CheckpointError: transformers cannot use the file. It would drop it silently from a model in memory, and fail
+            elsewhere.
     """
     from transformers import GenerationConfig
 
@@ -69,8 +73,8 @@ def load_generation_config(source: ModelSource) -> Any:
         return GenerationConfig.from_pretrained(readable_by_transformers(source.folder))
     except Exception as error:  # transformers' own checks raise many types
         raise CheckpointError(
-            f"model.path={source.origin}: generation_config.json cannot be used ({first_line(error)}); fetch the file "
-            "again, or remove it"
+            f"model.path={source.origin}: generation_config.json cannot be used ({error_reason(error)}); fetch the "
+            "file again, or remove it"
         ) from error
 
 
@@ -84,13 +88,16 @@ def _text_config(source: ModelSource, config: Any) -> Any:
     return text
 
 
-def first_line(error: Exception) -> str:
-    """Return the line of an error that says what is wrong; "Validation error for field ...:" says nothing."""
+def error_reason(error: Exception) -> str:
+    """Return the reason of an error in one line for the user.
+
+    Lines such as "Validation error for field ...:" are skipped, because the reason stands in a later line.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = next((line for line in lines if not line.endswith(":")), type(error).__name__)
     reason = re.sub(r"^\w+Error: ", "", reason)
     reason = re.sub(r" doesn't match any type in .*", " is of another type than the key takes", reason)
-    # Libraries name types of Python, where a user has written JSON.
+    # Libraries name Python types and values, but the user wrote JSON.
     expected = re.match(r"Field '(\w+)' expected (\w+), got \w+ \(value: (.*)\)$", reason)
     if expected:
         value = {"None": "null", "True": "true", "False": "false"}.get(expected[3], expected[3][:60])
@@ -100,8 +107,11 @@ def first_line(error: Exception) -> str:
     return reason
 
 
-def suspects(config: Mapping[str, Any], error: Exception) -> str:
-    """Name the keys of config.json that hold the value an error is about: an unknown word, or a zero divided by."""
+def describe_suspect_keys(config: Mapping[str, Any], error: Exception) -> str:
+    """Return a clause that names the keys of config.json whose value may have caused an error.
+
+    Such a value is the unknown name of a KeyError, or a zero in a division. The clause is empty if there is none.
+    """
     if isinstance(error, KeyError):
         wrong: Any = error.args[0] if error.args else None
     elif re.search(r"by (a value that is )?zero|0.0 cannot be raised to a negative power", str(error)):

@@ -1,4 +1,4 @@
-"""Trial of a model with two tokens before anything is computed, which finds unknown shapes and code that fails."""
+"""Trial run of a model with two tokens, which detects unsupported shapes and failing code before a long computation."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 from cfsp.architecture.views import DecoderView
 from cfsp.errors import CfspError, UnsupportedModelError
-from cfsp.model.driver import BlockDriver, check_hidden, run_block
+from cfsp.model.driver import BlockDriver, check_hidden_states, run_block
 from cfsp.model.snapshot import without_hooks
 
-#: Folders of the Python code of models: that of transformers, and what it fetched with a model.
+#: Folders that hold the Python code of models: transformers itself, and code that it fetched with a model.
 _MODEL_CODE = ("/transformers/models/", "/transformers_modules/")
 
 
@@ -21,8 +21,8 @@ _MODEL_CODE = ("/transformers/models/", "/transformers_modules/")
 def try_blocks(view: DecoderView) -> None:
     """Run two tokens through each kind of block of a model in memory, and through the whole model.
 
-    A streamed model is left out, because all of its blocks would be read for these two tokens; the probe of the pruner
-    checks it.
+    A streamed model is skipped, because all of its blocks would be read for these two tokens. The pruner's probe checks
+    it instead.
 
     Raises:
         UnsupportedModelError: a block takes or gives hidden states that are not [batch, tokens, hidden size].
@@ -30,24 +30,24 @@ def try_blocks(view: DecoderView) -> None:
     if view.weights.is_streamed:
         return
     ids = torch.zeros(1, 2, dtype=torch.int64)
-    with without_hooks([*view.model.modules()]):  # whoever watches the model counts the tokens of the run alone
+    with without_hooks([*view.model.modules()]):  # hooks must count only the tokens of the run
         entry = BlockDriver(view, 1).entry(ids)
         tried: set[type] = set()
         for block in view.blocks:
             if type(block.module) not in tried:
                 tried.add(type(block.module))
-                check_hidden(view, run_block(block, entry.hidden[0], entry.kwargs[block.index][0]), "gives")
+                check_hidden_states(view, run_block(block, entry.hidden[0], entry.kwargs[block.index][0]), "gives")
         view.model(ids.to(view.device))
 
 
 @torch.no_grad()
 def try_model(view: DecoderView) -> None:
-    """Run two tokens through the whole model in memory, whatever its blocks take: its code may fail.
+    """Run two tokens through a whole model in memory, to detect code that fails.
 
-    A streamed model is left out, as in :func:`try_blocks`.
+    Its blocks may have any inputs. A streamed model is skipped, as in :func:`try_blocks`.
 
     Raises:
-        UnsupportedModelError: what the model gives holds no logits.
+        UnsupportedModelError: the output of the model holds no logits.
     """
     if view.weights.is_streamed:
         return
@@ -61,11 +61,15 @@ def try_model(view: DecoderView) -> None:
 
 
 @contextmanager
-def model_code_refused(model_type: str, origin: str) -> Iterator[None]:
-    """Turn errors in a model's own code into errors of the input: its folder describes no model that runs.
+def translate_model_code_errors(model_type: str, origin: str) -> Iterator[None]:
+    """Turn an error inside a model's own code into an error for the user.
+
+    Args:
+        model_type: model type in config.json.
+        origin: path of the model, for the message.
 
     Raises:
-        UnsupportedModelError: the code of the model failed; names the model type and the error.
+        UnsupportedModelError: the code of the model failed; the message names the model type and the error.
     """
     try:
         yield

@@ -1,7 +1,8 @@
-"""Cheap check of content: a hash of some values of every matrix, for models that are already in memory.
+"""Hash of some values of every matrix, a cheap fingerprint of a model in memory.
 
-A model in memory has no fingerprint of a folder, and that would not notice edited weights. The sample tells another
-or an edited model from the base of a plan without reading all of it.
+A model in memory may come from no folder, and its weights may have been edited since they were loaded, so the
+fingerprint of a folder does not serve. The hash distinguishes the base model of a plan from other or edited models
+without reading all weights.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from cfsp.evaluation.base import name_key_in_errors
 from cfsp.export.check import check_exportable
 from cfsp.importance.base import required_items
 from cfsp.model.device import resolve_device, resolve_dtype
-from cfsp.model.outline import changed_by_tensors, outline
+from cfsp.model.outline import config_corrections, outline
 from cfsp.model.tokenizer import load_tokenizer
 from cfsp.plan.check import read_block_sizes
 from cfsp.plan.history import check_history
@@ -129,7 +129,7 @@ def prepare(config: RunConfig, *, reclaimable_bytes: int = 0) -> Prepared:
         streaming = must_stream(config, view, dtype, device, reclaimable_bytes)
     _raise_problems(problems)
     stored_dtype = config.save.dtype or source.stored_dtype
-    changes = changed_by_tensors(source, trust_remote_code=trust)
+    changes = config_corrections(source, trust_remote_code=trust)
     origin = source.dequantised
     notes = changes if origin is None else (f"{source.name}: {origin.sentence}", *origin.notes, *changes)
     identity = identity_of(

@@ -23,7 +23,7 @@ from cfsp.export import card
 from cfsp.model.driver import BlockDriver
 from cfsp.model.finite import round_to_stored
 from cfsp.model.snapshot import Snapshot
-from cfsp.model.trial import model_code_refused
+from cfsp.model.trial import translate_model_code_errors
 from cfsp.pipeline.current_run import Run
 from cfsp.pipeline.measure import add_measurements, current_side, evaluate_dense, evaluate_side, evaluate_side_by_side
 from cfsp.pipeline.preflight import Prepared
@@ -224,7 +224,7 @@ def _check_resumed_plan(plan: PruningPlan, prepared: Prepared, view: DecoderView
 
 def model_code_errors(prepared: Prepared) -> contextlib.AbstractContextManager[None]:
     """Return a context that turns errors of the model's own code into errors about that model."""
-    return model_code_refused(str(prepared.source.config.get("model_type")), prepared.source.origin)
+    return translate_model_code_errors(str(prepared.source.config.get("model_type")), prepared.source.origin)
 
 
 def _plan_context(prepared: Prepared, view: DecoderView) -> tuple[PlanContext, bool]:

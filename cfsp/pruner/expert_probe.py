@@ -13,7 +13,7 @@ from cfsp.architecture.experts import ExpertsFFN
 from cfsp.architecture.views import BlockView, DecoderView, view_block
 from cfsp.calibration.routing import Routing, routing_of_modules, substituted
 from cfsp.errors import UnsupportedModelError
-from cfsp.model.driver import forward_replaced, hidden_of
+from cfsp.model.block_calls import output_hidden, replace_forward
 from cfsp.model.snapshot import clone_module
 from cfsp.plan.expert_slicing import slice_mixture
 
@@ -43,7 +43,7 @@ def deviation(view: DecoderView, block: BlockView, *, whole: bool) -> float:
         example = mixture.expert(0).output.weight
         states = torch.randn(1, _TOKENS * mixture.n_experts, mixture.hidden, generator=generator)
         states = states.to(example.device, example.dtype)
-        output = hidden_of(mixture.module(states))
+        output = output_hidden(mixture.module(states))
         scale = output.abs().max().clamp_min(1e-30)
         worst = (_summed_experts(mixture, states) - output).abs().max() / scale
         for first in (True, False):
@@ -55,8 +55,8 @@ def deviation(view: DecoderView, block: BlockView, *, whole: bool) -> float:
             for expert, neuron in enumerate(removed_neurons):
                 mixture.expert(expert).output.weight[:, neuron] = 0
             slice_mixture(cut, None, [[n for n in range(mixture.width) if n != neuron] for neuron in removed_neurons])
-            zeroed = hidden_of(mixture.module(states))
-            worst = max(worst, (hidden_of(cut.module(states)) - zeroed).abs().max() / scale)
+            zeroed = output_hidden(mixture.module(states))
+            worst = max(worst, (output_hidden(cut.module(states)) - zeroed).abs().max() / scale)
             mixture = _clone_mixture(view, block)
         if whole and mixture.n_experts > mixture.least_experts:
             per_group = mixture.n_experts // mixture.groups
@@ -65,7 +65,7 @@ def deviation(view: DecoderView, block: BlockView, *, whole: bool) -> float:
                 cut = _clone_mixture(view, block)
                 slice_mixture(cut, [expert for expert in range(mixture.n_experts) if expert not in lost])
                 masked = masked_output(_clone_mixture(view, block), sorted(lost), states)
-                worst = max(worst, (hidden_of(cut.module(states)) - masked).abs().max() / scale)
+                worst = max(worst, (output_hidden(cut.module(states)) - masked).abs().max() / scale)
     return float(worst)
 
 
@@ -76,7 +76,7 @@ def masked_output(mixture: ExpertsFFN, removed_experts: list[int], states: Tenso
         if buffer is not None and buffer.is_floating_point():  # added to scores that -inf leaves at 0 (DeepSeek-V3)
             buffer[removed_experts] = -torch.inf
     with _Masked((mixture.n_experts, mixture.hidden), removed_experts):
-        return hidden_of(mixture.module(states))
+        return output_hidden(mixture.module(states))
 
 
 class _Masked(TorchFunctionMode):
@@ -117,7 +117,7 @@ def _routing(mixture: ExpertsFFN, states: Tensor) -> Routing:
         routings.append(Routing(states.flatten(0, -2), chosen.flatten(0, -2), weights.flatten(0, -2)))
         return torch.zeros_like(states)
 
-    with forward_replaced(mixture.experts, record_routing):
+    with replace_forward(mixture.experts, record_routing):
         mixture.module(states)
     return routings[0]
 

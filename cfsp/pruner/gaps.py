@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from cfsp.model.driver import BlockDriver, entering, hidden_of
+from cfsp.model.block_calls import input_hidden, output_hidden
+from cfsp.model.driver import BlockDriver
 from cfsp.plan.pruning_plan import BlockPlan
 
 if TYPE_CHECKING:
@@ -130,13 +131,13 @@ def collect_states(
 
     def enter(index: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            batch.entering[index] = entering(args, kwargs).to(view.device)
+            batch.entering[index] = input_hidden(args, kwargs).to(view.device)
 
         return hook
 
     def leave(index: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            state = hidden_of(output)
+            state = output_hidden(output)
             batch.shape = (state.shape[0], state.shape[1])
             if any(block == index for block, _ in points):
                 batch.leaving[index] = state.to(view.device)

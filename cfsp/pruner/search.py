@@ -24,7 +24,8 @@ from torch import Tensor
 from cfsp.architecture.experts import ExpertsFFN
 from cfsp.architecture.views import BlockView
 from cfsp.errors import DataError, RunError
-from cfsp.model.driver import BlockDriver, Entry, forward_replaced, run_block
+from cfsp.model.block_calls import replace_forward
+from cfsp.model.driver import BlockDriver, Entry, run_block
 from cfsp.model.nll import total_nll
 from cfsp.pruner.submodules import check_can_be_skipped, parts
 from cfsp.system.atomic import write_text
@@ -231,5 +232,5 @@ def nulled(block: BlockView, kind: str) -> Iterator[None]:
             zeros = hidden.new_zeros(*hidden.shape[:-1], hidden.shape[-1] if width is None else width)
         return (zeros, None) if kind == "attention" else zeros
 
-    with forward_replaced(module, nothing):
+    with replace_forward(module, nothing):
         yield

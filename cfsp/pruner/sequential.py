@@ -309,13 +309,13 @@ def _activation(model: Any, ffn: FFN, captured: FFNCapture) -> Activation | None
 
 def _adds_as_it_is(step: BlockStep, ffn: FFN) -> bool:
     """Return whether a block adds the output of its FFN unchanged, without a norm or a factor in between."""
-    before = step.first()
+    before = step.run_first_batch()
     # The shift alternates in sign, so that a norm cannot subtract it as a mean. Its size is that of the output.
     signs = 1 - 2 * (torch.arange(before.shape[-1], device=before.device) % 2)
     shift = (before.abs().float().median() * signs).to(before.dtype)
     handle = ffn.output.module.register_forward_hook(lambda _, args, output: output + shift)
     try:
-        moved = step.first().float() - before.float()
+        moved = step.run_first_batch().float() - before.float()
     finally:
         handle.remove()
     # Half of the values decide: a low precision rounds the largest hidden states by more than the shift.

@@ -15,7 +15,8 @@ from cfsp.architecture.ffn import FFN
 from cfsp.architecture.norms import served, watched
 from cfsp.architecture.views import KINDS, BlockView, DecoderView, Kind
 from cfsp.errors import UnsupportedModelError
-from cfsp.model.driver import BlockDriver, Entry, forward_replaced, hidden_of, run_block
+from cfsp.model.block_calls import output_hidden, replace_forward
+from cfsp.model.driver import BlockDriver, Entry, run_block
 from cfsp.model.snapshot import clone_module
 from cfsp.pruned_model.family import pruned_family
 from cfsp.pruned_model.names import stock_type
@@ -152,7 +153,7 @@ def _alone(view: DecoderView, block: BlockView, kind: Kind, names: tuple[str, ..
     kwargs = entry.kwargs[block.index][0]
     hidden = torch.randn(entry.hidden[0].shape, generator=torch.Generator().manual_seed(0)).to(entry.hidden[0])
     try:
-        expected = hidden_of(clone(hidden.clone(), **kwargs))
+        expected = output_hidden(clone(hidden.clone(), **kwargs))
     except (ValueError, TypeError):
         # The mixture of GPT-OSS returns two values. It cannot be removed, and check_can_be_skipped refuses it.
         return names
@@ -160,7 +161,7 @@ def _alone(view: DecoderView, block: BlockView, kind: Kind, names: tuple[str, ..
     for name in names:
         norm = getattr(clone, name)
         setattr(clone, name, nn.Identity())
-        if torch.equal(hidden_of(clone(hidden.clone(), **kwargs)), expected):
+        if torch.equal(output_hidden(clone(hidden.clone(), **kwargs)), expected):
             alone.append(name)
         setattr(clone, name, norm)
     return tuple(alone)
@@ -184,5 +185,5 @@ def _experts_aside(view: DecoderView) -> Iterator[None]:
         for mixture in (block.experts for block in view.blocks if block.experts is not None):
             # Experts that are modules are called by the mixture's own loop over them.
             aside = mixture.experts if mixture.fused else mixture.module
-            stack.enter_context(forward_replaced(aside, lambda states, *_, **__: torch.zeros_like(states)))
+            stack.enter_context(replace_forward(aside, lambda states, *_, **__: torch.zeros_like(states)))
         yield

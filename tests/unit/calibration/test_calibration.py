@@ -304,7 +304,7 @@ def test_a_text_is_tokenised_once_for_a_model_folder_and_each_tokenizer_is_its_o
     monkeypatch.setattr(text_module, "_token_ids", lambda *_: np.array([7]))
     assert text_module.tokenise("The sea was grey.", second, "none") is ids
     assert text_module.tokenise("The sea was blue.", second, "none").tolist() == [7]
-    second.of_content = "sha256:another"
+    second.content_fingerprint = "sha256:another"
     assert text_module.tokenise("The sea was grey.", second, "none").tolist() == [7]
     with pytest.raises(ValueError, match="read-only"):
         ids[0] = 1

@@ -122,15 +122,15 @@ def test_a_tokenizer_without_special_tokens_takes_those_of_the_configuration(tmp
     write_task(tmp_path)
     nameless = load_tokenizer(source)
     nameless.bos_token = nameless.eos_token = None
-    assert nameless.stated_ids == {"bos": 1, "eos": 2}
+    assert nameless.declared_ids == {"bos": 1, "eos": 2}
     named = with_special_tokens(nameless)
     assert (named.bos_token_id, named.eos_token_id) == (1, 2)
     assert named("The sea.")["input_ids"] == nameless("The sea.")["input_ids"]
     tasks(tmp_path).check(nameless, LIMITS)
-    nameless.stated_ids = {}
+    nameless.declared_ids = {}
     assert "names neither BOS nor EOS" in refused(tasks(tmp_path), nameless)
     # One that names EOS alone starts from EOS, as before.
-    nameless.stated_ids, nameless.eos_token = {"bos": 1}, "</s>"
+    nameless.declared_ids, nameless.eos_token = {"bos": 1}, "</s>"
     assert with_special_tokens(nameless).bos_token_id is None
 
 

@@ -19,9 +19,9 @@ from cfsp.config.sections import ModelSection
 from cfsp.errors import CfspError, CheckpointError, ConfigError, RunError, UnsupportedModelError
 from cfsp.evaluation.unchanged import measure_unchanged
 from cfsp.model.load import load_model, load_streamed
-from cfsp.model.outline import changed_by_tensors, outline
+from cfsp.model.outline import config_corrections, outline
 from cfsp.model.tokenizer import load_tokenizer
-from cfsp.model.trial import model_code_refused, try_blocks, try_model
+from cfsp.model.trial import translate_model_code_errors, try_blocks, try_model
 from cfsp.weights.source import folder_fingerprint, locate
 from tests.conftest import POSITIONS, VOCABULARY, mentions, save_with_tokenizer
 from tests.helpers.tiny import tiny_model, tokens
@@ -94,7 +94,7 @@ def own_head(tied_folder) -> Path:
 
 def test_a_head_of_its_own_is_kept_in_memory_and_streamed(own_head):
     source = source_of(own_head)
-    (note,) = changed_by_tensors(source)
+    (note,) = config_corrections(source)
     assert "tie_word_embeddings=true" in note
     assert "lm_head.weight" in note
     model = load_model(source, dtype=torch.float32, device=CPU)
@@ -114,7 +114,7 @@ def test_a_head_that_equals_the_embedding_stays_tied(tied_folder):
     tensors = weights(tied_folder)
     store(tied_folder, {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
     source = source_of(tied_folder)
-    assert changed_by_tensors(source) == ()
+    assert config_corrections(source) == ()
     model = load_model(source, dtype=torch.float32, device=CPU)
     assert model.config.tie_word_embeddings is True
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -129,7 +129,7 @@ def test_a_head_of_its_own_in_a_family_of_other_names(tmp_path):
     tensors = weights(tmp_path / "gpt2")
     store(tmp_path / "gpt2", {**tensors, "lm_head.weight": 2 * tensors["transformer.wte.weight"]})
     source = source_of(tmp_path / "gpt2")
-    assert len(changed_by_tensors(source)) == 1
+    assert len(config_corrections(source)) == 1
     loaded = load_model(source, dtype=torch.float32, device=CPU)
     loaded.tie_weights()
     assert torch.equal(loaded.lm_head.weight, 2 * tensors["transformer.wte.weight"])
@@ -509,11 +509,11 @@ def test_errors_out_of_a_models_own_code_are_one_line():
     model = tiny_model()
     with (
         pytest.raises(UnsupportedModelError, match=r"path=there: the code of model_type=llama fails in \w+") as found,
-        model_code_refused("llama", "there"),
+        translate_model_code_errors("llama", "there"),
     ):
         model(torch.zeros(1, 4))  # floats for ids: its embedding fails, within its forward
     assert "\n" not in str(found.value)
-    with pytest.raises(ZeroDivisionError), model_code_refused("llama", "there"):
+    with pytest.raises(ZeroDivisionError), translate_model_code_errors("llama", "there"):
         1 / 0  # noqa: B018
 
 

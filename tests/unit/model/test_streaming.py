@@ -422,7 +422,9 @@ def test_hidden_states_beyond_the_memory_limit_lie_in_a_file(
 ) -> None:
     used = []
     real = HiddenStates._write
-    monkeypatch.setattr(HiddenStates, "_write", lambda self, *args: used.append(self.in_file) or real(self, *args))
+    monkeypatch.setattr(
+        HiddenStates, "_write", lambda self, *args: used.append(self.bytes_in_file) or real(self, *args)
+    )
     memory_run, streaming = both(run_cfsp, [*words, f"calibration.memory_gb={memory}"], tmp_path, f"pruner={pruner}")
     assert used
     plans = [json.loads((out / "plan.json").read_text()) for out in (memory_run, streaming)]
@@ -439,7 +441,7 @@ def test_hidden_states_beyond_the_memory_limit_lie_in_a_file(
 def test_hidden_states_keep_their_values(tmp_path) -> None:
     states = [torch.randn(2, length, 8) for length in (3, 5, 4)]
     held = HiddenStates(states, device=torch.device("cpu"), spill=SpillBuffer(2 * 3 * 8 * 4, tmp_path))
-    assert held.in_file == 2 * 9 * 8 * 4
+    assert held.bytes_in_file == 2 * 9 * 8 * 4
     assert all(torch.equal(one, other) for one, other in zip(held, states, strict=True))
     held[1] = held[1] + 1
     held[0] = held[0] - 1
@@ -447,7 +449,7 @@ def test_hidden_states_keep_their_values(tmp_path) -> None:
     assert torch.equal(held[0], states[0] - 1)
     assert torch.equal(held[2], states[2])
     assert [held.shape(n)[0] for n in range(3)] == [(2, 3, 8), (2, 5, 8), (2, 4, 8)]
-    assert len(held.like()) == 0
+    assert len(held.empty_like()) == 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -622,10 +624,10 @@ def test_all_hidden_states_share_one_limit(tmp_path) -> None:
     room, cpu = SpillBuffer(100, tmp_path), torch.device("cpu")
     first = HiddenStates([torch.zeros(1, 5, 4)], device=cpu, spill=room)
     second = HiddenStates([torch.zeros(1, 5, 4)], device=cpu, spill=room)
-    assert (first.in_file, second.in_file) == (0, 80)
+    assert (first.bytes_in_file, second.bytes_in_file) == (0, 80)
     del first
     third = HiddenStates([torch.ones(1, 5, 4)], device=cpu, spill=room)
-    assert third.in_file == 0
+    assert third.bytes_in_file == 0
     second[0] = torch.ones(1, 7, 4)  # of another size than what lies there
     assert second[0].shape == (1, 7, 4)
 

@@ -199,17 +199,17 @@ def test_finding_out_what_a_block_returns_is_seen_by_no_hook(monkeypatch):
     """The pass of one token that the driver makes once of each class of blocks."""
     import weakref
 
-    from cfsp.model import driver
+    from cfsp.model import block_calls
     from cfsp.model.driver import BlockDriver
 
-    monkeypatch.setattr(driver, "_RETURNS_TUPLE", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(block_calls, "_RETURNS_TUPLE", weakref.WeakKeyDictionary())
     model = copy.deepcopy(built("opt"))
     seen = []
     for module in model.model.decoder.layers.modules():
         module.register_forward_pre_hook(lambda module, args: seen.append(module))
     BlockDriver(resolve(model), 2).entry(ids(2, 8, seed=1))
     assert not seen
-    assert [*driver._RETURNS_TUPLE.values()] == [False]
+    assert [*block_calls._RETURNS_TUPLE.values()] == [False]
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def test_where_it_does_not_the_blocks_before_are_not_made_up_for(name) -> None:
 
 def test_targets_hold_the_share_of_what_the_blocks_before_changed(monkeypatch) -> None:
     """Of block 1: block 0 has nothing before it, so what enters block 1 is the same whatever the share."""
-    from cfsp.model.driver import hidden_of
+    from cfsp.model.block_calls import output_hidden
     from cfsp.plan.slice_block import slice_block
     from cfsp.pruner import sequential as in_sequence
 
@@ -115,7 +115,7 @@ def test_targets_hold_the_share_of_what_the_blocks_before_changed(monkeypatch) -
     leaving, pruned = [], tiny_model()
     slice_block(resolve(pruned).blocks[0], plan.blocks[0], plan.tensors)
     for model in (tiny_model(), pruned):
-        model.model.layers[1].register_forward_hook(lambda _, args, output: leaving.append(hidden_of(output)))
+        model.model.layers[1].register_forward_hook(lambda _, args, output: leaving.append(output_hidden(output)))
         with torch.no_grad():
             model(ids)
     out = torch.arange(8) % 4 == 3

@@ -17,7 +17,8 @@ from cfsp.config.budget import Budget
 from cfsp.errors import RunError
 from cfsp.importance.base import Scores
 from cfsp.importance.second_order import removal_order, scores_from_increments
-from cfsp.model.driver import BlockDriver, hidden_of
+from cfsp.model.block_calls import output_hidden
+from cfsp.model.driver import BlockDriver
 from cfsp.plan.pruning_plan import BlockPlan, PruningPlan
 from cfsp.plan.slice_block import slice_block
 from cfsp.pruner.least_squares import corrected, least_squares_compensation, refit, solve
@@ -522,7 +523,7 @@ def test_blocks_in_sequence_are_refitted_on_what_the_pruned_ones_give(correction
         leaving: list[torch.Tensor] = []
         for one in (model, pruned):
             module = resolve(one).blocks[index].module
-            handle = module.register_forward_hook(lambda *seen, to=leaving: to.append(hidden_of(seen[2])))
+            handle = module.register_forward_hook(lambda *seen, to=leaving: to.append(output_hidden(seen[2])))
             with torch.no_grad():
                 one(ids)
             handle.remove()
